@@ -1,0 +1,335 @@
+"""The verbs: `lgd VERB`, also `python -m lgd VERB`.
+
+Progress goes to standard error, results to standard output. Exit status: 0 done; 1 the data or the environment is
+wrong; 2 the command line or the configuration is wrong.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lgd
+from lgd.config import (
+    Config,
+    ConfigError,
+    DataError,
+    add_config_arguments,
+    add_option_arguments,
+    config_of,
+    make_parser,
+    parse,
+)
+
+Run = Callable[[Any, Any], None]
+
+
+def _plain(namespace: Any, kind: type) -> Any:
+    """The options dataclass of a verb, from a parsed command line."""
+    return kind(**{name: namespace[name] for name in kind.__dataclass_fields__})  # type: ignore[attr-defined]
+
+
+def _synth(parser: Any) -> Run:
+    from lgd.data.synth import SynthOptions, synthesise
+
+    parser.add_argument("out", help="folder to write to")
+    add_option_arguments(parser, SynthOptions, skip=("out",))
+
+    def run(parser: Any, namespace: Any) -> None:
+        options = _plain(namespace, SynthOptions)
+        made = synthesise(options)
+        done = "reused" if made.get("reused") else "drew"
+        print(f"{done} {options.pairs} pairs of {made['slides']} slides: {options.out}")
+
+    return run
+
+
+def _build_shards(parser: Any) -> Run:
+    from lgd.data.shards import ShardOptions, build
+    from lgd.distribute import disconnect, map_with
+
+    add_option_arguments(parser, ShardOptions)
+
+    def run(parser: Any, namespace: Any) -> None:
+        options = _plain(namespace, ShardOptions)
+
+        def map_shards(function: Callable[[Any], Any], arguments: Sequence[Any]) -> Any:
+            return map_with(lambda: function, arguments, workers=options.workers, what="--workers")
+
+        try:
+            manifest = build(options, map_shards)
+        finally:
+            disconnect()
+        _print_table(
+            [{"split": name, "samples": split["samples"], **split["levels"]} for name, split in manifest["splits"].items()]
+        )
+        print(f"{'reused, nothing changed' if manifest.get('reused') else 'built'}: {options.out}")
+
+    return run
+
+
+def _stage(name: str) -> Callable[[Any], Run]:
+    """A verb that runs one stage of the pipeline."""
+
+    def add(parser: Any) -> Run:
+        add_config_arguments(parser)
+
+        def run(parser: Any, namespace: Any) -> None:
+            from lgd import pipeline
+            from lgd.distribute import disconnect
+
+            try:
+                table = getattr(pipeline, name)(config_of(parser, namespace))
+            finally:
+                disconnect()
+            if table:
+                print(table)
+
+        return run
+
+    return add
+
+
+def _demo(parser: Any) -> Run:
+    parser.add_argument("--pairs", type=int, default=720, help="patch pairs of virtual tissue")
+    parser.add_argument("--size", type=int, default=256, help="their side in pixels")
+    add_config_arguments(parser)
+
+    def run(parser: Any, namespace: Any) -> None:
+        from lgd import pipeline
+
+        config = config_of(parser, namespace)
+        print("\n" + pipeline.demo(config, namespace.pairs, namespace.size))
+        out = Path(config.run.dir)
+        print("\nHeld-out slides of virtual tissue, which is not tissue: this shows that the parts work together.")
+        print(f"report         {Path(config.report.dir) / 'summary.md'}")
+        print(f"contact sheet  {Path(config.report.dir) / 'queries.png'}")
+        print(f"curves         tensorboard --logdir {out}")
+        print(f"try next       lgd query --config {out / 'config.yaml'} -k 5 {pipeline.tissue_dir(config)}/HE/test")
+
+    return run
+
+
+def _images(parser: Any) -> None:
+    parser.add_argument("images", nargs="+", help="H&E image files, folders or patterns")
+    parser.add_argument("--model", default="", help="folder of the student; or give --config")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+
+
+def _model(parser: Any, namespace: Any) -> tuple[str, Config | None]:
+    """The student's folder, from --model or --config."""
+    config = config_of(parser, namespace) if namespace.config else None
+    folder = namespace.model or (config.student.dir if config else "")
+    if not folder:
+        raise ConfigError("name the student: --model DIR, or --config F of its run")
+    return folder, config
+
+
+def _predict(parser: Any) -> Run:
+    _images(parser)
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+    parser.add_argument("--slides", default="", help="CSV with columns key,slide: one row a slide")
+    add_config_arguments(parser)
+
+    def run(parser: Any, namespace: Any) -> None:
+        from lgd.evaluate import predict
+
+        folder, _ = _model(parser, namespace)
+        paths = predict.find_images(namespace.images)
+        slides = Path(namespace.slides) if namespace.slides else None
+        rows = predict.predict(predict.load_scorer(folder), paths, slides)
+        if namespace.json:
+            print(json.dumps(rows, indent=1, ensure_ascii=False))
+            return
+        flat = [{**{k: v for k, v in row.items() if k != "probabilities"}, **row["probabilities"]} for row in rows]
+        if namespace.csv:
+            _print_csv(flat)
+        else:
+            _print_table(flat)
+
+    return run
+
+
+def _query(parser: Any) -> Run:
+    _images(parser)
+    parser.add_argument("--store", default="", help="folder of the feature store; or give --config")
+    parser.add_argument("-k", type=int, default=5, help="neighbours of each image")
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+    parser.add_argument("--sheet", default="", help="draw the images and their neighbours into this PNG")
+    add_config_arguments(parser)
+
+    def run(parser: Any, namespace: Any) -> None:
+        from lgd.evaluate import predict, retrieve
+        from lgd.store.latents import Store
+
+        folder, config = _model(parser, namespace)
+        store_folder = namespace.store or (config.latents.dir if config else "")
+        if not store_folder:
+            raise ConfigError("name the feature store: --store DIR, or --config F of its run")
+        scorer, store = predict.load_scorer(folder), Store(store_folder)
+        rows = retrieve.query(scorer, store, predict.find_images(namespace.images), namespace.k)
+        if namespace.sheet:
+            retrieve.draw_sheet(store, rows, Path(namespace.sheet))
+        answers = retrieve.as_json(rows)
+        if namespace.json:
+            print(json.dumps(answers, indent=1, ensure_ascii=False))
+            return
+        flat = [
+            {"image": row["image"], "predicted": row["level"], "rank": rank + 1, **neighbour}
+            for row in answers
+            for rank, neighbour in enumerate(row["neighbours"])
+        ]
+        if namespace.csv:
+            _print_csv(flat)
+        else:
+            _print_table(flat)
+
+    return run
+
+
+def _print_csv(rows: list[dict[str, Any]]) -> None:
+    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    def text(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    cells = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    for row in cells:
+        print("  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _verify(parser: Any) -> Run:
+    parser.add_argument("folder", help="a shard folder, a feature store or a checkpoint")
+
+    def run(parser: Any, namespace: Any) -> None:
+        folder = Path(namespace.folder)
+        problems, what = _problems(folder)
+        if problems:
+            raise DataError(f"{what} {folder} has {len(problems)} problem(s):\n" + "\n".join(problems))
+        print(f"{what} {folder}: no problems")
+
+    return run
+
+
+def _problems(folder: Path) -> tuple[list[str], str]:
+    if (folder / "manifest.json").is_file():
+        from lgd.data.verify import verify
+
+        return verify(folder), "shard folder"
+    if (folder / "store.json").is_file():
+        from lgd.store import index
+        from lgd.store.latents import Store
+
+        store = Store(folder)
+        indexed = index.problems(store) if (folder / "index" / "index.json").is_file() else []
+        return store.verify() + indexed, "feature store"
+    if (folder / "state.json").is_file():
+        from lgd.train.checkpoint import problems
+
+        return problems(folder), "checkpoint"
+    raise DataError(
+        f"{folder} is no shard folder (manifest.json), no feature store (store.json) and no checkpoint (state.json)"
+    )
+
+
+def _doctor(parser: Any) -> Run:
+    parser.add_argument("--gpu", action="store_true", help="try a bf16 step and a FAISS search on the GPU")
+
+    def run(parser: Any, namespace: Any) -> None:
+        from lgd.doctor import examine
+
+        findings = examine(namespace.gpu)
+        for finding in findings:
+            print(f"{finding.state:7} {finding.name:13} {finding.detail}")
+        if any(finding.state == "broken" for finding in findings):
+            raise DataError("something is broken: see the lines above")
+
+    return run
+
+
+VERBS: dict[str, tuple[str, Callable[[Any], Run]]] = {
+    "demo": ("the whole pipeline on virtual tissue, on this machine, in minutes", _demo),
+    "synth": ("draw virtual tissue in the BCI layout, with a truth.csv", _synth),
+    "build-shards": ("pack paired patches into WebDataset shards", _build_shards),
+    "train-teacher": ("train the IHC encoder and freeze it", _stage("train_teacher")),
+    "cache-latents": ("fill the feature store with latents and domain targets", _stage("cache_latents")),
+    "build-index": ("build the FAISS index and measure its recall", _stage("build_index")),
+    "train": ("train the H&E student", _stage("train_student")),
+    "evaluate": ("score the held-out split and write the report", _stage("evaluate")),
+    "predict": ("HER2 level and probabilities of H&E images", _predict),
+    "query": ("the nearest IHC latents of H&E images", _query),
+    "verify": ("check a shard folder, a feature store or a checkpoint end to end", _verify),
+    "doctor": ("what this machine has and lacks", _doctor),
+}
+
+
+def usage() -> str:
+    """The list of verbs."""
+    width = max(map(len, VERBS))
+    lines = [f"  {name:{width}}  {text}" for name, (text, _) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: lgd [--debug] VERB ...",
+            "",
+            "HER2 scoring from H&E alone, taught to hallucinate the latents of a frozen IHC teacher.",
+            "",
+            *lines,
+            "",
+            "lgd VERB --help tells the options of a verb; --debug shows the traceback of an error.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(lgd.__version__)
+        return 0
+    try:
+        _run(args[0], args[1:])
+    except ConfigError as error:
+        return _fail(error, 2, debug)
+    except (DataError, OSError) as error:
+        return _fail(error, 1, debug)
+    except KeyboardInterrupt:
+        print("lgd: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(verb: str, args: list[str]) -> None:
+    if verb not in VERBS:
+        import difflib
+
+        close = difflib.get_close_matches(verb, VERBS, 1)
+        raise ConfigError(f"there is no verb {verb!r}{f', did you mean {close[0]!r}' if close else ''}: see lgd --help")
+    text, add = VERBS[verb]
+    parser = make_parser(prog=f"lgd {verb}", description=text)
+    run = add(parser)
+    if verb == "demo" and "--config" not in args:
+        args = ["--config", str(Path(lgd.__file__).parents[1] / "configs" / "demo.yaml"), *args]
+    if verb == "train":
+        args = [f"--train.{arg[2:]}" if arg.split("=")[0] == "--resume" else arg for arg in args]
+    run(parser, parse(parser, args))
+
+
+def _fail(error: Exception, status: int, debug: bool) -> int:
+    if debug:
+        raise error
+    print(f"lgd: {error}", file=sys.stderr)
+    return status

@@ -1,0 +1,334 @@
+"""A run as frozen dataclasses, read from YAML with dotted overrides.
+
+Every field has a one-line docstring, which is also its `--help`. Unknown keys fail. Checks that need more
+than one field sit in `__post_init__` and name the field and the fix.
+"""
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+LEVEL_NAMES = ("0", "1+", "2+", "3+")
+
+# These are facts of `train:`; a second place for them would let the two disagree.
+_REFUSED_IN_DEEPSPEED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+)
+
+
+class ConfigError(ValueError):
+    """The command line or the configuration is wrong (exit status 2)."""
+
+
+class DataError(ValueError):
+    """The data or the environment is wrong (exit status 1)."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Where a run lives, and its seed."""
+
+    dir: str = "runs/run"
+    """Folder of the run; the other folders default to places under it."""
+    seed: int = 0
+    """Seed of weights, sample order and augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """The shards and how they are read."""
+
+    shards: str | list[str] = ""
+    """Shard folder, or a list of them; default RUN/shards."""
+    size: int = 256
+    """Side of the model's input, in pixels; images are shrunk to it."""
+    threads: int = 2
+    """Threads that read and decode, in each worker."""
+    lanes: int = 64
+    """Shards are dealt to this many lanes; the order of samples depends on it, never on the number of workers."""
+    augment: Literal["none", "d4", "d4+stain"] = "d4+stain"
+    """Training augmentation that keeps a cached target valid: turns and flips, and stain jitter."""
+    stain_jitter: float = 0.1
+    """Standard deviation of the factor on each stain's optical density under `d4+stain`."""
+
+    def __post_init__(self) -> None:
+        require(self.size >= 32, f"data.size is {self.size}: use at least 32 pixels")
+        require(self.threads >= 1, f"data.threads is {self.threads}: use at least 1")
+        require(self.lanes >= 1, f"data.lanes is {self.lanes}: use at least 1")
+        require(0 <= self.stain_jitter < 0.5, f"data.stain_jitter is {self.stain_jitter}: use 0 to 0.5")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """The IHC encoder that is trained once and then frozen."""
+
+    dir: str = ""
+    """Folder of the trained teacher; default RUN/teacher."""
+    encoder: str = "resnet10"
+    """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny), `hf:HUB_ID` or a local folder."""
+    epochs: float = 20
+    """Passes over the training split."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latents:
+    """The feature store and its index."""
+
+    dir: str = ""
+    """Folder of the feature store; default RUN/latents."""
+    views: Literal[1, 8] = 1
+    """Cached views of each IHC: itself, or all eight of the dihedral group D4."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type of the stored latents and targets."""
+    map: int = 4
+    """Side of the cached latent map; 0 caches pooled latents only."""
+    nuclei_grid: int = 8
+    """Side of the nuclei-density grid."""
+    membrane_grid: int = 4
+    """Side of the membrane-staining grid."""
+    batch: int = 64
+    """Patches in one forward pass of the teacher."""
+    index: str = "auto"
+    """FAISS factory string; `auto` is exact search up to 200,000 rows and IVF beyond."""
+    gallery: list[str] = field(default_factory=lambda: ["train"])
+    """Splits that queries search."""
+    recall: float = 0.99
+    """Recall@10 against exact search that an index must reach."""
+
+    def __post_init__(self) -> None:
+        for name in ("nuclei_grid", "membrane_grid", "batch"):
+            require(getattr(self, name) >= 1, f"latents.{name} is {getattr(self, name)}: use at least 1")
+        require(self.map >= 0, f"latents.map is {self.map}: use 0 for none, or the map's side")
+        require(0 < self.recall <= 1, f"latents.recall is {self.recall}: use 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Student:
+    """The H&E network and its losses."""
+
+    dir: str = ""
+    """Folder of the trained student; default RUN/student."""
+    method: Literal["lgd", "he-only"] = "lgd"
+    """LGD-Net, or the baseline that never sees the IHC's latents."""
+    encoder: str = "resnet10"
+    """Backbone of the morphology stream; see teacher.encoder."""
+    hallucination: Literal["own", "shared"] = "own"
+    """The hallucination stream has its own encoder, started from the teacher's weights, or shares the trunk."""
+    epochs: float = 20
+    """Passes over the training split."""
+    hallucination_loss: Literal["smooth-l1", "cosine"] = "smooth-l1"
+    """Distance between hallucinated and cached latents, both normalised."""
+    hallucination_weight: float = 1.0
+    """Weight of the hallucination loss."""
+    warmup: float = 0.1
+    """Share of the steps over which the hallucination weight rises from 0."""
+    nuclei_weight: float = 0.1
+    """Weight of the nuclei-grid loss."""
+    membrane_weight: float = 0.1
+    """Weight of the membrane-grid loss."""
+
+    def __post_init__(self) -> None:
+        for name in ("hallucination_weight", "nuclei_weight", "membrane_weight"):
+            require(getattr(self, name) >= 0, f"student.{name} is {getattr(self, name)}: use 0 or more")
+        require(0 <= self.warmup <= 1, f"student.warmup is {self.warmup}: use a share of the steps, 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    """How both networks are trained."""
+
+    workers: int = 1
+    """Training workers under Ray, one a GPU or a CPU; 0 trains in this process without Ray."""
+    engine: Literal["auto", "deepspeed", "torch"] = "auto"
+    """DeepSpeed, or its plain PyTorch twin; `auto` is DeepSpeed where it can be built."""
+    batch: int = 32
+    """Global batch, over all workers."""
+    accumulate: int = 1
+    """Micro-batches whose gradients are added in one step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward and backward pass."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises from 0; it then falls as a cosine."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for no limit."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step always saves one."""
+    evaluate_every: int = 0
+    """Steps between validations; 0 for once an epoch."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    resume: str = "auto"
+    """`auto` goes on from the newest complete checkpoint, `never` starts anew, a path goes on from that one."""
+    max_failures: int = 3
+    """How often Ray restarts lost workers before the run fails; -1 for always."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, f"train.workers is {self.workers}: use 0 (no Ray) or more")
+        for name in ("batch", "accumulate", "checkpoint_every", "keep"):
+            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: use at least 1")
+        require(self.lr > 0, f"train.lr is {self.lr}: use more than 0")
+        parts = max(self.workers, 1) * self.accumulate
+        require(
+            self.batch % parts == 0,
+            f"train.batch {self.batch} does not divide into train.workers {max(self.workers, 1)} x "
+            f"train.accumulate {self.accumulate}: use a multiple of {parts}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """The evaluation."""
+
+    dir: str = ""
+    """Folder of the report; default RUN/report."""
+    split: str = "test"
+    """Split that is scored."""
+    also: list[str] = field(default_factory=list)
+    """Folders of further students that the table compares."""
+    bootstrap: int = 1000
+    """Resamples of slides behind each 95 % interval."""
+    queries: int = 8
+    """Rows of the contact sheet."""
+
+    def __post_init__(self) -> None:
+        require(self.bootstrap >= 1, f"report.bootstrap is {self.bootstrap}: use at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run, whole."""
+
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    teacher: Teacher = field(default_factory=Teacher)
+    latents: Latents = field(default_factory=Latents)
+    student: Student = field(default_factory=Student)
+    train: Train = field(default_factory=Train)
+    report: Report = field(default_factory=Report)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Passed to DeepSpeed as it is, for example `zero_optimization: {stage: 2}`."""
+
+    def __post_init__(self) -> None:
+        for key in _REFUSED_IN_DEEPSPEED:
+            require(
+                key not in self.deepspeed,
+                f"deepspeed.{key} is set: batch size, precision, clipping, optimizer and schedule are set in "
+                "train: only; remove it there",
+            )
+        if self.train.engine == "torch":
+            require(
+                not self.deepspeed,
+                "deepspeed: is set but train.engine is torch, which would ignore it; remove one of the two",
+            )
+
+    def resolved(self) -> "Config":
+        """The same run with every default folder filled in."""
+        root = Path(self.run.dir)
+        shards = self.data.shards if isinstance(self.data.shards, list) else [self.data.shards]
+        shards = [folder or str(root / "shards") for folder in shards]
+        replace = dataclasses.replace
+        return replace(
+            self,
+            data=replace(self.data, shards=shards),
+            teacher=replace(self.teacher, dir=self.teacher.dir or str(root / "teacher")),
+            latents=replace(self.latents, dir=self.latents.dir or str(root / "latents")),
+            student=replace(self.student, dir=self.student.dir or str(root / "student")),
+            report=replace(self.report, dir=self.report.dir or str(root / "report")),
+        )
+
+    @property
+    def shard_dirs(self) -> list[Path]:
+        """The shard folders, in the order of their addresses."""
+        shards = self.data.shards if isinstance(self.data.shards, list) else [self.data.shards]
+        return [Path(folder) for folder in shards]
+
+    def as_yaml(self) -> str:
+        """The run as YAML that reads back as the same run."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def make_parser(**options: Any) -> Any:
+    """A jsonargparse parser whose errors become `ConfigError`."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return jsonargparse.ArgumentParser(exit_on_error=False, **options)
+
+
+def add_config_arguments(parser: Any) -> None:
+    """Give a parser `--config F` and one dotted option a field."""
+    parser.add_argument("--config", action="config", help="YAML file of the run; see configs/")
+    for section in dataclasses.fields(Config):
+        if section.name == "deepspeed":
+            parser.add_argument("--deepspeed", type=dict[str, Any], default={}, help="passed to DeepSpeed as it is")
+        else:
+            parser.add_class_arguments(section.type, section.name)
+
+
+def add_option_arguments(parser: Any, kind: Any, skip: Sequence[str] = ()) -> None:
+    """Give a parser one `--hyphened-option` a field of a dataclass, with the field's docstring as its help."""
+    import docstring_parser
+
+    described = {p.arg_name: p.description for p in docstring_parser.parse_from_object(kind).params}
+    for option in dataclasses.fields(kind):
+        if option.name in skip:
+            continue
+        required = option.default is dataclasses.MISSING
+        parser.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            type=option.type,
+            help=described[option.name],
+            **({"required": True} if required else {"default": option.default}),
+        )
+
+
+def parse(parser: Any, args: Sequence[str]) -> Any:
+    """Parse `args`; a mistake raises `ConfigError` with jsonargparse's own message."""
+    import jsonargparse
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return parser.parse_args(list(args))
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `--section.field value` overrides, and return the resolved run.
+
+    Raises `ConfigError` for an unknown key, a value of the wrong type or a broken cross-field rule.
+    """
+    parser = make_parser()
+    add_config_arguments(parser)
+    config_args = [] if path is None else ["--config", str(path)]
+    return config_of(parser, parse(parser, [*config_args, *overrides]))
+
+
+def config_of(parser: Any, namespace: Any) -> Config:
+    """The resolved `Config` of a namespace that `add_config_arguments`' parser gave."""
+    names = [f.name for f in dataclasses.fields(Config)]
+    instantiated = parser.instantiate(namespace)
+    return Config(**{name: instantiated[name] for name in names}).resolved()

@@ -1,0 +1,96 @@
+"""The H&E transforms that keep a cached target valid, on the batch, on the device.
+
+Two kinds are safe. The dihedral group D4 (turns and flips) moves the stored grids and maps with the image,
+and a store with eight views holds the teacher's latent of each element: `d4(ihc, k)` is view k. Stain
+jitter changes the H&E's colour only, which no stored target depends on. Anything else, such as a random
+crop, would train the student towards what the IHC shows elsewhere.
+
+Random numbers are a hash of (seed, epoch, sample, purpose): no state, and the same for any
+split into batches.
+
+Shapes: B batch, C channels, H and W pixels.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lgd.stain.deconvolve import H_E, rgb_to_od
+
+D4_ORDER = 8
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+# Two standard deviations: with a sigma below 0.5 no stain changes its sign.
+_LIMIT = 2.0
+
+
+def d4(x_BCHW: Tensor, k_B: Tensor | np.ndarray) -> Tensor:
+    """Element k of the dihedral group on each image.
+
+    k % 4 quarter turns counter-clockwise, then, where k is 4 or more, a left-right flip. Takes
+    (B, ..., H, W) with H = W, of any dtype, and integers 0..7 of shape (B,); gives a new tensor. `k_B` is
+    best on the CPU, where reading it makes no device wait.
+    """
+    return _by_element(x_BCHW, k_B, (-2, -1))
+
+
+def d4_grid(x_BHWC: Tensor, k_B: Tensor | np.ndarray) -> Tensor:
+    """`d4` for grids with the channels last: (B, H, W) or (B, H, W, C)."""
+    return _by_element(x_BHWC, k_B, (1, 2))
+
+
+def _by_element(x: Tensor, k_B: Tensor | np.ndarray, dims: tuple[int, int]) -> Tensor:
+    """Turn all images that share a k at once."""
+    if x.shape[dims[0]] != x.shape[dims[1]]:
+        raise ValueError(f"only squares can be turned, not {x.shape[dims[0]]} x {x.shape[dims[1]]}")
+    k_B = torch.as_tensor(k_B).cpu()
+    turned = torch.empty_like(x)
+    for k in k_B.unique().tolist():
+        rows = (k_B == k).nonzero().flatten().to(x.device)
+        part = torch.rot90(x[rows], k % 4, dims)
+        turned[rows] = part.flip(dims[1]) if k >= 4 else part
+    return turned
+
+
+def draw(seed: int, epoch_B: np.ndarray, sample_B: np.ndarray, purpose: str, n: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64 (B, n), a function of (seed, epoch, sample, purpose) alone.
+
+    `epoch_B` and `sample_B` (the sample's number over all shards) are int64 (B,); `purpose` keeps the draws
+    for different uses apart. The hash is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), applied to each
+    key in turn.
+    """
+    name = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    key_B = np.full(len(sample_B), int.from_bytes(name[:8], "little"), np.uint64)
+    for part_B in (epoch_B, sample_B):
+        key_B = _splitmix64(key_B + np.asarray(part_B, np.int64).view(np.uint64))
+    bits_Bn = _splitmix64(key_B[:, None] + _GOLDEN * np.arange(n, dtype=np.uint64))
+    return (bits_Bn >> np.uint64(11)) * 2.0**-53
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    """One step of SplitMix64 from the state x; arrays of uint64 wrap around without a warning."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def stain_jitter(rgb_B3HW: Tensor, u_B6: Tensor | np.ndarray, sigma: float) -> Tensor:
+    """Scale the amounts of hematoxylin, eosin and residual in each H&E by 1 + sigma * normal.
+
+    `rgb_B3HW` is uint8 or float in 0..255, `u_B6` holds uniforms in [0, 1) from `draw`; gives float32 in
+    0..255. Normals come from the uniforms by Box and Muller (1958) and are cut at two standard deviations.
+    With sigma 0 the image comes back unchanged.
+    """
+    u_B6 = torch.as_tensor(u_B6, dtype=torch.float64)
+    radius_B3 = torch.sqrt(-2 * torch.log1p(-u_B6[:, :3]))
+    normal_B3 = (radius_B3 * torch.cos(2 * torch.pi * u_B6[:, 3:])).clamp(-_LIMIT, _LIMIT)
+    # unmix, scale, mix and subtract the old OD are one matrix an image: pixels are touched once, and a
+    # change of zero leaves them exactly as they were.
+    change_B33 = torch.linalg.inv(H_E) @ torch.diag_embed(sigma * normal_B3).to(H_E.device) @ H_E
+    od_B3HW = rgb_to_od(rgb_B3HW)
+    added_B3HW = torch.einsum("bchw,bcs->bshw", od_B3HW, change_B33.to(od_B3HW))
+    return (rgb_B3HW * torch.pow(10.0, -added_B3HW)).clamp(0.0, 255.0)

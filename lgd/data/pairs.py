@@ -1,0 +1,291 @@
+"""Image files on disk -> `PatchPair`s: the BCI, MIST and CSV layouts.
+
+Only names are looked at here; `lgd.data.shards` reads the contents. Nothing is dropped silently: what looks
+like a patch but cannot be paired comes back as a `Problem`.
+"""
+
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lgd.config import LEVEL_NAMES, DataError
+
+Layout = Literal["bci", "mist", "csv"]
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
+_SPLIT = re.compile("[A-Za-z0-9_]+")
+_COLUMNS = ("he", "ihc", "key", "level", "slide", "split", "mpp")
+# With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.
+_LONGEST_KEY = 72
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchPair:
+    """An H&E patch and the IHC patch of the same field."""
+
+    key: str
+    """Unique name, of letters, digits, `_`, `+` and `-`."""
+    he: Path
+    ihc: Path
+    source: str
+    """The H&E file, relative to the root, with `/`."""
+    ihc_source: str
+    """The IHC file, likewise."""
+    level: int | None
+    """HER2 level 0 to 3; None where unknown."""
+    slide: str | None
+    group: str
+    """The slide where it is known, else the key: what must never lie on two sides of a split."""
+    split: str | None
+    """The published split; None where there is none."""
+    mpp: float | None
+    """Micrometres per pixel; None where unknown."""
+
+
+class Problem(NamedTuple):
+    """Why a patch cannot be used."""
+
+    name: str
+    """The file, relative to the root, or the row of the CSV."""
+    reason: str
+    """What is wrong, and the remedy."""
+    key: str = ""
+    he: str = ""
+    ihc: str = ""
+
+
+class _Found(NamedTuple):
+    """A pair before its key is known to be good and its slide is looked up."""
+
+    stem: str
+    he: Path
+    ihc: Path
+    level: int | None
+    slide: str | None
+    split: str | None
+    mpp: float | None = None
+
+
+def find_pairs(layout: Layout, root: Path, slides: Path | None = None) -> tuple[list[PatchPair], list[Problem]]:
+    """The pairs under `root`, sorted by key, and what could not be paired.
+
+    `bci`: `HE/SPLIT/NAME_LEVEL.png` and the same name under `IHC/`; the level is 0, 1+, 2+ or 3+.
+    `mist`: `trainA trainB valA valB`, A being the H&E; `SLIDE_ROW_COLUMN.jpg`. MIST publishes `val` as its
+    held-out set, so it is named `test` here.
+    `csv`: a folder with `pairs.csv`, or the CSV itself; columns he and ihc (relative to the CSV), and as you
+    have them key, level, slide, split and mpp.
+    `slides`: a CSV with the columns key and slide, which names the slide of every pair.
+
+    Raises `DataError` where the root or a CSV is missing or malformed, or holds no patches at all.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise DataError(f"{root} does not exist: give --root an existing folder")
+    if layout != "csv" and not root.is_dir():
+        raise DataError(f"{root} is no folder: give --root the folder of the {layout} layout")
+    scan = {"bci": _scan_bci, "mist": _scan_mist, "csv": _scan_csv}[layout]
+    base = root if root.is_dir() else root.parent
+    found: list[_Found] = []
+    problems: list[Problem] = []
+    for entry in scan(root):
+        if isinstance(entry, Problem):
+            problems.append(entry)
+        else:
+            found.append(entry)
+    if not found and not problems:
+        raise DataError(f"{root} holds no pairs of the {layout} layout: check --root and --layout")
+    pairs = _with_keys(found, base, problems)
+    if slides is not None:
+        pairs = _with_slides(pairs, slides, problems)
+    return sorted(pairs, key=lambda pair: pair.key), sorted(problems)
+
+
+def safe_key(stem: str) -> str:
+    """The key of a file stem: whatever is not a letter, digit, `_`, `+` or `-` becomes `_`."""
+    return re.sub(r"[^A-Za-z0-9_+-]", "_", stem)
+
+
+def _with_keys(found: list[_Found], base: Path, problems: list[Problem]) -> list[PatchPair]:
+    """Turn stems into keys; too long and shared keys become problems, for every pair that has them."""
+    owners: dict[str, list[_Found]] = {}
+    for entry in found:
+        owners.setdefault(safe_key(entry.stem), []).append(entry)
+    pairs = []
+    for key, entries in owners.items():
+        for entry in entries:
+            source = _relative(entry.he, base)
+            reason = ""
+            if len(entries) > 1:
+                others = ", ".join(_relative(other.he, base) for other in entries if other is not entry)
+                reason = f"has the key {key} of {others} too: rename one, or name keys in a CSV"
+            elif not key or len(key) > _LONGEST_KEY:
+                reason = f"its key has {len(key)} characters: use 1 to {_LONGEST_KEY}"
+            if reason:
+                problems.append(Problem(source, reason, key, source, _relative(entry.ihc, base)))
+                continue
+            fields = {name: getattr(entry, name) for name in ("he", "ihc", "level", "slide", "split", "mpp")}
+            ihc = _relative(entry.ihc, base)
+            pairs.append(PatchPair(key=key, source=source, ihc_source=ihc, group=entry.slide or key, **fields))
+    return pairs
+
+
+def _relative(path: Path, base: Path) -> str:
+    return path.relative_to(base).as_posix()
+
+
+def _with_slides(pairs: list[PatchPair], path: Path, problems: list[Problem]) -> list[PatchPair]:
+    """Name each pair's slide from a CSV; a pair that it does not name becomes a problem."""
+    known: dict[str, str] = {}
+    for number, row in _read_csv(path, required=("key", "slide"), allowed=None):
+        key, slide = safe_key(row["key"]), row["slide"]
+        if slide and known.setdefault(key, slide) != slide:
+            raise DataError(f"{path}: row {number}: slide {slide} of {key} was {known[key]} above: keep one of them")
+    named = []
+    for pair in pairs:
+        if pair.key in known:
+            named.append(replace(pair, slide=known[pair.key], group=known[pair.key]))
+        else:
+            reason = f"key {pair.key} has no slide in {path}: add the row"
+            problems.append(Problem(pair.source, reason, pair.key, pair.source, pair.ihc_source))
+    return named
+
+
+def _scan_bci(root: Path) -> Iterator[_Found | Problem]:
+    for stain in ("HE", "IHC"):
+        if not (root / stain).is_dir():
+            raise DataError(f"{root} has no folder {stain}: --layout bci wants HE/SPLIT and IHC/SPLIT in --root")
+        for path in _patches(root / stain).values():
+            for one in path:
+                reason = f"lies outside a split: move it into a folder such as {stain}/train"
+                yield Problem(_relative(one, root), reason)
+    folders = [path for stain in ("HE", "IHC") for path in (root / stain).iterdir() if _is_plain_folder(path)]
+    for split in sorted({path.name for path in folders}):
+        if not _SPLIT.fullmatch(split):
+            yield Problem(f"HE/{split}", "is no plain word: call a split train, val, test or the like")
+            continue
+        for entry in _match(root, root / "HE" / split, root / "IHC" / split):
+            if isinstance(entry, Problem):
+                yield entry
+                continue
+            he, ihc = entry
+            level = he.stem.rpartition("_")[2]
+            if level not in LEVEL_NAMES:
+                reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
+                yield Problem(_relative(he, root), reason, "", _relative(he, root), _relative(ihc, root))
+                continue
+            yield _Found(he.stem, he, ihc, LEVEL_NAMES.index(level), None, split)
+
+
+def _is_plain_folder(path: Path) -> bool:
+    """A folder that is not hidden, and not called like an image."""
+    return path.is_dir() and not path.name.startswith(".") and path.suffix.lower() not in _SUFFIXES
+
+
+def _scan_mist(root: Path) -> Iterator[_Found | Problem]:
+    folders = {"train": "train", "val": "test", "test": "test"}
+    for folder, split in folders.items():
+        he, ihc = root / f"{folder}A", root / f"{folder}B"
+        for entry in _match(root, he, ihc):
+            if isinstance(entry, Problem):
+                yield entry
+                continue
+            place = re.fullmatch(r"(.+)_\d+_\d+", entry[0].stem)
+            yield _Found(entry[0].stem, *entry, None, place[1] if place else None, split)
+
+
+def _match(root: Path, he: Path, ihc: Path) -> Iterator[tuple[Path, Path] | Problem]:
+    """Pair the patches of two folders by stem."""
+    he_patches, ihc_patches = _patches(he), _patches(ihc)
+    for stem in sorted(he_patches.keys() | ihc_patches.keys()):
+        mine, theirs = he_patches.get(stem, []), ihc_patches.get(stem, [])
+        bad = [path for path in mine + theirs if not path.is_file()]
+        for path in bad:
+            kind = "a folder" if path.is_dir() else "no readable file"
+            yield Problem(_relative(path, root), f"is {kind}, not an image: remove or replace it")
+        if bad:
+            continue
+        if not mine or not theirs:
+            there, missing = (mine[0], ihc) if mine else (theirs[0], he)
+            name = _relative(there, root)
+            reason = f"has no partner {stem} in {_relative(missing, root)}: add it, or remove this one"
+            yield Problem(name, reason, "", name if mine else "", "" if mine else name)
+        elif len(mine) > 1 or len(theirs) > 1:
+            names = ", ".join(_relative(path, root) for path in mine + theirs)
+            yield Problem(_relative(mine[0], root), f"its pair is ambiguous ({names}): keep one a stain")
+        else:
+            yield mine[0], theirs[0]
+
+
+def _patches(folder: Path) -> dict[str, list[Path]]:
+    """Whatever is called like an image in a folder, by stem; hidden files are the system's own."""
+    patches: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."):
+            patches.setdefault(path.stem, []).append(path)
+    return patches
+
+
+def _scan_csv(root: Path) -> Iterator[_Found | Problem]:
+    path = root / "pairs.csv" if root.is_dir() else root
+    for number, row in _read_csv(path, required=("he", "ihc"), allowed=_COLUMNS):
+        try:
+            yield _csv_pair(path.parent, row)
+        except DataError as error:
+            yield Problem(f"{path.name} row {number}", str(error), row.get("key", ""), row["he"], row["ihc"])
+
+
+def _csv_pair(base: Path, row: dict[str, str]) -> _Found:
+    """The pair of one row; `DataError` tells what is wrong with it."""
+    for role in ("he", "ihc"):
+        if not row[role] or Path(row[role]).is_absolute():
+            raise DataError(f"{role} is {row[role]!r}: give the path relative to the CSV")
+        if not (base / row[role]).is_file():
+            kind = "a folder" if (base / row[role]).is_dir() else "missing"
+            raise DataError(f"{role} {row[role]} is {kind}: correct the path or remove the row")
+    key, level, split, mpp = (row.get(name, "") for name in ("key", "level", "split", "mpp"))
+    if key != safe_key(key):
+        raise DataError(f"key is {key!r}: use letters, digits, _, + and - only")
+    names = {**{name: value for value, name in enumerate(LEVEL_NAMES)}, "1": 1, "2": 2, "3": 3}
+    if level and level not in names:
+        raise DataError(f"level is {level!r}: use {', '.join(LEVEL_NAMES)}, or leave it empty")
+    if split and not _SPLIT.fullmatch(split):
+        raise DataError(f"split is {split!r}: use a plain word such as train, val or test")
+    he, ihc = base / row["he"], base / row["ihc"]
+    slide = row.get("slide") or None
+    return _Found(key or he.stem, he, ihc, names.get(level), slide, split or None, _parse_mpp(mpp) if mpp else None)
+
+
+def _parse_mpp(text: str) -> float:
+    """Micrometres per pixel; `DataError` unless it is a number above 0 and below 100."""
+    try:
+        mpp = float(text)
+    except ValueError:
+        mpp = 0.0
+    if not 0 < mpp < 100:
+        raise DataError(f"mpp is {text!r}: use micrometres per pixel, such as 0.46")
+    return mpp
+
+
+def _read_csv(path: Path, required: tuple[str, ...], allowed: Any) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a CSV with their line numbers; values are stripped of blanks."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            columns = reader.fieldnames or []
+            missing = [name for name in required if name not in columns]
+            if missing:
+                raise DataError(f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)}): add it")
+            unknown = [name for name in columns if allowed and name not in allowed]
+            if unknown:
+                raise DataError(
+                    f"{path}: column {', '.join(unknown)} is unknown: use {', '.join(allowed)}, or remove it"
+                )
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(f"{path}: row {reader.line_num} has not {len(columns)} values: correct it")
+                yield reader.line_num, {name: value.strip() for name, value in row.items()}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as a CSV in UTF-8 ({error}): correct or replace it") from error

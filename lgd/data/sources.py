@@ -1,0 +1,222 @@
+"""Pairs -> checked sources -> the samples of each split, and the bytes of each sample's three members.
+
+Everything here is a pure function of files and options, so that a shard comes out the same wherever it is
+made.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lgd.config import LEVEL_NAMES, ConfigError, DataError
+from lgd.data.image import check, decode, encode
+from lgd.data.pairs import PatchPair, Problem
+from lgd.data.split import SplitRule, split_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A pair whose two images were read and decoded in full."""
+
+    pair: PatchPair
+    width: int
+    height: int
+    extensions: tuple[str, str]
+    """True types of the H&E and the IHC: jpg, png or webp."""
+    sha256: tuple[str, str]
+    """Digests of the H&E and the IHC file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A whole source, or one tile of it, with its place in the set."""
+
+    key: str
+    source: Source
+    split: str
+    row: int = 0
+    column: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoding:
+    """How images are stored."""
+
+    tile: int
+    """Side of the tiles, in pixels; 0 for whole patches."""
+    extension: str | None
+    """Type to encode to; None keeps the original bytes."""
+    quality: int
+    """JPEG quality."""
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror}): correct it or remove the pair") from error
+
+
+def check_pair(pair: PatchPair, tile: int) -> Source | Problem:
+    """Read and fully decode both images of a pair; they must be of one size, and hold at least one tile."""
+    try:
+        he, ihc = _read(pair.he, pair.source), _read(pair.ihc, pair.ihc_source)
+        heads = [check(he, pair.source), check(ihc, pair.ihc_source)]
+        _, width, height = heads[0]
+        if heads[0][1:] != heads[1][1:]:
+            raise DataError(
+                f"{pair.source}: is {width} x {height} pixels but its IHC {pair.ihc_source} is "
+                f"{heads[1].width} x {heads[1].height}: register the two, so that they show the same field"
+            )
+        if min(width, height) < tile:
+            raise DataError(
+                f"{pair.source}: is {width} x {height} pixels, smaller than --tile {tile}: use a smaller tile"
+            )
+    except DataError as error:
+        message = str(error)
+        name = pair.ihc_source if message.startswith(f"{pair.ihc_source}: ") else pair.source
+        return Problem(name, message.removeprefix(f"{name}: "), pair.key, pair.source, pair.ihc_source)
+    return Source(
+        pair=pair,
+        width=width,
+        height=height,
+        extensions=(heads[0].extension, heads[1].extension),
+        sha256=(hashlib.sha256(he).hexdigest(), hashlib.sha256(ihc).hexdigest()),
+    )
+
+
+def check_pairs(pairs: Sequence[PatchPair], tile: int) -> tuple[list[Source], list[Problem]]:
+    """Check all pairs in threads (the decoders release the GIL); the order of `pairs` is kept."""
+    from multiprocessing.pool import ThreadPool
+
+    from tqdm import tqdm
+
+    with ThreadPool(os.cpu_count()) as pool:
+        results = pool.imap(lambda pair: check_pair(pair, tile), pairs)
+        checked = list(tqdm(results, desc="check pairs", total=len(pairs), unit="pair", disable=None))
+    sources = [entry for entry in checked if isinstance(entry, Source)]
+    return sources, [entry for entry in checked if isinstance(entry, Problem)]
+
+
+def same_types(sources: Sequence[Source]) -> tuple[str, str]:
+    """The one type of all H&E and of all IHC images; `DataError` names two files that differ."""
+    first = sources[0]
+    for source in sources:
+        names = [(source.pair.source, first.pair.source), (source.pair.ihc_source, first.pair.ihc_source)]
+        for (name, other), mine, theirs in zip(names, source.extensions, first.extensions, strict=True):
+            if mine != theirs:
+                raise DataError(
+                    f"{other} holds {theirs} and {name} holds {mine}, but a shard set keeps one type a "
+                    "stain: use --image png or --image jpeg:95 to re-encode them all"
+                )
+    return first.extensions
+
+
+def place(sources: Sequence[Source], rule: SplitRule, salt: str, tile: int) -> list[Sample]:
+    """Give every source its split and cut it into tiles; sorted by key.
+
+    Raises `ConfigError` that names `--split` where there is nothing to keep, and `DataError` where it would
+    put one slide on two sides.
+    """
+    published = {source.pair.split for source in sources}
+    if rule.keep and None in published:
+        name = next(source.pair.source for source in sources if source.pair.split is None)
+        raise ConfigError(f"--split keep: {name} has no published split: use --split group:0.8,0.1,0.1")
+    if rule.keep and rule.shares and "val" in published:
+        raise ConfigError("--split keep:SHARE would add to the published val: use --split keep")
+    samples = []
+    for source in sources:
+        pair = source.pair
+        split = split_of(rule, pair.group, pair.split, salt)
+        assert split is not None
+        if not tile:
+            samples.append(Sample(key=pair.key, source=source, split=split))
+            continue
+        for row, column in itertools.product(range(source.height // tile), range(source.width // tile)):
+            key = f"{pair.key}_y{row}_x{column}"
+            samples.append(Sample(key=key, source=source, split=split, row=row, column=column))
+    _refuse_leak(samples)
+    return sorted(samples, key=lambda sample: sample.key)
+
+
+def _refuse_leak(samples: Sequence[Sample]) -> None:
+    sides: dict[str, set[str]] = {}
+    for sample in samples:
+        sides.setdefault(sample.source.pair.group, set()).add(sample.split)
+    leaking = sorted(group for group, splits in sides.items() if len(splits) > 1)
+    if leaking:
+        raise DataError(
+            f"--split keep puts {len(leaking)} slides on two sides, such as {leaking[0]} in "
+            f"{' and '.join(sorted(sides[leaking[0]]))}: use --split group:0.8,0.1,0.1"
+        )
+
+
+def caveats(samples: Sequence[Sample], rule: SplitRule) -> list[str]:
+    """Sentences that every report on these samples must repeat."""
+    unknown = sum(sample.source.pair.slide is None for sample in samples)
+    said = []
+    if unknown:
+        said.append(
+            f"The slides of {unknown} of {len(samples)} samples are unknown: one slide may lie on both sides "
+            "of the split, and a score on it may be inflated by slides seen in training."
+        )
+    present = {sample.split for sample in samples}
+    for split, share in rule.shares.items():
+        if share > 0 and split not in present and (not rule.keep or "train" in present):
+            said.append(f"The split {split} is empty: there are too few groups for its share of {share:g}.")
+    return said
+
+
+def members(samples: Iterable[Sample], encoding: Encoding, mpp: float | None) -> Iterator[list[bytes]]:
+    """The json, H&E and IHC bytes of each sample, in order.
+
+    Raises `DataError` for a source that is no longer the file that was checked.
+    """
+    for source, group in itertools.groupby(samples, key=lambda sample: sample.source):
+        images = [_reread(source, stain) for stain in (0, 1)]
+        if encoding.extension is None:
+            for sample in group:
+                yield [_describe(sample, images, source.width, source.height, mpp), *images]
+            continue
+        names = (source.pair.source, source.pair.ihc_source)
+        decoded = [decode(content, name) for content, name in zip(images, names, strict=True)]
+        for sample in group:
+            tile_h, tile_w = encoding.tile or source.height, encoding.tile or source.width
+            top, left = sample.row * tile_h, sample.column * tile_w
+            cut = [pixels[top : top + tile_h, left : left + tile_w] for pixels in decoded]
+            images = [encode(pixels, encoding.extension, encoding.quality) for pixels in cut]
+            yield [_describe(sample, images, tile_w, tile_h, mpp), *images]
+
+
+def _reread(source: Source, stain: int) -> bytes:
+    name = (source.pair.source, source.pair.ihc_source)[stain]
+    content = _read((source.pair.he, source.pair.ihc)[stain], name)
+    if hashlib.sha256(content).hexdigest() != source.sha256[stain]:
+        raise DataError(f"{name}: changed while the shards were built: build them again")
+    return content
+
+
+def _describe(sample: Sample, images: Sequence[bytes], width: int, height: int, mpp: float | None) -> bytes:
+    """KEY.json."""
+    pair = sample.source.pair
+    document: dict[str, Any] = {
+        "key": sample.key,
+        "level": pair.level,
+        "level_name": None if pair.level is None else LEVEL_NAMES[pair.level],
+        "slide": pair.slide,
+        "group": pair.group,
+        "split": sample.split,
+        "source": pair.source,
+        "width": width,
+        "height": height,
+        "mpp": mpp if pair.mpp is None else pair.mpp,
+        "sha256": {
+            role: hashlib.sha256(content).hexdigest() for role, content in zip(("he", "ihc"), images, strict=True)
+        },
+    }
+    return json.dumps(document, ensure_ascii=False).encode()

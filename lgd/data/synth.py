@@ -1,0 +1,221 @@
+"""Virtual tissue on disk, in BCI's layout: paired H&E and IHC of virtual slides, with the truth about them.
+
+Run as `lgd synth OUT --pairs N`. It leaves OUT/HE/{train,test}/00000_train_1+.png and the same names under
+OUT/IHC (the level is the slide's; as in BCI, the `.png` files hold JPEG streams), OUT/truth.csv, and, last,
+OUT/synth.json. The same options give the same bytes with any number of workers.
+"""
+
+import csv
+import dataclasses
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from tqdm import tqdm
+
+from lgd.config import LEVEL_NAMES, DataError, require
+from lgd.data.sections import draw_pair, slide_level
+from lgd.files import publish, read_json, write_json
+
+FORMAT = "lgd-synth/1"
+"""Changes whenever the same options would give other bytes."""
+TRUTH_COLUMNS = (
+    "key",
+    "slide",
+    "split",
+    "level",
+    "patch_level",
+    "nuclei",
+    "tumour_nuclei",
+    "membrane_od",
+    "membrane_completeness",
+    "stained_fraction",
+    "discordant",
+    "coupling",
+)
+_QUALITY = 92
+_DONE, _BEGUN = "synth.json", "synth.begun.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SynthOptions:
+    """What to draw, and where to."""
+
+    out: str
+    """Folder that is written; new, empty, or made before with the same options."""
+    pairs: int = 640
+    """Pairs of patches."""
+    size: int = 256
+    """Side of a patch, in pixels of 0.46 um; a multiple of 16."""
+    seed: int = 0
+    """Seed of everything drawn."""
+    slides: int = 0
+    """Virtual slides, with the levels balanced over them; 0 for one slide per 8 pairs, and at least 8."""
+    coupling: float = 0.7
+    """How much the H&E's morphology reveals of the level: 0 nothing, 1 much."""
+    test: float = 0.25
+    """Share of the slides in the folder `test`."""
+    workers: int = 0
+    """Processes that draw; 0 for one a CPU."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.out), "out is empty: name the folder to write")
+        require(self.pairs >= 1, f"pairs is {self.pairs}: use at least 1")
+        require(self.size >= 64 and self.size % 16 == 0, f"size is {self.size}: use a multiple of 16, at least 64")
+        require(self.seed >= 0, f"seed is {self.seed}: use 0 or more")
+        require(0 <= self.slides <= self.pairs, f"slides is {self.slides}: use 0 to pairs ({self.pairs})")
+        require(0 <= self.coupling <= 1, f"coupling is {self.coupling}: use 0 to 1")
+        require(0 <= self.test < 1, f"test is {self.test}: use 0 or more, below 1")
+        require(self.workers >= 0, f"workers is {self.workers}: use 0 (one a CPU) or more")
+        require(
+            self.test == 0 or self.slide_count >= 2,
+            f"test is {self.test} but there is one slide only: use at least 2 slides, or test 0",
+        )
+
+    @property
+    def slide_count(self) -> int:
+        """The number of slides, with the default filled in."""
+        return self.slides or min(self.pairs, max(8, -(-self.pairs // 8)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One pair to draw."""
+
+    out: str
+    key: str
+    slide: int
+    patch: int
+    split: str
+    options: SynthOptions
+
+
+def synthesise(options: SynthOptions) -> dict[str, Any]:
+    """Draw the set, or find it already drawn; return its summary.
+
+    The summary holds out, pairs, slides, train, test, levels (pairs by level name), discordant (pairs), bytes of
+    the images, and `reused`: True where a complete set with the same options was there. Raises `DataError` where
+    `out` holds anything else, or a set with other options. One that was interrupted is redone from scratch.
+    """
+    out, recipe = Path(options.out), _recipe(options)
+    if (out / _DONE).exists():
+        return {"out": str(out), **_reuse(out, recipe), "reused": True}
+    _claim(out, recipe)
+    tasks = _plan(options)
+    for stain in ("HE", "IHC"):
+        for split in {task.split for task in tasks}:
+            (out / stain / split).mkdir(parents=True)
+    rows = sorted(_draw_all(tasks, options.workers or os.cpu_count() or 1), key=lambda row: row["key"])
+    with publish(out / "truth.csv") as temporary, open(temporary, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, TRUTH_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = _summary(out, rows)
+    write_json(out / _DONE, {"format": FORMAT, "options": recipe, "summary": summary})
+    (out / _BEGUN).unlink()
+    return {"out": str(out), **summary, "reused": False}
+
+
+def _recipe(options: SynthOptions) -> dict[str, Any]:
+    """The options that decide about the bytes."""
+    recipe = dataclasses.asdict(options) | {"slides": options.slide_count}
+    del recipe["out"], recipe["workers"]
+    return recipe
+
+
+def _reuse(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a complete set, when it was made with this recipe and is still whole."""
+    done = read_json(out / _DONE)
+    if done.get("format") != FORMAT:
+        raise DataError(f"{out / _DONE}: format is {done.get('format')!r}, not {FORMAT}: choose another folder")
+    was = done["options"]
+    differing = [f"{name} {was.get(name)} (now {now})" for name, now in recipe.items() if was.get(name) != now]
+    if differing:
+        raise DataError(
+            f"{out} holds virtual tissue made with {', '.join(differing)}: choose another folder, or delete it"
+        )
+    found = sum(path.stat().st_size for path in _images(out))
+    if found != done["summary"]["bytes"] or not (out / "truth.csv").exists():
+        raise DataError(
+            f"{out} is not as it was made (its images hold {found} bytes, not "
+            f"{done['summary']['bytes']}, or truth.csv is gone): delete it and draw it again"
+        )
+    return done["summary"]
+
+
+def _claim(out: Path, recipe: dict[str, Any]) -> None:
+    """Make `out` ours and empty, or refuse it."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / _BEGUN).exists():
+        for stain in ("HE", "IHC"):
+            shutil.rmtree(out / stain, ignore_errors=True)
+    elif any(out.iterdir()):
+        raise DataError(f"{out} is not empty and holds no virtual tissue: choose a new folder")
+    write_json(out / _BEGUN, {"format": FORMAT, "options": recipe})
+
+
+def _plan(options: SynthOptions) -> list[_Task]:
+    """The pairs to draw. The last slides are the test's: whole slides, levels as balanced as four in a row are."""
+    slides = options.slide_count
+    held_out = min(max(round(options.test * slides), 1), slides - 1) if options.test else 0
+    numbers = np.random.default_rng((options.seed, options.pairs)).permutation(options.pairs)
+    tasks = []
+    for position, number in enumerate(numbers):
+        slide, patch = position % slides, position // slides
+        split = "test" if slide >= slides - held_out else "train"
+        key = f"{number:05d}_{split}_{LEVEL_NAMES[slide_level(options.seed, slide)]}"
+        tasks.append(_Task(options.out, key, slide, patch, split, options))
+    return tasks
+
+
+def _draw_all(tasks: list[_Task], workers: int) -> Iterator[dict[str, Any]]:
+    """Draw every task; gives its rows of the truth in the tasks' order."""
+    bar = tqdm(total=len(tasks), desc="virtual tissue", unit="pair")
+    with bar:
+        if workers == 1:
+            for task in tasks:
+                yield _draw(task)
+                bar.update()
+            return
+        # Spawned, because a fork of a process with threads (torch, Ray) can hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
+            for row in pool.map(_draw, tasks, chunksize=4):
+                yield row
+                bar.update()
+
+
+def _draw(task: _Task) -> dict[str, Any]:
+    """Draw one pair, write its two files, and give its row of the truth."""
+    options = task.options
+    he, ihc, truth = draw_pair(options.seed, task.slide, task.patch, options.size, options.coupling)
+    for stain, image in (("HE", he), ("IHC", ihc)):
+        stream = simplejpeg.encode_jpeg(image, quality=_QUALITY, colorsubsampling="420")
+        (Path(task.out) / stain / task.split / f"{task.key}.png").write_bytes(stream)
+    slide = f"slide-{task.slide:04d}"
+    return {"key": task.key, "slide": slide, "split": task.split, **truth, "coupling": options.coupling}
+
+
+def _images(out: Path) -> list[Path]:
+    return sorted(path for stain in ("HE", "IHC") for path in (out / stain).glob("*/*.png"))
+
+
+def _summary(out: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    splits, levels = (Counter(row[column] for row in rows) for column in ("split", "level"))
+    return {
+        "pairs": len(rows),
+        "slides": len({row["slide"] for row in rows}),
+        "train": splits["train"],
+        "test": splits["test"],
+        "levels": {name: levels[level] for level, name in enumerate(LEVEL_NAMES)},
+        "discordant": sum(row["discordant"] for row in rows),
+        "bytes": sum(path.stat().st_size for path in _images(out)),
+    }

@@ -1,0 +1,160 @@
+"""Ray: connect or start, map a function over arguments, launch training workers. The only importer of ray.
+
+With 0 workers everything runs in this process, without Ray; under torchrun such a process joins torchrun's world.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lgd.config import DataError
+
+# Ray Train prints each line twice otherwise, and warns of a default that does not concern us.
+_QUIET = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
+def connect(workers: int, what: str) -> float:
+    """Join the cluster that RAY_ADDRESS names, or start a local one; return the CPUs for each worker.
+
+    Raises `DataError` when the cluster cannot give `workers` workers a GPU or a CPU each; `what` names the option
+    that asked for them.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise DataError(f"Ray is not installed: pip install 'ray[default,train]', or set {what} to 0") from error
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        try:
+            if address:
+                ray.init(address=address, logging_level="error")
+            else:
+                # One machine has no preemption notice to watch for.
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+                # Ray Train asks the dashboard's process whether its controller lives, and complains without one.
+                ray.init(address="local", include_dashboard=True, logging_level="error")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            place = f"the cluster of RAY_ADDRESS={address}" if address else "a local Ray"
+            raise DataError(f"{place} cannot be reached or started ({error}); set {what} to 0 to do without") from error
+    has = ray.cluster_resources()
+    gpus, cpus = int(has.get("GPU", 0)), int(has.get("CPU", 0))
+    slots, kind = (gpus, "GPUs") if gpus else (cpus, "CPUs")
+    if workers > slots:
+        raise DataError(
+            f"{what} is {workers}, but this Ray cluster has {cpus} CPUs and {gpus} GPUs: set it to {slots} or less, "
+            f"or add nodes (one worker takes one of its {kind})"
+        )
+    # On a cluster of one's own the workers share all CPUs; on a shared one each takes a single slot.
+    return 1 if os.environ.get("RAY_ADDRESS") else max(1, cpus // max(workers, 1))
+
+
+def disconnect() -> None:
+    """Leave the cluster; a local one that `connect` started is stopped."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+
+
+def map_with(
+    make: Callable[[], Callable[[Argument], Result]], arguments: Sequence[Argument], *, workers: int, what: str
+) -> Iterator[Result]:
+    """Apply a function to each argument and yield the results as they come, in any order.
+
+    `make` builds the function once in each worker: what is costly to load is loaded there.
+    """
+    if workers == 0 or not arguments:
+        function = make()
+        yield from (function(argument) for argument in arguments)
+        return
+    cpus = connect(workers, what)
+    import ray
+    from ray.util import ActorPool
+
+    class Mapper:
+        """One worker."""
+
+        def __init__(self) -> None:
+            self.function = make()
+
+        def apply(self, argument: Argument) -> Result:
+            return self.function(argument)
+
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    actor = ray.remote(num_cpus=cpus, num_gpus=gpus)(Mapper)
+    actors = [actor.remote() for _ in range(min(workers, len(arguments)))]
+    pool: Any = ActorPool(actors)
+    try:
+        yield from pool.map_unordered(lambda worker, argument: worker.apply.remote(argument), list(arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise _cause(error) from error
+    finally:
+        for worker in actors:
+            ray.kill(worker)
+
+
+def _cause(error: Any) -> BaseException:
+    """The user's error behind a remote one, so that it is told as if it had happened here."""
+    cause = getattr(error, "cause", None)
+    while hasattr(cause, "cause") and cause.cause is not None and cause.cause is not cause:
+        cause = cause.cause
+    return cause if isinstance(cause, (ValueError, OSError)) else error
+
+
+def launch(
+    function: Callable[[dict[str, Any]], None],
+    argument: dict[str, Any],
+    *,
+    workers: int,
+    max_failures: int,
+    storage: str | Path,
+    name: str,
+) -> None:
+    """Run `function(argument)` once in each training worker, with a process group between them.
+
+    0 workers: in this process. Otherwise under Ray Train, which restarts the workers up to `max_failures` times
+    when one is lost; `function` must then go on from its own checkpoints.
+    """
+    if workers == 0:
+        function(argument)
+        return
+    cpus = connect(workers, "train.workers")
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    use_gpu = bool(ray.cluster_resources().get("GPU", 0))
+    trainer = TorchTrainer(
+        function,
+        train_loop_config=argument,
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(Path(storage).absolute()),
+            failure_config=FailureConfig(max_failures=max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _worker_error(error) from error
+
+
+def _worker_error(error: Any) -> BaseException:
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        if isinstance(failure, (ValueError, OSError)):
+            return failure
+        cause = _cause(failure)
+        if isinstance(cause, (ValueError, OSError)):
+            return cause
+    return error

@@ -1,0 +1,179 @@
+"""The report's pictures: confusion matrix, reliability diagram, and the contact sheet of queries.
+
+Drawn without pyplot, so without a display or global state, and published as PNG. Colours are those of Okabe
+and Ito (2008), which colour-blind readers can tell apart; what a colour says is also written or shaped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lgd.config import LEVEL_NAMES
+from lgd.files import publish
+from lgd.metrics import BINS, Predictions, confidence_bins, confusion, score
+
+Image = NDArray[np.uint8]
+DPI = 110
+_GREEN, _ORANGE, _RED, _GREY = "#009E73", "#E69F00", "#D55E00", "#999999"
+_LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+_MARKERS = "osD^vPX*"
+# A found level beside the query's: colour and style of the frame, and the words of the caption.
+_SAME, _ONE_OFF = (_GREEN, "-", "same level"), (_ORANGE, "--", "one level off")
+_BEYOND, _UNKNOWN = (_RED, ":", "further off"), (_GREY, "-.", "not comparable")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Neighbour:
+    """One IHC that a query found."""
+
+    key: str
+    slide: str | None
+    split: str
+    level: int | None
+    """0 to 3, or None where unknown."""
+    distance: float
+    """Distance of its latent to the hallucinated one."""
+    image: Image | None
+    """(H, W, 3) uint8 of the IHC, or None where it is not at hand."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Query:
+    """One H&E patch, its own IHC where there is one, and the IHCs that it found, nearest first."""
+
+    key: str
+    slide: str | None
+    level: int | None
+    """0 to 3, or None where unknown."""
+    predicted: int | None
+    """The student's level, or None where it was not asked."""
+    he: Image
+    """(H, W, 3) uint8."""
+    ihc: Image | None
+    """(H, W, 3) uint8; never an input of the student."""
+    neighbours: list[Neighbour]
+
+
+def confusion_matrix(predictions: Predictions, path: str | Path, title: str) -> None:
+    """Counts and row shares of the labelled patches, a row a true level."""
+    counts = confusion(predictions.level, predictions.predicted)
+    totals = counts.sum(1)
+    share = counts / np.maximum(totals, 1)[:, None]
+    figure = _figure(5.4, 4.8)
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(counts.shape):
+        text = f"{counts[row, column]}\n{share[row, column]:.0%}" if totals[row] else "–"
+        colour = "white" if share[row, column] > 0.55 else "black"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=11)
+    levels = np.arange(len(LEVEL_NAMES))
+    axes.set_xticks(levels, LEVEL_NAMES)
+    axes.set_yticks(levels, [f"{name}\n(n = {total})" for name, total in zip(LEVEL_NAMES, totals, strict=True)])
+    axes.set_xlabel("predicted level")
+    axes.set_ylabel("true level")
+    axes.set_title(title, parse_math=False, fontsize=11)
+    figure.colorbar(image, ax=axes, label="share of the true level", fraction=0.046)
+    _save(figure, path)
+
+
+def reliability_diagram(scored: Sequence[Predictions], path: str | Path) -> None:
+    """How often each model is right at each confidence, over how many patches have that confidence.
+
+    A marker's area grows with its number of patches: a bin of a few patches says little.
+    """
+    figure = _figure(5.6, 6.2 + 0.2 * len(scored))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    curves = above.plot([0, 1], [0, 1], color=_GREY, linestyle="--")
+    edges = np.linspace(0, 1, BINS + 1)
+    names = ["perfectly calibrated"]
+    for number, predictions in enumerate(scored):
+        known = predictions.labelled()
+        bins = confidence_bins(known.probability)
+        count = np.bincount(bins, minlength=BINS)
+        seen = count > 0
+        confidence = np.bincount(bins, known.probability.max(1), BINS)[seen] / count[seen]
+        right = np.bincount(bins, known.predicted == known.level, BINS)[seen] / count[seen]
+        colour, marker = _LINES[number % len(_LINES)], _MARKERS[number % len(_MARKERS)]
+        curves += above.plot(confidence, right, color=colour, linewidth=1, marker=marker, markersize=3)
+        above.scatter(confidence, right, 500 * count[seen] / count.sum(), color=colour, marker=marker, alpha=0.5)
+        below.stairs(count, edges, color=colour, linewidth=1.6)
+        names.append(f"{predictions.name} (ECE {score(known.level, known.probability)['ece']:.3f})")
+    above.set(xlim=(0, 1), ylim=(-0.03, 1.03), ylabel="share that is right", title="Is the confidence earned?")
+    below.set(xlabel="confidence: probability of the predicted level", ylabel="patches", ylim=(0, None))
+    below.yaxis.get_major_locator().set_params(integer=True)
+    for text in figure.legend(curves, names, fontsize=9, loc="outside lower center").get_texts():
+        text.set_parse_math(False)
+    _save(figure, path)
+
+
+def contact_sheet(rows: Sequence[Query], path: str | Path) -> None:
+    """A row a query: its H&E, its own IHC, and the IHCs that it found with level, slide and distance.
+
+    The frame of a found IHC, and that of the H&E for its predicted level, tells how far the level is from the
+    query's true one.
+    """
+    columns = 2 + max((len(row.neighbours) for row in rows), default=0)
+    figure = _figure(1.9 * columns, 2.55 * len(rows))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes, row in zip(grid, rows, strict=True):
+        true = _level_name(row.level)
+        said = [] if row.predicted is None else [f"predicted {_level_name(row.predicted)}"]
+        frame = None if row.predicted is None else _agreement(row.level, row.predicted)
+        lines = [_short(row.key), f"slide {_short(row.slide or 'unknown')}", f"true level {true}", *said]
+        _panel(axes[0], row.he, ["H&E query", *lines[:2], ", ".join(lines[2:])], frame)
+        _panel(axes[1], row.ihc, ["its own IHC", "not given to the student", "", f"true level {true}"], None)
+        for rank, (ax, found) in enumerate(zip(axes[2:], row.neighbours, strict=False), 1):
+            agreement = _agreement(row.level, found.level)
+            slide = f"slide {_short(found.slide or 'unknown')} ({found.split})"
+            level = f"level {_level_name(found.level)}, {agreement[2]}"
+            distance = f"found {rank}, distance {found.distance:.3f}"
+            _panel(ax, found.image, [distance, _short(found.key), slide, level], agreement)
+        for ax in axes[2 + len(row.neighbours) :]:
+            ax.set_axis_off()
+    _save(figure, path)
+
+
+def _agreement(true: int | None, level: int | None) -> tuple[str, str, str]:
+    if true is None or level is None:
+        return _UNKNOWN
+    return {0: _SAME, 1: _ONE_OFF}.get(abs(true - level), _BEYOND)
+
+
+def _panel(axes: Any, image: Image | None, lines: list[str], frame: tuple[str, str, str] | None) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if image is None:
+        axes.set_facecolor("#EEEEEE")
+        axes.set_box_aspect(1)
+        axes.text(0.5, 0.5, "no image", transform=axes.transAxes, ha="center", va="center", color="#555555")
+    else:
+        axes.imshow(image)
+    for spine in axes.spines.values():
+        spine.set_visible(frame is not None)
+        if frame is not None:
+            spine.set(color=frame[0], linestyle=frame[1], linewidth=4)
+    axes.set_xlabel("\n".join(lines), fontsize=7.5, parse_math=False, labelpad=5)
+
+
+def _level_name(level: int | None) -> str:
+    return "unknown" if level is None else LEVEL_NAMES[level]
+
+
+def _short(name: str, width: int = 24) -> str:
+    """`name`, with its middle left out where it is too wide for a caption."""
+    return name if len(name) <= width else f"{name[: width // 2]}…{name[-width // 2 + 1 :]}"
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    with publish(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)

@@ -1,0 +1,154 @@
+"""H&E files -> levels and probabilities, by patch and by slide."""
+
+import csv
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lgd.config import LEVEL_NAMES, DataError
+from lgd.data.image import decode
+from lgd.data.shards import Shard
+from lgd.data.stream import Reader, in_batches, stream
+from lgd.metrics import Predictions
+from lgd.models.student import load_student
+from lgd.models.teacher import load_teacher
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """A trained network, ready to score images."""
+
+    model: nn.Module
+    config: dict[str, Any]
+    device: str
+    role: str
+    """The image that it reads: he or ihc."""
+
+    @property
+    def name(self) -> str:
+        """Its row in a table."""
+        return {"lgd": "LGD-Net", "he-only": "H&E-only"}.get(self.config.get("method", ""), "IHC teacher")
+
+    def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
+        """uint8 (B, size, size, 3) -> `probability` (B, 4), `logits`, and `pooled` (B, D) where there is one."""
+        with torch.inference_mode():
+            image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)
+            out = self.model(image_B3HW)
+        found = {name: out[name].float().cpu().numpy() for name in ("logits", "pooled") if name in out}
+        scaled = torch.from_numpy(found["logits"].astype(np.float64)) / self.config["temperature"]
+        return found | {"probability": torch.softmax(scaled, dim=1).numpy()}
+
+
+def load_scorer(folder: str | Path, kind: str = "student") -> Scorer:
+    """The student, or the teacher, of a folder, on the GPU where there is one."""
+    model, config = load_student(folder) if kind == "student" else load_teacher(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Scorer(
+        model=model.to(device), config=config, device=device, role="he" if kind == "student" else "ihc"
+    )
+
+
+def score_shards(
+    scorer: Scorer, shards: Sequence[Shard], *, threads: int, batch: int = 64
+) -> tuple[Predictions, np.ndarray | None]:
+    """Score every sample once, in the order of the shards; also the pooled latents (n, D), if the network has any."""
+    reader = Reader(shards, (scorer.role,), scorer.config["size"])
+    keys, groups, levels, found = [], [], [], []
+    for samples in stream(reader, in_batches(np.arange(reader.total), batch), threads=threads):
+        keys += [sample.key for sample in samples]
+        groups += [sample.meta["group"] for sample in samples]
+        levels += [sample.level for sample in samples]
+        found.append(scorer.score(np.stack([sample.images[scorer.role] for sample in samples])))
+    reader.close()
+    probability = np.concatenate([f["probability"] for f in found])
+    predictions = Predictions(
+        name=scorer.name, keys=keys, groups=groups, level=np.array(levels, np.int64), probability=probability
+    )
+    pooled = np.concatenate([f["pooled"] for f in found]) if "pooled" in found[0] else None
+    return predictions, pooled
+
+
+def find_images(names: Sequence[str]) -> list[Path]:
+    """Files of a list of files, folders (searched deep) and glob patterns, sorted and each once."""
+    found: set[Path] = set()
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = {p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file()}
+            if not inside:
+                raise DataError(f"{path} holds no {', '.join(sorted(_SUFFIXES))} files")
+            found |= inside
+        elif path.is_file():
+            found.add(path)
+        else:
+            matching = {Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file()}
+            if not matching:
+                raise DataError(f"{name} is no file, no folder, and no pattern that matches files")
+            found |= matching
+    return sorted(found)
+
+
+def read_image(path: Path, size: int | None) -> np.ndarray:
+    """One image file as uint8 (H, W, 3), shrunk to size x size unless `size` is None."""
+    try:
+        return decode(path.read_bytes(), str(path), size)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def score_files(
+    scorer: Scorer, paths: Sequence[Path], batch: int = 32
+) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
+    """Score image files; yields each path with its row of what `Scorer.score` gives."""
+    for start in range(0, len(paths), batch):
+        some = paths[start : start + batch]
+        out = scorer.score(np.stack([read_image(path, scorer.config["size"]) for path in some]))
+        for row, path in enumerate(some):
+            yield path, {name: array[row] for name, array in out.items()}
+
+
+def as_row(name: str, probability_4: np.ndarray) -> dict[str, Any]:
+    """A prediction as it is printed: name, level, and the probability of each level."""
+    level = int(np.argmax(probability_4))
+    chances = {name: round(float(p), 4) for name, p in zip(LEVEL_NAMES, probability_4, strict=True)}
+    return {"image": name, "level": LEVEL_NAMES[level], "probabilities": chances}
+
+
+def predict(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None) -> list[dict[str, Any]]:
+    """Rows of `as_row`, one an image, or one a slide: the mean probability over its patches.
+
+    `slides` is a CSV with columns key (file name without suffix) and slide.
+    """
+    scored = [(path, row["probability"]) for path, row in score_files(scorer, paths)]
+    if slides is None:
+        return [as_row(str(path), probability) for path, probability in scored]
+    slide_of = read_slides(slides)
+    by_slide: dict[str, list[np.ndarray]] = {}
+    for path, probability in scored:
+        if path.stem not in slide_of:
+            raise DataError(f"{slides} names no slide for {path.stem} ({path}): add a row key,slide")
+        by_slide.setdefault(slide_of[path.stem], []).append(probability)
+    return [
+        as_row(slide, np.mean(rows, axis=0)) | {"patches": len(rows)}
+        for slide, rows in sorted(by_slide.items())
+    ]
+
+
+def read_slides(path: Path) -> dict[str, str]:
+    """Key -> slide, from a CSV with these two columns."""
+    try:
+        with open(path, newline="", encoding="utf-8") as stream_:
+            rows = list(csv.DictReader(stream_))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as CSV ({error})") from error
+    if not rows or not {"key", "slide"} <= rows[0].keys():
+        raise DataError(f"{path} needs the columns key and slide")
+    return {row["key"]: row["slide"] for row in rows}

@@ -1,0 +1,307 @@
+"""Numbers -> the report: `metrics.json`, `summary.md`, `confusion.png`, `reliability.png`, `queries.png`.
+
+    document = write_report(folder, [student, he_only, teacher], ...)
+    print(table([student, he_only, teacher], resamples, seed))
+
+A score never stands without its interval and its caveats. `summary.md` is written last. A group is a slide, or
+a source patch where slides are unknown.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lgd.config import LEVEL_NAMES, DataError
+from lgd.evaluate.figures import Query, confusion_matrix, contact_sheet, reliability_diagram
+from lgd.files import write_bytes, write_json
+from lgd.metrics import Interval, Predictions, by_slide, confusion, paired_difference, score_with_intervals
+
+FEW_GROUPS = 10
+"""Below this many slides a bootstrap interval means little."""
+FEW_OF_A_LEVEL = 3
+"""Below this many slides a level's sensitivity is that of these slides."""
+FEW_LEVEL_0 = 50
+"""Below this many patches of level 0 its sensitivity and AUC mean little."""
+
+_HEADLINE = {
+    "accuracy": "accuracy",
+    "kappa": "quadratic weighted kappa",
+    "macro_f1": "macro-F1",
+    "within_one": "within one level",
+    "ece": "ECE",
+}
+_SENSITIVITY = {f"sensitivity_{level}": name for level, name in enumerate(LEVEL_NAMES)}
+_AUC = {"auc_0_vs_rest": "0 against rest", "auc_low": "1+/2+ against rest", "auc_3_vs_rest": "3+ against rest"}
+_PICTURES = {
+    "confusion.png": "Confusion matrix",
+    "reliability.png": "Reliability diagram",
+    "queries.png": "Contact sheet: H&E queries, their own IHC, and the known IHCs that they resemble",
+}
+
+
+def write_report(
+    folder: Path,
+    scored: Sequence[Predictions],
+    own_retrieval: dict[str, float] | None,
+    queries: Sequence[Query],
+    caveats: Sequence[str],
+    provenance: dict[str, Any],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Write the report of one split into `folder` and return what `metrics.json` holds (None for undefined).
+
+    `scored` holds at least one model; the first is the student, and every other one is compared to it.
+    `own_retrieval` is what `lgd.metrics.retrieval` gave. `provenance` may be any JSON; its `command` is shown as
+    the way to reproduce the report. Raises `DataError` where models were scored on different patches.
+    """
+    student = scored[0]
+    groups = set(student.groups)
+    labels = student.level[student.level >= 0]
+    common = int(np.bincount(labels).argmax()) if len(labels) else None
+    document = _json_ready(
+        {
+            "format": "lgd-report/1",
+            "caveats": list(caveats),
+            "provenance": provenance,
+            "resamples": resamples,
+            "seed": seed,
+            "patches": len(student.keys),
+            "labelled": len(labels),
+            "groups": len(groups),
+            "levels": {name: int((labels == level).sum()) for level, name in enumerate(LEVEL_NAMES)},
+            "always_the_commonest_level": None if common is None else float((labels == common).mean()),
+            "models": [_model(predictions, resamples, seed) for predictions in scored],
+            "differences": [_differences(student, other, resamples, seed) for other in scored[1:]],
+            "own_retrieval": own_retrieval,
+        }
+    )
+    # A picture of an earlier report would pass for one of this.
+    for name in _PICTURES:
+        (folder / name).unlink(missing_ok=True)
+    if len(labels):
+        confusion_matrix(student, folder / "confusion.png", f"{student.name}: {len(labels)} patches")
+        reliability_diagram(scored, folder / "reliability.png")
+    if queries:
+        contact_sheet(queries, folder / "queries.png")
+    write_json(folder / "metrics.json", document)
+    pictures = [name for name in _PICTURES if (folder / name).exists()]
+    write_bytes(folder / "summary.md", _summary(document, pictures).encode())
+    return document
+
+
+def table(scored: Sequence[Predictions], resamples: int, seed: int) -> str:
+    """Accuracy, kappa and macro-F1 of each model, with 95 % intervals, as text of fixed width."""
+    names = ("accuracy", "kappa", "macro_f1")
+    rows = [["model", "patches", "groups", "accuracy", "kappa", "macro-F1"]]
+    for predictions in scored:
+        known = predictions.labelled()
+        scores = score_with_intervals(known, resamples, seed)
+        counts = [str(len(known.keys)), str(len(set(known.groups)))]
+        rows.append([known.name, *counts, *(_shown(_json_ready(scores[name])) for name in names)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def caveats_of(manifests: Sequence[dict[str, Any]], predictions: Predictions, virtual: bool) -> list[str]:
+    """What a reader must know before believing a score of `predictions`, most serious first.
+
+    `manifests` are those of the shard folders; `virtual` says that their tissue is synthetic.
+    """
+    known = predictions.labelled()
+    found = []
+    if virtual:
+        found.append("The tissue is virtual: drawn by a program. Nothing here says anything about real tissue.")
+    if any(manifest.get("may_leak") for manifest in manifests):
+        found.append(
+            "Slides are unknown, so the split may leak: patches of one slide can be in training and in this split, "
+            "and recognising the slide then passes for scoring HER2. The intervals treat the patches of a slide as "
+            "independent and are too narrow."
+        )
+    of_slides = any(manifest["layout"] == "bci" for manifest in manifests) or _share_levels(known)
+    if len(known.keys) and of_slides and not virtual:
+        found.append(
+            "A level is that of the whole slide, not of the patch: a patch can look unlike its level, and its score "
+            "cannot be checked against the brown on it."
+        )
+    found += _caveats_of_counts(known)
+    if unlabelled := len(predictions.keys) - len(known.keys):
+        found.append(f"{unlabelled} of {len(predictions.keys)} patches have no level and are not scored.")
+    found += [caveat for manifest in manifests for caveat in manifest.get("caveats", [])]
+    found.append(
+        "This is an independent design of what the abstract of LGD-Net (arXiv:2602.17793) states: no number here is "
+        "the paper's. It is for research and not for diagnosis."
+    )
+    return list(dict.fromkeys(found))
+
+
+def _share_levels(known: Predictions) -> bool:
+    """Some group has several patches, and no group has patches of two levels."""
+    pairs = set(zip(known.groups, known.level.tolist(), strict=True))
+    return len(pairs) == len(set(known.groups)) < len(known.keys)
+
+
+def _caveats_of_counts(known: Predictions) -> list[str]:
+    if not known.keys:
+        return ["No patch of this split has a level: there is nothing to score."]
+    found = []
+    patches = np.bincount(known.level, minlength=len(LEVEL_NAMES))
+    behind = Counter(level for _, level in set(zip(known.groups, known.level.tolist(), strict=True)))
+    groups = len(set(known.groups))
+    if groups < FEW_GROUPS:
+        found.append(f"Slides or source patches that are scored: only {groups}. The intervals mean little.")
+    if few := [f"{LEVEL_NAMES[level]} ({behind[level]})" for level in sorted(behind) if behind[level] < FEW_OF_A_LEVEL]:
+        found.append(
+            f"Levels that come from very few slides or source patches: {', '.join(few)}. Their sensitivity is that of "
+            "these alone."
+        )
+    if absent := [name for name, count in zip(LEVEL_NAMES, patches, strict=True) if not count]:
+        found.append(f"No patch of level {', '.join(absent)} is scored: no metric tells how such patches fare.")
+    if 0 < patches[0] < FEW_LEVEL_0:
+        found.append(f"Patches of level 0 that are scored: only {patches[0]}. Telling 0 from 1+ is hardly measured.")
+    return found
+
+
+def _model(predictions: Predictions, resamples: int, seed: int) -> dict[str, Any]:
+    model: dict[str, Any] = {"name": predictions.name, "by_patch": _scores(predictions, resamples, seed)}
+    if len(set(predictions.groups)) == len(predictions.groups):
+        return model | {"by_slide": None, "no_slides": "every group is a single patch"}
+    try:
+        return model | {"by_slide": _scores(by_slide(predictions), resamples, seed), "no_slides": None}
+    except DataError as error:
+        return model | {"by_slide": None, "no_slides": str(error)}
+
+
+def _scores(predictions: Predictions, resamples: int, seed: int) -> dict[str, Any]:
+    known = predictions.labelled()
+    return {
+        "scored": len(known.keys),
+        "groups": len(set(known.groups)),
+        "metrics": score_with_intervals(known, resamples, seed),
+        "confusion": confusion(known.level, known.predicted).tolist(),
+    }
+
+
+def _differences(student: Predictions, other: Predictions, resamples: int, seed: int) -> dict[str, Any]:
+    metrics = {name: paired_difference(student, other, name, resamples, seed) for name in _HEADLINE}
+    return {"of": student.name, "minus": other.name, "metrics": metrics}
+
+
+def _json_ready(value: Any) -> Any:
+    """`value` with None for every number that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _json_ready(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _summary(document: dict[str, Any], pictures: Sequence[str]) -> str:
+    models = document["models"]
+    counts = ", ".join(f"{count} of {name}" for name, count in document["levels"].items())
+    text = [
+        "# HER2 level from H&E: report\n",
+        "## Read this first\n",
+        *(f"- {caveat}" for caveat in document["caveats"]),
+        "",
+        f"{document['patches']} patches in {document['groups']} groups; {document['labelled']} have a level "
+        f"({counts}). A group is a slide, or a source patch where slides are unknown.\n",
+    ]
+    if document["labelled"]:
+        text += _score_sections(document)
+    else:
+        text += ["## Scores\n", "No patch of this split has a level, so there is nothing to score.\n"]
+    if document["own_retrieval"] is not None:
+        text += _retrieval_section(document["own_retrieval"])
+    text += [line for name in pictures for line in (f"## {_PICTURES[name]}\n", f"![{_PICTURES[name]}]({name})\n")]
+    command = document["provenance"].get("command")
+    text += ["## How to reproduce\n", *([f"    {command}\n"] if command else [])]
+    text.append(f"All numbers, and the provenance of model and data, are in `metrics.json` ({len(models)} models).\n")
+    return "\n".join(text)
+
+
+def _score_sections(document: dict[str, Any]) -> list[str]:
+    models = document["models"]
+    text = [
+        "## Scores by patch\n",
+        *_scores_table(models, "by_patch", _HEADLINE),
+        f"Brackets hold 95 % intervals from {document['resamples']} resamples of the groups. One of no width means "
+        "that all groups agree, not that the value is certain; [–] means that fewer than two groups stand behind the "
+        "value. Always answering the commonest level would reach an "
+        f"accuracy of {document['always_the_commonest_level']:.3f}.\n",
+        "## Scores by slide\n",
+    ]
+    if models[0]["by_slide"] is None:
+        text.append(f"There is no table by slide: {models[0]['no_slides']}.\n")
+    else:
+        text += _scores_table(models, "by_slide", _HEADLINE)
+        text.append("The probabilities of a group's patches are averaged.\n")
+    text += ["## Sensitivity by level, by patch\n", *_scores_table(models, "by_patch", _SENSITIVITY)]
+    text += ["## AUC, by patch\n", *_scores_table(models, "by_patch", _AUC)]
+    text.append("1+/2+ is the grouping by IHC alone; HER2-low needs ISH for 2+.\n")
+    if document["differences"]:
+        text += ["## Paired differences, by patch\n"]
+        rows = [
+            [f"{row['of']} minus {row['minus']}", *(_shown(row["metrics"][name], "+.3f") for name in _HEADLINE)]
+            for row in document["differences"]
+        ]
+        text += _markdown(["", *_HEADLINE.values()], rows)
+        text.append(
+            "Both models see the same resamples. An interval that holds 0 shows no difference. Of ECE less is better.\n"
+        )
+    return text
+
+
+def _retrieval_section(found: dict[str, float]) -> list[str]:
+    rows = [
+        [name, _number(found[key]), _number(found[f"chance_{key}"])]
+        for key, name in {
+            "median_rank": "median rank",
+            "recall_at_1": "recall at 1",
+            "recall_at_5": "recall at 5",
+            "recall_at_10": "recall at 10",
+        }.items()
+    ]
+    return [
+        "## Retrieval of the own IHC\n",
+        f"{found['queries']} H&E queries, each searching its own pair among {found['gallery']} IHC latents.\n",
+        *_markdown(["", "found", "by chance"], rows),
+    ]
+
+
+def _scores_table(models: Sequence[dict[str, Any]], level: str, columns: dict[str, str]) -> list[str]:
+    unit = "patches" if level == "by_patch" else "slides"
+    rows = [
+        [
+            model["name"],
+            str(model[level]["scored"]),
+            *(_shown(model[level]["metrics"][name]) for name in columns),
+        ]
+        for model in models
+    ]
+    return _markdown(["model", unit, *columns.values()], rows)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [list(head), ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]
+
+
+def _shown(interval: Interval | dict[str, None], form: str = ".3f") -> str:
+    """`0.712 [0.650, 0.770]`, a dash for what is undefined."""
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    if value is None:
+        return "–"
+    if low is None:
+        return f"{value:{form}} [–]"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:g}"

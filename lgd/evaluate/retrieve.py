@@ -1,0 +1,160 @@
+"""H&E query -> hallucinated latent -> nearest teacher latents.
+
+found = retrieve.query(load_scorer("runs/demo/student"), Store("runs/demo/latents"), [Path("he.png")], k=5)
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lgd.config import LEVEL_NAMES, DataError
+from lgd.data.shards import open_shards
+from lgd.data.stream import Reader
+from lgd.evaluate.predict import Scorer, as_row, read_image, score_files
+from lgd.store.index import Searcher
+from lgd.store.latents import Store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hit:
+    """One neighbour: a stored IHC latent."""
+
+    key: str
+    slide: str | None
+    split: str
+    level: str | None
+    """0, 1+, 2+, 3+, or None where it is unknown."""
+    distance: float
+    """1 - cosine of the hallucinated and the stored latent."""
+    part: int
+    row: int
+
+
+def check_pair(scorer: Scorer, store: Store) -> None:
+    """Raise `DataError` unless the student hallucinates the latents of the teacher that made the store."""
+    if scorer.config.get("method") != "lgd":
+        raise DataError(
+            "this student has no hallucination stream (method he-only): query with one of method lgd"
+        )
+    there, asked = store.document["recipe"]["teacher"], scorer.config["teacher_sha256"]
+    if there != asked:
+        raise DataError(
+            f"the store {store.folder} was made by another teacher ({there[:12]}) than the one that this student "
+            f"hallucinates ({asked[:12]}): use the store that it was trained on, or cache and train again"
+        )
+
+
+def search(searcher: Searcher, store: Store, vectors_nD: np.ndarray, k: int) -> list[list[Hit]]:
+    """The k nearest stored latents of each vector, nearest first, in one search."""
+    distance_nk, position_nk = searcher.search(vectors_nD, k)
+    return [
+        [
+            _hit(store, searcher.table[p], float(d))
+            for d, p in zip(distances, positions, strict=True)
+            if p >= 0
+        ]
+        for distances, positions in zip(distance_nk, position_nk, strict=True)
+    ]
+
+
+def _hit(store: Store, entry: Any, distance: float) -> Hit:
+    part, row = int(entry["part"]), int(entry["row"])
+    where = store.parts[part]
+    level, slide = int(where.array("level")[row]), bytes(where.array("slide")[row]).decode()
+    return Hit(
+        key=bytes(entry["key"]).decode(),
+        slide=slide or None,
+        split=where.sidecar["split"],
+        level=None if level < 0 else LEVEL_NAMES[level],
+        distance=distance,
+        part=part,
+        row=row,
+    )
+
+
+def query(scorer: Scorer, store: Store, images: Sequence[Path], k: int) -> list[dict[str, Any]]:
+    """For each H&E image its level and probabilities, and its k nearest stored IHC latents as `hits`."""
+    check_pair(scorer, store)
+    if k < 1:
+        raise DataError(f"-k is {k}: ask for at least 1 neighbour")
+    searcher = Searcher(store)
+    scored = list(score_files(scorer, images))
+    found = search(searcher, store, np.stack([row["pooled"] for _, row in scored]), k)
+    return [
+        as_row(str(path), row["probability"]) | {"hits": hits}
+        for (path, row), hits in zip(scored, found, strict=True)
+    ]
+
+
+def as_json(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `query` as plain JSON, with `neighbours`."""
+    hidden = ("part", "row")
+    return [
+        {name: value for name, value in row.items() if name != "hits"}
+        | {"neighbours": [{n: v for n, v in asdict(hit).items() if n not in hidden} for hit in row["hits"]]}
+        for row in rows
+    ]
+
+
+class Gallery:
+    """The images behind a store, for pictures: it finds the shards where they were when the store was made."""
+
+    def __init__(self, store: Store, size: int) -> None:
+        self.store = store
+        shards = {}
+        for folder in store.document["shards"]:
+            if not Path(folder).is_dir():
+                raise DataError(
+                    f"the shards of this store were in {folder}, which is gone: put them back, or query without --sheet"
+                )
+            shards |= {shard.sha256: shard for shard in open_shards(Path(folder))[1]}
+        lost = [p.sidecar["name"] for p in store.parts if p.sidecar["tar_sha256"] not in shards]
+        if lost:
+            raise DataError(
+                f"the shards of {store.folder} changed since it was made ({lost[0]}): run lgd cache-latents"
+            )
+        self.reader = Reader([shards[p.sidecar["tar_sha256"]] for p in store.parts], ("ihc",), size)
+        self.first = np.concatenate([[0], np.cumsum(self.reader.sizes)])
+
+    def image(self, hit: Hit) -> np.ndarray:
+        """The IHC of a neighbour, uint8 (size, size, 3)."""
+        return self.reader.read(int(self.first[hit.part]) + hit.row).images["ihc"]
+
+
+def draw_sheet(store: Store, rows: Sequence[dict[str, Any]], path: Path, size: int = 256) -> None:
+    """Draw each query of `query` beside the IHCs that it found, as a PNG."""
+    from lgd.evaluate.figures import Query, contact_sheet
+
+    gallery = Gallery(store, size)
+    contact_sheet(
+        [
+            Query(
+                key=Path(row["image"]).stem,
+                slide=None,
+                level=None,
+                predicted=LEVEL_NAMES.index(row["level"]),
+                he=read_image(Path(row["image"]), size),
+                ihc=None,
+                neighbours=[as_neighbour(hit, gallery) for hit in row["hits"]],
+            )
+            for row in rows
+        ],
+        path,
+    )
+
+
+def as_neighbour(hit: Hit, gallery: Gallery) -> Any:
+    """A hit with its picture."""
+    from lgd.evaluate.figures import Neighbour
+
+    return Neighbour(
+        key=hit.key,
+        slide=hit.slide,
+        split=hit.split,
+        level=None if hit.level is None else LEVEL_NAMES.index(hit.level),
+        distance=hit.distance,
+        image=gallery.image(hit),
+    )

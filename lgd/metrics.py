@@ -1,0 +1,352 @@
+"""Pure numbers: scores of HER2 levels, their intervals, calibration and retrieval.
+
+The levels are ordered: quadratic weighted kappa, within-one accuracy and the sensitivity of each level stand
+beside accuracy. Patches of one slide are not independent, so every interval resamples groups (slides, or
+source patches where slides are unknown) with all of their patches.
+
+Point values come from scikit-learn. The bootstrap does not: 1000 resamples of 500 patches would take 16 s.
+All metrics but the AUCs are functions of sums over patches, so each group is summed once and a resample is
+one row of a matrix product (0.2 s). Tests hold both ways against each other.
+
+Shapes: n patches, G groups, R resamples, S sums, D latent size, m gallery rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lgd.config import LEVEL_NAMES, DataError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Interval = dict[str, float]
+"""`value`, and `low` and `high` of its 95 % interval."""
+
+LEVELS = len(LEVEL_NAMES)
+BINS = 10
+"""Equal-width bins of confidence behind ECE and the reliability diagram."""
+
+_AUC_LEVELS = {"auc_0_vs_rest": [0], "auc_3_vs_rest": [3], "auc_low": [1, 2]}
+METRICS = (
+    *("accuracy", "macro_f1", "kappa", "within_one"),
+    *(f"sensitivity_{level}" for level in range(LEVELS)),
+    *_AUC_LEVELS,
+    *("ece", "brier"),
+)
+_LEVEL = np.arange(LEVELS)
+_DISAGREEMENT = (_LEVEL[:, None] - _LEVEL).astype(np.float64) ** 2
+# Columns of the sums: confusion matrix, correct minus confidence of each bin, squared error.
+_CONFUSION, _GAPS, _SQUARED = slice(0, LEVELS**2), slice(LEVELS**2, LEVELS**2 + BINS), LEVELS**2 + BINS
+# Elements of one block of resamples: 32 MB of float64 each, however many patches there are.
+_BLOCK = 4_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Predictions:
+    """What one model said about one split. Raises `DataError` for sizes or values that cannot be scored."""
+
+    name: str
+    """Name of the model, as tables show it."""
+    keys: list[str]
+    """Key of each patch."""
+    groups: list[str]
+    """Slide of each patch, or its source patch where slides are unknown."""
+    level: Ints
+    """(n,) int64, 0 to 3; -1 for unknown."""
+    probability: Floats
+    """(n, 4) float64; rows sum to 1."""
+
+    def __post_init__(self) -> None:
+        n = len(self.keys)
+        if len(self.groups) != n or self.level.shape != (n,) or self.probability.shape != (n, LEVELS):
+            raise DataError(
+                f"{self.name}: {n} keys, {len(self.groups)} groups, levels of shape {self.level.shape} and "
+                f"probabilities of shape {self.probability.shape}: give one group, level and row a key"
+            )
+        if n and not (-1 <= self.level.min() and self.level.max() < LEVELS):
+            raise DataError(f"{self.name}: a level is outside -1 (unknown) to {LEVELS - 1}")
+        # bf16 softmax rows miss 1 by up to 0.004.
+        sound = (self.probability >= 0).all(1) & (abs(self.probability.sum(1) - 1) < 0.01)
+        if not sound.all():
+            row = int(np.argmin(sound))
+            raise DataError(
+                f"{self.name}: {self.probability[row].tolist()} of {self.keys[row]} are not probabilities; a "
+                "training that diverged gives such values"
+            )
+
+    @property
+    def predicted(self) -> Ints:
+        """(n,) the most probable level; the lower one of equals."""
+        return self.probability.argmax(1)
+
+    def labelled(self) -> "Predictions":
+        """The patches whose level is known."""
+        rows = np.flatnonzero(self.level >= 0)
+        return replace(
+            self,
+            keys=[self.keys[row] for row in rows],
+            groups=[self.groups[row] for row in rows],
+            level=self.level[rows],
+            probability=self.probability[rows],
+        )
+
+
+def score(level_n: Ints, probability_n4: Floats) -> dict[str, float]:
+    """Every name of `METRICS` -> value; NaN where it is undefined. Patches of level -1 are left out.
+
+    - `macro_f1`: mean over the levels that occur as truth or as answer.
+    - `kappa`: Cohen's, quadratic weights; undefined where truth and answer are one and the same level.
+    - `within_one`: share at most one level away. `sensitivity_L`: share of level L that was called L.
+    - `auc_low`: 1+ and 2+ against 0 and 3+, by the sum of their probabilities.
+    - `ece`: expected calibration error of the most probable level, 10 equal-width bins (Naeini et al. 2015).
+    - `brier`: sum over the levels of the squared error, 0 to 2 (Brier 1950).
+    """
+    known = level_n >= 0
+    level, probability = level_n[known], probability_n4[known]
+    if not len(level):
+        return dict.fromkeys(METRICS, np.nan)
+    from sklearn import metrics as sk
+
+    said = probability.argmax(1)
+    recall = sk.recall_score(level, said, labels=_LEVEL, average=None, zero_division=np.nan)
+    one_level = len(np.union1d(level, said)) == 1
+    values = {
+        "accuracy": sk.accuracy_score(level, said),
+        "macro_f1": sk.f1_score(level, said, average="macro", zero_division=np.nan),
+        "kappa": np.nan if one_level else sk.cohen_kappa_score(level, said, labels=_LEVEL, weights="quadratic"),
+        "within_one": (abs(level - said) <= 1).mean(),
+        **{f"sensitivity_{index}": recall[index] for index in range(LEVELS)},
+    }
+    for name, positives in _AUC_LEVELS.items():
+        positive = np.isin(level, positives)
+        both = positive.any() and not positive.all()
+        values[name] = sk.roc_auc_score(positive, probability[:, positives].sum(1)) if both else np.nan
+    sums = _sums(level, probability).sum(0) / len(level)
+    values |= {"ece": abs(sums[_GAPS]).sum(), "brier": sums[_SQUARED]}
+    return {name: float(values[name]) for name in METRICS}
+
+
+def confusion(level_n: Ints, predicted_n: Ints) -> Ints:
+    """(4, 4) counts, a row a true level, a column a predicted one. Patches of level -1 are left out."""
+    known = level_n >= 0
+    cells = LEVELS * level_n[known] + predicted_n[known]
+    return np.bincount(cells, minlength=LEVELS**2).reshape(LEVELS, LEVELS)
+
+
+def confidence_bins(probability_n4: Floats) -> Ints:
+    """(n,) bin of each patch's highest probability: bin b holds b/10 <= p < (b+1)/10, the last one also 1."""
+    return np.minimum((probability_n4.max(1) * BINS).astype(np.int64), BINS - 1)
+
+
+def score_with_intervals(predictions: Predictions, resamples: int, seed: int) -> dict[str, Interval]:
+    """Every name of `METRICS` -> value and 95 % percentile interval over resampled groups (Efron 1979).
+
+    A resample in which a metric is undefined is left out of its interval. With fewer than two groups behind it
+    a metric has no interval: NaN. An interval that misses its value is widened to it: resampling raises ECE, so
+    that its percentiles can all lie above the value.
+    """
+    values = score(predictions.level, predictions.probability)
+    samples = bootstrap(predictions, resamples, seed)
+    return {name: _interval(values[name], samples[name]) for name in METRICS}
+
+
+def paired_difference(a: Predictions, b: Predictions, metric: str, resamples: int, seed: int) -> Interval:
+    """`metric` of `a` minus that of `b`, both resampled over the same groups.
+
+    Raises `DataError` unless both hold the same patches in the same order.
+    """
+    if a.keys != b.keys or a.groups != b.groups or not np.array_equal(a.level, b.level):
+        raise DataError(
+            f"{a.name} and {b.name} do not hold the same patches in the same order: score both on one split"
+        )
+    values = [score(p.level, p.probability)[metric] for p in (a, b)]
+    samples = [bootstrap(p, resamples, seed, [metric])[metric] for p in (a, b)]
+    return _interval(values[0] - values[1], samples[0] - samples[1])
+
+
+def bootstrap(
+    predictions: Predictions, resamples: int, seed: int, metrics: Sequence[str] = METRICS
+) -> dict[str, Floats]:
+    """Each metric -> (resamples,) values; NaN where a resample leaves it undefined.
+
+    A metric is NaN throughout where fewer than two groups stand behind it: resampling one group tells nothing of
+    the next. A sensitivity needs two groups that hold its level, an AUC two on either side.
+    Two predictions of the same patches see the same resamples for the same seed.
+    """
+    known = predictions.labelled()
+    names, group = np.unique(known.groups, return_inverse=True)
+    if len(names) < 2:
+        return {name: np.full(resamples, np.nan) for name in metrics}
+    sums_GS = np.zeros((len(names), _SQUARED + 1))
+    np.add.at(sums_GS, group, _sums(known.level, known.probability))
+    held_GL = sums_GS[:, _CONFUSION].reshape(-1, LEVELS, LEVELS).sum(2) > 0
+    thin = _thin(held_GL)
+    aucs = [name for name in metrics if name in _AUC_LEVELS]
+    blocks = []
+    for count_RG in _draws(len(names), resamples, seed, _BLOCK // len(known.keys)):
+        values = _from_sums(count_RG @ sums_GS)
+        weight_Rn = count_RG[:, group] if aucs else count_RG
+        for name in aucs:
+            positive = np.isin(known.level, _AUC_LEVELS[name])
+            values[name] = _weighted_auc(positive, known.probability[:, _AUC_LEVELS[name]].sum(1), weight_Rn)
+        blocks.append(values)
+    found = {name: np.concatenate([block[name] for block in blocks]) for name in metrics}
+    return {name: np.full(resamples, np.nan) if name in thin else values for name, values in found.items()}
+
+
+def _thin(held_GL: NDArray[np.bool_]) -> set[str]:
+    """The metrics with fewer than two groups behind them; `held_GL` says which levels a group holds."""
+    thin = {f"sensitivity_{level}" for level in range(LEVELS) if held_GL[:, level].sum() < 2}
+    for name, positives in _AUC_LEVELS.items():
+        negatives = [level for level in range(LEVELS) if level not in positives]
+        if min(held_GL[:, side].any(1).sum() for side in (positives, negatives)) < 2:
+            thin.add(name)
+    return thin
+
+
+def _draws(groups: int, resamples: int, seed: int, block: int) -> Iterator[Floats]:
+    """Blocks of (R, G) counts of how often each group was drawn; every row sums to G."""
+    random = np.random.default_rng(seed)
+    block = max(1, block)
+    for start in range(0, resamples, block):
+        rows = min(block, resamples - start)
+        drawn = random.integers(groups, size=(rows, groups)) + groups * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * groups).reshape(rows, groups).astype(np.float64)
+
+
+def _sums(level_n: Ints, probability_n4: Floats) -> Floats:
+    """(n, S): what each labelled patch adds to the sums that `_from_sums` reads."""
+    row = np.arange(len(level_n))
+    said = probability_n4.argmax(1)
+    sums = np.zeros((len(level_n), _SQUARED + 1))
+    sums[row, LEVELS * level_n + said] = 1
+    sums[row, _GAPS.start + confidence_bins(probability_n4)] = (said == level_n) - probability_n4.max(1)
+    sums[:, _SQUARED] = ((probability_n4 - (level_n[:, None] == _LEVEL)) ** 2).sum(1)
+    return sums
+
+
+def _from_sums(sums_RS: Floats) -> dict[str, Floats]:
+    """Every metric but the AUCs, (R,) each."""
+    confusion_R44 = sums_RS[:, _CONFUSION].reshape(-1, LEVELS, LEVELS)
+    truth, said = confusion_R44.sum(2), confusion_R44.sum(1)
+    right = np.diagonal(confusion_R44, axis1=1, axis2=2)
+    total = truth.sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        expected = np.einsum("ri,ij,rj->r", truth, _DISAGREEMENT, said) / total
+        values = {
+            "accuracy": right.sum(1) / total,
+            "macro_f1": np.nanmean(2 * right / (truth + said), axis=1),
+            "kappa": 1 - (confusion_R44 * _DISAGREEMENT).sum((1, 2)) / expected,
+            "within_one": (confusion_R44 * (_DISAGREEMENT <= 1)).sum((1, 2)) / total,
+            "ece": abs(sums_RS[:, _GAPS]).sum(1) / total,
+            "brier": sums_RS[:, _SQUARED] / total,
+        }
+        recall = right / truth
+    return values | {f"sensitivity_{index}": recall[:, index] for index in range(LEVELS)}
+
+
+def _weighted_auc(positive_n: NDArray[np.bool_], score_n: Floats, weight_Rn: Floats) -> Floats:
+    """(R,) chance that a positive scores above a negative, ties counting half (Mann and Whitney 1947)."""
+    order = np.argsort(score_n, kind="stable")
+    starts = np.flatnonzero(np.diff(score_n[order], prepend=-1.0))
+    weight, positive = weight_Rn[:, order], positive_n[order]
+    positives = np.add.reduceat(weight * positive, starts, axis=1)
+    negatives = np.add.reduceat(weight * ~positive, starts, axis=1)
+    wins = (positives * (negatives.cumsum(1) - negatives / 2)).sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return wins / (positives.sum(1) * negatives.sum(1))
+
+
+def _interval(value: float, samples: Floats) -> Interval:
+    defined = samples[~np.isnan(samples)]
+    if np.isnan(value) or not len(defined):
+        return {"value": value, "low": np.nan, "high": np.nan}
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return {"value": value, "low": float(min(low, value)), "high": float(max(high, value))}
+
+
+def by_slide(predictions: Predictions) -> Predictions:
+    """One row a group, sorted by name: the mean of its patches' probabilities, and their level.
+
+    Patches of unknown level count for the mean. Raises `DataError` where a group's patches differ in level.
+    """
+    names, group = np.unique(predictions.groups, return_inverse=True)
+    known = predictions.level >= 0
+    lowest, highest = np.full(len(names), LEVELS), np.full(len(names), -1)
+    np.minimum.at(lowest, group[known], predictions.level[known])
+    np.maximum.at(highest, group[known], predictions.level[known])
+    mixed = np.flatnonzero((highest >= 0) & (lowest != highest))
+    if len(mixed):
+        raise DataError(
+            f"{len(mixed)} of {len(names)} slides have patches of different levels, like {names[mixed[0]]}: "
+            "a slide is scored only where its patches share one level"
+        )
+    mean = np.zeros((len(names), LEVELS))
+    np.add.at(mean, group, predictions.probability)
+    mean /= np.bincount(group, minlength=len(names))[:, None]
+    slides = [str(name) for name in names]
+    return replace(predictions, keys=slides, groups=slides, level=highest, probability=mean)
+
+
+def fit_temperature(level_n: Ints, logits_n4: Floats) -> float:
+    """The T in 0.1 to 10 for which softmax(logits / T) has the least NLL (Guo et al. 2017).
+
+    Fit it on the validation split only. Patches of level -1 are left out. Raises `DataError` where none is
+    left, or a logit is not finite.
+    """
+    known = level_n >= 0
+    level, logits = level_n[known], np.asarray(logits_n4, dtype=np.float64)[known]
+    if not len(level):
+        raise DataError("no patch of the validation split has a level: the temperature cannot be fitted on it")
+    if not np.isfinite(logits).all():
+        raise DataError("a logit of the validation split is not finite: the training diverged, lower train.lr")
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
+    def loss(log_temperature: float) -> float:
+        return -log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(level)), level].mean()
+
+    # Where every patch is right the loss falls for ever as T goes to 0: hence the bounds.
+    return float(np.exp(minimize_scalar(loss, bounds=(-np.log(10), np.log(10)), method="bounded").x))
+
+
+def retrieval(queries_nD: Floats, gallery_mD: Floats, own_index_n: Ints) -> dict[str, float]:
+    """Rank of each query's own pair by cosine: `median_rank`, and `recall_at_1`, `_5`, `_10`.
+
+    `own_index_n` is the gallery row of each query's pair. Ties with it count half. `chance_median_rank` and
+    `chance_recall_at_1`, `_5`, `_10` are those of a blind guess; `queries` and `gallery` are n and m.
+    Raises `DataError` for shapes that disagree, an empty side, or latents that are not finite.
+    """
+    n, m = len(queries_nD), len(gallery_mD)
+    if not n or not m or queries_nD.shape[1:] != gallery_mD.shape[1:] or own_index_n.shape != (n,):
+        raise DataError(
+            f"queries of shape {queries_nD.shape}, gallery of shape {gallery_mD.shape} and own rows of shape "
+            f"{own_index_n.shape} do not fit: give (n, D), (m, D) and (n,), none empty"
+        )
+    gallery = _unit(gallery_mD)
+    ranks = np.empty(n)
+    block = max(1, _BLOCK // m)
+    for start in range(0, n, block):
+        rows = slice(start, start + block)
+        similarity = _unit(queries_nD[rows]) @ gallery.T
+        own = np.take_along_axis(similarity, own_index_n[rows, None], axis=1)
+        ties = (similarity == own).sum(1) - 1
+        ranks[rows] = 1 + (similarity > own).sum(1) + ties / 2
+    found = {
+        "queries": n,
+        "gallery": m,
+        "median_rank": float(np.median(ranks)),
+        "chance_median_rank": (m + 1) / 2,
+    }
+    for k in (1, 5, 10):
+        found |= {f"recall_at_{k}": float((ranks <= k).mean()), f"chance_recall_at_{k}": min(k, m) / m}
+    return found
+
+
+def _unit(x_nD: Floats) -> Floats:
+    x_nD = np.asarray(x_nD, dtype=np.float64)
+    if not np.isfinite(x_nD).all():
+        raise DataError("a latent is not finite: the training diverged, lower train.lr")
+    return x_nD / np.maximum(np.linalg.norm(x_nD, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,1 @@
+"""The networks: encoder, teacher, student, and their losses."""

@@ -1,0 +1,49 @@
+"""A network as a folder: `config.json` says how to build it, `model.safetensors` holds its weights.
+
+`config.json` is written last, so a folder that has one is whole.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lgd.config import DataError
+from lgd.files import publish, read_json, sha256, write_json
+
+FORMAT = "lgd-model/1"
+
+
+def save_model(folder: str | Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Publish weights (by parameter name) and the description of the network that they belong to."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    (folder / "config.json").unlink(missing_ok=True)
+    with publish(folder / "model.safetensors") as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    weights = sha256(folder / "model.safetensors")
+    write_json(folder / "config.json", {"format": FORMAT, **config, "weights_sha256": weights})
+
+
+def read_model_config(folder: str | Path, kind: str) -> dict[str, Any]:
+    """The description of the network in a folder; `kind` is teacher or student."""
+    folder = Path(folder)
+    verb = {"teacher": "lgd train-teacher", "student": "lgd train"}[kind]
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder} holds no trained {kind} ({folder / 'config.json'} is missing): run {verb} first")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") != kind:
+        raise DataError(f"{folder / 'config.json'} does not describe a {kind} of format {FORMAT}")
+    return config
+
+
+def load_weights(folder: str | Path, model: nn.Module, config: dict[str, Any]) -> None:
+    """Load and check the weights of a folder into a network."""
+    from safetensors.torch import load_file
+
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file() or sha256(path) != config["weights_sha256"]:
+        raise DataError(f"{path} is missing or does not match the digest in config.json: train or copy it again")
+    model.load_state_dict(load_file(path))

@@ -1,0 +1,61 @@
+"""The IHC teacher: trained once on the level, then frozen; its latents are what the student hallucinates."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lgd.config import LEVEL_NAMES
+from lgd.models.encoder import Encoder, build_encoder
+from lgd.models.export import load_weights, read_model_config
+
+
+class Teacher(nn.Module):
+    """IHC -> latent map, pooled latent and level."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.norm = nn.LayerNorm(encoder.channels)
+        self.head = nn.Linear(encoder.channels, len(LEVEL_NAMES))
+        self.frozen = False
+
+    @property
+    def dim(self) -> int:
+        """Length of the pooled latent."""
+        return self.encoder.channels
+
+    def forward(self, ihc_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, 3, H, W) in 0..255 -> `map` (B, D, h, w), `pooled` (B, D), `logits` (B, 4)."""
+        map_BDHW = self.encoder(ihc_B3HW)
+        pooled_BD = self.norm(map_BDHW.mean(dim=(2, 3)))
+        return {"map": map_BDHW, "pooled": pooled_BD, "logits": self.head(pooled_BD)}
+
+    def freeze(self) -> "Teacher":
+        """No gradients and evaluation mode, for good."""
+        self.frozen = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """A frozen teacher stays in evaluation mode."""
+        super().train(mode and not self.frozen)
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """What `load_teacher` needs beside the weights."""
+        return {"kind": "teacher", "encoder": self.encoder.spec, "levels": list(LEVEL_NAMES)}
+
+
+def new_teacher(encoder: str) -> Teacher:
+    """An untrained teacher on the named encoder."""
+    return Teacher(build_encoder(encoder))
+
+
+def load_teacher(folder: str | Path) -> tuple[Teacher, dict[str, Any]]:
+    """The frozen teacher of a folder, and its `config.json`."""
+    config = read_model_config(folder, "teacher")
+    teacher = Teacher(Encoder(config["encoder"]))
+    load_weights(folder, teacher, config)
+    return teacher.freeze(), config

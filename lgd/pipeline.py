@@ -1,0 +1,253 @@
+"""The stages in order: the data-flow diagram of a run.
+
+    synth -> shards -> teacher -> latents -> index -> student -> report
+
+Each stage takes the run's `Config`, reuses what is still valid and says so on standard error.
+"""
+
+import contextlib
+import dataclasses
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lgd
+from lgd.config import Config, DataError
+from lgd.data.shards import Shard, ShardOptions, build, open_shards
+from lgd.data.synth import SynthOptions, synthesise
+from lgd.distribute import disconnect
+from lgd.files import read_json, write_bytes, write_json
+
+
+def say(stage: str, message: str) -> None:
+    """One line of progress on standard error."""
+    print(f"[{stage}] {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[dict[str, str]]:
+    """Tell how a stage ended (`told["done"]`) and how long it took."""
+    told = {"done": "done"}
+    began = time.monotonic()
+    yield told
+    say(name, f"{told['done']}  ({time.monotonic() - began:.1f} s)")
+
+
+def record(config: Config, name: str, facts: dict[str, Any]) -> None:
+    """Write `config.yaml`, and add what a stage did to `run.json`."""
+    folder = Path(config.run.dir)
+    write_bytes(folder / "config.yaml", config.as_yaml().encode())
+    path = folder / "run.json"
+    document = read_json(path) if path.is_file() else {}
+    write_json(path, document | {"environment": environment(), name: facts})
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, host and device of this run."""
+    import torch
+
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(Path(lgd.__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "lgd": lgd.__version__,
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+    }
+
+
+def all_shards(config: Config) -> list[Shard]:
+    """The shards of a run, over all its folders."""
+    return [shard for folder in config.shard_dirs for shard in open_shards(folder)[1]]
+
+
+def train_teacher(config: Config) -> None:
+    """Train the IHC encoder, or reuse the one of the same shards and settings."""
+    from lgd.train.loop import train_under
+
+    with stage("teacher") as told:
+        folder = config.teacher.dir
+        told["done"] = f"trained: {folder}" if train_under(config, "teacher") else f"reused, nothing changed: {folder}"
+    record(config, "teacher", _facts(Path(folder)))
+
+
+def cache_latents(config: Config) -> None:
+    """Fill the feature store: every part that is missing."""
+    from lgd.store.cache import cache_latents as fill
+
+    with stage("latents") as told:
+        store, computed = fill(config, all_shards(config), config.train.workers)
+        what = f"{computed} of {len(store.parts)} parts computed" if computed else "reused, nothing changed"
+        told["done"] = f"{what}, {store.rows} rows: {store.folder}"
+    record(config, "latents", {"digest": store.digest, "rows": store.rows})
+
+
+def build_index(config: Config) -> None:
+    """Build the FAISS index of the store."""
+    from lgd.store import index
+    from lgd.store.latents import Store
+
+    with stage("index") as told:
+        store, latents = Store(config.latents.dir), config.latents
+        made, new = index.build_index(store, latents.index, latents.gallery, latents.recall, config.run.seed)
+        told["done"] = (
+            f"{'built' if new else 'reused, nothing changed'}: {made['factory']} over {made['rows']} latents, "
+            f"recall@10 {made['recall_at_10']:.3f}"
+        )
+    record(config, "index", {name: made[name] for name in ("factory", "rows", "recall_at_10", "store")})
+
+
+def train_student(config: Config) -> None:
+    """Train the student, or reuse the one of the same shards, teacher, store and settings."""
+    from lgd.train.loop import train_under
+
+    with stage(config.student.method) as told:
+        folder = config.student.dir
+        told["done"] = f"trained: {folder}" if train_under(config, "student") else f"reused, nothing changed: {folder}"
+    record(config, Path(folder).name, _facts(Path(folder)))
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    made = read_json(folder / "config.json")
+    return {name: made[name] for name in ("weights_sha256", "inputs", "steps", "engine", "workers", "validation")}
+
+
+def evaluate(config: Config) -> str:
+    """Score student, rivals and teacher on the held-out split and write the report; returns its table."""
+    from lgd.evaluate import report
+    from lgd.evaluate.predict import load_scorer, score_shards
+
+    with stage("report") as told:
+        shards = [shard for shard in all_shards(config) if shard.split == config.report.split]
+        if not shards:
+            splits = sorted({shard.split for shard in all_shards(config)})
+            raise DataError(
+                f"report.split {config.report.split!r} has no patches; the shards have {', '.join(splits)}"
+            )
+        scorer = load_scorer(config.student.dir)
+        student, pooled = score_shards(scorer, shards, threads=config.data.threads)
+        rivals = [load_scorer(folder) for folder in config.report.also] + [load_scorer(config.teacher.dir, "teacher")]
+        scored = [student, *(score_shards(rival, shards, threads=config.data.threads)[0] for rival in rivals)]
+        own, queries = None, []
+        if pooled is not None:
+            own, queries = _retrieval(config, scorer, shards, student, pooled)
+        manifests = [open_shards(folder)[0] for folder in config.shard_dirs]
+        report.write_report(
+            Path(config.report.dir),
+            scored,
+            own,
+            queries,
+            report.caveats_of(manifests, student, any(manifest.get("virtual") for manifest in manifests)),
+            {
+                "command": f"lgd evaluate --config {Path(config.run.dir) / 'config.yaml'}",
+                "split": config.report.split,
+                "shards": [manifest["digest"] for manifest in manifests],
+                "student": scorer.config["weights_sha256"],
+                "seed": config.run.seed,
+                **environment(),
+            },
+            config.report.bootstrap,
+            config.run.seed,
+        )
+        told["done"] = f"written: {config.report.dir}"
+    record(config, "report", {"metrics": str(Path(config.report.dir) / "metrics.json")})
+    return report.table(scored, config.report.bootstrap, config.run.seed)
+
+
+def _retrieval(config: Config, scorer: Any, shards: list[Shard], student: Any, pooled_nD: np.ndarray) -> Any:
+    """Own-pair retrieval among the held-out IHC, and the rows of the contact sheet from the training gallery."""
+    from lgd.data.stream import Reader
+    from lgd.evaluate.figures import Query
+    from lgd.evaluate.retrieve import Gallery, as_neighbour, check_pair, search
+    from lgd.metrics import retrieval
+    from lgd.store.index import Searcher
+    from lgd.store.latents import Store, read_all
+
+    store = Store(config.latents.dir)
+    check_pair(scorer, store)
+    gallery_nD = read_all(store.parts_of(shards), "pooled")[:, 0].astype(np.float64)
+    own = retrieval(pooled_nD.astype(np.float64), gallery_nD, np.arange(len(pooled_nD)))
+    rows = _spread(student.level, config.report.queries)
+    found = search(Searcher(store), store, pooled_nD[rows], 4)
+    images, reader = Gallery(store, 256), Reader(shards, ("he", "ihc"), 256)
+
+    queries = []
+    for row, hits in zip(rows, found, strict=True):
+        sample = reader.read(int(row))
+        queries.append(
+            Query(
+                key=sample.key,
+                slide=sample.meta["slide"],
+                level=None if sample.level < 0 else sample.level,
+                predicted=int(student.probability[row].argmax()),
+                he=sample.images["he"],
+                ihc=sample.images["ihc"],
+                neighbours=[as_neighbour(hit, images) for hit in hits],
+            )
+        )
+    return own, queries
+
+
+def _spread(level_n: np.ndarray, count: int) -> np.ndarray:
+    """Rows that take the levels in turn, evenly spaced within each: nobody picked the pretty ones."""
+    picked: list[int] = []
+    levels = np.unique(level_n)
+    for place, level in enumerate(levels):
+        rows = np.flatnonzero(level_n == level)
+        share = count // len(levels) + (place < count % len(levels))
+        picked += rows[np.linspace(0, len(rows) - 1, min(share, len(rows))).round().astype(int)].tolist()
+    return np.array(picked, np.int64)
+
+
+def run(config: Config) -> str:
+    """Every stage from the teacher on, and the baseline in the same harness; returns the report's table."""
+    try:
+        train_teacher(config)
+        cache_latents(config)
+        build_index(config)
+        train_student(config)
+        baseline = dataclasses.replace(
+            config,
+            student=dataclasses.replace(config.student, method="he-only", dir=str(Path(config.run.dir) / "he-only")),
+        )
+        train_student(baseline)
+    finally:
+        disconnect()
+    also = [*config.report.also, baseline.student.dir]
+    return evaluate(dataclasses.replace(config, report=dataclasses.replace(config.report, also=also)))
+
+
+def tissue_dir(config: Config) -> Path:
+    """Where the demo draws its virtual tissue."""
+    return Path(config.run.dir) / "tissue"
+
+
+def demo(config: Config, pairs: int, size: int) -> str:
+    """Virtual tissue, shards, and then `run`; returns the report's table."""
+    tissue, (shards,) = tissue_dir(config), config.shard_dirs
+    with stage("synth") as told:
+        made = synthesise(SynthOptions(out=str(tissue), pairs=pairs, size=size, seed=config.run.seed))
+        told["done"] = f"{'reused, nothing changed' if made.get('reused') else f'{pairs} pairs drawn'}: {tissue}"
+    with stage("shards") as told:
+        options = ShardOptions(
+            layout="bci",
+            root=str(tissue),
+            out=str(shards),
+            slides=str(tissue / "truth.csv"),
+            split="group:0.6,0.1,0.3",
+            shard_size=64,
+            mpp=0.46,
+        )
+        manifest = build(options)
+        told["done"] = f"{'reused, nothing changed' if manifest.get('reused') else 'built'}: {shards}"
+    return run(config)

@@ -1,0 +1,62 @@
+"""RGB <-> optical density <-> stains, batched, on any device.
+
+Light that passes a stained section is absorbed by each stain in proportion to its amount, so stains add up in
+optical density (OD; base 10 here). A stain matrix has one unit-length RGB vector a row:
+
+    od = concentration @ stains        concentration = od @ inverse(stains)
+
+Concentrations are OD along the stain's unit vector. `skimage.color.separate_stains` gives the same numbers
+divided by 6 and clipped at 0 (it divides the natural logarithm by ln 1e-6 = -6 ln 10): a threshold of 0.2
+here is 0.033 there.
+
+Shapes: B batch, 3 channels or stains, H and W pixels.
+"""
+
+import torch
+from torch import Tensor
+
+# Ruifrok and Johnston, Anal Quant Cytol Histol 23:291 (2001): absorption of red, green and blue.
+HEMATOXYLIN = (0.650, 0.704, 0.286)
+EOSIN = (0.072, 0.990, 0.105)
+DAB = (0.268, 0.570, 0.776)
+
+
+def stain_matrix(first: tuple[float, float, float], second: tuple[float, float, float]) -> Tensor:
+    """Two stains and their residual, their cross product, as unit rows of a (3, 3) float64 matrix."""
+    pair = torch.nn.functional.normalize(torch.tensor([first, second], dtype=torch.float64), dim=1)
+    residual = torch.nn.functional.normalize(torch.linalg.cross(pair[0], pair[1]), dim=0)
+    return torch.cat([pair, residual[None]])
+
+
+H_E = stain_matrix(HEMATOXYLIN, EOSIN)
+H_DAB = stain_matrix(HEMATOXYLIN, DAB)
+
+
+def rgb_to_od(rgb_B3HW: Tensor, white: float | Tensor = 255.0) -> Tensor:
+    """Optical density -log10(max(rgb, 1) / white) as float32.
+
+    `rgb_B3HW` is uint8, or float in 0..255. `white` is the unstained background: one number, or a tensor that
+    broadcasts, such as (B, 3, 1, 1). Brighter than white gives a negative OD: nothing is clipped, so that
+    `od_to_rgb` turns it back.
+    """
+    scaled = rgb_B3HW.to(torch.float32).clamp(min=1.0) / white
+    return scaled.log10_().neg_()
+
+
+def od_to_rgb(od_B3HW: Tensor, white: float | Tensor = 255.0) -> Tensor:
+    """RGB as float, white * 10^-od: the inverse of `rgb_to_od`, neither clipped nor rounded."""
+    return torch.pow(10.0, -od_B3HW) * white
+
+
+def unmix(od_B3HW: Tensor, stains_33: Tensor) -> Tensor:
+    """Concentration of each stain, (B, 3, H, W), in OD along its unit vector; may be negative."""
+    return _across_channels(od_B3HW, torch.linalg.inv(stains_33))
+
+
+def mix(concentration_B3HW: Tensor, stains_33: Tensor) -> Tensor:
+    """Optical density of stain concentrations, (B, 3, H, W): the inverse of `unmix`."""
+    return _across_channels(concentration_B3HW, stains_33)
+
+
+def _across_channels(x_B3HW: Tensor, matrix_33: Tensor) -> Tensor:
+    return torch.einsum("bchw,cs->bshw", x_B3HW, matrix_33.to(x_B3HW))

@@ -1,0 +1,1 @@
+"""The feature store: what the frozen teacher says of every patch, computed once."""

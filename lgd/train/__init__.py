@@ -1,0 +1,1 @@
+"""Training: batches, tasks, engines, checkpoints, and the one loop."""

@@ -1,0 +1,252 @@
+"""The optimizer behind the loop: DeepSpeed, and its plain PyTorch twin; the only importer of deepspeed.
+
+Both take the same global loss and give the same curve. A loss is the sum over this rank's samples divided by the
+global count, so the gradient is the sum over ranks; both engines average over ranks, hence the factor `world.size`.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lgd.config import ConfigError, DataError, Train
+from lgd.data.plan import World
+
+Moments = dict[str, dict[str, torch.Tensor]]
+"""Parameter name -> AdamW's `exp_avg` and `exp_avg_sq`, float32."""
+
+
+class Engine(Protocol):
+    """Forward, backward, step; and the full state by parameter name, whatever the partitioning."""
+
+    name: str
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the network."""
+        ...
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of this rank's share of the global loss; `last` ends the step's accumulation."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """Clip, update, clear the gradient; returns the norm before clipping."""
+        ...
+
+    def state(self) -> tuple[dict[str, torch.Tensor], Moments]:
+        """Weights and moments, float32 on the CPU. Every rank must call it; rank 0's is complete."""
+        ...
+
+    def load(self, weights: dict[str, torch.Tensor], moments: Moments, steps: int) -> None:
+        """Take up a state after `steps` updates."""
+        ...
+
+
+def deepspeed_problem() -> str | None:
+    """Why DeepSpeed cannot run here, or None."""
+    if sys.platform != "linux":
+        return "DeepSpeed runs on Linux only"
+    if importlib.util.find_spec("deepspeed") is None:
+        return "DeepSpeed is not installed: pip install deepspeed"
+    if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("c++") is None:
+        return "DeepSpeed compiles an extension on the CPU and there is no C++ compiler: install g++"
+    return None
+
+
+def choose(asked: str) -> str:
+    """The engine's name for `train.engine`; `auto` is DeepSpeed where it can run."""
+    if asked == "torch":
+        return "torch"
+    problem = deepspeed_problem()
+    if problem and asked == "deepspeed":
+        raise DataError(f"train.engine is deepspeed, but {problem}; or set train.engine to torch")
+    return "torch" if problem else "deepspeed"
+
+
+def make_engine(name: str, model: nn.Module, train: Train, extra: dict[str, Any], world: World) -> Engine:
+    """The engine around a model. `extra` is the configuration's `deepspeed:` section."""
+    if train.precision == "bf16" and world.device == "cpu" and not torch.backends.cpu.get_cpu_capability():
+        raise ConfigError("train.precision is bf16, which this machine lacks: use fp32")
+    if name == "torch":
+        if extra:
+            raise ConfigError("deepspeed: is set, but this run uses the torch engine: remove it, or install DeepSpeed")
+        return TorchEngine(model, train, world)
+    return DeepSpeedEngine(model, train, extra, world)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices and kernels only; norms and biases have one dimension."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+class TorchEngine:
+    """Plain PyTorch: DDP between ranks, AdamW, float32 weights; bf16 through autocast."""
+
+    name = "torch"
+
+    def __init__(self, model: nn.Module, train: Train, world: World) -> None:
+        self.model = model.to(world.device)
+        self.world, self.train = world, train
+        self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, train.weight_decay), lr=train.lr)
+        self.module: nn.Module = self.model
+        if world.size > 1:
+            self.module = nn.parallel.DistributedDataParallel(
+                self.model, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        device = torch.device(self.world.device).type
+        with torch.autocast(device, torch.bfloat16, enabled=self.train.precision == "bf16"):
+            return self.module(image)
+
+    @contextlib.contextmanager
+    def _accumulating(self, last: bool) -> Iterator[None]:
+        if last or self.world.size == 1:
+            yield
+        else:
+            assert isinstance(self.module, nn.parallel.DistributedDataParallel)
+            with self.module.no_sync():
+                yield
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        with self._accumulating(last):
+            (loss * self.world.size).backward()
+
+    def step(self, lr: float) -> float:
+        limit = self.train.clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], Moments]:
+        weights = {name: t.detach().float().cpu().clone() for name, t in self.model.state_dict().items()}
+        return weights, _moments(self.model, self.optimizer)
+
+    def load(self, weights: dict[str, torch.Tensor], moments: Moments, steps: int) -> None:
+        self.model.load_state_dict(weights)
+        _load_moments(self.model, self.optimizer, moments, steps)
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+    return {
+        name: {moment: optimizer.state[p][moment].float().cpu().clone() for moment in ("exp_avg", "exp_avg_sq")}
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+    }
+
+
+def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Moments, steps: int) -> None:
+    for name, p in model.named_parameters():
+        if name in moments:
+            optimizer.state[p] = {
+                "step": torch.tensor(float(steps)),
+                **{moment: tensor.to(p.device, copy=True) for moment, tensor in moments[name].items()},
+            }
+
+
+class DeepSpeedEngine:
+    """DeepSpeed with AdamW of PyTorch, ZeRO stages 0 to 3 by the configuration's `deepspeed:` section."""
+
+    name = "deepspeed"
+
+    def __init__(self, model: nn.Module, train: Train, extra: dict[str, Any], world: World) -> None:
+        # Said before the import, which otherwise warns that it found no GPU.
+        if world.device == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        self.world, self.train = world, train
+        settings = {
+            "train_batch_size": train.batch,
+            "train_micro_batch_size_per_gpu": train.batch // (world.size * train.accumulate),
+            "gradient_accumulation_steps": train.accumulate,
+            "gradient_clipping": train.clip,
+            "bf16": {"enabled": train.precision == "bf16"},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+            **extra,
+        }
+        optimizer = torch.optim.AdamW(_parameter_groups(model, train.weight_decay), lr=train.lr)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self.stage = self.engine.zero_optimization_stage()
+
+    @property
+    def model(self) -> nn.Module:
+        """The network itself."""
+        return self.engine.module
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.engine(image)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        # DeepSpeed divides by the accumulation steps; the loss is divided by the global count already.
+        self.engine.backward(loss * self.world.size * self.train.accumulate)
+        if not last:
+            self.engine.step()
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def _plain(self) -> bool:
+        """Whether PyTorch's own optimizer holds the state: fp32 without partitioning."""
+        return isinstance(self.optimizer, torch.optim.Optimizer)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], Moments]:
+        if self._plain():
+            weights = {name: t.detach().float().cpu().clone() for name, t in self.model.state_dict().items()}
+            return weights, _moments(self.model, self.optimizer)
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        weights, moments = {}, {}
+        for name, p in self.model.named_parameters():
+            full = safe_get_full_fp32_param(p)
+            weights[name] = full.detach().float().cpu().clone()
+            held = {m: safe_get_full_optimizer_state(p, m) for m in ("exp_avg", "exp_avg_sq")}
+            if all(tensor is not None for tensor in held.values()):
+                moments[name] = {m: tensor.detach().float().cpu().clone() for m, tensor in held.items()}
+        for name, buffer in self.model.named_buffers():
+            if name in self.model.state_dict():
+                weights[name] = buffer.detach().float().cpu().clone()
+        return weights, moments
+
+    def load(self, weights: dict[str, torch.Tensor], moments: Moments, steps: int) -> None:
+        if self._plain():
+            self.model.load_state_dict(weights)
+            _load_moments(self.model, self.optimizer, moments, steps)
+            return
+        self._load_partitioned(weights, moments, steps)
+
+    def _load_partitioned(self, weights: dict[str, torch.Tensor], moments: Moments, steps: int) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        device = self.world.device
+        for name, p in self.model.named_parameters():
+            safe_set_full_fp32_param(p, weights[name].to(device))
+            for moment, tensor in moments.get(name, {}).items():
+                safe_set_full_optimizer_state(p, tensor.to(device), moment)
+        inner = self.optimizer.optimizer
+        for held in inner.state.values():
+            held["step"] = torch.tensor(float(steps))
+        for name, buffer in self.model.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])

@@ -1,0 +1,311 @@
+"""The one visible loop: teacher, student and baselines are all trained by `train`.
+
+Leaves in the task's folder: `config.json` and `model.safetensors` (the network), `checkpoints/`, `tensorboard/`,
+and `log.jsonl` with one line a step.
+"""
+
+import math
+import os
+import platform
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import lgd
+from lgd.config import Config, DataError
+from lgd.data.plan import Plan, World
+from lgd.data.shards import Shard, open_shards
+from lgd.data.stream import Reader
+from lgd.files import read_json
+from lgd.metrics import fit_temperature, score
+from lgd.models.export import save_model
+from lgd.train import checkpoint
+from lgd.train.batch import Batch, evaluation_batches, training_batches
+from lgd.train.engine import Engine, choose, make_engine
+from lgd.train.log import Log
+from lgd.train.tasks import StudentTask, Task, TeacherTask, augment, inputs_digest
+
+TASKS: dict[str, Any] = {"teacher": TeacherTask, "student": StudentTask}
+
+
+def split_shards(config: Config, split: str) -> list[Shard]:
+    """The shards of a split, over all shard folders of a run, in the order of their addresses."""
+    return [shard for folder in config.shard_dirs for shard in open_shards(folder)[1] if shard.split == split]
+
+
+def is_finished(task: Task, config: Config, shards: list[Shard]) -> bool:
+    """Whether the task's folder holds the network that this run would train."""
+    path = task.folder / "config.json"
+    return path.is_file() and read_json(path).get("inputs") == inputs_digest(task, config, shards)
+
+
+def worker(argument: dict[str, Any]) -> None:
+    """What each training process runs: `argument` has `config`, `task` (teacher or student) and `engine`."""
+    config: Config = argument["config"]
+    world = join_world()
+    torch.manual_seed(config.run.seed)
+    train(config, TASKS[argument["task"]](config), world, argument["engine"])
+
+
+def join_world() -> World:
+    """This process among the others: those of Ray Train, of torchrun, or none."""
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            # DeepSpeed wants a group even alone; a file needs no free port.
+            rendezvous = Path(tempfile.mkdtemp(prefix="lgd-")) / "rendezvous"
+            dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=0, world_size=1)
+            os.environ.setdefault("RANK", "0")
+            os.environ.setdefault("LOCAL_RANK", "0")
+            os.environ.setdefault("WORLD_SIZE", "1")
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def train(config: Config, task: Task, world: World, engine_name: str) -> None:
+    """Train a task to its end, from its newest checkpoint if there is one, and export the network."""
+    settings, first = config.train, world.rank == 0
+    shards = split_shards(config, "train")
+    if not shards:
+        raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
+    if settings.batch % (world.size * settings.accumulate):
+        raise DataError(
+            f"train.batch {settings.batch} does not divide into {world.size} workers x train.accumulate "
+            f"{settings.accumulate}: use a multiple of {world.size * settings.accumulate}"
+        )
+    reader = Reader(shards, (task.role,), config.data.size)
+    parts = task.store.parts_of(shards) if task.store else None
+    plan = Plan(sizes=tuple(reader.sizes), seed=config.run.seed, lanes=config.data.lanes)
+    steps = max(1, math.ceil(task.epochs * plan.total / settings.batch))
+    every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
+    inputs = inputs_digest(task, config, shards)
+
+    engine = make_engine(engine_name, task.build(), settings, config.deepspeed, world)
+    saved = checkpoint.find(task.folder / "checkpoints", settings.resume, inputs)
+    start = saved.step if saved else 0
+    if saved:
+        engine.load(saved.weights, saved.moments, saved.step)
+    log = Log(task.folder, start, steps, settings.batch) if first else None
+    stop = stop_flag()
+    batches = training_batches(
+        reader,
+        plan,
+        parts,
+        steps=range(start, steps),
+        batch=settings.batch,
+        accumulate=settings.accumulate,
+        world=world,
+        threads=config.data.threads,
+        turn=config.data.augment != "none",
+    )
+    validation = Validation(config, task, world)
+    for step, micro, waited in timed(start, batches):
+        terms = backward(engine, task, micro, config, step / steps, world)
+        sums, stopping = agree(terms, stop.is_set(), world)
+        if not math.isfinite(sums["loss"]):
+            raise DataError(
+                f"the loss is {sums['loss']} at step {step + 1}, in a batch with {', '.join(micro[0].keys[:4])}: "
+                "lower train.lr; checkpoints before this step are kept"
+            )
+        rate = learning_rate(step, steps, settings.lr, settings.warmup)
+        norm = engine.step(rate)
+        done = step + 1
+        if log:
+            log.step(done, sums | {"lr": rate, "grad_norm": norm}, waited)
+        if done % every == 0 and done < steps and validation.shards:
+            scores = validation.run(engine)[2]
+            if log:
+                log.validation(done, scores)
+        if done % settings.checkpoint_every == 0 or done == steps or stopping:
+            save(engine, task, done, inputs, settings.keep, first)
+        if stopping and done < steps:
+            raise Stopped(f"stopped after step {done} of {steps}; the same command goes on from there")
+    export(engine, task, config, world, validation, {"inputs": inputs, "steps": steps, "epochs": task.epochs}, log)
+    reader.close()
+
+
+class Stopped(DataError):
+    """Training was asked to end and saved a checkpoint."""
+
+
+def backward(
+    engine: Engine, task: Task, micro: list[Batch], config: Config, progress: float, world: World
+) -> dict[str, torch.Tensor]:
+    """Forward and backward of all micro-batches; returns this rank's sum of each term over the global count."""
+    labelled = torch.tensor([sum(int((batch.level_B >= 0).sum()) for batch in micro)])
+    if world.size > 1:
+        labelled = labelled.to(world.device)
+        dist.all_reduce(labelled)
+    weights = task.weights(progress)
+    sums: dict[str, torch.Tensor] = {}
+    for number, batch in enumerate(micro):
+        image, batch = augment(batch.to(world.device), task.role, config)
+        values = task.losses(engine.forward(image), batch)
+        terms = {
+            name: value.sum() / (max(int(labelled), 1) if name == "level" else config.train.batch)
+            for name, value in values.items()
+        }
+        terms["loss"] = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        engine.backward(terms["loss"], last=number == len(micro) - 1)
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.detach()
+    return sums
+
+
+def agree(terms: dict[str, torch.Tensor], stop: bool, world: World) -> tuple[dict[str, float], bool]:
+    """The global value of each term, and whether any rank was asked to stop."""
+    flag = torch.tensor(float(stop), device=world.device)
+    values = torch.stack([*terms.values(), flag])
+    if world.size > 1:
+        dist.all_reduce(values)
+    *numbers, stopping = values.tolist()
+    return dict(zip(terms, numbers, strict=True)), stopping > 0
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear rise over the first `warmup` share of the steps, then half a cosine down to 0."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return peak * (step + 1) / rising
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def timed(start: int, batches: Iterator[list[Batch]]) -> Iterator[tuple[int, list[Batch], float]]:
+    """Number the steps, and measure the seconds that each waited for its data."""
+    step = start
+    while True:
+        began = time.perf_counter()
+        micro = next(batches, None)
+        if micro is None:
+            return
+        yield step, micro, time.perf_counter() - began
+        step += 1
+
+
+def stop_flag() -> threading.Event:
+    """Set by SIGTERM or Ctrl-C; every rank reads it at each step."""
+    flag = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: flag.set())
+    return flag
+
+
+def save(engine: Engine, task: Task, step: int, inputs: str, keep: int, first: bool) -> None:
+    """One checkpoint; all ranks give their share, rank 0 writes."""
+    weights, moments = engine.state()
+    if first:
+        done = checkpoint.Checkpoint(step=step, inputs=inputs, weights=weights, moments=moments)
+        checkpoint.save(task.folder / "checkpoints", done, keep)
+    dist.barrier()
+
+
+class Validation:
+    """One pass over the split `val`, shared by all ranks."""
+
+    def __init__(self, config: Config, task: Task, world: World) -> None:
+        self.config, self.task, self.world = config, task, world
+        self.shards = split_shards(config, "val")
+
+    def run(self, engine: Engine) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+        """Logits (n, 4) and levels (n,) of all labelled samples, and their scores."""
+        config, world = self.config, self.world
+        reader = Reader(self.shards, (self.task.role,), config.data.size)
+        batch = max(1, config.train.batch // world.size)
+        mine: list[tuple[np.ndarray, np.ndarray]] = []
+        rounds = math.ceil(math.ceil(reader.total / world.size) / batch)
+        engine.model.eval()
+        with torch.no_grad():
+            for one in evaluation_batches(reader, batch=batch, world=world, threads=config.data.threads):
+                out = engine.forward(one.to(world.device).images[self.task.role])
+                mine.append((out["logits"].float().cpu().numpy(), one.level_B.numpy()))
+            # Under ZeRO-3 a forward pass is a collective: a rank with fewer batches joins in with an empty one.
+            size = config.data.size
+            for _ in range(rounds - len(mine)):
+                engine.forward(torch.zeros(1, 3, size, size, device=world.device))
+        engine.model.train()
+        reader.close()
+        gathered: list[Any] = [None] * world.size
+        dist.all_gather_object(gathered, mine)
+        pairs = [pair for rank in gathered for pair in rank]
+        logits, levels = np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs])
+        known = levels >= 0
+        logits, levels = logits[known], levels[known]
+        return logits, levels, score(levels, softmax(logits)) if len(levels) else {}
+
+
+def softmax(logits_nK: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Probabilities of logits, float64."""
+    scaled = torch.from_numpy(np.asarray(logits_nK, np.float64)) / temperature
+    return torch.softmax(scaled, dim=1).numpy()
+
+
+def export(
+    engine: Engine,
+    task: Task,
+    config: Config,
+    world: World,
+    validation: Validation,
+    facts: dict[str, Any],
+    log: Log | None,
+) -> None:
+    """Score the validation split, fit the temperature on it, and publish the network."""
+    temperature, scores = 1.0, {}
+    if validation.shards:
+        logits, levels, scores = validation.run(engine)
+        if len(levels):
+            temperature = fit_temperature(levels, logits)
+    weights, _ = engine.state()
+    if log:
+        log.validation(facts["steps"], scores)
+        log.close()
+        described = engine.model.describe()  # type: ignore[operator]
+        save_model(
+            task.folder,
+            weights,
+            {
+                **described,
+                "size": config.data.size,
+                "temperature": temperature,
+                "validation": {name: value for name, value in scores.items() if math.isfinite(value)},
+                **facts,
+                "teacher_sha256": task.inputs().get("teacher"),
+                "engine": engine.name,
+                "workers": world.size,
+                "versions": {"lgd": lgd.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            },
+        )
+    dist.barrier()
+
+
+def train_under(config: Config, task: str) -> bool:
+    """Train a task where `train.workers` says; returns False when the finished network could be reused."""
+    from lgd.distribute import launch
+
+    built = TASKS[task](config)
+    shards = split_shards(config, "train")
+    if config.train.resume == "auto" and is_finished(built, config, shards):
+        return False
+    engine = choose(config.train.engine)
+    launch(
+        worker,
+        {"config": config, "task": task, "engine": engine},
+        workers=config.train.workers,
+        max_failures=config.train.max_failures,
+        storage=Path(config.run.dir) / "ray",
+        name=built.folder.name,
+    )
+    return True

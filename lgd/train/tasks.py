@@ -1,0 +1,177 @@
+"""What is trained: a model, how its batch is prepared, and its losses. One class a task, the same loop for all."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lgd.config import Config
+from lgd.data.augment import d4, d4_grid, draw, stain_jitter
+from lgd.data.shards import Shard
+from lgd.files import digest_of
+from lgd.models import losses
+from lgd.models.encoder import build_encoder
+from lgd.models.export import read_model_config
+from lgd.models.student import Student
+from lgd.models.teacher import load_teacher, new_teacher
+from lgd.store.cache import recipe_of
+from lgd.store.latents import Store
+from lgd.train.batch import Batch
+
+Terms = dict[str, torch.Tensor]
+"""Loss term -> value of each sample (B,). `level` counts labelled samples only, all others count every sample."""
+
+
+class Task(Protocol):
+    """A network to train."""
+
+    role: str
+    """The image that it reads: he or ihc."""
+    folder: Path
+    epochs: float
+    store: Store | None
+
+    def build(self) -> nn.Module:
+        """The untrained network."""
+        ...
+
+    def inputs(self) -> dict[str, Any]:
+        """What the result depends on, beside the shards and `train:`; a finished network made of the same is reused."""
+        ...
+
+    def losses(self, out: dict[str, torch.Tensor], batch: Batch) -> Terms:
+        """The loss terms of each sample."""
+        ...
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """Weight of each term at a share of the steps, 0 to 1."""
+        ...
+
+
+def augment(batch: Batch, role: str, config: Config) -> tuple[torch.Tensor, Batch]:
+    """The turned and jittered images of a role, and the batch with grids and maps turned alike.
+
+    With eight cached views the latents of the right view are in the batch already; with one, the map is turned,
+    which is approximate since a network is not exactly equivariant.
+    """
+    image = d4(batch.images[role], batch.view_B)
+    if config.data.augment == "d4+stain" and role == "he":
+        u_B6 = draw(config.run.seed, batch.epoch_B, batch.number_B, "stain", 6)
+        image = stain_jitter(image.float(), torch.from_numpy(u_B6).to(image.device), config.data.stain_jitter)
+    stored = dict(batch.stored)
+    if config.latents.views == 1 and "map" in stored:
+        stored["map"] = d4(stored["map"], batch.view_B)
+    for name in ("nuclei", "membrane"):
+        if name in stored:
+            stored[name] = d4_grid(stored[name], batch.view_B)
+    batch.stored.update(stored)
+    return image, batch
+
+
+class TeacherTask:
+    """IHC -> level."""
+
+    role = "ihc"
+    store = None
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = Path(config.teacher.dir)
+        self.epochs = config.teacher.epochs
+
+    def build(self) -> nn.Module:
+        return new_teacher(self.config.teacher.encoder)
+
+    def inputs(self) -> dict[str, Any]:
+        return {"encoder": self.config.teacher.encoder, "epochs": self.epochs}
+
+    def losses(self, out: dict[str, torch.Tensor], batch: Batch) -> Terms:
+        return {"level": losses.level_loss(out["logits"], batch.level_B)}
+
+    def weights(self, progress: float) -> dict[str, float]:
+        return {"level": 1.0}
+
+
+class StudentTask:
+    """H&E -> level, and for LGD-Net the teacher's latents and the domain grids."""
+
+    role = "he"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = Path(config.student.dir)
+        self.epochs = config.student.epochs
+        self.lgd = config.student.method == "lgd"
+        self.store = Store(config.latents.dir, recipe_of(config)) if self.lgd else None
+
+    def build(self) -> nn.Module:
+        config = self.config
+        hallucination, dim = None, 0
+        if self.lgd:
+            teacher, _ = load_teacher(config.teacher.dir)
+            dim = teacher.dim
+            if config.student.hallucination == "own":
+                hallucination = teacher.encoder.requires_grad_(True)
+        return Student(
+            method=config.student.method,
+            morphology=build_encoder(config.student.encoder),
+            hallucination=hallucination,
+            latent_dim=dim,
+            latent_map=config.latents.map,
+            nuclei_grid=config.latents.nuclei_grid,
+            membrane_grid=config.latents.membrane_grid,
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        student = self.config.student
+        inputs: dict[str, Any] = {
+            name: getattr(student, name)
+            for name in student.__dataclass_fields__
+            if name != "dir" and (self.lgd or name in ("method", "encoder", "epochs"))
+        }
+        if self.store is not None:
+            inputs["store"] = self.store.digest
+            inputs["teacher"] = read_model_config(self.config.teacher.dir, "teacher")["weights_sha256"]
+        return inputs
+
+    def losses(self, out: dict[str, torch.Tensor], batch: Batch) -> Terms:
+        terms = {"level": losses.level_loss(out["logits"], batch.level_B)}
+        if not self.lgd:
+            return terms
+        kind, stored = self.config.student.hallucination_loss, batch.stored
+        terms["hallucination"] = losses.hallucination_loss(out["pooled"], stored["pooled"], kind)
+        if "map" in stored:
+            terms["hallucination_map"] = losses.hallucination_loss(out["map"], stored["map"], kind)
+        terms["nuclei"] = losses.grid_loss(out["nuclei"], torch.log1p(stored["nuclei"]))
+        terms["membrane"] = losses.grid_loss(out["membrane"], stored["membrane"])
+        return terms
+
+    def weights(self, progress: float) -> dict[str, float]:
+        student = self.config.student
+        rising = min(1.0, progress / student.warmup) if student.warmup else 1.0
+        hallucination = rising * student.hallucination_weight
+        return {
+            "level": 1.0,
+            "hallucination": hallucination,
+            "hallucination_map": 0.5 * hallucination,
+            "nuclei": student.nuclei_weight,
+            "membrane": student.membrane_weight,
+        }
+
+
+def inputs_digest(task: Task, config: Config, shards: Sequence[Shard]) -> str:
+    """Digest of all that a trained network depends on; where it runs (workers, threads, engine) is not part of it."""
+    where_only = ("workers", "engine", "resume", "checkpoint_every", "keep", "max_failures")
+    train = config.train
+    return digest_of(
+        {
+            "task": task.inputs(),
+            "role": task.role,
+            "seed": config.run.seed,
+            "shards": [[shard.split, shard.sha256] for shard in shards],
+            "data": {name: getattr(config.data, name) for name in ("size", "lanes", "augment", "stain_jitter")},
+            "train": {name: getattr(train, name) for name in train.__dataclass_fields__ if name not in where_only},
+        }
+    )

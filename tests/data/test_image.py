@@ -1,0 +1,136 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lgd.config import DataError
+from lgd.data import image as image_module
+from lgd.data.image import check, decode, encode, header
+
+
+def smooth(height=64, width=64):
+    """A picture without fine detail, so that every sensible resize of it agrees."""
+    y, x = np.mgrid[0:height, 0:width].astype(float)
+    y, x = (y + 0.5) / height, (x + 0.5) / width
+    return np.stack([y, x, (x + y) / 2], 2) * 200 + 20
+
+
+PIXELS = smooth().astype(np.uint8)
+
+
+def saved(kind, image=None, **options):
+    stream = io.BytesIO()
+    (image or Image.fromarray(PIXELS)).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+KINDS = {
+    "jpg": saved("JPEG", quality=95),
+    "progressive": saved("JPEG", quality=95, progressive=True),
+    "png": saved("PNG"),
+    "webp": saved("WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_type_decodes_and_is_told_by_its_content(kind):
+    found = header(KINDS[kind], "a.png")
+    assert found == ("jpg" if kind == "progressive" else kind, 64, 64)
+    pixels = decode(KINDS[kind], "a.png")
+    assert pixels.dtype == np.uint8 and pixels.flags.writeable and pixels.flags.c_contiguous
+    assert np.abs(pixels.astype(int) - PIXELS).max() <= (0 if kind in ("png", "webp") else 12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [16, 20, 64, 96])
+def test_scaled_decoding_agrees_with_a_full_decode_and_an_average(kind, size):
+    pixels = decode(KINDS[kind], "a", size)
+    assert pixels.shape == (size, size, 3) and pixels.flags.writeable
+    assert np.abs(pixels - smooth(size, size)).mean() < 3
+
+
+def test_shrinking_is_antialiased():
+    # Single-pixel stripes average to grey; a resize that only picks pixels would keep black or white.
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    for kind in ("png", "jpg"):
+        shrunk = decode(encode(stripes, kind, 100), "a", 20)
+        assert np.abs(shrunk.astype(int) - 127).max() < 60
+
+
+def test_an_oblong_image_fills_the_square():
+    assert decode(encode(smooth(64, 128).astype(np.uint8), "jpg"), "a", 32).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_file_is_refused_wherever_it_is_cut(kind):
+    content = KINDS[kind]
+    check(content, "whole")
+    for end in [*range(0, len(content) - 40, 37), *range(len(content) - 40, len(content))]:
+        with pytest.raises(DataError, match="^cut.png: "):
+            check(content[:end], "cut.png")
+
+
+def test_a_flipped_bit_in_a_png_is_refused():
+    content = KINDS["png"]
+    for position in range(8, len(content), 11):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        with pytest.raises(DataError):
+            check(bytes(flipped), "a")
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "is empty"),
+        (b"not an image at all", "is no JPEG, PNG or WebP image"),
+        (saved("TIFF"), "is no JPEG"),
+        (saved("GIF"), "is no JPEG"),
+        (saved("JPEG", Image.new("CMYK", (9, 9))), "is a CMYK JPEG: convert it"),
+        (saved("PNG", Image.fromarray(np.zeros((9, 9), np.uint16))), "mode I;16: convert it to 8-bit RGB"),
+        (saved("PNG", save_all=True, append_images=[Image.new("RGB", (64, 64))]), "animation"),
+        (b"\xff\xd8\xff\xe0" + b"\0" * 100, "truncated or broken"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 100, "truncated or broken"),
+        (b"RIFF\0\0\0\0WEBPVP8 ", "truncated or broken"),
+    ],
+)
+def test_what_is_no_usable_image_is_refused(content, reason):
+    with pytest.raises(DataError, match=f"^a.png: .*{reason}"):
+        decode(content, "a.png")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_huge_image_is_refused_by_its_header():
+    content = saved("PNG", Image.new("1", (10001, 10000)))
+    with pytest.raises(DataError, match="more than 100 megapixels"):
+        decode(content, "a")
+    assert image_module.MAX_PIXELS < 10001 * 10000
+
+
+def test_other_modes_become_rgb():
+    grey = Image.new("L", (8, 8), 77)
+    assert (decode(saved("PNG", grey), "a") == 77).all() and (abs(decode(saved("JPEG", grey), "a") - 77.0) < 2).all()
+    clear = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
+    assert (decode(saved("PNG", clear), "a") == 255).all()
+    solid = Image.new("RGBA", (8, 8), (10, 20, 30, 255))
+    assert (decode(saved("PNG", solid), "a") == (10, 20, 30)).all()
+    palette = Image.fromarray(PIXELS).quantize(16)
+    assert (decode(saved("PNG", palette), "a") == np.array(palette.convert("RGB"))).all()
+    black = Image.new("1", (8, 8), 1)
+    assert (decode(saved("PNG", black), "a") == 255).all()
+
+
+def test_encoding_comes_back():
+    assert (decode(encode(PIXELS, "png"), "a") == PIXELS).all()
+    assert np.abs(decode(encode(PIXELS[:, 1:], "jpg", 95), "a").astype(int) - PIXELS[:, 1:]).max() < 12
+    assert len(encode(PIXELS, "jpg", 30)) < len(encode(PIXELS, "jpg", 95))
+
+
+def test_a_real_patch_shrinks_alike_by_both_ways(real_data):
+    content = (real_data / "bci-native/HE/test/00820_test_2+.png").read_bytes()
+    assert header(content, "a") == ("jpg", 1024, 1024)
+    full = decode(content, "a")
+    average = full.reshape(256, 4, 256, 4, 3).mean((1, 3))
+    assert np.abs(decode(content, "a", 256) - average).mean() < 2

@@ -1,0 +1,195 @@
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lgd.config import LEVEL_NAMES, ConfigError, DataError
+from lgd.data.sections import draw_pair, grade_of, slide_level
+from lgd.data.synth import TRUTH_COLUMNS, SynthOptions, synthesise
+from lgd.data.tissue import MPP
+
+_DAB = np.linalg.inv([(0.650, 0.704, 0.286), (0.268, 0.570, 0.776), (0.6, -0.55, 0.25)])[:, 1]
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def _density(image: np.ndarray) -> np.ndarray:
+    """Optical density over the image's own background."""
+    light = image.astype(np.float64)
+    return -np.log10(np.maximum(light, 1) / np.percentile(light, 99, axis=(0, 1)))
+
+
+def _slide_of(level: int) -> int:
+    return next(slide for slide in range(4) if slide_level(0, slide) == level)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("synth") / "set"
+    return out, synthesise(SynthOptions(out=str(out), pairs=16, size=64, slides=8, workers=1))
+
+
+def test_same_bytes_with_any_number_of_workers(drawn, tmp_path):
+    out, summary = drawn
+    again = tmp_path / "again"
+    synthesise(SynthOptions(out=str(again), pairs=16, size=64, slides=8, workers=2))
+    assert _digests(out) == _digests(again)
+    assert len(_digests(out)) == 2 * summary["pairs"] + 2
+
+
+def test_truth_describes_the_files(drawn):
+    out, summary = drawn
+    with open(out / "truth.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert tuple(rows[0]) == TRUTH_COLUMNS
+    for stain in ("HE", "IHC"):
+        files = {f"{path.parent.name}/{path.stem}" for path in (out / stain).glob("*/*.png")}
+        assert files == {f"{row['split']}/{row['key']}" for row in rows}
+    for row in rows:
+        number, split, level = row["key"].split("_")
+        assert (split, level) == (row["split"], LEVEL_NAMES[int(row["level"])])
+        assert 0 <= int(number) < 16
+        assert 0 <= float(row["membrane_completeness"]) <= 1 and 0 <= float(row["stained_fraction"]) <= 1
+        assert int(row["tumour_nuclei"]) <= int(row["nuclei"])
+        assert int(row["discordant"]) or row["patch_level"] in (row["level"], "0")
+        stream = (out / "HE" / row["split"] / f"{row['key']}.png").read_bytes()
+        assert simplejpeg.decode_jpeg_header(stream)[:2] == (64, 64)
+    sides = {split: {row["slide"] for row in rows if row["split"] == split} for split in ("train", "test")}
+    assert not sides["train"] & sides["test"] and len(sides["test"]) == 2
+    assert (summary["train"], summary["test"]) == (12, 4)
+    assert summary["levels"] == dict.fromkeys(LEVEL_NAMES, 4)
+
+
+def test_complete_set_is_reused_and_anything_else_refused(drawn, tmp_path):
+    out, summary = drawn
+    same = SynthOptions(out=str(out), pairs=16, size=64, slides=8, workers=2)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert synthesise(same) == summary | {"reused": True}
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    with pytest.raises(DataError, match=r"seed 0 \(now 1\).*another folder"):
+        synthesise(SynthOptions(out=str(out), pairs=16, size=64, slides=8, seed=1))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="not empty.*new folder"):
+        synthesise(SynthOptions(out=str(tmp_path), pairs=2, size=64))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_interrupted_set_is_redone_and_a_damaged_one_refused(tmp_path, monkeypatch):
+    options = SynthOptions(out=str(tmp_path / "set"), pairs=2, size=64, workers=1)
+    synthesise(options)
+    whole = _digests(tmp_path / "set")
+    (tmp_path / "set" / "synth.json").rename(tmp_path / "set" / "synth.begun.json")
+    stale = tmp_path / "set" / "HE" / "train" / "99999_train_0.png"
+    stale.write_bytes(b"half")
+    assert not synthesise(options)["reused"]
+    assert _digests(tmp_path / "set") == whole
+    next((tmp_path / "set" / "HE").glob("*/*.png")).unlink()
+    with pytest.raises(DataError, match="not as it was made"):
+        synthesise(options)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"out": ""}, "out"),
+        ({"pairs": 0}, "pairs"),
+        ({"size": 100}, "size"),
+        ({"seed": -1}, "seed"),
+        ({"slides": 9, "pairs": 8}, "slides"),
+        ({"coupling": 1.5}, "coupling"),
+        ({"test": 1.0}, "test"),
+        ({"pairs": 4, "slides": 1}, "test"),
+        ({"workers": -1}, "workers"),
+    ],
+)
+def test_wrong_options_name_the_field(wrong, field):
+    with pytest.raises(ConfigError, match=f"^{field} is"):
+        SynthOptions(**{"out": "x", **wrong})
+
+
+@given(seed=st.integers(0, 2**32), block=st.integers(0, 1000))
+def test_four_slides_in_a_row_hold_every_level(seed, block):
+    assert sorted(slide_level(seed, 4 * block + i) for i in range(4)) == [0, 1, 2, 3]
+
+
+def test_draw_pair_is_pure():
+    first, second = draw_pair(3, 1, 2, 64), draw_pair(3, 1, 2, 64)
+    assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
+    assert first[2] == second[2]
+    assert first[0].shape == first[1].shape == (64, 64, 3) and first[0].dtype == np.uint8
+    for other in (draw_pair(4, 1, 2, 64), draw_pair(3, 2, 2, 64), draw_pair(3, 1, 3, 64)):
+        assert not np.array_equal(first[0], other[0])
+
+
+def test_sections_are_related_but_not_aligned():
+    """The dark places of both sections match best within a few micrometres, and hardly ever at no shift."""
+    shifts, gains = [], []
+    for patch in range(6):
+        he, ihc, _ = draw_pair(0, _slide_of(0), patch)
+        a, b = (_density(image)[..., 0] for image in (he, ihc))
+        a, b = ((x - x.mean()) / x.std() for x in (a, b))
+        match = np.fft.irfft2(np.fft.rfft2(a) * np.conj(np.fft.rfft2(b)), s=a.shape) / a.size
+        y, x = np.unravel_index(match.argmax(), match.shape)
+        shifts.append(np.hypot(min(y, 256 - y), min(x, 256 - x)) * MPP)
+        gains.append(match.max() / match.std())
+    assert np.median(gains) > 3.5
+    assert 0 < np.median(shifts) < 12
+
+
+def test_dab_rises_with_the_level():
+    """The same tissue at four levels: membranes browner, by the truth and by unmixing the image."""
+    for slide, patch in ((0, 0), (5, 1), (9, 2)):
+        truths, measured = [], []
+        for level in range(4):
+            _, ihc, truth = draw_pair(1, slide, patch, 128, level=level)
+            truths.append(truth)
+            measured.append(float((_density(ihc) @ _DAB).mean()))
+        if not truths[0]["discordant"]:
+            assert [truth["patch_level"] for truth in truths] == [0, 1, 2, 3]
+            assert np.all(np.diff([truth["membrane_od"] for truth in truths]) > 0)
+            assert np.all(np.diff(measured) > 0)
+
+
+def test_levels_meet_the_ten_percent_rule():
+    shares = {level: [] for level in range(4)}
+    for slide in range(8):
+        _, _, truth = draw_pair(2, slide, 0, 128)
+        shares[truth["patch_level"]].append(truth["stained_fraction"])
+    assert max(shares[0]) <= 0.25 and np.mean(shares[0]) <= 0.1
+    assert min(np.mean(shares[level]) for level in (1, 2, 3)) > 0.1
+
+
+def test_without_coupling_the_he_knows_nothing_of_the_level():
+    """The strongest form of "no leak": the H&E is the same, byte for byte, at every level of the slide."""
+    for slide, patch in ((0, 0), (3, 1), (6, 2)):
+        drawn = [draw_pair(0, slide, patch, 64, coupling=0.0, level=level) for level in range(4)]
+        assert all(np.array_equal(he, drawn[0][0]) for he, _, _ in drawn)
+        assert not np.array_equal(drawn[0][1], drawn[3][1])
+
+
+def test_with_coupling_nuclei_grow_with_the_level():
+    """Share of the field that is chromatin: over slides it follows the level at coupling 1, and not at 0."""
+
+    def statistic(slide: int, coupling: float) -> float:
+        he, _, truth = draw_pair(0, slide, 0, 128, coupling=coupling)
+        dark = _density(he)[..., 0] > 0.28
+        return float(dark.sum()) / max(truth["nuclei"], 1)
+
+    levels = [slide_level(0, slide) for slide in range(32)]
+    related = np.corrcoef(levels, [statistic(slide, 1.0) for slide in range(32)])[0, 1]
+    unrelated = np.corrcoef(levels, [statistic(slide, 0.0) for slide in range(32)])[0, 1]
+    assert abs(unrelated) < 0.35 < related
+
+
+@given(slide=st.integers(0, 50), patch=st.integers(0, 50), level=st.integers(0, 3))
+def test_grade_follows_the_level_only_as_far_as_coupled(slide, patch, level):
+    assert grade_of(0, slide, patch, level, 0.0) == grade_of(0, slide, patch, 0, 0.0)
+    assert grade_of(0, slide, patch, level, 1.0) >= grade_of(0, slide, patch, 0, 1.0)

@@ -1,0 +1,236 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lgd.config import LEVEL_NAMES, DataError
+from lgd.evaluate.figures import Neighbour, Query, confusion_matrix, contact_sheet
+from lgd.evaluate.report import caveats_of, table, write_report
+from lgd.metrics import METRICS, Predictions, paired_difference, retrieval, score
+
+
+def model(name="LGD-Net", skill=1.0, slides=12, each=5, level=None, groups=None):
+    """A model of some skill on patches of slides that each have one level."""
+    level = np.repeat(np.arange(slides) % 4, each) if level is None else np.asarray(level, np.int64)
+    n = len(level)
+    noise = np.random.default_rng(len(name)).normal(size=(n, 4))
+    odds = np.exp(noise + skill * np.eye(4)[np.maximum(level, 0)])
+    return Predictions(
+        name=name,
+        keys=[f"patch-{row}" for row in range(n)],
+        groups=[f"s{row // each}" for row in range(n)] if groups is None else groups,
+        level=level,
+        probability=odds / odds.sum(1, keepdims=True),
+    )
+
+
+def query(level=2, ihc=True):
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    found = [
+        Neighbour(key=f"k_$1$_{other}", slide=None, split="train", level=other, distance=0.1, image=image)
+        for other in (2, 1, 0, None)
+    ]
+    return Query(
+        key="q" * 60, slide="S1", level=level, predicted=1, he=image, ihc=image if ihc else None, neighbours=found
+    )
+
+
+def report(folder, scored, **changed):
+    options = {
+        "own_retrieval": None,
+        "queries": [],
+        "caveats": ["Mind this."],
+        "provenance": {"command": "lgd evaluate --config c.yaml", "model": "abc"},
+        "resamples": 40,
+        "seed": 0,
+    } | changed
+    return write_report(folder, scored, **options)
+
+
+def strict(path):
+    """The JSON of a file, in which NaN and Infinity are no numbers."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "new"
+    scored = [model(), model("H&E-only", 0.5), model("IHC|teacher", 3.0)]
+    latents = np.random.default_rng(0).normal(size=(20, 4))
+    own = retrieval(latents, latents, np.arange(20))
+    document = report(folder, scored, own_retrieval=own, queries=[query(), query(None, ihc=False)])
+    return folder, scored, document
+
+
+def test_the_document_holds_every_number(written):
+    folder, scored, document = written
+    assert strict(folder / "metrics.json") == document
+    assert document["levels"] == dict.fromkeys(LEVEL_NAMES, 15)
+    assert document["always_the_commonest_level"] == 0.25
+    assert document["provenance"]["model"] == "abc"
+    for made, predictions in zip(document["models"], scored, strict=True):
+        values = score(predictions.level, predictions.probability)
+        metrics = made["by_patch"]["metrics"]
+        assert {name: metrics[name]["value"] for name in METRICS} == values
+        assert all(metrics[name]["low"] <= values[name] <= metrics[name]["high"] for name in METRICS)
+        counts = np.array(made["by_patch"]["confusion"])
+        assert counts.sum(1).tolist() == [15] * 4
+        assert np.trace(counts) / 60 == pytest.approx(values["accuracy"])
+        assert np.sum(made["by_slide"]["confusion"]) == made["by_slide"]["groups"] == 12
+    for row, other in zip(document["differences"], scored[1:], strict=True):
+        assert (row["of"], row["minus"]) == ("LGD-Net", other.name)
+        assert row["metrics"]["kappa"] == paired_difference(scored[0], other, "kappa", 40, 0)
+
+
+def test_the_pictures_are_pictures(written):
+    folder, _, _ = written
+    for name in ("confusion.png", "reliability.png", "queries.png"):
+        with Image.open(folder / name) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        assert min(pixels.shape[:2]) > 400
+        assert pixels.std() > 10
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["confusion.png", "metrics.json", "queries.png", "reliability.png", "summary.md"]
+    )
+
+
+def test_the_summary_says_what_a_reader_needs(written):
+    folder, _, document = written
+    text = (folder / "summary.md").read_text()
+    assert text.index("Mind this.") < text.index("Scores by patch")
+    accuracy = document["models"][0]["by_patch"]["metrics"]["accuracy"]
+    shown = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**accuracy)
+    assert f"| LGD-Net | 60 | {shown} |" in text
+    assert "| LGD-Net | 12 |" in text
+    assert "LGD-Net minus H&E-only" in text
+    assert "| median rank | 1 | 10.5 |" in text
+    assert "    lgd evaluate --config c.yaml\n" in text
+    for name in ("confusion.png", "reliability.png", "queries.png"):
+        assert f"]({name})" in text
+    rows = [line.replace(r"\|", "") for line in text.splitlines() if line.startswith("| IHC")]
+    assert len(rows) == 4
+    assert {row.count("|") for row in rows} == {8, 7, 6}
+
+
+def test_the_table_is_aligned_and_agrees(written):
+    _, scored, document = written
+    head, *rows = table(scored, 40, 0).splitlines()
+    assert [row.split("  ")[0] for row in rows] == ["LGD-Net", "H&E-only", "IHC|teacher"]
+    kappa = document["models"][0]["by_patch"]["metrics"]["kappa"]
+    assert rows[0][head.index("kappa") :].startswith("{value:.3f} [{low:.3f}, {high:.3f}]".format(**kappa))
+
+
+def test_an_unlabelled_split_gets_no_scores(tmp_path):
+    unlabelled = model(level=[-1] * 10)
+    (tmp_path / "confusion.png").write_bytes(b"of an earlier report")
+    document = report(tmp_path, [unlabelled], queries=[query(None)])
+    assert document["labelled"] == 0
+    assert document["models"][0]["by_patch"]["metrics"]["accuracy"] == {"value": None, "low": None, "high": None}
+    assert strict(tmp_path / "metrics.json") == document
+    text = (tmp_path / "summary.md").read_text()
+    assert "nothing to score" in text
+    assert "Scores by" not in text
+    assert not (tmp_path / "confusion.png").exists()
+    assert "(queries.png)" in text
+    assert "–" in table([unlabelled], 10, 0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_level_of_one_slide_has_no_intervals(tmp_path):
+    document = report(tmp_path, [model(level=[2] * 4, groups=["a"] * 4)])
+    metrics = document["models"][0]["by_patch"]["metrics"]
+    assert metrics["accuracy"]["value"] is not None
+    assert metrics["accuracy"]["low"] is None
+    assert metrics["auc_low"] == {"value": None, "low": None, "high": None}
+    strict(tmp_path / "metrics.json")
+    assert "[–]" in (tmp_path / "summary.md").read_text()
+
+
+def test_slides_without_one_level_get_no_table_by_slide(tmp_path):
+    mixed = report(tmp_path / "a", [model(level=[0, 1, 2, 3], groups=["a", "a", "b", "b"])])
+    assert mixed["models"][0]["by_slide"] is None
+    assert "patches of different levels, like a" in (tmp_path / "a" / "summary.md").read_text()
+    single = report(tmp_path / "b", [model(level=[0, 1, 2, 3], groups=["a", "b", "c", "d"])])
+    assert single["models"][0]["by_slide"] is None
+    assert "every group is a single patch" in (tmp_path / "b" / "summary.md").read_text()
+
+
+def test_models_of_different_patches_are_not_compared(tmp_path):
+    with pytest.raises(DataError, match="LGD-Net and other do not hold the same patches"):
+        report(tmp_path / "new", [model(), model("other", slides=3)])
+    assert not (tmp_path / "new").exists()
+
+
+def manifest(layout="csv", may_leak=False, caveats=()):
+    return {"layout": layout, "may_leak": may_leak, "caveats": list(caveats), "splits": {}}
+
+
+@pytest.mark.parametrize(
+    ("words", "manifests", "predictions", "virtual"),
+    [
+        ("may leak", [manifest(), manifest(may_leak=True)], model(), False),
+        ("of the whole slide", [manifest("bci")], model(level=[0, 1], groups=["a", "b"]), False),
+        ("of the whole slide", [manifest()], model(), False),
+        ("virtual", [manifest("bci")], model(), True),
+        ("Patches of level 0 that are scored: only 15", [manifest()], model(), False),
+        ("only 8. The intervals mean little", [manifest()], model(slides=8), False),
+        ("very few slides or source patches: 2+ (2), 3+ (2)", [manifest()], model(slides=10), False),
+        ("No patch of level 0, 3+", [manifest()], model(level=[1, 2] * 5), False),
+        ("1 of 3 patches have no level", [manifest()], model(level=[1, 2, -1]), False),
+        ("nothing to score", [manifest("mist")], model(level=[-1] * 3), False),
+        ("From the shards.", [manifest(caveats=["From the shards."])] * 2, model(), False),
+        ("independent design", [], model(), False),
+    ],
+)
+def test_caveats_are_computed(words, manifests, predictions, virtual):
+    found = caveats_of(manifests, predictions, virtual)
+    assert sum(words in caveat for caveat in found) == 1, found
+
+
+def test_a_sound_split_has_no_caveat_but_the_design():
+    sound = model(slides=80, each=5)
+    found = caveats_of([manifest()], sound, False)
+    assert [caveat.split(" is ")[0] for caveat in found] == ["A level", "This"]
+    varied = model(level=np.arange(400) % 4, each=5)
+    assert len(caveats_of([manifest()], varied, False)) == 1
+
+
+def test_the_confusion_matrix_takes_absent_levels_and_any_title(tmp_path):
+    confusion_matrix(model(level=[1, 1, 2]), tmp_path / "c.png", "an $unfinished formula")
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.size[0] > 400
+
+
+def test_frames_tell_how_far_a_level_is(tmp_path):
+    contact_sheet([query(2)], tmp_path / "q.png")
+    with Image.open(tmp_path / "q.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    colours = {"same": (0, 158, 115), "one off": (230, 159, 0), "beyond": (213, 94, 0), "unknown": (153, 153, 153)}
+    for name, colour in colours.items():
+        assert (pixels == colour).all(1).sum() > 500, name
+
+
+def test_real_patches_fill_a_sheet(real_data, tmp_path):
+    names = sorted(path.name for path in (real_data / "bci-thumbs" / "HE" / "test").iterdir())[:3]
+    images = {
+        stain: [np.array(Image.open(real_data / "bci-thumbs" / stain / "test" / name).convert("RGB")) for name in names]
+        for stain in ("HE", "IHC")
+    }
+    levels = [LEVEL_NAMES.index(name.removesuffix(".png").split("_")[2]) for name in names]
+    found = [
+        Neighbour(key=name, slide=None, split="test", level=level, distance=0.5, image=image)
+        for name, level, image in zip(names, levels, images["IHC"], strict=True)
+    ]
+    rows = [
+        Query(key=name, slide=None, level=level, predicted=None, he=he, ihc=ihc, neighbours=found[:2])
+        for name, level, he, ihc in zip(names, levels, images["HE"], images["IHC"], strict=True)
+    ]
+    contact_sheet(rows, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 4 * 168 and sheet.height > 3 * 168

@@ -1,0 +1,97 @@
+"""A module imports only from rows above its own in this list, which is DESIGN's reading order."""
+
+import ast
+from pathlib import Path
+
+import lgd
+
+ROOT = Path(lgd.__file__).parent
+ORDER = """
+config files distribute metrics
+stain.deconvolve stain.targets
+data.pairs data.tissue data.sections data.synth data.split
+data.image data.archive data.sources data.shards data.verify data.plan data.stream data.augment
+models.encoder models.export models.teacher models.student models.losses
+store.latents store.cache store.index
+train.batch train.tasks train.engine train.checkpoint train.log train.loop
+evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
+doctor pipeline cli
+""".split()
+# Heavy or optional packages have one importing module each (a folder names all its modules).
+OWNERS = {
+    "ray": {"distribute"},
+    "faiss": {"store.index", "doctor"},
+    "deepspeed": {"train.engine"},
+    "h5py": {"store.latents"},
+    "webdataset": {"data.archive"},
+    "transformers": {"models.encoder"},
+    "matplotlib": {"evaluate.figures"},
+    "jsonargparse": {"config"},
+}
+# These may not be imported when the module is: `lgd --help` must be quick, and works without them.
+LATE = {"ray", "faiss", "deepspeed", "h5py", "transformers", "matplotlib", "jsonargparse", "sklearn"}
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if path.name not in ("__init__.py", "__main__.py"):
+            found[name] = ast.parse(path.read_text())
+    return found
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own(name: str) -> str | None:
+    """The module of lgd that an import names, if it does."""
+    parts = name.split(".")
+    if parts[0] != "lgd":
+        return None
+    for end in range(len(parts), 1, -1):
+        if ".".join(parts[1:end]) in ORDER:
+            return ".".join(parts[1:end])
+    return None
+
+
+def test_every_module_has_a_row():
+    assert sorted(modules()) == sorted(ORDER)
+
+
+def test_imports_go_upward_only():
+    wrong = [
+        f"{name} imports {target}"
+        for name, tree in modules().items()
+        for target in map(own, imported(tree))
+        if target and ORDER.index(target) >= ORDER.index(name)
+    ]
+    assert not wrong
+
+
+def test_heavy_packages_have_one_importer():
+    wrong = [
+        f"{name} imports {target}"
+        for name, tree in modules().items()
+        for target in imported(tree)
+        if name not in OWNERS.get(target.split(".")[0], {name})
+    ]
+    assert not wrong
+
+
+def test_heavy_packages_are_imported_late():
+    wrong = [
+        f"{name} imports {target} at once"
+        for name, tree in modules().items()
+        for node in tree.body
+        for target in imported(node if isinstance(node, ast.Import | ast.ImportFrom) else ast.Pass())
+        if target.split(".")[0] in LATE
+    ]
+    assert not wrong
