@@ -63,7 +63,10 @@ def _build_shards(parser: Any) -> Run:
         finally:
             disconnect()
         _print_table(
-            [{"split": name, "samples": split["samples"], **split["levels"]} for name, split in manifest["splits"].items()]
+            [
+                {"split": name, "samples": split["samples"], **split["levels"]}
+                for name, split in manifest["splits"].items()
+            ]
         )
         print(f"{'reused, nothing changed' if manifest.get('reused') else 'built'}: {options.out}")
 

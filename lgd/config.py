@@ -245,18 +245,35 @@ class Config:
             )
 
     def resolved(self) -> "Config":
-        """The same run with every default folder filled in."""
-        root = Path(self.run.dir)
-        shards = self.data.shards if isinstance(self.data.shards, list) else [self.data.shards]
-        shards = [folder or str(root / "shards") for folder in shards]
-        replace = dataclasses.replace
+        """The same run with every default folder filled in, and paths absolute: workers have other working folders."""
+        root = Path(self.run.dir).absolute()
+
+        def place(folder: str, name: str) -> str:
+            return str(Path(folder).absolute() if folder else root / name)
+
+        def encoder(name: str) -> str:
+            return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+        replace, shards = dataclasses.replace, self.data.shards
         return replace(
             self,
-            data=replace(self.data, shards=shards),
-            teacher=replace(self.teacher, dir=self.teacher.dir or str(root / "teacher")),
-            latents=replace(self.latents, dir=self.latents.dir or str(root / "latents")),
-            student=replace(self.student, dir=self.student.dir or str(root / "student")),
-            report=replace(self.report, dir=self.report.dir or str(root / "report")),
+            run=replace(self.run, dir=str(root)),
+            data=replace(
+                self.data,
+                shards=[place(folder, "shards") for folder in ([shards] if isinstance(shards, str) else shards)],
+            ),
+            teacher=replace(
+                self.teacher, dir=place(self.teacher.dir, "teacher"), encoder=encoder(self.teacher.encoder)
+            ),
+            latents=replace(self.latents, dir=place(self.latents.dir, "latents")),
+            student=replace(
+                self.student, dir=place(self.student.dir, "student"), encoder=encoder(self.student.encoder)
+            ),
+            report=replace(
+                self.report,
+                dir=place(self.report.dir, "report"),
+                also=[str(Path(folder).absolute()) for folder in self.report.also],
+            ),
         )
 
     @property

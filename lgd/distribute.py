@@ -3,6 +3,7 @@
 With 0 workers everything runs in this process, without Ray; under torchrun such a process joins torchrun's world.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +36,12 @@ def connect(workers: int, what: str) -> float:
             os.environ.setdefault(name, value)
         try:
             if address:
-                ray.init(address=address, logging_level="error")
+                ray.init(address=address, logging_level=logging.ERROR)
             else:
                 # One machine has no preemption notice to watch for.
                 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 # Ray Train asks the dashboard's process whether its controller lives, and complains without one.
-                ray.init(address="local", include_dashboard=True, logging_level="error")
+                ray.init(address="local", include_dashboard=True, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             place = f"the cluster of RAY_ADDRESS={address}" if address else "a local Ray"
             raise DataError(f"{place} cannot be reached or started ({error}); set {what} to 0 to do without") from error
@@ -89,7 +90,7 @@ def map_with(
 
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     actor = ray.remote(num_cpus=cpus, num_gpus=gpus)(Mapper)
-    actors = [actor.remote() for _ in range(min(workers, len(arguments)))]
+    actors: list[Any] = [actor.remote() for _ in range(min(workers, len(arguments)))]
     pool: Any = ActorPool(actors)
     try:
         yield from pool.map_unordered(lambda worker, argument: worker.apply.remote(argument), list(arguments))
@@ -102,8 +103,8 @@ def map_with(
 
 def _cause(error: Any) -> BaseException:
     """The user's error behind a remote one, so that it is told as if it had happened here."""
-    cause = getattr(error, "cause", None)
-    while hasattr(cause, "cause") and cause.cause is not None and cause.cause is not cause:
+    cause: Any = getattr(error, "cause", None)
+    while getattr(cause, "cause", None) not in (None, cause):
         cause = cause.cause
     return cause if isinstance(cause, (ValueError, OSError)) else error
 

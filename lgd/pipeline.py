@@ -131,9 +131,7 @@ def evaluate(config: Config) -> str:
         shards = [shard for shard in all_shards(config) if shard.split == config.report.split]
         if not shards:
             splits = sorted({shard.split for shard in all_shards(config)})
-            raise DataError(
-                f"report.split {config.report.split!r} has no patches; the shards have {', '.join(splits)}"
-            )
+            raise DataError(f"report.split {config.report.split!r} has no patches; the shards have {', '.join(splits)}")
         scorer = load_scorer(config.student.dir)
         student, pooled = score_shards(scorer, shards, threads=config.data.threads)
         rivals = [load_scorer(folder) for folder in config.report.also] + [load_scorer(config.teacher.dir, "teacher")]

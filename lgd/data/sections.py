@@ -17,10 +17,10 @@ from lgd.data.tissue import MPP, TUMOUR, Cells, Place, Tissue, locate, smooth_no
 _LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC = range(6)
 
 # Optical density of red, green and blue light. Ruifrok and Johnston 2001; eosin and the two hematoxylins are moved
-# half way towards what Macenko's method finds on BCI's patches, whose pink absorbs blue light and whose
+# more than half way towards what Macenko's method finds on BCI's patches, whose pink absorbs blue light and whose
 # counterstain is greyish.
-_HEMATOXYLIN, _EOSIN, _DAB = (0.63, 0.68, 0.35), (0.19, 0.92, 0.33), (0.268, 0.570, 0.776)
-_COUNTERSTAIN = (0.61, 0.65, 0.42)
+_HEMATOXYLIN, _EOSIN, _DAB = (0.63, 0.68, 0.35), (0.23, 0.88, 0.41), (0.268, 0.570, 0.776)
+_COUNTERSTAIN = (0.60, 0.64, 0.48)
 
 # By level: share of stained tumour cells, optical density of a membrane, its completeness (each from, to), and its
 # width in micrometres. The words (faint, moderate, intense; incomplete, complete; 10 %) are ASCO/CAP 2018's.
@@ -67,7 +67,8 @@ def grade_of(seed: int, slide: int, patch: int, level: int, coupling: float) -> 
 
 
 def _stream(*key: int) -> np.random.Generator:
-    return np.random.default_rng(key)
+    # With the length, because NumPy gives (1, 2) and (1, 2, 0) the same stream.
+    return np.random.default_rng((len(key), *key))
 
 
 def _intent(seed: int, slide: int, patch: int, level: int) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _look(rng: np.random.Generator) -> dict[str, Any]:
 
 def _tilted(rng: np.random.Generator, vector: tuple[float, float, float]) -> np.ndarray:
     """A stain vector turned by a few degrees, as batches of dye differ."""
-    turned = np.maximum(np.array(vector) + rng.normal(0.0, 0.025, 3), 0.01)
+    turned = np.maximum(np.array(vector) + rng.normal(0.0, 0.018, 3), 0.01)
     return turned / np.linalg.norm(turned)
 
 
@@ -177,7 +178,7 @@ def _draw_ihc(
     tumour = place.kind == TUMOUR
     body = tumour * np.clip(place.edge / MPP + 0.5, 0, 1)
     dab, measured = _membranes(rng, cells, place, noise, level)
-    nuclei = 0.7 + 0.35 * np.exp(-(((1 - place.rho) * 3 / 0.5) ** 2)) + 0.10 * noise.fine + 0.10 * noise.broad
+    nuclei = 0.55 + 0.5 * np.exp(-(((1 - place.rho) * 3 / 0.5) ** 2)) + 0.10 * noise.fine + 0.10 * noise.broad
     nuclei *= cells.density[place.cell] * place.cover
     fibres = np.clip(0.5 + 0.3 * tissue.fibres(yx), 0, 1.5)
     counter = look["counter"] * (nuclei + 0.10 * body + 0.12 * fibres * (1 - body))

@@ -61,7 +61,7 @@ class ShardOptions:
     """Stop at pairs that cannot be used, or skip them and list them in rejected.csv."""
     salt: str = ""
     """Any text; another one draws another split."""
-    workers: int = 1
+    workers: int = 0
     """Processes that build shards, under Ray; 0 builds in this process."""
 
     def __post_init__(self) -> None:
@@ -131,6 +131,8 @@ def build(options: ShardOptions, map_shards: MapShards | None = None) -> dict[st
         **{name: recipe[name] for name in ("layout", "options", "codecs", "sources")},
         "classes": list(LEVEL_NAMES),
         "extensions": dict(zip(ROLES, ("json", *extensions), strict=True)),
+        # `lgd synth` leaves this file; reports of virtual tissue must say that it is not tissue.
+        "virtual": (Path(options.root) / "synth.json").is_file(),
         "may_leak": any(source.pair.slide is None for source in sources),
         "caveats": caveats(samples, rule),
         "splits": splits,

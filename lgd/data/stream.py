@@ -5,7 +5,6 @@ decode ahead; both release the GIL, so threads are enough.
 """
 
 import collections
-import functools
 import json
 import os
 import threading
@@ -66,15 +65,13 @@ class Reader:
         descriptor, index = self._shard(shard)
         where = f"{self.shards[shard].path}, row {row}"
         meta = json.loads(read_member(descriptor, index[row, 0], f"{where}, json"))
-        images = {}
+        images: dict[str, np.ndarray] = {}
         for role in self.roles:
             what = f"{where}, {meta['key']}, {role}"
             content = read_member(descriptor, index[row, MEMBERS.index(role)], what)
             images |= self.decode(content, what, role)
         level = -1 if meta["level"] is None else int(meta["level"])
-        return Sample(
-            number=number, shard=shard, row=row, key=meta["key"], level=level, meta=meta, images=images
-        )
+        return Sample(number=number, shard=shard, row=row, key=meta["key"], level=level, meta=meta, images=images)
 
     def decode(self, content: bytes, what: str, role: str) -> dict[str, np.ndarray]:
         """The images that one member gives, by name."""
@@ -88,16 +85,13 @@ class Reader:
             self._open.clear()
 
 
-def stream(
-    reader: Reader, batches: Iterable[np.ndarray], *, threads: int, prefetch: int = 4
-) -> Iterator[list[Sample]]:
+def stream(reader: Reader, batches: Iterable[np.ndarray], *, threads: int, prefetch: int = 4) -> Iterator[list[Sample]]:
     """Yield the samples of each batch of numbers, in order; up to `prefetch` batches are read ahead."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="lgd-read")
     waiting: collections.deque[list[Future[Sample]]] = collections.deque()
-    submit = functools.partial(pool.submit, reader.read)
     try:
         for numbers in batches:
-            waiting.append([submit(int(number)) for number in numbers])
+            waiting.append([pool.submit(reader.read, int(number)) for number in numbers])
             if len(waiting) > prefetch:
                 yield [future.result() for future in waiting.popleft()]
         while waiting:

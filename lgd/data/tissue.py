@@ -108,7 +108,7 @@ class Tissue:
         self.cells = self._populate(rng, look, grade, side)
 
     def _populate(self, rng: np.random.Generator, look: dict[str, Any], grade: float, side: int) -> Cells:
-        pitch = (11.6 - 2.2 * grade) * look["pitch"]
+        pitch = (10.8 - 2.0 * grade) * look["pitch"]
         tumour = _scatter(rng, side, pitch, 0.24)
         tumour = tumour[(_at(self.nest, tumour) > 0) & (_at(self.lumen, tumour) < 0) & (_at(self.rim, tumour) < 0)]
         immune = _scatter(rng, side, 7.6, 0.35)
@@ -135,7 +135,7 @@ class Tissue:
     ) -> Cells:
         n = len(yx)
         is_tumour, is_stroma = kind == TUMOUR, kind == STROMA
-        radius = (3.1 + 1.15 * grade) * look["girth"] * rng.lognormal(0.0, 0.07 + 0.13 * grade, n)
+        radius = (2.8 + 1.1 * grade) * look["girth"] * rng.lognormal(0.0, 0.07 + 0.13 * grade, n)
         stretch = rng.lognormal(0.0, 0.10 + 0.12 * grade, n)
         long, short = radius * stretch, radius / stretch
         long = np.where(is_stroma, rng.uniform(4.0, 7.0, n), np.where(is_tumour, long, rng.uniform(2.5, 3.1, n)))
@@ -225,17 +225,14 @@ def _tessellate(cells: Cells, yx: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     shape = y.shape
     best, next_best = np.full(shape, np.inf, np.float32), np.full(shape, np.inf, np.float32)
     slot, next_slot = np.zeros(shape, np.int8), np.zeros(shape, np.int8)
-    for number, candidate in enumerate(candidates.T):
-        at, number = points[candidate], np.int8(number)
+    for number, candidate in zip(np.arange(_CANDIDATES, dtype=np.int8), candidates.T, strict=True):
+        at = points[candidate]
         power = (y - at[:, :1]) ** 2 + (x - at[:, 1:]) ** 2 - squared_weight[candidate, None]
         wins, places = power < best, power < next_best
         next_slot = np.where(wins, slot, np.where(places, number, next_slot))
         next_best = np.where(wins, best, np.where(places, power, next_best))
         slot, best = np.where(wins, number, slot), np.where(wins, power, best)
-    first, second = (
-        np.take_along_axis(candidates, slot.astype(np.intp), 1),
-        np.take_along_axis(candidates, next_slot.astype(np.intp), 1),
-    )
+    first, second = (np.take_along_axis(candidates, s.astype(np.intp), 1) for s in (slot, next_slot))
     apart = np.hypot(*(points[first] - points[second]).T)
     edge = (next_best - best) / (2 * np.maximum(apart.T, 0.1))
 

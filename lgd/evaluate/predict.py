@@ -51,9 +51,7 @@ def load_scorer(folder: str | Path, kind: str = "student") -> Scorer:
     """The student, or the teacher, of a folder, on the GPU where there is one."""
     model, config = load_student(folder) if kind == "student" else load_teacher(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Scorer(
-        model=model.to(device), config=config, device=device, role="he" if kind == "student" else "ihc"
-    )
+    return Scorer(model=model.to(device), config=config, device=device, role="he" if kind == "student" else "ihc")
 
 
 def score_shards(
@@ -104,9 +102,7 @@ def read_image(path: Path, size: int | None) -> np.ndarray:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def score_files(
-    scorer: Scorer, paths: Sequence[Path], batch: int = 32
-) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
+def score_files(scorer: Scorer, paths: Sequence[Path], batch: int = 32) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
     """Score image files; yields each path with its row of what `Scorer.score` gives."""
     for start in range(0, len(paths), batch):
         some = paths[start : start + batch]
@@ -136,10 +132,7 @@ def predict(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None) -
         if path.stem not in slide_of:
             raise DataError(f"{slides} names no slide for {path.stem} ({path}): add a row key,slide")
         by_slide.setdefault(slide_of[path.stem], []).append(probability)
-    return [
-        as_row(slide, np.mean(rows, axis=0)) | {"patches": len(rows)}
-        for slide, rows in sorted(by_slide.items())
-    ]
+    return [as_row(slide, np.mean(rows, axis=0)) | {"patches": len(rows)} for slide, rows in sorted(by_slide.items())]
 
 
 def read_slides(path: Path) -> dict[str, str]:

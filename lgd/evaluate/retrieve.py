@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lgd.config import LEVEL_NAMES, DataError
-from lgd.data.shards import open_shards
+from lgd.data.shards import Shard, open_shards
 from lgd.data.stream import Reader
 from lgd.evaluate.predict import Scorer, as_row, read_image, score_files
 from lgd.store.index import Searcher
@@ -36,9 +36,7 @@ class Hit:
 def check_pair(scorer: Scorer, store: Store) -> None:
     """Raise `DataError` unless the student hallucinates the latents of the teacher that made the store."""
     if scorer.config.get("method") != "lgd":
-        raise DataError(
-            "this student has no hallucination stream (method he-only): query with one of method lgd"
-        )
+        raise DataError("this student has no hallucination stream (method he-only): query with one of method lgd")
     there, asked = store.document["recipe"]["teacher"], scorer.config["teacher_sha256"]
     if there != asked:
         raise DataError(
@@ -51,11 +49,7 @@ def search(searcher: Searcher, store: Store, vectors_nD: np.ndarray, k: int) -> 
     """The k nearest stored latents of each vector, nearest first, in one search."""
     distance_nk, position_nk = searcher.search(vectors_nD, k)
     return [
-        [
-            _hit(store, searcher.table[p], float(d))
-            for d, p in zip(distances, positions, strict=True)
-            if p >= 0
-        ]
+        [_hit(store, searcher.table[p], float(d)) for d, p in zip(distances, positions, strict=True) if p >= 0]
         for distances, positions in zip(distance_nk, position_nk, strict=True)
     ]
 
@@ -84,8 +78,7 @@ def query(scorer: Scorer, store: Store, images: Sequence[Path], k: int) -> list[
     scored = list(score_files(scorer, images))
     found = search(searcher, store, np.stack([row["pooled"] for _, row in scored]), k)
     return [
-        as_row(str(path), row["probability"]) | {"hits": hits}
-        for (path, row), hits in zip(scored, found, strict=True)
+        as_row(str(path), row["probability"]) | {"hits": hits} for (path, row), hits in zip(scored, found, strict=True)
     ]
 
 
@@ -104,7 +97,7 @@ class Gallery:
 
     def __init__(self, store: Store, size: int) -> None:
         self.store = store
-        shards = {}
+        shards: dict[str, Shard] = {}
         for folder in store.document["shards"]:
             if not Path(folder).is_dir():
                 raise DataError(

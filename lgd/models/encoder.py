@@ -80,12 +80,14 @@ class Encoder(nn.Module):
         """Build from a specification; `backbone` brings pretrained weights."""
         super().__init__()
         self.spec = spec
-        self.backbone = _from_spec(spec) if backbone is None else backbone
+        self.backbone: Any = _from_spec(spec) if backbone is None else backbone
         if spec["batchnorm"] == "group":
             _batchnorm_to_groupnorm(self.backbone)
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
         self.register_buffer("mean", 255 * torch.tensor(spec["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec["std"]).view(1, 3, 1, 1), persistent=False)
-        self.channels: int = self.backbone.channels[-1]
+        self.channels: int = list(self.backbone.channels)[-1]  # type: ignore[arg-type]
 
     def forward(self, rgb_B3HW: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in 0..255, any dtype -> (B, channels, h, w)."""

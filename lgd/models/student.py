@@ -84,12 +84,12 @@ class Student(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What `load_student` needs beside the weights."""
-        own = self.method == "lgd" and self.hallucination is not None
+        own = self.hallucination if self.method == "lgd" else None
         return {
             "kind": "student",
             "method": self.method,
             "morphology": self.morphology.spec,
-            "hallucination": self.hallucination.spec if own else None,
+            "hallucination": None if own is None else own.spec,
             **self.sizes,
             "levels": list(LEVEL_NAMES),
         }

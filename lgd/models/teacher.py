@@ -19,6 +19,12 @@ class Teacher(nn.Module):
         self.encoder = encoder
         self.norm = nn.LayerNorm(encoder.channels)
         self.head = nn.Linear(encoder.channels, len(LEVEL_NAMES))
+        # Subtracted from what is cached: without it any two latents have a cosine above 0.97, and neither a
+        # distance nor a nearest neighbour means much.
+        self.pooled_mean: torch.Tensor
+        self.map_mean: torch.Tensor
+        self.register_buffer("pooled_mean", torch.zeros(encoder.channels))
+        self.register_buffer("map_mean", torch.zeros(encoder.channels))
         self.frozen = False
 
     @property
@@ -27,10 +33,22 @@ class Teacher(nn.Module):
         return self.encoder.channels
 
     def forward(self, ihc_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) in 0..255 -> `map` (B, D, h, w), `pooled` (B, D), `logits` (B, 4)."""
+        """(B, 3, H, W) in 0..255 -> `map` (B, D, h, w), `pooled` (B, D), `logits` (B, 4).
+
+        Map and pooled latent are relative to their means over the training split (`centre`).
+        """
         map_BDHW = self.encoder(ihc_B3HW)
         pooled_BD = self.norm(map_BDHW.mean(dim=(2, 3)))
-        return {"map": map_BDHW, "pooled": pooled_BD, "logits": self.head(pooled_BD)}
+        return {
+            "map": map_BDHW - self.map_mean[:, None, None],
+            "pooled": pooled_BD - self.pooled_mean,
+            "logits": self.head(pooled_BD),
+        }
+
+    def centre(self, pooled_D: torch.Tensor, map_D: torch.Tensor) -> None:
+        """Move the origin of the latents to these means of what `forward` gives."""
+        self.pooled_mean += pooled_D
+        self.map_mean += map_D
 
     def freeze(self) -> "Teacher":
         """No gradients and evaluation mode, for good."""

@@ -27,6 +27,11 @@ class Engine(Protocol):
 
     name: str
 
+    @property
+    def model(self) -> Any:
+        """The network itself."""
+        ...
+
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the network."""
         ...

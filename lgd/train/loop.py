@@ -111,7 +111,7 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
         threads=config.data.threads,
         turn=config.data.augment != "none",
     )
-    validation = Validation(config, task, world)
+    held_out = split_shards(config, "val")
     for step, micro, waited in timed(start, batches):
         terms = backward(engine, task, micro, config, step / steps, world)
         sums, stopping = agree(terms, stop.is_set(), world)
@@ -125,15 +125,17 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
         done = step + 1
         if log:
             log.step(done, sums | {"lr": rate, "grad_norm": norm}, waited)
-        if done % every == 0 and done < steps and validation.shards:
-            scores = validation.run(engine)[2]
+        if done % every == 0 and done < steps and held_out:
+            scores = validate(engine, task, held_out, config, world)[2]
             if log:
                 log.validation(done, scores)
         if done % settings.checkpoint_every == 0 or done == steps or stopping:
             save(engine, task, done, inputs, settings.keep, first)
         if stopping and done < steps:
             raise Stopped(f"stopped after step {done} of {steps}; the same command goes on from there")
-    export(engine, task, config, world, validation, {"inputs": inputs, "steps": steps, "epochs": task.epochs}, log)
+    if isinstance(task, TeacherTask):
+        centre_latents(engine, shards, config, world)
+    export(engine, task, config, world, held_out, {"inputs": inputs, "steps": steps, "epochs": task.epochs}, log)
     reader.close()
 
 
@@ -213,38 +215,53 @@ def save(engine: Engine, task: Task, step: int, inputs: str, keep: int, first: b
     dist.barrier()
 
 
-class Validation:
-    """One pass over the split `val`, shared by all ranks."""
+def passes(
+    engine: Engine, role: str, shards: list[Shard], config: Config, world: World
+) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+    """One pass without gradients over this rank's share of the shards: each batch, and what the network gives."""
+    reader = Reader(shards, (role,), config.data.size)
+    batch = max(1, config.train.batch // world.size)
+    rounds = math.ceil(math.ceil(reader.total / world.size) / batch)
+    engine.model.eval()
+    with torch.no_grad():
+        for one in evaluation_batches(reader, batch=batch, world=world, threads=config.data.threads):
+            yield one, engine.forward(one.to(world.device).images[role])
+            rounds -= 1
+        # Under ZeRO-3 a forward pass is a collective: a rank with fewer batches joins in with an empty one.
+        for _ in range(rounds):
+            engine.forward(torch.zeros(1, 3, config.data.size, config.data.size, device=world.device))
+    engine.model.train()
+    reader.close()
 
-    def __init__(self, config: Config, task: Task, world: World) -> None:
-        self.config, self.task, self.world = config, task, world
-        self.shards = split_shards(config, "val")
 
-    def run(self, engine: Engine) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-        """Logits (n, 4) and levels (n,) of all labelled samples, and their scores."""
-        config, world = self.config, self.world
-        reader = Reader(self.shards, (self.task.role,), config.data.size)
-        batch = max(1, config.train.batch // world.size)
-        mine: list[tuple[np.ndarray, np.ndarray]] = []
-        rounds = math.ceil(math.ceil(reader.total / world.size) / batch)
-        engine.model.eval()
-        with torch.no_grad():
-            for one in evaluation_batches(reader, batch=batch, world=world, threads=config.data.threads):
-                out = engine.forward(one.to(world.device).images[self.task.role])
-                mine.append((out["logits"].float().cpu().numpy(), one.level_B.numpy()))
-            # Under ZeRO-3 a forward pass is a collective: a rank with fewer batches joins in with an empty one.
-            size = config.data.size
-            for _ in range(rounds - len(mine)):
-                engine.forward(torch.zeros(1, 3, size, size, device=world.device))
-        engine.model.train()
-        reader.close()
-        gathered: list[Any] = [None] * world.size
-        dist.all_gather_object(gathered, mine)
-        pairs = [pair for rank in gathered for pair in rank]
-        logits, levels = np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs])
-        known = levels >= 0
-        logits, levels = logits[known], levels[known]
-        return logits, levels, score(levels, softmax(logits)) if len(levels) else {}
+def validate(
+    engine: Engine, task: Task, shards: list[Shard], config: Config, world: World
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Logits (n, 4) and levels (n,) of all labelled samples of the shards, on every rank, and their scores."""
+    mine = [
+        (out["logits"].float().cpu().numpy(), one.level_B.numpy())
+        for one, out in passes(engine, task.role, shards, config, world)
+    ]
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, mine)
+    pairs = [pair for rank in gathered for pair in rank]
+    logits = np.concatenate([np.zeros((0, 4), np.float32), *(a for a, _ in pairs)])
+    levels = np.concatenate([np.zeros(0, np.int64), *(b for _, b in pairs)])
+    logits, levels = logits[levels >= 0], levels[levels >= 0]
+    return logits, levels, score(levels, softmax(logits)) if len(levels) else {}
+
+
+def centre_latents(engine: Engine, shards: list[Shard], config: Config, world: World) -> None:
+    """Put the origin of the teacher's latents at their mean over the training split."""
+    dim = engine.model.dim
+    sums = torch.zeros(2 * dim + 1, dtype=torch.float64, device=world.device)
+    for _, out in passes(engine, "ihc", shards, config, world):
+        rows = torch.cat([out["pooled"], out["map"].mean(dim=(2, 3))], dim=1).double().sum(dim=0)
+        sums += torch.cat([rows, sums.new_full((1,), len(out["pooled"]))])
+    if world.size > 1:
+        dist.all_reduce(sums)
+    mean = (sums[:-1] / sums[-1]).float()
+    engine.model.centre(mean[:dim], mean[dim:])
 
 
 def softmax(logits_nK: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -258,21 +275,22 @@ def export(
     task: Task,
     config: Config,
     world: World,
-    validation: Validation,
+    held_out: list[Shard],
     facts: dict[str, Any],
     log: Log | None,
 ) -> None:
     """Score the validation split, fit the temperature on it, and publish the network."""
-    temperature, scores = 1.0, {}
-    if validation.shards:
-        logits, levels, scores = validation.run(engine)
+    temperature = 1.0
+    scores: dict[str, float] = {}
+    if held_out:
+        logits, levels, scores = validate(engine, task, held_out, config, world)
         if len(levels):
             temperature = fit_temperature(levels, logits)
     weights, _ = engine.state()
     if log:
         log.validation(facts["steps"], scores)
         log.close()
-        described = engine.model.describe()  # type: ignore[operator]
+        described = engine.model.describe()
         save_model(
             task.folder,
             weights,
