@@ -6,8 +6,11 @@ than one field sit in `__post_init__` and name the field and the fix.
 
 import contextlib
 import dataclasses
+import difflib
 import io
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +29,7 @@ _REFUSED_IN_DEEPSPEED = (
     "scheduler",
     "bf16",
     "fp16",
+    "torch_autocast",
 )
 
 
@@ -88,6 +92,9 @@ class Teacher:
     epochs: float = 20
     """Passes over the training split."""
 
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, f"teacher.epochs is {self.epochs}: use more than 0")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latents:
@@ -149,6 +156,7 @@ class Student:
     def __post_init__(self) -> None:
         for name in ("hallucination_weight", "nuclei_weight", "membrane_weight"):
             require(getattr(self, name) >= 0, f"student.{name} is {getattr(self, name)}: use 0 or more")
+        require(self.epochs > 0, f"student.epochs is {self.epochs}: use more than 0")
         require(0 <= self.warmup <= 1, f"student.warmup is {self.warmup}: use a share of the steps, 0 to 1")
 
 
@@ -189,7 +197,10 @@ class Train:
         require(self.workers >= 0, f"train.workers is {self.workers}: use 0 (no Ray) or more")
         for name in ("batch", "accumulate", "checkpoint_every", "keep"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: use at least 1")
+        for name in ("weight_decay", "clip", "evaluate_every"):
+            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}: use 0 or more")
         require(self.lr > 0, f"train.lr is {self.lr}: use more than 0")
+        require(0 <= self.warmup <= 1, f"train.warmup is {self.warmup}: use a share of the steps, 0 to 1")
         parts = max(self.workers, 1) * self.accumulate
         require(
             self.batch % parts == 0,
@@ -323,14 +334,70 @@ def add_option_arguments(parser: Any, kind: Any, skip: Sequence[str] = ()) -> No
 
 
 def parse(parser: Any, args: Sequence[str]) -> Any:
-    """Parse `args`; a mistake raises `ConfigError` with jsonargparse's own message."""
+    """Parse `args`; a mistake raises `ConfigError` that names the file or the option, and the nearest field."""
     import jsonargparse
 
+    files = [value for name, value in itertools.pairwise(args) if name == "--config"]
+    files += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    for file in files:
+        _check_keys(Path(file))
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             return parser.parse_args(list(args))
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_told(str(error), args, files)) from error
+
+
+def _told(message: str, args: Sequence[str], files: Sequence[str]) -> str:
+    """The message of jsonargparse, with the file that it is about or the nearest option."""
+    value = re.fullmatch(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL)
+    if value:
+        given = any(arg.split("=")[0] == f"--{value[1]}" for arg in args)
+        return f"{'' if given or not files else ', '.join(files) + ': '}{value[1]}: {value[2]}"
+    unknown = re.match(r"unrecognized arguments: --([\w.]+)", message)
+    if unknown:
+        names = [f"{name}.{key}" for name, keys in _known().items() for key in keys]
+        close = difflib.get_close_matches(unknown[1], names, 1)
+        return message + (f", did you mean --{close[0]}?" if close else "")
+    return message
+
+
+def _check_keys(path: Path) -> None:
+    """Raise `ConfigError` for a file that is no YAML of sections and fields of `Config`."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read ({error.strerror}): name a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML ({error})") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} holds no sections such as `train:`; see the files in configs/")
+    known = _known()
+    for name, content in document.items():
+        if name not in known:
+            raise ConfigError(f"{path}: there is no section {name}{_nearest(str(name), known)}")
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: section {name} is {content!r}: give it fields, or remove it")
+        for key in content if name != "deepspeed" else ():
+            if key not in known[name]:
+                raise ConfigError(
+                    f"{path}: there is no field {name}.{key}{_nearest(str(key), known[name], f'{name}.')}"
+                )
+
+
+def _known() -> dict[str, list[str]]:
+    """The fields of each section; `deepspeed` has none of ours."""
+    kinds: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
+    return {
+        name: [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+        for name, kind in kinds.items()
+    }
+
+
+def _nearest(name: str, known: Iterable[str], before: str = "") -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1)
+    return f", did you mean {before}{close[0]}?" if close else f"; there are {', '.join(before + k for k in known)}"
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -1,9 +1,14 @@
 """Fixtures shared by all tests."""
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from lgd.config import Config, load_config
 
 # Small tensors: more threads only fight each other when the machine runs several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,3 +26,66 @@ def real_data() -> Path:
     if named:
         pytest.fail(f"LGD_REAL_DATA is {named}, but {folder / 'bci-native'} is not there")
     pytest.skip(f"no real patches: set LGD_REAL_DATA to their folder ({folder} is not there)")
+
+
+@pytest.fixture(scope="session")
+def tissue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 pairs of virtual tissue, 128 pixels wide, in BCI's layout. No test may change it."""
+    from lgd.data.synth import SynthOptions, synthesise
+
+    folder = tmp_path_factory.mktemp("tissue") / "bci"
+    synthesise(SynthOptions(out=str(folder), pairs=48, size=128, slides=12, workers=1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tissue_config(tissue: Path) -> Config:
+    """A small run over shards of `tissue` in which nothing is trained yet; its folders are those of `tissue_run`.
+
+    20 pairs are in train, 8 in val and 20 in test; a shard holds 8.
+    """
+    from lgd.data.shards import ShardOptions, build
+
+    shards = tissue.parent / "shards"
+    split = {"slides": str(tissue / "truth.csv"), "split": "group:0.5,0.25,0.25"}
+    build(ShardOptions(layout="bci", root=str(tissue), out=str(shards), shard_size=8, mpp=0.46, **split))
+    options = {
+        "run.dir": tissue.parent / "run",
+        "data.shards": shards,
+        "data.size": 64,
+        "data.threads": 1,
+        "teacher.epochs": 2,
+        "latents.map": 2,
+        "student.epochs": 2,
+        "train.workers": 0,
+        "train.engine": "torch",
+        "train.batch": 8,
+        "report.bootstrap": 10,
+    }
+    return load_config(overrides=[f"--{name}={value}" for name, value in options.items()])
+
+
+@pytest.fixture(scope="session")
+def tissue_run(tissue_config: Config) -> Config:
+    """A run with a trained teacher, a filled store, an index and a trained student. No test may change its folder."""
+    from lgd.store.cache import cache_latents
+    from lgd.store.index import build_index
+    from lgd.train.loop import split_shards, train_under
+
+    config = tissue_config
+    train_under(config, "teacher")
+    shards = [shard for split in ("train", "val", "test") for shard in split_shards(config, split)]
+    store, _ = cache_latents(config, shards, workers=0)
+    build_index(store, "auto", ["train"], recall=0.99, seed=0)
+    train_under(config, "student")
+    return config
+
+
+@pytest.fixture(scope="session")
+def change() -> Callable[..., Config]:
+    """`change(config, student={"dir": ..., "epochs": 1})`: a run with some fields of some sections replaced."""
+
+    def changed(config: Config, **sections: dict[str, Any]) -> Config:
+        return replace(config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()})
+
+    return changed

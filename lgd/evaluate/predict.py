@@ -112,36 +112,54 @@ def score_files(scorer: Scorer, paths: Sequence[Path], batch: int = 32) -> Itera
 
 
 def as_row(name: str, probability_4: np.ndarray) -> dict[str, Any]:
-    """A prediction as it is printed: name, level, and the probability of each level."""
+    """A prediction as it is printed: image, level, and the probability of each level."""
+    return {"image": name} | as_level(probability_4)
+
+
+def as_level(probability_4: np.ndarray) -> dict[str, Any]:
+    """The most probable level, and the probability of each."""
     level = int(np.argmax(probability_4))
     chances = {name: round(float(p), 4) for name, p in zip(LEVEL_NAMES, probability_4, strict=True)}
-    return {"image": name, "level": LEVEL_NAMES[level], "probabilities": chances}
+    return {"level": LEVEL_NAMES[level], "probabilities": chances}
 
 
 def predict(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None) -> list[dict[str, Any]]:
-    """Rows of `as_row`, one an image, or one a slide: the mean probability over its patches.
+    """Rows of `as_row`, one an image, or one a slide: `slide`, its `patches`, and their mean probability.
 
     `slides` is a CSV with columns key (file name without suffix) and slide.
     """
+    slide_of = {} if slides is None else read_slides(slides)
+    unknown = [path for path in paths if slides is not None and path.stem not in slide_of]
+    if unknown:
+        raise DataError(
+            f"{slides} names no slide for {len(unknown)} of {len(paths)} images, the first of them {unknown[0]}: add "
+            f"a row {unknown[0].stem},SLIDE"
+        )
     scored = [(path, row["probability"]) for path, row in score_files(scorer, paths)]
     if slides is None:
         return [as_row(str(path), probability) for path, probability in scored]
-    slide_of = read_slides(slides)
     by_slide: dict[str, list[np.ndarray]] = {}
     for path, probability in scored:
-        if path.stem not in slide_of:
-            raise DataError(f"{slides} names no slide for {path.stem} ({path}): add a row key,slide")
         by_slide.setdefault(slide_of[path.stem], []).append(probability)
-    return [as_row(slide, np.mean(rows, axis=0)) | {"patches": len(rows)} for slide, rows in sorted(by_slide.items())]
+    return [
+        {"slide": slide, "patches": len(rows)} | as_level(np.mean(rows, axis=0))
+        for slide, rows in sorted(by_slide.items())
+    ]
 
 
 def read_slides(path: Path) -> dict[str, str]:
     """Key -> slide, from a CSV with these two columns."""
     try:
-        with open(path, newline="", encoding="utf-8") as stream_:
+        # Spreadsheets begin their UTF-8 with a byte order mark.
+        with open(path, newline="", encoding="utf-8-sig") as stream_:
             rows = list(csv.DictReader(stream_))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as CSV ({error})") from error
     if not rows or not {"key", "slide"} <= rows[0].keys():
         raise DataError(f"{path} needs the columns key and slide")
-    return {row["key"]: row["slide"] for row in rows}
+    slide_of: dict[str, str] = {}
+    for number, row in enumerate(rows, start=2):
+        key, slide = row["key"], row["slide"]
+        if not key or not slide or slide_of.setdefault(key, slide) != slide:
+            raise DataError(f"{path}, row {number}: {key!r} and slide {slide!r} are empty, or differ from a row above")
+    return slide_of

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lgd.config import LEVEL_NAMES, DataError
+from lgd.config import LEVEL_NAMES, ConfigError, DataError
 from lgd.data.shards import Shard, open_shards
 from lgd.data.stream import Reader
 from lgd.evaluate.predict import Scorer, as_row, read_image, score_files
@@ -73,7 +73,7 @@ def query(scorer: Scorer, store: Store, images: Sequence[Path], k: int) -> list[
     """For each H&E image its level and probabilities, and its k nearest stored IHC latents as `hits`."""
     check_pair(scorer, store)
     if k < 1:
-        raise DataError(f"-k is {k}: ask for at least 1 neighbour")
+        raise ConfigError(f"-k is {k}: ask for at least 1 neighbour")
     searcher = Searcher(store)
     scored = list(score_files(scorer, images))
     found = search(searcher, store, np.stack([row["pooled"] for _, row in scored]), k)

@@ -42,7 +42,6 @@ class Student(nn.Module):
         }
         self.morphology = morphology
         width = morphology.channels
-        self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, len(LEVEL_NAMES))
         if method != "lgd":
             return
@@ -50,9 +49,9 @@ class Student(nn.Module):
         source = width if hallucination is None else hallucination.channels
         self.to_latent_map = nn.Conv2d(source, latent_dim, 1)
         self.to_latent = nn.Sequential(
-            nn.LayerNorm(latent_dim), nn.Linear(latent_dim, latent_dim), nn.GELU(), nn.Linear(latent_dim, latent_dim)
+            nn.Linear(latent_dim, latent_dim), nn.GELU(), nn.Linear(latent_dim, latent_dim)
         )
-        self.from_latent = nn.Sequential(nn.LayerNorm(latent_dim), nn.Linear(latent_dim, width))
+        self.from_latent = nn.Linear(latent_dim, width)
         self.gate = nn.Linear(2 * width, width)
         self.nuclei_head = nn.Conv2d(width, 1, 1)
         self.membrane_head = nn.Conv2d(latent_dim, 3, 1)
@@ -64,7 +63,7 @@ class Student(nn.Module):
         `nuclei` (B, g, g) as log(1 + density), `membrane` (B, k, k, 3).
         """
         map_BCHW = self.morphology(he_B3HW)
-        morphology_BC = self.norm(map_BCHW.mean(dim=(2, 3)))
+        morphology_BC = map_BCHW.mean(dim=(2, 3))
         if self.method != "lgd":
             return {"logits": self.head(morphology_BC)}
         source_BCHW = map_BCHW if self.hallucination is None else self.hallucination(he_B3HW)

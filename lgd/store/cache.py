@@ -6,6 +6,7 @@ native resolution, before any shrinking: a 1+ membrane is 1.4 px wide at 0.46 um
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,14 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int) -> tupl
     folder, recipe = Path(config.latents.dir), recipe_of(config)
     if (folder / "store.json").is_file():
         check_recipe(folder / "store.json", Store(folder).document["recipe"], recipe)
-    elif folder.is_dir() and {path.name for path in folder.iterdir()} - {"parts", "index"}:
-        raise DataError(f"{folder} holds something else than a feature store: name another folder as latents.dir")
+    elif folder.is_dir():
+        # A killed `publish` leaves its temporary file.
+        strangers = [p.name for p in folder.iterdir() if not re.fullmatch(r"parts|index|\.store\.json\..*", p.name)]
+        if strangers:
+            raise DataError(
+                f"{folder} holds something else than a feature store ({strangers[0]}): name another folder as "
+                "latents.dir"
+            )
     missing = [shard for shard in shards if not is_complete(folder, shard, recipe)]
     make = functools.partial(_cacher, folder, recipe, config)
     total = sum(shard.samples for shard in missing)
@@ -89,14 +96,18 @@ def part_arrays(shard: Shard, teacher: Any, recipe: dict[str, Any], config: Conf
         levels += [sample.level for sample in samples]
         rows = _teacher_rows(np.stack([s.images["ihc@size"] for s in samples]), teacher, recipe)
         rows |= _target_rows(samples, recipe)
-        for name, array in rows.items():
+        for name, full in rows.items():
+            with np.errstate(over="ignore"):
+                array = full.astype(recipe["dtype"])
             if not np.isfinite(array).all():
                 bad = samples[int(np.argmax(~np.isfinite(array.reshape(len(array), -1)).all(axis=1)))]
-                raise DataError(f"{shard.path}, {bad.key}: the teacher's {name} is not finite; train the teacher anew")
+                raise DataError(
+                    f"{shard.path}, {bad.key}: {name} is not finite as {recipe['dtype']}: train the teacher anew, or "
+                    "set latents.dtype to float32"
+                )
             columns.setdefault(name, []).append(array)
     reader.close()
-    dtype = np.dtype(recipe["dtype"])
-    arrays = {name: np.concatenate(parts).astype(dtype) for name, parts in columns.items()}
+    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
     arrays["level"] = np.array(levels, np.int8)
     arrays["slide"] = np.array(slides, f"S{max(1, *map(len, slides))}")
     arrays["key"] = np.array(keys, f"S{max(map(len, keys))}")

@@ -61,10 +61,14 @@ def build_index(store: Store, factory: str, gallery: list[str], recall: float, s
     chosen = factory if factory != "auto" else _choose(len(vectors_nD))
     try:
         index = faiss.index_factory(vectors_nD.shape[1], chosen, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors_nD)
+        index.add(vectors_nD)
     except RuntimeError as error:
-        raise DataError(f"latents.index {chosen!r} is not a FAISS factory string for these vectors") from error
-    index.train(vectors_nD)
-    index.add(vectors_nD)
+        why = str(error).strip().splitlines()[-1]
+        raise DataError(
+            f"latents.index {chosen!r} is no FAISS factory string for {len(vectors_nD)} vectors of length "
+            f"{vectors_nD.shape[1]} ({why}): use `auto` or Flat"
+        ) from error
     measured, probes = _reach_recall(faiss, index, vectors_nD, recall, chosen, seed)
     rows = [(number, row) for number, part in picked for row in range(part.rows)]
     keys = read_all(parts, "key")

@@ -63,12 +63,14 @@ def write_part(store: Path, shard: Shard, recipe: dict[str, Any], arrays: dict[s
 
 
 def is_complete(store: Path, shard: Shard, recipe: dict[str, Any]) -> bool:
-    """Whether the shard's part was committed under this recipe."""
+    """Whether the shard's part was committed under this recipe, and its file is there."""
     path = store / "parts" / f"{part_name(shard)}.json"
-    if not path.is_file():
+    rows = path.with_suffix(".h5")
+    if not path.is_file() or not rows.is_file():
         return False
     sidecar = read_json(path)
-    return sidecar.get("recipe") == digest_of(recipe) and sidecar.get("tar_sha256") == shard.sha256
+    asked = (digest_of(recipe), shard.sha256, rows.stat().st_size)
+    return (sidecar.get("recipe"), sidecar.get("tar_sha256"), sidecar.get("bytes")) == asked
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 A shard and its part mirror each other, so (shard, row) finds both; the stored key is compared with the sample's.
 """
 
+import collections
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: str) -> "Batch":
-        """The same batch on a device."""
+        """The same batch on a device; the views stay on the CPU, where `d4` reads them without waiting."""
         if device == "cpu":
             return self
 
@@ -50,7 +51,6 @@ class Batch:
 
         return replace(
             self,
-            view_B=self.view_B.to(device),
             level_B=self.level_B.to(device),
             images=move(self.images),
             stored=move(self.stored),
@@ -116,12 +116,18 @@ def training_batches(
     turn: bool,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each step, one list a step."""
-    micro = [p for step in steps for p in rank_positions(step, batch, accumulate, world)]
-    drawn = [plan.samples(positions) for positions in micro]
-    samples = stream(reader, (numbers for _, numbers in drawn), threads=threads)
+    epochs: collections.deque[np.ndarray] = collections.deque()
+
+    def numbers() -> Iterator[np.ndarray]:
+        for step in steps:
+            for positions in rank_positions(step, batch, accumulate, world):
+                epoch_B, number_B = plan.samples(positions)
+                epochs.append(epoch_B)
+                yield number_B
+
     waiting: list[Batch] = []
-    for (epoch_B, _), samples_B in zip(drawn, samples, strict=True):
-        waiting.append(collate(samples_B, epoch_B, parts, plan.seed, turn))
+    for samples_B in stream(reader, numbers(), threads=threads):
+        waiting.append(collate(samples_B, epochs.popleft(), parts, plan.seed, turn))
         if len(waiting) == accumulate:
             yield waiting
             waiting = []

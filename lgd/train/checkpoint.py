@@ -40,7 +40,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
     name = f"step-{checkpoint.step:08d}"
     temporary = folder / f".{name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     try:
         flat = {f"{p}|{m}": t for p, pair in checkpoint.moments.items() for m, t in pair.items()}
@@ -74,7 +75,9 @@ def complete(folder: Path) -> list[Path]:
 def problems(path: Path) -> list[str]:
     """What is wrong with one checkpoint."""
     state: Any = read_json(path / "state.json")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    kinds = {"format": str, "step": int, "inputs": str, "sha256": dict}
+    whole = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
+    if not whole or state["format"] != FORMAT or state["sha256"].keys() != set(_TENSORS):
         return [f"{path / 'state.json'} is not a checkpoint of format {FORMAT}"]
     return [
         f"{path / file} is missing or does not match its digest: delete {path} to go on from an older one"
@@ -108,10 +111,7 @@ def load(path: Path, inputs: str) -> Checkpoint:
 
 
 def find(folder: Path, resume: str, inputs: str) -> Checkpoint | None:
-    """The checkpoint that `train.resume` means, or None to start anew."""
-    if resume == "never":
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
+    """The checkpoint that `train.resume` (auto or a path) means, or None where there is none yet."""
     if resume != "auto":
         return load(Path(resume), inputs)
     done = complete(folder)

@@ -6,6 +6,7 @@ global count, so the gradient is the sum over ranks; both engines average over r
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import shutil
 import sys
@@ -76,8 +77,6 @@ def choose(asked: str) -> str:
 
 def make_engine(name: str, model: nn.Module, train: Train, extra: dict[str, Any], world: World) -> Engine:
     """The engine around a model. `extra` is the configuration's `deepspeed:` section."""
-    if train.precision == "bf16" and world.device == "cpu" and not torch.backends.cpu.get_cpu_capability():
-        raise ConfigError("train.precision is bf16, which this machine lacks: use fp32")
     if name == "torch":
         if extra:
             raise ConfigError("deepspeed: is set, but this run uses the torch engine: remove it, or install DeepSpeed")
@@ -106,7 +105,7 @@ class TorchEngine:
         self.module: nn.Module = self.model
         if world.size > 1:
             self.module = nn.parallel.DistributedDataParallel(
-                self.model, gradient_as_bucket_view=True, broadcast_buffers=False
+                self.model, gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=True
             )
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -174,12 +173,17 @@ class DeepSpeedEngine:
         import deepspeed
 
         self.world, self.train = world, train
+        stage = (extra.get("zero_optimization") or {}).get("stage", 0)
+        # PyTorch's own optimizer on whole tensors.
+        self.plain = stage == 0
         settings = {
             "train_batch_size": train.batch,
             "train_micro_batch_size_per_gpu": train.batch // (world.size * train.accumulate),
             "gradient_accumulation_steps": train.accumulate,
-            "gradient_clipping": train.clip,
-            "bf16": {"enabled": train.precision == "bf16"},
+            # There DeepSpeed does not tell the norm: `step` clips.
+            "gradient_clipping": 0.0 if self.plain else train.clip,
+            # DeepSpeed's own `bf16` rounds the weights, and on the CPU cannot run frozen BatchNorm.
+            "torch_autocast": {"enabled": train.precision == "bf16", "dtype": "bfloat16"},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
@@ -189,7 +193,8 @@ class DeepSpeedEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        self.stage = self.engine.zero_optimization_stage()
+        if not self.plain:
+            self._prime()
 
     @property
     def model(self) -> nn.Module:
@@ -208,40 +213,51 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.plain:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
+            self.engine.step()
+            return float(norm)
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float(self.engine.get_global_grad_norm())
 
-    def _plain(self) -> bool:
-        """Whether PyTorch's own optimizer holds the state: fp32 without partitioning."""
-        return isinstance(self.optimizer, torch.optim.Optimizer)
+    def _prime(self) -> None:
+        """Give the partitioned optimizer the moments that AdamW starts from, so that they can be set before a step.
+
+        DeepSpeed links parameters to moments after the first parameter group's first step, when those of the
+        second group do not exist yet, and never again (0.19.8).
+        """
+        stage_3 = hasattr(self.optimizer, "fp32_partitioned_groups_flat")
+        groups = [[p] for p in self.optimizer.fp32_partitioned_groups_flat] if stage_3 else None
+        inner = self.optimizer.optimizer
+        for p in itertools.chain.from_iterable(groups or [group["params"] for group in inner.param_groups]):
+            inner.state[p] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(p.data),
+                "exp_avg_sq": torch.zeros_like(p.data),
+            }
+        if not stage_3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def state(self) -> tuple[dict[str, torch.Tensor], Moments]:
-        if self._plain():
+        if self.plain:
             weights = {name: t.detach().float().cpu().clone() for name, t in self.model.state_dict().items()}
             return weights, _moments(self.model, self.optimizer)
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        weights, moments = {}, {}
+        moments: Moments = {}
+        weights = {name: t.detach().float().cpu().clone() for name, t in _buffers(self.model).items()}
         for name, p in self.model.named_parameters():
-            full = safe_get_full_fp32_param(p)
-            weights[name] = full.detach().float().cpu().clone()
+            weights[name] = safe_get_full_fp32_param(p).detach().cpu().clone()
             held = {m: safe_get_full_optimizer_state(p, m) for m in ("exp_avg", "exp_avg_sq")}
-            if all(tensor is not None for tensor in held.values()):
-                moments[name] = {m: tensor.detach().float().cpu().clone() for m, tensor in held.items()}
-        for name, buffer in self.model.named_buffers():
-            if name in self.model.state_dict():
-                weights[name] = buffer.detach().float().cpu().clone()
+            moments[name] = {m: tensor.detach().float().cpu().clone() for m, tensor in held.items()}
         return weights, moments
 
     def load(self, weights: dict[str, torch.Tensor], moments: Moments, steps: int) -> None:
-        if self._plain():
+        if self.plain:
             self.model.load_state_dict(weights)
             _load_moments(self.model, self.optimizer, moments, steps)
             return
-        self._load_partitioned(weights, moments, steps)
-
-    def _load_partitioned(self, weights: dict[str, torch.Tensor], moments: Moments, steps: int) -> None:
+        import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         device = self.world.device
@@ -249,9 +265,16 @@ class DeepSpeedEngine:
             safe_set_full_fp32_param(p, weights[name].to(device))
             for moment, tensor in moments.get(name, {}).items():
                 safe_set_full_optimizer_state(p, tensor.to(device), moment)
-        inner = self.optimizer.optimizer
-        for held in inner.state.values():
+            # The network computes with copies of its own, which DeepSpeed refreshes after a step only.
+            with torch.no_grad(), deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+                p.copy_(weights[name])
+        for name, buffer in _buffers(self.model).items():
+            buffer.copy_(weights[name])
+        for held in self.optimizer.optimizer.state.values():
             held["step"] = torch.tensor(float(steps))
-        for name, buffer in self.model.named_buffers():
-            if name in weights:
-                buffer.copy_(weights[name])
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong to a network's state, by name."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}

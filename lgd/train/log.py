@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from lgd.files import write_bytes
+
 
 class Log:
     """TensorBoard, `log.jsonl`, and a line for a person every few seconds."""
@@ -18,8 +20,9 @@ class Log:
         self.name, self.steps, self.batch, self.start = folder.name, steps, batch, start
         path = folder / "log.jsonl"
         before = path.read_text().splitlines()[:start] if path.is_file() else []
-        self.file = open(path, "w")
-        self.file.writelines(line + "\n" for line in before)
+        write_bytes(path, "".join(line + "\n" for line in before).encode())
+        # Line by line, so that a killed run's log reaches to its last checkpoint.
+        self.file = open(path, "a", buffering=1)
         self.began = self.told = time.monotonic()
         self.waited = 0.0
 

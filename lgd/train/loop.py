@@ -4,14 +4,16 @@ Leaves in the task's folder: `config.json` and `model.safetensors` (the network)
 and `log.jsonl` with one line a step.
 """
 
+import contextlib
 import math
 import os
 import platform
+import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from lgd.config import Config, DataError
 from lgd.data.plan import Plan, World
 from lgd.data.shards import Shard, open_shards
 from lgd.data.stream import Reader
-from lgd.files import read_json
+from lgd.files import read_json, sha256
 from lgd.metrics import fit_temperature, score
 from lgd.models.export import save_model
 from lgd.train import checkpoint
@@ -32,6 +34,8 @@ from lgd.train.batch import Batch, evaluation_batches, training_batches
 from lgd.train.engine import Engine, choose, make_engine
 from lgd.train.log import Log
 from lgd.train.tasks import StudentTask, Task, TeacherTask, augment, inputs_digest
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 TASKS: dict[str, Any] = {"teacher": TeacherTask, "student": StudentTask}
 
@@ -43,8 +47,11 @@ def split_shards(config: Config, split: str) -> list[Shard]:
 
 def is_finished(task: Task, config: Config, shards: list[Shard]) -> bool:
     """Whether the task's folder holds the network that this run would train."""
-    path = task.folder / "config.json"
-    return path.is_file() and read_json(path).get("inputs") == inputs_digest(task, config, shards)
+    path, weights = task.folder / "config.json", task.folder / "model.safetensors"
+    if not path.is_file() or not weights.is_file():
+        return False
+    made = read_json(path)
+    return made.get("inputs") == inputs_digest(task, config, shards) and made["weights_sha256"] == sha256(weights)
 
 
 def worker(argument: dict[str, Any]) -> None:
@@ -52,7 +59,8 @@ def worker(argument: dict[str, Any]) -> None:
     config: Config = argument["config"]
     world = join_world()
     torch.manual_seed(config.run.seed)
-    train(config, TASKS[argument["task"]](config), world, argument["engine"])
+    with signals_restored():
+        train(config, TASKS[argument["task"]](config), world, argument["engine"])
 
 
 def join_world() -> World:
@@ -66,9 +74,8 @@ def join_world() -> World:
         if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend)
         else:
-            # DeepSpeed wants a group even alone; a file needs no free port.
-            rendezvous = Path(tempfile.mkdtemp(prefix="lgd-")) / "rendezvous"
-            dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=0, world_size=1)
+            # DeepSpeed wants a group even alone.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             os.environ.setdefault("RANK", "0")
             os.environ.setdefault("LOCAL_RANK", "0")
             os.environ.setdefault("WORLD_SIZE", "1")
@@ -93,7 +100,7 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
     every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
     inputs = inputs_digest(task, config, shards)
 
-    engine = make_engine(engine_name, task.build(), settings, config.deepspeed, world)
+    engine = make_engine(engine_name, task.build().train(), settings, config.deepspeed, world)
     saved = checkpoint.find(task.folder / "checkpoints", settings.resume, inputs)
     start = saved.step if saved else 0
     if saved:
@@ -116,6 +123,8 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
         terms = backward(engine, task, micro, config, step / steps, world)
         sums, stopping = agree(terms, stop.is_set(), world)
         if not math.isfinite(sums["loss"]):
+            if log:
+                log.close()
             raise DataError(
                 f"the loss is {sums['loss']} at step {step + 1}, in a batch with {', '.join(micro[0].keys[:4])}: "
                 "lower train.lr; checkpoints before this step are kept"
@@ -132,6 +141,8 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
         if done % settings.checkpoint_every == 0 or done == steps or stopping:
             save(engine, task, done, inputs, settings.keep, first)
         if stopping and done < steps:
+            if log:
+                log.close()
             raise Stopped(f"stopped after step {done} of {steps}; the same command goes on from there")
     if isinstance(task, TeacherTask):
         centre_latents(engine, shards, config, world)
@@ -201,9 +212,21 @@ def stop_flag() -> threading.Event:
     """Set by SIGTERM or Ctrl-C; every rank reads it at each step."""
     flag = threading.Event()
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _STOP_SIGNALS:
             signal.signal(number, lambda *_: flag.set())
     return flag
+
+
+@contextlib.contextmanager
+def signals_restored() -> Iterator[None]:
+    """Undo what `stop_flag` did, so that Ctrl-C ends the stages after training again."""
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def save(engine: Engine, task: Task, step: int, inputs: str, keep: int, first: bool) -> None:
@@ -309,6 +332,17 @@ def export(
     dist.barrier()
 
 
+def refuse_strangers(task: Task) -> None:
+    """Raise `DataError` when the task's folder holds what training did not write."""
+    ours = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl"}
+    strangers = sorted({path.name for path in task.folder.iterdir()} - ours) if task.folder.is_dir() else []
+    if strangers:
+        raise DataError(
+            f"{task.folder} already holds something else ({', '.join(strangers[:3])}): name another folder as "
+            f"{task.field}"
+        )
+
+
 def train_under(config: Config, task: str) -> bool:
     """Train a task where `train.workers` says; returns False when the finished network could be reused."""
     from lgd.distribute import launch
@@ -317,7 +351,12 @@ def train_under(config: Config, task: str) -> bool:
     shards = split_shards(config, "train")
     if config.train.resume == "auto" and is_finished(built, config, shards):
         return False
+    refuse_strangers(built)
     engine = choose(config.train.engine)
+    if config.train.resume == "never":
+        # Once, here: a worker that Ray restarts must go on from its own checkpoints.
+        shutil.rmtree(built.folder / "checkpoints", ignore_errors=True)
+        config = replace(config, train=replace(config.train, resume="auto"))
     launch(
         worker,
         {"config": config, "task": task, "engine": engine},

@@ -1,6 +1,7 @@
 """What is trained: a model, how its batch is prepared, and its losses. One class a task, the same loop for all."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,8 @@ class Task(Protocol):
 
     role: str
     """The image that it reads: he or ihc."""
+    field: str
+    """The configuration's name of `folder`."""
     folder: Path
     epochs: float
     store: Store | None
@@ -66,14 +69,14 @@ def augment(batch: Batch, role: str, config: Config) -> tuple[torch.Tensor, Batc
     for name in ("nuclei", "membrane"):
         if name in stored:
             stored[name] = d4_grid(stored[name], batch.view_B)
-    batch.stored.update(stored)
-    return image, batch
+    return image, replace(batch, stored=stored)
 
 
 class TeacherTask:
     """IHC -> level."""
 
     role = "ihc"
+    field = "teacher.dir"
     store = None
 
     def __init__(self, config: Config) -> None:
@@ -98,6 +101,7 @@ class StudentTask:
     """H&E -> level, and for LGD-Net the teacher's latents and the domain grids."""
 
     role = "he"
+    field = "student.dir"
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -163,7 +167,7 @@ class StudentTask:
 
 def inputs_digest(task: Task, config: Config, shards: Sequence[Shard]) -> str:
     """Digest of all that a trained network depends on; where it runs (workers, threads, engine) is not part of it."""
-    where_only = ("workers", "engine", "resume", "checkpoint_every", "keep", "max_failures")
+    where_only = ("workers", "engine", "resume", "checkpoint_every", "evaluate_every", "keep", "max_failures")
     train = config.train
     return digest_of(
         {

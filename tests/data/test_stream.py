@@ -1,0 +1,135 @@
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lgd.config import DataError
+from lgd.data.archive import ROLES, open_shards, write_archive
+from lgd.data.image import decode
+from lgd.data.stream import Reader, in_batches, stream
+
+
+@pytest.fixture
+def shards(tissue_config, tmp_path):
+    """A copy of the shards, to damage."""
+    folder = tmp_path / "shards"
+    shutil.copytree(tissue_config.shard_dirs[0], folder)
+    return open_shards(folder)[1]
+
+
+ORDER = np.random.default_rng(0).permutation(48)
+
+
+def read(shards, threads, roles=("he", "ihc"), batch=7, prefetch=4):
+    reader = Reader(shards, roles, 64)
+    found = list(stream(reader, in_batches(ORDER, batch), threads=threads, prefetch=prefetch))
+    reader.close()
+    return found
+
+
+@pytest.mark.parametrize("prefetch", [0, 4, 100])
+def test_any_number_of_threads_gives_the_same_samples_in_order(shards, prefetch):
+    one, four = read(shards, 1), read(shards, 4, prefetch=prefetch)
+    assert [len(batch) for batch in four] == [7] * 6 + [6]
+    flat = [sample for batch in four for sample in batch]
+    assert [sample.number for sample in flat] == ORDER.tolist()
+    for a, b in zip((sample for batch in one for sample in batch), flat, strict=True):
+        assert (a.key, a.level, a.meta, a.shard, a.row) == (b.key, b.level, b.meta, b.shard, b.row)
+        assert all(np.array_equal(a.images[role], b.images[role]) for role in ("he", "ihc"))
+
+
+def test_a_sample_is_what_the_tar_holds(shards):
+    """Against a walk over the tars with webdataset, which knows nothing of the index."""
+    import webdataset
+
+    walked = []
+    for number, shard in enumerate(shards):
+        with open(shard.path, "rb") as file:
+            members = webdataset.tariterators.tar_file_expander([{"url": str(shard.path), "stream": file}])
+            for row, sample in enumerate(webdataset.tariterators.group_by_keys(members)):
+                walked.append((number, row, sample))
+    assert len(walked) == 48
+    reader = Reader(shards, ("he", "ihc"), None)
+    for number in (0, 7, 8, 19, 20, 47):
+        shard, row, raw = walked[number]
+        sample = reader.read(number)
+        assert (sample.shard, sample.row, sample.key) == (shard, row, raw["__key__"])
+        assert sample.level == int(sample.meta["level"]) and sample.meta["key"] == sample.key
+        for role in ("he", "ihc"):
+            assert np.array_equal(sample.images[role], decode(raw[f"{role}.jpg"], "x"))
+
+
+def test_images_are_shrunk_to_the_size(shards):
+    assert Reader(shards, ("he",), 64).read(3).images["he"].shape == (64, 64, 3)
+    assert Reader(shards, ("he",), None).read(3).images["he"].shape == (128, 128, 3)
+
+
+def test_an_unknown_level_is_minus_1(shards, tmp_path):
+    path = tmp_path / "train-000000.tar"
+    write_archive(path, [("a", [json.dumps({"key": "a", "level": None}).encode(), b"he", b"ihc"])], ("png", "png"))
+    unlabelled = replace(shards[0], path=path, samples=1)
+    assert Reader([unlabelled], ()).read(0).level == -1
+
+
+def damage(shard, row, role):
+    """Flip one bit in the middle of a member."""
+    entry = shard.index()[row, ROLES.index(role)]
+    with open(shard.path, "r+b") as file:
+        place = int(entry["offset"]) + int(entry["length"]) // 2
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_only_the_members_that_are_asked_for_are_read(shards):
+    before = read(shards, 2, roles=("he",))
+    key = Reader(shards, ()).read(shards[0].samples + 2).key
+    for row in range(shards[1].samples):
+        damage(shards[1], row, "ihc")
+    after = read(shards, 2, roles=("he",))
+    for a, b in zip(sum(before, []), sum(after, []), strict=True):
+        assert a.images.keys() == {"he"} and np.array_equal(a.images["he"], b.images["he"])
+    with pytest.raises(DataError) as caught:
+        Reader(shards, ("ihc",), 64).read(shards[0].samples + 2)
+    message = str(caught.value)
+    assert str(shards[1].path) in message and f"{key}, ihc" in message and "crc32" in message
+    with pytest.raises(DataError, match=r"train-000001\.tar, row \d, .*ihc: its crc32"):
+        read(shards, 2, roles=("he", "ihc"))
+
+
+@pytest.mark.parametrize("role", ["json", "he"])
+def test_a_damaged_member_stops_the_stream(shards, role):
+    damage(shards[2], 1, role)
+    with pytest.raises(DataError, match=rf"{shards[2].name}\.tar, row 1, .*{role}: its crc32"):
+        read(shards, 2, roles=("he",))
+
+
+def test_a_stream_can_be_left_and_its_reader_used_again(shards):
+    reader = Reader(shards, ("he",), 64)
+    some = stream(reader, in_batches(ORDER, 4), threads=2)
+    assert len(next(some)) == 4
+    some.close()
+    reader.close()
+    assert reader.read(int(ORDER[0])).number == ORDER[0]
+
+
+def test_batches_are_asked_for_no_further_than_the_prefetch(shards):
+    asked = []
+
+    def numbers():
+        for number in range(40):
+            asked.append(number)
+            yield np.array([number])
+
+    samples = stream(Reader(shards, (), 64), numbers(), threads=1, prefetch=3)
+    next(samples)
+    assert len(asked) == 4
+    samples.close()
+
+
+def test_in_batches_loses_nothing():
+    assert [run.tolist() for run in in_batches(np.arange(5), 2)] == [[0, 1], [2, 3], [4]]
+    assert in_batches(np.arange(0), 2) == []

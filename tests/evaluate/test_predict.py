@@ -1,0 +1,191 @@
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lgd.cli import main
+from lgd.config import LEVEL_NAMES, DataError
+from lgd.data.image import decode
+from lgd.data.stream import Reader
+from lgd.evaluate.predict import (
+    find_images,
+    load_scorer,
+    predict,
+    read_image,
+    read_slides,
+    score_files,
+    score_shards,
+)
+from lgd.metrics import score
+from lgd.models.student import load_student
+from lgd.train.loop import softmax, split_shards
+
+
+@pytest.fixture(scope="module")
+def scorer(tissue_run):
+    return load_scorer(tissue_run.student.dir)
+
+
+@pytest.fixture
+def images(tissue, tmp_path):
+    """Five H&E patches in a folder of their own."""
+    (tmp_path / "patches" / "deep").mkdir(parents=True)
+    for number, path in enumerate(sorted((tissue / "HE" / "train").iterdir())[:5]):
+        shutil.copy(path, tmp_path / "patches" / ("deep" if number > 2 else "") / f"p{number}.png")
+    return tmp_path / "patches"
+
+
+def test_files_folders_and_patterns_are_found_once_and_sorted(images):
+    everything = sorted(images.rglob("*.png"))
+    assert find_images([str(images)]) == everything and len(everything) == 5
+    assert find_images([str(images / "*.png")]) == everything[-3:]
+    assert find_images([str(images / "**" / "*.png")]) == everything
+    assert find_images([str(images / "p1.png"), str(images), str(images / "p?.png")]) == everything
+    (images / "notes.txt").write_text("no image")
+    assert find_images([str(images)]) == everything
+    assert find_images([str(images / "notes.txt")]) == [images / "notes.txt"], "who names a file means it"
+
+
+def test_what_cannot_be_found_is_named(images, tmp_path):
+    with pytest.raises(DataError, match="p9.png is no file, no folder, and no pattern"):
+        find_images([str(images / "p9.png")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no .jpeg, .jpg, .png, .webp files"):
+        find_images([str(tmp_path / "empty")])
+
+
+def test_a_file_scores_as_the_network_says(scorer, tissue_run, images):
+    model, config = load_student(tissue_run.student.dir)
+    paths = find_images([str(images)])
+    rows = dict(score_files(scorer, paths, batch=2))
+    assert list(rows) == paths
+    for path in paths:
+        image = torch.from_numpy(decode(path.read_bytes(), "x", 64))[None].permute(0, 3, 1, 2)
+        with torch.no_grad():
+            logits = model(image)["logits"][0].double()
+        expected = torch.softmax(logits / config["temperature"], dim=0).numpy()
+        np.testing.assert_allclose(rows[path]["probability"], expected, atol=1e-5)
+        assert rows[path]["probability"].sum() == pytest.approx(1)
+
+
+def test_shards_score_as_their_files(scorer, tissue_run, tissue):
+    shards = split_shards(tissue_run, "test")
+    predictions, pooled = score_shards(scorer, shards, threads=2, batch=7)
+    reader = Reader(shards, ())
+    samples = [reader.read(number) for number in range(reader.total)]
+    assert predictions.keys == [sample.key for sample in samples]
+    assert predictions.level.tolist() == [sample.level for sample in samples]
+    assert predictions.groups == [sample.meta["group"] for sample in samples]
+    assert pooled.shape == (20, scorer.config["latent_dim"])
+    files = [tissue / sample.meta["source"] for sample in samples]
+    rows = [row for _, row in score_files(scorer, files)]
+    np.testing.assert_allclose(predictions.probability, [row["probability"] for row in rows], atol=1e-5)
+    np.testing.assert_allclose(pooled, [row["pooled"] for row in rows], atol=1e-4)
+
+
+def test_the_teacher_reads_the_ihc(tissue_run):
+    teacher = load_scorer(tissue_run.teacher.dir, "teacher")
+    predictions, pooled = score_shards(teacher, split_shards(tissue_run, "val"), threads=1)
+    reader = Reader(split_shards(tissue_run, "val"), ("he", "ihc"), 64)
+    one = reader.read(2)
+    row = teacher.score(one.images["ihc"][None])
+    np.testing.assert_allclose(predictions.probability[2], row["probability"][0], atol=1e-5)
+    assert not np.allclose(row["probability"], teacher.score(one.images["he"][None])["probability"], atol=1e-5)
+    assert pooled.shape[1] == teacher.model.dim
+
+
+def test_training_wrote_the_scores_of_the_exported_network(scorer, tissue_run):
+    predictions, _ = score_shards(scorer, split_shards(tissue_run, "val"), threads=1)
+    # Without the temperature, as during training.
+    chances = softmax(np.log(predictions.probability), 1 / scorer.config["temperature"])
+    again = score(predictions.level, chances)
+    written = scorer.config["validation"]
+    assert written and written == pytest.approx({name: again[name] for name in written}, abs=1e-4)
+
+
+def test_what_is_no_image_is_named(scorer, images):
+    bad = images / "text.png"
+    bad.write_text("these are words")
+    with pytest.raises(DataError, match=r"text\.png: is no JPEG, PNG or WebP image .*convert or remove it"):
+        predict(scorer, find_images([str(images)]))
+    with pytest.raises(DataError, match=r"gone\.png cannot be read .No such file"):
+        read_image(images / "gone.png", 64)
+
+
+def test_grey_and_large_images_are_scored(scorer, images):
+    Image.new("L", (300, 200), 230).save(images / "grey.png")
+    (row,) = predict(scorer, [images / "grey.png"])
+    assert row["level"] in LEVEL_NAMES and sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
+    paths = find_images([str(images)])
+    slides = tmp_path / "slides.csv"
+    # As a spreadsheet writes it: with a byte order mark, and columns that are not asked for.
+    slides.write_text("\ufeffkey,slide,note\np0,B,\np1,A,x\np2,B,\np3,A,\np4,B,\nother,C,\n", encoding="utf-8")
+    rows = predict(scorer, paths, slides)
+    by_name = {path.stem: row["probability"] for path, row in score_files(scorer, paths)}
+    assert [(row["slide"], row["patches"]) for row in rows] == [("A", 2), ("B", 3)]
+    for row, members in zip(rows, (("p1", "p3"), ("p0", "p2", "p4")), strict=True):
+        mean = np.mean([by_name[name] for name in members], axis=0)
+        assert list(row["probabilities"].values()) == pytest.approx(mean.tolist(), abs=1e-4)
+        assert row["level"] == LEVEL_NAMES[int(mean.argmax())]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("key,slide\np0,A\n", "names no slide for 4 of 5 images, the first of them .*p3.png: add a row p3,SLIDE"),
+        ("name,slide\np0,A\n", "needs the columns key and slide"),
+        ("", "needs the columns key and slide"),
+        ("key,slide\np0,A\np0,B\n", "row 3: 'p0' and slide 'B'"),
+        ("key,slide\np0\n", "row 2: 'p0' and slide None"),
+    ],
+)
+def test_a_wrong_list_of_slides_is_told(scorer, images, tmp_path, text, told):
+    (tmp_path / "slides.csv").write_text(text)
+    with pytest.raises(DataError, match=told):
+        predict(scorer, find_images([str(images)]), tmp_path / "slides.csv")
+
+
+def test_a_missing_list_of_slides_is_told(tmp_path):
+    with pytest.raises(DataError, match="gone.csv cannot be read as CSV"):
+        read_slides(tmp_path / "gone.csv")
+
+
+def test_the_command_prints_one_json_document(tissue_run, scorer, images, capsys):
+    assert main(["predict", "--model", tissue_run.student.dir, "--json", str(images)]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == predict(scorer, find_images([str(images)]))
+    assert [set(row) for row in rows] == [{"image", "level", "probabilities"}] * 5
+
+
+def test_the_command_prints_a_table_and_csv(tissue_run, images, capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text(tissue_run.as_yaml())
+    assert main(["predict", "--config", str(tmp_path / "config.yaml"), str(images)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[0].split() == ["image", "level", "0", "1+", "2+", "3+"]
+    assert main(["predict", "--config", str(tmp_path / "config.yaml"), "--csv", str(images)]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [Path(row["image"]).name for row in rows] == ["p3.png", "p4.png", "p0.png", "p1.png", "p2.png"]
+    assert all(float(row["3+"]) <= 1 for row in rows)
+
+
+def test_the_command_fails_with_one_message(tissue_run, images, capsys, tmp_path):
+    assert main(["predict", str(images)]) == 2
+    assert capsys.readouterr().err == "lgd: name the student: --model DIR, or --config F of its run\n"
+    assert main(["predict", "--model", str(tmp_path), str(images)]) == 1
+    assert "holds no trained student" in capsys.readouterr().err
+    assert main(["predict", "--model", tissue_run.student.dir, str(images / "gone.png")]) == 1
+    assert "gone.png is no file" in capsys.readouterr().err
+
+
+def test_a_teacher_is_no_student(tissue_run, images, capsys):
+    assert main(["predict", "--model", tissue_run.teacher.dir, str(images)]) == 1
+    assert "does not describe a student" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lgd.models import losses
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def huber(difference: float) -> float:
+    return 0.5 * difference**2 if abs(difference) < 1 else abs(difference) - 0.5
+
+
+def naive_hallucination(student: np.ndarray, teacher: np.ndarray, kind: str) -> float:
+    """One sample, (D, places): unit length at every place, then a loop over places and channels."""
+    channels, places = student.shape
+    values = []
+    for place in range(places):
+        s, t = student[:, place], teacher[:, place]
+        s, t = s / math.sqrt(sum(s**2)), t / math.sqrt(sum(t**2))
+        if kind == "cosine":
+            values.append(1 - sum(a * b for a, b in zip(s, t, strict=True)))
+        else:
+            scale = math.sqrt(channels)
+            values.append(sum(huber(scale * (a - b)) for a, b in zip(s, t, strict=True)) / channels)
+    return sum(values) / places
+
+
+@pytest.mark.parametrize("kind", ["cosine", "smooth-l1"])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3, 3)])
+def test_hallucination_is_its_naive_twin(kind, shape):
+    student, teacher = rand(*shape), rand(*shape).flip(0) * 7
+    fast = losses.hallucination_loss(student, teacher, kind)
+    for row in range(len(student)):
+        flat = [x[row].reshape(6, -1).double().numpy() for x in (student, teacher)]
+        assert float(fast[row]) == pytest.approx(naive_hallucination(*flat, kind), rel=1e-5)
+    assert torch.all(losses.hallucination_loss(teacher * 3, teacher, kind).abs() < 1e-6)
+
+
+def test_level_is_its_naive_twin_and_0_where_unknown():
+    logits, level = rand(4, 4), torch.tensor([2, -1, 0, 3])
+    fast = losses.level_loss(logits, level)
+    for row, k in enumerate(level.tolist()):
+        chances = [math.exp(x) for x in logits[row].tolist()]
+        expected = -math.log(chances[k] / sum(chances)) if k >= 0 else 0.0
+        assert float(fast[row]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_unknown_level_teaches_nothing():
+    logits = rand(2, 4).requires_grad_()
+    losses.level_loss(logits, torch.tensor([-1, 1])).sum().backward()
+    assert torch.all(logits.grad[0] == 0) and torch.any(logits.grad[1] != 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 2, 2, 3)])
+def test_grid_is_its_naive_twin(shape):
+    predicted, target = rand(*shape) * 2, rand(*shape).flip(0)
+    fast = losses.grid_loss(predicted, target)
+    for row in range(len(predicted)):
+        cells = zip(predicted[row].flatten().tolist(), target[row].flatten().tolist(), strict=True)
+        values = [huber(a - b) for a, b in cells]
+        assert float(fast[row]) == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "smooth-l1"])
+def test_hallucination_gradient_is_the_slope(kind):
+    student, teacher = rand(2, 5).requires_grad_(), rand(2, 5).flip(1)
+    losses.hallucination_loss(student, teacher, kind).sum().backward()
+    step = 1e-2
+    for row in range(2):
+        for channel in range(5):
+            moved = torch.zeros(2, 5)
+            moved[row, channel] = step
+            up, down = (
+                float(losses.hallucination_loss(student.detach() + sign * moved, teacher, kind).double().sum())
+                for sign in (1, -1)
+            )
+            assert float(student.grad[row, channel]) == pytest.approx((up - down) / (2 * step), abs=2e-3)
+
+
+def test_low_precision_is_computed_in_float32():
+    student, teacher = rand(3, 8), rand(3, 8).flip(0)
+    low = losses.hallucination_loss(student.bfloat16(), teacher.half(), "smooth-l1")
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, losses.hallucination_loss(student, teacher, "smooth-l1"), rtol=0.05, atol=0.02)

@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from lgd.config import DataError
+from lgd.models.encoder import build_encoder
+from lgd.models.export import load_weights, read_model_config, save_model
+from lgd.models.student import Student, load_student, student_from
+from lgd.models.teacher import load_teacher, new_teacher
+
+
+def student(method="lgd", own=True, latent_map=2, dim=24) -> Student:
+    torch.manual_seed(0)
+    hallucination = build_encoder("resnet10") if own and method == "lgd" else None
+    return Student(
+        method=method,
+        morphology=build_encoder("resnet10"),
+        hallucination=hallucination,
+        latent_dim=dim,
+        latent_map=latent_map,
+        nuclei_grid=4,
+        membrane_grid=3,
+    )
+
+
+IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_lgd_gives_levels_latents_and_grids(own):
+    model = student(own=own)
+    out = model(IMAGES)
+    shapes = {name: tuple(tensor.shape) for name, tensor in out.items()}
+    assert shapes == {
+        "logits": (3, 4),
+        "pooled": (3, 24),
+        "map": (3, 24, 2, 2),
+        "gate": (3, model.morphology.channels),
+        "nuclei": (3, 4, 4),
+        "membrane": (3, 3, 3, 3),
+    }
+    assert all(torch.isfinite(tensor).all() for tensor in out.values())
+    assert (out["nuclei"] >= 0).all() and (out["membrane"] >= 0).all()
+    assert ((out["gate"] > 0) & (out["gate"] < 1)).all()
+
+
+def test_the_map_is_left_out_where_none_is_cached():
+    assert "map" not in student(latent_map=0)(IMAGES)
+
+
+def test_he_only_gives_levels_and_has_no_hallucination():
+    model = student("he-only")
+    assert set(model(IMAGES)) == {"logits"}
+    assert not [name for name, _ in model.named_parameters() if "latent" in name or "hallucination" in name]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_every_weight_learns(own):
+    """A parameter without a gradient would stop the synchronisation of ranks."""
+    model = student(own=own)
+    out = model(IMAGES)
+    sum((out[name] ** 2).mean() for name in ("logits", "pooled", "map", "nuclei", "membrane")).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(("method", "own"), [("lgd", True), ("lgd", False), ("he-only", False)])
+def test_a_folder_gives_the_same_student_again(method, own, tmp_path):
+    model = student(method, own).eval()
+    save_model(tmp_path, model.state_dict(), model.describe())
+    again, config = load_student(tmp_path)
+    assert not again.training and config["method"] == method
+    with torch.no_grad():
+        before, after = model(IMAGES), again(IMAGES)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_other_weights_are_refused(tmp_path):
+    model = student("he-only")
+    save_model(tmp_path, model.state_dict(), model.describe())
+    path = tmp_path / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    config = read_model_config(tmp_path, "student")
+    with pytest.raises(DataError, match=r"model\.safetensors is missing or does not match the digest"):
+        load_weights(tmp_path, student_from(config), config)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no trained student .*run lgd train first"):
+        load_student(tmp_path)
+    model = student("he-only")
+    save_model(tmp_path, model.state_dict(), model.describe())
+    with pytest.raises(DataError, match="does not describe a teacher"):
+        load_teacher(tmp_path)
+
+
+def test_a_frozen_teacher_stays_frozen():
+    teacher = new_teacher("resnet10").freeze()
+    teacher.train()
+    assert not [name for name, module in teacher.named_modules() if module.training]
+    assert not [p for p in teacher.parameters() if p.requires_grad]
+    assert not teacher(IMAGES)["pooled"].requires_grad
+
+
+def test_latents_are_relative_to_their_mean_and_levels_are_not():
+    teacher = new_teacher("resnet10").freeze()
+    before = teacher(IMAGES)
+    pooled, place = before["pooled"].mean(0), before["map"].mean((0, 2, 3))
+    teacher.centre(pooled, place)
+    after = teacher(IMAGES)
+    torch.testing.assert_close(after["pooled"], before["pooled"] - pooled)
+    torch.testing.assert_close(after["map"], before["map"] - place[:, None, None])
+    assert torch.equal(after["logits"], before["logits"])
+    teacher.centre(after["pooled"].mean(0), after["map"].mean((0, 2, 3)))
+    assert teacher(IMAGES)["pooled"].mean(0).abs().max() < 1e-5

@@ -1,0 +1,201 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from lgd.config import DataError
+from lgd.data.archive import open_shards
+from lgd.data.augment import d4
+from lgd.data.shards import ShardOptions, build
+from lgd.data.stream import Reader
+from lgd.models.export import save_model
+from lgd.models.teacher import load_teacher
+from lgd.stain.targets import membrane_grid, nuclei_grid
+from lgd.store import cache
+from lgd.store.cache import cache_latents, recipe_of
+from lgd.store.latents import Store, is_complete
+
+
+def shards_of(config):
+    return [shard for folder in config.shard_dirs for shard in open_shards(folder)[1]]
+
+
+@pytest.fixture
+def copy(tissue_run, change, tmp_path):
+    """The filled store of `tissue_run`, to change."""
+    shutil.copytree(tissue_run.latents.dir, tmp_path / "latents")
+    return change(tissue_run, latents={"dir": str(tmp_path / "latents")})
+
+
+def parts(config):
+    return {path.name: path.stat().st_mtime_ns for path in (Path(config.latents.dir) / "parts").glob("*.h5")}
+
+
+def test_rows_are_what_the_teacher_and_the_targets_say(tissue_run):
+    config, shards = tissue_run, shards_of(tissue_run)
+    store, teacher = Store(config.latents.dir, recipe_of(config)), load_teacher(config.teacher.dir)[0]
+    number = 9
+    small, native = (Reader(shards, ("he", "ihc"), size).read(number) for size in (config.data.size, None))
+    part = store.parts_of(shards)[small.shard]
+    with torch.no_grad():
+        out = teacher(torch.from_numpy(small.images["ihc"])[None].permute(0, 3, 1, 2))
+    # float16 keeps 11 bits
+    near = {"rtol": 2e-3, "atol": 2e-3}
+    np.testing.assert_allclose(part.array("pooled")[small.row, 0], out["pooled"][0], **near)
+    np.testing.assert_allclose(part.array("map")[small.row, 0], F.adaptive_avg_pool2d(out["map"], 2)[0], **near)
+    he, ihc = (torch.from_numpy(native.images[role])[None].permute(0, 3, 1, 2) for role in ("he", "ihc"))
+    assert he.shape[-1] == 128, "targets are computed at native resolution"
+    np.testing.assert_allclose(part.array("nuclei")[small.row], nuclei_grid(he, 8, 0.46)[0], **near)
+    np.testing.assert_allclose(part.array("membrane")[small.row], membrane_grid(ihc, 4, 0.46)[0], **near)
+
+
+def test_rows_are_in_shard_order_with_their_key_level_and_slide(tissue_run):
+    shards = shards_of(tissue_run)
+    reader = Reader(shards, ())
+    samples = [reader.read(number) for number in range(reader.total)]
+    columns = {
+        name: np.concatenate([part.array(name) for part in Store(tissue_run.latents.dir).parts_of(shards)])
+        for name in ("key", "level", "slide")
+    }
+    assert [key.decode() for key in columns["key"]] == [sample.key for sample in samples]
+    assert columns["level"].tolist() == [sample.level for sample in samples]
+    assert [slide.decode() for slide in columns["slide"]] == [sample.meta["slide"] for sample in samples]
+    assert len(set(columns["key"])) == 48
+
+
+def test_eight_views_are_the_teacher_on_turned_images(tissue_run, change, tmp_path):
+    config = change(tissue_run, latents={"dir": str(tmp_path), "views": 8, "dtype": "float32"})
+    shard = next(shard for shard in shards_of(config) if shard.samples <= 4)
+    store, computed = cache_latents(config, [shard], workers=0)
+    assert computed == 1 and store.parts[0].array("pooled").shape[:2] == (shard.samples, 8)
+    teacher = load_teacher(config.teacher.dir)[0]
+    reader = Reader([shard], ("ihc",), config.data.size)
+    image = torch.from_numpy(reader.read(1).images["ihc"])[None].permute(0, 3, 1, 2)
+    with torch.no_grad():
+        views = [teacher(d4(image, torch.tensor([k]))) for k in range(8)]
+    pooled = torch.cat([view["pooled"] for view in views])
+    np.testing.assert_allclose(store.parts[0].array("pooled")[1], pooled, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(pooled[0], pooled[1], atol=1e-3), "views must differ for the test to mean anything"
+    maps = torch.cat([F.adaptive_avg_pool2d(view["map"], 2) for view in views])
+    np.testing.assert_allclose(store.parts[0].array("map")[1], maps, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_call_computes_nothing(copy):
+    before = parts(copy)
+    store, computed = cache_latents(copy, shards_of(copy), workers=0)
+    assert computed == 0 and parts(copy) == before and store.verify() == []
+
+
+def test_a_changed_shard_redoes_its_own_part_only(copy, change, tissue, tmp_path):
+    """Another slide name in one patch's facts changes the bytes of one shard."""
+    root = tmp_path / "bci"
+    shutil.copytree(tissue, root)
+    first = sorted((root / "HE").rglob("*.png"))[0]
+    first.write_bytes(sorted((root / "HE").rglob("*.png"))[1].read_bytes())
+    split = {"slides": str(root / "truth.csv"), "split": "group:0.5,0.25,0.25"}
+    build(ShardOptions(layout="bci", root=str(root), out=str(tmp_path / "s"), shard_size=8, mpp=0.46, **split))
+    config = change(copy, data={"shards": [str(tmp_path / "s")]})
+    old = {shard.sha256 for shard in shards_of(copy)}
+    changed = [shard for shard in shards_of(config) if shard.sha256 not in old]
+    assert len(changed) == 1
+
+    before = parts(copy)
+    store, computed = cache_latents(config, shards_of(config), workers=0)
+    after = parts(config)
+    assert computed == 1 and store.rows == 48 and store.verify() == []
+    assert len(after) == len(before) and len(after.items() & before.items()) == len(before) - 1
+
+
+def test_caching_goes_on_where_it_was_killed(copy, monkeypatch):
+    folder = Path(copy.latents.dir)
+    shutil.rmtree(folder)
+    real, done = cache.write_part, []
+
+    def killed_at_third(*args):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(real(*args))
+
+    monkeypatch.setattr(cache, "write_part", killed_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(copy, shards_of(copy), workers=0)
+    assert len(parts(copy)) == 2 and not (folder / "store.json").exists()
+    monkeypatch.undo()
+    before = parts(copy)
+    (folder / ".store.json.123.tmp").write_text("half")
+    _, computed = cache_latents(copy, shards_of(copy), workers=0)
+    assert computed == len(shards_of(copy)) - 2 and before.items() <= parts(copy).items()
+
+
+def test_a_deleted_damaged_part_is_made_again(copy):
+    victim = sorted((Path(copy.latents.dir) / "parts").glob("*.h5"))[0]
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match="delete it and run lgd cache-latents"):
+        next(part for part in Store(copy.latents.dir).parts if part.path == victim).array("key")
+    victim.unlink()
+    store, computed = cache_latents(copy, shards_of(copy), workers=0)
+    assert computed == 1 and store.verify() == []
+    assert victim.read_bytes() == content, "the same inputs give the same bytes"
+
+
+def test_other_settings_are_refused_with_the_difference(copy, change):
+    with pytest.raises(DataError, match="views: 1 in the store, 8 asked for"):
+        cache_latents(change(copy, latents={"views": 8}), shards_of(copy), workers=0)
+    assert len(parts(copy)) == len(shards_of(copy))
+
+
+def other_teacher(folder, tmp_path, spoil):
+    """The teacher with changed weights."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    weights = load_file(Path(folder) / "model.safetensors")
+    spoil(weights)
+    save_model(tmp_path / "teacher", weights, config)
+    return str(tmp_path / "teacher")
+
+
+def test_another_teacher_is_refused(copy, change, tmp_path):
+    folder = other_teacher(copy.teacher.dir, tmp_path, lambda w: w["head.bias"].add_(1))
+    config = change(copy, teacher={"dir": folder})
+    with pytest.raises(DataError, match=r"made by another recipe:\n  teacher: \w{64} in the store, \w{64} asked for"):
+        cache_latents(config, shards_of(config), workers=0)
+    assert not is_complete(Path(config.latents.dir), shards_of(config)[0], recipe_of(config))
+
+
+def test_latents_that_are_no_numbers_stop_with_the_key(copy, change, tmp_path):
+    def spoil(weights):
+        first = next(name for name in weights if weights[name].ndim == 4)
+        weights[first].fill_(torch.nan)
+
+    config = change(
+        copy,
+        teacher={"dir": other_teacher(copy.teacher.dir, tmp_path, spoil)},
+        latents={"dir": str(tmp_path / "new")},
+    )
+    shard = shards_of(config)[0]
+    key = Reader([shard], ()).read(0).key
+    with pytest.raises(DataError) as caught:
+        cache_latents(config, [shard], workers=0)
+    assert f"{shard.path}, {key}: pooled is not finite" in str(caught.value)
+    assert not list((tmp_path / "new").rglob("*.h5"))
+
+
+def test_latents_too_large_for_float16_stop_too(copy, change, tmp_path):
+    folder = other_teacher(copy.teacher.dir, tmp_path, lambda w: w["pooled_mean"].fill_(1e6))
+    config = change(copy, teacher={"dir": folder}, latents={"dir": str(tmp_path / "new")})
+    with pytest.raises(DataError, match="pooled is not finite as float16.*latents.dtype to float32"):
+        cache_latents(config, shards_of(config)[:1], workers=0)
+
+
+def test_a_folder_of_something_else_is_left_alone(copy, change, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    config = change(copy, latents={"dir": str(tmp_path / "mine")})
+    with pytest.raises(DataError, match=r"something else than a feature store \(thesis\.txt\)"):
+        cache_latents(config, shards_of(config), workers=0)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]

@@ -1,0 +1,107 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lgd.config import Config, ConfigError, load_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data:\n  sise: 64\n", "some.yaml: there is no field data.sise, did you mean data.size?"),
+        ("studnt:\n  epochs: 3\n", "some.yaml: there is no section studnt, did you mean student?"),
+        ("data:\n  qqqq: 64\n", "data.threads"),
+        ("data: 3\n", "section data is 3"),
+        ("train:\n", "section train is None"),
+        ("[1, 2]\n", "holds no sections"),
+        ("data: [\n", "some.yaml is not valid YAML"),
+        ("data:\n  size: !!python/name:os.getcwd\n", "some.yaml is not valid YAML"),
+        ("data:\n  size: big\n", "some.yaml: data.size: Expected a <class 'int'>. Got value: big"),
+        ("latents:\n  views: 2\n", "some.yaml: latents.views"),
+        ("student:\n  method: magic\n", "some.yaml: student.method"),
+        ("data:\n  size: 8\n", "data.size is 8"),
+        ("teacher:\n  epochs: 0\n", "teacher.epochs is 0"),
+        ("student:\n  nuclei_weight: -1\n", "student.nuclei_weight is -1"),
+        ("train:\n  clip: -1\n", "train.clip is -1"),
+        ("train:\n  batch: 6\n  workers: 2\n  accumulate: 2\n", "train.batch 6 does not divide into train.workers 2"),
+        ("deepspeed:\n  bf16: {enabled: true}\n", "deepspeed.bf16 is set"),
+        ("deepspeed:\n  torch_autocast: {enabled: true}\n", "deepspeed.torch_autocast is set"),
+        ("deepspeed:\n  gradient_clipping: 1\n", "deepspeed.gradient_clipping is set"),
+        ("train:\n  engine: torch\ndeepspeed:\n  wall_clock_breakdown: true\n", "train.engine is torch"),
+    ],
+)
+def test_a_wrong_file_is_told_by_file_or_field(tmp_path, text, told):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert told in str(caught.value)
+
+
+def test_a_wrong_option_is_told_without_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"--data\.sise 4, did you mean --data\.size\?"):
+        load_config(overrides=["--data.sise", "4"])
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, "data:\n  size: 64\n", "--data.size=big")
+    assert str(caught.value).startswith("data.size: Expected")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone\.yaml cannot be read \(No such file"):
+        load_config(tmp_path / "gone.yaml")
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    config = load(tmp_path, "data:\n  size: 96\n  threads: 3\n", "--data.size=128", "--train.lr", "1e-4")
+    assert (config.data.size, config.data.threads, config.data.lanes) == (128, 3, Config().data.lanes)
+    assert config.train.lr == 1e-4
+
+
+def test_deepspeed_is_passed_on_as_it_is(tmp_path):
+    config = load(tmp_path, "deepspeed:\n  zero_optimization: {stage: 2, overlap_comm: true}\n")
+    assert config.deepspeed == {"zero_optimization": {"stage": 2, "overlap_comm": True}}
+    config = load_config(overrides=["--deepspeed", '{"zero_optimization": {"stage": 3}}'])
+    assert config.deepspeed == {"zero_optimization": {"stage": 3}}
+
+
+def test_folders_default_to_places_under_the_run(tmp_path):
+    config = load(tmp_path, f"run:\n  dir: {tmp_path}/r\nlatents:\n  dir: {tmp_path}/shared\n")
+    assert config.shard_dirs == [tmp_path / "r" / "shards"]
+    assert [config.teacher.dir, config.latents.dir] == [f"{tmp_path}/r/teacher", f"{tmp_path}/shared"]
+    two = load(tmp_path, "data:\n  shards: [/a, /b]\n")
+    assert two.shard_dirs == [Path("/a"), Path("/b")]
+
+
+def test_yaml_reads_back_as_the_same_run(tmp_path):
+    config = load(
+        tmp_path, "data:\n  shards: [/a, /b]\ntrain:\n  lr: 0.3\ndeepspeed:\n  zero_optimization: {stage: 1}\n"
+    )
+    assert load(tmp_path, config.as_yaml()) == config
+    assert yaml.safe_load(config.as_yaml()) == dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_is_valid(path):
+    assert load_config(path).run.dir
+
+
+def test_there_are_shipped_configs():
+    assert CONFIGS
+
+
+def test_every_field_has_its_help():
+    import docstring_parser
+
+    for section in dataclasses.fields(Config):
+        if section.name != "deepspeed":
+            kind = section.type
+            described = {p.arg_name for p in docstring_parser.parse_from_object(kind).params if p.description}
+            assert described == {f.name for f in dataclasses.fields(kind)}, section.name

@@ -1,0 +1,181 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from lgd.config import DataError
+from lgd.data.archive import open_shards
+from lgd.data.augment import d4, d4_grid
+from lgd.data.plan import Plan, World
+from lgd.data.stream import Reader
+from lgd.store.cache import cache_latents
+from lgd.store.latents import Store
+from lgd.train.batch import collate, evaluation_batches, training_batches
+from lgd.train.tasks import augment
+
+TARGETS = ("pooled", "map", "nuclei", "membrane")
+
+
+@pytest.fixture(scope="module")
+def joined(tissue_run):
+    """The training shards' reader (H&E) and their parts."""
+    shards = [shard for shard in open_shards(tissue_run.shard_dirs[0])[1] if shard.split == "train"]
+    return Reader(shards, ("he",), 64), Store(tissue_run.latents.dir).parts_of(shards)
+
+
+@pytest.fixture(scope="module")
+def eight_views(tissue_run, change, tmp_path_factory):
+    """The same with all eight views stored."""
+    latents = {"dir": str(tmp_path_factory.mktemp("views")), "views": 8}
+    config = change(tissue_run, latents=latents)
+    shards = [shard for shard in open_shards(config.shard_dirs[0])[1] if shard.split == "train"]
+    store, _ = cache_latents(config, shards, workers=0)
+    return config, Reader(shards, ("he",), 64), store.parts_of(shards)
+
+
+def batches(reader, parts, world=None, steps=range(4), threads=2, accumulate=1, turn=True):
+    plan = Plan(sizes=tuple(reader.sizes), seed=3, lanes=4)
+    options = {"steps": steps, "batch": 8, "accumulate": accumulate, "threads": threads, "turn": turn}
+    return list(training_batches(reader, plan, parts, world=world or World(), **options))
+
+
+def naive_row(parts, key, name):
+    """Search all parts for a key."""
+    found = [part.array(name)[row] for part in parts for row in np.flatnonzero(part.array("key") == key.encode())]
+    assert len(found) == 1
+    return found[0].astype(np.float32)
+
+
+def test_stored_rows_are_those_of_the_sample(joined):
+    reader, parts = joined
+    for step in batches(reader, parts):
+        for batch in step:
+            for row, key in enumerate(batch.keys):
+                sample = reader.read(int(batch.number_B[row]))
+                assert sample.key == key and int(batch.level_B[row]) == sample.level
+                assert np.array_equal(batch.images["he"][row].permute(1, 2, 0), sample.images["he"])
+                for name in TARGETS:
+                    there = naive_row(parts, key, name)
+                    there = there[0] if name in ("pooled", "map") else there
+                    assert np.array_equal(batch.stored[name][row], there), name
+
+
+def test_with_eight_views_the_row_is_that_of_the_drawn_view(eight_views):
+    _, reader, parts = eight_views
+    seen = set()
+    for (batch,) in batches(reader, parts):
+        for row, key in enumerate(batch.keys):
+            view = int(batch.view_B[row])
+            seen.add(view)
+            for name in ("pooled", "map"):
+                assert np.array_equal(batch.stored[name][row], naive_row(parts, key, name)[view])
+    assert len(seen) >= 6
+
+
+def test_training_turns_image_map_and_grids_alike(joined, tissue_run, change):
+    reader, parts = joined
+    config = change(tissue_run, data={"augment": "d4"})
+    (batch,) = batches(reader, parts, steps=range(1))[0]
+    before = {name: tensor.clone() for name, tensor in batch.stored.items()}
+    image, turned = augment(batch, "he", config)
+    for row, view in enumerate(batch.view_B.tolist()):
+        one = torch.tensor([view])
+        assert torch.equal(image[row], d4(batch.images["he"][row : row + 1], one)[0])
+        assert torch.equal(turned.stored["map"][row], d4(before["map"][row : row + 1], one)[0])
+        for name in ("nuclei", "membrane"):
+            assert torch.equal(turned.stored[name][row], d4_grid(before[name][row : row + 1], one)[0])
+        assert torch.equal(turned.stored["pooled"][row], before["pooled"][row])
+    assert not torch.equal(turned.stored["nuclei"], before["nuclei"])
+
+
+def test_a_stored_view_is_not_turned_again(eight_views):
+    config, reader, parts = eight_views
+    (batch,) = batches(reader, parts, steps=range(1))[0]
+    before = {name: tensor.clone() for name, tensor in batch.stored.items()}
+    _, turned = augment(batch, "he", config)
+    assert torch.equal(turned.stored["map"], before["map"])
+    assert not torch.equal(turned.stored["nuclei"], before["nuclei"])
+
+
+def test_stain_jitter_is_of_the_he_only_and_drawn_by_sample_and_epoch(joined, tissue_run):
+    reader, parts = joined
+    (one,), (again,) = (batches(reader, parts, steps=[3])[0] for _ in range(2))
+    first, _ = augment(one, "he", tissue_run)
+    second, _ = augment(again, "he", tissue_run)
+    assert torch.equal(first, second) and not torch.equal(first, d4(one.images["he"], one.view_B).float())
+    other = collate([reader.read(int(n)) for n in one.number_B], one.epoch_B + 1, None, 3, turn=False)
+    plain = collate([reader.read(int(n)) for n in one.number_B], one.epoch_B, None, 3, turn=False)
+    assert not torch.equal(augment(other, "he", tissue_run)[0], augment(plain, "he", tissue_run)[0])
+    other.images["ihc"] = other.images["he"]
+    assert torch.equal(augment(other, "ihc", tissue_run)[0], other.images["he"])
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (4, 2), (8, 1)])
+def test_ranks_and_micro_batches_together_see_the_same_samples(joined, size, accumulate):
+    reader, _ = joined
+    whole = batches(reader, None, steps=range(1, 5))
+    ranks = [
+        batches(reader, None, World(rank=rank, size=size), range(1, 5), accumulate=accumulate) for rank in range(size)
+    ]
+    for step, (batch,) in enumerate(whole):
+        micro = [one for rank in ranks for one in rank[step]]
+        assert all(len(one) == 8 // size // accumulate for one in micro)
+        facts = {
+            (int(n), int(e), int(v))
+            for one in micro
+            for n, e, v in zip(one.number_B, one.epoch_B, one.view_B, strict=True)
+        }
+        assert facts == set(zip(batch.number_B.tolist(), batch.epoch_B.tolist(), batch.view_B.tolist(), strict=True))
+        assert sum(len(one) for one in micro) == 8
+
+
+def test_an_epoch_shows_each_sample_once_and_batches_run_on(joined):
+    reader, _ = joined
+    seen = [
+        (int(e), int(n))
+        for (batch,) in batches(reader, None, steps=range(5))
+        for e, n in zip(batch.epoch_B, batch.number_B, strict=True)
+    ]
+    assert len(seen) == 40 and set(seen) == set(itertools.product((0, 1), range(20)))
+
+
+def test_steps_are_drawn_as_they_are_needed(joined):
+    reader, _ = joined
+    plan = Plan(sizes=tuple(reader.sizes), seed=3, lanes=4)
+    drawn = []
+
+    def steps():
+        for step in range(10**9):
+            drawn.append(step)
+            yield step
+
+    options = {"batch": 4, "accumulate": 1, "world": World(), "threads": 1, "turn": False}
+    some = training_batches(reader, plan, None, steps=steps(), **options)
+    next(some)
+    some.close()
+    assert len(drawn) < 20
+
+
+def test_turning_can_be_left_out(joined):
+    reader, _ = joined
+    assert all(int(batch.view_B.max()) == 0 for (batch,) in batches(reader, None, turn=False))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_evaluation_shows_each_sample_once(joined, size):
+    reader, parts = joined
+    numbers = [
+        int(number)
+        for rank in range(size)
+        for batch in evaluation_batches(reader, batch=3, world=World(rank=rank, size=size), threads=2, parts=parts)
+        for number in batch.number_B
+    ]
+    assert sorted(numbers) == list(range(20))
+
+
+def test_a_row_of_another_sample_is_refused(joined):
+    reader, parts = joined
+    sample = reader.read(1)
+    with pytest.raises(DataError, match=rf"row 1, is of .*, but the shard's sample is {sample.key}"):
+        collate([sample], np.zeros(1, np.int64), [parts[1]], 0, turn=False)

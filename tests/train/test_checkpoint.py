@@ -1,0 +1,120 @@
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from lgd.config import DataError
+from lgd.train import checkpoint
+from lgd.train.checkpoint import Checkpoint, complete, find, load, problems, save
+
+RUN = "a" * 64
+
+
+def some(step, inputs=RUN):
+    torch.manual_seed(step)
+    weights = {"conv.weight": torch.randn(2, 3), "head.bias": torch.randn(4)}
+    moments = {name: {"exp_avg": torch.randn_like(t), "exp_avg_sq": torch.rand_like(t)} for name, t in weights.items()}
+    return Checkpoint(step=step, inputs=inputs, weights=weights, moments=moments)
+
+
+def assert_same(a, b):
+    assert (a.step, a.inputs) == (b.step, b.inputs)
+    assert a.weights.keys() == b.weights.keys() and a.moments.keys() == b.moments.keys()
+    assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
+    assert all(torch.equal(a.moments[n][m], b.moments[n][m]) for n in a.moments for m in ("exp_avg", "exp_avg_sq"))
+
+
+def test_what_is_saved_reads_back(tmp_path):
+    path = save(tmp_path, some(5), keep=2)
+    assert_same(load(path, RUN), some(5))
+    assert problems(path) == []
+
+
+def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
+    start = Checkpoint(step=0, inputs=RUN, weights={"w": torch.ones(2)}, moments={})
+    assert load(save(tmp_path, start, keep=1), RUN).moments == {}
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (2, 4, 10, 100):
+        save(tmp_path, some(step), keep=2)
+    assert [path.name for path in complete(tmp_path)] == ["step-00000010", "step-00000100"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+
+
+@pytest.mark.parametrize("calls", range(4))
+def test_an_interrupted_save_leaves_the_older_one(tmp_path, monkeypatch, calls):
+    """`os.replace` publishes each of three files and then the folder: it fails at each of them in turn."""
+    save(tmp_path, some(1), keep=1)
+    real, done = os.replace, []
+
+    def fails(*args):
+        if len(done) == calls:
+            raise OSError("no space left")
+        done.append(args)
+        real(*args)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="no space"):
+        save(tmp_path, some(2), keep=1)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert_same(find(tmp_path, "auto", RUN), some(1))
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(tmp_path):
+    save(tmp_path, some(1), keep=2)
+    # A kill leaves the folder under its temporary name, here as full as it can be.
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002.77.tmp")
+    assert find(tmp_path, "auto", RUN).step == 1
+    save(tmp_path, some(3), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_the_same_step_can_be_saved_again(tmp_path):
+    save(tmp_path, some(3), keep=1)
+    newer = Checkpoint(step=3, inputs=RUN, weights=some(4).weights, moments={})
+    save(tmp_path, newer, keep=1)
+    assert_same(find(tmp_path, "auto", RUN), newer)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = save(tmp_path, some(1), keep=1)
+    for resume in ("auto", str(path)):
+        with pytest.raises(DataError, match="other shards, teacher, store or settings.*--train.resume never"):
+            find(tmp_path, resume, "b" * 64)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "moments.safetensors"])
+def test_a_damaged_one_is_refused_and_named(tmp_path, file):
+    save(tmp_path, some(1), keep=2)
+    path = save(tmp_path, some(2), keep=2) / file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        find(tmp_path, "auto", RUN)
+    assert f"{path} is missing or does not match its digest: delete {path.parent}" in str(caught.value)
+    shutil.rmtree(path.parent)
+    assert find(tmp_path, "auto", RUN).step == 1
+
+
+@pytest.mark.parametrize(
+    "state", [{"format": "other/1"}, [], {"format": checkpoint.FORMAT}, {"format": checkpoint.FORMAT, "sha256": 3}]
+)
+def test_a_strange_state_is_refused(tmp_path, state):
+    path = save(tmp_path, some(1), keep=2)
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match=r"state\.json is not a checkpoint of format lgd-checkpoint/1"):
+        load(path, RUN)
+
+
+def test_resume_finds_what_it_is_asked_for(tmp_path):
+    assert find(tmp_path / "none", "auto", RUN) is None
+    paths = [save(tmp_path, some(step), keep=3) for step in (1, 2)]
+    assert find(tmp_path, "auto", RUN).step == 2
+    assert find(tmp_path, str(paths[0]), RUN).step == 1
+    with pytest.raises(DataError, match=r"train\.resume: .*gone is not a complete checkpoint"):
+        find(tmp_path, str(tmp_path / "gone"), RUN)
