@@ -234,18 +234,21 @@ def demo(config: Config, pairs: int, size: int) -> str:
     """Virtual tissue, shards, and then `run`; returns the report's table."""
     tissue, (shards,) = tissue_dir(config), config.shard_dirs
     with stage("synth") as told:
-        made = synthesise(SynthOptions(out=str(tissue), pairs=pairs, size=size, seed=config.run.seed))
+        # Many slides of few patches: what is learnt must hold on other slides, and intervals are over slides.
+        slides, seed = max(8, pairs // 4), config.run.seed
+        made = synthesise(SynthOptions(out=str(tissue), pairs=pairs, size=size, slides=slides, coupling=0.9, seed=seed))
         told["done"] = f"{'reused, nothing changed' if made.get('reused') else f'{pairs} pairs drawn'}: {tissue}"
     with stage("shards") as told:
-        options = ShardOptions(
-            layout="bci",
-            root=str(tissue),
-            out=str(shards),
-            slides=str(tissue / "truth.csv"),
-            split="group:0.6,0.1,0.3",
-            shard_size=64,
-            mpp=0.46,
+        manifest = build(
+            ShardOptions(
+                layout="bci",
+                root=str(tissue),
+                out=str(shards),
+                slides=str(tissue / "truth.csv"),
+                split="group:0.6,0.1,0.3",
+                shard_size=64,
+                mpp=0.46,
+            )
         )
-        manifest = build(options)
         told["done"] = f"{'reused, nothing changed' if manifest.get('reused') else 'built'}: {shards}"
     return run(config)

@@ -48,9 +48,7 @@ class Student(nn.Module):
         self.hallucination = hallucination
         source = width if hallucination is None else hallucination.channels
         self.to_latent_map = nn.Conv2d(source, latent_dim, 1)
-        self.to_latent = nn.Sequential(
-            nn.Linear(latent_dim, latent_dim), nn.GELU(), nn.Linear(latent_dim, latent_dim)
-        )
+        self.to_latent = nn.Sequential(nn.Linear(latent_dim, latent_dim), nn.GELU(), nn.Linear(latent_dim, latent_dim))
         self.from_latent = nn.Linear(latent_dim, width)
         self.gate = nn.Linear(2 * width, width)
         self.nuclei_head = nn.Conv2d(width, 1, 1)

@@ -104,6 +104,7 @@ class TorchEngine:
         self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, train.weight_decay), lr=train.lr)
         self.module: nn.Module = self.model
         if world.size > 1:
+            # Some backbones have parameters that a feature map does not depend on, such as a ViT's mask token.
             self.module = nn.parallel.DistributedDataParallel(
                 self.model, gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=True
             )
@@ -258,13 +259,11 @@ class DeepSpeedEngine:
             _load_moments(self.model, self.optimizer, moments, steps)
             return
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        device = self.world.device
         for name, p in self.model.named_parameters():
-            safe_set_full_fp32_param(p, weights[name].to(device))
+            self._set(p, weights[name], None)
             for moment, tensor in moments.get(name, {}).items():
-                safe_set_full_optimizer_state(p, tensor.to(device), moment)
+                self._set(p, tensor, moment)
             # The network computes with copies of its own, which DeepSpeed refreshes after a step only.
             with torch.no_grad(), deepspeed.zero.GatheredParameters([p], modifier_rank=0):
                 p.copy_(weights[name])
@@ -272,6 +271,25 @@ class DeepSpeedEngine:
             buffer.copy_(weights[name])
         for held in self.optimizer.optimizer.state.values():
             held["step"] = torch.tensor(float(steps))
+
+    def _set(self, p: nn.Parameter, full: torch.Tensor, moment: str | None) -> None:
+        """Set this rank's share of a parameter, or of one of its moments."""
+        from deepspeed import utils
+
+        full = full.to(self.world.device).flatten()
+        if hasattr(p, "ds_tensor"):
+            # ZeRO-3 pads what the ranks do not divide; DeepSpeed's own safe_set_full_* forgets that (0.19.8).
+            size = p.ds_tensor.numel()
+            full = nn.functional.pad(full, (0, size * self.world.size - full.numel()))
+            mine = full[size * self.world.rank : size * (self.world.rank + 1)]
+            if moment is None:
+                utils.safe_set_local_fp32_param(p, mine)
+            else:
+                utils.safe_set_local_optimizer_state(p, mine, moment)
+        elif moment is None:
+            utils.safe_set_full_fp32_param(p, full)
+        else:
+            utils.safe_set_full_optimizer_state(p, full, moment)
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -335,7 +335,9 @@ def export(
 def refuse_strangers(task: Task) -> None:
     """Raise `DataError` when the task's folder holds what training did not write."""
     ours = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl"}
-    strangers = sorted({path.name for path in task.folder.iterdir()} - ours) if task.folder.is_dir() else []
+    there = {path.name for path in task.folder.iterdir()} if task.folder.is_dir() else set()
+    # A killed `publish` leaves its temporary file.
+    strangers = sorted(name for name in there - ours if not (name.startswith(".") and name.endswith(".tmp")))
     if strangers:
         raise DataError(
             f"{task.folder} already holds something else ({', '.join(strangers[:3])}): name another folder as "

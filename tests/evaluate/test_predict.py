@@ -189,3 +189,10 @@ def test_the_command_fails_with_one_message(tissue_run, images, capsys, tmp_path
 def test_a_teacher_is_no_student(tissue_run, images, capsys):
     assert main(["predict", "--model", tissue_run.teacher.dir, str(images)]) == 1
     assert "does not describe a student" in capsys.readouterr().err
+
+
+def test_real_patches_are_scored_whatever_their_names_say(scorer, real_data):
+    """BCI's `.png` files hold JPEG streams of 1024 pixels; the level means nothing here."""
+    rows = predict(scorer, find_images([str(real_data / "bci-native" / "HE")]))
+    assert [Path(row["image"]).suffix for row in rows] == [".png", ".png"]
+    assert rows[0]["probabilities"] != rows[1]["probabilities"]

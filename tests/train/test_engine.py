@@ -32,15 +32,16 @@ def stages_for(size):
 
 
 class Net(nn.Module):
-    """Both parameter groups, a norm, and BatchNorm that is frozen as a pretrained one is."""
+    """Both parameter groups, sizes that two ranks do not divide, frozen BatchNorm, and a parameter without use."""
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, stride=2)
-        self.norm = nn.GroupNorm(2, 8)
-        self.frozen = nn.BatchNorm2d(8).eval()
+        self.conv = nn.Conv2d(3, 9, 3, stride=2)
+        self.norm = nn.GroupNorm(3, 9)
+        self.frozen = nn.BatchNorm2d(9).eval()
         self.frozen.running_mean.uniform_(-1, 1)
-        self.head = nn.Linear(8, 4)
+        self.head = nn.Linear(9, 4)
+        self.unused = nn.Parameter(torch.zeros(5))
 
     def train(self, mode=True):
         super().train(mode)
@@ -78,7 +79,9 @@ def numbers(state):
     """A state as plain lists by name."""
     weights, moments = state
     flat = {name: tensor.flatten().tolist() for name, tensor in weights.items()}
-    return flat | {f"{n}|{m}": t.flatten().tolist() for n, pair in moments.items() for m, t in pair.items()}
+    # DeepSpeed holds moments of the unused parameter, which are zeros; PyTorch has none.
+    used = {name: pair for name, pair in moments.items() if name != "unused"}
+    return flat | {f"{n}|{m}": t.flatten().tolist() for n, pair in used.items() for m, t in pair.items()}
 
 
 def journey(name, world, train, extra, other):
@@ -166,9 +169,10 @@ def test_a_step_is_that_of_plain_pytorch():
         loss = nn.functional.cross_entropy(model(IMAGES[step])["logits"], LEVELS[step])
         plain.zero_grad()
         loss.backward()
-        norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
-        for p in model.parameters():
-            p.grad *= min(1.0, train.clip / float(norm))
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.sqrt(sum((gradient**2).sum() for gradient in gradients))
+        for gradient in gradients:
+            gradient *= min(1.0, train.clip / float(norm))
         for group in plain.param_groups:
             group["lr"] = train.lr * (step + 1) / STEPS
         plain.step()
@@ -177,7 +181,8 @@ def test_a_step_is_that_of_plain_pytorch():
 
 
 def numbers_of(optimizer, model):
-    return {n: {m: optimizer.state[p][m] for m in ("exp_avg", "exp_avg_sq")} for n, p in model.named_parameters()}
+    held = [(name, optimizer.state[p]) for name, p in model.named_parameters() if name != "unused"]
+    return {name: {moment: state[moment] for moment in ("exp_avg", "exp_avg_sq")} for name, state in held}
 
 
 def test_no_clipping_with_0():

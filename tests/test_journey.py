@@ -1,0 +1,144 @@
+"""A patch pair's whole way, by the commands that the README shows, on virtual tissue and on real patches."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lgd.cli import main
+from lgd.config import load_config
+from lgd.files import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+# Seconds instead of minutes; Ray and DeepSpeed have tests of their own.
+QUICK = ["--train.workers", "0", "--train.engine", "torch", "--teacher.epochs", "1", "--student.epochs", "1"]
+QUICK += ["--data.size", "64", "--report.bootstrap", "20"]
+
+
+def lgd(*args) -> None:
+    assert main([str(arg) for arg in args]) == 0, args
+
+
+def readme_commands(heading: str) -> list[list[str]]:
+    """The `lgd` commands in the first shell block under a heading."""
+    section = README.split(f"## {heading}\n", 1)[1]
+    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
+    assert block
+    lines = block[1].replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("lgd ")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_a_run(path):
+    config = load_config(path)
+    assert Path(config.run.dir).name == path.stem
+    assert config.train.batch % max(config.train.workers, 1) == 0
+
+
+def test_bci_in_full_is_a_run_on_eight_gpus():
+    config = load_config(ROOT / "configs" / "bci.yaml")
+    assert (config.train.workers, config.train.precision, config.latents.views) == (8, "bf16", 8)
+    assert config.deepspeed["zero_optimization"]["stage"] == 1
+
+
+def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
+    args = ["demo", "--pairs", "48", "--size", "64", "--run.dir", str(tmp_path / "demo"), *QUICK]
+    lgd(*args)
+    first = capsys.readouterr()
+    for row in ("LGD-Net", "H&E-only", "IHC teacher"):
+        assert row in first.out
+    sheet = re.search(r"contact sheet\s+(\S+)", first.out)
+    assert sheet and Path(sheet[1]).stat().st_size > 10_000
+    summary = (tmp_path / "demo" / "report" / "summary.md").read_text()
+    assert "irtual tissue is not tissue" in summary
+    assert list((tmp_path / "demo").rglob("events.out.tfevents*"))
+    run = read_json(tmp_path / "demo" / "run.json")
+    assert {"environment", "teacher", "latents", "index", "student", "he-only", "report"} <= run.keys()
+
+    weights = (tmp_path / "demo" / "student" / "model.safetensors").stat().st_mtime_ns
+    lgd(*args)
+    second = capsys.readouterr()
+    for stage in ("synth", "shards", "teacher", "latents", "index", "lgd", "he-only"):
+        assert re.search(rf"\[{stage}\] reused, nothing changed", second.err), stage
+    assert second.out == first.out
+    assert (tmp_path / "demo" / "student" / "model.safetensors").stat().st_mtime_ns == weights
+
+    # Another learning rate is another network: the finished one is not overwritten unasked.
+    assert main([*args, "--train.lr", "0.002"]) == 1
+    assert "--train.resume never" in capsys.readouterr().err
+    lgd(*args, "--train.lr", "0.002", "--train.resume", "never")
+    again = capsys.readouterr().err
+    assert "[shards] reused" in again and "[teacher] trained" in again
+
+
+@pytest.fixture(scope="module")
+def real_run(real_data, tmp_path_factory):
+    """The README's commands on real patches, with folders of the test's own; returns the run's folder."""
+    folder = tmp_path_factory.mktemp("real")
+    for command in readme_commands("On real patches"):
+        args = [
+            arg.replace("$BCI", str(real_data)).replace("neighbours.png", str(folder / "neighbours.png"))
+            for arg in command
+        ]
+        args = [str(folder / arg) if arg.startswith(("shards/", "runs/")) else arg for arg in args]
+        args = [str(ROOT / arg) if arg.startswith("configs/") else arg for arg in args]
+        if "--config" in args:
+            shards = json.dumps([str(folder / "shards" / name) for name in ("bci-tiles", "bci-thumbs")])
+            args += ["--run.dir", str(folder / "runs" / "bci-sample"), "--data.shards", shards, *QUICK]
+        lgd(*args)
+    return folder
+
+
+def test_the_readme_journey_on_real_patches(real_run):
+    run = real_run / "runs" / "bci-sample"
+    summary = (run / "report" / "summary.md").read_text()
+    for caveat in ("whole slide", "slides of", "may be inflated", "independent design"):
+        assert caveat in summary
+    for name in ("confusion.png", "reliability.png", "queries.png"):
+        assert (run / "report" / name).stat().st_size > 5_000
+    assert (real_run / "neighbours.png").stat().st_size > 10_000
+    manifest = read_json(real_run / "shards" / "bci-tiles" / "manifest.json")
+    assert sum(split["samples"] for split in manifest["splits"].values()) == 32
+    for folder in ("shards/bci-tiles", "shards/bci-thumbs", "runs/bci-sample/latents"):
+        lgd("verify", real_run / folder)
+
+
+def test_pairs_without_levels_are_packed_cached_and_queried(real_data, real_run, tmp_path, capsys):
+    rows = [f"HE/{name}.png,IHC/{name}.png" for name in ("ER", "HER2", "Ki67", "PR")]
+    table = tmp_path / "mist" / "pairs.csv"
+    table.parent.mkdir()
+    for role in ("HE", "IHC"):
+        (table.parent / role).symlink_to(real_data / "mist-multistain" / role)
+    table.write_text("he,ihc\n" + "\n".join(rows) + "\n")
+    split = ["--split", "group:1,0,0"]
+    lgd("build-shards", "--layout", "csv", "--root", table, "--out", tmp_path / "shards", *split)
+    run = real_run / "runs" / "bci-sample"
+    options = ["--run.dir", tmp_path / "run", "--data.shards", tmp_path / "shards", "--teacher.dir", run / "teacher"]
+    config = ["--config", ROOT / "configs" / "bci-sample.yaml", *options, *QUICK]
+    lgd("cache-latents", *config)
+    lgd("build-index", *config)
+    capsys.readouterr()
+    image = real_data / "mist-multistain" / "HE" / "HER2.png"
+    lgd("query", "--model", run / "student", "--store", tmp_path / "run" / "latents", "--json", "-k", 4, image)
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert {hit["key"] for hit in answer["neighbours"]} == {"ER", "HER2", "Ki67", "PR"}
+    assert all(hit["level"] is None for hit in answer["neighbours"])
+    distances = [hit["distance"] for hit in answer["neighbours"]]
+    assert distances == sorted(distances) and np.isfinite(distances).all()
+
+
+def test_pairs_that_were_never_registered_are_refused(real_data, tmp_path, capsys):
+    pairs = [("Izd2-29-041-w35_HE", "Izd2-29-041-w35_proSPC"), ("Rat-Kidney_HE", "Rat-Kidney_PanCytokeratin")]
+    table = tmp_path / "pairs.csv"
+    for path in (real_data / "birl-unregistered").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    table.write_text("he,ihc\n" + "".join(f"{he}.jpg,{ihc}.jpg\n" for he, ihc in pairs))
+    status = main(["build-shards", "--layout", "csv", "--root", str(table), "--out", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert status == 1
+    assert all(he in err and ihc in err for he, ihc in pairs)
+    assert not (tmp_path / "out").exists()
