@@ -263,7 +263,7 @@ class Config:
             return str(Path(folder).absolute() if folder else root / name)
 
         def encoder(name: str) -> str:
-            return str(Path(name).absolute()) if Path(name).is_dir() else name
+            return str(Path(name).absolute()) if "/" in name and Path(name).is_dir() else name
 
         replace, shards = dataclasses.replace, self.data.shards
         return replace(

@@ -136,13 +136,19 @@ def _relative(path: Path, base: Path) -> str:
     return path.relative_to(base).as_posix()
 
 
-def _with_slides(pairs: list[PatchPair], path: Path, problems: list[Problem]) -> list[PatchPair]:
-    """Name each pair's slide from a CSV; a pair that it does not name becomes a problem."""
+def read_slides(path: Path) -> dict[str, str]:
+    """Key (`safe_key` of a file's stem) -> slide, from a CSV with the columns key and slide; empty slides are left out."""
     known: dict[str, str] = {}
     for number, row in _read_csv(path, required=("key", "slide"), allowed=None):
         key, slide = safe_key(row["key"]), row["slide"]
         if slide and known.setdefault(key, slide) != slide:
             raise DataError(f"{path}: row {number}: slide {slide} of {key} was {known[key]} above: keep one of them")
+    return known
+
+
+def _with_slides(pairs: list[PatchPair], path: Path, problems: list[Problem]) -> list[PatchPair]:
+    """Name each pair's slide from a CSV; a pair that it does not name becomes a problem."""
+    known = read_slides(path)
     named = []
     for pair in pairs:
         if pair.key in known:

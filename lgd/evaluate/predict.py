@@ -1,6 +1,5 @@
 """H&E files -> levels and probabilities, by patch and by slide."""
 
-import csv
 import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 
 from lgd.config import LEVEL_NAMES, DataError
 from lgd.data.image import decode
+from lgd.data.pairs import read_slides, safe_key
 from lgd.data.shards import Shard
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.metrics import Predictions
@@ -129,7 +129,7 @@ def predict(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None) -
     `slides` is a CSV with columns key (file name without suffix) and slide.
     """
     slide_of = {} if slides is None else read_slides(slides)
-    unknown = [path for path in paths if slides is not None and path.stem not in slide_of]
+    unknown = [path for path in paths if slides is not None and safe_key(path.stem) not in slide_of]
     if unknown:
         raise DataError(
             f"{slides} names no slide for {len(unknown)} of {len(paths)} images, the first of them {unknown[0]}: add "
@@ -140,26 +140,8 @@ def predict(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None) -
         return [as_row(str(path), probability) for path, probability in scored]
     by_slide: dict[str, list[np.ndarray]] = {}
     for path, probability in scored:
-        by_slide.setdefault(slide_of[path.stem], []).append(probability)
+        by_slide.setdefault(slide_of[safe_key(path.stem)], []).append(probability)
     return [
         {"slide": slide, "patches": len(rows)} | as_level(np.mean(rows, axis=0))
         for slide, rows in sorted(by_slide.items())
     ]
-
-
-def read_slides(path: Path) -> dict[str, str]:
-    """Key -> slide, from a CSV with these two columns."""
-    try:
-        # Spreadsheets begin their UTF-8 with a byte order mark.
-        with open(path, newline="", encoding="utf-8-sig") as stream_:
-            rows = list(csv.DictReader(stream_))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as CSV ({error})") from error
-    if not rows or not {"key", "slide"} <= rows[0].keys():
-        raise DataError(f"{path} needs the columns key and slide")
-    slide_of: dict[str, str] = {}
-    for number, row in enumerate(rows, start=2):
-        key, slide = row["key"], row["slide"]
-        if not key or not slide or slide_of.setdefault(key, slide) != slide:
-            raise DataError(f"{path}, row {number}: {key!r} and slide {slide!r} are empty, or differ from a row above")
-    return slide_of

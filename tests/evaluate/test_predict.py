@@ -142,10 +142,10 @@ def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
     ("text", "told"),
     [
         ("key,slide\np0,A\n", "names no slide for 4 of 5 images, the first of them .*p3.png: add a row p3,SLIDE"),
-        ("name,slide\np0,A\n", "needs the columns key and slide"),
-        ("", "needs the columns key and slide"),
-        ("key,slide\np0,A\np0,B\n", "row 3: 'p0' and slide 'B'"),
-        ("key,slide\np0\n", "row 2: 'p0' and slide None"),
+        ("name,slide\np0,A\n", "has no column key"),
+        ("", "has no column key, slide"),
+        ("key,slide\np0,A\np0,B\n", "row 3: slide B of p0 was A"),
+        ("key,slide\np0\n", "row 2 has not 2 values"),
     ],
 )
 def test_a_wrong_list_of_slides_is_told(scorer, images, tmp_path, text, told):
@@ -155,7 +155,7 @@ def test_a_wrong_list_of_slides_is_told(scorer, images, tmp_path, text, told):
 
 
 def test_a_missing_list_of_slides_is_told(tmp_path):
-    with pytest.raises(DataError, match="gone.csv cannot be read as CSV"):
+    with pytest.raises(DataError, match="gone.csv: cannot be read as a CSV"):
         read_slides(tmp_path / "gone.csv")
 
 

@@ -1,0 +1,72 @@
+"""Ray as a laptop uses it: the verb starts a cluster of its own, trains on two workers with DeepSpeed, and stops it."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lgd import distribute
+from lgd.cli import main
+from lgd.config import DataError
+from lgd.files import read_json
+from lgd.store.latents import Store
+from lgd.train.engine import deepspeed_problem
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    """The verbs must start a Ray of their own, whatever this machine has."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield
+    distribute.disconnect()
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.skipif(deepspeed_problem() is not None, reason=str(deepspeed_problem()))
+def test_two_workers_with_deepspeed_give_the_curve_of_one_process(tissue_run, tmp_path, capfd):
+    config = tmp_path / "config.yaml"
+    config.write_text(tissue_run.as_yaml())
+    options = ["--config", str(config), "--run.dir", str(tmp_path), "--teacher.dir", str(tmp_path / "teacher")]
+    options += ["--latents.dir", str(tmp_path / "latents"), "--train.workers", "2", "--train.engine", "deepspeed"]
+    assert main(["train-teacher", *options]) == 0
+    made = read_json(tmp_path / "teacher" / "config.json")
+    assert (made["engine"], made["workers"]) == ("deepspeed", 2)
+    assert losses(tmp_path / "teacher") == pytest.approx(losses(Path(tissue_run.teacher.dir)), abs=1e-4)
+    assert "step" in capfd.readouterr().err, "a person sees the progress of rank 0"
+    assert main(["cache-latents", *options]) == 0
+    assert Store(tmp_path / "latents").verify() == []
+    assert Store(tmp_path / "latents").rows == Store(tissue_run.latents.dir).rows
+
+
+def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():
+    def make():
+        def fail(path: str) -> None:
+            raise DataError(f"{path} is broken: fetch it again")
+
+        return fail
+
+    with pytest.raises(DataError, match="a.tar is broken: fetch it again"):
+        list(distribute.map_with(make, ["a.tar"], workers=1, what="--workers"))
+
+
+def test_results_come_from_all_workers_and_each_makes_its_function_once():
+    def make():
+        made = []
+        made.append(os.getpid())
+        return lambda number: (number * number, os.getpid(), len(made))
+
+    results = list(distribute.map_with(make, list(range(12)), workers=2, what="--workers"))
+    assert sorted(square for square, _, _ in results) == [number**2 for number in range(12)]
+    assert all(pid != os.getpid() and times == 1 for _, pid, times in results)
+    here = list(distribute.map_with(make, [3], workers=0, what="--workers"))
+    assert here == [(9, os.getpid(), 1)]
+
+
+def test_an_address_without_a_cluster_is_told(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(DataError, match="RAY_ADDRESS=127.0.0.1:1 .*--workers"):
+        distribute.connect(1, "--workers")
