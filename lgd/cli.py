@@ -12,16 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import lgd
-from lgd.config import (
-    Config,
-    ConfigError,
-    DataError,
-    add_config_arguments,
-    add_option_arguments,
-    config_of,
-    make_parser,
-    parse,
-)
+from lgd.config import Config, ConfigError, DataError
+from lgd.options import add_config_arguments, add_option_arguments, config_of, make_parser, parse
 
 Run = Callable[[Any, Any], None]
 
@@ -97,7 +89,7 @@ def _stage(name: str) -> Callable[[Any], Run]:
 
 def _demo(parser: Any) -> Run:
     parser.add_argument("--pairs", type=int, default=720, help="patch pairs of virtual tissue")
-    parser.add_argument("--size", type=int, default=256, help="their side in pixels")
+    parser.add_argument("--size", type=int, default=192, help="their side in pixels")
     add_config_arguments(parser)
 
     def run(parser: Any, namespace: Any) -> None:

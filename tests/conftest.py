@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lgd.config import Config, load_config
+from lgd.config import Config
+from lgd.options import load_config
 
 # Small tensors: more threads only fight each other when the machine runs several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

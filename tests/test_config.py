@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lgd.config import Config, ConfigError, load_config
+from lgd.config import Config, ConfigError
+from lgd.options import load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

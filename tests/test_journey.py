@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lgd.cli import main
-from lgd.config import load_config
 from lgd.files import read_json
+from lgd.options import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -96,7 +96,14 @@ def real_run(real_data, tmp_path_factory):
 def test_the_readme_journey_on_real_patches(real_run):
     run = real_run / "runs" / "bci-sample"
     summary = (run / "report" / "summary.md").read_text()
-    for caveat in ("whole slide", "slides of", "may be inflated", "independent design"):
+    for caveat in (
+        "whole slide",
+        "slides of",
+        "may be inflated",
+        "background is grey",
+        "registered only approximately",
+        "independent design",
+    ):
         assert caveat in summary
     for name in ("confusion.png", "reliability.png", "queries.png"):
         assert (run / "report" / name).stat().st_size > 5_000

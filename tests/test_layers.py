@@ -7,13 +7,13 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-config files distribute metrics
+config options files distribute metrics
 stain.deconvolve stain.targets
 data.pairs data.tissue data.sections data.synth data.split
 data.image data.archive data.sources data.shards data.verify data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
 store.latents store.cache store.index
-train.batch train.tasks train.engine train.checkpoint train.log train.loop
+train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
 evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
 doctor pipeline cli
 """.split()
@@ -26,7 +26,7 @@ OWNERS = {
     "webdataset": {"data.archive"},
     "transformers": {"models.encoder"},
     "matplotlib": {"evaluate.figures"},
-    "jsonargparse": {"config"},
+    "jsonargparse": {"options"},
 }
 # These may not be imported when the module is: `lgd --help` must be quick, and works without them.
 LATE = {"ray", "faiss", "deepspeed", "h5py", "transformers", "matplotlib", "jsonargparse", "sklearn"}

@@ -137,7 +137,7 @@ def _relative(path: Path, base: Path) -> str:
 
 
 def read_slides(path: Path) -> dict[str, str]:
-    """Key (`safe_key` of a file's stem) -> slide, from a CSV with the columns key and slide; empty slides are left out."""
+    """Key (`safe_key` of a file stem) -> slide, from a CSV with the columns key and slide; empty ones are left out."""
     known: dict[str, str] = {}
     for number, row in _read_csv(path, required=("key", "slide"), allowed=None):
         key, slide = safe_key(row["key"]), row["slide"]

@@ -128,6 +128,11 @@ def caveats_of(manifests: Sequence[dict[str, Any]], predictions: Predictions, vi
             "A level is that of the whole slide, not of the patch: a patch can look unlike its level, and its score "
             "cannot be checked against the brown on it."
         )
+    if any(manifest["layout"] == "bci" for manifest in manifests) and not virtual:
+        found.append(
+            "BCI's background is grey in some images and white in others, a shortcut that a network can learn, and "
+            "its two stains are neighbouring sections that are registered only approximately."
+        )
     found += _caveats_of_counts(known)
     if unlabelled := len(predictions.keys) - len(known.keys):
         found.append(f"{unlabelled} of {len(predictions.keys)} patches have no level and are not scored.")

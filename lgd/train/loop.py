@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -27,12 +26,13 @@ from lgd.data.plan import Plan, World
 from lgd.data.shards import Shard, open_shards
 from lgd.data.stream import Reader
 from lgd.files import read_json, sha256
-from lgd.metrics import fit_temperature, score
+from lgd.metrics import fit_temperature
 from lgd.models.export import save_model
 from lgd.train import checkpoint
-from lgd.train.batch import Batch, evaluation_batches, training_batches
+from lgd.train.batch import Batch, training_batches
 from lgd.train.engine import Engine, choose, make_engine
 from lgd.train.log import Log
+from lgd.train.passes import centre_latents, validate
 from lgd.train.tasks import StudentTask, Task, TeacherTask, augment, inputs_digest
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -86,8 +86,6 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
     """Train a task to its end, from its newest checkpoint if there is one, and export the network."""
     settings, first = config.train, world.rank == 0
     shards = split_shards(config, "train")
-    if not shards:
-        raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
     if settings.batch % (world.size * settings.accumulate):
         raise DataError(
             f"train.batch {settings.batch} does not divide into {world.size} workers x train.accumulate "
@@ -98,7 +96,8 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
     plan = Plan(sizes=tuple(reader.sizes), seed=config.run.seed, lanes=config.data.lanes)
     steps = max(1, math.ceil(task.epochs * plan.total / settings.batch))
     every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
-    inputs = inputs_digest(task, config, shards)
+    held_out = split_shards(config, "val")
+    inputs = inputs_digest(task, config, [*shards, *held_out])
 
     engine = make_engine(engine_name, task.build().train(), settings, config.deepspeed, world)
     saved = checkpoint.find(task.folder / "checkpoints", settings.resume, inputs)
@@ -118,7 +117,6 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
         threads=config.data.threads,
         turn=config.data.augment != "none",
     )
-    held_out = split_shards(config, "val")
     for step, micro, waited in timed(start, batches):
         terms = backward(engine, task, micro, config, step / steps, world)
         sums, stopping = agree(terms, stop.is_set(), world)
@@ -238,61 +236,6 @@ def save(engine: Engine, task: Task, step: int, inputs: str, keep: int, first: b
     dist.barrier()
 
 
-def passes(
-    engine: Engine, role: str, shards: list[Shard], config: Config, world: World
-) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
-    """One pass without gradients over this rank's share of the shards: each batch, and what the network gives."""
-    reader = Reader(shards, (role,), config.data.size)
-    batch = max(1, config.train.batch // world.size)
-    rounds = math.ceil(math.ceil(reader.total / world.size) / batch)
-    engine.model.eval()
-    with torch.no_grad():
-        for one in evaluation_batches(reader, batch=batch, world=world, threads=config.data.threads):
-            yield one, engine.forward(one.to(world.device).images[role])
-            rounds -= 1
-        # Under ZeRO-3 a forward pass is a collective: a rank with fewer batches joins in with an empty one.
-        for _ in range(rounds):
-            engine.forward(torch.zeros(1, 3, config.data.size, config.data.size, device=world.device))
-    engine.model.train()
-    reader.close()
-
-
-def validate(
-    engine: Engine, task: Task, shards: list[Shard], config: Config, world: World
-) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Logits (n, 4) and levels (n,) of all labelled samples of the shards, on every rank, and their scores."""
-    mine = [
-        (out["logits"].float().cpu().numpy(), one.level_B.numpy())
-        for one, out in passes(engine, task.role, shards, config, world)
-    ]
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, mine)
-    pairs = [pair for rank in gathered for pair in rank]
-    logits = np.concatenate([np.zeros((0, 4), np.float32), *(a for a, _ in pairs)])
-    levels = np.concatenate([np.zeros(0, np.int64), *(b for _, b in pairs)])
-    logits, levels = logits[levels >= 0], levels[levels >= 0]
-    return logits, levels, score(levels, softmax(logits)) if len(levels) else {}
-
-
-def centre_latents(engine: Engine, shards: list[Shard], config: Config, world: World) -> None:
-    """Put the origin of the teacher's latents at their mean over the training split."""
-    dim = engine.model.dim
-    sums = torch.zeros(2 * dim + 1, dtype=torch.float64, device=world.device)
-    for _, out in passes(engine, "ihc", shards, config, world):
-        rows = torch.cat([out["pooled"], out["map"].mean(dim=(2, 3))], dim=1).double().sum(dim=0)
-        sums += torch.cat([rows, sums.new_full((1,), len(out["pooled"]))])
-    if world.size > 1:
-        dist.all_reduce(sums)
-    mean = (sums[:-1] / sums[-1]).float()
-    engine.model.centre(mean[:dim], mean[dim:])
-
-
-def softmax(logits_nK: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Probabilities of logits, float64."""
-    scaled = torch.from_numpy(np.asarray(logits_nK, np.float64)) / temperature
-    return torch.softmax(scaled, dim=1).numpy()
-
-
 def export(
     engine: Engine,
     task: Task,
@@ -351,6 +294,9 @@ def train_under(config: Config, task: str) -> bool:
 
     built = TASKS[task](config)
     shards = split_shards(config, "train")
+    if not shards:
+        raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
+    shards += split_shards(config, "val")
     if config.train.resume == "auto" and is_finished(built, config, shards):
         return False
     refuse_strangers(built)

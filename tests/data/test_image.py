@@ -64,6 +64,7 @@ def test_an_oblong_image_fills_the_square():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.faults
 def test_a_cut_file_is_refused_wherever_it_is_cut(kind):
     content = KINDS[kind]
     check(content, "whole")
@@ -72,6 +73,7 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(kind):
             check(content[:end], "cut.png")
 
 
+@pytest.mark.faults
 def test_a_flipped_bit_in_a_png_is_refused():
     content = KINDS["png"]
     for position in range(8, len(content), 11):

@@ -147,6 +147,7 @@ def test_the_same_set_is_reused_and_another_refused(built):
     assert contents(out) == before
 
 
+@pytest.mark.faults
 def test_a_killed_build_goes_on(built, tmp_path):
     root, whole, manifest = built
     out = tmp_path / "out"
@@ -337,6 +338,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(built, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04"])
+@pytest.mark.faults
 def test_a_broken_index_is_refused(built, tmp_path, content):
     shutil.copytree(built[1], tmp_path / "out")
     (tmp_path / "out/train-000000.idx").write_bytes(content)
@@ -344,6 +346,7 @@ def test_a_broken_index_is_refused(built, tmp_path, content):
         open_shards(tmp_path / "out")[1][0].index()
 
 
+@pytest.mark.faults
 def test_every_flipped_bit_in_a_member_is_found(built, tmp_path):
     shard = open_shards(built[1])[1][0]
     whole, index = shard.path.read_bytes(), shard.index()

@@ -101,6 +101,7 @@ def test_only_the_members_that_are_asked_for_are_read(shards):
 
 
 @pytest.mark.parametrize("role", ["json", "he"])
+@pytest.mark.faults
 def test_a_damaged_member_stops_the_stream(shards, role):
     damage(shards[2], 1, role)
     with pytest.raises(DataError, match=rf"{shards[2].name}\.tar, row 1, .*{role}: its crc32"):

@@ -87,6 +87,7 @@ def test_a_set_that_is_not_there(tmp_path):
     assert len(verify(tmp_path)) == 1 and "manifest.json is missing" in verify(tmp_path)[0]
 
 
+@pytest.mark.faults
 def test_any_flipped_bit_in_a_tar_or_index_is_found(whole, out):
     dice = random.Random(1)
     for suffix in ("tar", "idx"):

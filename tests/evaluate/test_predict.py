@@ -24,7 +24,8 @@ from lgd.evaluate.predict import (
 )
 from lgd.metrics import score
 from lgd.models.student import load_student
-from lgd.train.loop import softmax, split_shards
+from lgd.train.loop import split_shards
+from lgd.train.passes import softmax
 
 
 @pytest.fixture(scope="module")

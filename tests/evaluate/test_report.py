@@ -184,6 +184,7 @@ def manifest(layout="csv", may_leak=False, caveats=()):
         ("No patch of level 0, 3+", [manifest()], model(level=[1, 2] * 5), False),
         ("1 of 3 patches have no level", [manifest()], model(level=[1, 2, -1]), False),
         ("nothing to score", [manifest("mist")], model(level=[-1] * 3), False),
+        ("background is grey", [manifest("bci")], model(), False),
         ("From the shards.", [manifest(caveats=["From the shards."])] * 2, model(), False),
         ("independent design", [], model(), False),
     ],

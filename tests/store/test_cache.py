@@ -111,6 +111,7 @@ def test_a_changed_shard_redoes_its_own_part_only(copy, change, tissue, tmp_path
     assert len(after) == len(before) and len(after.items() & before.items()) == len(before) - 1
 
 
+@pytest.mark.faults
 def test_caching_goes_on_where_it_was_killed(copy, monkeypatch):
     folder = Path(copy.latents.dir)
     shutil.rmtree(folder)
@@ -132,6 +133,7 @@ def test_caching_goes_on_where_it_was_killed(copy, monkeypatch):
     assert computed == len(shards_of(copy)) - 2 and before.items() <= parts(copy).items()
 
 
+@pytest.mark.faults
 def test_a_deleted_damaged_part_is_made_again(copy):
     victim = sorted((Path(copy.latents.dir) / "parts").glob("*.h5"))[0]
     content = victim.read_bytes()

@@ -137,6 +137,7 @@ def test_an_index_of_another_state_is_refused(store, made):
 
 
 @pytest.mark.parametrize("name", ["faiss.index", "keys.npy"])
+@pytest.mark.faults
 def test_a_flipped_bit_is_refused_before_faiss_reads(store, name, monkeypatch):
     build_index(store, "auto", ["train"], recall=0.99, seed=0)
     path = store.folder / "index" / name

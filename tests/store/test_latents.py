@@ -95,6 +95,7 @@ def test_another_recipe_is_refused_field_by_field(store):
 
 
 @pytest.mark.parametrize("place", [0, 700, -1])
+@pytest.mark.faults
 def test_a_flipped_bit_is_found_at_first_use_and_by_verify(store, place):
     flip_bit(store.parts[1].path, place)
     opened = Store(store.folder)
@@ -104,6 +105,7 @@ def test_a_flipped_bit_is_found_at_first_use_and_by_verify(store, place):
     assert [problem for problem in opened.verify() if "train-000001" in problem]
 
 
+@pytest.mark.faults
 def test_a_truncated_part_is_found(store):
     path = store.parts[0].path
     size = path.stat().st_size
@@ -148,6 +150,7 @@ def test_a_part_counts_only_with_its_file_recipe_and_tar(store, tmp_path):
     assert not is_complete(store.folder, one, RECIPE)
 
 
+@pytest.mark.faults
 def test_a_killed_write_leaves_no_part(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("killed")

@@ -45,6 +45,7 @@ def test_the_newest_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("calls", range(4))
+@pytest.mark.faults
 def test_an_interrupted_save_leaves_the_older_one(tmp_path, monkeypatch, calls):
     """`os.replace` publishes each of three files and then the folder: it fails at each of them in turn."""
     save(tmp_path, some(1), keep=1)
@@ -64,6 +65,7 @@ def test_an_interrupted_save_leaves_the_older_one(tmp_path, monkeypatch, calls):
     assert_same(find(tmp_path, "auto", RUN), some(1))
 
 
+@pytest.mark.faults
 def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(tmp_path):
     save(tmp_path, some(1), keep=2)
     # A kill leaves the folder under its temporary name, here as full as it can be.
@@ -88,6 +90,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "moments.safetensors"])
+@pytest.mark.faults
 def test_a_damaged_one_is_refused_and_named(tmp_path, file):
     save(tmp_path, some(1), keep=2)
     path = save(tmp_path, some(2), keep=2) / file

@@ -157,6 +157,7 @@ def test_a_finished_network_is_reused_until_something_that_matters_changes(stude
     assert new["inputs"] != made["inputs"] and new["weights_sha256"] != made["weights_sha256"]
 
 
+@pytest.mark.faults
 def test_damaged_weights_are_made_again(student):
     config = student()
     train_under(config, "student")
