@@ -5,6 +5,7 @@ With 0 workers everything runs in this process, without Ray; under torchrun such
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,13 +37,14 @@ def connect(workers: int, what: str) -> float:
             os.environ.setdefault(name, value)
         try:
             if address:
+                _knock(address)
                 ray.init(address=address, logging_level=logging.ERROR)
             else:
                 # One machine has no preemption notice to watch for.
                 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 # Ray Train asks the dashboard's process whether its controller lives, and complains without one.
                 ray.init(address="local", include_dashboard=True, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             place = f"the cluster of RAY_ADDRESS={address}" if address else "a local Ray"
             raise DataError(f"{place} cannot be reached or started ({error}); set {what} to 0 to do without") from error
     has = ray.cluster_resources()
@@ -55,6 +57,13 @@ def connect(workers: int, what: str) -> float:
         )
     # On a cluster of one's own the workers share all CPUs; on a shared one each takes a single slot.
     return 1 if os.environ.get("RAY_ADDRESS") else max(1, cpus // max(workers, 1))
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` when nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
 
 
 def disconnect() -> None:

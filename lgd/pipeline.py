@@ -107,14 +107,17 @@ def build_index(config: Config) -> None:
     record(config, "index", {name: made[name] for name in ("factory", "rows", "recall_at_10", "store")})
 
 
-def train_student(config: Config) -> None:
-    """Train the student, or reuse the one of the same shards, teacher, store and settings."""
+def train_student(config: Config, run: Config | None = None) -> None:
+    """Train the student, or reuse the one of the same shards, teacher, store and settings.
+
+    A baseline is trained as another student of the same `run`, which keeps its own `config.yaml`.
+    """
     from lgd.train.loop import train_under
 
     with stage(config.student.method) as told:
         folder = config.student.dir
         told["done"] = f"trained: {folder}" if train_under(config, "student") else f"reused, nothing changed: {folder}"
-    record(config, Path(folder).name, _facts(Path(folder)))
+    record(run or config, Path(folder).name, _facts(Path(folder)))
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def evaluate(config: Config) -> str:
         if pooled is not None:
             own, queries = _retrieval(config, scorer, shards, student, pooled)
         manifests = [open_shards(folder)[0] for folder in config.shard_dirs]
-        report.write_report(
+        document = report.write_report(
             Path(config.report.dir),
             scored,
             own,
@@ -158,7 +161,8 @@ def evaluate(config: Config) -> str:
             config.run.seed,
         )
         told["done"] = f"written: {config.report.dir}"
-    record(config, "report", {"metrics": str(Path(config.report.dir) / "metrics.json")})
+    headline = {model["name"]: model["by_patch"]["metrics"] for model in document["models"]}
+    record(config, "report", {"folder": config.report.dir, "split": config.report.split, "by_patch": headline})
     return report.table(scored, config.report.bootstrap, config.run.seed)
 
 
@@ -218,7 +222,7 @@ def run(config: Config) -> str:
             config,
             student=dataclasses.replace(config.student, method="he-only", dir=str(Path(config.run.dir) / "he-only")),
         )
-        train_student(baseline)
+        train_student(baseline, run=config)
     finally:
         disconnect()
     also = [*config.report.also, baseline.student.dir]

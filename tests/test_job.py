@@ -50,12 +50,9 @@ def head():
         wait_for(address, process, Path(folder) / "head.log")
         yield address, env, ray
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        # All of our own session and no other Ray process of this machine; nothing in it is worth a slow goodbye.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -54,7 +54,7 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
     sheet = re.search(r"contact sheet\s+(\S+)", first.out)
     assert sheet and Path(sheet[1]).stat().st_size > 10_000
     summary = (tmp_path / "demo" / "report" / "summary.md").read_text()
-    assert "irtual tissue is not tissue" in summary
+    assert "The tissue is virtual" in summary
     assert list((tmp_path / "demo").rglob("events.out.tfevents*"))
     run = read_json(tmp_path / "demo" / "run.json")
     assert {"environment", "teacher", "latents", "index", "student", "he-only", "report"} <= run.keys()
