@@ -207,7 +207,7 @@ def check_recipe(path: Path, there: dict[str, Any], asked: dict[str, Any]) -> No
     raise DataError(
         f"{path} was made by another recipe:\n"
         + "\n".join(differences)
-        + "\nUse the teacher and settings that made it, or name another folder as latents.dir"
+        + "\nUse the teacher and settings that made it, name another folder as latents.dir, or delete this one"
     )
 
 
