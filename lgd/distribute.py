@@ -3,6 +3,7 @@
 With 0 workers everything runs in this process, without Ray; under torchrun such a process joins torchrun's world.
 """
 
+import functools
 import logging
 import os
 import socket
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lgd.config import DataError
+from lgd.config import ConfigError, DataError
 
 # Ray Train prints each line twice otherwise, and warns of a default that does not concern us.
 _QUIET = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -141,30 +142,34 @@ def launch(
     from ray.train.torch import TorchTrainer
 
     use_gpu = bool(ray.cluster_resources().get("GPU", 0))
+    note = Path(storage).absolute() / f"{name}.error.txt"
+    note.unlink(missing_ok=True)
     trainer = TorchTrainer(
-        function,
+        functools.partial(_once, function, note),
         train_loop_config=argument,
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
         ),
         run_config=RunConfig(
-            name=name,
-            storage_path=str(Path(storage).absolute()),
-            failure_config=FailureConfig(max_failures=max_failures),
+            name=name, storage_path=str(note.parent), failure_config=FailureConfig(max_failures=max_failures)
         ),
     )
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _worker_error(error) from error
+    except ray.train.TrainingFailedError:
+        if not note.is_file():
+            raise
+    if note.is_file():
+        raise DataError(note.read_text())
 
 
-def _worker_error(error: Any) -> BaseException:
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        if isinstance(failure, (ValueError, OSError)):
-            return failure
-        cause = _cause(failure)
-        if isinstance(cause, (ValueError, OSError)):
-            return cause
-    return error
+def _once(function: Callable[[dict[str, Any]], None], note: Path, argument: dict[str, Any]) -> None:
+    """Run a worker. Bad data is bad after a restart too: its error is noted, and restarted workers end at once."""
+    if note.is_file():
+        return
+    try:
+        function(argument)
+    except (DataError, ConfigError) as error:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(str(error))
+        raise

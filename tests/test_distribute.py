@@ -53,6 +53,18 @@ def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():
         list(distribute.map_with(make, ["a.tar"], workers=1, what="--workers"))
 
 
+def test_bad_data_in_a_training_worker_is_told_once_and_not_tried_again(tmp_path):
+    def fail(argument: dict) -> None:
+        with open(argument["tries"], "a") as tries:
+            tries.write("x")
+        raise DataError("shards/train-000000.tar, row 3: crc32 does not match: fetch it again")
+
+    argument = {"tries": str(tmp_path / "tries")}
+    with pytest.raises(DataError, match=r"^shards/train-000000.tar, row 3: crc32 does not match: fetch it again$"):
+        distribute.launch(fail, argument, workers=1, max_failures=3, storage=tmp_path / "ray", name="teacher")
+    assert (tmp_path / "tries").read_text() == "x"
+
+
 def test_results_come_from_all_workers_and_each_makes_its_function_once():
     def make():
         made = []
