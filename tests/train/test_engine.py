@@ -127,14 +127,14 @@ def ranks(request):
         return request.param, json.loads(Path(folder, "results.json").read_text())
 
 
-def close(a, b, tolerance):
+def assert_close(a, b, tolerance):
     np.testing.assert_allclose(np.array(a), np.array(b), atol=tolerance, rtol=0)
 
 
 def assert_same_state(a, b, tolerance):
     assert a.keys() == b.keys()
     for name in a:
-        close(a[name], b[name], tolerance)
+        assert_close(a[name], b[name], tolerance)
 
 
 def test_accumulation_changes_nothing():
@@ -144,14 +144,14 @@ def test_accumulation_changes_nothing():
     for accumulate in (2, 4, 8):
         train = replace(TRAIN, accumulate=accumulate)
         other = fresh("torch", train)
-        close(run(other, range(STEPS), train), curve, 1e-5)
+        assert_close(run(other, range(STEPS), train), curve, 1e-5)
         assert_same_state(numbers(other.state()), numbers(one.state()), 1e-5)
 
 
 def test_any_number_of_ranks_gives_the_curve_of_one(ranks):
     _, results = ranks
     alone = fresh("torch")
-    close(results["fp32 torch"]["curve"], run(alone, range(STEPS)), 1e-5)
+    assert_close(results["fp32 torch"]["curve"], run(alone, range(STEPS)), 1e-5)
 
 
 def test_a_step_is_that_of_plain_pytorch():
@@ -176,7 +176,7 @@ def test_a_step_is_that_of_plain_pytorch():
         for group in plain.param_groups:
             group["lr"] = train.lr * (step + 1) / STEPS
         plain.step()
-        close(run(ours, [step], train), [(loss.item(), norm.item())], 1e-5)
+        assert_close(run(ours, [step], train), [(loss.item(), norm.item())], 1e-5)
     assert_same_state(numbers(ours.state()), numbers((model.state_dict(), numbers_of(plain, model))), 1e-5)
 
 
@@ -213,7 +213,7 @@ def test_deepspeed_gives_the_curve_of_plain_pytorch(ranks):
     twin = results["fp32 torch"]
     for stage in stages_for(size):
         told = results[f"fp32 {stage}"]
-        close(told["curve"], twin["curve"], 1e-4)
+        assert_close(told["curve"], twin["curve"], 1e-4)
         assert_same_state(told["state"], twin["state"], 1e-4)
 
 
@@ -222,8 +222,8 @@ def test_deepspeed_goes_on_from_its_state_in_either_engine(ranks):
     size, results = ranks
     for stage in stages_for(size):
         told = results[f"fp32 {stage}"]
-        close(told["again"], told["curve"][HALF:], 1e-5)
-        close(told["other"], told["curve"][HALF:], 1e-5)
+        assert_close(told["again"], told["curve"][HALF:], 1e-5)
+        assert_close(told["other"], told["curve"][HALF:], 1e-5)
         assert_same_state(told["again state"], told["other state"], 1e-5)
 
 
@@ -234,8 +234,8 @@ def test_deepspeed_in_bf16_stays_near_its_twin(ranks):
     for stage in stages_for(size)[:3:2]:
         tolerance = 5e-3 if stage else 1e-5
         told = results[f"bf16 {stage}"]
-        close(told["curve"], results["bf16 torch"]["curve"], tolerance)
-        close(told["again"], told["curve"][HALF:], tolerance)
+        assert_close(told["curve"], results["bf16 torch"]["curve"], tolerance)
+        assert_close(told["again"], told["curve"][HALF:], tolerance)
         assert told["curve"] != results["fp32 torch"]["curve"]
 
 
