@@ -5,6 +5,7 @@ Every field has a one-line docstring, which is also its `--help`. Checks that ne
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,13 +57,15 @@ class Data:
     """The shards and how they are read."""
 
     shards: str | list[str] = ""
-    """Shard folder, or a list of them; default RUN/shards."""
+    """Shard folder or url (s3://, gs://, http://), or a list of them; default RUN/shards."""
     size: int = 256
     """Side of the model's input, in pixels; images are shrunk to it."""
     threads: int = 2
     """Threads that read and decode, in each worker."""
     lanes: int = 64
-    """Shards are dealt to this many lanes; the order of samples depends on it, never on the number of workers."""
+    """Shards that a batch is mixed from at a time: at least train.batch; the order of samples depends on it."""
+    on_bad: str = "stop"
+    """Training stops at a sample that cannot be read, or `skip:N` leaves out up to N, each told and counted."""
     augment: Literal["none", "d4", "d4+stain"] = "d4+stain"
     """Training augmentation that keeps a cached target valid: turns and flips, and stain jitter."""
     stain_jitter: float = 0.1
@@ -72,7 +75,16 @@ class Data:
         require(self.size >= 32, f"data.size is {self.size}: use at least 32 pixels")
         require(self.threads >= 1, f"data.threads is {self.threads}: use at least 1")
         require(self.lanes >= 1, f"data.lanes is {self.lanes}: use at least 1")
+        require(
+            re.fullmatch(r"stop|skip:[1-9]\d{0,8}", self.on_bad) is not None,
+            f"data.on_bad is {self.on_bad!r}: use stop, or skip:N to leave out up to N samples",
+        )
         require(0 <= self.stain_jitter < 0.5, f"data.stain_jitter is {self.stain_jitter}: use 0 to 0.5")
+
+    @property
+    def skips(self) -> int:
+        """Bad samples that training may skip."""
+        return int(self.on_bad.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,6 +266,8 @@ class Config:
         root = Path(self.run.dir).absolute()
 
         def place(folder: str, name: str) -> str:
+            if "://" in folder:
+                return folder
             return str(Path(folder).absolute() if folder else root / name)
 
         def encoder(name: str) -> str:
@@ -282,10 +296,9 @@ class Config:
         )
 
     @property
-    def shard_dirs(self) -> list[Path]:
-        """The shard folders, in the order of their addresses."""
-        shards = self.data.shards if isinstance(self.data.shards, list) else [self.data.shards]
-        return [Path(folder) for folder in shards]
+    def shard_dirs(self) -> list[str]:
+        """The shard folders or urls, in the order of their addresses."""
+        return self.data.shards if isinstance(self.data.shards, list) else [self.data.shards]
 
     def as_yaml(self) -> str:
         """The run as YAML that reads back as the same run."""

@@ -1,27 +1,38 @@
-"""Atomic publication and digests.
+"""Files here and behind urls: atomic publication, digests, folders.
 
-A file that readers may see is first written under a temporary name beside its place, flushed to the disk and
-then renamed: it is there whole, or not at all.
+A file that readers may see is first written under a temporary name beside its place, flushed to the disk and then
+renamed: it is there whole, or not at all. A url gets the same promise from its store: an upload appears when it is
+complete. Large remote files are read through the cache of `lgd.remote`.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lgd.config import DataError
+from lgd.urls import MissingError, RemoteError, call, is_remote, place, upload
+
+Kind = Literal["file", "folder", "other"]
 
 
 @contextlib.contextmanager
 def publish(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; on success flush it to the disk and rename it to `path`.
 
-    On an error the temporary file is removed and nothing appears at `path`.
+    For a url the temporary file lies in TMPDIR and is uploaded. On an error it is removed and nothing appears.
     """
-    path = Path(path)
+    path = place(path)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            upload(temporary, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -53,18 +64,72 @@ def write_json(path: str | Path, document: Any) -> None:
     write_bytes(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file; one request for a url. Raises `OSError` for a local file, as `call` does for a url."""
+    at: Any = place(path)
+    if is_remote(at):
+        return call(at, "read", at.fs.cat_file, at.path)
+    return at.read_bytes()
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON document; `DataError` names the file when it is absent or broken."""
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(read_bytes(path))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error})") from error
 
 
+def exists(path: str | Path) -> bool:
+    """Whether there is a file or a folder; one or two requests for a url."""
+    at: Any = place(path)
+    if not is_remote(at):
+        return at.exists()
+    try:
+        call(at, "read", at.fs.info, at.path)
+    except MissingError:
+        return False
+    return True
+
+
+def list_folder(path: str | Path) -> dict[str, Kind]:
+    """What lies in a folder, by name; nothing where there is no folder. A url costs one request in 1,000 files."""
+    at: Any = place(path)
+    if not is_remote(at):
+        if not at.is_dir():
+            return {}
+        with os.scandir(at) as entries:
+            return dict(sorted((entry.name, _kind(entry)) for entry in entries))
+    if at.protocol in ("http", "https"):
+        raise RemoteError(f"{at}: folders behind {at.protocol} cannot be listed: name the files in a CSV")
+    try:
+        found = call(at, "listed", at.fs.ls, at.path, detail=True)
+    except MissingError:
+        return {}
+    own = at.path.strip("/")
+    kinds: dict[str, Kind] = {"file": "file", "directory": "folder"}
+    # A store may keep an empty object for the folder itself, and answers for a file with that file.
+    inside = [(entry["name"].strip("/"), kinds.get(entry["type"], "other")) for entry in found]
+    return {name.rpartition("/")[2]: kind for name, kind in sorted(inside) if name != own}
+
+
+def _kind(entry: os.DirEntry[str]) -> Kind:
+    return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+
+
+def remove(path: str | Path) -> None:
+    """Remove a file, which must be there if it is remote."""
+    at: Any = place(path)
+    if is_remote(at):
+        call(at, "removed", at.fs.rm_file, at.path)
+    else:
+        at.unlink(missing_ok=True)
+
+
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal."""
+    """SHA-256 of a local file's content, as hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

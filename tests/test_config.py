@@ -75,10 +75,21 @@ def test_deepspeed_is_passed_on_as_it_is(tmp_path):
 
 def test_folders_default_to_places_under_the_run(tmp_path):
     config = load(tmp_path, f"run:\n  dir: {tmp_path}/r\nlatents:\n  dir: {tmp_path}/shared\n")
-    assert config.shard_dirs == [tmp_path / "r" / "shards"]
+    assert config.shard_dirs == [str(tmp_path / "r" / "shards")]
     assert [config.teacher.dir, config.latents.dir] == [f"{tmp_path}/r/teacher", f"{tmp_path}/shared"]
-    two = load(tmp_path, "data:\n  shards: [/a, /b]\n")
-    assert two.shard_dirs == [Path("/a"), Path("/b")]
+    two = load(tmp_path, "data:\n  shards: [/a, 's3://bucket/b']\n")
+    assert two.shard_dirs == ["/a", "s3://bucket/b"]
+
+
+@pytest.mark.parametrize("value", ["stop", "skip:3"])
+def test_bad_samples_meet_a_named_policy(value):
+    assert load_config(overrides=[f"--data.on_bad={value}"]).data.skips == {"stop": 0, "skip:3": 3}[value]
+
+
+@pytest.mark.parametrize("value", ["skip", "skip:0", "skip:-1", "go"])
+def test_a_policy_without_a_budget_is_refused(value):
+    with pytest.raises(ConfigError, match=r"data\.on_bad.*use stop, or skip:N"):
+        load_config(overrides=[f"--data.on_bad={value}"])
 
 
 def test_yaml_reads_back_as_the_same_run(tmp_path):

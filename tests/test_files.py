@@ -4,7 +4,7 @@ import os
 import pytest
 
 from lgd.config import DataError
-from lgd.files import digest_of, publish, read_json, sha256, write_bytes, write_json
+from lgd.files import digest_of, list_folder, publish, read_json, sha256, write_bytes, write_json
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -51,3 +51,11 @@ def test_digests_are_of_content_only(tmp_path):
     assert sha256(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
     assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1})
     assert digest_of({"a": 1}) != digest_of({"a": 2})
+
+
+def test_a_folder_is_listed_by_kind(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").touch()
+    (tmp_path / "c").symlink_to("nowhere")
+    assert list(list_folder(tmp_path).items()) == [("a", "file"), ("b", "folder"), ("c", "other")]
+    assert list_folder(tmp_path / "x") == {} == list_folder(tmp_path / "a")

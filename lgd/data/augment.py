@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lgd.data.plan import GOLDEN, splitmix64
 from lgd.stain.deconvolve import H_E, rgb_to_od
 
 D4_ORDER = 8
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 # Two standard deviations: with a sigma below 0.5 no stain changes its sign.
 _LIMIT = 2.0
@@ -59,23 +58,14 @@ def draw(seed: int, epoch_B: np.ndarray, sample_B: np.ndarray, purpose: str, n: 
     """Uniform numbers in [0, 1), float64 (B, n), a function of (seed, epoch, sample, purpose) alone.
 
     `epoch_B` and `sample_B` (the sample's number over all shards) are int64 (B,); `purpose` keeps the draws
-    for different uses apart. The hash is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), applied to each
-    key in turn.
+    for different uses apart. The hash is SplitMix64, applied to each key in turn.
     """
     name = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
     key_B = np.full(len(sample_B), int.from_bytes(name[:8], "little"), np.uint64)
     for part_B in (epoch_B, sample_B):
-        key_B = _splitmix64(key_B + np.asarray(part_B, np.int64).view(np.uint64))
-    bits_Bn = _splitmix64(key_B[:, None] + _GOLDEN * np.arange(n, dtype=np.uint64))
+        key_B = splitmix64(key_B + np.asarray(part_B, np.int64).view(np.uint64))
+    bits_Bn = splitmix64(key_B[:, None] + GOLDEN * np.arange(n, dtype=np.uint64))
     return (bits_Bn >> np.uint64(11)) * 2.0**-53
-
-
-def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """One step of SplitMix64 from the state x; arrays of uint64 wrap around without a warning."""
-    x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def stain_jitter(rgb_B3HW: Tensor, u_B6: Tensor | np.ndarray, sigma: float) -> Tensor:

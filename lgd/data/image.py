@@ -16,6 +16,7 @@ from PIL import Image, features
 from lgd.config import DataError
 
 MAX_PIXELS = 100_000_000
+EXTENSIONS = ("jpg", "png", "webp")
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _PNG_END = b"IEND\xaeB`\x82"
@@ -41,7 +42,16 @@ def codecs() -> dict[str, str | None]:
     return {"simplejpeg": simplejpeg.__version__, "pillow": PIL.__version__, "zlib": deflate}
 
 
-def header(content: bytes, name: str) -> Header:
+def kind(content: bytes | memoryview) -> str | None:
+    """The type of an image, one of `EXTENSIONS`, by its first bytes; None for everything else."""
+    if content[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if content[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else None
+
+
+def header(content: bytes | memoryview, name: str) -> Header:
     """Type and size of an image, without decoding its pixels.
 
     `name` names the image in errors. Raises `DataError` for content that is not a JPEG, PNG or WebP image,
@@ -49,14 +59,11 @@ def header(content: bytes, name: str) -> Header:
     """
     if not content:
         raise DataError(f"{name}: is empty: fetch it again")
-    if content.startswith(b"\xff\xd8\xff"):
-        found = _jpeg_header(content, name)
-    elif content.startswith(b"\x89PNG\r\n\x1a\n"):
-        found = _pillow_header(content, name, "png")
-    elif content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        found = _pillow_header(content, name, "webp")
-    else:
-        raise DataError(f"{name}: is no JPEG, PNG or WebP image (it starts with {content[:8]!r}): convert or remove it")
+    extension = kind(content)
+    if extension is None:
+        start = bytes(content[:8])
+        raise DataError(f"{name}: is no JPEG, PNG or WebP image (it starts with {start!r}): convert or remove it")
+    found = _jpeg_header(content, name) if extension == "jpg" else _pillow_header(content, name, extension)
     if found.width * found.height > MAX_PIXELS:
         raise DataError(
             f"{name}: {found.width} x {found.height} is more than {MAX_PIXELS // 10**6} megapixels: cut it into patches"
@@ -64,7 +71,7 @@ def header(content: bytes, name: str) -> Header:
     return found
 
 
-def _jpeg_header(content: bytes, name: str) -> Header:
+def _jpeg_header(content: bytes | memoryview, name: str) -> Header:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError as error:
@@ -74,7 +81,7 @@ def _jpeg_header(content: bytes, name: str) -> Header:
     return Header("jpg", width, height)
 
 
-def _pillow_header(content: bytes, name: str, extension: str) -> Header:
+def _pillow_header(content: bytes | memoryview, name: str, extension: str) -> Header:
     try:
         with Image.open(io.BytesIO(content), formats=(extension,)) as image:
             if image.mode not in _MODES:
@@ -92,29 +99,49 @@ def _broken(name: str, error: Exception) -> DataError:
     return DataError(f"{name}: is truncated or broken ({error}): fetch it again")
 
 
-def decode(content: bytes, name: str, size: int | None = None) -> np.ndarray:
+def decode(
+    content: bytes | memoryview, name: str, size: int | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
     """Decode a JPEG, PNG or WebP image to RGB.
 
     `size` shrinks (or enlarges) to `size` x `size` pixels: a JPEG first by libjpeg's scaled decoding, to the
     smallest of its eight scales that is not below `size`; what is left by an antialiased resize. Grey and
-    palette images become RGB; transparent pixels are laid on white, the colour of bare glass.
+    palette images become RGB; transparent pixels are laid on white, the colour of bare glass. `out`, contiguous
+    uint8 (size, size, 3), takes the pixels and is returned.
 
     Returns (height, width, 3) uint8, writable and contiguous. Raises `DataError` with `name` as `header`
     does, and for truncated or broken content.
     """
     found = header(content, name)
+    buffer = None
     try:
         if found.extension == "jpg":
             side = size or 0
-            pixels = simplejpeg.decode_jpeg(content, min_height=side, min_width=side)
-            if size is None or pixels.shape[:2] == (size, size):
-                return pixels
-            return np.array(_resized(Image.fromarray(pixels), size))
-        with Image.open(io.BytesIO(content), formats=(found.extension,)) as image:
-            rgb = _rgb(image)
-            return np.array(rgb if size is None else _resized(rgb, size))
+            # libjpeg can write to where the pixels belong when no resize follows.
+            buffer = out if out is not None and out.shape[:2] == _scaled(found, side) else None
+            pixels = simplejpeg.decode_jpeg(content, min_height=side, min_width=side, buffer=buffer)
+            if buffer is None and size is not None:
+                pixels = np.array(_resized(Image.fromarray(pixels), size))
+        else:
+            with Image.open(io.BytesIO(content), formats=(found.extension,)) as image:
+                rgb = _rgb(image)
+                pixels = np.array(rgb if size is None else _resized(rgb, size))
     except _BROKEN as error:
         raise _broken(name, error) from error
+    if out is None:
+        return pixels
+    if buffer is None:
+        out[:] = pixels
+    return out
+
+
+def _scaled(found: Header, side: int) -> tuple[int, int]:
+    """Height and width to which libjpeg decodes: the smallest of its eighths of which neither is below `side`."""
+    for eighths in range(1, 9):
+        height, width = -(-found.height * eighths // 8), -(-found.width * eighths // 8)
+        if min(height, width) >= side:
+            break
+    return height, width
 
 
 def _rgb(image: Image.Image) -> Image.Image:

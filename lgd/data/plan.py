@@ -1,15 +1,35 @@
 """Which samples, in which order: integers only.
 
-A sample's number counts over all shards in their order. The order of one epoch depends on the seed, the epoch
-and the lanes; never on the number of workers, threads or restarts. Positions run on across epochs: position p
-is sample p mod N of epoch p // N, so a batch may begin in one epoch and end in the next.
+A sample's number counts over all shards in their order. A position counts what training has used; it runs on across
+epochs, so a batch may begin in one epoch and end in the next, and it is all that a run needs to go on from.
+
+The order depends on seed, epoch and lanes; never on the number of workers, threads or restarts:
+
+1. The shards are put into a random order, once for a seed, and the line of their samples is cut into as many equal
+   runs as there are lanes. A lane keeps its run in all epochs, so that a node's cache of shards stays useful.
+2. In each epoch a lane takes the shards of its run in a new random order, one after the other, and the samples of
+   each shard in a new random order.
+3. Position p is the next sample of lane p mod lanes. Consecutive positions come from different lanes, so no two
+   samples of a batch share a shard's turn as long as the batch is no larger than the lanes.
+
+Nothing here grows with the samples: one array over the shards, and of each lane the shards of its run and the rows
+of the shard that it is in.
+
+Shapes: n positions, S shards, L lanes.
 """
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+ORDER = "lgd-order/1"
+"""Named by whatever depends on the order; another order gets another name."""
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,71 +41,131 @@ class World:
     device: str = "cpu"
 
 
-@dataclass(frozen=True, kw_only=True)
+class _Run(NamedTuple):
+    """A lane's way through one epoch, over the shards, or pieces of shards, of its run."""
+
+    shards: np.ndarray
+    """int64: shard of each piece, in the order of this epoch."""
+    ends: np.ndarray
+    """int64: place in the lane at which each piece ends."""
+    skips: np.ndarray
+    """int64: samples of the shard's order that belong to another lane, before this piece."""
+
+
 class Plan:
     """The order of samples, epoch after epoch."""
 
-    sizes: tuple[int, ...]
-    """Samples in each shard."""
-    seed: int
-    lanes: int
-    """Shards are dealt to so many lanes, and the order takes one sample from each lane in turn."""
-
-    @property
-    def total(self) -> int:
+    def __init__(self, sizes: Sequence[int], *, seed: int, lanes: int) -> None:
+        """`sizes`: samples in each shard; `seed` and `lanes` as in the module's text."""
+        self.sizes_S = np.asarray(sizes, np.int64)
+        self.first_S1 = firsts(self.sizes_S)
+        self.total = int(self.first_S1[-1])
         """Samples in one epoch."""
-        return sum(self.sizes)
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Sample numbers of one epoch, int64 (total,), each exactly once."""
-        return _order(self.sizes, self.seed, self.lanes, epoch)
+        self.seed = seed
+        self.lanes = lanes
+        self._line_S = _permutation(len(self.sizes_S), seed, "shards")
+        self._line_S1 = firsts(self.sizes_S[self._line_S])
+        self._places_L = _spread(lanes)
+        # A lane is in one shard at a time, and in two epochs at their border.
+        self._run = functools.lru_cache(maxsize=2 * lanes)(self._new_run)
+        self._rows = functools.lru_cache(maxsize=lanes + 16)(self._new_rows)
 
     def samples(self, positions_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The epoch and the sample number at each position, both int64 (n,)."""
         epochs_n = positions_n // self.total
         numbers_n = np.empty_like(positions_n)
-        for epoch in np.unique(epochs_n):
-            here_n = epochs_n == epoch
-            numbers_n[here_n] = self.order(int(epoch))[positions_n[here_n] % self.total]
+        turns_n, lanes_n = np.divmod(positions_n, self.lanes)
+        for epoch in np.unique(epochs_n).tolist():
+            start = epoch * self.total
+            for lane in np.unique(lanes_n[epochs_n == epoch]).tolist():
+                here_n = (epochs_n == epoch) & (lanes_n == lane)
+                # Turns of this lane before the epoch began.
+                before = -((lane - start) // self.lanes)
+                numbers_n[here_n] = self._numbers(epoch, lane, turns_n[here_n] - before)
         return epochs_n, numbers_n
 
+    def _numbers(self, epoch: int, lane: int, places_m: np.ndarray) -> np.ndarray:
+        """The sample number at each place of a lane in an epoch."""
+        run = self._run(epoch, lane)
+        pieces_m = np.searchsorted(run.ends, places_m, side="right")
+        numbers_m = np.empty_like(places_m)
+        for piece in np.unique(pieces_m).tolist():
+            here_m = pieces_m == piece
+            shard = int(run.shards[piece])
+            start = int(run.ends[piece - 1]) if piece else 0
+            rows = self._rows(epoch, shard)
+            numbers_m[here_m] = self.first_S1[shard] + rows[places_m[here_m] - start + run.skips[piece]]
+        return numbers_m
 
-@functools.lru_cache(maxsize=4)
-def _order(sizes: tuple[int, ...], seed: int, lanes: int, epoch: int) -> np.ndarray:
-    """Shards in random order are dealt to lanes, each shard shuffled within itself, lanes interleaved."""
-    random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    first = np.concatenate([[0], np.cumsum(sizes)])
-    filled = np.zeros(min(lanes, len(sizes)), np.int64)
-    numbers, lane_of, place_in_lane = [], [], []
-    for shard in random.permutation(len(sizes)):
-        size, lane = sizes[shard], int(np.argmin(filled))
-        numbers.append(first[shard] + random.permutation(size))
-        lane_of.append(np.full(size, lane))
-        place_in_lane.append(filled[lane] + np.arange(size))
-        filled[lane] += size
-    order = np.concatenate(numbers)[np.lexsort((np.concatenate(lane_of), np.concatenate(place_in_lane)))]
-    order.setflags(write=False)
-    return order
+    def _new_run(self, epoch: int, lane: int) -> _Run:
+        """Cut the lane's run out of the line of shards, and shuffle its pieces."""
+        # Turns of each lane within this epoch; they differ by one where the lanes do not divide the samples.
+        offsets_L = (np.arange(self.lanes) - epoch * self.total) % self.lanes
+        turns_L = (self.total - offsets_L + self.lanes - 1) // self.lanes
+        # The run of lane l is the _places_L[l]-th of the line.
+        before = self._places_L < self._places_L[lane]
+        begin = int(turns_L[before].sum())
+        end = begin + int(turns_L[lane])
+        first, last = np.searchsorted(self._line_S1, [begin, end - 1], side="right") - 1
+        pieces = first + _permutation(max(0, last - first + 1), self.seed, f"lane {epoch} {lane}")
+        begins = np.maximum(self._line_S1[pieces], begin)
+        lengths = np.minimum(self._line_S1[pieces + 1], end) - begins
+        return _Run(self._line_S[pieces], np.cumsum(lengths), begins - self._line_S1[pieces])
+
+    def _new_rows(self, epoch: int, shard: int) -> np.ndarray:
+        """The order of a shard's rows in an epoch."""
+        return _permutation(int(self.sizes_S[shard]), self.seed, f"rows {epoch} {shard}").astype(np.int32)
 
 
-def rank_positions(step: int, batch: int, accumulate: int, world: World) -> list[np.ndarray]:
-    """This rank's positions in each micro-batch of a step, one int64 array a micro-batch.
+def firsts(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The number of each shard's first sample, and the total: int64 (S + 1,)."""
+    return np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
 
-    Step s covers positions s * batch to (s + 1) * batch - 1. Each micro-batch is a run of them, and the ranks
-    take its positions in turn: with as many lanes as ranks, or a multiple, a rank reads its own lanes.
+
+def _spread(lanes: int) -> np.ndarray:
+    """The place in the line of each lane's run, int64 (L,): reversed digits of the lane's number.
+
+    Rank r of W takes the lanes l with l mod W = r. Their runs lie side by side in the line, so that a shard that is
+    cut between two runs is hardly ever read by two ranks. With lanes a power of two that holds for every W that
+    divides them.
+    """
+    places, rest, width = np.zeros(lanes, np.int64), np.arange(lanes), lanes
+    factor = 2
+    while width > 1:
+        while width % factor:
+            factor += 1
+        rest, digits = np.divmod(rest, factor)
+        places = places * factor + digits
+        width //= factor
+    return places
+
+
+def _permutation(n: int, seed: int, purpose: str) -> np.ndarray:
+    """A random order of n, int64 (n,), that no version of numpy changes."""
+    name = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    start = np.full(n, int.from_bytes(name[:8], "little"), np.uint64)
+    return np.argsort(splitmix64(start + GOLDEN * np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """One step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) from the state x, uint64; a bijection."""
+    x = x + GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def rank_positions(position: int, batch: int, accumulate: int, world: World) -> list[np.ndarray]:
+    """This rank's positions in each micro-batch of the step that begins at `position`, one int64 array a micro-batch.
+
+    The step covers the positions up to `position + batch`. Each micro-batch is a run of them, and the ranks take its
+    positions in turn: where the world divides the lanes, a rank reads its own lanes.
     """
     micro = batch // accumulate
-    starts = step * batch + micro * np.arange(accumulate)
+    starts = position + micro * np.arange(accumulate)
     return [np.arange(start + world.rank, start + micro, world.size) for start in starts]
 
 
-def eval_numbers(total: int, world: World) -> np.ndarray:
-    """This rank's sample numbers of one pass that sees every sample once, int64."""
-    return np.arange(world.rank, total, world.size)
-
-
-def address(sizes: Sequence[int], numbers_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shard and row of each sample number, both int64 (n,)."""
-    first = np.concatenate([[0], np.cumsum(sizes)])
-    shards_n = np.searchsorted(first, numbers_n, side="right") - 1
-    return shards_n, numbers_n - first[shards_n]
+def eval_numbers(total: int, world: World) -> range:
+    """This rank's sample numbers of one pass that sees every sample once: a run, so that it reads few shards."""
+    return range(world.rank * total // world.size, (world.rank + 1) * total // world.size)

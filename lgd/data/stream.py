@@ -1,24 +1,35 @@
 """A plan's sample numbers in, decoded samples out.
 
 Only the members that are asked for are read: a student's stream never touches the IHC's bytes. Threads read and
-decode ahead; both release the GIL, so threads are enough.
+decode ahead; both release the GIL, so threads are enough. They decode into one array a batch: stacking images
+afterwards would copy every pixel again.
 """
 
 import collections
-import json
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lgd.data.plan import address
-from lgd.data.shards import Shard, decode, read_member
+from lgd.config import DataError
+from lgd.data.archive import Shard, read_sample
+from lgd.data.image import decode
+from lgd.data.plan import firsts
+from lgd.files import is_remote
 
-MEMBERS = ("json", "he", "ihc")
+Numbers = Sequence[int] | np.ndarray
+
+OPEN_SHARDS = 256
+"""Shards that a reader keeps open; a rank with more lanes than that opens them again and again."""
+
+_RUN = 4
+"""Samples that a thread reads at a time: one by one, handing over took 1 % of two cores."""
+
+_FETCH_AHEAD = 4096
+_FETCHES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +45,17 @@ class Sample:
     meta: dict[str, Any]
     """The sample's KEY.json."""
     images: dict[str, np.ndarray] = field(default_factory=dict)
-    """Role -> uint8 (height, width, 3), RGB."""
+    """Name -> uint8 (height, width, 3), RGB."""
+    error: str = ""
+    """Why the sample could not be read, where it was to be skipped; then key and meta are empty and images black."""
+
+
+class Samples(NamedTuple):
+    """The samples of one batch."""
+
+    rows: list[Sample]
+    images: dict[str, np.ndarray]
+    """Role -> uint8 (n, size, size, 3), of which the rows' images are views; empty at native size."""
 
 
 class Reader:
@@ -44,62 +65,136 @@ class Reader:
         """`roles`: images to decode; `size`: side to shrink them to, or None for native resolution."""
         self.shards = list(shards)
         self.sizes = [shard.samples for shard in self.shards]
-        self.total = sum(self.sizes)
+        self.first = firsts(self.sizes)
+        self.total = int(self.first[-1])
         self.roles = tuple(roles)
         self.size = size
+        self.remote = any(is_remote(shard.path) for shard in self.shards)
         self._lock = threading.Lock()
-        self._open: collections.OrderedDict[int, tuple[int, np.ndarray]] = collections.OrderedDict()
+        self._opening: dict[int, threading.Lock] = collections.defaultdict(threading.Lock)
+        self._open: collections.OrderedDict[int, tuple[BinaryIO, np.ndarray]] = collections.OrderedDict()
 
-    def _shard(self, number: int) -> tuple[int, np.ndarray]:
-        """File descriptor and index of a shard; they stay open, since a split has few thousands at most."""
+    def open(self, shard: int) -> tuple[BinaryIO, np.ndarray]:
+        """A shard's file and index, kept open for the next sample; a remote one is fetched first."""
         with self._lock:
-            if number not in self._open:
-                shard = self.shards[number]
-                self._open[number] = (os.open(shard.path, os.O_RDONLY), shard.index())
-            return self._open[number]
+            opening = self._opening[shard]
+        # Whoever comes first opens the shard, which may take a download; those who want others do not wait.
+        with opening:
+            with self._lock:
+                if shard in self._open:
+                    self._open.move_to_end(shard)
+                    return self._open[shard]
+            opened = self.shards[shard].open()
+            with self._lock:
+                self._open[shard] = opened
+                if len(self._open) > OPEN_SHARDS:
+                    # The file is closed when the last thread that reads from it drops it.
+                    self._open.popitem(last=False)
+            return opened
 
-    def read(self, number: int) -> Sample:
-        """Read, check and decode one sample."""
-        shards_n, rows_n = address(self.sizes, np.array([number]))
-        shard, row = int(shards_n[0]), int(rows_n[0])
-        descriptor, index = self._shard(shard)
-        where = f"{self.shards[shard].path}, row {row}"
-        meta = json.loads(read_member(descriptor, index[row, 0], f"{where}, json"))
-        images: dict[str, np.ndarray] = {}
-        for role in self.roles:
-            what = f"{where}, {meta['key']}, {role}"
-            content = read_member(descriptor, index[row, MEMBERS.index(role)], what)
-            images |= self.decode(content, what, role)
-        level = -1 if meta["level"] is None else int(meta["level"])
+    def read(self, number: int, out: dict[str, np.ndarray] | None = None, skip: bool = False) -> Sample:
+        """Read, check and decode one sample, into the arrays of `out` where they are given.
+
+        A sample that cannot be read raises `DataError`, or with `skip` comes back with its `error`. A shard that
+        cannot be opened always raises.
+        """
+        shard = int(self.first.searchsorted(number, side="right")) - 1
+        row = number - int(self.first[shard])
+        file, index = self.open(shard)
+        try:
+            meta, contents = read_sample(file, index, row, self.shards[shard], self.roles)
+            images: dict[str, np.ndarray] = {}
+            for role, content in contents.items():
+                what = f"{self.shards[shard].path}, row {row}, {meta['key']}, {role}"
+                images |= self.decode(content, what, role, out[role] if out else None)
+        except DataError as error:
+            if not skip:
+                raise
+            for image in out.values() if out else ():
+                image[:] = 0
+            return Sample(
+                number=number, shard=shard, row=row, key="", level=-1, meta={}, images=out or {}, error=str(error)
+            )
+        level = -1 if meta["level"] is None else meta["level"]
         return Sample(number=number, shard=shard, row=row, key=meta["key"], level=level, meta=meta, images=images)
 
-    def decode(self, content: bytes, what: str, role: str) -> dict[str, np.ndarray]:
+    def decode(
+        self, content: bytes | memoryview, what: str, role: str, out: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
         """The images that one member gives, by name."""
-        return {role: decode(content, what, self.size)}
+        return {role: decode(content, what, self.size, out)}
 
     def close(self) -> None:
         """Close the shards' files."""
         with self._lock:
-            for descriptor, _ in self._open.values():
-                os.close(descriptor)
             self._open.clear()
 
 
-def stream(reader: Reader, batches: Iterable[np.ndarray], *, threads: int, prefetch: int = 4) -> Iterator[list[Sample]]:
-    """Yield the samples of each batch of numbers, in order; up to `prefetch` batches are read ahead."""
+def stream(
+    reader: Reader, batches: Iterable[Numbers], *, threads: int, prefetch: int = 4, skip: bool = False
+) -> Iterator[Samples]:
+    """Yield the samples of each batch of numbers, in order; up to `prefetch` batches are read ahead.
+
+    `skip`: a sample that cannot be read comes with its `error` instead of raising it.
+    """
+    if reader.remote:
+        batches = _fetched_ahead(reader, batches)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="lgd-read")
-    waiting: collections.deque[list[Future[Sample]]] = collections.deque()
+    waiting: collections.deque[tuple[list[Future[list[Sample]]], dict[str, np.ndarray]]] = collections.deque()
+
+    def first() -> Samples:
+        futures, images = waiting.popleft()
+        return Samples([row for future in futures for row in future.result()], images)
+
+    def read(numbers: Numbers, images: dict[str, np.ndarray]) -> list[Sample]:
+        return [
+            reader.read(int(number), {role: image[place] for role, image in images.items()}, skip)
+            for place, number in enumerate(numbers)
+        ]
+
     try:
         for numbers in batches:
-            waiting.append([pool.submit(reader.read, int(number)) for number in numbers])
+            images: dict[str, np.ndarray] = {}
+            if reader.size is not None:
+                shape = (len(numbers), reader.size, reader.size, 3)
+                images = {role: np.empty(shape, np.uint8) for role in reader.roles}
+            runs = [slice(start, start + _RUN) for start in range(0, len(numbers), _RUN)]
+            futures = [pool.submit(read, numbers[run], {role: images[role][run] for role in images}) for run in runs]
+            waiting.append((futures, images))
             if len(waiting) > prefetch:
-                yield [future.result() for future in waiting.popleft()]
+                yield first()
         while waiting:
-            yield [future.result() for future in waiting.popleft()]
+            yield first()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def in_batches(numbers_n: np.ndarray, batch: int) -> list[np.ndarray]:
+def _fetched_ahead(reader: Reader, batches: Iterable[Numbers]) -> Iterator[Numbers]:
+    """Pass batches of numbers on; the shards of those up to `_FETCH_AHEAD` samples later are being fetched."""
+    pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="lgd-fetch")
+    waiting: collections.deque[Numbers] = collections.deque()
+    ahead = 0
+    asked: collections.OrderedDict[int, None] = collections.OrderedDict()
+    try:
+        for numbers in batches:
+            for shard in np.unique(reader.first.searchsorted(numbers, side="right") - 1).tolist():
+                if shard not in asked:
+                    # What fails here fails again, and is told, where the sample is read.
+                    pool.submit(reader.open, shard)
+                asked[shard] = None
+                asked.move_to_end(shard)
+                if len(asked) > OPEN_SHARDS:
+                    asked.popitem(last=False)
+            waiting.append(numbers)
+            ahead += len(numbers)
+            while ahead > _FETCH_AHEAD:
+                ahead -= len(waiting[0])
+                yield waiting.popleft()
+        yield from waiting
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_batches(numbers: Sequence[int], batch: int) -> list[Sequence[int]]:
     """Cut sample numbers into runs of `batch`; the last may be shorter."""
-    return [numbers_n[start : start + batch] for start in range(0, len(numbers_n), batch)]
+    return [numbers[start : start + batch] for start in range(0, len(numbers), batch)]

@@ -60,11 +60,11 @@ def score_shards(
     """Score every sample once, in the order of the shards; also the pooled latents (n, D), if the network has any."""
     reader = Reader(shards, (scorer.role,), scorer.config["size"])
     keys, groups, levels, found = [], [], [], []
-    for samples in stream(reader, in_batches(np.arange(reader.total), batch), threads=threads):
+    for samples, images in stream(reader, in_batches(range(reader.total), batch), threads=threads):
         keys += [sample.key for sample in samples]
         groups += [sample.meta["group"] for sample in samples]
         levels += [sample.level for sample in samples]
-        found.append(scorer.score(np.stack([sample.images[scorer.role] for sample in samples])))
+        found.append(scorer.score(images[scorer.role]))
     reader.close()
     probability = np.concatenate([f["probability"] for f in found])
     predictions = Predictions(

@@ -110,11 +110,10 @@ class Gallery:
                 f"the shards of {store.folder} changed since it was made ({lost[0]}): run lgd cache-latents"
             )
         self.reader = Reader([shards[p.sidecar["tar_sha256"]] for p in store.parts], ("ihc",), size)
-        self.first = np.concatenate([[0], np.cumsum(self.reader.sizes)])
 
     def image(self, hit: Hit) -> np.ndarray:
         """The IHC of a neighbour, uint8 (size, size, 3)."""
-        return self.reader.read(int(self.first[hit.part]) + hit.row).images["ihc"]
+        return self.reader.read(int(self.reader.first[hit.part]) + hit.row).images["ihc"]
 
 
 def draw_sheet(store: Store, rows: Sequence[dict[str, Any]], path: Path, size: int = 256) -> None:

@@ -89,8 +89,8 @@ def part_arrays(shard: Shard, teacher: Any, recipe: dict[str, Any], config: Conf
     keys: list[bytes] = []
     slides: list[bytes] = []
     levels: list[int] = []
-    batches = in_batches(np.arange(shard.samples), config.latents.batch)
-    for samples in stream(reader, batches, threads=config.data.threads, prefetch=2):
+    batches = in_batches(range(shard.samples), config.latents.batch)
+    for samples, _ in stream(reader, batches, threads=config.data.threads, prefetch=2):
         keys += [sample.key.encode() for sample in samples]
         slides += [(sample.meta["slide"] or "").encode() for sample in samples]
         levels += [sample.level for sample in samples]
@@ -121,7 +121,9 @@ class NativeReader(Reader):
         super().__init__(shards, roles, size=None)
         self.teacher_size = size
 
-    def decode(self, content: bytes, what: str, role: str) -> dict[str, np.ndarray]:
+    def decode(
+        self, content: bytes | memoryview, what: str, role: str, out: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
         images = {role: decode(content, what, None)}
         if role == "ihc":
             images["ihc@size"] = decode(content, what, self.teacher_size)

@@ -183,7 +183,7 @@ def commit(folder: Path, recipe: dict[str, Any], shards: Sequence[Shard]) -> Sto
             "format": FORMAT,
             "recipe": recipe,
             # Where the images were when the store was made, for the pictures of a query; not part of the recipe.
-            "shards": sorted({str(shard.path.parent.absolute()) for shard in shards}),
+            "shards": sorted({str(shard.path.absolute().parent) for shard in shards}),
             "parts": parts,
             "digest": store_digest(recipe, parts),
         },

@@ -4,16 +4,19 @@ A shard and its part mirror each other, so (shard, row) finds both; the stored k
 """
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lgd.config import DataError
+from lgd.config import Data, DataError
 from lgd.data.augment import draw
 from lgd.data.plan import Plan, World, eval_numbers, rank_positions
-from lgd.data.stream import Reader, Sample, in_batches, stream
+from lgd.data.stream import Reader, Sample, Samples, in_batches, stream
 from lgd.store.latents import Part
 
 SUPERVISION = ("pooled", "map", "nuclei", "membrane")
@@ -25,12 +28,16 @@ class Batch:
 
     keys: list[str]
     groups: list[str]
+    errors: dict[int, str]
+    """Number of each sample that is skipped -> why."""
     number_B: np.ndarray
     """int64: sample numbers."""
     epoch_B: np.ndarray
     """int64: the epoch of each sample, since a batch may run on into the next."""
     view_B: torch.Tensor
     """int64: the element of D4 that training applies; 0 is none."""
+    valid_B: torch.Tensor
+    """bool: false for a sample that could not be read and is skipped; its image is black and it has no loss."""
     level_B: torch.Tensor
     """int64: 0 to 3, or -1 for unknown."""
     images: dict[str, torch.Tensor]
@@ -51,38 +58,39 @@ class Batch:
 
         return replace(
             self,
+            valid_B=self.valid_B.to(device),
             level_B=self.level_B.to(device),
             images=move(self.images),
             stored=move(self.stored),
         )
 
 
-def collate(
-    samples: Sequence[Sample], epoch_B: np.ndarray, parts: Sequence[Part] | None, seed: int, turn: bool
-) -> Batch:
+def collate(samples: Samples, epoch_B: np.ndarray, parts: Sequence[Part] | None, seed: int, turn: bool) -> Batch:
     """One batch of samples, with their rows of the store when `parts` are given."""
-    number_B = np.array([sample.number for sample in samples], np.int64)
-    view_B = np.zeros(len(samples), np.int64)
+    rows = samples.rows
+    number_B = np.array([sample.number for sample in rows], np.int64)
+    view_B = np.zeros(len(rows), np.int64)
     if turn:
         view_B = np.floor(8 * draw(seed, epoch_B, number_B, "view", 1)[:, 0]).astype(np.int64)
-    images = {
-        role: torch.from_numpy(np.stack([s.images[role] for s in samples])).permute(0, 3, 1, 2).contiguous()
-        for role in samples[0].images
-    }
     return Batch(
-        keys=[sample.key for sample in samples],
-        groups=[sample.meta["group"] for sample in samples],
+        keys=[sample.key for sample in rows],
+        groups=[sample.meta.get("group", "") for sample in rows],
+        errors={sample.number: sample.error for sample in rows if sample.error},
         number_B=number_B,
         epoch_B=epoch_B,
         view_B=torch.from_numpy(view_B),
-        level_B=torch.tensor([sample.level for sample in samples]),
-        images=images,
-        stored={} if parts is None else _stored(samples, parts, view_B),
+        valid_B=torch.tensor([not sample.error for sample in rows]),
+        level_B=torch.tensor([sample.level for sample in rows]),
+        # A view: the pixels stay as they were decoded, which torch calls channels-last.
+        images={role: torch.from_numpy(image).permute(0, 3, 1, 2) for role, image in samples.images.items()},
+        stored={} if parts is None else _stored(rows, parts, view_B),
     )
 
 
 def _stored(samples: Sequence[Sample], parts: Sequence[Part], view_B: np.ndarray) -> dict[str, torch.Tensor]:
     for sample in samples:
+        if sample.error:
+            continue
         there = bytes(parts[sample.shard].array("key")[sample.row]).decode()
         if there != sample.key:
             raise DataError(
@@ -103,40 +111,88 @@ def _stored(samples: Sequence[Sample], parts: Sequence[Part], view_B: np.ndarray
     return stored
 
 
+class Step(NamedTuple):
+    """What one step of training takes."""
+
+    micro: list[Batch]
+    """This rank's micro-batches."""
+    position: int
+    """The plan's position after this step: the state to resume from, alike on every rank."""
+
+
 def training_batches(
     reader: Reader,
     plan: Plan,
     parts: Sequence[Part] | None,
     *,
-    steps: Iterable[int],
+    start: int,
+    steps: int,
     batch: int,
     accumulate: int,
     world: World,
     threads: int,
     turn: bool,
-) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each step, one list a step."""
+    skip: bool = False,
+) -> Iterator[Step]:
+    """This rank's share of `steps` steps from position `start` on.
+
+    `batch` is the global one. `skip` marks samples that cannot be read instead of raising `DataError`.
+    """
     epochs: collections.deque[np.ndarray] = collections.deque()
+    positions = range(start, start + steps * batch, batch)
 
     def numbers() -> Iterator[np.ndarray]:
-        for step in steps:
-            for positions in rank_positions(step, batch, accumulate, world):
-                epoch_B, number_B = plan.samples(positions)
+        for position in positions:
+            for positions_n in rank_positions(position, batch, accumulate, world):
+                epoch_B, number_B = plan.samples(positions_n)
                 epochs.append(epoch_B)
                 yield number_B
 
-    waiting: list[Batch] = []
-    for samples_B in stream(reader, numbers(), threads=threads):
-        waiting.append(collate(samples_B, epochs.popleft(), parts, plan.seed, turn))
-        if len(waiting) == accumulate:
-            yield waiting
-            waiting = []
+    batches = stream(reader, numbers(), threads=threads, skip=skip)
+    for position in positions:
+        micro = [
+            collate(samples, epochs.popleft(), parts, plan.seed, turn)
+            for samples in itertools.islice(batches, accumulate)
+        ]
+        yield Step(micro, position + batch)
+
+
+class Skipped:
+    """The samples that could not be read and were skipped, against the budget of `data.on_bad`."""
+
+    def __init__(self, data: Data, total: int) -> None:
+        self.data, self.total = data, total
+        self._told: set[int] = set()
+
+    def new(self, micro: list[Batch]) -> int:
+        """Tell what this rank skips for the first time; how many samples these are."""
+        errors = {number: error for batch in micro for number, error in batch.errors.items()}
+        fresh = errors.keys() - self._told
+        for number in sorted(fresh):
+            print(f"[data] skipped: {errors[number]}", file=sys.stderr, flush=True)
+        self._told |= fresh
+        return len(fresh)
+
+    def count(self, new: int) -> None:
+        """Add what all ranks skipped in a step; `DataError` once it is more than the budget, on every rank alike."""
+        self.total += new
+        if self.total > self.data.skips:
+            raise DataError(
+                f"{self.total} bad samples were skipped, more than data.on_bad {self.data.on_bad} allows: each is told "
+                "above; lgd verify checks the shards"
+            )
 
 
 def evaluation_batches(
-    reader: Reader, *, batch: int, world: World, threads: int, parts: Sequence[Part] | None = None
+    reader: Reader,
+    *,
+    batch: int,
+    world: World,
+    threads: int,
+    parts: Sequence[Part] | None = None,
+    skip: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of one pass over all samples, unturned."""
+    """This rank's share of one pass over all samples, unturned; `skip` as in `training_batches`."""
     numbers = in_batches(eval_numbers(reader.total, world), batch)
-    for samples in stream(reader, numbers, threads=threads):
-        yield collate(samples, np.zeros(len(samples), np.int64), parts, 0, turn=False)
+    for samples in stream(reader, numbers, threads=threads, skip=skip):
+        yield collate(samples, np.zeros(len(samples.rows), np.int64), parts, 0, turn=False)

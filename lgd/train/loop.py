@@ -29,7 +29,7 @@ from lgd.files import read_json, sha256
 from lgd.metrics import fit_temperature
 from lgd.models.export import save_model
 from lgd.train import checkpoint
-from lgd.train.batch import Batch, training_batches
+from lgd.train.batch import Batch, Skipped, Step, training_batches
 from lgd.train.engine import Engine, choose, make_engine
 from lgd.train.log import Log
 from lgd.train.passes import centre_latents, validate
@@ -93,7 +93,7 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
         )
     reader = Reader(shards, (task.role,), config.data.size)
     parts = task.store.parts_of(shards) if task.store else None
-    plan = Plan(sizes=tuple(reader.sizes), seed=config.run.seed, lanes=config.data.lanes)
+    plan = Plan(reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
     steps = max(1, math.ceil(task.epochs * plan.total / settings.batch))
     every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
     held_out = split_shards(config, "val")
@@ -110,16 +110,20 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
         reader,
         plan,
         parts,
-        steps=range(start, steps),
+        start=start * settings.batch,
+        steps=steps - start,
         batch=settings.batch,
         accumulate=settings.accumulate,
         world=world,
         threads=config.data.threads,
         turn=config.data.augment != "none",
+        skip=config.data.skips > 0,
     )
+    skipped = Skipped(config.data, saved.skipped if saved else 0)
     for step, micro, waited in timed(start, batches):
         terms = backward(engine, task, micro, config, step / steps, world)
-        sums, stopping = agree(terms, stop.is_set(), world)
+        sums, new, stopping = agree(terms, skipped.new(micro), stop.is_set(), world)
+        skipped.count(new)
         if not math.isfinite(sums["loss"]):
             if log:
                 log.close()
@@ -131,20 +135,21 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
         norm = engine.step(rate)
         done = step + 1
         if log:
-            log.step(done, sums | {"lr": rate, "grad_norm": norm}, waited)
+            log.step(done, sums | {"lr": rate, "grad_norm": norm, "skipped": skipped.total}, waited)
         if done % every == 0 and done < steps and held_out:
             scores = validate(engine, task, held_out, config, world)[2]
             if log:
                 log.validation(done, scores)
         if done % settings.checkpoint_every == 0 or done == steps or stopping:
-            save(engine, task, done, inputs, settings.keep, first)
+            save(engine, task, done, inputs, skipped.total, settings.keep, first)
         if stopping and done < steps:
             if log:
                 log.close()
             raise Stopped(f"stopped after step {done} of {steps}; the same command goes on from there")
     if isinstance(task, TeacherTask):
         centre_latents(engine, shards, config, world)
-    export(engine, task, config, world, held_out, {"inputs": inputs, "steps": steps, "epochs": task.epochs}, log)
+    facts = {"inputs": inputs, "steps": steps, "epochs": task.epochs, "skipped": skipped.total}
+    export(engine, task, config, world, held_out, facts, log)
     reader.close()
 
 
@@ -156,17 +161,19 @@ def backward(
     engine: Engine, task: Task, micro: list[Batch], config: Config, progress: float, world: World
 ) -> dict[str, torch.Tensor]:
     """Forward and backward of all micro-batches; returns this rank's sum of each term over the global count."""
-    labelled = torch.tensor([sum(int((batch.level_B >= 0).sum()) for batch in micro)])
+    counts = torch.tensor(
+        [[int((batch.level_B >= 0).sum()), int(batch.valid_B.sum())] for batch in micro], device=world.device
+    ).sum(dim=0)
     if world.size > 1:
-        labelled = labelled.to(world.device)
-        dist.all_reduce(labelled)
+        dist.all_reduce(counts)
+    labelled, valid = counts.clamp(min=1).tolist()
     weights = task.weights(progress)
     sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(micro):
         image, batch = augment(batch.to(world.device), task.role, config)
         values = task.losses(engine.forward(image), batch)
         terms = {
-            name: value.sum() / (max(int(labelled), 1) if name == "level" else config.train.batch)
+            name: (value * batch.valid_B).sum() / (labelled if name == "level" else valid)
             for name, value in values.items()
         }
         terms["loss"] = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
@@ -176,14 +183,13 @@ def backward(
     return sums
 
 
-def agree(terms: dict[str, torch.Tensor], stop: bool, world: World) -> tuple[dict[str, float], bool]:
-    """The global value of each term, and whether any rank was asked to stop."""
-    flag = torch.tensor(float(stop), device=world.device)
-    values = torch.stack([*terms.values(), flag])
+def agree(terms: dict[str, torch.Tensor], skipped: int, stop: bool, world: World) -> tuple[dict[str, float], int, bool]:
+    """The global value of each term, the samples that all ranks skipped, and whether any was asked to stop."""
+    values = torch.stack([*terms.values(), *torch.tensor([float(skipped), float(stop)], device=world.device)])
     if world.size > 1:
         dist.all_reduce(values)
-    *numbers, stopping = values.tolist()
-    return dict(zip(terms, numbers, strict=True)), stopping > 0
+    *numbers, all_skipped, stopping = values.tolist()
+    return dict(zip(terms, numbers, strict=True)), round(all_skipped), stopping > 0
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -194,15 +200,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return 0.5 * peak * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def timed(start: int, batches: Iterator[list[Batch]]) -> Iterator[tuple[int, list[Batch], float]]:
+def timed(start: int, batches: Iterator[Step]) -> Iterator[tuple[int, list[Batch], float]]:
     """Number the steps, and measure the seconds that each waited for its data."""
     step = start
     while True:
         began = time.perf_counter()
-        micro = next(batches, None)
-        if micro is None:
+        taken = next(batches, None)
+        if taken is None:
             return
-        yield step, micro, time.perf_counter() - began
+        yield step, taken.micro, time.perf_counter() - began
         step += 1
 
 
@@ -227,11 +233,11 @@ def signals_restored() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def save(engine: Engine, task: Task, step: int, inputs: str, keep: int, first: bool) -> None:
+def save(engine: Engine, task: Task, step: int, inputs: str, skipped: int, keep: int, first: bool) -> None:
     """One checkpoint; all ranks give their share, rank 0 writes."""
     weights, moments = engine.state()
     if first:
-        done = checkpoint.Checkpoint(step=step, inputs=inputs, weights=weights, moments=moments)
+        done = checkpoint.Checkpoint(step=step, inputs=inputs, skipped=skipped, weights=weights, moments=moments)
         checkpoint.save(task.folder / "checkpoints", done, keep)
     dist.barrier()
 

@@ -19,15 +19,18 @@ from lgd.train.tasks import Task
 
 
 def passes(
-    engine: Engine, role: str, shards: list[Shard], config: Config, world: World
+    engine: Engine, role: str, shards: list[Shard], config: Config, world: World, skip: bool = False
 ) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
-    """One pass without gradients over this rank's share of the shards: each batch, and what the network gives."""
+    """One pass without gradients over this rank's share of the shards: each batch, and what the network gives.
+
+    `skip`: samples that cannot be read are in the batch as invalid ones, instead of raising `DataError`.
+    """
     reader = Reader(shards, (role,), config.data.size)
     batch = max(1, config.train.batch // world.size)
     rounds = math.ceil(math.ceil(reader.total / world.size) / batch)
     engine.model.eval()
     with torch.no_grad():
-        for one in evaluation_batches(reader, batch=batch, world=world, threads=config.data.threads):
+        for one in evaluation_batches(reader, batch=batch, world=world, threads=config.data.threads, skip=skip):
             yield one, engine.forward(one.to(world.device).images[role])
             rounds -= 1
         # Under ZeRO-3 a forward pass is a collective: a rank with fewer batches joins in with an empty one.
@@ -55,12 +58,13 @@ def validate(
 
 
 def centre_latents(engine: Engine, shards: list[Shard], config: Config, world: World) -> None:
-    """Put the origin of the teacher's latents at their mean over the training split."""
+    """Put the origin of the teacher's latents at their mean over the training split, skipping what training skipped."""
     dim = engine.model.dim
     sums = torch.zeros(2 * dim + 1, dtype=torch.float64, device=world.device)
-    for _, out in passes(engine, "ihc", shards, config, world):
-        rows = torch.cat([out["pooled"], out["map"].mean(dim=(2, 3))], dim=1).double().sum(dim=0)
-        sums += torch.cat([rows, sums.new_full((1,), len(out["pooled"]))])
+    for batch, out in passes(engine, "ihc", shards, config, world, skip=config.data.skips > 0):
+        ones = out["pooled"].new_ones(len(batch), 1)
+        rows = torch.cat([out["pooled"], out["map"].mean(dim=(2, 3)), ones], dim=1)
+        sums += rows[batch.valid_B.to(rows.device)].double().sum(dim=0)
     if world.size > 1:
         dist.all_reduce(sums)
     mean = (sums[:-1] / sums[-1]).float()

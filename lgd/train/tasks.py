@@ -10,6 +10,7 @@ from torch import nn
 
 from lgd.config import Config
 from lgd.data.augment import d4, d4_grid, draw, stain_jitter
+from lgd.data.plan import ORDER
 from lgd.data.shards import Shard
 from lgd.files import digest_of
 from lgd.models import losses
@@ -174,6 +175,7 @@ def inputs_digest(task: Task, config: Config, shards: Sequence[Shard]) -> str:
             "task": task.inputs(),
             "role": task.role,
             "seed": config.run.seed,
+            "order": ORDER,
             "shards": [[shard.split, shard.sha256] for shard in shards],
             "data": {name: getattr(config.data, name) for name in ("size", "lanes", "augment", "stain_jitter")},
             "train": {name: getattr(train, name) for name in train.__dataclass_fields__ if name not in where_only},

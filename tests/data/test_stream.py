@@ -1,13 +1,15 @@
-import json
+import os
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lgd.config import DataError
-from lgd.data.archive import ROLES, open_shards, write_archive
+from lgd.data.archive import ROLES, open_shards
 from lgd.data.image import decode
+from lgd.data.plan import Plan, World, rank_positions
 from lgd.data.stream import Reader, in_batches, stream
 
 
@@ -26,7 +28,11 @@ def read(shards, threads, roles=("he", "ihc"), batch=7, prefetch=4):
     reader = Reader(shards, roles, 64)
     found = list(stream(reader, in_batches(ORDER, batch), threads=threads, prefetch=prefetch))
     reader.close()
-    return found
+    for samples in found:
+        for role in roles:
+            assert all(np.shares_memory(row.images[role], samples.images[role]) for row in samples.rows)
+            assert np.array_equal(samples.images[role], np.stack([row.images[role] for row in samples.rows]))
+    return [samples.rows for samples in found]
 
 
 @pytest.mark.parametrize("prefetch", [0, 4, 100])
@@ -66,11 +72,64 @@ def test_images_are_shrunk_to_the_size(shards):
     assert Reader(shards, ("he",), None).read(3).images["he"].shape == (128, 128, 3)
 
 
-def test_an_unknown_level_is_minus_1(shards, tmp_path):
-    path = tmp_path / "train-000000.tar"
-    write_archive(path, [("a", [json.dumps({"key": "a", "level": None}).encode(), b"he", b"ihc"])], ("png", "png"))
-    unlabelled = replace(shards[0], path=path, samples=1)
-    assert Reader([unlabelled], ()).read(0).level == -1
+def test_native_images_come_one_by_one(shards):
+    (samples,) = stream(Reader(shards, ("he",), None), [range(3)], threads=2)
+    assert samples.images == {} and [row.images["he"].shape for row in samples.rows] == 3 * [(128, 128, 3)]
+
+
+def test_only_so_many_shards_stay_open(shards, monkeypatch):
+    monkeypatch.setattr("lgd.data.stream.OPEN_SHARDS", 2)
+    there = set(os.listdir("/proc/self/fd"))
+    reader = Reader(shards, ("he",), 64)
+    numbers = [int(number) for number in reader.first[:-1]]
+    assert len(numbers) > 3
+    once = [reader.read(number).key for number in numbers]
+    assert len(set(os.listdir("/proc/self/fd")) - there) == 2
+    assert [reader.read(number).key for number in numbers] == once
+    reader.close()
+    assert set(os.listdir("/proc/self/fd")) == there
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    lanes=st.integers(1, 20),
+    world=st.integers(1, 64),
+    threads=st.integers(1, 6),
+    prefetch=st.integers(0, 5),
+    cut=st.integers(0, 500),
+)
+def test_threads_ranks_and_cuts_do_not_change_what_is_read(tissue_config, seed, lanes, world, threads, prefetch, cut):
+    """The plan's order, read by as many ranks, against the same in one thread."""
+    reader = Reader(open_shards(tissue_config.shard_dirs[0])[1], ())
+    plan = Plan(reader.sizes, seed=seed, lanes=lanes)
+    alone = [reader.read(int(number)).key for number in plan.samples(np.arange(cut, cut + 2 * world))[1]]
+    found = [""] * (2 * world)
+    for rank in range(world):
+        (positions,) = rank_positions(cut, 2 * world, 1, World(rank=rank, size=world))
+        numbers = plan.samples(positions)[1]
+        batches = stream(reader, [numbers[:1], numbers[1:]], threads=threads, prefetch=prefetch)
+        found[rank::world] = [row.key for samples in batches for row in samples.rows]
+    assert found == alone
+    reader.close()
+
+
+def test_a_bad_sample_can_be_skipped_and_says_why(shards):
+    damage(shards[1], 2, "he")
+    bad = shards[0].samples + 2
+    (samples,) = stream(Reader(shards, ("he",), 64), [[bad - 1, bad, bad + 1]], threads=2, skip=True)
+    before, skipped, after = samples.rows
+    assert not before.error and not after.error
+    assert (skipped.number, skipped.shard, skipped.row, skipped.level) == (bad, 1, 2, -1)
+    assert "train-000001.tar, row 2" in skipped.error and "crc32" in skipped.error
+    assert not samples.images["he"][1].any() and samples.images["he"][2].any()
+
+
+def test_a_shard_that_cannot_be_opened_is_never_skipped(shards):
+    shards[1].path.unlink()
+    batches = stream(Reader(shards, ("he",), 64), [[0], [shards[0].samples]], threads=1, skip=True)
+    with pytest.raises(DataError, match=r"train-000001\.tar"):
+        list(batches)
 
 
 def damage(shard, row, role):
@@ -111,7 +170,7 @@ def test_a_damaged_member_stops_the_stream(shards, role):
 def test_a_stream_can_be_left_and_its_reader_used_again(shards):
     reader = Reader(shards, ("he",), 64)
     some = stream(reader, in_batches(ORDER, 4), threads=2)
-    assert len(next(some)) == 4
+    assert len(next(some).rows) == 4
     some.close()
     reader.close()
     assert reader.read(int(ORDER[0])).number == ORDER[0]

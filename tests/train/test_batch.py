@@ -8,7 +8,7 @@ from lgd.config import DataError
 from lgd.data.archive import open_shards
 from lgd.data.augment import d4, d4_grid
 from lgd.data.plan import Plan, World
-from lgd.data.stream import Reader
+from lgd.data.stream import Reader, stream
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Store
 from lgd.train.batch import collate, evaluation_batches, training_batches
@@ -34,10 +34,31 @@ def eight_views(tissue_run, change, tmp_path_factory):
     return config, Reader(shards, ("he",), 64), store.parts_of(shards)
 
 
-def batches(reader, parts, world=None, steps=range(4), threads=2, accumulate=1, turn=True):
-    plan = Plan(sizes=tuple(reader.sizes), seed=3, lanes=4)
-    options = {"steps": steps, "batch": 8, "accumulate": accumulate, "threads": threads, "turn": turn}
-    return list(training_batches(reader, plan, parts, world=world or World(), **options))
+def batches(reader, parts, world=None, first=0, steps=4, threads=2, accumulate=1, turn=True, batch=8, seed=3):
+    """The micro-batches of each step from step `first` on."""
+    plan = Plan(reader.sizes, seed=seed, lanes=4)
+    taken = list(
+        training_batches(
+            reader,
+            plan,
+            parts,
+            start=first * batch,
+            steps=steps,
+            batch=batch,
+            accumulate=accumulate,
+            world=world or World(),
+            threads=threads,
+            turn=turn,
+        )
+    )
+    assert [step.position for step in taken] == [(first + 1 + step) * batch for step in range(steps)]
+    return [step.micro for step in taken]
+
+
+def gather(reader, numbers):
+    """The samples of these numbers, as one batch of the stream."""
+    (samples,) = stream(reader, [numbers], threads=1)
+    return samples
 
 
 def naive_row(parts, key, name):
@@ -76,7 +97,7 @@ def test_with_eight_views_the_row_is_that_of_the_drawn_view(eight_views):
 def test_training_turns_image_map_and_grids_alike(joined, tissue_run, change):
     reader, parts = joined
     config = change(tissue_run, data={"augment": "d4"})
-    (batch,) = batches(reader, parts, steps=range(1))[0]
+    (batch,) = batches(reader, parts, steps=1)[0]
     before = {name: tensor.clone() for name, tensor in batch.stored.items()}
     image, turned = augment(batch, "he", config)
     for row, view in enumerate(batch.view_B.tolist()):
@@ -91,7 +112,7 @@ def test_training_turns_image_map_and_grids_alike(joined, tissue_run, change):
 
 def test_a_stored_view_is_not_turned_again(eight_views):
     config, reader, parts = eight_views
-    (batch,) = batches(reader, parts, steps=range(1))[0]
+    (batch,) = batches(reader, parts, steps=1)[0]
     before = {name: tensor.clone() for name, tensor in batch.stored.items()}
     _, turned = augment(batch, "he", config)
     assert torch.equal(turned.stored["map"], before["map"])
@@ -100,12 +121,12 @@ def test_a_stored_view_is_not_turned_again(eight_views):
 
 def test_stain_jitter_is_of_the_he_only_and_drawn_by_sample_and_epoch(joined, tissue_run):
     reader, parts = joined
-    (one,), (again,) = (batches(reader, parts, steps=[3])[0] for _ in range(2))
+    (one,), (again,) = (batches(reader, parts, first=3, steps=1)[0] for _ in range(2))
     first, _ = augment(one, "he", tissue_run)
     second, _ = augment(again, "he", tissue_run)
     assert torch.equal(first, second) and not torch.equal(first, d4(one.images["he"], one.view_B).float())
-    other = collate([reader.read(int(n)) for n in one.number_B], one.epoch_B + 1, None, 3, turn=False)
-    plain = collate([reader.read(int(n)) for n in one.number_B], one.epoch_B, None, 3, turn=False)
+    other = collate(gather(reader, one.number_B), one.epoch_B + 1, None, 3, turn=False)
+    plain = collate(gather(reader, one.number_B), one.epoch_B, None, 3, turn=False)
     assert not torch.equal(augment(other, "he", tissue_run)[0], augment(plain, "he", tissue_run)[0])
     other.images["ihc"] = other.images["he"]
     assert torch.equal(augment(other, "ihc", tissue_run)[0], other.images["he"])
@@ -114,10 +135,8 @@ def test_stain_jitter_is_of_the_he_only_and_drawn_by_sample_and_epoch(joined, ti
 @pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (4, 2), (8, 1)])
 def test_ranks_and_micro_batches_together_see_the_same_samples(joined, size, accumulate):
     reader, _ = joined
-    whole = batches(reader, None, steps=range(1, 5))
-    ranks = [
-        batches(reader, None, World(rank=rank, size=size), range(1, 5), accumulate=accumulate) for rank in range(size)
-    ]
+    whole = batches(reader, None, first=1)
+    ranks = [batches(reader, None, World(rank=rank, size=size), first=1, accumulate=accumulate) for rank in range(size)]
     for step, (batch,) in enumerate(whole):
         micro = [one for rank in ranks for one in rank[step]]
         assert all(len(one) == 8 // size // accumulate for one in micro)
@@ -134,24 +153,52 @@ def test_an_epoch_shows_each_sample_once_and_batches_run_on(joined):
     reader, _ = joined
     seen = [
         (int(e), int(n))
-        for (batch,) in batches(reader, None, steps=range(5))
+        for (batch,) in batches(reader, None, steps=5)
         for e, n in zip(batch.epoch_B, batch.number_B, strict=True)
     ]
     assert len(seen) == 40 and set(seen) == set(itertools.product((0, 1), range(20)))
 
 
+def taken(micro):
+    """All that a rank sees of a step, sample by sample."""
+    return [
+        (int(batch.epoch_B[row]), int(batch.number_B[row]), key, int(batch.view_B[row]), int(batch.level_B[row]))
+        + tuple(tensor[row].numpy().tobytes() for tensor in (*batch.images.values(), *batch.stored.values()))
+        for batch in micro
+        for row, key in enumerate(batch.keys)
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_run_goes_on_exactly_at_another_world_size(joined, seed):
+    """From the position alone, after each of five cuts."""
+    reader, parts = joined
+    options = {"batch": 12, "seed": seed}
+    whole = [taken(micro) for micro in batches(reader, parts, steps=6, **options)]
+    for before, after in ((1, 2), (2, 1), (2, 2), (4, 3)):
+        for cut in range(1, 6):
+            resumed = []
+            for size, first, steps in ((before, 0, cut), (after, cut, 6 - cut)):
+                ranks = [
+                    batches(reader, parts, World(rank=r, size=size), first, steps, threads=1 + r % 2, **options)
+                    for r in range(size)
+                ]
+                # The ranks take the positions of a step in turn.
+                resumed += [
+                    [sample for row in zip(*map(taken, step), strict=True) for sample in row]
+                    for step in zip(*ranks, strict=True)
+                ]
+            assert resumed == whole, (before, after, cut)
+
+
 def test_steps_are_drawn_as_they_are_needed(joined):
     reader, _ = joined
-    plan = Plan(sizes=tuple(reader.sizes), seed=3, lanes=4)
+    plan = Plan(reader.sizes, seed=3, lanes=4)
     drawn = []
-
-    def steps():
-        for step in range(10**9):
-            drawn.append(step)
-            yield step
-
+    draw = plan.samples
+    plan.samples = lambda positions: drawn.append(positions) or draw(positions)
     options = {"batch": 4, "accumulate": 1, "world": World(), "threads": 1, "turn": False}
-    some = training_batches(reader, plan, None, steps=steps(), **options)
+    some = training_batches(reader, plan, None, start=0, steps=10**9, **options)
     next(some)
     some.close()
     assert len(drawn) < 20
@@ -178,4 +225,4 @@ def test_a_row_of_another_sample_is_refused(joined):
     reader, parts = joined
     sample = reader.read(1)
     with pytest.raises(DataError, match=rf"row 1, is of .*, but the shard's sample is {sample.key}"):
-        collate([sample], np.zeros(1, np.int64), [parts[1]], 0, turn=False)
+        collate(gather(reader, [1]), np.zeros(1, np.int64), [parts[1]], 0, turn=False)

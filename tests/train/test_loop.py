@@ -15,6 +15,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from lgd.config import DataError
+from lgd.data.archive import ROLES, open_shards
 from lgd.data.plan import Plan, World
 from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
@@ -127,7 +128,7 @@ def test_a_loss_that_is_no_number_stops_with_step_and_keys(student):
     ) as caught:
         train_under(config, "student")
     assert not (Path(config.student.dir) / "config.json").exists()
-    plan = Plan(sizes=(8, 8, 4), seed=0, lanes=64)
+    plan = Plan((8, 8, 4), seed=0, lanes=64)
     reader = Reader(split_shards(config, "train"), (), 64)
     second = [reader.read(int(n)).key for n in plan.samples(np.arange(8, 16))[1]]
     assert ", ".join(second[:4]) in str(caught.value)
@@ -248,13 +249,68 @@ def rank_main(rank, size, port, argument):
     worker(argument)
 
 
-def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, tmp_path):
-    """The teacher, with unlabelled pairs, an uneven validation split, and latents to centre."""
+@pytest.fixture
+def damaged(tissue_run, tmp_path):
+    """The run's shards with so many damaged images of a role in the training split."""
+
+    def made(bad, role):
+        folder = tmp_path / f"bad-{role}-{bad}"
+        shutil.copytree(tissue_run.shard_dirs[0], folder)
+        for shard in open_shards(folder)[1][:bad]:
+            entry = shard.open()[1][3, ROLES.index(role)]
+            with open(shard.path, "r+b") as file:
+                file.seek(int(entry["offset"]) + int(entry["length"]) // 2)
+                byte = file.read(1)[0]
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte ^ 8]))
+        return [str(folder)]
+
+    return made
+
+
+@pytest.mark.faults
+def test_bad_samples_stop_training_or_are_skipped_told_and_counted(student, damaged, capfd):
+    shards = damaged(2, "he")
+    with pytest.raises(DataError, match=r"train-00000\d\.tar, row 3, .*he: its crc32"):
+        train_under(student("stops", data={"shards": shards}), "student")
+    few = student("few", data={"shards": shards, "on_bad": "skip:1"})
+    with pytest.raises(DataError, match=r"2 bad samples were skipped, more than data\.on_bad skip:1 allows"):
+        train_under(few, "student")
+    assert not (Path(few.student.dir) / "config.json").exists()
+    capfd.readouterr()
+
+    config = student("skips", data={"shards": shards, "on_bad": "skip:2"}, student={"epochs": 3})
+    assert train_under(config, "student")
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[data] skipped")]
+    assert len(told) == 2 and all(f"train-00000{n}.tar, row 3" in "".join(told) for n in (0, 1))
+    assert [line["skipped"] for line in log_of(config.student.dir)][-1] == 2
+    assert read_json(Path(config.student.dir) / "config.json")["skipped"] == 2
+
+
+@pytest.mark.faults
+def test_a_skipped_sample_has_no_loss(student, damaged):
+    """The first step's loss is the mean over the samples that could be read."""
+    shards = damaged(1, "he")
+    config = student(data={"shards": shards, "augment": "none", "on_bad": "skip:1"}, train={"batch": 20})
+    assert train_under(config, "student")
+    torch.manual_seed(config.run.seed)
+    model = StudentTask(config).build()
+    reader = Reader(split_shards(config, "train"), ("he",), 64)
+    samples = [reader.read(number) for number in range(20) if number != 3]
+    with torch.no_grad():
+        logits = model(torch.from_numpy(np.stack([s.images["he"] for s in samples])).permute(0, 3, 1, 2))["logits"]
+    naive = F.cross_entropy(logits, torch.tensor([sample.level for sample in samples]))
+    assert log_of(config.student.dir)[0]["level"] == pytest.approx(float(naive), rel=1e-5)
+
+
+def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, damaged, tmp_path):
+    """The teacher, with unlabelled pairs, a bad one, an uneven validation split, and latents to centre."""
+    shards = damaged(1, "ihc")
     configs = [
         change(
             tissue_run,
             teacher={"dir": str(tmp_path / f"teacher{size}")},
-            data={"shards": [*tissue_run.data.shards, unlabelled]},
+            data={"shards": [*shards, unlabelled], "on_bad": "skip:1"},
             train={"batch": 12, "accumulate": 2, "evaluate_every": 2},
         )
         for size in (1, 2)
@@ -271,6 +327,7 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
     assert one["inputs"] == two["inputs"] and (one["workers"], two["workers"]) == (1, 2)
     assert one["temperature"] == pytest.approx(two["temperature"], rel=1e-3)
     assert one["validation"].keys() == two["validation"].keys()
+    assert one["skipped"] == two["skipped"] == 1
 
 
 def test_the_batch_must_divide_by_the_ranks(tissue_run):

@@ -1,0 +1,65 @@
+"""The offset index of a tar: where each member lies, how long it is, and its crc32."""
+
+import functools
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from lgd.config import DataError
+
+ROLES = ("json", "he", "ihc")
+INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
+"""Type of one entry of an `.idx`, which holds `numpy.save` content of shape (samples, 3): json, he, ihc."""
+
+REBUILD = "fetch it again, or build the set again into an empty folder"
+_BLOCK = tarfile.BLOCKSIZE
+_LONGEST_JSON = 1 << 16
+
+
+def load_index(path: Path, samples: int) -> np.ndarray:
+    """Read an index file; `DataError` when it is missing, broken or not of `samples` samples."""
+    head, length = _head(samples), samples * len(ROLES) * INDEX.itemsize
+    try:
+        with open(path, "rb") as stream:
+            # numpy.load would also take zip files and pickles; and it parses the head with `ast`, which fails now
+            # and then when several threads of Python 3.11 do so at once.
+            found, content = stream.read(len(head)), stream.read(length + 1)
+    except OSError as error:
+        raise DataError(f"{path} is missing or cannot be read ({error.strerror}): {REBUILD}") from error
+    if found != head or len(content) != length:
+        raise DataError(f"{path} is no index of {samples} samples, or broken: {REBUILD}")
+    return np.frombuffer(content, INDEX).reshape(samples, len(ROLES))
+
+
+@functools.lru_cache(maxsize=16)
+def _head(samples: int) -> bytes:
+    """What `numpy.save` writes before the entries."""
+    stream = io.BytesIO()
+    shape = (samples, len(ROLES))
+    np.lib.format.write_array_header_1_0(stream, {"descr": INDEX.descr, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def tiled(index: np.ndarray, size: int) -> tuple[int, str]:
+    """Where the last member of a tar of `size` bytes ends, and why its index does not tile it, or nothing."""
+    entries = index.reshape(-1)
+    # Places follow from the lengths alone: each member has one header and is padded to whole blocks.
+    lengths = entries["length"].astype(np.int64)
+    steps = _BLOCK + -(-lengths // _BLOCK) * _BLOCK
+    ends = np.cumsum(steps)
+    wrong = np.flatnonzero(entries["offset"] != (ends - steps + _BLOCK).astype(np.uint64))
+    end = int(ends[-1])
+    if wrong.size:
+        row, column = divmod(int(wrong[0]), len(ROLES))
+        return end, (
+            f"row {row}, {ROLES[column]}: the index places it at byte {entries['offset'][wrong[0]]}, but the members "
+            f"before it end at {ends[wrong[0]] - steps[wrong[0]]}: the index is of another tar, or was changed"
+        )
+    # A tar ends with two empty blocks, and is filled up to whole records.
+    record = tarfile.RECORDSIZE
+    if -(-(end + 2 * _BLOCK) // record) * record != size:
+        return end, f"has {size} bytes, but its index describes members that end at byte {end}"
+    longest = int(index["length"][:, 0].max())
+    return end, f"holds a KEY.json of {longest} bytes" if longest > _LONGEST_JSON else ""

@@ -1,0 +1,131 @@
+"""What a user typed -> a path or a url, and one message for whatever a remote answers.
+
+A url becomes a `UPath`, which is used like a `pathlib.Path`; `lgd.files` reads and writes both.
+"""
+
+import errno
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from lgd.config import DataError
+
+Result = TypeVar("Result")
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Errors of a full disk, or of a quota or a limit on the size of a file."""
+
+# fsspec's wrappers around other file systems, and those that are this process or this machine.
+_WRAPPERS = set("blockcache cached filecache simplecache dir generic reference zip tar libarchive asynclocal".split())
+_LOCAL = set("local memory data jupyter dask async_wrapper root".split())
+_EXTRAS = {"s3": "lgd[s3]", "s3a": "lgd[s3]", "gs": "lgd[gs]", "gcs": "lgd[gs]", "http": "aiohttp", "https": "aiohttp"}
+_KEYS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+}
+
+
+class RemoteError(DataError):
+    """A url cannot be used now: no connection, no permission, no bucket. It says nothing of the file behind it."""
+
+
+class MissingError(DataError, FileNotFoundError):
+    """There is no file behind a url."""
+
+
+def place(text: str | Path) -> Path:
+    """A local path as it is, a url as a `UPath` (which is used like a Path).
+
+    Raises `DataError` for a scheme that is unknown, not installed, or a wrapper of another one (`a::b`).
+    """
+    if not isinstance(text, str):
+        return text
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):
+            raise DataError(f"{text}: is neither a path nor a url: for a local path of that name write ./{text}")
+        return Path(text)
+    if scheme == "file":
+        return Path("/" + rest.removeprefix("localhost").lstrip("/"))
+    from fsspec import get_filesystem_class
+    from fsspec.registry import known_implementations
+
+    if "::" in text or scheme not in known_implementations or scheme in _WRAPPERS | _LOCAL:
+        raise DataError(f"{text}: urls of {scheme} are not read or written: use s3://, gs://, http:// or a local path")
+    if re.match(r"[^/@]*:[^/@]*@", rest):
+        raise DataError(f"{scheme}://...@{rest.partition('@')[2]}: a url must hold no password: use the environment")
+    if not rest.strip("/"):
+        raise DataError(f"{text}: names no bucket or host: write {scheme}://NAME/FOLDER")
+    try:
+        get_filesystem_class(scheme)
+    except ImportError as error:
+        remedy = f"pip install '{_EXTRAS[scheme]}'" if scheme in _EXTRAS else str(error)
+        raise DataError(f"{text}: urls of {scheme} need a package that is not installed: {remedy}") from error
+    from upath import UPath
+
+    # Listings are not kept: other processes write to the same folders.
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        # Its own limit of 5 minutes in all would cut the download of a large shard; proxies are taken as usual.
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+        options["client_kwargs"] = {"timeout": limits, "trust_env": True}
+    return cast(Path, UPath(text.rstrip("/"), **options))
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is a url."""
+    return not isinstance(place(path), Path)
+
+
+def call(path: Any, doing: str, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
+    """Call a function of a url's file system; its errors become `RemoteError` or `MissingError`.
+
+    `doing`: read, written or listed. s3fs and gcsfs try again by themselves; http is tried three times here.
+    """
+    for pause in (0.3, 1, None):
+        try:
+            return function(*args, **options)
+        except Exception as error:  # The client libraries share no base class.
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
+            cause = error.__cause__
+            # fsspec calls every error of http a missing file.
+            found = cause if isinstance(error, FileNotFoundError) and _module(cause) == "aiohttp" else error
+            status = getattr(found, "status", None)
+            passing = _module(found) == "aiohttp" and (status is None or status >= 500)
+            if pause is None or not passing:
+                raise _explained(path, doing, cast(Exception, found), status) from error
+            time.sleep(pause)
+    raise AssertionError
+
+
+def _module(error: BaseException | None) -> str:
+    return type(error).__module__.partition(".")[0]
+
+
+def _explained(path: Any, doing: str, error: Exception, status: int | None) -> DataError:
+    """What a client library's error means, with the remedy."""
+    scheme = {"s3a": "s3", "gcs": "gs"}.get(path.protocol, path.protocol)
+    told = f"{path} cannot be {doing}"
+    if "bucket does not exist" in str(error):
+        return RemoteError(f"{told}: its bucket does not exist: create it, or correct the url")
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return MissingError(f"{path} is missing: correct the url")
+    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
+        remedy = f"set {_KEYS[scheme]} for every process" if scheme in _KEYS else "ask its owner for access"
+        return RemoteError(f"{told}: access is denied ({error}): {remedy}")
+    if isinstance(error, NotImplementedError) or status in (405, 501):
+        return RemoteError(f"{told}: {scheme} urls do not offer that: use s3://, gs:// or a local folder")
+    address = " and AWS_ENDPOINT_URL" if scheme == "s3" else ""
+    return RemoteError(f"{told} ({type(error).__name__}: {error}): check the url, the network{address}, and try again")
+
+
+def upload(local: Path, url: Any) -> None:
+    """Copy a local file to a url, where it appears when it is complete."""
+    if url.protocol in ("http", "https"):
+        raise RemoteError(f"{url} cannot be written: http urls do not offer that: use s3://, gs:// or a local folder")
+    call(url, "written", url.fs.put_file, str(local), url.path)

@@ -1,0 +1,264 @@
+"""The cache of remote files, and http, over the wire against a server on loopback."""
+
+import collections
+import hashlib
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from lgd.config import DataError
+from lgd.files import exists, list_folder, read_bytes, read_json, write_json
+from lgd.remote import fetch, open_file
+from lgd.urls import MissingError, RemoteError
+
+
+class Web:
+    """An HTTP server on loopback that counts what it sends, and can misbehave."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.sent: collections.Counter[str] = collections.Counter()
+        # Name of a file -> what is done to its answers, one entry an answer: a status, bytes, or seconds to wait.
+        self.faults: dict[str, list] = collections.defaultdict(list)
+        web = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.do_GET()
+
+            def do_GET(self):
+                name = self.path.lstrip("/")
+                whole = web.files.get(name)
+                if whole is None:
+                    return self.send_error(404)
+                fault = None
+                if self.command == "GET":
+                    web.sent[name] += 1
+                    fault = web.faults[name].pop(0) if web.faults[name] else None
+                if isinstance(fault, int):
+                    return self.send_error(fault)
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(whole)))
+                self.end_headers()
+                if self.command == "GET":
+                    if isinstance(fault, float):
+                        self.wfile.write(whole[:100])
+                        time.sleep(fault)
+                        whole = whole[100:]
+                    self.wfile.write(fault if isinstance(fault, bytes) else whole)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def put(self, name, content):
+        """Serve a file; its url, digest and size."""
+        self.files[name] = content
+        return f"{self.url}/{name}", hashlib.sha256(content).hexdigest(), len(content)
+
+
+@pytest.fixture
+def web():
+    served = Web()
+    yield served
+    served.server.shutdown()
+    served.server.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LGD_CACHE", str(folder))
+    return folder
+
+
+def copies(cache):
+    """What the cache holds, hidden files too, but for the lock that stays."""
+    return sorted(path.name for path in cache.iterdir() if path.name != ".room.lock")
+
+
+def test_http_is_read_and_its_errors_are_told(web):
+    url, _, _ = web.put("a.json", b'{"a": 1}')
+    assert read_json(url) == {"a": 1} and exists(url) and web.sent["a.json"] == 1
+    assert not exists(f"{web.url}/b.json")
+    with pytest.raises(FileNotFoundError, match="b.json is missing: correct the url"):
+        read_bytes(f"{web.url}/b.json")
+    with pytest.raises(DataError, match="b.json is missing"):
+        read_json(f"{web.url}/b.json")
+    with pytest.raises(RemoteError, match="http urls do not offer that: use s3://"):
+        write_json(f"{web.url}/c.json", {})
+    with pytest.raises(RemoteError, match="cannot be listed: name the files in a CSV"):
+        list_folder(web.url)
+    # What passes is tried again; what does not is told at once.
+    web.faults["a.json"] = [503, 503]
+    assert read_json(url) == {"a": 1}
+    web.sent.clear()
+    web.faults["a.json"] = [403, 403]
+    with pytest.raises(RemoteError, match="access is denied .*ask its owner"):
+        read_bytes(url)
+    assert web.sent["a.json"] == 1
+    web.faults["a.json"] = [503, 503, 503]
+    with pytest.raises(RemoteError, match="cannot be read .*503.*check the url, the network"):
+        read_bytes(url)
+    web.server.shutdown()
+    web.server.server_close()
+    with pytest.raises(RemoteError, match="a.json cannot be read .*Cannot connect"):
+        exists(url)
+
+
+def test_a_copy_is_checked_kept_and_found_again(web, cache, tmp_path):
+    url, digest, size = web.put("a.tar", os.urandom(5000))
+    local = fetch(url, digest, size)
+    assert local.read_bytes() == web.files["a.tar"] and copies(cache) == [local.name] == [f"{digest}.tar"]
+    assert fetch(url, digest) == fetch(f"{web.url}/moved.tar", digest, size) == local and web.sent["a.tar"] == 1
+    # Without a digest the name tells one content from another.
+    index, _, _ = web.put("a.idx", b"old")
+    first = fetch(index, name="1")
+    web.put("a.idx", b"new")
+    assert fetch(index, name="1") == first and first.read_bytes() == b"old"
+    assert fetch(index, name="2").read_bytes() == b"new" and len(copies(cache)) == 3
+    # A copy that was cut is fetched again.
+    os.truncate(local, 10)
+    assert fetch(url, digest, size).stat().st_size == size
+    # A local file is returned as it is.
+    assert fetch(tmp_path / "x", "0" * 64, 1) == tmp_path / "x"
+    with pytest.raises(MissingError, match="b.tar is missing"):
+        fetch(f"{web.url}/b.tar", "0" * 64)
+    assert len(copies(cache)) == 3
+
+
+@pytest.mark.faults
+def test_a_damaged_download_is_tried_once_more(web, cache):
+    url, digest, size = web.put("a.tar", bytes(range(250)) * 20)
+    flipped = bytes([1]) + web.files["a.tar"][1:]
+    web.faults["a.tar"] = [flipped]
+    assert fetch(url, digest, size).read_bytes() == web.files["a.tar"] and web.sent["a.tar"] == 2
+    fetch(url, digest).unlink()
+    web.faults["a.tar"] = [flipped, flipped]
+    with pytest.raises(DataError, match="a.tar has another sha256 than is stated: it was damaged or replaced"):
+        fetch(url, digest, size)
+    with pytest.raises(DataError, match=f"a.tar has {size} bytes instead of 4"):
+        fetch(url, digest, 4)
+    # The connection ends before the file does.
+    web.faults["a.tar"] = [flipped[:3000]]
+    assert fetch(url, digest, size).stat().st_size == size
+    assert copies(cache) == [f"{digest}.tar"]
+
+
+def test_the_least_recently_used_copies_make_room(web, cache, monkeypatch):
+    monkeypatch.setenv("LGD_CACHE_GB", "0.00001")
+    given = {name: web.put(f"{name}.tar", os.urandom(3000)) for name in "abcd"}
+    for name in "abc":
+        fetch(*given[name])
+        time.sleep(0.01)
+    opened = open_file(*given["b"])
+    time.sleep(0.01)
+    fetch(*given["a"])
+    fetch(*given["d"])
+    # c was used least recently; b stays readable when it goes too.
+    assert copies(cache) == sorted(f"{given[name][1]}.tar" for name in "abd")
+    fetch(*given["c"])
+    assert copies(cache) == sorted(f"{given[name][1]}.tar" for name in "acd")
+    assert opened.read() == web.files["b.tar"]
+    opened.close()
+    with pytest.raises(DataError, match=r"e.tar has 20000 bytes, more than .*raise LGD_CACHE_GB.*--shard-size"):
+        fetch(*web.put("e.tar", bytes(20000)))
+    assert len(copies(cache)) == 3
+    for text in ("0", "much", "nan", "inf"):
+        monkeypatch.setenv("LGD_CACHE_GB", text)
+        with pytest.raises(DataError, match=f"LGD_CACHE_GB is '{text}'"):
+            fetch(*given["a"])
+
+
+def test_the_limit_holds_while_many_download_at_once(web, cache, monkeypatch):
+    monkeypatch.setenv("LGD_CACHE_GB", "0.00001")
+    given = [web.put(f"{number}.tar", os.urandom(4000)) for number in range(6)]
+    largest = 0
+    done = threading.Event()
+
+    def watch():
+        nonlocal largest
+        while not done.is_set():
+            sizes = []
+            for path in cache.glob("*"):
+                try:
+                    sizes.append(path.stat().st_size)
+                except FileNotFoundError:
+                    continue
+            largest = max(largest, sum(sizes))
+
+    cache.mkdir()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for name in ("0.tar", "1.tar", "2.tar"):
+        web.faults[name] = [0.2]
+
+    def read(which):
+        with open_file(*given[which]) as stream:
+            return stream.read()
+
+    with ThreadPoolExecutor(6) as pool:
+        contents = list(pool.map(read, [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]))
+    done.set()
+    watcher.join()
+    assert [hashlib.sha256(content).hexdigest() for content in contents[:6]] == [digest for _, digest, _ in given]
+    assert 4000 <= largest <= 10000
+
+
+def test_threads_and_processes_download_a_file_once(web, cache):
+    url, digest, size = web.put("a.tar", os.urandom(5000))
+    web.faults["a.tar"] = [0.7]
+    code = f"from lgd.remote import fetch; print(fetch({url!r}, {digest!r}, {size}))"
+    others = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    with ThreadPoolExecutor(3) as pool:
+        found = set(pool.map(lambda _: str(fetch(url, digest, size)), range(3)))
+    found |= {other.communicate(timeout=30)[0].strip() for other in others}
+    assert len(found) == 1 and web.sent["a.tar"] == 1 and copies(cache) == [f"{digest}.tar"]
+
+
+@pytest.mark.faults
+def test_what_a_killed_download_left_is_cleaned_up(web, cache):
+    url, digest, size = web.put("a.tar", os.urandom(5000))
+    web.faults["a.tar"] = [30.0]
+    code = f"from lgd.remote import fetch; fetch({url!r}, {digest!r}, {size})"
+    killed = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.time() + 30
+    while not list(cache.glob(".*.tmp")) and time.time() < deadline:
+        time.sleep(0.02)
+    assert len(list(cache.glob(".*.tmp"))) == 1
+    # As long as it lives its file is left alone.
+    other = web.put("b.tar", b"b" * 100)
+    fetch(*other)
+    assert len(list(cache.glob(".*.tmp"))) == 1
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    fetch(*web.put("c.tar", b"c" * 100))
+    assert len(copies(cache)) == 2
+    # And the next download of the same file does not wait for it.
+    assert fetch(url, digest, size).stat().st_size == size
+
+
+@pytest.mark.faults
+def test_a_full_disk_is_told_and_leaves_nothing(web, cache):
+    url, digest, size = web.put("a.tar", os.urandom(200_000))
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from lgd.remote import fetch\n"
+        "from lgd.config import DataError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"try: fetch({url!r}, {digest!r}, {size})\n"
+        "except DataError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "no space left for" in done.stdout and "name another folder in LGD_CACHE" in done.stdout, done.stderr
+    assert copies(cache) == [] and web.sent["a.tar"] == 1
