@@ -18,7 +18,7 @@ check: .venv/installed-dev
 	$(BIN)/mypy
 
 faults: .venv/installed-dev
-	$(BIN)/python -m pytest -m faults
+	LGD_FAULTS=all $(BIN)/python -m pytest -m faults
 
 bench: .venv/installed
 	$(BIN)/lgd bench

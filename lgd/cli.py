@@ -47,20 +47,23 @@ def _build_shards(parser: Any) -> Run:
     def run(parser: Any, namespace: Any) -> None:
         options = _plain(namespace, ShardOptions)
 
-        def map_shards(function: Callable[[Any], Any], arguments: Sequence[Any]) -> Any:
-            return map_with(lambda: function, arguments, workers=options.workers, what="--workers")
+        def map_jobs(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Any:
+            return map_with(lambda: function, jobs, workers=options.workers, what="--workers", use_gpus=False)
 
         try:
-            manifest = build(options, map_shards)
+            manifest = build(options, map_jobs)
         finally:
             disconnect()
-        _print_table(
-            [
-                {"split": name, "samples": split["samples"], **split["levels"]}
-                for name, split in manifest["splits"].items()
-            ]
-        )
-        print(f"{'reused, nothing changed' if manifest.get('reused') else 'built'}: {options.out}")
+        rows = []
+        for name, split in manifest["splits"].items():
+            size = sum(shard["bytes"] for shard in split["shards"]) / 1e6
+            shards = len(split["shards"])
+            rows.append({"split": name, "samples": split["samples"], **split["levels"], "shards": shards, "MB": size})
+        _print_table(rows)
+        sources = manifest["sources"]
+        left_out = f", {sources['rejected']} left out (rejected.csv)" if sources["rejected"] else ""
+        done = "reused, nothing changed" if manifest.get("reused") else "built"
+        print(f"{done}: {options.out} (from {sources['pairs']} pairs{left_out})")
 
     return run
 
@@ -203,10 +206,12 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _verify(parser: Any) -> Run:
-    parser.add_argument("folder", help="a shard folder, a feature store or a checkpoint")
+    parser.add_argument("folder", help="a shard folder or url, a feature store or a checkpoint")
 
     def run(parser: Any, namespace: Any) -> None:
-        folder = Path(namespace.folder)
+        from lgd.files import place
+
+        folder = place(namespace.folder)
         problems, what = _problems(folder)
         if problems:
             raise DataError(f"{what} {folder} has {len(problems)} problem(s):\n" + "\n".join(problems))
@@ -216,10 +221,14 @@ def _verify(parser: Any) -> Run:
 
 
 def _problems(folder: Path) -> tuple[list[str], str]:
-    if (folder / "manifest.json").is_file():
+    from lgd.files import exists, is_remote
+
+    if exists(folder / "manifest.json"):
         from lgd.data.verify import verify
 
         return verify(folder), "shard folder"
+    if is_remote(folder):
+        raise DataError(f"{folder} is no shard folder (manifest.json), and only these are verified behind a url")
     if (folder / "store.json").is_file():
         from lgd.store import index
         from lgd.store.latents import Store

@@ -21,11 +21,11 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
-def connect(workers: int, what: str) -> float:
+def connect(workers: int, what: str, use_gpus: bool = True) -> float:
     """Join the cluster that RAY_ADDRESS names, or start a local one; return the CPUs for each worker.
 
-    Raises `DataError` when the cluster cannot give `workers` workers a GPU or a CPU each; `what` names the option
-    that asked for them.
+    Raises `DataError` when the cluster cannot give `workers` workers a GPU or a CPU each (with `use_gpus` False a
+    CPU each, whatever it has); `what` names the option that asked for them.
     """
     try:
         import ray
@@ -50,7 +50,7 @@ def connect(workers: int, what: str) -> float:
             raise DataError(f"{place} cannot be reached or started ({error}); set {what} to 0 to do without") from error
     has = ray.cluster_resources()
     gpus, cpus = int(has.get("GPU", 0)), int(has.get("CPU", 0))
-    slots, kind = (gpus, "GPUs") if gpus else (cpus, "CPUs")
+    slots, kind = (gpus, "GPUs") if gpus and use_gpus else (cpus, "CPUs")
     if workers > slots:
         raise DataError(
             f"{what} is {workers}, but this Ray cluster has {cpus} CPUs and {gpus} GPUs: set it to {slots} or less, "
@@ -75,17 +75,23 @@ def disconnect() -> None:
 
 
 def map_with(
-    make: Callable[[], Callable[[Argument], Result]], arguments: Sequence[Argument], *, workers: int, what: str
+    make: Callable[[], Callable[[Argument], Result]],
+    arguments: Sequence[Argument],
+    *,
+    workers: int,
+    what: str,
+    use_gpus: bool = True,
 ) -> Iterator[Result]:
     """Apply a function to each argument and yield the results as they come, in any order.
 
-    `make` builds the function once in each worker: what is costly to load is loaded there.
+    `make` builds the function once in each worker: what is costly to load is loaded there. A worker has one of the
+    cluster's GPUs, where there are any and `use_gpus` is left True.
     """
     if workers == 0 or not arguments:
         function = make()
         yield from (function(argument) for argument in arguments)
         return
-    cpus = connect(workers, what)
+    cpus = connect(workers, what, use_gpus)
     import ray
     from ray.util import ActorPool
 
@@ -98,7 +104,7 @@ def map_with(
         def apply(self, argument: Argument) -> Result:
             return self.function(argument)
 
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    gpus = 1 if use_gpus and ray.cluster_resources().get("GPU", 0) else 0
     actor = ray.remote(num_cpus=cpus, num_gpus=gpus)(Mapper)
     actors: list[Any] = [actor.remote() for _ in range(min(workers, len(arguments)))]
     pool: Any = ActorPool(actors)

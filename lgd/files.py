@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lgd.config import DataError
-from lgd.urls import MissingError, RemoteError, call, is_remote, place, upload
+from lgd.urls import FULL, MissingError, RemoteError, call, is_remote, place, upload
 
 Kind = Literal["file", "folder", "other"]
 
@@ -24,24 +24,40 @@ Kind = Literal["file", "folder", "other"]
 def publish(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; on success flush it to the disk and rename it to `path`.
 
-    For a url the temporary file lies in TMPDIR and is uploaded. On an error it is removed and nothing appears.
+    For a url the temporary file lies in TMPDIR and is uploaded. On an error it is removed and nothing appears; a full
+    disk raises `DataError`.
     """
     path = place(path)
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
             temporary = Path(folder) / path.name
-            yield temporary
+            with _told_when_full(temporary):
+                yield temporary
             upload(temporary, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        sync(temporary)
+        with _told_when_full(path):
+            yield temporary
+            sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told_when_full(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DataError(
+            f"{path} cannot be written, no space is left ({error.strerror}): free some, or use another disk (for "
+            "temporary files by TMPDIR)"
+        ) from error
 
 
 def sync(path: str | Path) -> None:
@@ -68,7 +84,9 @@ def read_bytes(path: str | Path) -> bytes:
     """The content of a file; one request for a url. Raises `OSError` for a local file, as `call` does for a url."""
     at: Any = place(path)
     if is_remote(at):
-        return call(at, "read", at.fs.cat_file, at.path)
+        # s3fs would ask for the size first, and read large files in pieces.
+        options = {"max_concurrency": 1} if at.protocol in ("s3", "s3a") else {}
+        return call(at, "read", at.fs.cat_file, at.path, **options)
     return at.read_bytes()
 
 
@@ -103,7 +121,9 @@ def list_folder(path: str | Path) -> dict[str, Kind]:
         with os.scandir(at) as entries:
             return dict(sorted((entry.name, _kind(entry)) for entry in entries))
     if at.protocol in ("http", "https"):
-        raise RemoteError(f"{at}: folders behind {at.protocol} cannot be listed: name the files in a CSV")
+        raise RemoteError(
+            f"{at}: folders behind {at.protocol} cannot be listed: name the files in a CSV (--layout csv)"
+        )
     try:
         found = call(at, "listed", at.fs.ls, at.path, detail=True)
     except MissingError:

@@ -115,7 +115,11 @@ def _explained(path: Any, doing: str, error: Exception, status: int | None) -> D
         return RemoteError(f"{told}: its bucket does not exist: create it, or correct the url")
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return MissingError(f"{path} is missing: correct the url")
-    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
+    if (
+        isinstance(error, PermissionError)
+        or status in (401, 403)
+        or re.search("Credentials|Profile", type(error).__name__)
+    ):
         remedy = f"set {_KEYS[scheme]} for every process" if scheme in _KEYS else "ask its owner for access"
         return RemoteError(f"{told}: access is denied ({error}): {remedy}")
     if isinstance(error, NotImplementedError) or status in (405, 501):

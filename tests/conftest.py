@@ -90,3 +90,10 @@ def change() -> Callable[..., Config]:
         return replace(config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()})
 
     return changed
+
+
+@pytest.fixture(scope="session")
+def fault_count() -> Callable[[int], int]:
+    """`fault_count(300)`: how many of so many faults to try; a tenth, unless LGD_FAULTS is `all` (`make faults`)."""
+    share = 1 if os.environ.get("LGD_FAULTS") == "all" else 10
+    return lambda number: -(-number // share)

@@ -1,5 +1,7 @@
 import hashlib
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -59,3 +61,21 @@ def test_a_folder_is_listed_by_kind(tmp_path):
     (tmp_path / "c").symlink_to("nowhere")
     assert list(list_folder(tmp_path).items()) == [("a", "file"), ("b", "folder"), ("c", "other")]
     assert list_folder(tmp_path / "x") == {} == list_folder(tmp_path / "a")
+
+
+@pytest.mark.faults
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+    code = (
+        "import resource, sys\n"
+        "from lgd.config import DataError\n"
+        "from lgd.files import write_bytes\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: write_bytes(sys.argv[1], bytes(2000))\n"
+        "except DataError as error: print(error)\n"
+    )
+    for path in (str(tmp_path / "a.bin"), "s3://data/a.bin"):
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        command = [sys.executable, "-c", code, path]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert "a.bin cannot be written, no space is left" in done.stdout, done.stderr
+        assert list(tmp_path.iterdir()) == []

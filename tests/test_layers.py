@@ -10,7 +10,8 @@ ORDER = """
 config options urls files remote distribute metrics
 stain.deconvolve stain.targets
 data.pairs data.tissue data.sections data.synth data.split
-data.image data.meta data.index data.archive data.sources data.shards data.verify data.plan data.stream data.augment
+data.image data.meta data.index data.archive data.sources data.building data.shards data.verify
+data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
 store.latents store.cache store.index
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop

@@ -18,9 +18,11 @@ import numpy as np
 
 from lgd.config import DataError
 from lgd.data.image import EXTENSIONS, kind
-from lgd.data.index import INDEX, REBUILD, ROLES, load_index, tiled
+from lgd.data.index import INDEX, REBUILD, ROLES, forget, load_index, tiled
 from lgd.data.meta import parse_meta
-from lgd.files import digest_of, is_remote, place, publish, read_json
+from lgd.files import digest_of, publish, read_json
+from lgd.remote import open_file
+from lgd.urls import RemoteError, is_remote, place
 
 FORMAT = "lgd-shards/1"
 _MOST = 20
@@ -42,29 +44,20 @@ class Shard:
     extensions: dict[str, str]
     """Role (json, he, ihc) -> extension."""
 
-    def local(self) -> tuple[Path, Path]:
-        """The tar and its index on this machine; those of a url are fetched through the cache."""
-        index = self.path.with_suffix(".idx")
-        if not is_remote(self.path):
-            return self.path, index
-        from lgd.remote import fetch
-
-        return fetch(self.path, self.sha256, self.bytes), fetch(index, None, None, name=self.sha256)
-
     def index(self) -> np.ndarray:
         """The offset index: (samples, 3) of `INDEX`, columns as `ROLES`, read-only."""
-        return load_index(self.local()[1], self.samples)
+        return load_index(self.path.with_suffix(".idx"), self.samples, self.sha256)
 
     def open(self) -> tuple[BinaryIO, np.ndarray]:
         """The tar, unbuffered, and its index, checked against each other and against the manifest.
 
-        The members that the index states must tile the tar without a gap up to the zeros of its end, so that an
-        index of another tar, a member too many or too few and a cut tar raise `DataError`. Only the end is read.
+        Those of a url are fetched through the cache. The members that the index states must tile the tar without a
+        gap up to the zeros of its end, so that an index of another tar, a member too many or too few and a cut tar
+        raise `DataError`. Only the end is read.
         """
-        tar, idx = self.local()
-        index = load_index(idx, self.samples)
+        index = self.index()
         try:
-            file = open(tar, "rb", buffering=0)
+            file = open_file(self.path, self.sha256, self.bytes)
             size = os.fstat(file.fileno()).st_size
             end, reason = tiled(index, size)
             if size != self.bytes:
@@ -72,9 +65,10 @@ class Shard:
             elif not reason and os.pread(file.fileno(), size - end, end).strip(b"\0"):
                 reason = "has something behind its last sample that the index does not know"
         except OSError as error:
-            raise DataError(f"{self.path} cannot be opened ({error.strerror}): {REBUILD}") from error
+            raise DataError(f"{self.path} cannot be opened ({error.strerror or error}): {REBUILD}") from error
         if reason:
             file.close()
+            forget(self.path.with_suffix(".idx"), self.sha256)
             raise DataError(f"{self.path}: {reason}: {REBUILD}")
         return file, index
 
@@ -86,8 +80,9 @@ def open_shards(folder: str | Path) -> tuple[dict[str, Any], list[Shard]]:
     files that are missing or have another size than the manifest says; those of a url are checked when fetched.
     """
     manifest, shards = read_manifest(folder)
-    problems = [] if is_remote(place(folder)) else missing(place(folder), shards)
-    if problems:
+    lost = {} if is_remote(place(folder)) else missing(place(folder), shards)
+    if lost:
+        problems = [problem for found in lost.values() for problem in found]
         more = [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
         raise DataError("\n".join(problems[:_MOST] + more))
     return manifest, shards
@@ -99,13 +94,14 @@ def read_manifest(folder: str | Path) -> tuple[dict[str, Any], list[Shard]]:
     path = folder / "manifest.json"
     try:
         manifest = read_json(path)
-    except DataError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
+    except (DataError, ValueError) as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            told = f"{folder} holds no finished shard set; run lgd build-shards"
+            raise DataError(f"{path} is missing: {told}") from error
+        if isinstance(error, RemoteError):
             raise
-        raise DataError(f"{path} is missing: {folder} holds no finished shard set; run lgd build-shards") from error
-    except ValueError as error:
-        # A number of too many digits.
-        raise DataError(f"{path} is not valid JSON ({error}): {REBUILD}") from error
+        # A number of too many digits is a plain ValueError.
+        raise DataError(f"{path} is not valid JSON ({error.__cause__ or error}): {REBUILD}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path}: field format is not {FORMAT}: build the set again with this version of lgd")
     try:
@@ -115,6 +111,8 @@ def read_manifest(folder: str | Path) -> tuple[dict[str, Any], list[Shard]]:
         shards = [
             shard for name, part in manifest["splits"].items() for shard in _shards(folder, name, part, extensions)
         ]
+        if not shards:
+            raise ValueError("no shards")
         edited = digest_of({name: value for name, value in manifest.items() if name != "digest"}) != manifest["digest"]
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: field extensions or splits is malformed ({error!r}): {REBUILD}") from error
@@ -141,21 +139,23 @@ def _shards(folder: Path, split: str, part: dict[str, Any], extensions: dict[str
         shards.append(
             Shard(path=path, name=name, split=split, samples=samples, bytes=size, sha256=digest, extensions=extensions)
         )
-    if sum(shard.samples for shard in shards) != part["samples"]:
+    if not shards or sum(shard.samples for shard in shards) != part["samples"]:
         raise ValueError(f"{part['samples']!r:.80} samples in the split {split}")
     return shards
 
 
-def missing(folder: Path, shards: Sequence[Shard]) -> list[str]:
-    """One sentence for each file of local shards that is missing or has another size than the manifest says."""
+def missing(folder: Path, shards: Sequence[Shard]) -> dict[str, list[str]]:
+    """Shard name -> one sentence for each of its local files that is missing or has not the manifest's size."""
     # One listing is quicker than asking for 2e5 files by name.
     found = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-    problems = []
+    problems = {}
     for shard in shards:
         tar, idx = f"{shard.name}.tar", f"{shard.name}.idx"
-        problems += [f"{folder / file} is missing: {REBUILD}" for file in (tar, idx) if file not in found]
+        wrong = [f"{folder / file} is missing: {REBUILD}" for file in (tar, idx) if file not in found]
         if found.get(tar, shard.bytes) != shard.bytes:
-            problems.append(f"{shard.path} has {found[tar]} bytes, but the manifest says {shard.bytes}: {REBUILD}")
+            wrong.append(f"{shard.path} has {found[tar]} bytes, but the manifest says {shard.bytes}: {REBUILD}")
+        if wrong:
+            problems[shard.name] = wrong
     return problems
 
 
@@ -176,16 +176,16 @@ def read_sample(
         try:
             block = memoryview(os.pread(file.fileno(), end - start, start))
         except OSError as error:
-            raise _damaged(shard, row, meta, ROLES[first], f"cannot be read ({error.strerror})") from error
+            raise _damaged(file, shard, row, meta, ROLES[first], f"cannot be read ({error.strerror})") from error
         for column in range(first, last + 1):
             offset, length, crc = places[column]
             role = ROLES[column]
             at = offset - start
             content = block[at : at + length]
             if len(content) != length:
-                raise _damaged(shard, row, meta, role, f"the file ends after {len(content)} of {length} bytes")
+                raise _damaged(file, shard, row, meta, role, f"the file ends after {len(content)} of {length} bytes")
             if zlib.crc32(content) != crc:
-                raise _damaged(shard, row, meta, role, "its crc32 is not the index's, so the shard is damaged")
+                raise _damaged(file, shard, row, meta, role, "its crc32 is not the index's, so the shard is damaged")
             if column == 0:
                 meta, reason = parse_meta(content, shard.split)
             else:
@@ -193,7 +193,7 @@ def read_sample(
                 contents[role] = content
             reason = reason or _wrong_header(block[at - _BLOCK : at], member_name(meta, role, shard), length)
             if reason:
-                raise _damaged(shard, row, meta, role, reason)
+                raise _damaged(file, shard, row, meta, role, reason)
     return meta, contents
 
 
@@ -205,9 +205,10 @@ def _runs(roles: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     return ((0, 2),) if "he" in roles else ((0, 0), (2, 2))
 
 
-def _damaged(shard: Shard, row: int, meta: dict[str, Any], role: str, reason: str) -> DataError:
+def _damaged(file: BinaryIO, shard: Shard, row: int, meta: dict[str, Any], role: str, reason: str) -> DataError:
+    copy = f" (its copy {file.name})" if is_remote(shard.path) else ""
     key = f"{meta['key']}, " if "key" in meta else ""
-    return DataError(f"{shard.path}, row {row}, {key}{role}: {reason}: {REBUILD}")
+    return DataError(f"{shard.path}{copy}, row {row}, {key}{role}: {reason}: {REBUILD}")
 
 
 def member_name(meta: dict[str, Any], role: str, shard: Shard) -> str:
@@ -281,9 +282,12 @@ def tar_members(path: Path) -> list[tarfile.TarInfo]:
 
 
 def is_whole(path: Path, samples: int) -> bool:
-    """Whether a tar and its index are both there, and every member has its crc32."""
+    """Whether a tar and its index are both there and agree, and every member has its crc32."""
     try:
         index = load_index(path.with_suffix(".idx"), samples)
+        headers = [(member.offset_data, member.size) for member in tar_members(path)]
+        if tiled(index, path.stat().st_size)[1] or headers != index[["offset", "length"]].reshape(-1).tolist():
+            return False
         with open(path, "rb") as stream:
             for entry in index.flat:
                 read_member(stream.fileno(), entry, path.name)

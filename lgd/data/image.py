@@ -18,7 +18,7 @@ from lgd.config import DataError
 MAX_PIXELS = 100_000_000
 EXTENSIONS = ("jpg", "png", "webp")
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _PNG_END = b"IEND\xaeB`\x82"
 _MODES = {"RGB", "RGBA", "L", "LA", "P", "PA", "1"}
 
@@ -65,9 +65,7 @@ def header(content: bytes | memoryview, name: str) -> Header:
         raise DataError(f"{name}: is no JPEG, PNG or WebP image (it starts with {start!r}): convert or remove it")
     found = _jpeg_header(content, name) if extension == "jpg" else _pillow_header(content, name, extension)
     if found.width * found.height > MAX_PIXELS:
-        raise DataError(
-            f"{name}: {found.width} x {found.height} is more than {MAX_PIXELS // 10**6} megapixels: cut it into patches"
-        )
+        raise _too_large(name)
     return found
 
 
@@ -91,8 +89,14 @@ def _pillow_header(content: bytes | memoryview, name: str, extension: str) -> He
             return Header(extension, *image.size)
     except DataError:
         raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(name) from error
     except _BROKEN as error:
         raise _broken(name, error) from error
+
+
+def _too_large(name: str) -> DataError:
+    return DataError(f"{name}: has more than {MAX_PIXELS // 10**6} megapixels: cut it into patches")
 
 
 def _broken(name: str, error: Exception) -> DataError:

@@ -2,12 +2,15 @@
 
 import functools
 import io
+import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 
 from lgd.config import DataError
+from lgd.remote import fetch, open_file
+from lgd.urls import is_remote
 
 ROLES = ("json", "he", "ihc")
 INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
@@ -18,19 +21,31 @@ _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_JSON = 1 << 16
 
 
-def load_index(path: Path, samples: int) -> np.ndarray:
-    """Read an index file; `DataError` when it is missing, broken or not of `samples` samples."""
+def load_index(path: Path, samples: int, name: str = "") -> np.ndarray:
+    """Read an index file; `DataError` when it is missing, broken or not of `samples` samples.
+
+    `name`: the SHA-256 of its tar, by which the cache knows the index of a url.
+    """
     head, length = _head(samples), samples * len(ROLES) * INDEX.itemsize
     try:
-        with open(path, "rb") as stream:
+        with open_file(path, name=name) as stream:
             # numpy.load would also take zip files and pickles; and it parses the head with `ast`, which fails now
             # and then when several threads of Python 3.11 do so at once.
-            found, content = stream.read(len(head)), stream.read(length + 1)
+            # The size comes first: the count of a hostile manifest would ask for any amount of memory.
+            whole = os.fstat(stream.fileno()).st_size == len(head) + length
+            found, content = (stream.read(len(head)), stream.read(length)) if whole else (b"", b"")
     except OSError as error:
-        raise DataError(f"{path} is missing or cannot be read ({error.strerror}): {REBUILD}") from error
+        raise DataError(f"{path} is missing or cannot be read ({error.strerror or error}): {REBUILD}") from error
     if found != head or len(content) != length:
+        forget(path, name)
         raise DataError(f"{path} is no index of {samples} samples, or broken: {REBUILD}")
     return np.frombuffer(content, INDEX).reshape(samples, len(ROLES))
+
+
+def forget(path: Path, name: str) -> None:
+    """Remove a bad remote index from the cache, so that a better one is fetched: no digest of it is known."""
+    if is_remote(path):
+        fetch(path, name=name).unlink(missing_ok=True)
 
 
 @functools.lru_cache(maxsize=16)

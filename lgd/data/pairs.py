@@ -1,17 +1,20 @@
-"""Image files on disk -> `PatchPair`s: the BCI, MIST and CSV layouts.
+"""Image files, here or behind a url -> `PatchPair`s: the BCI, MIST and CSV layouts.
 
-Only names are looked at here; `lgd.data.shards` reads the contents. Nothing is dropped silently: what looks
-like a patch but cannot be paired comes back as a `Problem`.
+Only names are looked at here, from one listing a folder; `lgd.data.shards` reads the contents. Nothing is dropped
+silently: what looks like a patch but cannot be paired comes back as a `Problem`.
 """
 
 import csv
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from lgd.config import LEVEL_NAMES, DataError
+from lgd.files import Kind, exists, is_remote, list_folder, place, read_bytes
+from lgd.urls import MissingError
 
 Layout = Literal["bci", "mist", "csv"]
 
@@ -69,28 +72,37 @@ class _Found(NamedTuple):
     mpp: float | None = None
 
 
-def find_pairs(layout: Layout, root: Path, slides: Path | None = None) -> tuple[list[PatchPair], list[Problem]]:
+def find_pairs(
+    layout: Layout, root: str | Path, slides: str | Path | None = None
+) -> tuple[list[PatchPair], list[Problem]]:
     """The pairs under `root`, sorted by key, and what could not be paired.
 
     `bci`: `HE/SPLIT/NAME_LEVEL.png` and the same name under `IHC/`; the level is 0, 1+, 2+ or 3+.
     `mist`: `trainA trainB valA valB`, A being the H&E; `SLIDE_ROW_COLUMN.jpg`. MIST publishes `val` as its
     held-out set, so it is named `test` here.
     `csv`: a folder with `pairs.csv`, or the CSV itself; columns he and ihc (relative to the CSV), and as you
-    have them key, level, slide, split and mpp.
+    have them key, level, slide, split and mpp. Whether the files of a remote CSV exist is seen when they are read.
     `slides`: a CSV with the columns key and slide, which names the slide of every pair.
 
     Raises `DataError` where the root or a CSV is missing or malformed, or holds no patches at all.
     """
-    root = Path(root)
-    if not root.exists():
-        raise DataError(f"{root} does not exist: give --root an existing folder")
-    if layout != "csv" and not root.is_dir():
+    root = place(root)
+    if not is_remote(root):
+        folder = root.is_dir()
+    else:
+        folder = root.suffix.lower() != ".csv" if layout == "csv" else bool(list_folder(root))
+    if not folder and not exists(root):
+        raise DataError(f"{root} does not exist: give --root an existing folder or url")
+    if layout != "csv" and not folder:
         raise DataError(f"{root} is no folder: give --root the folder of the {layout} layout")
-    scan = {"bci": _scan_bci, "mist": _scan_mist, "csv": _scan_csv}[layout]
-    base = root if root.is_dir() else root.parent
+    base = root if folder else root.parent
+    if layout == "csv":
+        entries = _scan_csv(base, root / "pairs.csv" if folder else root)
+    else:
+        entries = {"bci": _scan_bci, "mist": _scan_mist}[layout](root)
     found: list[_Found] = []
     problems: list[Problem] = []
-    for entry in scan(root):
+    for entry in entries:
         if isinstance(entry, Problem):
             problems.append(entry)
         else:
@@ -99,7 +111,7 @@ def find_pairs(layout: Layout, root: Path, slides: Path | None = None) -> tuple[
         raise DataError(f"{root} holds no pairs of the {layout} layout: check --root and --layout")
     pairs = _with_keys(found, base, problems)
     if slides is not None:
-        pairs = _with_slides(pairs, slides, problems)
+        pairs = _with_slides(pairs, place(slides), problems)
     return sorted(pairs, key=lambda pair: pair.key), sorted(problems)
 
 
@@ -133,13 +145,16 @@ def _with_keys(found: list[_Found], base: Path, problems: list[Problem]) -> list
 
 
 def _relative(path: Path, base: Path) -> str:
+    if is_remote(path):
+        # A UPath's own relative_to takes 0.2 ms.
+        return str(path)[len(str(base)) :].lstrip("/")
     return path.relative_to(base).as_posix()
 
 
-def read_slides(path: Path) -> dict[str, str]:
+def read_slides(path: str | Path) -> dict[str, str]:
     """Key (`safe_key` of a file stem) -> slide, from a CSV with the columns key and slide; empty ones are left out."""
     known: dict[str, str] = {}
-    for number, row in _read_csv(path, required=("key", "slide"), allowed=None):
+    for number, row in _read_csv(place(path), required=("key", "slide"), allowed=None):
         key, slide = safe_key(row["key"]), row["slide"]
         if slide and known.setdefault(key, slide) != slide:
             raise DataError(f"{path}: row {number}: slide {slide} of {key} was {known[key]} above: keep one of them")
@@ -160,85 +175,84 @@ def _with_slides(pairs: list[PatchPair], path: Path, problems: list[Problem]) ->
 
 
 def _scan_bci(root: Path) -> Iterator[_Found | Problem]:
+    top = list_folder(root)
+    splits = set()
     for stain in ("HE", "IHC"):
-        if not (root / stain).is_dir():
+        if top.get(stain) != "folder":
             raise DataError(f"{root} has no folder {stain}: --layout bci wants HE/SPLIT and IHC/SPLIT in --root")
-        for path in _patches(root / stain).values():
-            for one in path:
-                reason = f"lies outside a split: move it into a folder such as {stain}/train"
-                yield Problem(_relative(one, root), reason)
-    folders = [path for stain in ("HE", "IHC") for path in (root / stain).iterdir() if _is_plain_folder(path)]
-    for split in sorted({path.name for path in folders}):
+        listed = list_folder(root / stain)
+        for names in _patches(listed).values():
+            for name in names:
+                yield Problem(f"{stain}/{name}", f"lies outside a split: move it into a folder such as {stain}/train")
+        splits |= {name for name, kind in listed.items() if kind == "folder" and not _is_hidden_or_image(name)}
+    for split in sorted(splits):
         if not _SPLIT.fullmatch(split):
             yield Problem(f"HE/{split}", "is no plain word: call a split train, val, test or the like")
             continue
-        for entry in _match(root, root / "HE" / split, root / "IHC" / split):
+        for entry in _match(root, f"HE/{split}", f"IHC/{split}"):
             if isinstance(entry, Problem):
                 yield entry
                 continue
-            he, ihc = entry
-            level = he.stem.rpartition("_")[2]
+            stem, he, ihc = entry
+            level = stem.rpartition("_")[2]
             if level not in LEVEL_NAMES:
                 reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
-                yield Problem(_relative(he, root), reason, "", _relative(he, root), _relative(ihc, root))
+                yield Problem(he, reason, "", he, ihc)
                 continue
-            yield _Found(he.stem, he, ihc, LEVEL_NAMES.index(level), None, split)
+            yield _Found(stem, root / he, root / ihc, LEVEL_NAMES.index(level), None, split)
 
 
-def _is_plain_folder(path: Path) -> bool:
-    """A folder that is not hidden, and not called like an image."""
-    return path.is_dir() and not path.name.startswith(".") and path.suffix.lower() not in _SUFFIXES
+def _is_hidden_or_image(name: str) -> bool:
+    return name.startswith(".") or PurePosixPath(name).suffix.lower() in _SUFFIXES
 
 
 def _scan_mist(root: Path) -> Iterator[_Found | Problem]:
-    folders = {"train": "train", "val": "test", "test": "test"}
-    for folder, split in folders.items():
-        he, ihc = root / f"{folder}A", root / f"{folder}B"
-        for entry in _match(root, he, ihc):
+    for folder, split in {"train": "train", "val": "test", "test": "test"}.items():
+        for entry in _match(root, f"{folder}A", f"{folder}B"):
             if isinstance(entry, Problem):
                 yield entry
                 continue
-            place = re.fullmatch(r"(.+)_\d+_\d+", entry[0].stem)
-            yield _Found(entry[0].stem, *entry, None, place[1] if place else None, split)
+            stem, he, ihc = entry
+            slide = re.fullmatch(r"(.+)_\d+_\d+", stem)
+            yield _Found(stem, root / he, root / ihc, None, slide[1] if slide else None, split)
 
 
-def _match(root: Path, he: Path, ihc: Path) -> Iterator[tuple[Path, Path] | Problem]:
-    """Pair the patches of two folders by stem."""
-    he_patches, ihc_patches = _patches(he), _patches(ihc)
+def _match(root: Path, he: str, ihc: str) -> Iterator[tuple[str, str, str] | Problem]:
+    """Pair the patches of two folders by stem: stem, H&E and IHC, relative to the root."""
+    listed = {folder: list_folder(root / folder) for folder in (he, ihc)}
+    he_patches, ihc_patches = _patches(listed[he]), _patches(listed[ihc])
     for stem in sorted(he_patches.keys() | ihc_patches.keys()):
         mine, theirs = he_patches.get(stem, []), ihc_patches.get(stem, [])
-        bad = [path for path in mine + theirs if not path.is_file()]
-        for path in bad:
-            kind = "a folder" if path.is_dir() else "no readable file"
-            yield Problem(_relative(path, root), f"is {kind}, not an image: remove or replace it")
+        names = [f"{he}/{name}" for name in mine] + [f"{ihc}/{name}" for name in theirs]
+        kinds = [listed[he][name] for name in mine] + [listed[ihc][name] for name in theirs]
+        bad = [(name, kind) for name, kind in zip(names, kinds, strict=True) if kind != "file"]
+        for name, kind in bad:
+            what = "a folder" if kind == "folder" else "no readable file"
+            yield Problem(name, f"is {what}, not an image: remove or replace it")
         if bad:
             continue
         if not mine or not theirs:
-            there, missing = (mine[0], ihc) if mine else (theirs[0], he)
-            name = _relative(there, root)
-            reason = f"has no partner {stem} in {_relative(missing, root)}: add it, or remove this one"
-            yield Problem(name, reason, "", name if mine else "", "" if mine else name)
-        elif len(mine) > 1 or len(theirs) > 1:
-            names = ", ".join(_relative(path, root) for path in mine + theirs)
-            yield Problem(_relative(mine[0], root), f"its pair is ambiguous ({names}): keep one a stain")
+            reason = f"has no partner {stem} in {ihc if mine else he}: add it, or remove this one"
+            yield Problem(names[0], reason, "", names[0] if mine else "", "" if mine else names[0])
+        elif len(names) > 2:
+            yield Problem(names[0], f"its pair is ambiguous ({', '.join(names)}): keep one a stain")
         else:
-            yield mine[0], theirs[0]
+            yield stem, names[0], names[1]
 
 
-def _patches(folder: Path) -> dict[str, list[Path]]:
+def _patches(listed: dict[str, Kind]) -> dict[str, list[str]]:
     """Whatever is called like an image in a folder, by stem; hidden files are the system's own."""
-    patches: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."):
-            patches.setdefault(path.stem, []).append(path)
+    patches: dict[str, list[str]] = {}
+    for name in listed:
+        if PurePosixPath(name).suffix.lower() in _SUFFIXES and not name.startswith("."):
+            patches.setdefault(PurePosixPath(name).stem, []).append(name)
     return patches
 
 
-def _scan_csv(root: Path) -> Iterator[_Found | Problem]:
-    path = root / "pairs.csv" if root.is_dir() else root
+def _scan_csv(base: Path, path: Path) -> Iterator[_Found | Problem]:
     for number, row in _read_csv(path, required=("he", "ihc"), allowed=_COLUMNS):
         try:
-            yield _csv_pair(path.parent, row)
+            yield _csv_pair(base, row)
         except DataError as error:
             yield Problem(f"{path.name} row {number}", str(error), row.get("key", ""), row["he"], row["ihc"])
 
@@ -246,9 +260,9 @@ def _scan_csv(root: Path) -> Iterator[_Found | Problem]:
 def _csv_pair(base: Path, row: dict[str, str]) -> _Found:
     """The pair of one row; `DataError` tells what is wrong with it."""
     for role in ("he", "ihc"):
-        if not row[role] or Path(row[role]).is_absolute():
+        if not row[role] or Path(row[role]).is_absolute() or "://" in row[role]:
             raise DataError(f"{role} is {row[role]!r}: give the path relative to the CSV")
-        if not (base / row[role]).is_file():
+        if not is_remote(base) and not (base / row[role]).is_file():
             kind = "a folder" if (base / row[role]).is_dir() else "missing"
             raise DataError(f"{role} {row[role]} is {kind}: correct the path or remove the row")
     key, level, split, mpp = (row.get(name, "") for name in ("key", "level", "split", "mpp"))
@@ -278,7 +292,7 @@ def _parse_mpp(text: str) -> float:
 def _read_csv(path: Path, required: tuple[str, ...], allowed: Any) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a CSV with their line numbers; values are stripped of blanks."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
+        with io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             columns = reader.fieldnames or []
             missing = [name for name in required if name not in columns]
@@ -293,5 +307,7 @@ def _read_csv(path: Path, required: tuple[str, ...], allowed: Any) -> Iterator[t
                 if None in row or None in row.values():
                     raise DataError(f"{path}: row {reader.line_num} has not {len(columns)} values: correct it")
                 yield reader.line_num, {name: value.strip() for name, value in row.items()}
+    except MissingError:
+        raise
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as a CSV in UTF-8 ({error}): correct or replace it") from error

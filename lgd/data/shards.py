@@ -7,32 +7,46 @@
     OUT/rejected.csv           what `--on-bad skip` left out
     OUT/manifest.json          what, from where, how many, digests; written last
 
-While it runs, OUT/.building.json tells what is being built, so that a killed build goes on where it stopped.
+A killed build goes on where it stopped (`lgd.data.building`). Pairs may lie behind urls, and so may OUT.
 """
 
 import collections
-import csv
+import functools
 import importlib.metadata
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lgd.config import LEVEL_NAMES, DataError, require
 from lgd.data.archive import FORMAT, INDEX, ROLES, Shard, is_whole, open_shards, read_member, write_archive
+from lgd.data.building import begin, entry_path, finish, is_finished, open_target, reused, write_rejected
 from lgd.data.image import codecs, decode
 from lgd.data.pairs import Layout, Problem, find_pairs
-from lgd.data.sources import Encoding, Sample, Source, caveats, check_pairs, members, place, same_types
+from lgd.data.sources import (
+    CheckJob,
+    Encoding,
+    Sample,
+    Source,
+    assign,
+    caveats,
+    check_chunk,
+    members,
+    nothing,
+    same_types,
+)
 from lgd.data.split import SPLITS, parse_split
-from lgd.files import digest_of, publish, read_json, sha256, write_json
+from lgd.files import digest_of, exists, is_remote, place, read_json, sha256, upload, write_json
 
 __all__ = ["INDEX", "ROLES", "Shard", "ShardOptions", "build", "decode", "open_shards", "read_member"]
 
-_FILE = r"([A-Za-z0-9_]+-\d{6}\.(tar|idx)|manifest\.json|rejected\.csv|\.building\.json)"
-_OURS = re.compile(_FILE)
-# What lgd.files.publish leaves behind when it is killed.
-_LEFTOVER = re.compile(rf"\.{_FILE}\.\d+\.tmp")
+# Pairs that a worker checks at a time.
+_CHUNK = 64
+# A remote answers each request late, but many at once.
+_REMOTE_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,11 +54,11 @@ class ShardOptions:
     """What `lgd build-shards` is asked for."""
 
     layout: Layout
-    """How the images lie on the disk: the folders of BCI or of MIST, or a CSV with the columns he and ihc."""
+    """The folders of BCI or of MIST, or a CSV: columns he, ihc, and as known key, level, slide, split, mpp."""
     root: str
-    """Folder of the images; for csv the CSV itself, or a folder that holds pairs.csv."""
+    """Folder or url of the images; for csv the CSV itself, or a folder that holds pairs.csv."""
     out: str
-    """Folder for the shards; empty, new, or one that holds this very set."""
+    """Folder or url for the shards; empty, new, or one that holds this very set."""
     split: str = "keep"
     """`keep` the published split, `keep:0.1` carve a validation share off train, or `group:0.8,0.1,0.1`."""
     shard_size: int = 512
@@ -54,7 +68,7 @@ class ShardOptions:
     image: str = "keep"
     """`keep` the original bytes (tiles become PNG), or re-encode to `png` or `jpeg:QUALITY`."""
     slides: str = ""
-    """CSV with the columns key and slide that names the slide of every pair."""
+    """CSV (or its url) with the columns key and slide that names the slide of every pair."""
     mpp: float | None = None
     """Micrometres per pixel of all pairs that do not state it themselves."""
     on_bad: Literal["stop", "skip"] = "stop"
@@ -62,7 +76,7 @@ class ShardOptions:
     salt: str = ""
     """Any text; another one draws another split."""
     workers: int = 0
-    """Processes that build shards, under Ray; 0 builds in this process."""
+    """Processes that check pairs and build shards, under Ray; 0 does it in this process, in threads."""
 
     def __post_init__(self) -> None:
         parse_split(self.split)
@@ -81,47 +95,55 @@ class ShardOptions:
         extension = {"keep": "png" if self.tile else None, "png": "png", "jpeg": "jpg"}[kind]
         return Encoding(tile=self.tile, extension=extension, quality=int(quality or 0))
 
+    @property
+    def threads(self) -> int:
+        """Threads of each process; a worker of Ray has about one CPU, and reads while it encodes."""
+        local = 2 if self.workers else os.cpu_count() or 1
+        return max(local, _REMOTE_THREADS) if is_remote(self.root) else local
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardJob:
-    """All that decides one shard's bytes."""
+    """All that decides one shard's bytes, and how it is made."""
 
     path: Path
     samples: tuple[Sample, ...]
     encoding: Encoding
     extensions: tuple[str, str]
     mpp: float | None
+    threads: int
+    finished: bool
+    """Whether an interrupted build left it at its url, with its entry."""
 
 
-MapShards = Callable[[Callable[[ShardJob], dict[str, Any]], Sequence[ShardJob]], Iterable[dict[str, Any]]]
+Tick = Callable[[int], Any]
+MapJobs = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
-def build(options: ShardOptions, map_shards: MapShards | None = None) -> dict[str, Any]:
+def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> dict[str, Any]:
     """Build a shard set and return its manifest, with `reused: true` added where OUT already held it.
 
-    `map_shards(function, jobs)` applies a function to every job, in any order and in any process; by default
+    `map_jobs(function, jobs)` applies a function to every job, in any order and in any process; by default
     here. Raises `DataError` with the full list of unusable pairs, or for an OUT that holds something else, and
     `ConfigError` for a split that these pairs do not have. One build at a time may write to OUT.
     """
-    from tqdm import tqdm
-
-    out = Path(options.out).absolute()
-    _refuse_strangers(out)
-    sources, problems = _usable(options)
+    out = open_target(options.out)
+    sources, problems = _usable(options, map_jobs or map)
     rule = parse_split(options.split)
-    samples = place(sources, rule, options.salt, options.tile)
+    samples = assign(sources, rule, options.salt, options.tile)
     kept = options.encoding.extension
     extensions = (kept, kept) if kept else same_types(sources)
     recipe = _recipe(options, sources, len(problems))
-    if (out / "manifest.json").exists():
-        return _reused(out, recipe)
-    _begin(out, recipe)
+    if exists(out / "manifest.json"):
+        return reused(out, recipe)
+    names = begin(out, recipe)
     if problems:
-        _write_rejected(out / "rejected.csv", problems)
+        write_rejected(out, problems)
 
-    splits, jobs = _plan(options, samples, extensions, out)
-    results = (map_shards or map)(write_shard, jobs)
-    done = {entry["file"]: entry for entry in tqdm(results, "build", len(jobs), unit="shard", disable=None)}
+    splits, jobs = _plan(options, samples, extensions, out, names)
+    what = "build tiles" if options.tile else "build pairs"
+    entries = _with_progress(what, write_shard, jobs, len(samples), options, map_jobs or map)
+    done = {entry["file"]: entry for entry in entries}
     assert len(done) == len(jobs), "a shard was lost on its way back"
     for job in jobs:
         splits[job.samples[0].split]["shards"].append(done[job.path.name])
@@ -132,46 +154,79 @@ def build(options: ShardOptions, map_shards: MapShards | None = None) -> dict[st
         "classes": list(LEVEL_NAMES),
         "extensions": dict(zip(ROLES, ("json", *extensions), strict=True)),
         # `lgd synth` leaves this file; reports of virtual tissue must say that it is not tissue.
-        "virtual": (Path(options.root) / "synth.json").is_file(),
+        "virtual": _is_virtual(options),
         "may_leak": any(source.pair.slide is None for source in sources),
         "caveats": caveats(samples, rule),
         "splits": splits,
     }
     manifest["digest"] = digest_of(manifest)
     write_json(out / "manifest.json", manifest)
-    (out / ".building.json").unlink()
+    finish(out)
     return manifest
 
 
+def _is_virtual(options: ShardOptions) -> bool:
+    root = place(options.root)
+    return root.suffix.lower() != ".csv" and exists(root / "synth.json")
+
+
+def _with_progress(
+    what: str, function: Callable[..., Any], jobs: Sequence[Any], total: int, options: ShardOptions, map_jobs: MapJobs
+) -> Iterator[Any]:
+    """The result of every job, as it comes, behind a bar that counts pairs or tiles."""
+    from tqdm import tqdm
+
+    does, unit = what.split()
+    with tqdm(desc=does, total=total, unit=f" {unit}", disable=None) as bar:
+        if options.workers == 0:
+            yield from map_jobs(functools.partial(function, tick=bar.update), jobs)
+            return
+        # A worker is elsewhere: its pairs are counted when its job comes back.
+        for result in map_jobs(function, jobs):
+            bar.update(result["samples"] if isinstance(result, dict) else len(result[1]))
+            yield result
+
+
 def _plan(
-    options: ShardOptions, samples: Sequence[Sample], extensions: tuple[str, str], out: Path
+    options: ShardOptions, samples: Sequence[Sample], extensions: tuple[str, str], out: Path, names: set[str]
 ) -> tuple[dict[str, Any], list[ShardJob]]:
     """The manifest's splits, without their shards yet, and one job a shard."""
     splits: dict[str, Any] = {}
     jobs = []
-    names = {sample.split for sample in samples}
-    for name in sorted(names, key=lambda name: (*SPLITS, name).index(name)):
+    present = {sample.split for sample in samples}
+    for name in sorted(present, key=lambda name: (*SPLITS, name).index(name)):
         mine = [sample for sample in samples if sample.split == name]
         counts = collections.Counter(sample.source.pair.level for sample in mine)
         levels = {label: counts[value] for value, label in enumerate(LEVEL_NAMES)} | {"unknown": counts[None]}
         splits[name] = {"samples": len(mine), "levels": levels, "shards": []}
         for start in range(0, len(mine), options.shard_size):
+            path = out / f"{name}-{start // options.shard_size:06d}.tar"
             job = ShardJob(
-                path=out / f"{name}-{start // options.shard_size:06d}.tar",
+                path=path,
                 samples=tuple(mine[start : start + options.shard_size]),
                 encoding=options.encoding,
                 extensions=extensions,
                 mpp=options.mpp,
+                threads=options.threads,
+                finished=is_remote(out) and is_finished(path, names),
             )
             jobs.append(job)
     return splits, jobs
 
 
-def _usable(options: ShardOptions) -> tuple[list[Source], list[Problem]]:
-    """The sources that passed every check, and the problems, which `--on-bad` allows."""
-    root = Path(options.root).absolute()
-    pairs, problems = find_pairs(options.layout, root, Path(options.slides) if options.slides else None)
-    sources, more = check_pairs(pairs, options.tile)
+def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], list[Problem]]:
+    """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
+    root = place(options.root)
+    pairs, problems = find_pairs(options.layout, root if is_remote(root) else root.absolute(), options.slides or None)
+    jobs = [
+        CheckJob(start=start, pairs=tuple(pairs[start : start + _CHUNK]), tile=options.tile, threads=options.threads)
+        for start in range(0, len(pairs), _CHUNK)
+    ]
+    checked = sorted(
+        _with_progress("check pairs", check_chunk, jobs, len(pairs), options, map_jobs), key=lambda result: result[0]
+    )
+    sources = [entry for _, found in checked for entry in found if isinstance(entry, Source)]
+    more = [entry for _, found in checked for entry in found if isinstance(entry, Problem)]
     problems = sorted(problems + more)
     if problems and (options.on_bad == "stop" or not sources):
         lines = "\n".join(f"  {problem.name}: {problem.reason}" for problem in problems)
@@ -197,66 +252,41 @@ def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> 
     }
 
 
-def _refuse_strangers(out: Path) -> None:
-    """Refuse a folder in which something else lies; nothing of the user's is ever overwritten."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise DataError(f"{out} is no folder: give --out an empty or new one")
-    names = sorted(path.name for path in out.iterdir() if not _LEFTOVER.fullmatch(path.name))
-    strangers = [name for name in names if not _OURS.fullmatch(name)]
-    if not strangers and not {"manifest.json", ".building.json"} & set(names):
-        strangers = names
-    if strangers:
-        raise DataError(
-            f"{out} already holds something else ({', '.join(strangers[:3])}): give --out an empty or new one"
-        )
+def write_shard(job: ShardJob, tick: Tick = nothing) -> dict[str, Any]:
+    """Write one tar and its index, unless an interrupted build left both whole; return its manifest entry.
+
+    For a url they are written here first; the entry is published last. `tick(n)` is told of n pairs more.
+    """
+    if job.finished:
+        tick(len(job.samples))
+        return read_json(entry_path(job.path))
+    if not is_remote(job.path):
+        return _write_here(job, job.path, tick)
+    with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
+        local = Path(folder) / job.path.name
+        entry = _write_here(job, local, tick)
+        for suffix in (".tar", ".idx"):
+            upload(local.with_suffix(suffix), job.path.with_suffix(suffix))
+    write_json(entry_path(job.path), entry)
+    return entry
 
 
-def _reused(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a finished OUT, if it is of this set; versions of codecs may have moved on since."""
-    manifest, _ = open_shards(out)
-    differing = [name for name in ("layout", "options", "sources") if manifest.get(name) != recipe[name]]
-    if differing:
-        raise DataError(
-            f"{out} already holds another shard set (other {', '.join(differing)}): remove it, or "
-            "give --out another folder"
-        )
-    return {**manifest, "reused": True}
+def _write_here(job: ShardJob, path: Path, tick: Tick) -> dict[str, Any]:
+    if is_whole(path, len(job.samples)):
+        tick(len(job.samples))
+    else:
+        write_archive(path, _contents(job, tick), job.extensions)
+    return {
+        "file": path.name,
+        "samples": len(job.samples),
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+    }
 
 
-def _begin(out: Path, recipe: dict[str, Any]) -> None:
-    """Mark OUT as being built from this recipe, or see that an interrupted build was of the same."""
-    marker = out / ".building.json"
-    if marker.exists():
-        if read_json(marker) != recipe:
-            raise DataError(
-                f"{out} holds an interrupted build of something else (other options, sources or codecs): "
-                "remove it, or give --out another folder"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    for path in out.iterdir():
-        if _LEFTOVER.fullmatch(path.name):
-            path.unlink()
-    if not marker.exists():
-        write_json(marker, recipe)
-
-
-def _write_rejected(path: Path, problems: Sequence[Problem]) -> None:
-    with publish(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["key", "he", "ihc", "reason"])
-        for problem in problems:
-            where = problem.he or problem.ihc
-            reason = problem.reason if where == problem.name else f"{problem.name}: {problem.reason}"
-            writer.writerow([problem.key, problem.he, problem.ihc, reason])
-
-
-def write_shard(job: ShardJob) -> dict[str, Any]:
-    """Write one tar and its index, unless an interrupted build left both whole; return its manifest entry."""
-    if not is_whole(job.path, len(job.samples)):
-        contents = members(job.samples, job.encoding, job.mpp)
-        keys = (sample.key for sample in job.samples)
-        write_archive(job.path, zip(keys, contents, strict=True), job.extensions)
-    size = job.path.stat().st_size
-    return {"file": job.path.name, "samples": len(job.samples), "bytes": size, "sha256": sha256(job.path)}
+def _contents(job: ShardJob, tick: Tick) -> Iterator[tuple[str, list[bytes]]]:
+    """The key and the members of each sample."""
+    made = members(job.samples, job.encoding, job.mpp, job.threads)
+    for sample, contents in zip(job.samples, made, strict=True):
+        yield sample.key, contents
+        tick(1)

@@ -4,19 +4,24 @@ Everything here is a pure function of files and options, so that a shard comes o
 made.
 """
 
+import collections
 import hashlib
 import itertools
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lgd.config import LEVEL_NAMES, ConfigError, DataError
 from lgd.data.image import check, decode, encode
 from lgd.data.pairs import PatchPair, Problem
 from lgd.data.split import SplitRule, split_of
+from lgd.files import read_bytes
+from lgd.urls import MissingError, RemoteError
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,15 +60,53 @@ class Encoding:
     """JPEG quality."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckJob:
+    """Pairs to be checked by one worker."""
+
+    start: int
+    """Place of the first of them in the list of all pairs."""
+    pairs: tuple[PatchPair, ...]
+    tile: int
+    """Side of the tiles that each must hold at least one of, in pixels; 0 for whole patches."""
+    threads: int
+
+
+def nothing(done: int) -> None:
+    """Tell nobody that so many pairs more are done."""
+
+
+def in_threads(function: Callable[[Argument], Result], arguments: Iterable[Argument], threads: int) -> Iterator[Result]:
+    """Results in the order of the arguments; a few are worked out ahead, never all of them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(threads)
+    waiting: collections.deque[Any] = collections.deque()
+    try:
+        for argument in arguments:
+            waiting.append(pool.submit(function, argument))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _read(path: Path, name: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
+    except MissingError as error:
+        raise DataError(f"{name}: is missing: correct it or remove the pair") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}): correct it or remove the pair") from error
 
 
 def check_pair(pair: PatchPair, tile: int) -> Source | Problem:
-    """Read and fully decode both images of a pair; they must be of one size, and hold at least one tile."""
+    """Read and fully decode both images of a pair; they must be of one size, and hold at least one tile.
+
+    A remote that cannot be reached says nothing of the pair: that raises `RemoteError`.
+    """
     try:
         he, ihc = _read(pair.he, pair.source), _read(pair.ihc, pair.ihc_source)
         heads = [check(he, pair.source), check(ihc, pair.ihc_source)]
@@ -77,6 +120,8 @@ def check_pair(pair: PatchPair, tile: int) -> Source | Problem:
             raise DataError(
                 f"{pair.source}: is {width} x {height} pixels, smaller than --tile {tile}: use a smaller tile"
             )
+    except RemoteError:
+        raise
     except DataError as error:
         message = str(error)
         name = pair.ihc_source if message.startswith(f"{pair.ihc_source}: ") else pair.source
@@ -90,17 +135,13 @@ def check_pair(pair: PatchPair, tile: int) -> Source | Problem:
     )
 
 
-def check_pairs(pairs: Sequence[PatchPair], tile: int) -> tuple[list[Source], list[Problem]]:
-    """Check all pairs in threads (the decoders release the GIL); the order of `pairs` is kept."""
-    from multiprocessing.pool import ThreadPool
-
-    from tqdm import tqdm
-
-    with ThreadPool(os.cpu_count()) as pool:
-        results = pool.imap(lambda pair: check_pair(pair, tile), pairs)
-        checked = list(tqdm(results, desc="check pairs", total=len(pairs), unit="pair", disable=None))
-    sources = [entry for entry in checked if isinstance(entry, Source)]
-    return sources, [entry for entry in checked if isinstance(entry, Problem)]
+def check_chunk(job: CheckJob, tick: Callable[[int], Any] = nothing) -> tuple[int, list[Source | Problem]]:
+    """The place of a job's first pair, and what was found of each, in order."""
+    checked = []
+    for found in in_threads(lambda pair: check_pair(pair, job.tile), job.pairs, job.threads):
+        checked.append(found)
+        tick(1)
+    return job.start, checked
 
 
 def same_types(sources: Sequence[Source]) -> tuple[str, str]:
@@ -117,7 +158,7 @@ def same_types(sources: Sequence[Source]) -> tuple[str, str]:
     return first.extensions
 
 
-def place(sources: Sequence[Source], rule: SplitRule, salt: str, tile: int) -> list[Sample]:
+def assign(sources: Sequence[Source], rule: SplitRule, salt: str, tile: int) -> list[Sample]:
     """Give every source its split and cut it into tiles; sorted by key.
 
     Raises `ConfigError` that names `--split` where there is nothing to keep, and `DataError` where it would
@@ -172,25 +213,36 @@ def caveats(samples: Sequence[Sample], rule: SplitRule) -> list[str]:
     return said
 
 
-def members(samples: Iterable[Sample], encoding: Encoding, mpp: float | None) -> Iterator[list[bytes]]:
-    """The json, H&E and IHC bytes of each sample, in order.
+def members(
+    samples: Iterable[Sample], encoding: Encoding, mpp: float | None, threads: int = 1
+) -> Iterator[list[bytes]]:
+    """The json, H&E and IHC bytes of each sample, in order; sources are read and encoded in threads.
 
     Raises `DataError` for a source that is no longer the file that was checked.
     """
-    for source, group in itertools.groupby(samples, key=lambda sample: sample.source):
-        images = [_reread(source, stain) for stain in (0, 1)]
-        if encoding.extension is None:
-            for sample in group:
-                yield [_describe(sample, images, source.width, source.height, mpp), *images]
-            continue
-        names = (source.pair.source, source.pair.ihc_source)
-        decoded = [decode(content, name) for content, name in zip(images, names, strict=True)]
-        for sample in group:
-            tile_h, tile_w = encoding.tile or source.height, encoding.tile or source.width
-            top, left = sample.row * tile_h, sample.column * tile_w
-            cut = [pixels[top : top + tile_h, left : left + tile_w] for pixels in decoded]
-            images = [encode(pixels, encoding.extension, encoding.quality) for pixels in cut]
-            yield [_describe(sample, images, tile_w, tile_h, mpp), *images]
+    groups = (list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.source))
+    for made in in_threads(lambda group: _members_of(group, encoding, mpp), groups, threads):
+        yield from made
+
+
+def _members_of(samples: Sequence[Sample], encoding: Encoding, mpp: float | None) -> list[list[bytes]]:
+    """The members of samples of one source."""
+    source = samples[0].source
+    images = [_reread(source, stain) for stain in (0, 1)]
+    if encoding.extension is None:
+        described = (_describe(sample, source.sha256, source.width, source.height, mpp) for sample in samples)
+        return [[description, *images] for description in described]
+    names = (source.pair.source, source.pair.ihc_source)
+    decoded = [decode(content, name) for content, name in zip(images, names, strict=True)]
+    made = []
+    for sample in samples:
+        tile_h, tile_w = encoding.tile or source.height, encoding.tile or source.width
+        top, left = sample.row * tile_h, sample.column * tile_w
+        cut = [pixels[top : top + tile_h, left : left + tile_w] for pixels in decoded]
+        images = [encode(pixels, encoding.extension, encoding.quality) for pixels in cut]
+        digests = [hashlib.sha256(content).hexdigest() for content in images]
+        made.append([_describe(sample, digests, tile_w, tile_h, mpp), *images])
+    return made
 
 
 def _reread(source: Source, stain: int) -> bytes:
@@ -201,8 +253,8 @@ def _reread(source: Source, stain: int) -> bytes:
     return content
 
 
-def _describe(sample: Sample, images: Sequence[bytes], width: int, height: int, mpp: float | None) -> bytes:
-    """KEY.json."""
+def _describe(sample: Sample, digests: Sequence[str], width: int, height: int, mpp: float | None) -> bytes:
+    """KEY.json; `digests` are those of the H&E and the IHC."""
     pair = sample.source.pair
     document: dict[str, Any] = {
         "key": sample.key,
@@ -215,8 +267,6 @@ def _describe(sample: Sample, images: Sequence[bytes], width: int, height: int, 
         "width": width,
         "height": height,
         "mpp": mpp if pair.mpp is None else pair.mpp,
-        "sha256": {
-            role: hashlib.sha256(content).hexdigest() for role, content in zip(("he", "ihc"), images, strict=True)
-        },
+        "sha256": dict(zip(("he", "ihc"), digests, strict=True)),
     }
     return json.dumps(document, ensure_ascii=False).encode()

@@ -5,193 +5,228 @@
 
 import collections
 import hashlib
-import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from lgd.config import LEVEL_NAMES, DataError
-from lgd.data.archive import ROLES, Shard, open_shards, read_member, tar_members
-from lgd.data.image import check
-from lgd.files import digest_of, sha256
+from lgd.config import LEVEL_NAMES, ConfigError, DataError
+from lgd.data.archive import Shard, missing, read_manifest, read_sample
+from lgd.data.image import check, codecs
+from lgd.data.meta import FIELDS
+from lgd.data.shards import ShardOptions
+from lgd.files import list_folder
+from lgd.urls import RemoteError, is_remote, place
 
-_BLOCK = tarfile.BLOCKSIZE
-_FIELDS: dict[str, Any] = {
-    "key": str,
-    "level": (int, type(None)),
-    "level_name": (str, type(None)),
-    "slide": (str, type(None)),
-    "group": str,
-    "split": str,
-    "source": str,
-    "width": int,
-    "height": int,
-    "mpp": (float, int, type(None)),
-    "sha256": dict,
-}
+_SEEN = np.dtype([("key", "<u8"), ("group", "<u8"), ("shard", "<i4"), ("row", "<i4")])
+"""What is kept of each sample: its address, and 64 bits of a digest of its key and group."""
+_MOST = 100
+_MANIFEST = "format layout options codecs sources classes extensions virtual may_leak caveats splits digest".split()
+_OPTIONS = "split salt shard_size tile image mpp".split()
+
+Facts = list[dict[str, Any]]
 
 
-def verify(folder: Path) -> list[str]:
-    """Everything that is wrong with a shard folder, one sentence each; empty where all is well.
+def verify(folder: str | Path) -> list[str]:
+    """Everything that is wrong with a shard folder or url, one sentence each; empty where all is well.
 
-    Checks the manifest against the files and their SHA-256, the index against the tar's members (order,
-    contiguity, place, length, crc32), every KEY.json, every image by digest and full decode, keys, counts of
-    samples and levels, and that no group lies in two splits.
+    Checks the manifest's digest and fields, each tar by SHA-256, its index and end, every member's tar header and
+    crc32, every KEY.json, every image by digest and full decode, keys and their order, counts of samples and levels,
+    and that no group lies in two splits. Remote shards are read through the cache. At most 100 sentences a shard are
+    given. Takes 24 bytes of memory a sample.
     """
     from multiprocessing.pool import ThreadPool
 
     from tqdm import tqdm
 
-    folder = Path(folder)
     try:
-        manifest, shards = open_shards(folder)
+        folder = place(folder)
+        manifest, shards = read_manifest(folder)
     except DataError as error:
         return str(error).splitlines()
-    problems = []
-    if digest_of({name: value for name, value in manifest.items() if name != "digest"}) != manifest.get("digest"):
-        problems.append(f"{folder / 'manifest.json'}: its digest is not that of its content: it was edited")
-    stated = {path.name for shard in shards for path in (shard.path, shard.path.with_suffix(".idx"))}
-    extra = {path.name for path in folder.iterdir() if path.suffix in (".tar", ".idx")} - stated
-    problems += [f"{folder / name}: is not in the manifest: remove it" for name in sorted(extra)]
-    metas: list[tuple[Shard, dict[str, Any]]] = []
-    with ThreadPool(os.cpu_count()) as pool:
-        for shard in tqdm(shards, desc="verify", unit="shard", disable=None):
-            found, read = _verify_shard(shard, pool)
-            problems += found
-            metas += [(shard, meta) for meta in read]
+    lost = {} if is_remote(folder) else missing(folder, shards)
+    problems = [problem for found in lost.values() for problem in found]
+    problems += [f"{folder / 'manifest.json'}: {reason}" for reason in _wrong_manifest(manifest, shards)]
+    problems += _strangers(folder, shards)
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    seen, unnamed, last = [np.empty(0, _SEEN)], False, dict.fromkeys(manifest["splits"], "")
+    total = sum(shard.samples for shard in shards)
+    with ThreadPool(os.cpu_count()) as pool, tqdm(total=total, desc="verify", unit="sample", disable=None) as bar:
+        for number, shard in enumerate(shards):
+            found, metas = ([], []) if shard.name in lost else _verify_shard(shard, pool, bar)
+            problems += [*found, *_unsorted(shard, metas, last)]
+            last[shard.split] = metas[-1]["key"] if metas else ""
+            counts.update((shard.split, meta["level_name"] or "unknown") for meta in metas)
+            unnamed = unnamed or any(meta["slide"] is None for meta in metas)
+            entries = [(_hash(meta["key"]), _hash(meta["group"]), number, meta["row"]) for meta in metas]
+            seen.append(np.array(entries, _SEEN))
     if not problems:
-        problems = _verify_counts(folder / "manifest.json", manifest, metas)
-    return problems + _verify_groups(metas)
+        problems = [f"{folder / 'manifest.json'}: {reason}" for reason in _wrong_counts(manifest, counts, unnamed)]
+    every = np.concatenate(seen)
+    return problems + _same_keys(shards, every) + _leaks(shards, every)
 
 
-def _verify_shard(shard: Shard, pool: Any) -> tuple[list[str], list[dict[str, Any]]]:
-    """Problems of one shard, and the KEY.json of each sample that could be read."""
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def _strangers(folder: Path, shards: Sequence[Shard]) -> list[str]:
+    """Tars and indexes that the manifest does not name."""
     try:
-        index = shard.index()
-        members = tar_members(shard.path)
+        names = [name for name in list_folder(folder) if name.endswith((".tar", ".idx"))]
+    except RemoteError:
+        # Folders behind http cannot be listed; nothing that is not in the manifest is read from there.
+        return []
+    known = {shard.name for shard in shards}
+    return [f"{folder / name}: is not in the manifest: remove it" for name in names if name[:-4] not in known]
+
+
+def _wrong_manifest(manifest: dict[str, Any], shards: Sequence[Shard]) -> Iterator[str]:
+    """What is wrong with the manifest's fields, but for its counts."""
+    if sorted(manifest) != sorted(_MANIFEST):
+        yield f"its fields are {', '.join(sorted(manifest))}, but should be {', '.join(sorted(_MANIFEST))}"
+        return
+    versions, sources, chosen = (manifest[name] for name in ("codecs", "sources", "options"))
+    try:
+        if manifest["layout"] not in ("bci", "mist", "csv") or not set(_OPTIONS) <= set(chosen):
+            raise ValueError("a field is missing, or the layout is unknown")
+        options = ShardOptions(layout=manifest["layout"], root="root", out="out", **chosen)
+    except (ConfigError, TypeError, ValueError) as error:
+        yield f"field options or layout is malformed ({error})"
+        return
+    if not isinstance(versions, dict) or versions.keys() != {*codecs(), "webdataset"}:
+        yield f"field codecs is {versions!r:.200}"
+    pairs = sources.get("pairs") if isinstance(sources, dict) else None
+    samples = sum(shard.samples for shard in shards)
+    if type(pairs) is not int or pairs > samples or (options.tile == 0 and pairs != samples):
+        yield f"field sources is {sources!r:.200}, but there are {samples} samples"
+    kept = options.encoding.extension
+    if kept is not None and {manifest["extensions"][role] for role in ("he", "ihc")} != {kept}:
+        yield f"field extensions is {manifest['extensions']!r:.200}, but the options ask for {kept}"
+    if not isinstance(manifest["caveats"], list) or not all(isinstance(text, str) for text in manifest["caveats"]):
+        yield f"field caveats is {manifest['caveats']!r:.200}, but should be a list of sentences"
+    if type(manifest["virtual"]) is not bool:
+        yield f"field virtual is {manifest['virtual']!r:.200}, but should be true or false"
+    for shard, after in zip(shards, [*shards[1:], None], strict=True):
+        last = after is None or after.split != shard.split
+        if shard.samples > options.shard_size or (not last and shard.samples < options.shard_size):
+            yield f"{shard.name} has {shard.samples} samples, but options.shard_size is {options.shard_size}"
+
+
+def _verify_shard(shard: Shard, pool: Any, bar: Any) -> tuple[list[str], Facts]:
+    """Problems of one shard, and the KEY.json and row of each sample that could be read."""
+    try:
+        file, index = shard.open()
     except DataError as error:
+        bar.update(shard.samples)
         return [str(error)], []
     problems = []
-    if sha256(shard.path) != shard.sha256:
-        problems.append(f"{shard.path}: its sha256 is not the manifest's: it was damaged or replaced")
-    if len(members) != index.size:
-        problems.append(f"{shard.path}: has {len(members)} members, but the index has {index.size}")
-        return problems, []
-    problems += _verify_layout(shard, members, index)
-    with open(shard.path, "rb") as stream:
-        # The first dot ends the key, for webdataset as for us.
-        keys = [members[3 * row].name.partition(".")[0] for row in range(shard.samples)]
-        tasks = [(shard, stream.fileno(), key, index[row]) for row, key in enumerate(keys)]
-        results = pool.starmap(_verify_sample, tasks)
-    for found, _ in results:
-        problems += found
-    return problems, [meta for _, meta in results if meta is not None]
+    with file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:  # type: ignore[arg-type]
+            problems.append(f"{shard.path}: its sha256 is not the manifest's: it was damaged or replaced")
+        metas = []
+        for found, meta in pool.imap(lambda row: _verify_sample(shard, file, index, row), range(shard.samples)):
+            problems += found
+            metas += [meta] if meta else []
+            bar.update()
+    if len(problems) > _MOST:
+        problems[_MOST:] = [f"{shard.path}: and {len(problems) - _MOST} more problems"]
+    return problems, metas
 
 
-def _verify_layout(shard: Shard, members: Sequence[tarfile.TarInfo], index: np.ndarray) -> list[str]:
-    """Order and contiguity of a tar's members, and the index's offsets and lengths."""
-    problems = []
-    suffixes = ("json", f"he.{shard.extensions['he']}", f"ihc.{shard.extensions['ihc']}")
-    end = 0
-    for number, (member, entry) in enumerate(zip(members, index.flat, strict=True)):
-        where = f"{shard.path}: member {member.name}"
-        key = members[number - number % 3].name.partition(".")[0]
-        if not member.isreg() or member.name != f"{key}.{suffixes[number % 3]}" or "/" in member.name:
-            problems.append(f"{where}: {key}.{suffixes[number % 3]} is expected here")
-        if member.offset != end:
-            problems.append(f"{where}: begins at byte {member.offset}, not at {end}: members must be contiguous")
-        if (entry["offset"], entry["length"]) != (member.offset_data, member.size):
-            problems.append(f"{where}: the index gives another place or length")
-        end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-    return problems
-
-
-def _verify_sample(shard: Shard, fd: int, key: str, row: np.ndarray) -> tuple[list[str], dict[str, Any] | None]:
-    """Problems of one sample, and its KEY.json."""
-    problems = []
-    where = f"{shard.path}: {key}"
-    contents: dict[str, bytes] = {}
-    for role, entry in zip(ROLES, row, strict=True):
-        try:
-            contents[role] = read_member(fd, entry, f"{where}.{role}")
-        except DataError as error:
-            problems.append(str(error))
-    if "json" not in contents:
-        return problems, None
+def _verify_sample(
+    shard: Shard, file: BinaryIO, index: np.ndarray, row: int
+) -> tuple[list[str], dict[str, Any] | None]:
+    """Problems of one sample, and the fields of its KEY.json that later checks need, with its row."""
     try:
-        meta = json.loads(contents["json"])
-        wrong = _wrong_fields(meta, key, shard.split)
-    except (ValueError, TypeError) as error:
-        meta, wrong = None, f"no valid JSON ({error})"
-    if wrong:
-        return [*problems, f"{where}.json: {wrong}: build the set again"], None
-    for role in ("he", "ihc"):
-        if role not in contents:
-            continue
-        if hashlib.sha256(contents[role]).hexdigest() != meta["sha256"].get(role):
-            problems.append(f"{where}.{role}: its sha256 is not that of KEY.json")
+        meta, contents = read_sample(file, index, row, shard, ("he", "ihc"))
+    except DataError as error:
+        return [str(error)], None
+    where = f"{shard.path}, row {row}, {meta['key']}"
+    problems = []
+    if meta.keys() != FIELDS.keys():
+        problems.append(f"{where}, json: its fields are not {', '.join(FIELDS)}: build the set again")
+    for offset in index["offset"][row].tolist():
         try:
-            found = check(contents[role], f"{where}.{role}")
+            tarfile.TarInfo.frombuf(os.pread(file.fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE), "ascii", "")
+        except tarfile.HeaderError as error:
+            problems.append(f"{where}: the tar header before byte {offset} is broken ({error})")
+    for role, view in contents.items():
+        content = bytes(view)
+        if hashlib.sha256(content).hexdigest() != meta["sha256"].get(role):
+            problems.append(f"{where}, {role}: its sha256 is not that of KEY.json")
+        try:
+            found = check(content, f"{where}, {role}")
         except DataError as error:
             problems.append(str(error))
             continue
-        if found != (shard.extensions[role], meta["width"], meta["height"]):
+        if found[1:] != (meta["width"], meta["height"]):
             problems.append(
-                f"{where}.{role}: is {found.extension} of {found.width} x {found.height} pixels, but "
-                f"{shard.extensions[role]} of {meta['width']} x {meta['height']} is stated"
+                f"{where}, {role}: is {found.extension} of {found.width} x {found.height} pixels, but "
+                f"{meta['width']} x {meta['height']} is stated"
             )
-    return problems, meta
+    return problems, {name: meta[name] for name in ("key", "group", "slide", "level_name")} | {"row": row}
 
 
-def _wrong_fields(meta: Any, key: str, split: str) -> str:
-    """What is wrong with a KEY.json, or nothing."""
-    if not isinstance(meta, dict) or meta.keys() != _FIELDS.keys():
-        return f"its fields are not {', '.join(_FIELDS)}"
-    for name, kinds in _FIELDS.items():
-        if not isinstance(meta[name], kinds) or isinstance(meta[name], bool):
-            return f"field {name} is {meta[name]!r}"
-    level, name = meta["level"], meta["level_name"]
-    if (level, name) not in {(None, None), *enumerate(LEVEL_NAMES)}:
-        return f"fields level and level_name are {level!r} and {name!r}"
-    if meta["key"] != key or meta["split"] != split:
-        return f"fields key and split are {meta['key']} and {meta['split']}"
-    if meta["slide"] is not None and meta["group"] != meta["slide"]:
-        return f"fields slide and group are {meta['slide']} and {meta['group']}"
-    return ""
+def _unsorted(shard: Shard, metas: Facts, last: dict[str, str]) -> list[str]:
+    """The first key that is not in its place; `last`: the last key of the shard before, by split."""
+    before = last[shard.split]
+    for meta in metas:
+        if meta["key"] < before:
+            return [f"{shard.path}, row {meta['row']}: key {meta['key']} is not sorted, it follows {before}"]
+        before = meta["key"]
+    return []
 
 
-def _verify_counts(path: Path, manifest: dict[str, Any], metas: Sequence[tuple[Shard, Any]]) -> list[str]:
+def _wrong_counts(
+    manifest: dict[str, Any], counts: collections.Counter[tuple[str, str]], unnamed: bool
+) -> Iterator[str]:
     """The manifest's counts against the samples; told only where every sample could be read."""
-    problems = []
     for split, part in manifest["splits"].items():
-        mine = [meta for shard, meta in metas if shard.split == split]
-        counts = collections.Counter(meta["level_name"] or "unknown" for meta in mine)
-        levels = {name: counts[name] for name in (*LEVEL_NAMES, "unknown")}
-        if (part.get("samples"), part.get("levels")) != (len(mine), levels):
-            problems.append(f"{path}: split {split} has {len(mine)} samples of levels {levels}, not as stated")
-    for field, true in (
-        ("may_leak", any(meta["slide"] is None for _, meta in metas)),
-        ("classes", list(LEVEL_NAMES)),
-    ):
-        if manifest.get(field) != true:
-            problems.append(f"{path}: field {field} is {manifest.get(field)}, but should be {true}")
-    return problems
+        levels = {name: counts[split, name] for name in (*LEVEL_NAMES, "unknown")}
+        if part.get("levels") != levels:
+            yield f"split {split} has samples of levels {levels}, but {part.get('levels')!r:.200} is stated"
+    for field, true in (("may_leak", unnamed), ("classes", list(LEVEL_NAMES))):
+        if manifest[field] != true:
+            yield f"field {field} is {manifest[field]!r:.200}, but should be {true}"
 
 
-def _verify_groups(metas: Sequence[tuple[Shard, Any]]) -> list[str]:
-    """Keys that occur twice, and groups on two sides of the split."""
-    problems = []
-    owner: dict[str, Shard] = {}
-    sides: dict[str, set[str]] = {}
-    for shard, meta in metas:
-        if owner.setdefault(meta["key"], shard) is not shard:
-            problems.append(f"{shard.path}: key {meta['key']} is in {owner[meta['key']].path.name} too")
-        sides.setdefault(meta["group"], set()).add(meta["split"])
-    for group, splits in sorted(sides.items()):
-        if len(splits) > 1:
-            problems.append(f"group {group} lies in the splits {' and '.join(sorted(splits))}: the set leaks")
-    return problems
+def _same_keys(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
+    """Keys that occur twice."""
+    order = np.argsort(seen["key"], kind="stable")
+    twice = np.flatnonzero(np.diff(seen["key"][order]) == 0)
+    return [
+        f"{shards[here['shard']].path}, row {here['row']}: key {_named(shards, here, 'key')} is in "
+        f"{shards[before['shard']].path.name}, row {before['row']}, too"
+        for before, here in ((seen[order[place]], seen[order[place + 1]]) for place in twice[:_MOST])
+    ]
+
+
+def _leaks(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
+    """Groups on two sides of the split."""
+    if not len(seen):
+        return []
+    names = sorted({shard.split for shard in shards})
+    of_shard = np.array([names.index(shard.split) for shard in shards], np.int32)
+    order = np.argsort(seen["group"], kind="stable")
+    splits = of_shard[seen["shard"][order]]
+    starts = np.flatnonzero(np.diff(seen["group"][order], prepend=~seen["group"][order[:1]]))
+    # Between two starts lies one group.
+    ends = np.append(starts[1:], len(order))
+    several = np.minimum.reduceat(splits, starts) != np.maximum.reduceat(splits, starts)
+    return [
+        f"group {_named(shards, seen[order[start]], 'group')} lies in the splits "
+        f"{' and '.join(names[split] for split in np.unique(splits[start:end]))}: the set leaks"
+        for start, end in np.column_stack([starts, ends])[several][:_MOST]
+    ]
+
+
+def _named(shards: Sequence[Shard], place: np.void, field: str) -> str:
+    """The key or group of a sample, read again."""
+    shard = shards[place["shard"]]
+    file, index = shard.open()
+    with file:
+        return read_sample(file, index, int(place["row"]), shard, ())[0][field]

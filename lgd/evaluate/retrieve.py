@@ -14,6 +14,7 @@ from lgd.config import LEVEL_NAMES, ConfigError, DataError
 from lgd.data.shards import Shard, open_shards
 from lgd.data.stream import Reader
 from lgd.evaluate.predict import Scorer, as_row, read_image, score_files
+from lgd.files import is_remote, place
 from lgd.store.index import Searcher
 from lgd.store.latents import Store
 
@@ -99,11 +100,11 @@ class Gallery:
         self.store = store
         shards: dict[str, Shard] = {}
         for folder in store.document["shards"]:
-            if not Path(folder).is_dir():
+            if not is_remote(place(folder)) and not Path(folder).is_dir():
                 raise DataError(
                     f"the shards of this store were in {folder}, which is gone: put them back, or query without --sheet"
                 )
-            shards |= {shard.sha256: shard for shard in open_shards(Path(folder))[1]}
+            shards |= {shard.sha256: shard for shard in open_shards(folder)[1]}
         lost = [p.sidecar["name"] for p in store.parts if p.sidecar["tar_sha256"] not in shards]
         if lost:
             raise DataError(

@@ -105,6 +105,11 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
     if saved:
         engine.load(saved.weights, saved.moments, saved.step)
     log = Log(task.folder, start, steps, settings.batch) if first else None
+    if log and 1.5 * config.data.lanes < min(settings.batch, len(shards)):
+        log.tell(
+            f"data.lanes {config.data.lanes} is far below train.batch {settings.batch}: batches are mixed less than by "
+            "a full shuffle; lanes near the batch, in a multiple of the workers, mix them fully"
+        )
     stop = stop_flag()
     batches = training_batches(
         reader,

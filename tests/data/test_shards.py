@@ -13,6 +13,7 @@ import webdataset
 from lgd.config import ConfigError, DataError
 from lgd.data.image import encode
 from lgd.data.shards import INDEX, ROLES, ShardOptions, build, decode, open_shards, read_member
+from lgd.data.sources import CheckJob
 from lgd.data.verify import verify
 
 LEVELS = ("0", "1+", "2+", "3+")
@@ -153,6 +154,9 @@ def test_a_killed_build_goes_on(built, tmp_path):
     out = tmp_path / "out"
 
     def killed_after_two(function, jobs):
+        if isinstance(jobs[0], CheckJob):
+            yield from map(function, jobs)
+            return
         for job in jobs[:2]:
             yield function(job)
         raise KeyboardInterrupt

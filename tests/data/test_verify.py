@@ -1,8 +1,11 @@
+import functools
+import http.server
 import io
 import json
 import random
 import shutil
 import tarfile
+import threading
 import zlib
 
 import numpy as np
@@ -95,9 +98,7 @@ def test_any_flipped_bit_in_a_tar_or_index_is_found(whole, out):
         content = path.read_bytes()
         for _ in range(15):
             damaged = bytearray(content)
-            # A few bits of numpy's header mean nothing, such as those of blanks; every entry's bit counts.
-            start = len(content) - 9 * INDEX.itemsize if suffix == "idx" else 0
-            damaged[dice.randrange(start, len(content))] ^= 1 << dice.randrange(8)
+            damaged[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
             path.write_bytes(damaged)
             problems = verify(out)
             assert problems and all("train-000000" in problem for problem in problems)
@@ -123,7 +124,7 @@ def test_wrong_counts_are_found(out):
         manifest["splits"]["train"]["levels"]["0"] = 2
 
     remanifest(out, change)
-    assert len(verify(out)) == 1 and "split train has 3 samples of levels" in verify(out)[0]
+    assert len(verify(out)) == 1 and "split train has samples of levels {'0': 1, '1+': 1, '2+': 1" in verify(out)[0]
 
 
 def test_a_shard_that_the_manifest_does_not_know(out):
@@ -134,26 +135,27 @@ def test_a_shard_that_the_manifest_does_not_know(out):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda m: [m[0], m[2], m[1], *m[3:]], "he0.he.png is expected here"),
-        (lambda m: [m[3], *m[1:3], m[0], *m[4:]], "is expected here"),
-        (lambda m: [("dir/" + m[0][0], m[0][1]), *m[1:]], "is expected here"),
-        (lambda m: [(n.replace("he0.", "a.b."), c) for n, c in m], "a.json is expected here"),
+        (lambda m: [m[0], m[2], m[1], *m[3:]], "names b'he0.ihc.png', not he0.he.png"),
+        (lambda m: [m[3], *m[1:3], m[0], *m[4:]], "names b'he0.he.png', not he1.he.png"),
+        (lambda m: [("dir/" + m[0][0], m[0][1]), *m[1:]], "names b'dir/he0.json', not he0.json"),
+        (lambda m: [(n.replace("he0.", "a.b."), c) for n, c in m], "names b'a.b.json', not he0.json"),
         (lambda m: m[:-3], "is no index of 3 samples"),
+        (lambda m: [*m[3:6], *m[:3], *m[6:]], "row 1: key he0 is not sorted, it follows he1"),
         (lambda m: [m[0], (m[1][0], m[4][1]), *m[2:]], "its sha256 is not that of KEY.json"),
         (lambda m: [m[0], (m[1][0], m[1][1][:-9]), *m[2:]], "truncated or broken"),
         (lambda m: [m[0], (m[1][0], encode(np.zeros((8, 9, 3), np.uint8), "png")), *m[2:]], "png of 9 x 8 pixels"),
-        (lambda m: [m[0], (m[1][0], encode(np.zeros((8, 8, 3), np.uint8), "jpg")), *m[2:]], "is jpg of 8 x 8"),
+        (lambda m: [m[0], (m[1][0], encode(np.zeros((8, 8, 3), np.uint8), "jpg")), *m[2:]], "he: is no png image"),
         (lambda m: [(m[0][0], b"{"), *m[1:]], "no valid JSON"),
-        (lambda m: [(m[0][0], b"[]"), *m[1:]], "its fields are not"),
+        (lambda m: [(m[0][0], b"[]"), *m[1:]], "has no key of letters"),
         (meta_with(extra=1), "its fields are not"),
         (meta_with(level=4), "level and level_name"),
         (meta_with(level=-2, level_name="2+"), "level and level_name"),
         (meta_with(level=True), "field level is True"),
-        (meta_with(level=None, level_name=None), "not as stated"),
-        (meta_with(key="other"), "key and split are other"),
-        (meta_with(split="test"), "fields key and split are he0 and test"),
+        (meta_with(level=None, level_name=None), "'0': 1, '1+': 1, '2+': 1, '3+': 0, 'unknown': 0} is stated"),
+        (meta_with(key="other"), "names b'he0.json', not other.json"),
+        (meta_with(split="test"), "field split is 'test', but the shard is of train"),
         (meta_with(group="S9"), "slide and group"),
-        (meta_with(width=9), "but png of 9 x 8 is stated"),
+        (meta_with(width=9), "is png of 8 x 8 pixels, but 9 x 8 is stated"),
         (meta_with(slide="S3", group="S3"), "group S3 lies in the splits test and train: the set leaks"),
     ],
 )
@@ -169,20 +171,128 @@ def test_a_key_in_two_shards_is_found(out):
         return [("he0" + name[3:], json.dumps(meta).encode() if "json" in name else c) for name, c in members]
 
     rewrite(out, rename, "test-000000")
-    assert any("key he0 is in train-000000.tar too" in problem for problem in verify(out))
+    assert any("key he0 is in train-000000.tar, row 0, too" in problem for problem in verify(out))
 
 
-def test_a_gap_between_members_is_found(out):
+def test_a_gap_between_members_is_found_even_where_the_index_allows_for_it(out):
     shard = open_shards(out)[1][0]
-    content = shard.path.read_bytes()
-    entry = shard.index()[0, 0]
-    end = int(entry["offset"]) + -(-int(entry["length"]) // 512) * 512
-    header = tarfile.TarInfo("a.txt")
-    shard.path.write_bytes(content[:end] + header.tobuf(tarfile.USTAR_FORMAT) + content[end:])
-    remanifest(
-        out,
-        lambda manifest: manifest["splits"]["train"]["shards"][0].update(
-            bytes=shard.path.stat().st_size, sha256=sha256(shard.path)
-        ),
+    content, index = shard.path.read_bytes(), shard.index().copy()
+    end = int(index["offset"][0, 1]) - 512
+    header = tarfile.TarInfo("a.txt").tobuf(tarfile.USTAR_FORMAT)
+    # The zeros at the end of a tar make room, so that its size stays.
+    shard.path.write_bytes(content[:end] + header + content[end:-512])
+    index["offset"].reshape(-1)[1:] += 512
+    with open(shard.path.with_suffix(".idx"), "wb") as stream:
+        np.save(stream, index)
+    remanifest(out, lambda manifest: manifest["splits"]["train"]["shards"][0].update(sha256=sha256(shard.path)))
+    assert len(verify(out)) == 1
+    assert f"row 0, he: the index places it at byte {end + 1024}, but the members before it" in verify(out)[0]
+
+
+def test_a_broken_tar_header_is_found(out):
+    def spoil(content):
+        # The mode, which is no reading path's concern; but tar itself would stop here.
+        content[100] ^= 1
+
+    patch(out, spoil)
+    assert (
+        len(verify(out)) == 1
+        and "row 0, he0: the tar header before byte 512 is broken (bad checksum)" in verify(out)[0]
     )
-    assert any("10 members, but the index has 9" in problem for problem in verify(out))
+
+
+def test_what_follows_the_last_sample_is_found(out):
+    def spoil(content):
+        content[-700] = 1
+
+    patch(out, spoil)
+    assert len(verify(out)) == 1 and "has something behind its last sample" in verify(out)[0]
+
+
+def patch(out, spoil):
+    """Change bytes of the first shard, with a manifest that agrees."""
+    path = out / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    spoil(content)
+    path.write_bytes(content)
+    remanifest(out, lambda manifest: manifest["splits"]["train"]["shards"][0].update(sha256=sha256(path)))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda m: m.update(extra=1), "its fields are caveats, "),
+        (lambda m: m.pop("codecs"), "its fields are caveats, "),
+        (lambda m: m.update(layout="tar"), "field options or layout is malformed (a field is missing, or the layout"),
+        (lambda m: m["options"].pop("tile"), "field options or layout is malformed (a field is missing"),
+        (lambda m: m["options"].update(image="gif"), "field options or layout is malformed (--image gif: use keep"),
+        (lambda m: m["options"].update(colour=1), "field options or layout is malformed ("),
+        (lambda m: m.update(options=7), "field options or layout is malformed ("),
+        (lambda m: m["options"].update(image="jpeg:90"), "field extensions is "),
+        (lambda m: m["options"].update(shard_size=2), "train-000000 has 3 samples, but options.shard_size is 2"),
+        (lambda m: m["codecs"].pop("pillow"), "field codecs is {"),
+        (lambda m: m["sources"].update(pairs=5), "field sources is {'pairs': 5, "),
+        (lambda m: m.update(sources=[]), "field sources is [], but there are 4 samples"),
+        (lambda m: m.update(caveats=[1]), "field caveats is [1]"),
+        (lambda m: m.update(virtual=0), "field virtual is 0"),
+        (lambda m: m.update(classes=["0"]), "field classes is ['0'], but should be ['0', '1+', '2+', '3+']"),
+    ],
+)
+def test_a_wrong_field_of_the_manifest_is_found(out, change, reason):
+    remanifest(out, change)
+    assert len(verify(out)) == 1 and verify(out)[0].startswith(f"{out / 'manifest.json'}: {reason}"), verify(out)
+
+
+def test_a_lost_shard_does_not_hide_what_is_wrong_with_the_others(out):
+    (out / "train-000000.idx").unlink()
+    (out / "test-000000.idx").write_bytes(b"")
+    lost, broken = verify(out)
+    assert "train-000000.idx is missing" in lost and "test-000000.idx is no index of 1 samples" in broken
+
+
+def test_many_problems_of_one_shard_are_summed_up(out, monkeypatch):
+    monkeypatch.setattr("lgd.data.verify._MOST", 2)
+    rewrite(out, lambda members: [(name, b"{" if "json" in name else content) for name, content in members])
+    *some, rest = verify(out)
+    assert len(some) == 2 and rest == f"{out / 'train-000000.tar'}: and 1 more problems"
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A web server that does not tell of every request."""
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def url(out, tmp_path, monkeypatch):
+    """The set over the wire, through an empty cache."""
+    monkeypatch.setenv("LGD_CACHE", str(tmp_path / "cache"))
+    handler = functools.partial(Quiet, directory=out)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_whole_set_behind_a_url_has_no_problems(url, tmp_path):
+    assert verify(url) == []
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.suffix in (".tar", ".idx")]) == 4
+
+
+def test_what_is_wrong_with_a_set_behind_a_url_is_found(url, out):
+    content = bytearray((out / "train-000000.tar").read_bytes())
+    content[-1] ^= 1
+    (out / "train-000000.tar").write_bytes(content)
+    (out / "test-000000.idx").unlink()
+    damaged, lost = verify(url)
+    assert f"{url}/train-000000.tar has another sha256 than is stated" in damaged
+    assert f"{url}/test-000000.idx is missing" in lost
+    (out / "manifest.json").unlink()
+    assert len(verify(url)) == 1 and f"{url}/manifest.json is missing" in verify(url)[0]
+
+
+@pytest.mark.parametrize("splits", [{}, {"train": {"samples": 0, "levels": {}, "shards": []}}])
+def test_a_set_without_shards(out, splits):
+    remanifest(out, lambda manifest: manifest.update(splits=splits))
+    assert len(verify(out)) == 1 and "field extensions or splits is malformed" in verify(out)[0]

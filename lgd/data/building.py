@@ -1,0 +1,113 @@
+"""The folder that a build of shards writes to: what may lie in it, how an interrupted build goes on, how it ends.
+
+OUT/.building.json tells what is being built. Where OUT is a url, OUT/.{split}-{000000}.json is a shard's entry of the
+manifest, published after its tar and its index, so that no finished shard is downloaded to find out that it is whole.
+All of them are gone at the end.
+"""
+
+import csv
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lgd.config import DataError
+from lgd.data.archive import open_shards
+from lgd.data.pairs import Problem
+from lgd.data.sources import in_threads
+from lgd.files import is_remote, list_folder, place, publish, read_json, remove, write_bytes, write_json
+
+_FILE = r"([A-Za-z0-9_]+-\d{6}\.(tar|idx)|\.[A-Za-z0-9_]+-\d{6}\.json|manifest\.json|rejected\.csv|\.building\.json)"
+_OURS = re.compile(_FILE)
+# What lgd.files.publish leaves behind when it is killed.
+_LEFTOVER = re.compile(rf"\.{_FILE}\.\d+\.tmp")
+_REMOVALS = 16
+
+
+def open_target(text: str) -> Path:
+    """OUT as a path or a url that can be written to; `DataError` where something else lies there.
+
+    Nothing of the user's is ever overwritten.
+    """
+    out: Any = place(text)
+    if not is_remote(out):
+        out = out.absolute()
+        if out.exists() and not out.is_dir():
+            raise DataError(f"{out} is no folder: give --out an empty or new one")
+    elif out.protocol in ("http", "https"):
+        raise DataError(f"{out} cannot be written to: give --out a folder, or a url such as s3://")
+    names = [name for name in list_folder(out) if not _LEFTOVER.fullmatch(name)]
+    strangers = [name for name in names if not _OURS.fullmatch(name)]
+    if not strangers and not {"manifest.json", ".building.json"} & set(names):
+        strangers = names
+    if strangers:
+        raise DataError(
+            f"{out} already holds something else ({', '.join(strangers[:3])}): give --out an empty or new one"
+        )
+    if is_remote(out):
+        # A missing bucket or permission is better told before hours of checking pairs.
+        probe = out / ".manifest.json.0.tmp"
+        write_bytes(probe, b"")
+        remove(probe)
+    return out
+
+
+def reused(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a finished OUT, if it is of this set; versions of codecs may have moved on since."""
+    manifest, _ = open_shards(out)
+    differing = [name for name in ("layout", "options", "sources") if manifest.get(name) != recipe[name]]
+    if differing:
+        raise DataError(
+            f"{out} already holds another shard set (other {', '.join(differing)}): remove it, or "
+            "give --out another folder"
+        )
+    finish(out)
+    return {**manifest, "reused": True}
+
+
+def begin(out: Path, recipe: dict[str, Any]) -> set[str]:
+    """Mark OUT as being built from this recipe, or see that an interrupted build was of the same; what lies there."""
+    marker = out / ".building.json"
+    names = set(list_folder(out))
+    if marker.name in names and read_json(marker) != recipe:
+        raise DataError(
+            f"{out} holds an interrupted build of something else (other options, sources or codecs): "
+            "remove it, or give --out another folder"
+        )
+    _remove(out, filter(_LEFTOVER.fullmatch, names))
+    if marker.name not in names:
+        write_json(marker, recipe)
+    return names
+
+
+def write_rejected(out: Path, problems: Sequence[Problem]) -> None:
+    """Publish OUT/rejected.csv: what was left out, and why."""
+    with publish(out / "rejected.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["key", "he", "ihc", "reason"])
+        for problem in problems:
+            where = problem.he or problem.ihc
+            reason = problem.reason if where == problem.name else f"{problem.name}: {problem.reason}"
+            writer.writerow([problem.key, problem.he, problem.ihc, reason])
+
+
+def entry_path(tar: Path) -> Path:
+    """Where the entry of a remote shard lies until the manifest is there."""
+    return tar.with_name(f".{tar.stem}.json")
+
+
+def is_finished(tar: Path, names: set[str]) -> bool:
+    """Whether a remote shard, its index and its entry are among the names that lie in OUT."""
+    return {tar.name, tar.with_suffix(".idx").name, entry_path(tar).name} <= names
+
+
+def finish(out: Path) -> None:
+    """Remove what only an unfinished build needs; its marker last."""
+    names = list_folder(out)
+    _remove(out, (name for name in names if re.fullmatch(r"\.[A-Za-z0-9_]+-\d{6}\.json", name)))
+    _remove(out, {".building.json"} & names.keys())
+
+
+def _remove(out: Path, names: Iterable[str]) -> None:
+    for _ in in_threads(lambda name: remove(out / name), names, _REMOVALS):
+        pass
