@@ -260,6 +260,27 @@ def _doctor(parser: Any) -> Run:
     return run
 
 
+def _bench(parser: Any) -> Run:
+    from lgd.bench.measure import Settings
+    from lgd.bench.suite import BENCHMARKS, bench, rows, summary
+
+    parser.add_argument("name", nargs="?", default="", help=f"one of {', '.join(BENCHMARKS)}; by default all")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    shown = ("images", "size", "batch", "threads", "seconds", "rounds", "teacher")
+    hidden = [name for name in Settings.__dataclass_fields__ if name not in shown]
+    add_option_arguments(parser, Settings, skip=hidden)
+
+    def run(parser: Any, namespace: Any) -> None:
+        document = bench(namespace.name, Settings(**{name: namespace[name] for name in shown}))
+        if namespace.json:
+            print(json.dumps(document, indent=1, ensure_ascii=False))
+            return
+        _print_table(rows(document))
+        print(summary(document))
+
+    return run
+
+
 VERBS: dict[str, tuple[str, Callable[[Any], Run]]] = {
     "demo": ("the whole pipeline on virtual tissue, on this machine, in minutes", _demo),
     "synth": ("draw virtual tissue in the BCI layout, with a truth.csv", _synth),
@@ -273,6 +294,7 @@ VERBS: dict[str, tuple[str, Callable[[Any], Run]]] = {
     "query": ("the nearest IHC latents of H&E images", _query),
     "verify": ("check a shard folder, a feature store or a checkpoint end to end", _verify),
     "doctor": ("what this machine has and lacks", _doctor),
+    "bench": ("how fast the parts are, as ratios against a bare loop or a peer", _bench),
 }
 
 

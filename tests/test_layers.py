@@ -9,14 +9,16 @@ ROOT = Path(lgd.__file__).parent
 ORDER = """
 config options urls files remote distribute metrics
 stain.deconvolve stain.targets
-data.pairs data.tissue data.sections data.synth data.split
-data.image data.meta data.index data.archive data.sources data.building data.shards data.verify
+data.meta data.pairs data.tissue data.sections data.synth data.split
+data.image data.index data.archive data.sources data.building data.shards data.verify
 data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
 store.latents store.cache store.index
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
 evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
-doctor pipeline cli
+doctor pipeline
+bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode bench.memory bench.suite
+cli
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {
@@ -24,7 +26,8 @@ OWNERS = {
     "faiss": {"store.index", "doctor"},
     "deepspeed": {"train.engine"},
     "h5py": {"store.latents"},
-    "webdataset": {"data.archive"},
+    "webdataset": {"data.archive", "bench.peers"},
+    "litdata": {"bench.peers"},
     "transformers": {"models.encoder"},
     "matplotlib": {"evaluate.figures"},
     "jsonargparse": {"options"},

@@ -8,13 +8,13 @@ import functools
 import os
 import re
 import tarfile
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from lgd.config import DataError
 from lgd.data.image import EXTENSIONS, kind
@@ -184,7 +184,7 @@ def read_sample(
             content = block[at : at + length]
             if len(content) != length:
                 raise _damaged(file, shard, row, meta, role, f"the file ends after {len(content)} of {length} bytes")
-            if zlib.crc32(content) != crc:
+            if crc32(content) != crc:
                 raise _damaged(file, shard, row, meta, role, "its crc32 is not the index's, so the shard is damaged")
             if column == 0:
                 meta, reason = parse_meta(content, shard.split)
@@ -241,7 +241,7 @@ def read_member(fd: int, entry: np.void, what: str) -> bytes:
         raise DataError(f"{what}: cannot be read ({error}): {REBUILD}") from error
     if len(content) != length:
         raise DataError(f"{what}: the file ends after {len(content)} of {length} bytes: {REBUILD}")
-    if zlib.crc32(content) != entry["crc32"]:
+    if crc32(content) != entry["crc32"]:
         raise DataError(f"{what}: its crc32 is not the index's, so the shard is damaged: {REBUILD}")
     return content
 
@@ -262,7 +262,7 @@ def write_archive(path: Path, samples: Iterable[tuple[str, Sequence[bytes]]], ex
                 for suffix, content in zip(suffixes, contents, strict=True):
                     # One call a member: of one call's members the writer keeps the alphabetical order.
                     writer.write({"__key__": key, suffix: content})
-                    crcs.append(zlib.crc32(content))
+                    crcs.append(crc32(content))
             writer.close()
         # Read back rather than computed, so that the index cannot disagree with the tar.
         places = [(member.offset_data, member.size) for member in tar_members(temporary)]

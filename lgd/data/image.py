@@ -124,7 +124,7 @@ def decode(
             # libjpeg can write to where the pixels belong when no resize follows.
             buffer = out if out is not None and out.shape[:2] == _scaled(found, side) else None
             pixels = simplejpeg.decode_jpeg(content, min_height=side, min_width=side, buffer=buffer)
-            if buffer is None and size is not None:
+            if size is not None and pixels.shape[:2] != (size, size):
                 pixels = np.array(_resized(Image.fromarray(pixels), size))
         else:
             with Image.open(io.BytesIO(content), formats=(found.extension,)) as image:

@@ -24,7 +24,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
 
 _KEY = re.compile(r"[A-Za-z0-9_+-]{1,90}")
 # Escapes for terminals, line breaks, and halves of letters that cannot be written to any file.
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _LEVELS = frozenset({(None, None), *enumerate(LEVEL_NAMES)})
 
 
@@ -51,7 +51,7 @@ def parse_meta(content: Any, split: str) -> tuple[dict[str, Any], str]:
         if type(meta.get(name, FIELDS)) not in kinds:
             return meta, f"field {name} is {meta[name]!r:.80}" if name in meta else f"field {name} is missing"
     for name in ("slide", "group", "source"):
-        if _UNPRINTABLE.search(meta[name] or ""):
+        if UNPRINTABLE.search(meta[name] or ""):
             return meta, f"field {name} is {meta[name]!r:.80}, which cannot be printed"
     if (meta["level"], meta["level_name"]) not in _LEVELS:
         return meta, f"fields level and level_name are {meta['level']!r:.80} and {meta['level_name']!r:.80}"

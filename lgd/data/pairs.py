@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from lgd.config import LEVEL_NAMES, DataError
+from lgd.data.meta import UNPRINTABLE
 from lgd.files import Kind, exists, is_remote, list_folder, place, read_bytes
 from lgd.urls import MissingError
 
@@ -112,12 +113,27 @@ def find_pairs(
     pairs = _with_keys(found, base, problems)
     if slides is not None:
         pairs = _with_slides(pairs, place(slides), problems)
+    pairs = _printable(pairs, problems)
     return sorted(pairs, key=lambda pair: pair.key), sorted(problems)
 
 
 def safe_key(stem: str) -> str:
     """The key of a file stem: whatever is not a letter, digit, `_`, `+` or `-` becomes `_`."""
     return re.sub(r"[^A-Za-z0-9_+-]", "_", stem)
+
+
+def _printable(pairs: list[PatchPair], problems: list[Problem]) -> list[PatchPair]:
+    """Pairs whose names can be written and shown; control characters and broken text become problems."""
+    good = []
+    for pair in pairs:
+        names = (pair.source, pair.ihc_source, pair.slide or "")
+        if not any(map(UNPRINTABLE.search, names)):
+            good.append(pair)
+            continue
+        source, ihc, slide = (name.encode("unicode_escape").decode() for name in names)
+        reason = f"a file or slide name cannot be printed ({ihc}, slide {slide or 'unknown'}): rename it"
+        problems.append(Problem(source, reason, pair.key, source, ihc))
+    return good
 
 
 def _with_keys(found: list[_Found], base: Path, problems: list[Problem]) -> list[PatchPair]:

@@ -49,6 +49,8 @@ def test_bci_pairs_by_stem_whatever_the_suffix(tmp_path):
         (lambda r: both(r, f"train/{'a' * 80}_1+.png"), f"HE/train/{'a' * 80}_1+.png", "83 characters"),
         (lambda r: both(r, "a_1+.png"), "HE/a_1+.png", "outside a split"),
         (lambda r: both(r, "my set/a_1+.png"), "HE/my set", "plain word"),
+        (lambda r: both(r, "train/a\x1b[2J_1+.png"), r"HE/train/a\x1b[2J_1+.png", "cannot be printed"),
+        (lambda r: both(r, "train/a\udcff_1+.png"), r"HE/train/a\udcff_1+.png", "cannot be printed"),
     ],
 )
 def test_what_cannot_be_paired_is_named(tmp_path, make, name, reason):

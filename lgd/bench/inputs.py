@@ -1,0 +1,114 @@
+"""What the benchmarks stream: native patches, given or drawn, and a shard set of copies of them.
+
+Everything lies in one temporary folder, which the caller removes.
+"""
+
+import functools
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import Any
+
+import simplejpeg
+
+from lgd.bench.measure import Settings
+from lgd.config import LEVEL_NAMES, DataError
+from lgd.data.archive import Shard, read_sample
+from lgd.data.image import header
+from lgd.data.pairs import PatchPair, find_pairs
+from lgd.data.sections import draw_pair
+from lgd.data.shards import ShardOptions, build, open_shards
+
+_DRAWN = 16
+"""Distinct virtual pairs; each of another slide."""
+
+
+class Inputs:
+    """Images and shards, made when they are first asked for."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+
+    @functools.cached_property
+    def pairs(self) -> list[PatchPair]:
+        """The distinct pairs: those of `--images`, at most as many as are streamed, or drawn ones."""
+        if not self.settings.images:
+            drawn = self.folder / "drawn"
+            draw(drawn, range(min(_DRAWN, self.settings.pairs)), self.settings)
+            return find_pairs("bci", drawn)[0]
+        pairs, problems = find_pairs("bci", self.settings.images)
+        if problems:
+            raise DataError(f"{self.settings.images}: {problems[0].name}: {problems[0].reason}")
+        step = max(1, len(pairs) // self.settings.pairs)
+        return pairs[::step][: self.settings.pairs]
+
+    @functools.cached_property
+    def contents(self) -> list[bytes]:
+        """The H&E files of the distinct pairs."""
+        return [pair.he.read_bytes() for pair in self.pairs]
+
+    @functools.cached_property
+    def files(self) -> Path:
+        """A folder in BCI's layout with `pairs` pairs, which are copies of the distinct ones under other keys."""
+        root = self.folder / "files"
+        for role in ("HE", "IHC"):
+            (root / role / "train").mkdir(parents=True)
+        for number in range(self.settings.pairs):
+            pair = self.pairs[number % len(self.pairs)]
+            name = f"{number:05d}_train_{LEVEL_NAMES[pair.level or 0]}.png"
+            shutil.copyfile(pair.he, root / "HE" / "train" / name)
+            shutil.copyfile(pair.ihc, root / "IHC" / "train" / name)
+        return root
+
+    @functools.cached_property
+    def shards(self) -> list[Shard]:
+        """The shard set of `files`: at least four shards, and one for every worker of a peer."""
+        count = max(4, self.settings.workers)
+        out = self.folder / "shards"
+        size = -(-self.settings.pairs // count)
+        build(ShardOptions(layout="bci", root=str(self.files), out=str(out), shard_size=size))
+        return open_shards(out)[1]
+
+    def sample_contents(self) -> list[bytes]:
+        """The H&E bytes of every sample of the shards, in the order of the sample numbers."""
+        contents = []
+        for shard in self.shards:
+            file, index = shard.open()
+            with file:
+                contents += [bytes(read_sample(file, index, row, shard, ("he",))[1]["he"]) for row in range(len(index))]
+        return contents
+
+    def described(self) -> dict[str, Any]:
+        """The images as a benchmark's facts name them."""
+        headers = [header(content, pair.he.name) for content, pair in zip(self.contents, self.pairs, strict=True)]
+        sizes = [len(content) for content in self.contents]
+        return {
+            "images": self.settings.images or "virtual tissue, JPEG 95 4:2:0",
+            "distinct": len(sizes),
+            "types": sorted({found.extension for found in headers}),
+            "pixels": sorted({f"{found.width}x{found.height}" for found in headers}),
+            "bytes": {"mean": sum(sizes) / len(sizes), "least": min(sizes), "most": max(sizes)},
+        }
+
+
+def draw(root: Path, slides: range, settings: Settings) -> None:
+    """Draw one pair a slide into a folder in BCI's layout, in a process a thread: JPEG 95, colours 4:2:0 as BCI's."""
+    for role in ("HE", "IHC"):
+        (root / role / "train").mkdir(parents=True)
+    workers = min(len(slides), settings.workers)
+    jobs = [(root, slide, settings.side) for slide in slides]
+    if workers == 1:
+        for job in jobs:
+            _draw(*job)
+        return
+    # Spawned, because a fork of a process with threads can hang.
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.starmap(_draw, jobs, chunksize=1)
+
+
+def _draw(root: Path, slide: int, side: int) -> None:
+    he, ihc, truth = draw_pair(0, slide, 0, side)
+    name = f"{slide:05d}_train_{LEVEL_NAMES[truth['level']]}.png"
+    for role, pixels in (("HE", he), ("IHC", ihc)):
+        content = simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="420")
+        (root / role / "train" / name).write_bytes(content)

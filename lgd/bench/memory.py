@@ -1,0 +1,172 @@
+"""`memory`: what the stream keeps of what it has streamed, and what the plan of a very large data set takes.
+
+Private memory (USS) is read while tiny samples run through `training_batches`; its slope after the warm-up is scaled
+to a million samples.
+"""
+
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lgd.bench.inputs import Inputs
+from lgd.bench.measure import Outcome, Ratio, Settings
+from lgd.config import LEVEL_NAMES, Data
+from lgd.data.image import encode
+from lgd.data.plan import Plan, World, rank_positions
+from lgd.data.shards import Shard, ShardOptions, build, open_shards
+from lgd.data.stream import Reader
+from lgd.train.batch import training_batches
+
+MARK = 50.0
+_ROLLUP = Path("/proc/self/smaps_rollup")
+_SIDE = 32
+_PAIRS, _SHARD = 1024, 32
+_BATCH = 256
+_WARM = 0.25
+"""Share of the time that counts as warm-up."""
+
+
+def private_bytes() -> int:
+    """Memory that only this process has (USS)."""
+    lines = _ROLLUP.read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+
+
+def tiny_shards(folder: Path) -> list[Shard]:
+    """A shard set of tiny noise, many times quicker to stream than patches."""
+    rng = np.random.default_rng(0)
+    root = folder / "tiny"
+    for role in ("HE", "IHC"):
+        (root / role / "train").mkdir(parents=True)
+    for number in range(_PAIRS):
+        content = encode(rng.integers(0, 256, (_SIDE, _SIDE, 3), np.uint8), "jpg")
+        for role in ("HE", "IHC"):
+            name = f"{number:05d}_train_{LEVEL_NAMES[number % 4]}.png"
+            (root / role / "train" / name).write_bytes(content)
+    build(ShardOptions(layout="bci", root=str(root), out=str(folder / "tiny-shards"), shard_size=_SHARD))
+    return open_shards(folder / "tiny-shards")[1]
+
+
+def readings(shards: list[Shard], seconds: float, threads: int) -> np.ndarray:
+    """Stream for so long; float64 (n, 2): samples streamed so far, and private bytes then."""
+    reader = Reader(shards, ("he",), _SIDE)
+    plan = Plan(reader.sizes, seed=0, lanes=Data().lanes)
+    found: list[tuple[int, int]] = []
+    steps = training_batches(
+        reader,
+        plan,
+        None,
+        start=0,
+        steps=10**9,
+        batch=_BATCH,
+        accumulate=1,
+        world=World(),
+        threads=threads,
+        turn=False,
+    )
+    began = told = time.monotonic()
+    for step in steps:
+        now = time.monotonic()
+        if now - told > seconds / 200:
+            found.append((step.position, private_bytes()))
+            told = now
+        if now - began > seconds and len(found) >= 8:
+            break
+    steps.close()  # type: ignore[attr-defined]
+    reader.close()
+    return np.array(found, float)
+
+
+def slope(readings_n2: np.ndarray) -> tuple[float, float]:
+    """Bytes a sample by least squares, and its standard error.
+
+    Successive readings are alike, so the error is taken from the slopes of eight stretches, not from the residuals.
+    """
+    samples_n, bytes_n = readings_n2.T
+    fitted = float(np.polyfit(samples_n, bytes_n, 1)[0])
+    # Means of stretches forget the sawtooth of what is read ahead.
+    stretches = np.array([part.mean(axis=0) for part in np.array_split(readings_n2, 8)])
+    x, y = stretches.T
+    line = np.polyfit(x, y, 1)
+    left = y - np.polyval(line, x)
+    error = float(np.sqrt((left**2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum()))
+    return fitted, error
+
+
+def plan_at_scale(shards: int, samples: int, batch: int = 1024) -> dict[str, Any]:
+    """Seconds and bytes of the plan of `shards` shards of `samples` samples, begun in the middle of an epoch."""
+    sizes = [samples] * shards
+    found: dict[str, Any] = {"samples": shards * samples, "shards": shards, "lanes": Data().lanes, "batch": batch}
+    for world in (World(), World(rank=31, size=64)):
+        # A second time under the tracer, which slows what it watches.
+        seconds = _begun(sizes, batch, world)
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        kept = _begun(sizes, batch, world)
+        now, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        found[f"rank {world.rank} of {world.size}"] = {
+            **{name: value for name, value in seconds.items() if name != "plan"},
+            "bytes": now - before,
+            "peak_bytes": peak - before,
+        }
+        del kept
+    return found
+
+
+def _begun(sizes: Sequence[int], batch: int, world: World) -> dict[str, Any]:
+    began = time.perf_counter()
+    plan = Plan(sizes, seed=0, lanes=Data().lanes)
+    built = time.perf_counter()
+    middle = plan.total // 2 + 12345
+    plan.samples(rank_positions(middle, batch, 1, world)[0])
+    first = time.perf_counter()
+    for number in range(1, 101):
+        plan.samples(rank_positions(middle + number * batch, batch, 1, world)[0])
+    further = time.perf_counter()
+    return {
+        "seconds_to_build": built - began,
+        "seconds_to_first_batch": first - built,
+        "ms_a_further_batch": 10 * (further - first),
+        "plan": plan,
+    }
+
+
+def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+    """Megabytes by which private memory grows in a million samples."""
+    plan = plan_at_scale(settings.plan_shards, 10_000)
+    ours = plan["rank 0 of 1"]
+    tell(
+        f"plan of {plan['samples']:.0e} samples: {ours['seconds_to_build']:.3f} s, first batch after "
+        f"{ours['seconds_to_first_batch']:.3f} s, {ours['bytes'] / 1e6:.1f} MB"
+    )
+    name, text = "memory", "private memory's growth after warm-up, per 1e6 samples streamed"
+    if not _ROLLUP.exists():
+        missing = Ratio(
+            name=name, compared=text, value=None, mark=MARK, at_most=True, missing=f"needs Linux: no {_ROLLUP}"
+        )
+        return Outcome(ratios=[missing], facts={"plan": plan})
+    found = readings(tiny_shards(inputs.folder), settings.stream, settings.workers)
+    warm = found[found[:, 0] >= found[0, 0] + _WARM * (found[-1, 0] - found[0, 0])]
+    # Bytes a sample are megabytes a million; what is left of a line without a slope is rounding.
+    value, error = (round(number, 6) for number in slope(warm))
+    facts = {
+        "pixels": _SIDE,
+        "samples_in_set": _PAIRS,
+        "batch": _BATCH,
+        "samples_streamed": int(found[-1, 0]),
+        "samples_measured": int(warm[-1, 0] - warm[0, 0]),
+        "readings": len(warm),
+        "mb_before": warm[0, 1] / 1e6,
+        "mb_after": warm[-1, 1] / 1e6,
+        "standard_error": error,
+        "plan": plan,
+    }
+    spread = {"spread": [value - 2 * error, value + 2 * error]}
+    ratio = Ratio(name=name, compared=text, value=value, mark=MARK, at_most=True, unit="MB", detail=spread)
+    return Outcome(ratios=[ratio], facts=facts)

@@ -1,0 +1,232 @@
+"""Every benchmark at a tiny setting: what it writes down, and that it notices other pixels. No timing is asserted."""
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from lgd.bench import decode, loader, memory, peers
+from lgd.bench.inputs import Inputs
+from lgd.bench.measure import Rate, Ratio, Settings, alternate, cpu_seconds, pinned, steady
+from lgd.bench.suite import BENCHMARKS, bench, rows, summary
+from lgd.cli import main
+from lgd.config import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def tiny(tissue) -> Settings:
+    return Settings(
+        images=str(tissue),
+        size=32,
+        side=128,
+        batch=4,
+        threads=1,
+        seconds=0.02,
+        rounds=3,
+        pairs=16,
+        patches=8,
+        lessons=24,
+        epochs=1,
+        stream=0.5,
+        plan_shards=200,
+    )
+
+
+EXPECTED = {
+    "loader": {"loader": 0.95},
+    "loader-peers": {"loader-peers: webdataset": 1.15, "loader-peers: litdata": 1.04, "loader-peers: pillow": 4.5},
+    "decode": {"decode": 1.6, "decode: cosine": 0.999, "decode: predictions": 0.99},
+    "memory": {"memory": 50.0},
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_document_is_complete_and_consistent(name, tiny, capfd):
+    # JSON has no NaN.
+    document = json.loads(json.dumps(bench(name, tiny), allow_nan=False))
+    # Results alone may go to standard output, whatever the peers' processes print.
+    assert capfd.readouterr().out == ""
+    assert {"cpu", "cores", "memory_gib"} <= document["machine"].keys()
+    assert document["versions"].keys() >= {"python", "torch", "simplejpeg", "pillow", "webdataset", "litdata"}
+    assert document["settings"]["threads"] == 1
+    (benchmark,) = document["benchmarks"]
+    assert benchmark["facts"]
+    assert {ratio["name"]: ratio["mark"] for ratio in benchmark["ratios"]} == EXPECTED[name]
+    for ratio in benchmark["ratios"]:
+        if ratio["missing"]:
+            assert ratio["value"] is None and "pip install" in ratio["missing"]
+            continue
+        below = ratio["value"] <= ratio["mark"]
+        assert ratio["reached"] == (below if name == "memory" else ratio["value"] >= ratio["mark"])
+        for one in ratio.get("rounds", ()):
+            assert one["ratio"] == pytest.approx(one["a"] / one["b"])
+        if "rounds" in ratio:
+            assert len(ratio["rounds"]) == tiny.rounds
+            assert ratio["value"] == statistics.median(one["ratio"] for one in ratio["rounds"])
+    table = rows(document)
+    assert [row["name"] for row in table] == list(EXPECTED[name])
+    assert all(row["reached"] in ("yes", "MISSED", "not measured") for row in table)
+    assert all(row["name"] in summary(document) for row in table if row["reached"] != "yes")
+
+
+def test_the_facts_of_decode_tell_formats_and_cosines(tiny, tmp_path):
+    settings = replace(tiny, images="", pairs=2, patches=3)
+    with pinned():
+        outcome = decode.run(settings, Inputs(settings, tmp_path), lambda line: None)
+    facts = outcome.facts
+    assert facts["latents"]["patches"] == 3
+    for found in facts["latents"]["against"].values():
+        for cosine in found["cosine"].values():
+            assert -1 <= cosine["least"] <= cosine["percentile_1"] <= cosine["median"] <= 1 + 1e-6
+    (patches,) = (rows for name, rows in facts["formats"].items() if name.startswith("patches"))
+    assert [row["format"] for row in patches] == ["as given", "jpeg:95", "png", "webp lossless", "webp q90"]
+    size = {row["format"]: row["bytes_a_pair"] for row in patches}
+    assert size["png"] > size["jpeg:95"] > size["webp q90"]
+    # The teacher learnt at the magnification at which it is asked.
+    assert "shrunk to 64" in facts["teacher"]["trained_on"]
+
+
+def test_the_loaders_of_all_sides_are_held_to_the_same_pixels(tiny, tmp_path):
+    inputs = Inputs(tiny, tmp_path)
+    product, contents = loader.Product(inputs.shards, tiny), inputs.sample_contents()
+    assert loader.check_outputs(product, contents) == tiny.pairs
+    with pytest.raises(AssertionError, match="other pixels"):
+        loader.check_outputs(product, contents[::-1])
+    peer = peers.WebDataset(tiny, inputs)
+    assert peers.check_outputs(peer) == 4 * tiny.batch
+
+    class Wrong(peers.WebDataset):
+        def batches(self, count):
+            return (image ^ 1 for image in super().batches(count))
+
+    with pytest.raises(AssertionError, match="Wrong has other pixels"):
+        peers.check_outputs(Wrong(tiny, inputs))
+
+
+def test_each_resize_gives_the_patch_in_small():
+    rng = np.random.default_rng(0)
+    smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).resize((256, 256)))
+    content = simplejpeg.encode_jpeg(np.ascontiguousarray(smooth), quality=95)
+    wanted = smooth.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
+    for name, resize in (decode.RESIZES | decode.MEANS).items():
+        small = resize(content, 64)
+        assert small.dtype == np.uint8 and small.shape == (64, 64, 3), name
+        assert np.abs(small - wanted).mean() < 2, name
+    scaled = loader.pixels(content, 64)
+    assert np.abs(scaled - wanted).mean() < 2
+
+
+def test_decode_refuses_what_is_no_jpeg(tiny, tmp_path):
+    for role in ("HE", "IHC"):
+        (tmp_path / "png" / role / "train").mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "png" / role / "train" / "00000_train_1+.png")
+    settings = replace(tiny, images=str(tmp_path / "png"))
+    with pytest.raises(DataError, match="--images a folder of JPEG"):
+        decode.run(settings, Inputs(settings, tmp_path), lambda line: None)
+
+
+def test_sides_are_measured_in_turn():
+    calls = []
+
+    def side(name: str, samples: int):
+        def run() -> Rate:
+            calls.append(name)
+            return Rate(samples, 2.0, 1.0)
+
+        return run
+
+    ratio = alternate("x", "a / b", 0.5, side("a", 30), side("b", 40), 3, lambda line: None)
+    assert calls == ["a", "b"] * 3
+    assert ratio.value == 0.75 and ratio.reached
+    assert ratio.detail["median_a"] == 15 and ratio.detail["rounds"][0]["cpu_ms_a_sample"] == [
+        pytest.approx(100 / 3),
+        25,
+    ]
+    assert not replace(ratio, mark=0.8).reached
+    assert not replace(ratio, at_most=True).reached
+    assert Ratio(name="x", compared="", value=None, mark=1, missing="why").reached is None
+
+
+def test_the_steady_rate_leaves_out_both_ends_and_takes_every_batch():
+    left = iter(range(20))
+    rate = steady(left, 8, head=5, count=10)
+    assert rate.samples == 80 and rate.seconds > 0
+    assert next(left, None) is None
+    with pytest.raises(AssertionError, match="do not reach beyond"):
+        steady(iter(range(15)), 8, head=5, count=10)
+
+
+def test_cpu_time_counts_living_children():
+    import subprocess
+    import sys
+
+    before = cpu_seconds()
+    code = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        used = cpu_seconds() - before
+        child.communicate(b"\n")
+    assert used >= 0.25
+
+
+def test_private_memory_and_its_slope():
+    before = memory.private_bytes()
+    kept = np.ones(20_000_000, np.uint8)
+    assert 19e6 < memory.private_bytes() - before < 30e6
+    del kept
+    # 60 bytes a sample on top of a sawtooth: 60 MB a million.
+    samples = np.arange(0, 1_000_000, 5000)
+    sawtooth = 2e5 * (np.arange(len(samples)) % 3)
+    value, error = memory.slope(np.stack([samples, 3e8 + 60 * samples + sawtooth], axis=1).astype(float))
+    assert value == pytest.approx(60, abs=1) and error < 1
+
+
+def test_the_plans_memory_does_not_grow_with_the_samples():
+    few, many = (memory.plan_at_scale(200, samples)["rank 0 of 1"] for samples in (1000, 4000))
+    # Of 64 lanes one shard each is known by its rows, and those are 4 bytes a row.
+    assert many["bytes"] - few["bytes"] < 2 * 64 * 3000 * 8
+
+
+def test_the_command_prints_a_table(tissue, capsys):
+    options = ["--images", str(tissue), "--size", "32", "--seconds", "0.05", "--rounds", "2", "--threads", "1"]
+    assert main(["bench", "loader", *options]) == 0
+    out, err = capsys.readouterr()
+    head, row, end = out.splitlines()
+    assert head.split()[:3] == ["name", "ratio", "spread"]
+    assert row.startswith("loader ") and "at least 0.95" in row
+    assert "of 1 marks reached" in end
+    assert "[bench] loader, round 2 of 2" in err
+    assert main(["bench", "loader", "--json", *options]) == 0
+    out, _ = capsys.readouterr()
+    assert json.loads(out)["benchmarks"][0]["name"] == "loader"
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "told"),
+    [
+        (["nonsense"], 2, "there are loader, loader-peers, decode, memory"),
+        (["loader", "--rounds", "0"], 2, "--rounds 0: use at least 1"),
+        (["loader", "--seconds", "0"], 2, "--seconds"),
+        (["loader", "--images", "nowhere-at-all"], 1, "nowhere-at-all does not exist"),
+    ],
+)
+def test_a_mistake_is_told_in_one_message(args, status, told, capsys):
+    assert main(["bench", *args]) == status
+    out, err = capsys.readouterr()
+    assert out == "" and told in err and "Traceback" not in err
+
+
+def test_an_unknown_name_starts_nothing(tiny):
+    with pytest.raises(ConfigError, match="no benchmark 'x'"):
+        bench("x", tiny)
+
+
+def test_nothing_is_left_behind(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    bench("loader", tiny)
+    assert not list(Path(tmp_path).glob("lgd-bench-*"))
