@@ -8,10 +8,11 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from lgd.config import Data, DataError
 from lgd.data.augment import draw
@@ -158,28 +159,27 @@ def training_batches(
 
 
 class Skipped:
-    """The samples that could not be read and were skipped, against the budget of `data.on_bad`."""
+    """The samples that could not be read and were skipped, against the budget of `data.on_bad`; alike on every rank."""
 
-    def __init__(self, data: Data, total: int) -> None:
-        self.data, self.total = data, total
-        self._told: set[int] = set()
+    def __init__(self, data: Data, numbers: Sequence[int]) -> None:
+        """`numbers`: those of the samples that were skipped before the run went on."""
+        self.data, self.numbers = data, set(numbers)
 
-    def new(self, micro: list[Batch]) -> int:
-        """Tell what this rank skips for the first time; how many samples these are."""
-        errors = {number: error for batch in micro for number, error in batch.errors.items()}
-        fresh = errors.keys() - self._told
-        for number in sorted(fresh):
-            print(f"[data] skipped: {errors[number]}", file=sys.stderr, flush=True)
-        self._told |= fresh
-        return len(fresh)
+    def new(self, micro: Sequence[Batch]) -> dict[int, str]:
+        """What this rank skips in a step for the first time: the samples' numbers and why."""
+        return {n: error for batch in micro for n, error in batch.errors.items() if n not in self.numbers}
 
-    def count(self, new: int) -> None:
-        """Add what all ranks skipped in a step; `DataError` once it is more than the budget, on every rank alike."""
-        self.total += new
-        if self.total > self.data.skips:
+    def add(self, mine: dict[int, str], world: World) -> None:
+        """Tell and count what is new on any rank; every rank calls this. `DataError` beyond the budget."""
+        for error in mine.values():
+            print(f"[data] skipped: {error}", file=sys.stderr, flush=True)
+        everyone: list[Any] = [None] * world.size
+        dist.all_gather_object(everyone, sorted(mine))
+        self.numbers.update(*everyone)
+        if len(self.numbers) > self.data.skips:
             raise DataError(
-                f"{self.total} bad samples were skipped, more than data.on_bad {self.data.on_bad} allows: each is told "
-                "above; lgd verify checks the shards"
+                f"{len(self.numbers)} bad samples were skipped, more than data.on_bad {self.data.on_bad} allows: each "
+                "is told above; lgd verify checks the shards"
             )
 
 

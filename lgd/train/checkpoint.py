@@ -28,10 +28,12 @@ class Checkpoint:
     """What a run needs to go on."""
 
     step: int
+    position: int
+    """The plan's position after that step."""
     inputs: str
     """Digest of what the run depends on (`tasks.inputs_digest`)."""
-    skipped: int
-    """Bad samples skipped so far."""
+    skipped: list[int]
+    """Numbers of the bad samples that were skipped so far."""
     weights: dict[str, torch.Tensor]
     moments: Moments
 
@@ -55,6 +57,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             {
                 "format": FORMAT,
                 "step": checkpoint.step,
+                "position": checkpoint.position,
                 "inputs": checkpoint.inputs,
                 "skipped": checkpoint.skipped,
                 "sha256": {file: sha256(temporary / file) for file in _TENSORS},
@@ -78,7 +81,7 @@ def complete(folder: Path) -> list[Path]:
 def problems(path: Path) -> list[str]:
     """What is wrong with one checkpoint."""
     state: Any = read_json(path / "state.json")
-    kinds = {"format": str, "step": int, "inputs": str, "skipped": int, "sha256": dict}
+    kinds = {"format": str, "step": int, "position": int, "inputs": str, "skipped": list, "sha256": dict}
     whole = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
     if not whole or state["format"] != FORMAT or state["sha256"].keys() != set(_TENSORS):
         return [f"{path / 'state.json'} is not a checkpoint of format {FORMAT}"]
@@ -108,8 +111,14 @@ def load(path: Path, inputs: str) -> Checkpoint:
     for key, tensor in load_file(path / "moments.safetensors").items():
         parameter, moment = key.rsplit("|", 1)
         moments.setdefault(parameter, {})[moment] = tensor
-    weights = load_file(path / "weights.safetensors")
-    return Checkpoint(step=state["step"], inputs=inputs, skipped=state["skipped"], weights=weights, moments=moments)
+    return Checkpoint(
+        step=state["step"],
+        position=state["position"],
+        inputs=inputs,
+        skipped=state["skipped"],
+        weights=load_file(path / "weights.safetensors"),
+        moments=moments,
+    )
 
 
 def find(folder: Path, resume: str, inputs: str) -> Checkpoint | None:

@@ -115,7 +115,7 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
         reader,
         plan,
         parts,
-        start=start * settings.batch,
+        start=saved.position if saved else 0,
         steps=steps - start,
         batch=settings.batch,
         accumulate=settings.accumulate,
@@ -124,11 +124,13 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
         turn=config.data.augment != "none",
         skip=config.data.skips > 0,
     )
-    skipped = Skipped(config.data, saved.skipped if saved else 0)
-    for step, micro, waited in timed(start, batches):
+    skipped = Skipped(config.data, saved.skipped if saved else [])
+    for step, (micro, position), waited in timed(start, batches):
         terms = backward(engine, task, micro, config, step / steps, world)
-        sums, new, stopping = agree(terms, skipped.new(micro), stop.is_set(), world)
-        skipped.count(new)
+        bad = skipped.new(micro)
+        sums, any_bad, stopping = agree(terms, len(bad) > 0, stop.is_set(), world)
+        if any_bad:
+            skipped.add(bad, world)
         if not math.isfinite(sums["loss"]):
             if log:
                 log.close()
@@ -140,20 +142,21 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
         norm = engine.step(rate)
         done = step + 1
         if log:
-            log.step(done, sums | {"lr": rate, "grad_norm": norm, "skipped": skipped.total}, waited)
+            log.step(done, sums | {"lr": rate, "grad_norm": norm, "skipped": len(skipped.numbers)}, waited)
         if done % every == 0 and done < steps and held_out:
             scores = validate(engine, task, held_out, config, world)[2]
             if log:
                 log.validation(done, scores)
         if done % settings.checkpoint_every == 0 or done == steps or stopping:
-            save(engine, task, done, inputs, skipped.total, settings.keep, first)
+            facts = {"step": done, "position": position, "inputs": inputs, "skipped": sorted(skipped.numbers)}
+            save(engine, task, facts, settings.keep, first)
         if stopping and done < steps:
             if log:
                 log.close()
             raise Stopped(f"stopped after step {done} of {steps}; the same command goes on from there")
     if isinstance(task, TeacherTask):
         centre_latents(engine, shards, config, world)
-    facts = {"inputs": inputs, "steps": steps, "epochs": task.epochs, "skipped": skipped.total}
+    facts = {"inputs": inputs, "steps": steps, "epochs": task.epochs, "skipped": len(skipped.numbers)}
     export(engine, task, config, world, held_out, facts, log)
     reader.close()
 
@@ -188,13 +191,13 @@ def backward(
     return sums
 
 
-def agree(terms: dict[str, torch.Tensor], skipped: int, stop: bool, world: World) -> tuple[dict[str, float], int, bool]:
-    """The global value of each term, the samples that all ranks skipped, and whether any was asked to stop."""
-    values = torch.stack([*terms.values(), *torch.tensor([float(skipped), float(stop)], device=world.device)])
+def agree(terms: dict[str, torch.Tensor], bad: bool, stop: bool, world: World) -> tuple[dict[str, float], bool, bool]:
+    """The global value of each term, and whether any rank met new bad samples, or was asked to stop."""
+    values = torch.stack([*terms.values(), *torch.tensor([float(bad), float(stop)], device=world.device)])
     if world.size > 1:
         dist.all_reduce(values)
-    *numbers, all_skipped, stopping = values.tolist()
-    return dict(zip(terms, numbers, strict=True)), round(all_skipped), stopping > 0
+    *numbers, any_bad, stopping = values.tolist()
+    return dict(zip(terms, numbers, strict=True)), any_bad > 0, stopping > 0
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -205,7 +208,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return 0.5 * peak * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def timed(start: int, batches: Iterator[Step]) -> Iterator[tuple[int, list[Batch], float]]:
+def timed(start: int, batches: Iterator[Step]) -> Iterator[tuple[int, Step, float]]:
     """Number the steps, and measure the seconds that each waited for its data."""
     step = start
     while True:
@@ -213,7 +216,7 @@ def timed(start: int, batches: Iterator[Step]) -> Iterator[tuple[int, list[Batch
         taken = next(batches, None)
         if taken is None:
             return
-        yield step, taken.micro, time.perf_counter() - began
+        yield step, taken, time.perf_counter() - began
         step += 1
 
 
@@ -238,11 +241,11 @@ def signals_restored() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def save(engine: Engine, task: Task, step: int, inputs: str, skipped: int, keep: int, first: bool) -> None:
-    """One checkpoint; all ranks give their share, rank 0 writes."""
+def save(engine: Engine, task: Task, facts: dict[str, Any], keep: int, first: bool) -> None:
+    """One checkpoint with these facts of it; all ranks give their share, rank 0 writes."""
     weights, moments = engine.state()
     if first:
-        done = checkpoint.Checkpoint(step=step, inputs=inputs, skipped=skipped, weights=weights, moments=moments)
+        done = checkpoint.Checkpoint(**facts, weights=weights, moments=moments)
         checkpoint.save(task.folder / "checkpoints", done, keep)
     dist.barrier()
 

@@ -16,11 +16,11 @@ def some(step, inputs=RUN):
     torch.manual_seed(step)
     weights = {"conv.weight": torch.randn(2, 3), "head.bias": torch.randn(4)}
     moments = {name: {"exp_avg": torch.randn_like(t), "exp_avg_sq": torch.rand_like(t)} for name, t in weights.items()}
-    return Checkpoint(step=step, inputs=inputs, skipped=step, weights=weights, moments=moments)
+    return Checkpoint(step=step, inputs=inputs, position=8 * step, skipped=[step], weights=weights, moments=moments)
 
 
 def assert_same(a, b):
-    assert (a.step, a.inputs, a.skipped) == (b.step, b.inputs, b.skipped)
+    assert (a.step, a.position, a.inputs, a.skipped) == (b.step, b.position, b.inputs, b.skipped)
     assert a.weights.keys() == b.weights.keys() and a.moments.keys() == b.moments.keys()
     assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
     assert all(torch.equal(a.moments[n][m], b.moments[n][m]) for n in a.moments for m in ("exp_avg", "exp_avg_sq"))
@@ -33,7 +33,7 @@ def test_what_is_saved_reads_back(tmp_path):
 
 
 def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
-    start = Checkpoint(step=0, inputs=RUN, skipped=0, weights={"w": torch.ones(2)}, moments={})
+    start = Checkpoint(step=0, position=0, inputs=RUN, skipped=[], weights={"w": torch.ones(2)}, moments={})
     assert load(save(tmp_path, start, keep=1), RUN).moments == {}
 
 
@@ -77,7 +77,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(tmp_path):
 
 def test_the_same_step_can_be_saved_again(tmp_path):
     save(tmp_path, some(3), keep=1)
-    newer = Checkpoint(step=3, inputs=RUN, skipped=0, weights=some(4).weights, moments={})
+    newer = Checkpoint(step=3, position=24, inputs=RUN, skipped=[], weights=some(4).weights, moments={})
     save(tmp_path, newer, keep=1)
     assert_same(find(tmp_path, "auto", RUN), newer)
 

@@ -288,6 +288,18 @@ def test_bad_samples_stop_training_or_are_skipped_told_and_counted(student, dama
 
 
 @pytest.mark.faults
+def test_a_sample_is_skipped_once_however_often_the_run_goes_on(student, damaged, monkeypatch):
+    config = student(data={"shards": damaged(2, "he"), "on_bad": "skip:2"}, student={"epochs": 4})
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "stop_flag", lambda: AfterReads(4))
+        with pytest.raises(DataError, match="stopped after step 4"):
+            train_under(config, "student")
+    assert log_of(config.student.dir)[-1]["skipped"] == 2
+    assert train_under(config, "student")
+    assert log_of(config.student.dir)[-1]["skipped"] == 2
+
+
+@pytest.mark.faults
 def test_a_skipped_sample_has_no_loss(student, damaged):
     """The first step's loss is the mean over the samples that could be read."""
     shards = damaged(1, "he")
