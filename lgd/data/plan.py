@@ -44,12 +44,14 @@ class World:
 class _Run(NamedTuple):
     """A lane's way through one epoch, over the shards, or pieces of shards, of its run."""
 
+    before: int
+    """Turns that the lane took before this epoch."""
     shards: np.ndarray
     """int64: shard of each piece, in the order of this epoch."""
     ends: np.ndarray
     """int64: place in the lane at which each piece ends."""
-    skips: np.ndarray
-    """int64: samples of the shard's order that belong to another lane, before this piece."""
+    shifts: np.ndarray
+    """int64: what a place in the lane and its place in the shard's order differ by, for each piece."""
 
 
 class Plan:
@@ -72,30 +74,18 @@ class Plan:
 
     def samples(self, positions_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The epoch and the sample number at each position, both int64 (n,)."""
-        epochs_n = positions_n // self.total
-        numbers_n = np.empty_like(positions_n)
-        turns_n, lanes_n = np.divmod(positions_n, self.lanes)
-        for epoch in np.unique(epochs_n).tolist():
-            start = epoch * self.total
-            for lane in np.unique(lanes_n[epochs_n == epoch]).tolist():
-                here_n = (epochs_n == epoch) & (lanes_n == lane)
-                # Turns of this lane before the epoch began.
-                before = -((lane - start) // self.lanes)
-                numbers_n[here_n] = self._numbers(epoch, lane, turns_n[here_n] - before)
-        return epochs_n, numbers_n
+        # One by one: a lane has one or two positions of a batch, and numpy's calls cost ten times as much on so few.
+        numbers = [self._number(position) for position in positions_n.tolist()]
+        return positions_n // self.total, np.array(numbers, np.int64)
 
-    def _numbers(self, epoch: int, lane: int, places_m: np.ndarray) -> np.ndarray:
-        """The sample number at each place of a lane in an epoch."""
+    def _number(self, position: int) -> int:
+        epoch = position // self.total
+        turn, lane = divmod(position, self.lanes)
         run = self._run(epoch, lane)
-        pieces_m = np.searchsorted(run.ends, places_m, side="right")
-        numbers_m = np.empty_like(places_m)
-        for piece in np.unique(pieces_m).tolist():
-            here_m = pieces_m == piece
-            shard = int(run.shards[piece])
-            start = int(run.ends[piece - 1]) if piece else 0
-            rows = self._rows(epoch, shard)
-            numbers_m[here_m] = self.first_S1[shard] + rows[places_m[here_m] - start + run.skips[piece]]
-        return numbers_m
+        place = turn - run.before
+        piece = run.ends.searchsorted(place, "right")
+        shard = int(run.shards[piece])
+        return int(self.first_S1[shard] + self._rows(epoch, shard)[place + run.shifts[piece]])
 
     def _new_run(self, epoch: int, lane: int) -> _Run:
         """Cut the lane's run out of the line of shards, and shuffle its pieces."""
@@ -110,7 +100,10 @@ class Plan:
         pieces = first + _permutation(max(0, last - first + 1), self.seed, f"lane {epoch} {lane}")
         begins = np.maximum(self._line_S1[pieces], begin)
         lengths = np.minimum(self._line_S1[pieces + 1], end) - begins
-        return _Run(self._line_S[pieces], np.cumsum(lengths), begins - self._line_S1[pieces])
+        ends = np.cumsum(lengths)
+        shifts = begins - self._line_S1[pieces] - (ends - lengths)
+        turns_before = -((lane - epoch * self.total) // self.lanes)
+        return _Run(turns_before, self._line_S[pieces], ends, shifts)
 
     def _new_rows(self, epoch: int, shard: int) -> np.ndarray:
         """The order of a shard's rows in an epoch."""

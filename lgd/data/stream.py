@@ -131,7 +131,7 @@ class Reader:
 
 
 def stream(
-    reader: Reader, batches: Iterable[Numbers], *, threads: int, prefetch: int = 4, skip: bool = False
+    reader: Reader, batches: Iterable[Numbers], *, threads: int, prefetch: int = 3, skip: bool = False
 ) -> Iterator[Samples]:
     """Yield the samples of each batch of numbers, in order; up to `prefetch` batches are read ahead.
 

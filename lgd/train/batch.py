@@ -149,7 +149,8 @@ def training_batches(
                 epochs.append(epoch_B)
                 yield number_B
 
-    batches = stream(reader, numbers(), threads=threads, skip=skip)
+    # A step's micro-batches are wanted at once; what is read ahead should still fit a processor's cache.
+    batches = stream(reader, numbers(), threads=threads, prefetch=2 * accumulate + 1, skip=skip)
     for position in positions:
         micro = [
             collate(samples, epochs.popleft(), parts, plan.seed, turn)
