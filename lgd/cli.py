@@ -4,7 +4,6 @@ Progress goes to standard error, results to standard output. Exit status: 0 done
 wrong; 2 the command line or the configuration is wrong.
 """
 
-import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import lgd
 from lgd.config import Config, ConfigError, DataError
 from lgd.options import add_config_arguments, add_option_arguments, config_of, make_parser, parse
+from lgd.tables import print_csv, print_table
 
 Run = Callable[[Any, Any], None]
 
@@ -59,7 +59,7 @@ def _build_shards(parser: Any) -> Run:
             size = sum(shard["bytes"] for shard in split["shards"]) / 1e6
             shards = len(split["shards"])
             rows.append({"split": name, "samples": split["samples"], **split["levels"], "shards": shards, "MB": size})
-        _print_table(rows)
+        print_table(rows)
         sources = manifest["sources"]
         left_out = f", {sources['rejected']} left out (rejected.csv)" if sources["rejected"] else ""
         done = "reused, nothing changed" if manifest.get("reused") else "built"
@@ -143,9 +143,9 @@ def _predict(parser: Any) -> Run:
             return
         flat = [{**{k: v for k, v in row.items() if k != "probabilities"}, **row["probabilities"]} for row in rows]
         if namespace.csv:
-            _print_csv(flat)
+            print_csv(flat)
         else:
-            _print_table(flat)
+            print_table(flat)
 
     return run
 
@@ -180,29 +180,11 @@ def _query(parser: Any) -> Run:
             for rank, neighbour in enumerate(row["neighbours"])
         ]
         if namespace.csv:
-            _print_csv(flat)
+            print_csv(flat)
         else:
-            _print_table(flat)
+            print_table(flat)
 
     return run
-
-
-def _print_csv(rows: list[dict[str, Any]]) -> None:
-    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    def text(value: Any) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    cells = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    for row in cells:
-        print("  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _verify(parser: Any) -> Run:
@@ -275,7 +257,7 @@ def _bench(parser: Any) -> Run:
         if namespace.json:
             print(json.dumps(document, indent=1, ensure_ascii=False))
             return
-        _print_table(rows(document))
+        print_table(rows(document))
         print(summary(document))
 
     return run

@@ -170,8 +170,7 @@ def _retrieval(config: Config, scorer: Any, shards: list[Shard], student: Any, p
     """Own-pair retrieval among the held-out IHC, and the rows of the contact sheet from the training gallery."""
     from lgd.data.stream import Reader
     from lgd.evaluate.figures import Query
-    from lgd.evaluate.retrieve import Gallery, as_neighbour, check_pair, search
-    from lgd.metrics import retrieval
+    from lgd.evaluate.retrieve import Gallery, as_neighbour, check_pair, retrieval, search
     from lgd.store.index import Searcher
     from lgd.store.latents import Store, read_all
 

@@ -238,41 +238,6 @@ def test_a_temperature_needs_labels_and_finite_logits():
         metrics.fit_temperature(np.array([0]), np.array([[np.nan, 0, 0, 0]]))
 
 
-def test_retrieval_ranks_equal_a_sort():
-    random = np.random.default_rng(0)
-    gallery = random.normal(size=(30, 5))
-    own = random.permutation(30)[:12]
-    queries = 0.7 * gallery[own] + random.normal(size=(12, 5))
-    ranks = []
-    for query, row in zip(queries, own, strict=True):
-        cosine = [q @ query / np.linalg.norm(q) for q in gallery]
-        ranks.append(sorted(cosine, reverse=True).index(cosine[row]) + 1)
-    found = metrics.retrieval(queries, gallery, own)
-    assert found["median_rank"] == np.median(ranks)
-    for k in (1, 5, 10):
-        assert found[f"recall_at_{k}"] == np.mean(np.array(ranks) <= k)
-        assert found[f"chance_recall_at_{k}"] == k / 30
-    assert 1 < found["median_rank"] < 15
-
-
-def test_a_collapsed_network_retrieves_like_chance():
-    gallery = np.random.default_rng(0).normal(size=(21, 8))
-    found = metrics.retrieval(np.tile(gallery[:1], (21, 1)), gallery, np.arange(21))
-    assert found["median_rank"] == found["chance_median_rank"] == 11
-    flat = metrics.retrieval(gallery, np.ones((21, 8)), np.arange(21))
-    assert flat["median_rank"] == 11
-    assert flat["recall_at_10"] == 0
-
-
-def test_retrieval_refuses_what_does_not_fit():
-    with pytest.raises(DataError, match="do not fit"):
-        metrics.retrieval(np.ones((2, 3)), np.ones((2, 4)), np.arange(2))
-    with pytest.raises(DataError, match="do not fit"):
-        metrics.retrieval(np.ones((0, 3)), np.ones((2, 3)), np.arange(0))
-    with pytest.raises(DataError, match="not finite"):
-        metrics.retrieval(np.full((1, 3), np.nan), np.ones((2, 3)), np.arange(1))
-
-
 def test_predictions_that_cannot_be_scored_are_refused():
     with pytest.raises(DataError, match="one group, level and row a key"):
         predictions([0, 1], np.full((3, 4), 0.25))

@@ -209,10 +209,9 @@ def pinned() -> Iterator[None]:
     """One thread a computation, here and in what is started from here: both sides get their threads by their number."""
     import torch
 
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ.get(name) for name in _THREADS}
     threads = torch.get_num_threads()
-    os.environ.update(dict.fromkeys(names, "1"))
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
     torch.set_num_threads(1)
     try:
         yield

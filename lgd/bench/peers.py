@@ -5,6 +5,7 @@ DataLoader and LitData, both given our decoder, and the customary recipe of Pill
 batches (B, 3, H, W) and levels, as A does. LitData is optional: it requires torchvision, which it does not use here.
 """
 
+import abc
 import hashlib
 import importlib.util
 import itertools
@@ -31,7 +32,7 @@ SHUFFLE = 100
 INSTALL = "litdata is not installed: pip install 'lgd[bench]' && pip install --no-deps litdata"
 
 
-class Peer:
+class Peer(abc.ABC):
     """A loader of others."""
 
     exact = True
@@ -40,9 +41,9 @@ class Peer:
     def __init__(self, settings: Settings, inputs: Inputs) -> None:
         self.settings, self.inputs = settings, inputs
 
+    @abc.abstractmethod
     def batches(self, count: int) -> Iterator[torch.Tensor]:
         """`count` batches, uint8 (B, 3, H, W)."""
-        raise NotImplementedError
 
     def rate(self, count: int) -> Rate:
         """The steady rate over `count` batches, without the start of the workers and the filling of their queues."""

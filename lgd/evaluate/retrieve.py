@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lgd.config import LEVEL_NAMES, ConfigError, DataError
 from lgd.data.shards import Shard, open_shards
@@ -17,6 +18,9 @@ from lgd.evaluate.predict import Scorer, as_row, read_image, score_files
 from lgd.files import is_remote, place
 from lgd.store.index import Searcher
 from lgd.store.latents import Store
+
+# Similarities that are worked out at a time: 32 MB.
+_BLOCK = 4_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,3 +155,45 @@ def as_neighbour(hit: Hit, gallery: Gallery) -> Any:
         distance=hit.distance,
         image=gallery.image(hit),
     )
+
+
+def retrieval(
+    queries_nD: NDArray[np.float64], gallery_mD: NDArray[np.float64], own_index_n: NDArray[np.int64]
+) -> dict[str, float]:
+    """Rank of each query's own pair by cosine: `median_rank`, and `recall_at_1`, `_5`, `_10`.
+
+    `own_index_n` is the gallery row of each query's pair. Ties with it count half. `chance_median_rank` and
+    `chance_recall_at_1`, `_5`, `_10` are those of a blind guess; `queries` and `gallery` are n and m.
+    Raises `DataError` for shapes that disagree, an empty side, or latents that are not finite.
+    """
+    n, m = len(queries_nD), len(gallery_mD)
+    if not n or not m or queries_nD.shape[1:] != gallery_mD.shape[1:] or own_index_n.shape != (n,):
+        raise DataError(
+            f"queries of shape {queries_nD.shape}, gallery of shape {gallery_mD.shape} and own rows of shape "
+            f"{own_index_n.shape} do not fit: give (n, D), (m, D) and (n,), none empty"
+        )
+    gallery = _unit(gallery_mD)
+    ranks = np.empty(n)
+    block = max(1, _BLOCK // m)
+    for start in range(0, n, block):
+        rows = slice(start, start + block)
+        similarity = _unit(queries_nD[rows]) @ gallery.T
+        own = np.take_along_axis(similarity, own_index_n[rows, None], axis=1)
+        ties = (similarity == own).sum(1) - 1
+        ranks[rows] = 1 + (similarity > own).sum(1) + ties / 2
+    found = {
+        "queries": n,
+        "gallery": m,
+        "median_rank": float(np.median(ranks)),
+        "chance_median_rank": (m + 1) / 2,
+    }
+    for k in (1, 5, 10):
+        found |= {f"recall_at_{k}": float((ranks <= k).mean()), f"chance_recall_at_{k}": min(k, m) / m}
+    return found
+
+
+def _unit(x_nD: NDArray[np.float64]) -> NDArray[np.float64]:
+    x_nD = np.asarray(x_nD, dtype=np.float64)
+    if not np.isfinite(x_nD).all():
+        raise DataError("a latent is not finite: the training diverged, lower train.lr")
+    return x_nD / np.maximum(np.linalg.norm(x_nD, axis=1, keepdims=True), 1e-12)

@@ -54,7 +54,7 @@ def read_all(out):
     return [reader.read(number) for number in range(reader.total)]
 
 
-def refused(out, *facts):
+def assert_refused(out, *facts):
     """Assert that reading and verifying refuse the set, that both name the facts, and that a remedy is told."""
     with pytest.raises(DataError) as raised:
         read_all(out)

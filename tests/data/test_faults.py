@@ -10,11 +10,11 @@ from forging import (
     FIRST,
     Member,
     agree,
+    assert_refused,
     entry_with,
     forge,
     make,
     read_all,
-    refused,
     remanifest,
     virtual,
     with_extra,
@@ -108,9 +108,9 @@ def test_a_cut_tar_is_caught(copy, kind, fault_count):
             # While it is open, only what is asked for can be missed.
             with pytest.raises(DataError, match=rf"{FIRST}\.tar, row {last.row}, .*the file ends after"):
                 reader.read(last.number)
-        refused(out, FIRST, f"has {cut} bytes, but the manifest says {len(whole)}")
+        assert_refused(out, FIRST, f"has {cut} bytes, but the manifest says {len(whole)}")
         agree(out)
-        refused(out, FIRST)
+        assert_refused(out, FIRST)
         (out / "manifest.json").write_bytes(manifest)
 
 
@@ -121,9 +121,9 @@ def test_a_cut_index_is_caught(out, fault_count):
         path.write_bytes(
             whole[: dice.choice([0, 8, 128, len(whole) - 1]) if number % 2 else dice.randrange(len(whole))]
         )
-        refused(out, f"{FIRST}.idx is no index of 3 samples")
+        assert_refused(out, f"{FIRST}.idx is no index of 3 samples")
     path.write_bytes(whole + b"\0")
-    refused(out, f"{FIRST}.idx is no index of 3 samples")
+    assert_refused(out, f"{FIRST}.idx is no index of 3 samples")
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx"])
@@ -131,7 +131,7 @@ def test_a_cut_index_is_caught(out, fault_count):
 def test_a_missing_file_is_caught(out, suffix, spoil):
     shards = open_shards(out)[1]
     spoil(out / f"{FIRST}.{suffix}")
-    refused(out, f"{FIRST}.{suffix} is missing")
+    assert_refused(out, f"{FIRST}.{suffix} is missing")
     # And where it goes missing after the run has begun.
     with pytest.raises(DataError, match=rf"{FIRST}\.{suffix} (is missing|cannot be opened)"):
         shards[0].open()
@@ -140,25 +140,25 @@ def test_a_missing_file_is_caught(out, suffix, spoil):
 @pytest.mark.parametrize("place", range(9))
 def test_a_missing_member_is_caught(out, place):
     forge(out, lambda members: members[:place] + members[place + 1 :])
-    refused(out, f"{FIRST}.idx is no index of 3 samples")
+    assert_refused(out, f"{FIRST}.idx is no index of 3 samples")
 
 
 def test_missing_samples_are_caught(out):
     forge(out, lambda members: members[:3] + members[6:])
-    refused(out, f"{FIRST}.idx is no index of 3 samples")
+    assert_refused(out, f"{FIRST}.idx is no index of 3 samples")
     shutil.copy(out / "train-000001.idx", out / f"{FIRST}.idx")
-    refused(out, FIRST, "bytes, but its index describes members that end at byte")
+    assert_refused(out, FIRST, "bytes, but its index describes members that end at byte")
 
 
 @pytest.mark.parametrize("place", range(10))
 def test_an_extra_member_is_caught(out, place):
     forge(out, with_extra(place, Member("extra.txt", b"text", listed=False)))
-    refused(out, FIRST, "the index places it at byte" if place < 9 else "behind its last sample")
+    assert_refused(out, FIRST, "the index places it at byte" if place < 9 else "behind its last sample")
 
 
 def test_more_members_than_fit_are_caught_at_the_end(out):
     forge(out, with_extra(9, Member("extra.txt", bytes(20000), listed=False)))
-    refused(out, FIRST, "but its index describes members that end at byte")
+    assert_refused(out, FIRST, "but its index describes members that end at byte")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_more_members_than_fit_are_caught_at_the_end(out):
 )
 def test_members_out_of_place_are_caught(out, order, reason):
     forge(out, lambda members: [members[place] for place in order])
-    refused(out, FIRST, reason)
+    assert_refused(out, FIRST, reason)
 
 
 def test_a_swapped_index_is_caught(out):
@@ -183,7 +183,7 @@ def test_a_swapped_index_is_caught(out):
     assert (index["offset"] == np.load(second)["offset"]).all(), "the test wants an index that fits"
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
-    refused(out, f"{out / FIRST}.tar, row 0, json: its crc32 is not the index's")
+    assert_refused(out, f"{out / FIRST}.tar, row 0, json: its crc32 is not the index's")
     second.write_bytes(contents[1])
     for changed, reason in (
         (index[::-1], "row 0, json: the index places it at byte"),
@@ -193,7 +193,7 @@ def test_a_swapped_index_is_caught(out):
     ):
         with open(first, "wb") as stream:
             np.save(stream, changed)
-        refused(out, FIRST, reason)
+        assert_refused(out, FIRST, reason)
 
 
 def test_any_flipped_bit_of_an_index_is_caught(out, fault_count):
@@ -201,7 +201,7 @@ def test_any_flipped_bit_of_an_index_is_caught(out, fault_count):
     for _ in range(fault_count(100)):
         place, bit = dice.randrange(path.stat().st_size), 1 << dice.randrange(8)
         flip(path, place, bit)
-        refused(out, FIRST)
+        assert_refused(out, FIRST)
         flip(path, place, bit)
 
 
@@ -210,10 +210,10 @@ def test_shards_that_changed_places_are_caught(out):
         (out / f"{FIRST}.{suffix}").rename(out / f"swap.{suffix}")
         (out / f"test-000000.{suffix}").rename(out / f"{FIRST}.{suffix}")
         (out / f"swap.{suffix}").rename(out / f"test-000000.{suffix}")
-    refused(out, f"{FIRST}.tar has", "but the manifest says")
+    assert_refused(out, f"{FIRST}.tar has", "but the manifest says")
     agree(out, samples=1)
     agree(out, "test-000000", samples=3)
-    refused(out, f"{FIRST}.tar, row 0, p6, json: field split is 'test', but the shard is of train")
+    assert_refused(out, f"{FIRST}.tar, row 0, p6, json: field split is 'test', but the shard is of train")
 
 
 def test_shards_of_one_size_that_changed_places_are_found_by_verify(out):
@@ -250,7 +250,7 @@ def test_shards_of_one_size_that_changed_places_are_found_by_verify(out):
 )
 def test_a_manifest_that_disagrees_is_caught(out, change, reason):
     remanifest(out, change)
-    refused(out, reason)
+    assert_refused(out, reason)
 
 
 @pytest.mark.parametrize(

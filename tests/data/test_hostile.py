@@ -17,10 +17,10 @@ import pytest
 from forging import (
     FIRST,
     Member,
+    assert_refused,
     entry_with,
     forge,
     make,
-    refused,
     remanifest,
     saved,
     virtual,
@@ -58,7 +58,7 @@ def test_links_devices_and_other_members_are_refused(out, place, role, type_):
     forge(out, lambda members: [*members[:place], members[place]._replace(type=type_), *members[place + 1 :]])
     key = "" if role == "json" else "p0, "
     told = f"{FIRST}.tar, row 0, p0, {role}: its tar header is of type" if key else f"{role}: its tar header is of type"
-    refused(out, told)
+    assert_refused(out, told)
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_links_devices_and_other_members_are_refused(out, place, role, type_):
 )
 def test_a_member_by_another_name_is_refused(out, name):
     forge(out, lambda members: [members[0], members[1]._replace(name=name), *members[2:]])
-    refused(out, f"{FIRST}.tar, row 0, p0, he: its tar header names")
+    assert_refused(out, f"{FIRST}.tar, row 0, p0, he: its tar header names")
     # USTAR puts the folders of a long name elsewhere in the header.
     forge(out, lambda members: [members[0], members[1]._replace(name="d" * 99 + "/p0.he.png"), *members[2:]])
-    refused(out, f"{FIRST}.tar, row 0, p0, he: its tar header names")
+    assert_refused(out, f"{FIRST}.tar, row 0, p0, he: its tar header names")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_key_that_leads_elsewhere_is_refused(out, key):
         return [renamed[0]._replace(content=json.dumps(meta).encode()), *renamed[1:], *members[3:]]
 
     forge(out, change)
-    refused(out, f"{FIRST}.tar, row 0, json: has no key of letters, digits")
+    assert_refused(out, f"{FIRST}.tar, row 0, json: has no key of letters, digits")
 
 
 @pytest.mark.parametrize("place, role", enumerate(("json", "he", "ihc")))
@@ -97,10 +97,10 @@ def test_headers_that_rename_the_next_member_are_refused(out, place, role):
     forge(out, change)
     with tarfile.open(out / f"{FIRST}.tar") as tar:
         assert tar.getnames()[place].startswith("../")
-    refused(out, FIRST, f"row 0, {role}: the index places it at byte")
+    assert_refused(out, FIRST, f"row 0, {role}: the index places it at byte")
     listed = Member("x", b"27 path=../../etc/passwd.x\n", type=b"x")
     forge(out, lambda members: [*members[:place], listed, *members[place + 1 :]])
-    refused(out, FIRST, f"{role}: " + ("no valid JSON" if place == 0 else "is no png image"))
+    assert_refused(out, FIRST, f"{role}: " + ("no valid JSON" if place == 0 else "is no png image"))
 
 
 FILES = [
@@ -153,7 +153,7 @@ def test_a_hostile_manifest_is_refused(out, change):
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     manifest["digest"] = digest_of(manifest) if text.isprintable() and "\ud800" not in text else "0" * 64
     path.write_text(json.dumps(manifest))
-    refused(out, f"{path}: field extensions or splits is malformed")
+    assert_refused(out, f"{path}: field extensions or splits is malformed")
 
 
 class Attack:
@@ -202,7 +202,7 @@ PICKLES = {
 def test_a_pickle_is_refused_and_does_not_run(out, tmp_path, kind):
     payload = Attack(tmp_path / "ran")
     PICKLES[kind](out, payload)
-    refused(out, "manifest.json" if "manifest" in kind else FIRST)
+    assert_refused(out, "manifest.json" if "manifest" in kind else FIRST)
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(payload))
     assert (tmp_path / "ran").exists(), "the attack must work where it is let in"
@@ -240,7 +240,7 @@ def test_a_json_bomb_is_refused(out, bomb, field):
         # It reads as an infinite number, in a field that nobody uses.
         assert "its fields are not" in verify(out)[0]
         return
-    refused(out, FIRST)
+    assert_refused(out, FIRST)
     assert time.monotonic() - started < 5
 
 
@@ -254,7 +254,7 @@ def test_a_count_of_samples_takes_no_memory_by_itself(out):
 def test_a_json_bomb_in_the_manifest_is_refused(out, bomb):
     path = out / "manifest.json"
     path.write_text(path.read_text().replace('"samples": 3', f'"samples": {BOMBS[bomb]}'))
-    refused(out, f"{path}")
+    assert_refused(out, f"{path}")
 
 
 @pytest.mark.parametrize("field", ["group", "slide", "source"])
@@ -264,7 +264,7 @@ def test_text_that_cannot_be_printed_is_refused(out, field, text):
     if field == "group":
         changes["slide"] = "null"
     forge(out, key_json(**changes))
-    refused(out, f"{FIRST}.tar, row 0, p0, json: field ", "cannot be printed")
+    assert_refused(out, f"{FIRST}.tar, row 0, p0, json: field ", "cannot be printed")
 
 
 def chunk(kind, content):
@@ -348,7 +348,7 @@ def test_an_image_bomb_is_refused_before_it_takes_memory(out, bomb):
     Path("/proc/self/clear_refs").write_text("5")
     before, started = peak(), time.monotonic()
     reason = "more than 100 megapixels" if bomb in IMAGES else "is truncated or broken"
-    refused(out, f"{FIRST}.tar, row 0, p0, he: ", reason)
+    assert_refused(out, f"{FIRST}.tar, row 0, p0, he: ", reason)
     assert peak() - before < 100_000
     assert time.monotonic() - started < 5
 
@@ -376,7 +376,7 @@ OTHERS = {
 def test_other_formats_are_refused_by_any_name(out, kind, extension):
     content = OTHERS[kind]()
     put_he(out, content, extension)
-    refused(out, f"{FIRST}.tar, row 0, p0, he: is no {extension} image")
+    assert_refused(out, f"{FIRST}.tar, row 0, p0, he: is no {extension} image")
 
 
 def test_what_follows_an_image_is_left_alone(out, tmp_path):

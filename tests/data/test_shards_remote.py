@@ -12,13 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 
 from lgd import distribute
 from lgd.cli import main
@@ -31,28 +28,12 @@ PAIRS = 30
 
 
 @pytest.fixture(scope="module")
-def s3():
-    """A client of an S3 server on loopback, which the environment names to everybody; buckets `data` and `old`."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
-            patch.delenv(name)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        forget_connections()
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="data")
-        client.create_bucket(Bucket="versions")
-        client.put_bucket_versioning(Bucket="versions", VersioningConfiguration={"Status": "Enabled"})
-        yield client
-    forget_connections()
-    # All servers of a process share what they hold.
-    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", b"").close()
-    server.stop()
+def s3(s3_server):
+    """The client; buckets `data` and `versions`."""
+    s3_server.create_bucket(Bucket="data")
+    s3_server.create_bucket(Bucket="versions")
+    s3_server.put_bucket_versioning(Bucket="versions", VersioningConfiguration={"Status": "Enabled"})
+    return s3_server
 
 
 def forget_connections():

@@ -3,11 +3,8 @@
 import time
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
-import s3fs
-from moto.server import ThreadedMotoServer
 
 from lgd.config import DataError
 from lgd.data.archive import open_shards
@@ -16,33 +13,15 @@ from lgd.files import read_json
 from lgd.train.loop import train_under
 
 
-@pytest.fixture(scope="module")
-def server():
-    """An S3 server of this module's own."""
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        # fsspec remembers the address of another module's server.
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield boto3.client("s3")
-        s3fs.S3FileSystem.clear_instance_cache()
-    moto.stop()
-
-
 @pytest.fixture
-def bucket(server, tissue_config, tmp_path, monkeypatch):
+def bucket(s3_server, tissue_config, tmp_path, monkeypatch):
     """The url of a copy of the shards, and a client; the cache is empty."""
     monkeypatch.setenv("LGD_CACHE", str(tmp_path / "cache"))
     name = f"lgd-{time.time_ns()}"
-    server.create_bucket(Bucket=name)
+    s3_server.create_bucket(Bucket=name)
     for path in sorted(Path(tissue_config.shard_dirs[0]).iterdir()):
-        server.upload_file(str(path), name, f"sets/tissue/{path.name}")
-    return f"s3://{name}/sets/tissue", server
+        s3_server.upload_file(str(path), name, f"sets/tissue/{path.name}")
+    return f"s3://{name}/sets/tissue", s3_server
 
 
 def cached(tmp_path):

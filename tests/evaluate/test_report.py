@@ -7,7 +7,8 @@ from PIL import Image
 from lgd.config import LEVEL_NAMES, DataError
 from lgd.evaluate.figures import Neighbour, Query, confusion_matrix, contact_sheet
 from lgd.evaluate.report import caveats_of, table, write_report
-from lgd.metrics import METRICS, Predictions, paired_difference, retrieval, score
+from lgd.evaluate.retrieve import retrieval
+from lgd.metrics import METRICS, Predictions, paired_difference, score
 
 
 def model(name="LGD-Net", skill=1.0, slides=12, each=5, level=None, groups=None):

@@ -10,7 +10,7 @@ from lgd.config import LEVEL_NAMES, ConfigError, DataError
 from lgd.data.archive import open_shards
 from lgd.data.stream import Reader
 from lgd.evaluate.predict import find_images, load_scorer, score_files
-from lgd.evaluate.retrieve import Gallery, as_json, check_pair, query
+from lgd.evaluate.retrieve import Gallery, as_json, check_pair, query, retrieval
 from lgd.files import read_json, write_json
 from lgd.store.index import build_index
 from lgd.store.latents import Store
@@ -159,3 +159,38 @@ def test_a_gallery_of_all_splits_finds_the_held_out_pair_too(tissue_run, scorer,
     (row,) = query(scorer, whole, find_images([str(images[0])]), 48)
     assert {hit.split for hit in row["hits"]} == {"train", "val", "test"}
     assert images[0].stem in {hit.key for hit in row["hits"]}
+
+
+def test_retrieval_ranks_equal_a_sort():
+    random = np.random.default_rng(0)
+    gallery = random.normal(size=(30, 5))
+    own = random.permutation(30)[:12]
+    queries = 0.7 * gallery[own] + random.normal(size=(12, 5))
+    ranks = []
+    for vector, row in zip(queries, own, strict=True):
+        cosine = [q @ vector / np.linalg.norm(q) for q in gallery]
+        ranks.append(sorted(cosine, reverse=True).index(cosine[row]) + 1)
+    found = retrieval(queries, gallery, own)
+    assert found["median_rank"] == np.median(ranks)
+    for k in (1, 5, 10):
+        assert found[f"recall_at_{k}"] == np.mean(np.array(ranks) <= k)
+        assert found[f"chance_recall_at_{k}"] == k / 30
+    assert 1 < found["median_rank"] < 15
+
+
+def test_a_collapsed_network_retrieves_like_chance():
+    gallery = np.random.default_rng(0).normal(size=(21, 8))
+    found = retrieval(np.tile(gallery[:1], (21, 1)), gallery, np.arange(21))
+    assert found["median_rank"] == found["chance_median_rank"] == 11
+    flat = retrieval(gallery, np.ones((21, 8)), np.arange(21))
+    assert flat["median_rank"] == 11
+    assert flat["recall_at_10"] == 0
+
+
+def test_retrieval_refuses_what_does_not_fit():
+    with pytest.raises(DataError, match="do not fit"):
+        retrieval(np.ones((2, 3)), np.ones((2, 4)), np.arange(2))
+    with pytest.raises(DataError, match="do not fit"):
+        retrieval(np.ones((0, 3)), np.ones((2, 3)), np.arange(0))
+    with pytest.raises(DataError, match="not finite"):
+        retrieval(np.full((1, 3), np.nan), np.ones((2, 3)), np.arange(1))
