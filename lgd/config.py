@@ -112,6 +112,8 @@ class Latents:
     """Cached views of each IHC: itself, or all eight of the dihedral group D4."""
     dtype: Literal["float16", "float32"] = "float16"
     """Type of the stored latents and targets."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the teacher's forward pass; bf16 needs a GPU that has it."""
     map: int = 4
     """Side of the cached latent map; 0 caches pooled latents only."""
     nuclei_grid: int = 8

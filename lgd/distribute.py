@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,15 +82,16 @@ def map_with(
     workers: int,
     what: str,
     use_gpus: bool = True,
+    at_once: int = 1,
 ) -> Iterator[Result]:
     """Apply a function to each argument and yield the results as they come, in any order.
 
     `make` builds the function once in each worker: what is costly to load is loaded there. A worker has one of the
-    cluster's GPUs, where there are any and `use_gpus` is left True.
+    cluster's GPUs, where there are any and `use_gpus` is left True. Each worker calls the function in `at_once`
+    threads; a function with a method `stop` is told by it that its results are not wanted any more.
     """
     if workers == 0 or not arguments:
-        function = make()
-        yield from (function(argument) for argument in arguments)
+        yield from _map_here(make(), arguments, at_once)
         return
     cpus = connect(workers, what, use_gpus)
     import ray
@@ -105,9 +107,10 @@ def map_with(
             return self.function(argument)
 
     gpus = 1 if use_gpus and ray.cluster_resources().get("GPU", 0) else 0
-    actor = ray.remote(num_cpus=cpus, num_gpus=gpus)(Mapper)
+    actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=at_once)(Mapper)
     actors: list[Any] = [actor.remote() for _ in range(min(workers, len(arguments)))]
-    pool: Any = ActorPool(actors)
+    # An actor that stands in the pool twice gets two arguments at a time.
+    pool: Any = ActorPool(actors * at_once)
     try:
         yield from pool.map_unordered(lambda worker, argument: worker.apply.remote(argument), list(arguments))
     except ray.exceptions.RayTaskError as error:
@@ -115,6 +118,19 @@ def map_with(
     finally:
         for worker in actors:
             ray.kill(worker)
+
+
+def _map_here(function: Callable[[Argument], Result], arguments: Sequence[Argument], at_once: int) -> Iterator[Result]:
+    if at_once == 1:
+        yield from map(function, arguments)
+        return
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        for future in as_completed([pool.submit(function, argument) for argument in arguments]):
+            yield future.result()
+    finally:
+        getattr(function, "stop", lambda: None)()
+        pool.shutdown(cancel_futures=True)
 
 
 def _cause(error: Any) -> BaseException:

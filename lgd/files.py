@@ -6,10 +6,13 @@ complete. Large remote files are read through the cache of `lgd.remote`.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import platform
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,26 +22,28 @@ from lgd.urls import FULL, MissingError, RemoteError, call, is_remote, place, up
 
 Kind = Literal["file", "folder", "other"]
 
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
 
 @contextlib.contextmanager
 def publish(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; on success flush it to the disk and rename it to `path`.
 
     For a url the temporary file lies in TMPDIR and is uploaded. On an error it is removed and nothing appears; a full
-    disk raises `DataError`.
+    disk and a folder that may not be written to raise `DataError`.
     """
     path = place(path)
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
             temporary = Path(folder) / path.name
-            with _told_when_full(temporary):
+            with _told(temporary):
                 yield temporary
             upload(temporary, path)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _told_when_full(path):
+        with _told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
         os.replace(temporary, path)
@@ -48,16 +53,54 @@ def publish(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _told_when_full(path: Path) -> Iterator[None]:
+def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise DataError(
-            f"{path} cannot be written, no space is left ({error.strerror}): free some, or use another disk (for "
-            "temporary files by TMPDIR)"
-        ) from error
+        if error.errno in FULL:
+            raise DataError(
+                f"{path} cannot be written, no space is left ({error.strerror}): free some, or use another disk (for "
+                "temporary files by TMPDIR)"
+            ) from error
+        if error.errno in _FORBIDDEN:
+            raise DataError(
+                f"{path} cannot be written ({os.strerror(error.errno)}): get write access, or name another folder"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, doing: str) -> Iterator[None]:
+    """Let one process at a time work on a local folder, `doing` so; `DataError` tells who does it already.
+
+    The lock is the kernel's: it goes with the process that holds it, however that ends, so none is ever stale. Across
+    nodes it holds where the file system has locks (NFS 4, Lustre with -o flock, GPFS).
+    """
+    from filelock import FileLock, Timeout
+
+    owner = folder / ".owner.json"
+    with _told(folder / ".lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise DataError(f"{folder}: {_told_owner(owner)}: wait until it is done, or end it") from error
+    try:
+        write_json(owner, {"doing": doing, "pid": os.getpid(), "host": platform.node(), "since": time.time()})
+        yield
+        owner.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _told_owner(path: Path) -> str:
+    # Whoever took the lock a moment ago has not written its name yet, and one that was killed left another's.
+    with contextlib.suppress(DataError, KeyError, TypeError):
+        owner = read_json(path)
+        minutes = (time.time() - owner["since"]) / 60
+        return f"process {owner['pid']} on {owner['host']} is {owner['doing']} there, for {minutes:.1f} minutes"
+    return "another process works there"
 
 
 def sync(path: str | Path) -> None:
@@ -110,6 +153,12 @@ def exists(path: str | Path) -> bool:
     except MissingError:
         return False
     return True
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes of a file; raises `OSError` for a local file, as `call` does for a url."""
+    at: Any = place(path)
+    return int(call(at, "read", at.fs.info, at.path)["size"]) if is_remote(at) else at.stat().st_size
 
 
 def list_folder(path: str | Path) -> dict[str, Kind]:

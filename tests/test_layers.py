@@ -13,7 +13,7 @@ data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.sources data.building data.shards data.verify
 data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
-store.latents store.cache store.index
+store.parts store.latents store.cache store.index
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
 evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
 doctor pipeline
@@ -25,7 +25,7 @@ OWNERS = {
     "ray": {"distribute"},
     "faiss": {"store.index", "doctor"},
     "deepspeed": {"train.engine"},
-    "h5py": {"store.latents"},
+    "h5py": {"store.parts"},
     "webdataset": {"data.archive", "bench.peers"},
     "litdata": {"bench.peers"},
     "transformers": {"models.encoder"},

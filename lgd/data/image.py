@@ -15,6 +15,9 @@ from PIL import Image, features
 
 from lgd.config import DataError
 
+RESIZE = "scaled JPEG decoding, then antialiased bilinear (1)"
+"""How `decode` shrinks: what was computed from its pixels depends on it. Change it with the pixels."""
+
 MAX_PIXELS = 100_000_000
 EXTENSIONS = ("jpg", "png", "webp")
 

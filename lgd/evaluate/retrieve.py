@@ -42,7 +42,7 @@ def check_pair(scorer: Scorer, store: Store) -> None:
     """Raise `DataError` unless the student hallucinates the latents of the teacher that made the store."""
     if scorer.config.get("method") != "lgd":
         raise DataError("this student has no hallucination stream (method he-only): query with one of method lgd")
-    there, asked = store.document["recipe"]["teacher"], scorer.config["teacher_sha256"]
+    there, asked = store.recipe["teacher"], scorer.config["teacher_sha256"]
     if there != asked:
         raise DataError(
             f"the store {store.folder} was made by another teacher ({there[:12]}) than the one that this student "
@@ -66,7 +66,7 @@ def _hit(store: Store, entry: Any, distance: float) -> Hit:
     return Hit(
         key=bytes(entry["key"]).decode(),
         slide=slide or None,
-        split=where.sidecar["split"],
+        split=where.split,
         level=None if level < 0 else LEVEL_NAMES[level],
         distance=distance,
         part=part,
@@ -103,18 +103,18 @@ class Gallery:
     def __init__(self, store: Store, size: int) -> None:
         self.store = store
         shards: dict[str, Shard] = {}
-        for folder in store.document["shards"]:
+        for folder in store.document["sources"]["shards"]:
             if not is_remote(place(folder)) and not Path(folder).is_dir():
                 raise DataError(
                     f"the shards of this store were in {folder}, which is gone: put them back, or query without --sheet"
                 )
             shards |= {shard.sha256: shard for shard in open_shards(folder)[1]}
-        lost = [p.sidecar["name"] for p in store.parts if p.sidecar["tar_sha256"] not in shards]
+        lost = [p.name for p in store.parts if p.tar_sha256 not in shards]
         if lost:
             raise DataError(
                 f"the shards of {store.folder} changed since it was made ({lost[0]}): run lgd cache-latents"
             )
-        self.reader = Reader([shards[p.sidecar["tar_sha256"]] for p in store.parts], ("ihc",), size)
+        self.reader = Reader([shards[p.tar_sha256] for p in store.parts], ("ihc",), size)
 
     def image(self, hit: Hit) -> np.ndarray:
         """The IHC of a neighbour, uint8 (size, size, 3)."""

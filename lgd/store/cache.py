@@ -4,9 +4,10 @@ The teacher sees the IHC exactly as training decodes it. Domain targets are comp
 native resolution, before any shrinking: a 1+ membrane is 1.4 px wide at 0.46 um/px.
 """
 
+import contextlib
 import functools
 import itertools
-import re
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,19 @@ from tqdm import tqdm
 
 from lgd import distribute
 from lgd.config import Config, DataError
+from lgd.data.image import RESIZE
 from lgd.data.shards import Shard, decode
-from lgd.data.stream import Reader, in_batches, stream
+from lgd.data.stream import Reader, Sample, in_batches, stream
+from lgd.files import exclusive, exists, is_remote, list_folder, place
 from lgd.models.export import read_model_config
 from lgd.stain.targets import TARGET_SETTINGS
-from lgd.store.latents import Store, check_recipe, commit, is_complete, part_name, write_part
+from lgd.store.latents import Store, check_recipe, commit
+from lgd.store.parts import is_complete, part_name, part_writer
+
+SHARDS_AT_ONCE = 2
+"""Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""
+
+_OURS = {"store.json", "parts", "index", ".lock", ".owner.json"}
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
@@ -31,6 +40,8 @@ def recipe_of(config: Config) -> dict[str, Any]:
         "teacher": teacher["weights_sha256"],
         "encoder": teacher["encoder"],
         "size": teacher["size"],
+        "resize": RESIZE,
+        "precision": latents.precision,
         "views": latents.views,
         "dtype": latents.dtype,
         "map": latents.map,
@@ -41,77 +52,129 @@ def recipe_of(config: Config) -> dict[str, Any]:
 
 
 def cache_latents(config: Config, shards: Sequence[Shard], workers: int) -> tuple[Store, int]:
-    """Fill the store of a run; returns it and the number of parts that had to be computed."""
-    folder, recipe = Path(config.latents.dir), recipe_of(config)
-    if (folder / "store.json").is_file():
-        check_recipe(folder / "store.json", Store(folder).document["recipe"], recipe)
-    elif folder.is_dir():
+    """Fill the store of a run; returns it and the number of parts that had to be computed.
+
+    Raises `DataError` while another process caches into the same local folder.
+    """
+    folder, recipe = place(config.latents.dir), recipe_of(config)
+    if exists(folder / "store.json"):
+        store = Store(folder, recipe)
+        if not _missing(folder, recipe, shards):
+            if {part.name for part in store.parts} == {part_name(shard) for shard in shards}:
+                return store, 0
+    else:
         # A killed `publish` leaves its temporary file.
-        strangers = [p.name for p in folder.iterdir() if not re.fullmatch(r"parts|index|\.store\.json\..*", p.name)]
+        strangers = [name for name in list_folder(folder) if name not in _OURS and not name.endswith(".tmp")]
         if strangers:
             raise DataError(
                 f"{folder} holds something else than a feature store ({strangers[0]}): name another folder as "
                 "latents.dir"
             )
-    missing = [shard for shard in shards if not is_complete(folder, shard, recipe)]
-    make = functools.partial(_cacher, folder, recipe, config)
+    with contextlib.nullcontext() if is_remote(folder) else exclusive(folder, "caching"):
+        missing = _missing(folder, recipe, shards)
+        _fill(config, recipe, missing, workers)
+        sources = {
+            "shards": sorted({str(shard.path.absolute().parent) for shard in shards}),
+            "teacher": str(Path(config.teacher.dir).absolute()),
+        }
+        return commit(folder, recipe, shards, sources), len(missing)
+
+
+def _missing(folder: Path, recipe: dict[str, Any], shards: Sequence[Shard]) -> list[Shard]:
+    """The shards without a complete part, each tar once."""
+    by_tar = {shard.sha256: shard for shard in shards}
+    return [shard for shard in by_tar.values() if not is_complete(folder, shard, recipe)]
+
+
+def _fill(config: Config, recipe: dict[str, Any], missing: Sequence[Shard], workers: int) -> None:
+    """Compute parts, behind a bar with patches a second and the time left."""
     total = sum(shard.samples for shard in missing)
-    with tqdm(total=total, unit="patch", desc="caching", disable=not missing) as bar:
-        for rows in distribute.map_with(make, missing, workers=workers, what="train.workers"):
-            bar.update(rows)
-    if not missing and (folder / "store.json").is_file():
-        store = Store(folder)
-        if {part.sidecar["name"] for part in store.parts} == {part_name(shard) for shard in shards}:
-            return store, 0
-    return commit(folder, recipe, shards), len(missing)
+    with tqdm(total=total, unit=" patches", desc="caching", disable=None if missing else True) as bar:
+        here = bar.update if workers == 0 else None
+        make = functools.partial(Cacher, config, recipe, here)
+        done = distribute.map_with(make, missing, workers=workers, what="train.workers", at_once=SHARDS_AT_ONCE)
+        for rows in done:
+            # A worker is elsewhere: its patches are counted when its part is done.
+            bar.update(0 if here else rows)
 
 
-def _cacher(folder: Path, recipe: dict[str, Any], config: Config) -> Callable[[Shard], int]:
-    """Load the teacher once, and give the function that turns a shard into its part."""
-    import torch
+class Cacher:
+    """Loads the teacher once, and turns shards into parts; it may be called from several threads."""
 
-    from lgd.models.teacher import load_teacher
+    def __init__(self, config: Config, recipe: dict[str, Any], tick: Callable[[int], Any] | None = None) -> None:
+        """`tick(n)` is told of n patches more."""
+        import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = load_teacher(config.teacher.dir)[0].to(device)
+        from lgd.models.teacher import load_teacher
 
-    def one(shard: Shard) -> int:
-        write_part(folder, shard, recipe, part_arrays(shard, teacher, recipe, config))
+        self.config, self.recipe, self.tick = config, recipe, tick
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if recipe["precision"] == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported()):
+            raise DataError("latents.precision is bf16, but there is no GPU here that has it: set it to fp32")
+        self.teacher = load_teacher(config.teacher.dir)[0].to(self.device)
+        self._turn, self._stopping = threading.Lock(), threading.Event()
+
+    def __call__(self, shard: Shard) -> int:
+        """Write the shard's part; returns its rows."""
+        config, recipe = self.config, self.recipe
+        reader = NativeReader([shard], ("he", "ihc"), recipe["size"])
+        batches = in_batches(range(shard.samples), config.latents.batch)
+        with part_writer(place(config.latents.dir), shard, recipe) as writer:
+            for samples, _ in stream(reader, batches, threads=config.data.threads, prefetch=2):
+                # The other shard's thread waits here with its images decoded.
+                with self._turn:
+                    rows = self.rows(samples)
+                writer.add(stored(rows, samples, shard, recipe["dtype"], writer.rounding))
+                if self.tick:
+                    self.tick(len(samples))
+                if self._stopping.is_set():
+                    raise InterruptedError(f"{shard.path}: caching was stopped")
+        reader.close()
         return shard.samples
 
-    return one
+    def stop(self) -> None:
+        """End the calls in other threads after the batch that they are at."""
+        self._stopping.set()
+
+    def rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        """The teacher's latents and the domain targets of each sample, float32."""
+        ihc_BHW3 = np.stack([sample.images["ihc@size"] for sample in samples])
+        return _teacher_rows(ihc_BHW3, self.teacher, self.recipe) | _target_rows(samples, self.recipe, self.device)
 
 
-def part_arrays(shard: Shard, teacher: Any, recipe: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
-    """The datasets of a shard's part, one row a sample."""
-    reader = NativeReader([shard], ("he", "ihc"), recipe["size"])
-    columns: dict[str, list[np.ndarray]] = {}
-    keys: list[bytes] = []
-    slides: list[bytes] = []
-    levels: list[int] = []
-    batches = in_batches(range(shard.samples), config.latents.batch)
-    for samples, _ in stream(reader, batches, threads=config.data.threads, prefetch=2):
-        keys += [sample.key.encode() for sample in samples]
-        slides += [(sample.meta["slide"] or "").encode() for sample in samples]
-        levels += [sample.level for sample in samples]
-        rows = _teacher_rows(np.stack([s.images["ihc@size"] for s in samples]), teacher, recipe)
-        rows |= _target_rows(samples, recipe)
-        for name, full in rows.items():
-            with np.errstate(over="ignore"):
-                array = full.astype(recipe["dtype"])
-            if not np.isfinite(array).all():
-                bad = samples[int(np.argmax(~np.isfinite(array.reshape(len(array), -1)).all(axis=1)))]
-                raise DataError(
-                    f"{shard.path}, {bad.key}: {name} is not finite as {recipe['dtype']}: train the teacher anew, or "
-                    "set latents.dtype to float32"
-                )
-            columns.setdefault(name, []).append(array)
-    reader.close()
-    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-    arrays["level"] = np.array(levels, np.int8)
-    arrays["slide"] = np.array(slides, f"S{max(1, *map(len, slides))}")
-    arrays["key"] = np.array(keys, f"S{max(map(len, keys))}")
+def stored(
+    rows: dict[str, np.ndarray], samples: Sequence[Sample], shard: Shard, dtype: str, rounding: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """The rows in the stored type, with level, key and slide; what the type loses is added to `rounding`.
+
+    Raises `DataError` with the key for what is not finite.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, full in rows.items():
+        with np.errstate(over="ignore"):
+            arrays[name] = full.astype(dtype)
+        finite = np.isfinite(arrays[name].reshape(len(full), -1)).all(axis=1)
+        if not finite.all():
+            bad = samples[int(np.argmin(finite))]
+            raise DataError(
+                f"{shard.path}, {bad.key}: {name} is not finite as {dtype}: train the teacher anew, or set "
+                "latents.dtype to float32"
+            )
+        there = rounding.setdefault(name, {"absolute": 0.0, "relative": 0.0})
+        for what, number in differences(arrays[name], full).items():
+            there[what] = max(there[what], number)
+    arrays["level"] = np.array([sample.level for sample in samples], np.int8)
+    arrays["slide"] = np.array([(sample.meta["slide"] or "").encode() for sample in samples], "S")
+    arrays["key"] = np.array([sample.key.encode() for sample in samples], "S")
     return arrays
+
+
+def differences(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """The largest difference of two arrays, and the largest length of a row's difference by that of the row of b."""
+    a_nd, b_nd = (np.asarray(array, np.float64).reshape(len(array), -1) for array in (a, b))
+    length_n = np.linalg.norm(b_nd, axis=1)
+    relative_n = np.linalg.norm(a_nd - b_nd, axis=1) / np.where(length_n > 0, length_n, 1)
+    return {"absolute": float(np.abs(a_nd - b_nd).max()), "relative": float(relative_n.max())}
 
 
 class NativeReader(Reader):
@@ -140,9 +203,10 @@ def _teacher_rows(ihc_BHW3: np.ndarray, teacher: Any, recipe: dict[str, Any]) ->
     device = next(teacher.parameters()).device
     ihc_B3HW = torch.from_numpy(ihc_BHW3).to(device).permute(0, 3, 1, 2)
     pooled, maps = [], []
-    with torch.inference_mode():
+    half = torch.autocast(device.type, torch.bfloat16, enabled=recipe["precision"] == "bf16")
+    with torch.inference_mode(), half:
         for view in range(recipe["views"]):
-            out = teacher(d4(ihc_B3HW, torch.full((len(ihc_B3HW),), view, device=device)))
+            out = teacher(d4(ihc_B3HW, torch.full((len(ihc_B3HW),), view)))
             pooled.append(out["pooled"])
             if recipe["map"]:
                 maps.append(F.adaptive_avg_pool2d(out["map"], recipe["map"]))
@@ -152,19 +216,19 @@ def _teacher_rows(ihc_BHW3: np.ndarray, teacher: Any, recipe: dict[str, Any]) ->
     return rows
 
 
-def _target_rows(samples: Sequence[Any], recipe: dict[str, Any]) -> dict[str, np.ndarray]:
+def _target_rows(samples: Sequence[Sample], recipe: dict[str, Any], device: str) -> dict[str, np.ndarray]:
     """`nuclei` (B, g, g) from the H&E and `membrane` (B, m, m, 3) from the IHC, at native resolution."""
     import torch
 
     from lgd.stain.targets import membrane_grid, nuclei_grid
 
-    def batch_of(run: Sequence[Any], role: str) -> torch.Tensor:
-        return torch.from_numpy(np.stack([sample.images[role] for sample in run])).permute(0, 3, 1, 2)
+    def batch_of(run: Sequence[Sample], role: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([sample.images[role] for sample in run])).to(device).permute(0, 3, 1, 2)
 
     nuclei, membrane = [], []
     # Neighbours of one size and scale go through together; sizes may differ within a shard.
     for (_, mpp), group in itertools.groupby(samples, lambda s: (s.images["he"].shape, s.meta["mpp"])):
         run = list(group)
-        nuclei.append(nuclei_grid(batch_of(run, "he"), recipe["nuclei_grid"], mpp).numpy())
-        membrane.append(membrane_grid(batch_of(run, "ihc"), recipe["membrane_grid"], mpp).numpy())
+        nuclei.append(nuclei_grid(batch_of(run, "he"), recipe["nuclei_grid"], mpp).cpu().numpy())
+        membrane.append(membrane_grid(batch_of(run, "ihc"), recipe["membrane_grid"], mpp).cpu().numpy())
     return {"nuclei": np.concatenate(nuclei), "membrane": np.concatenate(membrane)}

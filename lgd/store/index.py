@@ -48,9 +48,9 @@ def build_index(store: Store, factory: str, gallery: list[str], recall: float, s
         there = read_json(folder / "index.json")
         if all(there.get(name) == value for name, value in asked.items()) and not problems(store):
             return there, False
-    picked = [(number, part) for number, part in enumerate(store.parts) if part.sidecar["split"] in gallery]
+    picked = [(number, part) for number, part in enumerate(store.parts) if part.split in gallery]
     if not picked:
-        splits = sorted({part.sidecar["split"] for part in store.parts})
+        splits = sorted({part.split for part in store.parts})
         raise DataError(
             f"the store {store.folder} has no split {' or '.join(gallery)} to search, only {', '.join(splits)}: "
             "set latents.gallery"

@@ -1,146 +1,62 @@
-"""HDF5 parts: write, open, verify, read by address.
+"""The feature store: its recipe, its parts, and rows by address or by key.
 
-    DIR/store.json          the recipe, where the shards were, and the list of parts; written last
-    DIR/parts/NAME.h5       one part a shard, rows in shard order
-    DIR/parts/NAME.json     rows, bytes, digests, the tar's sha256; its appearance commits the part
-
-A part is named for its shard and the first digits of the tar's digest, so a changed shard gets a new part. The
-datasets are contiguous and unfiltered: a reader maps the file at the offset that the sidecar names and never
-parses HDF5, which makes reading as fast as a bare memory map and leaves nothing to a hostile file.
+DIR/store.json          the recipe, where the shards and the teacher were, and the list of parts; written last
+DIR/parts/NAME.{h5,json}   one part a shard (`lgd.store.parts`)
+DIR/index/              what queries search (`lgd.store.index`)
+DIR/.lock .owner.json   while `lgd cache-latents` runs, or after it was killed
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lgd.config import DataError
 from lgd.data.shards import Shard
-from lgd.files import digest_of, publish, read_json, sha256, write_json
+from lgd.files import digest_of, exists, list_folder, place, read_json, remove, write_json
+from lgd.store.parts import FORMAT, REMEDY, Part, check_layout, layout_of, part_name, read_sidecar
 
-FORMAT = "lgd-latents/1"
-
-
-def part_name(shard: Shard) -> str:
-    """Name of the part that mirrors a shard."""
-    return f"{shard.name}-{shard.sha256[:12]}"
-
-
-def write_part(store: Path, shard: Shard, recipe: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Publish one part: `arrays` have one row a sample of the shard, in its order. Returns the sidecar."""
-    import h5py
-
-    assert all(len(array) == shard.samples for array in arrays.values())
-    name = part_name(shard)
-    path = store / "parts" / f"{name}.h5"
-    with publish(path) as temporary:
-        with h5py.File(temporary, "w", libver="latest") as file:
-            for dataset, array in arrays.items():
-                file.create_dataset(dataset, data=np.ascontiguousarray(array))
-            file.flush()
-            offsets = {dataset: file[dataset].id.get_offset() for dataset in arrays}
-        digest = sha256(temporary)
-        size = temporary.stat().st_size
-    sidecar = {
-        "format": FORMAT,
-        "name": name,
-        "shard": shard.name,
-        "split": shard.split,
-        "tar_sha256": shard.sha256,
-        "recipe": digest_of(recipe),
-        "rows": shard.samples,
-        "bytes": size,
-        "sha256": digest,
-        "datasets": {
-            dataset: {"dtype": array.dtype.str, "shape": list(array.shape), "offset": offsets[dataset]}
-            for dataset, array in arrays.items()
-        },
-    }
-    write_json(path.with_suffix(".json"), sidecar)
-    return sidecar
-
-
-def is_complete(store: Path, shard: Shard, recipe: dict[str, Any]) -> bool:
-    """Whether the shard's part was committed under this recipe, and its file is there."""
-    path = store / "parts" / f"{part_name(shard)}.json"
-    rows = path.with_suffix(".h5")
-    if not path.is_file() or not rows.is_file():
-        return False
-    sidecar = read_json(path)
-    asked = (digest_of(recipe), shard.sha256, rows.stat().st_size)
-    return (sidecar.get("recipe"), sidecar.get("tar_sha256"), sidecar.get("bytes")) == asked
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part, opened lazily; its digest is checked once before the first use."""
-
-    path: Path
-    sidecar: dict[str, Any]
-    _arrays: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> int:
-        """Samples in the part."""
-        return self.sidecar["rows"]
-
-    def array(self, dataset: str) -> np.ndarray:
-        """A dataset as a read-only memory map, one row a sample."""
-        if not self._arrays:
-            self._open()
-        if dataset not in self._arrays:
-            raise DataError(f"{self.path} has no dataset {dataset!r}: run lgd cache-latents with a store that has it")
-        return self._arrays[dataset]
-
-    def _open(self) -> None:
-        problem = self.problem()
-        if problem:
-            raise DataError(f"{problem}: delete it and run lgd cache-latents again")
-        for dataset, entry in self.sidecar["datasets"].items():
-            array = np.memmap(
-                self.path, np.dtype(entry["dtype"]), "r", offset=entry["offset"], shape=tuple(entry["shape"])
-            )
-            self._arrays[dataset] = array
-
-    def problem(self) -> str | None:
-        """What is wrong with the part, or None."""
-        if not self.path.is_file():
-            return f"part {self.path} is missing"
-        size = self.path.stat().st_size
-        if size != self.sidecar["bytes"]:
-            return f"part {self.path} has {size} bytes and not {self.sidecar['bytes']}"
-        if sha256(self.path) != self.sidecar["sha256"]:
-            return f"part {self.path} does not match its digest"
-        for dataset, entry in self.sidecar["datasets"].items():
-            length = int(np.prod(entry["shape"], dtype=np.int64)) * np.dtype(entry["dtype"]).itemsize
-            if entry["shape"][0] != self.rows or not 0 <= entry["offset"] <= size - length:
-                return f"part {self.path}: dataset {dataset!r} of its sidecar does not fit the file"
-        return None
+SUPERVISION = ("pooled", "map", "nuclei", "membrane")
+"""The datasets that a student is trained on."""
 
 
 class Store:
     """A finished store, read by (part, row)."""
 
     def __init__(self, folder: str | Path, recipe: dict[str, Any] | None = None) -> None:
-        """Open a store; with a `recipe`, one that was made by another recipe is refused with the difference."""
-        self.folder = Path(folder)
+        """Open a store, which may lie at a url; one made by another `recipe` is refused with the difference."""
+        self.folder = place(folder)
         path = self.folder / "store.json"
-        if not path.is_file():
-            raise DataError(f"{self.folder} holds no finished feature store ({path} is missing): run lgd cache-latents")
-        self.document = read_json(path)
+        try:
+            self.document = read_json(path)
+        except DataError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise DataError(
+                f"{self.folder} holds no finished feature store ({path} is missing): run lgd cache-latents"
+            ) from error
         if not isinstance(self.document, dict) or self.document.get("format") != FORMAT:
             raise DataError(f"{path} does not describe a feature store of format {FORMAT}")
+        try:
+            said = {name: value for name, value in self.document.items() if name != "digest"}
+            if digest_of(said) != self.document["digest"]:
+                raise ValueError("it does not match its own digest")
+            check_layout(self.document["datasets"])
+            parts = self.folder / "parts"
+            self.parts = [Part(parts, entry, self.document["datasets"]) for entry in self.document["parts"]]
+            self.recipe: dict[str, Any] = self.document["recipe"]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"{path} cannot be used ({error}): {REMEDY}") from error
         if recipe is not None:
-            check_recipe(path, self.document["recipe"], recipe)
-        self.parts = [Part(self.folder / "parts" / f"{p['name']}.h5", p) for p in self.document["parts"]]
-        self._of_tar = {part.sidecar["tar_sha256"]: part for part in self.parts}
+            check_recipe(path, self.recipe, recipe)
+        self._of_tar = {part.tar_sha256: part for part in self.parts}
 
     @property
     def digest(self) -> str:
-        """Digest of the store's recipe and content."""
-        return self.document["digest"]
+        """Digest of the store's recipe and rows, wherever its shards and its teacher lie."""
+        return self.document["content"]
 
     @property
     def rows(self) -> int:
@@ -157,52 +73,81 @@ class Store:
             )
         return [self._of_tar[shard.sha256] for shard in shards]
 
-    def verify(self) -> list[str]:
-        """Every problem of the store's parts and of its own document."""
-        problems = [problem for part in self.parts if (problem := part.problem())]
-        if store_digest(self.document["recipe"], self.document["parts"]) != self.digest:
-            problems.append(f"{self.folder / 'store.json'} does not match its own digest: run lgd cache-latents again")
+    def find(self, key: str) -> list[tuple[int, int]]:
+        """The (part, row) of a key; several where shard sets that were cached together share it.
+
+        Keys are sorted within a part, and store.json has the first and last one of each: no index is needed, and
+        only parts that may hold the key are opened.
+        """
+        found = []
+        for number, part in enumerate(self.parts):
+            if part.first <= key <= part.last:
+                keys = part.array("key")
+                row = int(np.searchsorted(keys, key.encode()))
+                if row < part.rows and keys[row] == key.encode():
+                    found.append((number, row))
+        return found
+
+    def verify(self, tell: Any = None) -> list[str]:
+        """Every problem of the store's parts, and files that are none; `tell(rows)` hears of each part that is done."""
+        problems = []
         for part in self.parts:
-            sidecar = part.path.with_suffix(".json")
-            if not sidecar.is_file() or read_json(sidecar) != part.sidecar:
-                problems.append(f"{sidecar} is missing or differs from store.json: run lgd cache-latents again")
-        return problems
+            problem = part.problem()
+            problems += [problem] if problem else []
+            if tell:
+                tell(part.rows)
+        known = {f"{part.name}{suffix}" for part in self.parts for suffix in (".h5", ".json")}
+        strangers = sorted(set(list_folder(self.folder / "parts")) - known)
+        return problems + [f"{self.folder / 'parts' / name} is of no part: remove it" for name in strangers]
 
 
-def store_digest(recipe: dict[str, Any], parts: list[dict[str, Any]]) -> str:
-    """Digest of a store's recipe and content."""
-    return digest_of({"recipe": recipe, "parts": [[p["name"], p["sha256"]] for p in parts]})
+def commit(folder: Path, recipe: dict[str, Any], shards: Sequence[Shard], sources: dict[str, Any]) -> Store:
+    """Write store.json over the parts of these shards, and remove parts that no shard has any more.
 
-
-def commit(folder: Path, recipe: dict[str, Any], shards: Sequence[Shard]) -> Store:
-    """Write store.json over the parts of these shards, and remove parts that no shard has any more."""
-    parts = [read_json(folder / "parts" / f"{part_name(shard)}.json") for shard in shards]
-    write_json(
-        folder / "store.json",
-        {
-            "format": FORMAT,
-            "recipe": recipe,
-            # Where the images were when the store was made, for the pictures of a query; not part of the recipe.
-            "shards": sorted({str(shard.path.absolute().parent) for shard in shards}),
-            "parts": parts,
-            "digest": store_digest(recipe, parts),
-        },
-    )
-    known = {part["name"] for part in parts}
-    for path in (folder / "parts").iterdir():
-        if path.stem not in known:
-            path.unlink()
+    `sources` tells where shards and teacher were, for pictures and for `lgd verify --reencode`; it is no part of the
+    recipe.
+    """
+    names = list(dict.fromkeys(part_name(shard) for shard in shards))
+    sidecars = [read_sidecar(folder / "parts" / f"{name}.json") for name in names]
+    datasets = layout_of(sidecars[0])
+    assert all(layout_of(sidecar) == datasets for sidecar in sidecars), "parts of one recipe have the same datasets"
+    fields = ("name", "split", "tar_sha256", "rows", "first", "last", "digest")
+    document = {
+        "format": FORMAT,
+        "content": digest_of([recipe, [sidecar["digest"] for sidecar in sidecars]]),
+        "recipe": recipe,
+        "sources": sources,
+        "datasets": datasets,
+        "rounding": _largest([sidecar["rounding"] for sidecar in sidecars]),
+        "parts": [{field: sidecar[field] for field in fields} for sidecar in sidecars],
+    }
+    write_json(folder / "store.json", document | {"digest": digest_of(document)})
+    known = {f"{name}{suffix}" for name in names for suffix in (".h5", ".json")}
+    for name in list_folder(folder / "parts"):
+        if name not in known:
+            remove(folder / "parts" / name)
     return Store(folder)
+
+
+def _largest(roundings: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The largest of each number over the parts."""
+    found: dict[str, dict[str, float]] = {}
+    for rounding in roundings:
+        for name, numbers in rounding.items():
+            there = found.setdefault(name, dict(numbers))
+            there.update({what: max(number, there[what]) for what, number in numbers.items()})
+    return found
 
 
 def check_recipe(path: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise `DataError` that shows, field by field, how two recipes differ."""
     if there == asked:
         return
+    before, now = _flat(there), _flat(asked)
     differences = [
-        f"  {name}: {_short(there.get(name))} in the store, {_short(asked.get(name))} asked for"
-        for name in sorted(there.keys() | asked.keys())
-        if there.get(name) != asked.get(name)
+        f"  {name}: {_short(before.get(name))} in the store, {_short(now.get(name))} asked for"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
     ]
     raise DataError(
         f"{path} was made by another recipe:\n"
@@ -211,14 +156,79 @@ def check_recipe(path: Path, there: dict[str, Any], asked: dict[str, Any]) -> No
     )
 
 
+def _flat(document: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """The leaves of a document by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, value in document.items():
+        leaves |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return leaves
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 70 else text[:67] + "..."
 
 
-def read_rows(parts: Sequence[Part], dataset: str, part_n: np.ndarray, row_n: np.ndarray) -> np.ndarray:
-    """Rows of a dataset at addresses (part, row), as one array (n, ...)."""
-    return np.stack([parts[p].array(dataset)[r] for p, r in zip(part_n, row_n, strict=True)])
+class _Field(NamedTuple):
+    """A dataset, as rows of it are read."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    """Of one row, or of one view of it."""
+    views: int
+    bytes: int
+    """Of one row, or of one view of it."""
+
+
+class Rows:
+    """Reads rows of some parts by address, as training needs them: from any thread."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """`parts` by their number, such as `Store.parts_of` gives; all of one store."""
+        self.parts = parts
+        layout = parts[0].layout
+        self._fields = {name: _field(name, layout[name]) for name in SUPERVISION if name in layout}
+
+    def read(
+        self,
+        part_n: Sequence[int],
+        row_n: Sequence[int],
+        key_n: Sequence[str | None],
+        view_n: Sequence[int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The supervision at (part, row), (n, ...) each, in the stored type.
+
+        Of a store with eight views those of `view_n`, by default the first; of one view always that. Raises
+        `DataError` unless the rows are those of the keys (None is not asked), and for a part that is not as its digest
+        says.
+        """
+        maps = [self.parts[number].mapped() for number in part_n]
+        for number, row, key, mapped in zip(part_n, row_n, key_n, maps, strict=True):
+            there = mapped.arrays["key"][row]
+            if key is not None and there != key.encode():
+                raise DataError(
+                    f"{self.parts[number].path}, row {row}, is of {there.decode()}, but the shard's sample is {key}: "
+                    f"{REMEDY}"
+                )
+        found = {}
+        for name, field in self._fields.items():
+            size = field.bytes
+            starts = [row * field.views * size for row in row_n]
+            if field.views > 1 and view_n is not None:
+                starts = [start + view * size for start, view in zip(starts, view_n, strict=True)]
+            # Joining slices of the maps takes half the time of copying rows of arrays one by one.
+            joined = bytearray().join(
+                [mapped.bytes[name][start : start + size] for mapped, start in zip(maps, starts, strict=True)]
+            )
+            found[name] = np.frombuffer(joined, field.dtype).reshape(len(maps), *field.shape)
+        return found
+
+
+def _field(name: str, layout: dict[str, Any]) -> _Field:
+    dtype, shape, views = np.dtype(layout["dtype"]), tuple(layout["shape"]), 1
+    if name in ("pooled", "map"):
+        views, *shape = shape  # type: ignore[assignment]
+    return _Field(dtype, tuple(shape), views, math.prod(shape) * dtype.itemsize)
 
 
 def read_all(parts: Sequence[Part], dataset: str) -> np.ndarray:

@@ -18,9 +18,7 @@ from lgd.config import Data, DataError
 from lgd.data.augment import draw
 from lgd.data.plan import Plan, World, eval_numbers, rank_positions
 from lgd.data.stream import Reader, Sample, Samples, in_batches, stream
-from lgd.store.latents import Part
-
-SUPERVISION = ("pooled", "map", "nuclei", "membrane")
+from lgd.store.latents import Rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +64,8 @@ class Batch:
         )
 
 
-def collate(samples: Samples, epoch_B: np.ndarray, parts: Sequence[Part] | None, seed: int, turn: bool) -> Batch:
-    """One batch of samples, with their rows of the store when `parts` are given."""
+def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int, turn: bool) -> Batch:
+    """One batch of samples, with their rows of the store where one is given."""
     rows = samples.rows
     number_B = np.array([sample.number for sample in rows], np.int64)
     view_B = np.zeros(len(rows), np.int64)
@@ -84,32 +82,19 @@ def collate(samples: Samples, epoch_B: np.ndarray, parts: Sequence[Part] | None,
         level_B=torch.tensor([sample.level for sample in rows]),
         # A view: the pixels stay as they were decoded, which torch calls channels-last.
         images={role: torch.from_numpy(image).permute(0, 3, 1, 2) for role, image in samples.images.items()},
-        stored={} if parts is None else _stored(rows, parts, view_B),
+        stored={} if store is None else _stored(rows, store, view_B),
     )
 
 
-def _stored(samples: Sequence[Sample], parts: Sequence[Part], view_B: np.ndarray) -> dict[str, torch.Tensor]:
-    for sample in samples:
-        if sample.error:
-            continue
-        there = bytes(parts[sample.shard].array("key")[sample.row]).decode()
-        if there != sample.key:
-            raise DataError(
-                f"{parts[sample.shard].path}, row {sample.row}, is of {there}, but the shard's sample is {sample.key}: "
-                "delete the part and run lgd cache-latents again"
-            )
-    stored = {}
-    for name in SUPERVISION:
-        if name not in parts[0].sidecar["datasets"]:
-            continue
-        rows = []
-        for sample, view in zip(samples, view_B, strict=True):
-            row = parts[sample.shard].array(name)[sample.row]
-            if name in ("pooled", "map"):
-                row = row[view if len(row) == 8 else 0]
-            rows.append(row)
-        stored[name] = torch.from_numpy(np.stack(rows).astype(np.float32))
-    return stored
+def _stored(samples: Sequence[Sample], rows: Rows, view_B: np.ndarray) -> dict[str, torch.Tensor]:
+    read = rows.read(
+        [sample.shard for sample in samples],
+        [sample.row for sample in samples],
+        # A sample that is skipped has no key; it has no loss either.
+        [sample.key if not sample.error else None for sample in samples],
+        view_B.tolist(),
+    )
+    return {name: torch.from_numpy(array.astype(np.float32)) for name, array in read.items()}
 
 
 class Step(NamedTuple):
@@ -124,7 +109,7 @@ class Step(NamedTuple):
 def training_batches(
     reader: Reader,
     plan: Plan,
-    parts: Sequence[Part] | None,
+    store: Rows | None,
     *,
     start: int,
     steps: int,
@@ -153,7 +138,7 @@ def training_batches(
     batches = stream(reader, numbers(), threads=threads, prefetch=2 * accumulate + 1, skip=skip)
     for position in positions:
         micro = [
-            collate(samples, epochs.popleft(), parts, plan.seed, turn)
+            collate(samples, epochs.popleft(), store, plan.seed, turn)
             for samples in itertools.islice(batches, accumulate)
         ]
         yield Step(micro, position + batch)
@@ -190,10 +175,10 @@ def evaluation_batches(
     batch: int,
     world: World,
     threads: int,
-    parts: Sequence[Part] | None = None,
+    store: Rows | None = None,
     skip: bool = False,
 ) -> Iterator[Batch]:
     """This rank's share of one pass over all samples, unturned; `skip` as in `training_batches`."""
     numbers = in_batches(eval_numbers(reader.total, world), batch)
     for samples in stream(reader, numbers, threads=threads, skip=skip):
-        yield collate(samples, np.zeros(len(samples.rows), np.int64), parts, 0, turn=False)
+        yield collate(samples, np.zeros(len(samples.rows), np.int64), store, 0, turn=False)

@@ -28,6 +28,7 @@ from lgd.data.stream import Reader
 from lgd.files import read_json, sha256
 from lgd.metrics import fit_temperature
 from lgd.models.export import save_model
+from lgd.store.latents import Rows
 from lgd.train import checkpoint
 from lgd.train.batch import Batch, Skipped, Step, training_batches
 from lgd.train.engine import Engine, choose, make_engine
@@ -92,7 +93,7 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
             f"{settings.accumulate}: use a multiple of {world.size * settings.accumulate}"
         )
     reader = Reader(shards, (task.role,), config.data.size)
-    parts = task.store.parts_of(shards) if task.store else None
+    rows = Rows(task.store.parts_of(shards)) if task.store else None
     plan = Plan(reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
     steps = max(1, math.ceil(task.epochs * plan.total / settings.batch))
     every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
@@ -114,7 +115,7 @@ def train(config: Config, task: Task, world: World, engine_name: str) -> None:
     batches = training_batches(
         reader,
         plan,
-        parts,
+        rows,
         start=saved.position if saved else 0,
         steps=steps - start,
         batch=settings.batch,

@@ -36,7 +36,7 @@ def brute_force(store, vector, k):
     """Rows of the train parts by cosine in double precision: key, slide, split, level, distance."""
     rows = []
     for part in store.parts:
-        if part.sidecar["split"] != "train":
+        if part.split != "train":
             continue
         for row in range(part.rows):
             there = np.asarray(part.array("pooled")[row, 0], np.float64)
@@ -124,10 +124,10 @@ def test_a_store_without_an_index_is_told(tissue_run, scorer, images, tmp_path):
 
 def test_shards_that_moved_are_told_where_pictures_are_asked_for(tissue_run, tmp_path):
     shutil.copytree(tissue_run.latents.dir, tmp_path / "latents")
-    document = read_json(tmp_path / "latents" / "store.json")
-    write_json(tmp_path / "latents" / "store.json", document | {"shards": [str(tmp_path / "gone")]})
+    store = Store(tmp_path / "latents")
+    store.document["sources"]["shards"] = [str(tmp_path / "gone")]
     with pytest.raises(DataError, match="gone, which is gone: put them back, or query without --sheet"):
-        Gallery(Store(tmp_path / "latents"), 64)
+        Gallery(store, 64)
 
 
 def test_verify_names_what_is_wrong_with_a_store(tissue_run, tmp_path, capsys):

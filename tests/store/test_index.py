@@ -7,7 +7,8 @@ from lgd.config import DataError
 from lgd.data.archive import Shard
 from lgd.store import index
 from lgd.store.index import Searcher, build_index, problems, unit
-from lgd.store.latents import Store, commit, write_part
+from lgd.store.latents import Store, commit
+from lgd.store.parts import part_writer
 
 RECIPE = {"teacher": "a" * 64}
 SHARDS = (("train", 150), ("val", 20), ("train", 130))
@@ -36,9 +37,10 @@ def made(tmp_path_factory):
             "pooled": vectors[:, None].astype(np.float16),
             "key": np.array([f"{number}-{row:03d}" for row in range(rows)], "S8"),
         }
-        write_part(folder / "s", shard, RECIPE, arrays)
+        with part_writer(folder / "s", shard, RECIPE) as writer:
+            writer.add(arrays)
         shards.append(shard)
-    return commit(folder / "s", RECIPE, shards)
+    return commit(folder / "s", RECIPE, shards, {"shards": [], "teacher": ""})
 
 
 @pytest.fixture
@@ -128,10 +130,10 @@ def test_the_same_index_is_reused_and_another_is_built(store):
 def test_an_index_of_another_state_is_refused(store, made):
     build_index(store, "auto", ["train"], recall=0.99, seed=0)
     shards = [
-        Shard(path=store.folder, name=p["shard"], split="", samples=0, bytes=0, sha256=p["tar_sha256"], extensions={})
-        for p in store.document["parts"][:2]
+        Shard(path=store.folder, name=p.name[:-13], split="", samples=0, bytes=0, sha256=p.tar_sha256, extensions={})
+        for p in store.parts[:2]
     ]
-    smaller = commit(store.folder, RECIPE, shards)
+    smaller = commit(store.folder, RECIPE, shards, {})
     with pytest.raises(DataError, match="was built from another state of the store: run lgd build-index"):
         Searcher(smaller)
 

@@ -10,7 +10,7 @@ from lgd.data.augment import d4, d4_grid
 from lgd.data.plan import Plan, World
 from lgd.data.stream import Reader, stream
 from lgd.store.cache import cache_latents
-from lgd.store.latents import Store
+from lgd.store.latents import Rows, Store
 from lgd.train.batch import collate, evaluation_batches, training_batches
 from lgd.train.tasks import augment
 
@@ -21,7 +21,7 @@ TARGETS = ("pooled", "map", "nuclei", "membrane")
 def joined(tissue_run):
     """The training shards' reader (H&E) and their parts."""
     shards = [shard for shard in open_shards(tissue_run.shard_dirs[0])[1] if shard.split == "train"]
-    return Reader(shards, ("he",), 64), Store(tissue_run.latents.dir).parts_of(shards)
+    return Reader(shards, ("he",), 64), Rows(Store(tissue_run.latents.dir).parts_of(shards))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def eight_views(tissue_run, change, tmp_path_factory):
     config = change(tissue_run, latents=latents)
     shards = [shard for shard in open_shards(config.shard_dirs[0])[1] if shard.split == "train"]
     store, _ = cache_latents(config, shards, workers=0)
-    return config, Reader(shards, ("he",), 64), store.parts_of(shards)
+    return config, Reader(shards, ("he",), 64), Rows(store.parts_of(shards))
 
 
 def batches(reader, parts, world=None, first=0, steps=4, threads=2, accumulate=1, turn=True, batch=8, seed=3):
@@ -63,7 +63,7 @@ def gather(reader, numbers):
 
 def naive_row(parts, key, name):
     """Search all parts for a key."""
-    found = [part.array(name)[row] for part in parts for row in np.flatnonzero(part.array("key") == key.encode())]
+    found = [part.array(name)[row] for part in parts.parts for row in np.flatnonzero(part.array("key") == key.encode())]
     assert len(found) == 1
     return found[0].astype(np.float32)
 
@@ -215,7 +215,7 @@ def test_evaluation_shows_each_sample_once(joined, size):
     numbers = [
         int(number)
         for rank in range(size)
-        for batch in evaluation_batches(reader, batch=3, world=World(rank=rank, size=size), threads=2, parts=parts)
+        for batch in evaluation_batches(reader, batch=3, world=World(rank=rank, size=size), threads=2, store=parts)
         for number in batch.number_B
     ]
     assert sorted(numbers) == list(range(20))
@@ -225,4 +225,4 @@ def test_a_row_of_another_sample_is_refused(joined):
     reader, parts = joined
     sample = reader.read(1)
     with pytest.raises(DataError, match=rf"row 1, is of .*, but the shard's sample is {sample.key}"):
-        collate(gather(reader, [1]), np.zeros(1, np.int64), [parts[1]], 0, turn=False)
+        collate(gather(reader, [1]), np.zeros(1, np.int64), Rows(parts.parts[1:]), 0, turn=False)

@@ -1,0 +1,343 @@
+"""One HDF5 part: written as its shard's batches come, committed by its sidecar, read through a map of the file.
+
+    DIR/parts/NAME.h5       contiguous datasets, one row a sample, in the order of the shard
+    DIR/parts/NAME.json     the sidecar: rows, offsets, digests, the tar's sha256; its appearance commits the part
+
+A part is named for its shard and the first digits of the tar's digest, so a changed shard gets a new part. The
+datasets are contiguous and unfiltered: rows are read from a map of the file, at the offset that the sidecar names.
+HDF5 itself is asked only once, after the digest was found right: a file that it describes otherwise is refused.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import math
+import os
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from lgd.config import DataError
+from lgd.data.shards import Shard
+from lgd.files import digest_of, publish, read_json, sha256, size_of, sync, write_json
+from lgd.remote import open_file
+
+FORMAT = "lgd-latents/1"
+REMEDY = "delete it and run lgd cache-latents again"
+
+OPEN_PARTS = 16_384
+"""Parts that a process keeps mapped; Linux allows it 65,530 maps in all."""
+
+_open: deque["Part"] = deque()
+_mapping = threading.Lock()
+
+_NAME = re.compile("[A-Za-z0-9_-]{1,120}")
+_DIGEST = re.compile("[0-9a-f]{64}")
+_TYPES = re.compile(r"<f2|<f4|\|i1|\|S[1-9]\d{0,3}")
+
+
+def part_name(shard: Shard) -> str:
+    """Name of the part that mirrors a shard."""
+    return f"{shard.name}-{shard.sha256[:12]}"
+
+
+class PartWriter:
+    """Takes the rows of a shard, batch by batch; `part_writer` makes one."""
+
+    def __init__(self, file: Any, rows: int) -> None:
+        self._file, self._rows, self._done = file, rows, 0
+        self._texts: dict[str, list[bytes]] = {}
+        self._datasets: dict[str, Any] = {}
+        self.rounding: dict[str, Any] = {}
+        """What the sidecar tells of the loss by the stored type; the caller fills it."""
+
+    def add(self, arrays: dict[str, np.ndarray]) -> None:
+        """Write the next rows; every array has one row a sample, and `key` is among them.
+
+        Raises `DataError` for keys that do not come in order: rows are found by key through that.
+        """
+        stop = self._done + len(arrays["key"])
+        assert stop <= self._rows and all(len(array) == stop - self._done for array in arrays.values())
+        for name, array in arrays.items():
+            if array.dtype.kind == "S":
+                # Their width is that of the longest, so they are written at the end.
+                self._texts.setdefault(name, []).extend(array.tolist())
+                continue
+            if name not in self._datasets:
+                shape = (self._rows, *array.shape[1:])
+                self._datasets[name] = self._file.create_dataset(name, shape, array.dtype, fill_time="never")
+            self._datasets[name][self._done : stop] = array
+        keys = self._texts["key"][max(0, self._done - 1) :]
+        if any(after <= before for before, after in itertools.pairwise(keys)):
+            raise DataError("its keys are not sorted: lgd verify its shard folder, and build it again")
+        self._done = stop
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; gives what the sidecar says of the datasets."""
+        assert self._done == self._rows, f"{self._done} of {self._rows} rows were written"
+        for name, texts in self._texts.items():
+            # A width of 0 is none for HDF5.
+            array = np.array(texts, f"S{max(1, *map(len, texts))}")
+            self._datasets[name] = self._file.create_dataset(name, data=array)
+        self._file.flush()
+        return {
+            "datasets": {
+                name: {"dtype": dataset.dtype.str, "shape": list(dataset.shape), "offset": dataset.id.get_offset()}
+                for name, dataset in self._datasets.items()
+            },
+            "first": self._texts["key"][0].decode(),
+            "last": self._texts["key"][-1].decode(),
+            "rounding": self.rounding,
+        }
+
+
+@contextlib.contextmanager
+def part_writer(store: Path, shard: Shard, recipe: dict[str, Any]) -> Iterator[PartWriter]:
+    """Give a writer for a shard's part; on success publish the part, and then its sidecar."""
+    import h5py
+
+    name = part_name(shard)
+    path = store / "parts" / f"{name}.h5"
+    with publish(path) as temporary:
+        with h5py.File(temporary, "w", libver="latest") as file:
+            writer = PartWriter(file, shard.samples)
+            yield writer
+            described = writer.finish()
+        # The disk takes the file while the digest is worked out.
+        with ThreadPoolExecutor(1) as pool:
+            synced = pool.submit(sync, temporary)
+            digest = sha256(temporary)
+            synced.result()
+        size = temporary.stat().st_size
+    sidecar = {
+        "format": FORMAT,
+        "name": name,
+        "shard": shard.name,
+        "split": shard.split,
+        "tar_sha256": shard.sha256,
+        "recipe": digest_of(recipe),
+        "rows": shard.samples,
+        "bytes": size,
+        "sha256": digest,
+        **described,
+    }
+    write_json(store / "parts" / f"{name}.json", sidecar | {"digest": digest_of(sidecar)})
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """A sidecar, checked against its own digest and for what the writer would not write; `DataError` otherwise."""
+    sidecar = read_json(path)
+    try:
+        if sidecar["format"] != FORMAT:
+            raise ValueError(f"field format is {sidecar['format']!r:.80}")
+        if digest_of({name: value for name, value in sidecar.items() if name != "digest"}) != sidecar["digest"]:
+            raise ValueError("it does not match its own digest")
+        if sidecar["name"] != path.name.removesuffix(".json"):
+            raise ValueError(f"it is of part {sidecar['name']!r:.120}")
+        if not _DIGEST.fullmatch(sidecar["sha256"]):
+            raise ValueError("field sha256 is no digest")
+        check_layout(layout_of(sidecar))
+        _check_extents(sidecar["datasets"], sidecar["rows"], sidecar["bytes"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"sidecar {path} cannot be used ({error}): {REMEDY}") from error
+    return sidecar
+
+
+def check_layout(layout: dict[str, Any]) -> None:
+    """Raise `ValueError` unless every dataset is of plain numbers or texts."""
+    for name, entry in layout.items():
+        shape = entry["shape"]
+        if entry["dtype"] not in ("S", "<f2", "<f4", "|i1") or type(shape) is not list or len(shape) > 5:
+            raise ValueError(f"dataset {name!r:.80} is {entry!r:.200}")
+        if not all(type(number) is int and 0 < number < 2**31 for number in shape):
+            raise ValueError(f"dataset {name!r:.80} has rows of shape {shape!r:.200}")
+
+
+def _check_extents(datasets: dict[str, Any], rows: int, size: int) -> None:
+    """Raise `ValueError` unless every dataset has a plain type and one row a sample, and they lie apart in the file."""
+    extents = []
+    for name, entry in datasets.items():
+        if not _TYPES.fullmatch(entry["dtype"]) or not all(type(n) is int and n >= 0 for n in (entry["offset"], size)):
+            raise ValueError(f"dataset {name!r:.80} is {entry!r:.200}")
+        length = math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize
+        if entry["shape"][0] != rows or entry["offset"] + length > size:
+            raise ValueError(f"dataset {name!r:.80} of shape {entry['shape']} does not fit the part")
+        extents.append((entry["offset"], entry["offset"] + length))
+    extents.sort()
+    if "key" not in datasets or any(after[0] < before[1] for before, after in zip(extents, extents[1:], strict=False)):
+        raise ValueError("datasets overlap, or there is no dataset key")
+
+
+def layout_of(sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Type and shape of a row of each dataset, alike in all parts of a store; of texts the width may differ."""
+    return {
+        name: {"dtype": "S" if "S" in entry["dtype"] else entry["dtype"], "shape": entry["shape"][1:]}
+        for name, entry in sidecar["datasets"].items()
+    }
+
+
+class Mapped(NamedTuple):
+    """The datasets of a part over a map of its file, read-only."""
+
+    arrays: dict[str, np.ndarray]
+    """(rows, ...) each."""
+    bytes: dict[str, memoryview]
+    """The same as plain bytes."""
+
+
+class Part:
+    """One part of a store, opened lazily; its digest is checked once before the first use."""
+
+    __slots__ = tuple("_checked _lock _mapped digest first folder last layout name rows split tar_sha256".split())
+
+    def __init__(self, folder: Path, entry: dict[str, Any], layout: dict[str, Any]) -> None:
+        """`entry` is the part's line in store.json, `layout` its `datasets`.
+
+        Raises `ValueError` for an entry that the writer would not write.
+        """
+        self.folder, self.layout = folder, layout
+        self.name, self.split, self.tar_sha256 = entry["name"], entry["split"], entry["tar_sha256"]
+        self.rows, self.digest = entry["rows"], entry["digest"]
+        self.first, self.last = entry["first"], entry["last"]
+        # A store from elsewhere must not lead out of its folder.
+        if not _NAME.fullmatch(self.name) or type(self.rows) is not int or self.rows < 1:
+            raise ValueError(f"part {self.name!r:.120} of {self.rows!r:.80} rows")
+        if not all(type(text) is str for text in (self.split, self.tar_sha256, self.digest, self.first, self.last)):
+            raise ValueError(f"part {self.name}")
+        self._mapped: Mapped | None = None
+        self._checked: tuple[int, ...] = ()
+        self._lock = threading.Lock()
+
+    @property
+    def path(self) -> Path:
+        """The HDF5 file; a `UPath` where the store lies at a url."""
+        return self.folder / f"{self.name}.h5"
+
+    def mapped(self) -> Mapped:
+        """The part's datasets; raises `DataError` for a file that is not as its digest says."""
+        mapped = self._mapped
+        if mapped is None:
+            # Whoever comes first checks the digest; those who want other parts do not wait.
+            with self._lock:
+                mapped = self._mapped
+                if mapped is None:
+                    mapped = self._mapped = self._map()
+                    with _mapping:
+                        _open.append(self)
+                        if len(_open) > OPEN_PARTS:
+                            # Unmapped when the last array of it is dropped.
+                            _open.popleft()._mapped = None
+        return mapped
+
+    def array(self, dataset: str) -> np.ndarray:
+        """One dataset, (rows, ...), read-only."""
+        arrays = self.mapped().arrays
+        if dataset not in arrays:
+            raise DataError(f"{self.path} has no dataset {dataset!r}: cache into a store that has it")
+        return arrays[dataset]
+
+    def _map(self) -> Mapped:
+        import torch
+
+        sidecar = self.sidecar()
+        with self._open(sidecar) as file:
+            facts = os.fstat(file.fileno())
+            identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+            if identity != self._checked:
+                problem = _file_problem(self.path, file, sidecar)
+                if problem:
+                    raise DataError(f"{problem}: {REMEDY}")
+                self._checked = identity
+            # Unlike numpy.memmap this keeps no descriptor: thousands of parts would use up what a process may have.
+            storage = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", False, facts.st_size)
+        whole = memoryview(torch.tensor([], dtype=torch.uint8).set_(storage).numpy()).toreadonly()
+        arrays, bytes_ = {}, {}
+        for name, entry in sidecar["datasets"].items():
+            arrays[name] = np.ndarray(entry["shape"], np.dtype(entry["dtype"]), whole, entry["offset"])
+            bytes_[name] = whole[entry["offset"] : entry["offset"] + arrays[name].nbytes]
+        return Mapped(arrays, bytes_)
+
+    def sidecar(self) -> dict[str, Any]:
+        """The part's sidecar, which must be the one that store.json was written over."""
+        path = self.folder / f"{self.name}.json"
+        try:
+            sidecar = read_sidecar(path)
+        except DataError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise DataError(f"sidecar {path} is missing: run lgd cache-latents again") from error
+            raise
+        if sidecar["digest"] != self.digest:
+            raise DataError(f"sidecar {path} is not the one of store.json: run lgd cache-latents again")
+        if layout_of(sidecar) != self.layout:
+            raise DataError(f"sidecar {path} states other datasets than store.json: {REMEDY}")
+        return sidecar
+
+    def _open(self, sidecar: dict[str, Any]) -> BinaryIO:
+        try:
+            return open_file(self.path, sidecar["sha256"], sidecar["bytes"])
+        except FileNotFoundError as error:
+            raise DataError(f"part {self.path} is missing: run lgd cache-latents again") from error
+
+    def problem(self) -> str | None:
+        """What is wrong with the part, or None; reads all of it."""
+        try:
+            sidecar = self.sidecar()
+            with self._open(sidecar) as file:
+                return _file_problem(self.path, file, sidecar)
+        except DataError as error:
+            return str(error)
+
+
+def _file_problem(path: Path, file: BinaryIO, sidecar: dict[str, Any]) -> str | None:
+    """What is wrong with a part's open file: its size, its digest, or, when these are right, what HDF5 makes of it."""
+    size = os.fstat(file.fileno()).st_size
+    if size != sidecar["bytes"]:
+        return f"part {path} has {size} bytes and not {sidecar['bytes']}"
+    if hashlib.file_digest(file, "sha256").hexdigest() != sidecar["sha256"]:  # type: ignore[arg-type]
+        return f"part {path} does not match its digest"
+    try:
+        found = _described_by_hdf5(f"/dev/fd/{file.fileno()}")
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        return f"part {path} is no HDF5 file of ours ({error})"
+    if found != sidecar["datasets"]:
+        return f"part {path}: HDF5 finds other datasets in it than its sidecar states"
+    return None
+
+
+def _described_by_hdf5(path: str) -> dict[str, Any]:
+    """The datasets of an HDF5 file as a sidecar states them; `ValueError` for anything but plain contiguous ones."""
+    import h5py
+
+    found = {}
+    with h5py.File(path, "r") as file:
+        for name in file:
+            link = file.get(name, getlink=True)
+            if not isinstance(link, h5py.HardLink):
+                raise ValueError(f"{name!r:.80} is a {type(link).__name__}")
+            dataset = file[name]
+            if not isinstance(dataset, h5py.Dataset):
+                raise ValueError(f"{name!r:.80} is no dataset")
+            plist = dataset.id.get_create_plist()
+            if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count():
+                raise ValueError(f"dataset {name!r:.80} is virtual, chunked, or stored in other files")
+            offset = dataset.id.get_offset()
+            found[name] = {"dtype": dataset.dtype.str, "shape": list(dataset.shape), "offset": offset}
+    return found
+
+
+def is_complete(store: Path, shard: Shard, recipe: dict[str, Any]) -> bool:
+    """Whether the shard's part was committed under this recipe, and its file is there in its size."""
+    path = store / "parts" / f"{part_name(shard)}.json"
+    try:
+        sidecar = read_sidecar(path)
+        size = size_of(path.with_suffix(".h5"))
+    except (DataError, FileNotFoundError):
+        return False
+    asked = (digest_of(recipe), shard.sha256, shard.samples, size)
+    return (sidecar.get("recipe"), sidecar.get("tar_sha256"), sidecar["rows"], sidecar["bytes"]) == asked
