@@ -23,7 +23,7 @@ from lgd.data.stream import Reader, Sample, in_batches, stream
 from lgd.files import exclusive, exists, is_remote, list_folder, place
 from lgd.models.export import read_model_config
 from lgd.stain.targets import TARGET_SETTINGS
-from lgd.store.latents import Store, check_recipe, commit
+from lgd.store.latents import Store, commit
 from lgd.store.parts import is_complete, part_name, part_writer
 
 SHARDS_AT_ONCE = 2

@@ -16,7 +16,6 @@ from lgd.data.stream import Reader
 from lgd.models.export import save_model
 from lgd.models.teacher import load_teacher
 from lgd.stain.targets import membrane_grid, nuclei_grid
-from lgd.store import cache
 from lgd.store.cache import cache_latents, recipe_of
 from lgd.store.latents import Store
 from lgd.store.parts import is_complete
