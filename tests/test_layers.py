@@ -17,7 +17,8 @@ store.parts store.latents store.cache store.index
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
 evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
 doctor pipeline
-bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode bench.memory bench.suite
+bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode bench.store
+bench.memory bench.suite
 cli
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).

@@ -53,6 +53,10 @@ class Settings:
     """Passes over them."""
     plan_shards: int = 100_000
     """Shards, of 10,000 samples each, of the plan that `memory` builds."""
+    rows: int = 40_000
+    """Rows of the store that `store` reads: 0.7 GB."""
+    part_mb: float = 100.0
+    """Megabytes of a part that `store` writes."""
 
     def __post_init__(self) -> None:
         for name in ("size", "batch", "rounds"):

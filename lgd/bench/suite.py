@@ -20,6 +20,7 @@ BENCHMARKS = {
     "loader": "lgd.bench.loader",
     "loader-peers": "lgd.bench.peers",
     "decode": "lgd.bench.decode",
+    "store": "lgd.bench.store",
     "memory": "lgd.bench.memory",
 }
 

@@ -1,0 +1,334 @@
+"""`store`: reading rows in plan order and at random against numpy.memmap, and writing parts against a raw write.
+
+`store-plan`, `store-random`: A is `Rows.read`, B the fastest of some plain ways over `numpy.memmap` of the same files.
+Both read pooled latents, maps, both target grids and the keys of 256 rows at a time, from a warm page cache.
+
+`store-write`: A is `part_writer`, which takes rows in batches, lays them out by column, and hashes, flushes, renames
+and describes the part. B writes the bytes of such a part to one file and flushes it.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lgd.bench.inputs import Inputs
+from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
+from lgd.config import Data
+from lgd.data.archive import Shard
+from lgd.data.plan import Plan, firsts
+from lgd.files import sync
+from lgd.store.latents import SUPERVISION, Rows, Store, commit
+from lgd.store.parts import Part, part_writer
+
+BATCH = 256
+"""Rows that are read at a time."""
+PART = 512
+"""Rows of a part that is read."""
+_ADDED = 64
+"""Rows that the writer is given at a time."""
+
+Address = tuple[list[int], list[int], list[str | None]]
+"""Parts, rows and keys of a batch."""
+Read = Callable[[Address], dict[str, np.ndarray]]
+
+
+def shard_of(folder: Path, number: int, rows: int) -> Shard:
+    """A shard of a part that is made without one."""
+    name = f"train-{number:06d}"
+    return Shard(
+        path=folder / f"{name}.tar",
+        name=name,
+        split="train",
+        samples=rows,
+        bytes=1,
+        sha256=f"{number:064x}",
+        extensions={},
+    )
+
+
+def random_rows(first: int, rows: int, rng: np.random.Generator, dim: int = 512) -> dict[str, np.ndarray]:
+    """Rows of noise as caching stores them; with `dim` 512 a row takes 17.6 kB, nearly all of it the map."""
+
+    def some(*shape: int) -> np.ndarray:
+        return rng.random((rows, *shape), np.float32).astype(np.float16)
+
+    return {
+        "pooled": some(1, dim),
+        "map": some(1, dim, 4, 4),
+        "nuclei": some(8, 8),
+        "membrane": some(4, 4, 3),
+        "level": rng.integers(-1, 4, rows, np.int8),
+        "slide": np.array([f"slide-{number // 1000:05d}".encode() for number in range(first, first + rows)]),
+        "key": np.array([f"patch-{number:09d}".encode() for number in range(first, first + rows)]),
+    }
+
+
+def write_store(folder: Path, rows: int) -> Store:
+    """A store of so many rows in parts of 512."""
+    rng, shards = np.random.default_rng(0), []
+    for number, first in enumerate(range(0, rows, PART)):
+        shard = shard_of(folder, number, min(PART, rows - first))
+        with part_writer(folder, shard, {}) as writer:
+            writer.add(random_rows(first, shard.samples, rng))
+        shards.append(shard)
+    return commit(folder, {}, shards, {"shards": [], "teacher": ""})
+
+
+class Mapped:
+    """Plain numpy over the files of a store: what one would write by hand who knows the offsets."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.columns: dict[str, list[np.ndarray]] = {name: [] for name in (*SUPERVISION, "key")}
+        for part in parts:
+            # Slices of a numpy.memmap are slow to make; those of a plain array over it are not.
+            whole = np.memmap(part.path, mode="r")
+            for name, entry in part.sidecar()["datasets"].items():
+                if name in self.columns:
+                    column = np.ndarray(entry["shape"], entry["dtype"], whole, entry["offset"])
+                    self.columns[name].append(column[:, 0] if name in ("pooled", "map") else column)
+
+    def loop(self, address: Address) -> dict[str, np.ndarray]:
+        """Rows copied one by one."""
+        found = {}
+        for name, column in self.columns.items():
+            out = found[name] = np.empty((len(address[0]), *column[0].shape[1:]), column[0].dtype)
+            for place, (part, row) in enumerate(zip(*address[:2], strict=True)):
+                out[place] = column[part][row]
+        return found
+
+    def stack(self, address: Address) -> dict[str, np.ndarray]:
+        """Rows stacked."""
+        places = list(zip(*address[:2], strict=True))
+        return {
+            name: np.stack([column[part][row] for part, row in places]) for name, column in self.columns.items()
+        }
+
+    def concatenate(self, address: Address) -> dict[str, np.ndarray]:
+        """Slices of one row joined."""
+        places = list(zip(*address[:2], strict=True))
+        return {
+            name: np.concatenate([column[part][row : row + 1] for part, row in places])
+            for name, column in self.columns.items()
+        }
+
+    def by_part(self, address: Address) -> dict[str, np.ndarray]:
+        """All rows of a part at once."""
+        part_n, row_n = np.array(address[0]), np.array(address[1])
+        order_n = np.argsort(part_n, kind="stable")
+        runs = np.split(order_n, np.flatnonzero(np.diff(part_n[order_n])) + 1)
+        found = {}
+        for name, column in self.columns.items():
+            out = found[name] = np.empty((len(part_n), *column[0].shape[1:]), column[0].dtype)
+            for run in runs:
+                out[run] = column[part_n[run[0]]][row_n[run]]
+        return found
+
+    def ways(self) -> dict[str, Read]:
+        """The ways by name."""
+        ways: tuple[Read, ...] = (self.loop, self.stack, self.concatenate, self.by_part)
+        return {way.__name__: way for way in ways}
+
+
+def addresses(numbers_n: np.ndarray, parts: Sequence[Part]) -> list[Address]:
+    """Part, row and key of sample numbers, in whole batches."""
+    first_P1 = firsts([part.rows for part in parts])
+    keys = [part.array("key") for part in parts]
+    found = []
+    for start in range(0, len(numbers_n) - min(BATCH, len(numbers_n)) + 1, BATCH):
+        batch_n = numbers_n[start : start + BATCH]
+        part_n = first_P1.searchsorted(batch_n, "right") - 1
+        part, row = part_n.tolist(), (batch_n - first_P1[part_n]).tolist()
+        found.append((part, row, [keys[p][r].decode() for p, r in zip(part, row, strict=True)]))
+    return found
+
+
+def rate(read: Read, batches: Sequence[Address], count: int) -> Rate:
+    """The rate of reading `count` batches, which are taken in turn."""
+
+    def work() -> int:
+        return sum(len(read(address)["pooled"]) for address in itertools.islice(itertools.cycle(batches), count))
+
+    return timed(work)
+
+
+def fastest(ways: dict[str, Read], batches: Sequence[Address]) -> dict[str, float]:
+    """Rows a second of each way, the best of three passes that are taken in turn."""
+    best = dict.fromkeys(ways, 0.0)
+    for _, (name, way) in itertools.product(range(3), ways.items()):
+        best[name] = max(best[name], rate(way, batches, len(batches)).a_second)
+    return best
+
+
+def compare(ours: Read, theirs: Read, batches: Sequence[Address]) -> int:
+    """Compare all that both sides read, bit for bit; returns how many rows these are."""
+    for address in batches:
+        found, wanted = ours(address), theirs(address)
+        assert found.keys() == wanted.keys() - {"key"}
+        assert all(found[name].shape == wanted[name].shape for name in found)
+        assert all(found[name].tobytes() == wanted[name].tobytes() for name in found), "the sides read other rows"
+        # Ours compares the keys itself.
+        assert [key.decode() for key in wanted["key"]] == address[2]
+    return sum(len(address[0]) for address in batches)
+
+
+def first_use(store: Store) -> dict[str, Any]:
+    """What the digests of a store's parts cost when they are opened."""
+    parts = Store(store.folder).parts
+    # h5py is imported with the first part.
+    parts[0].mapped()
+    began = time.perf_counter()
+    for part in parts[1:]:
+        part.mapped()
+    seconds = time.perf_counter() - began
+    size = sum(part.path.stat().st_size for part in parts[1:])
+    return {"ms_a_part": 1e3 * seconds / max(1, len(parts) - 1), "mb_a_second": size / 1e6 / seconds}
+
+
+def flat_rate(folder: Path, store: Store, numbers_n: np.ndarray) -> float:
+    """Rows a second by fancy indexing of one file of all rows, a layout that we do not have, for rows at random."""
+    fields = [name for name in SUPERVISION if name in store.document["datasets"]]
+    columns = []
+    for name in (*fields, "key"):
+        path = folder / f"flat-{name}.bin"
+        with open(path, "wb") as file:
+            for part in store.parts:
+                file.write(part.array(name).tobytes())
+        one = store.parts[0].array(name)
+        columns.append(np.asarray(np.memmap(path, one.dtype, "r", shape=(store.rows, *one.shape[1:]))))
+    batches = [numbers_n[start : start + BATCH] for start in range(0, len(numbers_n), BATCH)]
+    best = 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        for batch_n in batches:
+            for column in columns:
+                column[batch_n]
+        best = max(best, len(numbers_n) / (time.perf_counter() - began))
+    return best
+
+
+def _threaded(read: Read, batches: Sequence[Address], threads: int) -> float:
+    """Rows a second of several threads that read batches in turn."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        rows = sum(len(found["pooled"]) for found in pool.map(read, batches))
+    return rows / (time.perf_counter() - began)
+
+
+def reading(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tuple[list[Ratio], dict[str, Any]]:
+    """Both ratios of reading, and their facts."""
+    tell(f"writing a store of {settings.rows} rows")
+    store = write_store(folder / "store", settings.rows)
+    rows, mapped = Rows(store.parts), Mapped(store.parts)
+    plan = Plan([part.rows for part in store.parts], seed=0, lanes=Data().lanes)
+    numbers = {
+        "store-plan": plan.samples(np.arange(plan.total))[1],
+        "store-random": np.random.default_rng(0).integers(0, store.rows, store.rows),
+    }
+
+    def ours(address: Address) -> dict[str, np.ndarray]:
+        return rows.read(*address)
+
+    ratios: list[Ratio] = []
+    facts: dict[str, Any] = {
+        "rows": store.rows,
+        "parts": len(store.parts),
+        "batch": BATCH,
+        "bytes_a_row": sum(column[0][0].nbytes for column in mapped.columns.values()),
+        "first_use": first_use(store),
+    }
+    for (name, numbers_n), mark in zip(numbers.items(), (0.97, 0.9), strict=True):
+        batches = addresses(numbers_n, store.parts)
+        compared = compare(ours, mapped.loop, batches)
+        found = fastest(mapped.ways(), batches)
+        way = max(found, key=lambda name: found[name])
+        bare = mapped.ways()[way]
+        count = max(2, round(found[way] * settings.seconds / BATCH))
+        ratios.append(
+            alternate(
+                name,
+                f"rows of {len(store.parts)} parts in {name.removeprefix('store-')} order / numpy.memmap, {way}",
+                mark,
+                lambda batches=batches, count=count: rate(ours, batches, count),  # type: ignore[misc]
+                lambda bare=bare, batches=batches, count=count: rate(bare, batches, count),  # type: ignore[misc]
+                settings.rounds,
+                tell,
+            )
+        )
+        facts[name] = {
+            "rows_compared": compared,
+            "rows_a_second": found,
+            "threads": {str(settings.workers): _threaded(ours, batches, settings.workers)},
+        }
+    facts["store-random"]["flat_layout"] = flat_rate(folder, store, numbers["store-random"])
+    return ratios, facts
+
+
+def _added(rows: int) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of a part, batch by batch."""
+    rng = np.random.default_rng(0)
+    for first in range(0, rows, _ADDED):
+        yield random_rows(first, min(_ADDED, rows - first), rng)
+
+
+def writing(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tuple[Ratio, dict[str, Any]]:
+    """The ratio of writing, and its facts."""
+    folder.mkdir()
+    row = sum(array.nbytes for array in random_rows(0, 1, np.random.default_rng(0)).values())
+    batches = list(_added(max(1, round(settings.part_mb * 1e6 / row))))
+    shard = shard_of(folder, 0, sum(len(batch["key"]) for batch in batches))
+    part, sidecar, raw = (folder / "parts" / f"train-000000-{0:012d}.h5" for _ in range(3))
+    sidecar, raw = part.with_suffix(".json"), folder / "raw"
+
+    def ours(parts: int) -> Rate:
+        def work() -> int:
+            for _ in range(parts):
+                with part_writer(folder, shard, {}) as writer:
+                    for batch in batches:
+                        writer.add(batch)
+            return parts * part.stat().st_size
+
+        found = timed(work)
+        content_of_side.append(part.read_bytes())
+        part.unlink()
+        sidecar.unlink()
+        return found
+
+    content_of_side: list[bytes] = []
+    ours(1)
+    (content,) = content_of_side
+
+    def bare(parts: int) -> Rate:
+        def work() -> int:
+            for _ in range(parts):
+                with open(raw, "wb", buffering=0) as file:
+                    file.write(content)
+                sync(raw)
+            return parts * len(content)
+
+        found = timed(work)
+        raw.unlink()
+        return found
+
+    parts = max(1, round(min(1.0, settings.seconds) * bare(1).a_second / len(content)))
+    ratio = alternate(
+        "store-write",
+        f"parts of {len(content) / 1e6:.0f} MB, hashed and flushed / raw write + fsync",
+        0.85,
+        lambda: ours(parts),
+        lambda: bare(parts),
+        settings.rounds,
+        tell,
+    )
+    return ratio, {"parts_a_round": parts, "rows_a_part": shard.samples, "bytes_a_part": len(content)}
+
+
+def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+    """Rows a second by those of numpy.memmap, in plan order and at random; bytes written by those of a raw write."""
+    ratios, facts = reading(settings, inputs.folder, tell)
+    written, more = writing(settings, inputs.folder / "written", tell)
+    return Outcome(ratios=[*ratios, written], facts=facts | {"store-write": more})
