@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import mmap
 import os
 import re
 import threading
@@ -25,7 +26,7 @@ import numpy as np
 
 from lgd.config import DataError
 from lgd.data.shards import Shard
-from lgd.files import digest_of, publish, read_json, sha256, size_of, sync, write_json
+from lgd.files import digest_of, publish, read_json, size_of, sync, write_json
 from lgd.remote import open_file
 
 FORMAT = "lgd-latents/1"
@@ -70,13 +71,28 @@ class PartWriter:
                 self._texts.setdefault(name, []).extend(array.tolist())
                 continue
             if name not in self._datasets:
-                shape = (self._rows, *array.shape[1:])
-                self._datasets[name] = self._file.create_dataset(name, shape, array.dtype, fill_time="never")
-            self._datasets[name][self._done : stop] = array
+                self._datasets[name] = self._allocated(name, (self._rows, *array.shape[1:]), array.dtype)
+            self._put(array, self._datasets[name].id.get_offset() + self._done * array[0].nbytes)
         keys = self._texts["key"][max(0, self._done - 1) :]
         if any(after <= before for before, after in itertools.pairwise(keys)):
             raise DataError("its keys are not sorted: lgd verify its shard folder, and build it again")
         self._done = stop
+
+    def _allocated(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """A dataset that has its place in the file, and nothing in it."""
+        import h5py
+
+        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        return self._file.create_dataset(name, shape, dtype, dcpl=plist)
+
+    def _put(self, array: np.ndarray, offset: int) -> None:
+        # Past HDF5, which took twice as long as the write itself for a batch of rows.
+        left = memoryview(np.ascontiguousarray(array)).cast("B")
+        while left:
+            written = os.pwrite(self._file.id.get_vfd_handle(), left, offset)
+            left, offset = left[written:], offset + written
 
     def finish(self) -> dict[str, Any]:
         """Write what is left; gives what the sidecar says of the datasets."""
@@ -112,9 +128,8 @@ def part_writer(store: Path, shard: Shard, recipe: dict[str, Any]) -> Iterator[P
         # The disk takes the file while the digest is worked out.
         with ThreadPoolExecutor(1) as pool:
             synced = pool.submit(sync, temporary)
-            digest = sha256(temporary)
+            digest, size = _digest_of_own(temporary)
             synced.result()
-        size = temporary.stat().st_size
     sidecar = {
         "format": FORMAT,
         "name": name,
@@ -128,6 +143,13 @@ def part_writer(store: Path, shard: Shard, recipe: dict[str, Any]) -> Iterator[P
         **described,
     }
     write_json(store / "parts" / f"{name}.json", sidecar | {"digest": digest_of(sidecar)})
+
+
+def _digest_of_own(path: Path) -> tuple[str, int]:
+    """SHA-256 and size of a file that nobody else can cut short meanwhile."""
+    # Through a map, since copying 100 MB out of the page cache adds a sixth to the 65 ms of hashing them.
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        return hashlib.sha256(whole).hexdigest(), len(whole)
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
