@@ -17,7 +17,7 @@ store.parts store.latents store.cache store.index
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
 evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
 doctor pipeline
-bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode bench.store
+bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode bench.store bench.cache
 bench.memory bench.suite
 cli
 """.split()

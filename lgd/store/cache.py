@@ -92,10 +92,14 @@ def _fill(config: Config, recipe: dict[str, Any], missing: Sequence[Shard], work
     with tqdm(total=total, unit=" patches", desc="caching", disable=None if missing else True) as bar:
         here = bar.update if workers == 0 else None
         make = functools.partial(Cacher, config, recipe, here)
-        done = distribute.map_with(make, missing, workers=workers, what="train.workers", at_once=SHARDS_AT_ONCE)
+        done = distribute.map_with(make, missing, workers=workers, what="train.workers", at_once=shards_at_once(config))
         for rows in done:
             # A worker is elsewhere: its patches are counted when its part is done.
             bar.update(0 if here else rows)
+
+
+def shards_at_once(config: Config) -> int:
+    return SHARDS_AT_ONCE
 
 
 class Cacher:

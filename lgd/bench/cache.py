@@ -1,0 +1,227 @@
+"""`cache`: what caching reaches of a bare loop that decodes, runs the teacher and computes the targets.
+
+A is `lgd.store.cache.Cacher` over real shards, as `lgd cache-latents` runs it without workers: read, check, decode,
+teacher, targets, write. B does decode, forward pass and targets of the same bytes from memory, in as many threads,
+and writes nothing. Whole patches and tiles of a quarter of their side are measured apart.
+"""
+
+import itertools
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from lgd.bench.inputs import Inputs
+from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
+from lgd.config import Config
+from lgd.data.archive import Shard, open_shards, read_sample
+from lgd.data.image import decode
+from lgd.data.shards import ShardOptions, build
+from lgd.distribute import map_with
+from lgd.models.export import save_model
+from lgd.models.teacher import load_teacher, new_teacher
+from lgd.options import load_config
+from lgd.stain.targets import membrane_grid, nuclei_grid
+from lgd.store.cache import Cacher, recipe_of, shards_at_once
+from lgd.store.parts import part_name
+
+MARK = 0.95
+BATCH = 4
+"""Patches in a forward pass: few, so that many are counted."""
+_HEAD, _TAIL = 4, 4
+"""Batches before and behind the timed ones, when not all threads have something to do."""
+_SHARDS = 4
+
+Patch = tuple[bytes, bytes, float | None]
+"""H&E, IHC, and micrometres a pixel."""
+
+
+def teacher_in(folder: Path, size: int) -> Path:
+    """An untrained teacher, which costs what a trained one costs."""
+    torch.manual_seed(0)
+    teacher = new_teacher("resnet10")
+    save_model(folder, dict(teacher.state_dict()), teacher.describe() | {"size": size})
+    return folder
+
+
+def config_for(settings: Settings, teacher: Path, shards: Path, out: Path) -> Config:
+    """A run that caches with as many threads as the bare loop has."""
+    options = {
+        "run.dir": out / "run",
+        "data.shards": shards,
+        "data.size": settings.size,
+        "data.threads": settings.workers,
+        "teacher.dir": teacher,
+        "latents.dir": out / "latents",
+        "latents.batch": BATCH,
+        "train.workers": 0,
+    }
+    return load_config(overrides=[f"--{name}={value}" for name, value in options.items()])
+
+
+def patches_of(shards: Sequence[Shard]) -> list[list[Patch]]:
+    """The batches that caching makes of the shards, as encoded bytes."""
+    batches = []
+    for shard in shards:
+        file, index = shard.open()
+        with file:
+            samples = [read_sample(file, index, row, shard, ("he", "ihc")) for row in range(len(index))]
+        patches = [(bytes(images["he"]), bytes(images["ihc"]), meta["mpp"]) for meta, images in samples]
+        batches += [patches[start : start + BATCH] for start in range(0, len(patches), BATCH)]
+    return batches
+
+
+class Bare:
+    """Decode, forward pass and targets, and nothing else."""
+
+    def __init__(self, config: Config, batches: Sequence[list[Patch]]) -> None:
+        self.config, self.batches = config, batches
+        self.teacher = load_teacher(config.teacher.dir)[0]
+
+    def rows(self, patches: Sequence[Patch]) -> dict[str, np.ndarray]:
+        """The latents and targets of a batch, as they are stored."""
+        latents, size = self.config.latents, self.config.data.size
+        small_BHW3 = np.stack([decode(ihc, "", size) for _, ihc, _ in patches])
+        he_B3HW, ihc_B3HW = (
+            torch.from_numpy(np.stack([decode(patch[role], "", None) for patch in patches])).permute(0, 3, 1, 2)
+            for role in (0, 1)
+        )
+        mpp = patches[0][2]
+        with torch.inference_mode():
+            out = self.teacher(torch.from_numpy(small_BHW3).permute(0, 3, 1, 2))
+            found = {
+                "pooled": out["pooled"][:, None],
+                "map": F.adaptive_avg_pool2d(out["map"], latents.map)[:, None],
+                "nuclei": nuclei_grid(he_B3HW, latents.nuclei_grid, mpp),
+                "membrane": membrane_grid(ihc_B3HW, latents.membrane_grid, mpp),
+            }
+        return {name: array.numpy().astype(latents.dtype) for name, array in found.items()}
+
+    def ticks(self, count: int) -> Iterator[int]:
+        """Compute `count` batches in threads, each a batch of its own; yields as they are done."""
+        counter: Iterator[int] = itertools.count()
+        done: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+        def work() -> None:
+            while (number := next(counter)) < count:
+                self.rows(self.batches[number % len(self.batches)])
+                done.put(number)
+
+        threads = [threading.Thread(target=work) for _ in range(self.config.data.threads)]
+        for thread in threads:
+            thread.start()
+        for _ in range(count):
+            yield done.get()
+        for thread in threads:
+            thread.join()
+
+
+class Product:
+    """Caching as it is used."""
+
+    def __init__(self, config: Config, shards: Sequence[Shard]) -> None:
+        self.config, self.shards = config, shards
+
+    def ticks(self) -> Iterator[int]:
+        """Cache all shards; yields as batches are written."""
+        done: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+        shutil.rmtree(self.config.latents.dir, ignore_errors=True)
+        cacher = Cacher(self.config, recipe_of(self.config), done.put)
+
+        def work() -> None:
+            try:
+                at_once = shards_at_once(self.config)
+                list(map_with(lambda: cacher, self.shards, workers=0, what="", at_once=at_once))
+            except BaseException as error:
+                done.put(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        for _ in range(sum(-(-shard.samples // BATCH) for shard in self.shards)):
+            tick = done.get()
+            if isinstance(tick, BaseException):
+                raise tick
+            yield tick
+        thread.join()
+
+
+def compare(bare: Bare, shards: Sequence[Shard]) -> int:
+    """Compare the parts that were cached last with the bare loop's rows, bit for bit; returns how many rows."""
+    import json
+
+    batches = iter(bare.batches)
+    for shard in shards:
+        folder = Path(bare.config.latents.dir) / "parts"
+        name = part_name(shard)
+        datasets = json.loads((folder / f"{name}.json").read_text())["datasets"]
+        whole = (folder / f"{name}.h5").read_bytes()
+        found = [bare.rows(next(batches)) for _ in range(0, shard.samples, BATCH)]
+        for field in found[0]:
+            entry, wanted = datasets[field], np.concatenate([rows[field] for rows in found])
+            there = np.ndarray(entry["shape"], entry["dtype"], whole, entry["offset"])
+            assert np.array_equal(there, wanted), f"{shard.name}: {field} is not what the bare loop computes"
+    return sum(shard.samples for shard in shards)
+
+
+def measured(
+    name: str, settings: Settings, teacher: Path, shards: Path, out: Path, tell: Callable[[str], Any]
+) -> tuple[Ratio, dict[str, Any]]:
+    """The ratio over one shard set, and its facts."""
+    config, opened = config_for(settings, teacher, shards, out), open_shards(shards)[1]
+    product, bare = Product(config, opened), Bare(config, patches_of(opened))
+    count = len(bare.batches) - _HEAD - _TAIL
+    assert count > 0, f"{len(bare.batches)} batches are too few"
+    list(product.ticks())
+    compared = compare(bare, opened)
+
+    def ours() -> Rate:
+        return steady(product.ticks(), BATCH, _HEAD, count)
+
+    def theirs() -> Rate:
+        return steady(bare.ticks(len(bare.batches)), BATCH, _HEAD, count)
+
+    ratio = alternate(name, "caching / bare decode + teacher + targets", MARK, ours, theirs, settings.rounds, tell)
+    pixels = decode(bare.batches[0][0][1], "", None).shape
+    facts = {
+        "patches_a_round": count * BATCH,
+        "shards": len(opened),
+        "pixels": f"{pixels[1]}x{pixels[0]}",
+        "rows_compared": compared,
+    }
+    return ratio, facts
+
+
+def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+    """Cached patches a second by those of a bare loop, of whole patches and of tiles."""
+    folder = inputs.folder / "cache"
+    inputs.pairs  # noqa: B018 - draws them
+    images = settings.images or str(inputs.folder / "drawn")
+    teacher = teacher_in(folder / "teacher", settings.size)
+    ratios, facts = [], {"input": inputs.described(), "teacher": "resnet10, untrained", "batch": BATCH}
+    for name, pairs, tile in (
+        ("cache", settings.cached, 0),
+        ("cache: tiles", max(1, settings.cached // 4), settings.side // 4),
+    ):
+        some = Inputs(replace(settings, images=images, pairs=pairs), folder / name.replace(": ", "-"))
+        shards = some.folder / "cached"
+        shard_size = -(-pairs * (16 if tile else 1) // _SHARDS)
+        build(
+            ShardOptions(
+                layout="bci",
+                root=str(some.files),
+                out=str(shards),
+                shard_size=shard_size,
+                tile=tile,
+                image="jpeg:95" if tile else "keep",
+            )
+        )
+        ratio, facts[name] = measured(name, settings, teacher, shards, some.folder, tell)
+        ratios.append(ratio)
+    return Outcome(ratios=ratios, facts=facts)
