@@ -35,9 +35,8 @@ from lgd.store.parts import part_name
 MARK = 0.95
 BATCH = 4
 """Patches in a forward pass: few, so that many are counted."""
-_HEAD, _TAIL = 4, 4
-"""Batches before and behind the timed ones, when not all threads have something to do."""
-_SHARDS = 4
+_SHARDS = 2
+"""Shards for every thread."""
 
 Patch = tuple[bytes, bytes, float | None]
 """H&E, IHC, and micrometres a pixel."""
@@ -133,11 +132,11 @@ class Product:
         """Cache all shards; yields as batches are written."""
         done: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
         shutil.rmtree(self.config.latents.dir, ignore_errors=True)
-        cacher = Cacher(self.config, recipe_of(self.config), done.put)
+        at_once = shards_at_once(self.config, len(self.shards))
+        cacher = Cacher(self.config, recipe_of(self.config), at_once, done.put)
 
         def work() -> None:
             try:
-                at_once = shards_at_once(self.config)
                 list(map_with(lambda: cacher, self.shards, workers=0, what="", at_once=at_once))
             except BaseException as error:
                 done.put(error)
@@ -176,16 +175,17 @@ def measured(
     """The ratio over one shard set, and its facts."""
     config, opened = config_for(settings, teacher, shards, out), open_shards(shards)[1]
     product, bare = Product(config, opened), Bare(config, patches_of(opened))
-    count = len(bare.batches) - _HEAD - _TAIL
-    assert count > 0, f"{len(bare.batches)} batches are too few"
+    # Not all threads have something to do in the first and the last batches.
+    head = settings.workers
+    count = len(bare.batches) - 2 * head
     list(product.ticks())
     compared = compare(bare, opened)
 
     def ours() -> Rate:
-        return steady(product.ticks(), BATCH, _HEAD, count)
+        return steady(product.ticks(), BATCH, head, count)
 
     def theirs() -> Rate:
-        return steady(bare.ticks(len(bare.batches)), BATCH, _HEAD, count)
+        return steady(bare.ticks(len(bare.batches)), BATCH, head, count)
 
     ratio = alternate(name, "caching / bare decode + teacher + targets", MARK, ours, theirs, settings.rounds, tell)
     pixels = decode(bare.batches[0][0][1], "", None).shape
@@ -205,23 +205,13 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     images = settings.images or str(inputs.folder / "drawn")
     teacher = teacher_in(folder / "teacher", settings.size)
     ratios, facts = [], {"input": inputs.described(), "teacher": "resnet10, untrained", "batch": BATCH}
-    for name, pairs, tile in (
-        ("cache", settings.cached, 0),
-        ("cache: tiles", max(1, settings.cached // 4), settings.side // 4),
-    ):
+    shown = settings.cached + 2 * BATCH * settings.workers
+    for name, pairs, tile in (("cache", shown, 0), ("cache: tiles", -(-shown // 4), settings.side // 4)):
         some = Inputs(replace(settings, images=images, pairs=pairs), folder / name.replace(": ", "-"))
         shards = some.folder / "cached"
-        shard_size = -(-pairs * (16 if tile else 1) // _SHARDS)
-        build(
-            ShardOptions(
-                layout="bci",
-                root=str(some.files),
-                out=str(shards),
-                shard_size=shard_size,
-                tile=tile,
-                image="jpeg:95" if tile else "keep",
-            )
-        )
+        options = {"tile": tile, "image": "jpeg:95"} if tile else {}
+        size = max(BATCH, pairs * (16 if tile else 1) // (_SHARDS * settings.workers))
+        build(ShardOptions(layout="bci", root=str(some.files), out=str(shards), shard_size=size, **options))
         ratio, facts[name] = measured(name, settings, teacher, shards, some.folder, tell)
         ratios.append(ratio)
     return Outcome(ratios=ratios, facts=facts)

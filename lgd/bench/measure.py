@@ -55,8 +55,8 @@ class Settings:
     """Shards, of 10,000 samples each, of the plan that `memory` builds."""
     rows: int = 40_000
     """Rows of the store that `store` reads: 0.7 GB."""
-    cached: int = 96
-    """Patches that `cache` caches in a round; a quarter of them in tiles."""
+    cached: int = 32
+    """Patches that `cache` counts in a round; four times as many tiles."""
     part_mb: float = 100.0
     """Megabytes of a part that `store` writes."""
 

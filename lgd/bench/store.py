@@ -104,9 +104,7 @@ class Mapped:
     def stack(self, address: Address) -> dict[str, np.ndarray]:
         """Rows stacked."""
         places = list(zip(*address[:2], strict=True))
-        return {
-            name: np.stack([column[part][row] for part, row in places]) for name, column in self.columns.items()
-        }
+        return {name: np.stack([column[part][row] for part, row in places]) for name, column in self.columns.items()}
 
     def concatenate(self, address: Address) -> dict[str, np.ndarray]:
         """Slices of one row joined."""

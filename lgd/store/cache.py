@@ -27,7 +27,7 @@ from lgd.store.latents import Store, commit
 from lgd.store.parts import is_complete, part_name, part_writer
 
 SHARDS_AT_ONCE = 2
-"""Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""
+"""Shards that a worker has in hand, at least: while a part is hashed and written, the next shard is decoded already."""
 
 _OURS = {"store.json", "parts", "index", ".lock", ".owner.json"}
 
@@ -89,24 +89,28 @@ def _missing(folder: Path, recipe: dict[str, Any], shards: Sequence[Shard]) -> l
 def _fill(config: Config, recipe: dict[str, Any], missing: Sequence[Shard], workers: int) -> None:
     """Compute parts, behind a bar with patches a second and the time left."""
     total = sum(shard.samples for shard in missing)
+    at_once = shards_at_once(config, -(-len(missing) // max(1, workers)))
     with tqdm(total=total, unit=" patches", desc="caching", disable=None if missing else True) as bar:
         here = bar.update if workers == 0 else None
-        make = functools.partial(Cacher, config, recipe, here)
-        done = distribute.map_with(make, missing, workers=workers, what="train.workers", at_once=shards_at_once(config))
+        make = functools.partial(Cacher, config, recipe, at_once, here)
+        done = distribute.map_with(make, missing, workers=workers, what="train.workers", at_once=at_once)
         for rows in done:
             # A worker is elsewhere: its patches are counted when its part is done.
             bar.update(0 if here else rows)
 
 
-def shards_at_once(config: Config) -> int:
-    return SHARDS_AT_ONCE
+def shards_at_once(config: Config, shards: int) -> int:
+    """Shards that a worker has in hand of so many that it gets: one a thread where each computes its own."""
+    return min(max(SHARDS_AT_ONCE, config.data.threads), max(1, shards))
 
 
 class Cacher:
     """Loads the teacher once, and turns shards into parts; it may be called from several threads."""
 
-    def __init__(self, config: Config, recipe: dict[str, Any], tick: Callable[[int], Any] | None = None) -> None:
-        """`tick(n)` is told of n patches more."""
+    def __init__(
+        self, config: Config, recipe: dict[str, Any], at_once: int, tick: Callable[[int], Any] | None = None
+    ) -> None:
+        """`at_once` threads call it; `tick(n)` is told of n patches more."""
         import torch
 
         from lgd.models.teacher import load_teacher
@@ -116,16 +120,25 @@ class Cacher:
         if recipe["precision"] == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported()):
             raise DataError("latents.precision is bf16, but there is no GPU here that has it: set it to fp32")
         self.teacher = load_teacher(config.teacher.dir)[0].to(self.device)
-        self._turn, self._stopping = threading.Lock(), threading.Event()
+        self._stopping, self._cores = threading.Event(), torch.get_num_threads()
+        if self.device == "cuda":
+            # One batch after the other; the next ones wait decoded.
+            hands, turns, self._ahead = SHARDS_AT_ONCE, 1, 2
+            self._readers = config.data.threads
+        else:
+            # The shards in hand share the cores, which many threads in one operation leave idle between operations.
+            hands, turns, self._ahead = at_once, at_once, 0
+            self._readers = max(1, config.data.threads // at_once)
+            torch.set_num_threads(max(1, self._cores // at_once))
+        self._hand, self._turn = threading.Semaphore(hands), threading.Semaphore(turns)
 
     def __call__(self, shard: Shard) -> int:
         """Write the shard's part; returns its rows."""
         config, recipe = self.config, self.recipe
         reader = NativeReader([shard], ("he", "ihc"), recipe["size"])
         batches = in_batches(range(shard.samples), config.latents.batch)
-        with part_writer(place(config.latents.dir), shard, recipe) as writer:
-            for samples, _ in stream(reader, batches, threads=config.data.threads, prefetch=2):
-                # The other shard's thread waits here with its images decoded.
+        with self._hand, part_writer(place(config.latents.dir), shard, recipe) as writer:
+            for samples, _ in stream(reader, batches, threads=self._readers, prefetch=self._ahead):
                 with self._turn:
                     rows = self.rows(samples)
                 writer.add(stored(rows, samples, shard, recipe["dtype"], writer.rounding))
@@ -138,7 +151,10 @@ class Cacher:
 
     def stop(self) -> None:
         """End the calls in other threads after the batch that they are at."""
+        import torch
+
         self._stopping.set()
+        torch.set_num_threads(self._cores)
 
     def rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
         """The teacher's latents and the domain targets of each sample, float32."""
