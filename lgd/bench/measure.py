@@ -53,6 +53,8 @@ class Settings:
     """Passes over them."""
     plan_shards: int = 100_000
     """Shards, of 10,000 samples each, of the plan that `memory` builds."""
+    opened: int = 800
+    """Parts, of 512 rows each, that `memory` opens."""
     rows: int = 40_000
     """Rows of the store that `store` reads: 0.7 GB."""
     cached: int = 32

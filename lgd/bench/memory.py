@@ -1,9 +1,12 @@
-"""`memory`: what the stream keeps of what it has streamed, and what the plan of a very large data set takes.
+"""`memory`: what the stream keeps of what it has streamed, what open parts of a store take, and a very large plan.
 
 Private memory (USS) is read while tiny samples run through `training_batches`; its slope after the warm-up is scaled
-to a million samples.
+to a million samples. The parts of a store of tiny rows are opened and read, all of them; what the process then has
+written to more is scaled to a million rows in parts of 512. The pages of the parts' own files are told apart: they
+are page cache, which the kernel takes back.
 """
 
+import gc
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -14,11 +17,14 @@ import numpy as np
 
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Ratio, Settings
+from lgd.bench.store import PART, random_rows, shard_of
 from lgd.config import LEVEL_NAMES, Data
 from lgd.data.image import encode
 from lgd.data.plan import Plan, World, rank_positions
 from lgd.data.shards import Shard, ShardOptions, build, open_shards
 from lgd.data.stream import Reader
+from lgd.store.latents import Rows, Store, commit
+from lgd.store.parts import part_writer
 from lgd.train.batch import training_batches
 
 MARK = 50.0
@@ -30,10 +36,41 @@ _WARM = 0.25
 """Share of the time that counts as warm-up."""
 
 
-def private_bytes() -> int:
-    """Memory that only this process has (USS)."""
+def private_bytes(kinds: tuple[str, ...] = ("Private_Clean", "Private_Dirty")) -> int:
+    """Memory that only this process has (USS); of `Private_Clean` alone the kernel has another copy in a file."""
     lines = _ROLLUP.read_text().splitlines()
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kinds))
+
+
+def opened(folder: Path, parts: int) -> dict[str, Any]:
+    """What a store of so many parts of tiny rows takes when all are open and rows of all have been read."""
+    rng, shards = np.random.default_rng(0), [shard_of(folder, number, PART) for number in range(parts)]
+    for number, shard in enumerate(shards):
+        with part_writer(folder, shard, {}) as writer:
+            writer.add(random_rows(number * PART, PART, rng, dim=8))
+    commit(folder, {}, shards, {"shards": [], "teacher": ""})
+
+    def read(store: Store, numbers: Sequence[int]) -> None:
+        rows = Rows(store.parts)
+        for number in numbers:
+            rows.read([number] * 16, range(16), [None] * 16)
+
+    # Imports, and the free memory that every later part finds.
+    read(Store(folder), range(-(-parts // 4)))
+    gc.collect()
+    before = {kind: private_bytes((kind,)) for kind in ("Private_Dirty", "Private_Clean")}
+    store = Store(folder)
+    read(store, range(parts))
+    gc.collect()
+    more = {kind: private_bytes((kind,)) - bytes_ for kind, bytes_ in before.items()}
+    return {
+        "parts": parts,
+        "rows_a_part": PART,
+        "bytes_a_part": more["Private_Dirty"] / parts,
+        "page_cache_bytes_a_part": more["Private_Clean"] / parts,
+        # Bytes a row are megabytes a million.
+        "mb_a_million_rows": more["Private_Dirty"] / store.rows,
+    }
 
 
 def tiny_shards(folder: Path) -> list[Shard]:
@@ -74,7 +111,7 @@ def readings(shards: list[Shard], seconds: float, threads: int) -> np.ndarray:
         if now - told > seconds / 200:
             found.append((step.position, private_bytes()))
             told = now
-        if now - began > seconds and len(found) >= 8:
+        if now - began > seconds and len(found) >= 16:
             break
     steps.close()  # type: ignore[attr-defined]
     reader.close()
@@ -138,19 +175,25 @@ def _begun(sizes: Sequence[int], batch: int, world: World) -> dict[str, Any]:
 
 
 def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
-    """Megabytes by which private memory grows in a million samples."""
+    """Megabytes by which private memory grows in a million samples, and by a million rows."""
     plan = plan_at_scale(settings.plan_shards, 10_000)
     ours = plan["rank 0 of 1"]
     tell(
         f"plan of {plan['samples']:.0e} samples: {ours['seconds_to_build']:.3f} s, first batch after "
         f"{ours['seconds_to_first_batch']:.3f} s, {ours['bytes'] / 1e6:.1f} MB"
     )
-    name, text = "memory", "private memory's growth after warm-up, per 1e6 samples streamed"
+    texts = {
+        "memory": "private memory's growth after warm-up, per 1e6 samples streamed",
+        "memory: rows opened": f"private memory without page cache, per 1e6 rows opened in parts of {PART}",
+    }
     if not _ROLLUP.exists():
-        missing = Ratio(
-            name=name, compared=text, value=None, mark=MARK, at_most=True, missing=f"needs Linux: no {_ROLLUP}"
-        )
-        return Outcome(ratios=[missing], facts={"plan": plan})
+        ratios = [
+            Ratio(name=name, compared=text, value=None, mark=MARK, at_most=True, missing=f"needs Linux: no {_ROLLUP}")
+            for name, text in texts.items()
+        ]
+        return Outcome(ratios=ratios, facts={"plan": plan})
+    tell(f"opening a store of {settings.opened} parts")
+    rows = opened(inputs.folder / "tiny-store", settings.opened)
     found = readings(tiny_shards(inputs.folder), settings.stream, settings.workers)
     warm = found[found[:, 0] >= found[0, 0] + _WARM * (found[-1, 0] - found[0, 0])]
     # Bytes a sample are megabytes a million; what is left of a line without a slope is rounding.
@@ -165,8 +208,16 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
         "mb_before": warm[0, 1] / 1e6,
         "mb_after": warm[-1, 1] / 1e6,
         "standard_error": error,
+        "rows_opened": rows,
         "plan": plan,
     }
     spread = {"spread": [value - 2 * error, value + 2 * error]}
-    ratio = Ratio(name=name, compared=text, value=value, mark=MARK, at_most=True, unit="MB", detail=spread)
-    return Outcome(ratios=[ratio], facts=facts)
+    values: dict[str, tuple[float, dict[str, Any]]] = {
+        "memory": (value, spread),
+        "memory: rows opened": (rows["mb_a_million_rows"], {}),
+    }
+    ratios = [
+        Ratio(name=name, compared=texts[name], value=number, mark=MARK, at_most=True, unit="MB", detail=detail)
+        for name, (number, detail) in values.items()
+    ]
+    return Outcome(ratios=ratios, facts=facts)

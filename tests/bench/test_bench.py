@@ -34,6 +34,10 @@ def tiny(tissue) -> Settings:
         epochs=1,
         stream=0.5,
         plan_shards=200,
+        opened=8,
+        rows=1500,
+        part_mb=1.0,
+        cached=8,
     )
 
 
@@ -41,7 +45,9 @@ EXPECTED = {
     "loader": {"loader": 0.95},
     "loader-peers": {"loader-peers: webdataset": 1.15, "loader-peers: litdata": 1.04, "loader-peers: pillow": 4.5},
     "decode": {"decode": 1.6, "decode: cosine": 0.999, "decode: predictions": 0.99},
-    "memory": {"memory": 50.0},
+    "store": {"store-plan": 0.97, "store-random": 0.9, "store-write": 0.85},
+    "cache": {"cache": 0.95, "cache: tiles": 0.95},
+    "memory": {"memory": 50.0, "memory: rows opened": 50.0},
 }
 
 
@@ -209,7 +215,7 @@ def test_the_command_prints_a_table(tissue, capsys):
 @pytest.mark.parametrize(
     ("args", "status", "told"),
     [
-        (["nonsense"], 2, "there are loader, loader-peers, decode, memory"),
+        (["nonsense"], 2, "there are loader, loader-peers, decode, store, cache, memory"),
         (["loader", "--rounds", "0"], 2, "--rounds 0: use at least 1"),
         (["loader", "--seconds", "0"], 2, "--seconds"),
         (["loader", "--images", "nowhere-at-all"], 1, "nowhere-at-all does not exist"),
