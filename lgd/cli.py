@@ -187,6 +187,19 @@ def _query(parser: Any) -> Run:
     return run
 
 
+def _export(parser: Any) -> Run:
+    from lgd.store.export import ExportOptions, export
+
+    add_option_arguments(parser, ExportOptions)
+
+    def run(parser: Any, namespace: Any) -> None:
+        options = _plain(namespace, ExportOptions)
+        rows = export(options)
+        print(f"wrote {sum(row['patches'] for row in rows)} latents in {len(rows)} files: {options.out}")
+
+    return run
+
+
 def _verify(parser: Any) -> Run:
     parser.add_argument("folder", help="a shard folder or url, a feature store or a checkpoint")
 
@@ -274,6 +287,7 @@ VERBS: dict[str, tuple[str, Callable[[Any], Run]]] = {
     "evaluate": ("score the held-out split and write the report", _stage("evaluate")),
     "predict": ("HER2 level and probabilities of H&E images", _predict),
     "query": ("the nearest IHC latents of H&E images", _query),
+    "export-latents": ("write a store's latents in TRIDENT's HDF5 layout, for other tools", _export),
     "verify": ("check a shard folder, a feature store or a checkpoint end to end", _verify),
     "doctor": ("what this machine has and lacks", _doctor),
     "bench": ("how fast the parts are, as ratios against a bare loop or a peer", _bench),

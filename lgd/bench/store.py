@@ -1,15 +1,12 @@
-"""`store`: reading rows in plan order and at random against numpy.memmap, and writing parts against a raw write.
+"""`store`: reading rows, in plan order and at random, against numpy.memmap on the same bytes.
 
-`store-plan`, `store-random`: A is `Rows.read`, B the fastest of some plain ways over `numpy.memmap` of the same files.
+A is `Rows.read`, B the fastest of some plain ways over `numpy.memmap` of the same files.
 Both read pooled latents, maps, both target grids and the keys of 256 rows at a time, from a warm page cache.
-
-`store-write`: A is `part_writer`, which takes rows in batches, lays them out by column, and hashes, flushes, renames
-and describes the part. B writes the bytes of such a part to one file and flushes it.
 """
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
 from lgd.config import Data
 from lgd.data.archive import Shard
 from lgd.data.plan import Plan, firsts
-from lgd.files import sync
 from lgd.store.latents import SUPERVISION, Rows, Store, commit
 from lgd.store.parts import Part, part_writer
 
@@ -29,8 +25,6 @@ BATCH = 256
 """Rows that are read at a time."""
 PART = 512
 """Rows of a part that is read."""
-_ADDED = 64
-"""Rows that the writer is given at a time."""
 
 Address = tuple[list[int], list[int], list[str | None]]
 """Parts, rows and keys of a batch."""
@@ -266,67 +260,7 @@ def reading(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tup
     return ratios, facts
 
 
-def _added(rows: int) -> Iterator[dict[str, np.ndarray]]:
-    """The rows of a part, batch by batch."""
-    rng = np.random.default_rng(0)
-    for first in range(0, rows, _ADDED):
-        yield random_rows(first, min(_ADDED, rows - first), rng)
-
-
-def writing(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tuple[Ratio, dict[str, Any]]:
-    """The ratio of writing, and its facts."""
-    folder.mkdir()
-    row = sum(array.nbytes for array in random_rows(0, 1, np.random.default_rng(0)).values())
-    batches = list(_added(max(1, round(settings.part_mb * 1e6 / row))))
-    shard = shard_of(folder, 0, sum(len(batch["key"]) for batch in batches))
-    part, sidecar, raw = (folder / "parts" / f"train-000000-{0:012d}.h5" for _ in range(3))
-    sidecar, raw = part.with_suffix(".json"), folder / "raw"
-
-    def ours(parts: int) -> Rate:
-        def work() -> int:
-            for _ in range(parts):
-                with part_writer(folder, shard, {}) as writer:
-                    for batch in batches:
-                        writer.add(batch)
-            return parts * part.stat().st_size
-
-        found = timed(work)
-        content_of_side.append(part.read_bytes())
-        part.unlink()
-        sidecar.unlink()
-        return found
-
-    content_of_side: list[bytes] = []
-    ours(1)
-    (content,) = content_of_side
-
-    def bare(parts: int) -> Rate:
-        def work() -> int:
-            for _ in range(parts):
-                with open(raw, "wb", buffering=0) as file:
-                    file.write(content)
-                sync(raw)
-            return parts * len(content)
-
-        found = timed(work)
-        raw.unlink()
-        return found
-
-    parts = max(1, round(min(1.0, settings.seconds) * bare(1).a_second / len(content)))
-    ratio = alternate(
-        "store-write",
-        f"parts of {len(content) / 1e6:.0f} MB, hashed and flushed / raw write + fsync",
-        0.85,
-        lambda: ours(parts),
-        lambda: bare(parts),
-        settings.rounds,
-        tell,
-    )
-    return ratio, {"parts_a_round": parts, "rows_a_part": shard.samples, "bytes_a_part": len(content)}
-
-
 def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
-    """Rows a second by those of numpy.memmap, in plan order and at random; bytes written by those of a raw write."""
+    """Rows a second by those of numpy.memmap, in plan order and at random."""
     ratios, facts = reading(settings, inputs.folder, tell)
-    written, more = writing(settings, inputs.folder / "written", tell)
-    return Outcome(ratios=[*ratios, written], facts=facts | {"store-write": more})
+    return Outcome(ratios=ratios, facts=facts)

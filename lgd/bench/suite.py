@@ -21,6 +21,7 @@ BENCHMARKS = {
     "loader-peers": "lgd.bench.peers",
     "decode": "lgd.bench.decode",
     "store": "lgd.bench.store",
+    "store-write": "lgd.bench.write",
     "cache": "lgd.bench.cache",
     "memory": "lgd.bench.memory",
 }

@@ -45,7 +45,8 @@ EXPECTED = {
     "loader": {"loader": 0.95},
     "loader-peers": {"loader-peers: webdataset": 1.15, "loader-peers: litdata": 1.04, "loader-peers: pillow": 4.5},
     "decode": {"decode": 1.6, "decode: cosine": 0.999, "decode: predictions": 0.99},
-    "store": {"store-plan": 0.97, "store-random": 0.9, "store-write": 0.85},
+    "store": {"store-plan": 0.97, "store-random": 0.9},
+    "store-write": {"store-write": 0.85},
     "cache": {"cache": 0.95, "cache: tiles": 0.95},
     "memory": {"memory": 50.0, "memory: rows opened": 50.0},
 }
@@ -215,7 +216,7 @@ def test_the_command_prints_a_table(tissue, capsys):
 @pytest.mark.parametrize(
     ("args", "status", "told"),
     [
-        (["nonsense"], 2, "there are loader, loader-peers, decode, store, cache, memory"),
+        (["nonsense"], 2, "there are loader, loader-peers, decode, store, store-write, cache, memory"),
         (["loader", "--rounds", "0"], 2, "--rounds 0: use at least 1"),
         (["loader", "--seconds", "0"], 2, "--seconds"),
         (["loader", "--images", "nowhere-at-all"], 1, "nowhere-at-all does not exist"),

@@ -1,0 +1,196 @@
+"""`lgd export-latents`: the latents of a store in the HDF5 layout of TRIDENT, which other pathology tools read.
+
+    OUT/SLIDE.h5       `features` (n, D) float32, view 0; `coords` (n, 2) int64, x and y in pixels of level 0;
+                       and beside them `key`, `level` (-1 unknown) and `size` (n, 2): width and height
+    OUT/export.json    the files that are ours, and the store that they are of; written first
+
+The layout is that of TRIDENT's `save_h5` (Zhang et al., arXiv 2502.06750): a file a slide, the facts of the grid as
+attributes of `coords`. What is not known, such as the magnification, is left out. The teacher's mean is subtracted
+from the latents, as in the store.
+
+A slide is named by its patches' `slide`; where that is unknown, each source patch is one of its own. Its level 0 is
+whatever the positions are counted in: MIST states a patch's place on the slide in its name, and `build-shards --tile`
+a tile's place in its patch. Other places are not known: such patches are laid side by side in one row, and the
+attribute `coords_known` is False.
+"""
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lgd.config import ConfigError, DataError
+from lgd.data.archive import open_shards
+from lgd.data.stream import Reader
+from lgd.files import exists, list_folder, place, publish, read_json, remove, write_json
+from lgd.store.latents import Store
+from lgd.store.parts import Part
+
+FORMAT = "lgd-export/1"
+
+_SAFE = re.compile("[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,99}")
+"""A slide's name that may be a file's as it is."""
+_TILE = re.compile(r"(.+)_y(\d+)_x(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """What `lgd export-latents` is asked for."""
+
+    store: str
+    """Folder or url of the feature store; the shards that it was made of must still be there."""
+    out: str
+    """Folder or url to write to: empty, new, or one of an earlier export."""
+    split: str = ""
+    """Splits to export, such as `train,val`; by default all."""
+
+
+class Patch(NamedTuple):
+    """A row of the store, and where its patch lies."""
+
+    part: Part
+    row: int
+    key: str
+    slide: str | None
+    group: str
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    mpp: float | None
+
+
+def export(options: ExportOptions) -> list[dict[str, Any]]:
+    """Write a file a slide; returns file, slide, patches and whether their places are known, of each.
+
+    Raises `ConfigError` for a split that the store does not have, and `DataError` where the shards are gone or the
+    folder holds something else.
+    """
+    store, out = Store(options.store), place(options.out)
+    splits = sorted({part.split for part in store.parts})
+    asked = options.split.split(",") if options.split else splits
+    for split in asked:
+        if split not in splits:
+            raise ConfigError(f"--split: the store has no split {split!r}, only {', '.join(splits)}")
+    groups: dict[str, list[Patch]] = {}
+    for patch in patches_of(store, asked):
+        groups.setdefault(patch.group, []).append(patch)
+    files = {group: file_name(group) for group in groups}
+    for stale in _claimed(out, files.values()):
+        remove(out / stale)
+    facts = {"store": store.digest, "teacher": str(store.recipe.get("teacher", "")), "splits": ",".join(asked)}
+    write_json(out / "export.json", {"format": FORMAT, **facts, "files": sorted(files.values())})
+    rows = [_write(out / files[group], group, patches, facts) for group, patches in groups.items()]
+    unknown = sum(not row["coords_known"] for row in rows)
+    if unknown:
+        print(
+            f"lgd: of {unknown} of {len(rows)} files the patches' places are unknown: they are laid side by side, "
+            "and coords_known is False",
+            file=sys.stderr,
+        )
+    return rows
+
+
+def patches_of(store: Store, splits: Sequence[str]) -> Iterator[Patch]:
+    """The rows of some splits, in the store's order, with what their shards say of them."""
+    folders = store.document["sources"]["shards"]
+    lost = [folder for folder in folders if not exists(place(folder))]
+    if lost:
+        raise DataError(f"the shards of {store.folder} were in {lost[0]}, which is gone: put them back")
+    shards = {shard.sha256: shard for folder in folders for shard in open_shards(folder)[1]}
+    for part in store.parts:
+        if part.split not in splits:
+            continue
+        if part.tar_sha256 not in shards:
+            raise DataError(
+                f"the shards of {store.folder} changed since it was made ({part.name}): run lgd cache-latents"
+            )
+        reader = Reader([shards[part.tar_sha256]], ())
+        for row, key in enumerate(part.array("key").tolist()):
+            meta = reader.read(row).meta
+            if meta["key"].encode() != key:
+                raise DataError(f"{part.path}, row {row}, is of {key.decode()}, but its shard's of {meta['key']}")
+            size = (meta["width"], meta["height"])
+            yield Patch(part, row, meta["key"], meta["slide"], meta["group"], size, meta["mpp"])
+        reader.close()
+
+
+def file_name(group: str) -> str:
+    """A slide's file: its name where that is safe as one, else what is left of it and a digest."""
+    if _SAFE.fullmatch(group):
+        return f"{group}.h5"
+    kept = re.sub("[^A-Za-z0-9_+-]+", "_", group)[:80]
+    return f"{kept}-{hashlib.sha256(group.encode()).hexdigest()[:12]}.h5"
+
+
+def _claimed(out: Path, files: Iterable[str]) -> list[str]:
+    """Files of an earlier export that are none of this one; `DataError` where the folder holds anything else."""
+    there = [name for name in list_folder(out) if not (name.startswith(".") and name.endswith(".tmp"))]
+    ours: set[str] = set()
+    if "export.json" in there:
+        try:
+            document = read_json(out / "export.json")
+            if document["format"] != FORMAT:
+                raise ValueError(f"field format is {document['format']!r:.80}")
+            # An export.json from elsewhere must not have other files removed.
+            ours = {name for name in document["files"] if name.endswith(".h5") and _SAFE.fullmatch(name[:-3])}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{out / 'export.json'} is of no export ({error}): name another folder as --out") from error
+    strangers = [name for name in there if name not in ours and name != "export.json"]
+    if strangers:
+        raise DataError(f"{out} holds something else than an export ({strangers[0]}): name another folder as --out")
+    return sorted(ours & set(there) - set(files))
+
+
+def places(patches: Sequence[Patch]) -> tuple[np.ndarray, bool]:
+    """The upper left corner of each patch of a slide, int64 (n, 2) of x and y, and whether these are known."""
+    tiles = [_TILE.fullmatch(patch.key) for patch in patches]
+    if all(tiles) and len({tile[1] for tile in tiles if tile}) == 1:
+        grid = [(int(tile[3]), int(tile[2])) for tile in tiles if tile]
+    else:
+        # A tile does not say how large its patch is, so of several patches' tiles the places are not known.
+        named = [re.fullmatch(rf"{re.escape(p.slide)}_(\d+)_(\d+)", p.key) if p.slide else None for p in patches]
+        grid = [(int(name[2]), int(name[1])) for name in named if name]
+    one_size = len({patch.size for patch in patches}) == 1
+    if len(grid) == len(patches) and one_size:
+        return np.array(grid, np.int64) * np.array(patches[0].size, np.int64), True
+    side = _side(patches)
+    return np.array([(number * side, 0) for number in range(len(patches))], np.int64), False
+
+
+def _side(patches: Sequence[Patch]) -> int:
+    return max(max(patch.size) for patch in patches)
+
+
+def _write(path: Path, group: str, patches: Sequence[Patch], facts: dict[str, str]) -> dict[str, Any]:
+    import h5py
+
+    coords_n2, known = places(patches)
+    side, mpps = _side(patches), {patch.mpp for patch in patches}
+    attributes = {
+        "name": group,
+        "savetodir": str(path.parent),
+        "patch_size": side,
+        "patch_size_level0": side,
+        "overlap": 0,
+        "coords_known": known,
+    }
+    if len(mpps) == 1 and None not in mpps:
+        attributes["mpp"] = mpps.pop()
+    datasets = {
+        "features": np.stack([patch.part.array("pooled")[patch.row, 0] for patch in patches]).astype(np.float32),
+        "coords": coords_n2,
+        "key": np.array([patch.key.encode() for patch in patches], "S"),
+        "level": np.array([patch.part.array("level")[patch.row] for patch in patches], np.int8),
+        "size": np.array([patch.size for patch in patches], np.int64),
+    }
+    with publish(path) as temporary, h5py.File(temporary, "w") as file:
+        for name, array in datasets.items():
+            file.create_dataset(name, data=array)
+        file["coords"].attrs.update(attributes)
+        file["features"].attrs.update({"name": group, "savetodir": str(path.parent)})
+        file.attrs.update(facts)
+    return {"file": path.name, "slide": group, "patches": len(patches), "coords_known": known}
