@@ -6,6 +6,7 @@ and writes nothing. Whole patches and tiles of a quarter of their side are measu
 """
 
 import itertools
+import json
 import queue
 import shutil
 import threading
@@ -89,8 +90,8 @@ class Bare:
         latents, size = self.config.latents, self.config.data.size
         small_BHW3 = np.stack([decode(ihc, "", size) for _, ihc, _ in patches])
         he_B3HW, ihc_B3HW = (
-            torch.from_numpy(np.stack([decode(patch[role], "", None) for patch in patches])).permute(0, 3, 1, 2)
-            for role in (0, 1)
+            torch.from_numpy(np.stack([decode(content, "", None) for content in contents])).permute(0, 3, 1, 2)
+            for contents in ([he for he, _, _ in patches], [ihc for _, ihc, _ in patches])
         )
         mpp = patches[0][2]
         with torch.inference_mode():
@@ -153,8 +154,6 @@ class Product:
 
 def compare(bare: Bare, shards: Sequence[Shard]) -> int:
     """Compare the parts that were cached last with the bare loop's rows, bit for bit; returns how many rows."""
-    import json
-
     batches = iter(bare.batches)
     for shard in shards:
         folder = Path(bare.config.latents.dir) / "parts"
@@ -209,9 +208,9 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     for name, pairs, tile in (("cache", shown, 0), ("cache: tiles", -(-shown // 4), settings.side // 4)):
         some = Inputs(replace(settings, images=images, pairs=pairs), folder / name.replace(": ", "-"))
         shards = some.folder / "cached"
-        options = {"tile": tile, "image": "jpeg:95"} if tile else {}
         size = max(BATCH, pairs * (16 if tile else 1) // (_SHARDS * settings.workers))
-        build(ShardOptions(layout="bci", root=str(some.files), out=str(shards), shard_size=size, **options))
+        options = ShardOptions(layout="bci", root=str(some.files), out=str(shards), shard_size=size)
+        build(replace(options, tile=tile, image="jpeg:95") if tile else options)
         ratio, facts[name] = measured(name, settings, teacher, shards, some.folder, tell)
         ratios.append(ratio)
     return Outcome(ratios=ratios, facts=facts)

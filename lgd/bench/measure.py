@@ -55,7 +55,7 @@ class Settings:
     """Shards, of 10,000 samples each, of the plan that `memory` builds."""
     opened: int = 800
     """Parts, of 512 rows each, that `memory` opens."""
-    rows: int = 40_000
+    stored: int = 40_000
     """Rows of the store that `store` reads: 0.7 GB."""
     cached: int = 32
     """Patches that `cache` counts in a round; four times as many tiles."""

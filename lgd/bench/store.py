@@ -213,8 +213,8 @@ def _threaded(read: Read, batches: Sequence[Address], threads: int) -> float:
 
 def reading(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tuple[list[Ratio], dict[str, Any]]:
     """Both ratios of reading, and their facts."""
-    tell(f"writing a store of {settings.rows} rows")
-    store = write_store(folder / "store", settings.rows)
+    tell(f"writing a store of {settings.stored} rows")
+    store = write_store(folder / "store", settings.stored)
     rows, mapped = Rows(store.parts), Mapped(store.parts)
     plan = Plan([part.rows for part in store.parts], seed=0, lanes=Data().lanes)
     numbers = {

@@ -89,7 +89,7 @@ class PartWriter:
 
     def _put(self, array: np.ndarray, offset: int) -> None:
         # Past HDF5, which took twice as long as the write itself for a batch of rows.
-        left = memoryview(np.ascontiguousarray(array)).cast("B")
+        left = np.ascontiguousarray(array).data.cast("B")
         while left:
             written = os.pwrite(self._file.id.get_vfd_handle(), left, offset)
             left, offset = left[written:], offset + written

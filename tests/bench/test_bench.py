@@ -35,7 +35,7 @@ def tiny(tissue) -> Settings:
         stream=0.5,
         plan_shards=200,
         opened=8,
-        rows=1500,
+        stored=1500,
         part_mb=1.0,
         cached=8,
     )
