@@ -107,9 +107,9 @@ def map_with(
             return self.function(argument)
 
     gpus = 1 if use_gpus and ray.cluster_resources().get("GPU", 0) else 0
-    actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=at_once)(Mapper)
-    actors: list[Any] = [actor.remote() for _ in range(min(workers, len(arguments)))]
-    # An actor that stands in the pool twice gets two arguments at a time.
+    actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(Mapper)
+    actors = [actor.options(max_concurrency=at_once).remote() for _ in range(min(workers, len(arguments)))]
+    # An actor that stands in the pool twice gets two arguments at a time; the first turn goes round all actors.
     pool: Any = ActorPool(actors * at_once)
     try:
         yield from pool.map_unordered(lambda worker, argument: worker.apply.remote(argument), list(arguments))

@@ -7,8 +7,10 @@ native resolution, before any shrinking: a 1+ membrane is 1.4 px wide at 0.46 um
 import contextlib
 import functools
 import itertools
+import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from tqdm import tqdm
 from lgd import distribute
 from lgd.config import Config, DataError
 from lgd.data.image import RESIZE
-from lgd.data.shards import Shard, decode
+from lgd.data.shards import Shard, decode, open_shards
 from lgd.data.stream import Reader, Sample, in_batches, stream
 from lgd.files import exclusive, exists, is_remote, list_folder, place
 from lgd.models.export import read_model_config
 from lgd.stain.targets import TARGET_SETTINGS
 from lgd.store.latents import Store, commit
-from lgd.store.parts import is_complete, part_name, part_writer
+from lgd.store.parts import part_writer
+from lgd.store.sidecar import is_complete, part_name
 
 SHARDS_AT_ONCE = 2
 """Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""
@@ -98,20 +101,37 @@ def _fill(config: Config, recipe: dict[str, Any], missing: Sequence[Shard], work
             bar.update(0 if here else rows)
 
 
-class Cacher:
-    """Loads the teacher once, and turns shards into parts; it may be called from several threads."""
+class Supervision:
+    """The teacher, loaded once, and the domain targets: what a recipe makes of samples."""
 
-    def __init__(self, config: Config, recipe: dict[str, Any], tick: Callable[[int], Any] | None = None) -> None:
-        """`tick(n)` is told of n patches more."""
+    def __init__(self, folder: str, recipe: dict[str, Any]) -> None:
+        """`folder` is the teacher's; raises `DataError` for another teacher, or arithmetic that is not had here."""
         import torch
 
         from lgd.models.teacher import load_teacher
 
-        self.config, self.recipe, self.tick = config, recipe, tick
+        self.recipe = recipe
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if recipe["precision"] == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported()):
             raise DataError("latents.precision is bf16, but there is no GPU here that has it: set it to fp32")
-        self.teacher = load_teacher(config.teacher.dir)[0].to(self.device)
+        teacher, config = load_teacher(folder)
+        if config["weights_sha256"] != recipe["teacher"]:
+            raise DataError(f"{folder} holds another teacher than the one that made the store: name that by --teacher")
+        self.teacher = teacher.to(self.device)
+
+    def rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        """The teacher's latents and the domain targets of samples of a `NativeReader`, float32."""
+        ihc_BHW3 = np.stack([sample.images["ihc@size"] for sample in samples])
+        return _teacher_rows(ihc_BHW3, self.teacher, self.recipe) | _target_rows(samples, self.recipe, self.device)
+
+
+class Cacher:
+    """Turns shards into parts; it may be called from several threads."""
+
+    def __init__(self, config: Config, recipe: dict[str, Any], tick: Callable[[int], Any] | None = None) -> None:
+        """`tick(n)` is told of n patches more."""
+        self.config, self.recipe, self.tick = config, recipe, tick
+        self.supervision = Supervision(config.teacher.dir, recipe)
         self._turn, self._stopping = threading.Lock(), threading.Event()
 
     def __call__(self, shard: Shard) -> int:
@@ -123,7 +143,7 @@ class Cacher:
             for samples, _ in stream(reader, batches, threads=config.data.threads, prefetch=2):
                 # The other shard's thread waits here with its images decoded.
                 with self._turn:
-                    rows = self.rows(samples)
+                    rows = self.supervision.rows(samples)
                 writer.add(stored(rows, samples, shard, recipe["dtype"], writer.rounding))
                 if self.tick:
                     self.tick(len(samples))
@@ -135,11 +155,6 @@ class Cacher:
     def stop(self) -> None:
         """End the calls in other threads after the batch that they are at."""
         self._stopping.set()
-
-    def rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-        """The teacher's latents and the domain targets of each sample, float32."""
-        ihc_BHW3 = np.stack([sample.images["ihc@size"] for sample in samples])
-        return _teacher_rows(ihc_BHW3, self.teacher, self.recipe) | _target_rows(samples, self.recipe, self.device)
 
 
 def stored(
@@ -175,6 +190,53 @@ def differences(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     length_n = np.linalg.norm(b_nd, axis=1)
     relative_n = np.linalg.norm(a_nd - b_nd, axis=1) / np.where(length_n > 0, length_n, 1)
     return {"absolute": float(np.abs(a_nd - b_nd).max()), "relative": float(relative_n.max())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reencoded:
+    """What `reencoded` found."""
+
+    rows: int
+    differences: dict[str, dict[str, float]]
+    """Of each dataset, as `differences` gives them."""
+    allowed: dict[str, float]
+    """The largest relative difference of each dataset that rounding and arithmetic explain."""
+
+    def problems(self, store: Store) -> list[str]:
+        """The datasets that differ by more."""
+        return [
+            f"{store.folder}: {name} differs from what its teacher and targets give by {numbers['relative']:.2g} of a "
+            f"row's length, more than {self.allowed[name]:.2g}: its shards or its teacher are others than it states"
+            for name, numbers in self.differences.items()
+            if numbers["relative"] > self.allowed[name]
+        ]
+
+
+def reencoded(store: Store, count: int, teacher: str = "", seed: int = 0) -> Reencoded:
+    """Run teacher and targets again on `count` rows, drawn over the whole store, and compare them with what is stored.
+
+    Raises `DataError` when the shards, or the teacher, are not where they were; `teacher` names another folder of it.
+    """
+    folders = store.document["sources"]["shards"]
+    of_tar = {shard.sha256: shard for folder in folders for shard in open_shards(folder)[1]}
+    lost = [part.name for part in store.parts if part.tar_sha256 not in of_tar]
+    if lost:
+        raise DataError(f"the shards in {', '.join(folders)} changed since {store.folder} was made ({lost[0]})")
+    supervision = Supervision(teacher or store.document["sources"]["teacher"], store.recipe)
+    reader = NativeReader([of_tar[part.tar_sha256] for part in store.parts], ("he", "ihc"), store.recipe["size"])
+    numbers_n = np.sort(np.random.default_rng(seed).choice(reader.total, min(count, reader.total), replace=False))
+    found: dict[str, dict[str, float]] = {}
+    for samples, _ in stream(reader, in_batches(numbers_n.tolist(), 16), threads=os.cpu_count() or 1):
+        for name, full in supervision.rows(samples).items():
+            there = np.stack([store.parts[sample.shard].array(name)[sample.row] for sample in samples])
+            before = found.setdefault(name, {"absolute": 0.0, "relative": 0.0})
+            found[name] = {what: max(number, before[what]) for what, number in differences(there, full).items()}
+    reader.close()
+    # Other neighbours in a batch, other threads and another device change sums in their last digits.
+    arithmetic = 0.05 if store.recipe["precision"] == "bf16" else 1e-3
+    rounding = store.document["rounding"]
+    allowed = {name: arithmetic + 2 * rounding[name]["relative"] for name in found}
+    return Reencoded(rows=len(numbers_n), differences=found, allowed=allowed)
 
 
 class NativeReader(Reader):

@@ -18,7 +18,7 @@ from lgd.models.teacher import load_teacher
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.cache import cache_latents, recipe_of
 from lgd.store.latents import Store
-from lgd.store.parts import is_complete
+from lgd.store.sidecar import is_complete
 
 
 def shards_of(config):
