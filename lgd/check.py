@@ -43,7 +43,7 @@ def _check_store(folder: Path, reencode: int, teacher: str) -> tuple[list[str], 
         problems += index.problems(store)
     if problems or not reencode:
         return problems, []
-    from lgd.store.cache import reencoded
+    from lgd.store.supervision import reencoded
 
     found = reencoded(store, reencode, teacher)
     told = [f"re-encoded {found.rows} rows, largest difference to what is stored:"]

@@ -13,7 +13,7 @@ data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.sources data.building data.shards data.verify
 data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
-store.sidecar store.parts store.latents store.cache store.index
+store.sidecar store.parts store.latents store.supervision store.cache store.index
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
 evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
 doctor check pipeline

@@ -31,6 +31,9 @@ from lgd.store.sidecar import FORMAT, REMEDY, layout_of, part_name, read_sidecar
 OPEN_PARTS = 16_384
 """Parts that a process keeps mapped; Linux allows it 65,530 maps in all."""
 
+_METADATA = 65_536
+"""Bytes that HDF5 takes for itself, at most; it needs about 3,000."""
+
 _open: deque["Part"] = deque()
 _mapping = threading.Lock()
 
@@ -40,12 +43,23 @@ _NAME = re.compile("[A-Za-z0-9_-]{1,120}")
 class PartWriter:
     """Takes the rows of a shard, batch by batch; `part_writer` makes one."""
 
-    def __init__(self, file: Any, rows: int) -> None:
-        self._file, self._rows, self._done = file, rows, 0
+    def __init__(self, path: Path, rows: int) -> None:
+        import h5py
+
+        self._path, self._rows, self._done = path, rows, 0
+        with h5py.File(path, "w", libver="latest", driver="core", backing_store=False) as empty:
+            empty.flush()
+            path.write_bytes(empty.id.get_file_image())
+        self._file = h5py.File(path, "r+", libver="latest")
         self._texts: dict[str, list[bytes]] = {}
         self._datasets: dict[str, Any] = {}
         self.rounding: dict[str, Any] = {}
         """What the sidecar tells of the loss by the stored type; the caller fills it."""
+
+    def _reserve(self, size: int) -> None:
+        # HDF5 2.0 crashes some time after it has met a full disk: it may only write where there is room for sure.
+        with open(self._path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), size + _METADATA)
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
         """Write the next rows; every array has one row a sample, and `key` is among them.
@@ -54,15 +68,17 @@ class PartWriter:
         """
         stop = self._done + len(arrays["key"])
         assert stop <= self._rows and all(len(array) == stop - self._done for array in arrays.values())
-        for name, array in arrays.items():
-            if array.dtype.kind == "S":
-                # Their width is that of the longest, so they are written at the end.
-                self._texts.setdefault(name, []).extend(array.tolist())
-                continue
-            if name not in self._datasets:
+        numbers = {name: array for name, array in arrays.items() if array.dtype.kind != "S"}
+        if not self._done:
+            self._reserve(sum(self._rows * array[0].nbytes for array in numbers.values()))
+            for name, array in numbers.items():
                 shape = (self._rows, *array.shape[1:])
                 self._datasets[name] = self._file.create_dataset(name, shape, array.dtype, fill_time="never")
+        for name, array in numbers.items():
             self._datasets[name][self._done : stop] = array
+        # The width of texts is that of the longest, so they are written at the end.
+        for name in arrays.keys() - numbers.keys():
+            self._texts.setdefault(name, []).extend(arrays[name].tolist())
         keys = self._texts["key"][max(0, self._done - 1) :]
         if any(after <= before for before, after in itertools.pairwise(keys)):
             raise DataError("its keys are not sorted: lgd verify its shard folder, and build it again")
@@ -71,9 +87,10 @@ class PartWriter:
     def finish(self) -> dict[str, Any]:
         """Write what is left; gives what the sidecar says of the datasets."""
         assert self._done == self._rows, f"{self._done} of {self._rows} rows were written"
-        for name, texts in self._texts.items():
-            # A width of 0 is none for HDF5.
-            array = np.array(texts, f"S{max(1, *map(len, texts))}")
+        # HDF5 knows no width of 0.
+        texts = {name: np.array(texts, f"S{max(1, *map(len, texts))}") for name, texts in sorted(self._texts.items())}
+        self._reserve(sum(array.nbytes for array in texts.values()))
+        for name, array in texts.items():
             self._datasets[name] = self._file.create_dataset(name, data=array)
         self._file.flush()
         return {
@@ -86,17 +103,18 @@ class PartWriter:
             "rounding": self.rounding,
         }
 
+    def close(self) -> None:
+        """Close the file, which cuts off what was reserved and not used."""
+        self._file.close()
+
 
 @contextlib.contextmanager
 def part_writer(store: Path, shard: Shard, recipe: dict[str, Any]) -> Iterator[PartWriter]:
     """Give a writer for a shard's part; on success publish the part, and then its sidecar."""
-    import h5py
-
     name = part_name(shard)
     path = store / "parts" / f"{name}.h5"
     with publish(path) as temporary:
-        with h5py.File(temporary, "w", libver="latest") as file:
-            writer = PartWriter(file, shard.samples)
+        with contextlib.closing(PartWriter(temporary, shard.samples)) as writer:
             yield writer
             described = writer.finish()
         # The disk takes the file while the digest is worked out.
