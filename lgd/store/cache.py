@@ -85,7 +85,9 @@ class Cacher:
         self.config, self.recipe, self.tick = config, recipe, tick or (lambda done: None)
         self.supervision = Supervision(config.teacher.dir, recipe)
         self._pool = ThreadPoolExecutor(config.data.threads, thread_name_prefix="lgd-prepare")
-        self._turn, self._stopping = threading.Lock(), threading.Event()
+        # A GPU does one thing at a time; cores would stand idle.
+        self._turn = threading.Semaphore(1 if self.supervision.device == "cuda" else SHARDS_AT_ONCE)
+        self._stopping = threading.Event()
 
     def __call__(self, shard: Shard) -> int:
         """Write the shard's part; returns its rows."""
