@@ -7,16 +7,16 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-config options tables urls files remote distribute metrics
+config options tables progress urls files remote distribute metrics
 stain.deconvolve stain.targets
 data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.sources data.building data.shards data.verify
 data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
-store.parts store.latents store.cache store.index store.export
+store.sidecar store.parts store.latents store.supervision store.cache store.index store.export
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
 evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
-doctor pipeline
+doctor check pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.suite
 cli

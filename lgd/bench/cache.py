@@ -30,8 +30,9 @@ from lgd.models.export import save_model
 from lgd.models.teacher import load_teacher, new_teacher
 from lgd.options import load_config
 from lgd.stain.targets import membrane_grid, nuclei_grid
-from lgd.store.cache import Cacher, recipe_of, shards_at_once
-from lgd.store.parts import part_name
+from lgd.store.cache import SHARDS_AT_ONCE, Cacher
+from lgd.store.sidecar import part_name
+from lgd.store.supervision import recipe_of
 
 MARK = 0.95
 BATCH = 4
@@ -105,7 +106,7 @@ class Bare:
         return {name: array.numpy().astype(latents.dtype) for name, array in found.items()}
 
     def ticks(self, count: int) -> Iterator[int]:
-        """Compute `count` batches in threads, each a batch of its own; yields as they are done."""
+        """Compute `count` batches in threads, each a batch of its own; yields for every patch that is done."""
         counter: Iterator[int] = itertools.count()
         done: queue.SimpleQueue[int] = queue.SimpleQueue()
 
@@ -118,7 +119,8 @@ class Bare:
         for thread in threads:
             thread.start()
         for _ in range(count):
-            yield done.get()
+            number = done.get()
+            yield from [number] * len(self.batches[number % len(self.batches)])
         for thread in threads:
             thread.join()
 
@@ -130,21 +132,20 @@ class Product:
         self.config, self.shards = config, shards
 
     def ticks(self) -> Iterator[int]:
-        """Cache all shards; yields as batches are written."""
+        """Cache all shards; yields as patches are ready for the teacher."""
         done: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
         shutil.rmtree(self.config.latents.dir, ignore_errors=True)
-        at_once = shards_at_once(self.config, len(self.shards))
-        cacher = Cacher(self.config, recipe_of(self.config), at_once, done.put)
+        cacher = Cacher(self.config, recipe_of(self.config), done.put)
 
         def work() -> None:
             try:
-                list(map_with(lambda: cacher, self.shards, workers=0, what="", at_once=at_once))
+                list(map_with(lambda: cacher, self.shards, workers=0, what="", at_once=SHARDS_AT_ONCE))
             except BaseException as error:
                 done.put(error)
 
         thread = threading.Thread(target=work)
         thread.start()
-        for _ in range(sum(-(-shard.samples // BATCH) for shard in self.shards)):
+        for _ in range(sum(shard.samples for shard in self.shards)):
             tick = done.get()
             if isinstance(tick, BaseException):
                 raise tick
@@ -168,28 +169,32 @@ def compare(bare: Bare, shards: Sequence[Shard]) -> int:
     return sum(shard.samples for shard in shards)
 
 
+def _head(settings: Settings) -> int:
+    """Patches at the beginning, and as many at the end, when not all threads have something to do."""
+    return 2 * BATCH * settings.workers
+
+
 def measured(
     name: str, settings: Settings, teacher: Path, shards: Path, out: Path, tell: Callable[[str], Any]
 ) -> tuple[Ratio, dict[str, Any]]:
     """The ratio over one shard set, and its facts."""
     config, opened = config_for(settings, teacher, shards, out), open_shards(shards)[1]
     product, bare = Product(config, opened), Bare(config, patches_of(opened))
-    # Not all threads have something to do in the first and the last batches.
-    head = settings.workers
-    count = len(bare.batches) - 2 * head
+    head = _head(settings)
+    count = sum(shard.samples for shard in opened) - 2 * head
     list(product.ticks())
     compared = compare(bare, opened)
 
     def ours() -> Rate:
-        return steady(product.ticks(), BATCH, head, count)
+        return steady(product.ticks(), 1, head, count)
 
     def theirs() -> Rate:
-        return steady(bare.ticks(len(bare.batches)), BATCH, head, count)
+        return steady(bare.ticks(len(bare.batches)), 1, head, count)
 
     ratio = alternate(name, "caching / bare decode + teacher + targets", MARK, ours, theirs, settings.rounds, tell)
     pixels = decode(bare.batches[0][0][1], "", None).shape
     facts = {
-        "patches_a_round": count * BATCH,
+        "patches_a_round": count,
         "shards": len(opened),
         "pixels": f"{pixels[1]}x{pixels[0]}",
         "rows_compared": compared,
@@ -204,7 +209,7 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     images = settings.images or str(inputs.folder / "drawn")
     teacher = teacher_in(folder / "teacher", settings.size)
     ratios, facts = [], {"input": inputs.described(), "teacher": "resnet10, untrained", "batch": BATCH}
-    shown = settings.cached + 2 * BATCH * settings.workers
+    shown = settings.cached + 2 * _head(settings)
     for name, pairs, tile in (("cache", shown, 0), ("cache: tiles", -(-shown // 4), settings.side // 4)):
         some = Inputs(replace(settings, images=images, pairs=pairs), folder / name.replace(": ", "-"))
         shards = some.folder / "cached"
