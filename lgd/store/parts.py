@@ -121,8 +121,10 @@ class PartWriter:
         }
 
     def close(self) -> None:
-        """Close the file, which cuts off what was reserved and not used."""
+        """Close the file, and cut off what was reserved and not used, of which HDF5 does not know."""
+        size = self._file.id.get_filesize()
         self._file.close()
+        os.truncate(self._path, size)
 
 
 @contextlib.contextmanager
