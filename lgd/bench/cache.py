@@ -89,19 +89,20 @@ class Bare:
     def rows(self, patches: Sequence[Patch]) -> dict[str, np.ndarray]:
         """The latents and targets of a batch, as they are stored."""
         latents, size = self.config.latents, self.config.data.size
+        nuclei, membrane = [], []
+        # One by one, since a batch at native resolution falls out of every cache and takes twice as long.
+        for he, ihc, mpp in patches:
+            he_13HW, ihc_13HW = (torch.from_numpy(decode(x, "", None))[None].permute(0, 3, 1, 2) for x in (he, ihc))
+            nuclei.append(nuclei_grid(he_13HW, latents.nuclei_grid, mpp))
+            membrane.append(membrane_grid(ihc_13HW, latents.membrane_grid, mpp))
         small_BHW3 = np.stack([decode(ihc, "", size) for _, ihc, _ in patches])
-        he_B3HW, ihc_B3HW = (
-            torch.from_numpy(np.stack([decode(content, "", None) for content in contents])).permute(0, 3, 1, 2)
-            for contents in ([he for he, _, _ in patches], [ihc for _, ihc, _ in patches])
-        )
-        mpp = patches[0][2]
         with torch.inference_mode():
             out = self.teacher(torch.from_numpy(small_BHW3).permute(0, 3, 1, 2))
             found = {
                 "pooled": out["pooled"][:, None],
                 "map": F.adaptive_avg_pool2d(out["map"], latents.map)[:, None],
-                "nuclei": nuclei_grid(he_B3HW, latents.nuclei_grid, mpp),
-                "membrane": membrane_grid(ihc_B3HW, latents.membrane_grid, mpp),
+                "nuclei": torch.cat(nuclei),
+                "membrane": torch.cat(membrane),
             }
         return {name: array.numpy().astype(latents.dtype) for name, array in found.items()}
 
