@@ -123,8 +123,8 @@ def summary(store: Store, answers: Sequence[Answer]) -> list[str]:
     hits = [hit for answer in answers for hit in answer.hits]
     twins = [hit for hit in hits if hit.duplicate_of]
     lines = [
-        f"{len(answers)} queries, {len(hits)} neighbours; {len(twins)} are near-duplicates (closer than "
-        f"{NEAR_DUPLICATE} to the query or to a nearer neighbour)"
+        f"queries: {len(answers)}, neighbours: {len(hits)}, of these near-duplicates (closer than {NEAR_DUPLICATE} to "
+        f"the query or to a nearer neighbour): {len(twins)}"
     ]
     parts: dict[str, list[str]] = {}
     for answer in answers:
@@ -181,12 +181,12 @@ def as_table(answers: Sequence[Answer]) -> list[dict[str, Any]]:
             rows.append(asked | {"rank": str(rank)} | _shown(hit) | {"duplicate_of": hit.duplicate_of or ""})
         said = answer.vote
         blank = dict.fromkeys(("slide", "split", "distance", "duplicate_of"), "")
-        fields = {"rank": "vote", "key": vote_text(said), "level": said.level}
+        fields = {"rank": "vote", "key": _vote_text(said), "level": said.level}
         rows.append({name: (asked | blank | fields)[name] for name in rows[-1]})
     return rows
 
 
-def vote_text(said: Vote) -> str:
+def _vote_text(said: Vote) -> str:
     """The shares and the entropy in a few words."""
     if not said.labelled:
         return "no neighbour has a level"

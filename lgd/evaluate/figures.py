@@ -61,7 +61,7 @@ class Query:
     asks_with_ihc: bool = False
     """The stored latent of the IHC was the query, not the H&E."""
     vote: str = ""
-    """What the levels of the neighbours say together, in a few words."""
+    """What the levels of the neighbours say together, as a line of the caption."""
 
 
 def confusion_matrix(predictions: Predictions, path: str | Path, title: str) -> None:
@@ -123,13 +123,14 @@ def contact_sheet(rows: Sequence[Query], path: str | Path) -> None:
     query's true one.
     """
     columns = 2 + max((len(row.neighbours) for row in rows), default=0)
-    figure = _figure(1.9 * columns, 2.55 * len(rows))
+    # The caption of a panel has up to five lines.
+    figure = _figure(1.9 * columns, 2.7 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, row in zip(grid, rows, strict=True):
         true = _level_name(row.level)
         said = [] if row.predicted is None else [f"predicted {_level_name(row.predicted)}"]
         frame = None if row.predicted is None else _agreement(row.level, row.predicted)
-        vote = [f"vote {row.vote}"] if row.vote else []
+        vote = [row.vote] if row.vote else []
         lines = [_short(row.key), f"slide {_short(row.slide or 'unknown')}", ", ".join([f"true level {true}", *said])]
         if row.asks_with_ihc:
             _panel(axes[0], row.he, ["its H&E, not asked", *lines], None)

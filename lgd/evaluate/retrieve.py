@@ -66,8 +66,8 @@ def query(
 
     A stored patch is left out of its own answer; of a key that several parts have, each patch is a query of its own.
     `splits` and `levels` (0, 1+, 2+, 3+) narrow what is searched. `exclude_same_slide` leaves out patches of the
-    query's slide, and those whose slide is unknown, since they may be of it. The slide of a query is that of `slides`, a
-    CSV with columns key (file name without suffix) and slide, or else that of the stored patch of this key.
+    query's slide, and those whose slide is unknown, since they may be of it. The slide of a query is that of `slides`,
+    a CSV with columns key (file name without suffix) and slide, or else that of the stored patch of this key.
 
     Raises `ConfigError` for what cannot be asked, and `DataError` for a store without a fitting index, a student of
     another teacher, an image that cannot be read, an unknown key or slide, and filters that leave nothing.
@@ -222,7 +222,9 @@ def _by_image(scorer: Scorer | None, store: Store, images: Sequence[Path]) -> li
     if scorer is None:
         raise ConfigError("an image needs a student to hallucinate its latent: give one, such as --model DIR")
     check_pair(scorer, store)
-    return [_Question(path, as_level(row["probability"]), None, row["pooled"]) for path, row in score_files(scorer, images)]
+    return [
+        _Question(path, as_level(row["probability"]), None, row["pooled"]) for path, row in score_files(scorer, images)
+    ]
 
 
 def _by_key(store: Store, keys: Sequence[str]) -> list[_Question]:
@@ -233,14 +235,14 @@ def _by_key(store: Store, keys: Sequence[str]) -> list[_Question]:
         if not found:
             close = difflib.get_close_matches(key, _near_in_order(store, key), 3, 0.6)
             near = f"close to it are {', '.join(close)}" if close else "none of its keys is close"
+            if safe_key(key) != key:
+                near = "a key has no dots and no slashes, and images are named before --key"
             raise DataError(f"the store {store.folder} has no patch {key!r:.120}; {near}")
         for number, row in found:
             part = store.parts[number]
             vector_D = np.asarray(part.array("pooled")[row, 0], np.float32)
             level, slide = int(part.array("level")[row]), bytes(part.array("slide")[row]).decode()
-            stored = Stored(
-                key=key, slide=slide or None, split=part.split, level=_level(level), part=number, row=row
-            )
+            stored = Stored(key=key, slide=slide or None, split=part.split, level=_level(level), part=number, row=row)
             questions.append(_Question(None, {}, stored, vector_D))
     return questions
 

@@ -8,7 +8,7 @@ import numpy as np
 from lgd.config import LEVEL_NAMES, ConfigError, DataError
 from lgd.data.shards import Shard, open_shards
 from lgd.data.stream import Reader
-from lgd.evaluate.answer import Answer, Hit, Stored, vote_text
+from lgd.evaluate.answer import Answer, Hit, Stored, Vote
 from lgd.evaluate.figures import Neighbour, Query, contact_sheet
 from lgd.evaluate.predict import read_image
 from lgd.files import is_remote, place
@@ -74,7 +74,7 @@ def _as_query(answer: Answer, gallery: Gallery, size: int) -> Query:
         ihc=ihc,
         neighbours=[as_neighbour(hit, gallery) for hit in answer.hits],
         asks_with_ihc=stored is not None,
-        vote=vote_text(answer.vote),
+        vote=_vote_line(answer.vote),
     )
 
 
@@ -89,6 +89,13 @@ def as_neighbour(hit: Hit, gallery: Gallery) -> Neighbour:
         image=gallery.image(hit),
         duplicate_of=hit.duplicate_of,
     )
+
+
+def _vote_line(said: Vote) -> str:
+    """The winner, its share and the entropy: all shares would be wider than a panel."""
+    if said.level is None:
+        return "vote unknown"
+    return f"vote {said.level} ({said.shares[said.level]:.2f}), {said.entropy_bits:.2f} bits"
 
 
 def _number(level: str | None) -> int | None:
