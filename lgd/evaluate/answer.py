@@ -26,7 +26,10 @@ from lgd.config import LEVEL_NAMES
 from lgd.store.latents import Store
 
 NEAR_DUPLICATE = 0.001
-"""Cosine distance below which two latents are taken for the same tissue."""
+"""Cosine distance below which a neighbour is marked. Measured with a small teacher of virtual tissue: float16 moves a
+distance by less than 1e-7. Real IHC saved again as JPEG of quality 90 lies at 5e-5 from itself (median; 95 % within
+5e-4), moved by one pixel at 5e-4 (95 % within 2.5e-3). Of 480 different patches the nearest other one lies at 6e-3
+(median), but 11 pairs of them below 0.001: a mark is a reason to look, not a proof."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
