@@ -113,10 +113,9 @@ def near_duplicates(keys: Sequence[str], distance_k: np.ndarray, vectors_kD: np.
 
     `distance_k` is that to the query; `vectors_kD` are of length 1.
     """
-    near_kk = 1 - vectors_kD @ vectors_kD.T < NEAR_DUPLICATE
     found: list[str | None] = []
     for rank, distance in enumerate(distance_k):
-        before = np.flatnonzero(near_kk[rank, :rank])
+        before = np.flatnonzero(1 - vectors_kD[:rank] @ vectors_kD[rank] < NEAR_DUPLICATE)
         found.append("query" if distance < NEAR_DUPLICATE else keys[before[0]] if len(before) else None)
     return found
 

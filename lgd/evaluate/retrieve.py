@@ -78,6 +78,12 @@ def query(
         raise ConfigError("distances of an image and of a stored latent do not compare: give images or --key, not both")
     if not images and not keys:
         raise ConfigError("nothing is asked: give H&E images, or --key KEY of stored patches")
+    if images:
+        if scorer is None:
+            raise ConfigError("an image needs a student to hallucinate its latent: give one, such as --model DIR")
+        check_pair(scorer, store)
+    if slides and not exclude_same_slide:
+        raise ConfigError("--slides is used by --exclude-same-slide only: give both, or neither")
     searcher = Searcher(store)
     allowed = _allowed(searcher, store, splits, levels)
     asked = [] if images else _by_key(store, keys)
@@ -86,7 +92,11 @@ def query(
         excluded = _slides_of(store, [safe_key(path.stem) for path in images] or [q.name for q in asked], slides)
     if images:
         # Last, because it takes the longest.
-        asked = _by_image(scorer, store, images)
+        assert scorer is not None
+        asked = [
+            _Question(path, as_level(row["probability"]), None, row["pooled"])
+            for path, row in score_files(scorer, images)
+        ]
     found = _search_all(searcher, store, asked, k, allowed, excluded)
     return [
         Answer(
@@ -119,12 +129,11 @@ def search(
     found = []
     for number, (distance_k, position_k) in enumerate(zip(distance_nk, position_nk, strict=True)):
         out = own[number] if own is not None else None
-        table = searcher.table
-        kept = [
-            rank
-            for rank, position in enumerate(position_k)
-            if position >= 0 and not (out and (table["part"][position], table["row"][position]) == (out.part, out.row))
-        ][:k]
+        kept = position_k >= 0
+        if out is not None:
+            entries = searcher.table[position_k]
+            kept &= (entries["part"] != out.part) | (entries["row"] != out.row)
+        kept = np.flatnonzero(kept)[:k]
         found.append(_hits(searcher, store, distance_k[kept], position_k[kept]))
     return found
 
@@ -216,15 +225,6 @@ def _check_names(option: str, given: Sequence[str], known: Sequence[str], more: 
     unknown = [name for name in given if name not in known]
     if unknown or not given:
         raise ConfigError(f"{option} {','.join(unknown)}: there are {', '.join(known)}{more}")
-
-
-def _by_image(scorer: Scorer | None, store: Store, images: Sequence[Path]) -> list[_Question]:
-    if scorer is None:
-        raise ConfigError("an image needs a student to hallucinate its latent: give one, such as --model DIR")
-    check_pair(scorer, store)
-    return [
-        _Question(path, as_level(row["probability"]), None, row["pooled"]) for path, row in score_files(scorer, images)
-    ]
 
 
 def _by_key(store: Store, keys: Sequence[str]) -> list[_Question]:

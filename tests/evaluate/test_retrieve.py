@@ -133,7 +133,18 @@ def test_shards_that_moved_are_told_where_pictures_are_asked_for(tissue_run, tmp
 
 def test_a_sheet_of_keys_shows_both_stains(tissue_run, store, tmp_path, capsys):
     sheet, (first, second) = tmp_path / "sheet.png", [bytes(key).decode() for key in store.parts[0].array("key")[:2]]
-    command = ["query", "--store", tissue_run.latents.dir, "-k", "2", "--sheet", str(sheet), "--json", "--level", "0,3+"]
+    command = [
+        "query",
+        "--store",
+        tissue_run.latents.dir,
+        "-k",
+        "2",
+        "--sheet",
+        str(sheet),
+        "--json",
+        "--level",
+        "0,3+",
+    ]
     assert main([*command, "--key", first, second]) == 0
     assert [answer["stored"]["key"] for answer in json.loads(capsys.readouterr().out)] == [first, second]
     with Image.open(sheet) as drawn:

@@ -31,7 +31,10 @@ def store(tmp_path_factory, write_store):
 
     first, second, val, test = rows("a", 40), rows("b", 40), rows("c", 10), rows("d", 10)
     first.append(("both", "s1", 0, random.standard_normal(8)))
-    second += [("both", "s2", 3, random.standard_normal(8)), ("twin", "s5", 3, first[0][3] + 0.01 * random.standard_normal(8))]
+    second += [
+        ("both", "s2", 3, random.standard_normal(8)),
+        ("twin", "s5", 3, first[0][3] + 0.01 * random.standard_normal(8)),
+    ]
     parts = [("train", first), ("train", second), ("val", val), ("test", test)]
     return write_store(tmp_path_factory.mktemp("keys") / "s", parts, ("train", "val"))
 
@@ -116,9 +119,10 @@ def test_a_twin_is_marked_and_counted(store):
     (other,) = query(None, store, keys=["a-001"], k=100)
     marked = {hit.key: hit.duplicate_of for hit in other.hits if hit.duplicate_of}
     assert marked in ({"twin": "a-000"}, {"a-000": "twin"})
-    assert "near-duplicates (closer than 0.001 to the query or to a nearer neighbour): 2" in summary(
-        store, [answer, other]
-    )[0]
+    assert (
+        "near-duplicates (closer than 0.001 to the query or to a nearer neighbour): 2"
+        in summary(store, [answer, other])[0]
+    )
 
 
 def test_a_key_of_several_parts_is_told_and_answered_for_each(store):
@@ -154,6 +158,7 @@ def test_an_unknown_key_names_close_ones(store, key, told):
         ({"splits": ["val", "dev"]}, ConfigError, "--split dev: there are train, val .those of the index"),
         ({"splits": ["test"]}, ConfigError, "--split test: there are train, val .*latents.gallery"),
         ({"levels": ["4+", "0"]}, ConfigError, "--level 4.: there are 0, 1., 2., 3."),
+        ({"slides": "slides.csv"}, ConfigError, "--slides is used by --exclude-same-slide only"),
         ({"keys": ["a-000"], "exclude_same_slide": True}, DataError, "slide of 1 of 1 queries is unknown, .* a-000"),
     ],
 )
