@@ -16,9 +16,9 @@ from lgd.metrics import Floats, Ints, Predictions
 
 AT = 10
 """Neighbours behind an average precision."""
-_ALPHAS = np.logspace(-1, 5, 13)
-_FIT_ROWS = 50_000
-"""Training rows that the ridge is fitted on at most, evenly spaced: 200 MB of latents of 512 numbers."""
+_ALPHAS = np.logspace(-1, 5, 7)
+_FIT_ROWS = 20_000
+"""Training rows that the ridge is fitted on at most, evenly spaced: 23 s on one core with 512 features and latents of 512."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
