@@ -18,7 +18,7 @@ AT = 10
 """Neighbours behind an average precision."""
 _ALPHAS = np.logspace(-1, 5, 7)
 _FIT_ROWS = 20_000
-"""Training rows that the ridge is fitted on at most, evenly spaced: 23 s on one core with 512 features and latents of 512."""
+"""Training rows that the ridge is fitted on at most, evenly spaced: 23 s on one core for 512 features and latents."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
