@@ -15,7 +15,8 @@ data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
 store.sidecar store.parts store.latents store.supervision store.cache store.index store.export
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
-evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
+evaluate.predict evaluate.figures evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
+evaluate.compare evaluate.markdown evaluate.report
 doctor check pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.suite

@@ -1,7 +1,7 @@
 """Store -> FAISS index over the teacher's pooled latents; the only importer of faiss.
 
     DIR/index/faiss.index    inner product of unit vectors, which is the cosine
-    DIR/index/keys.npy       (part, row) and key of each indexed vector, in the index's order
+    DIR/index/keys.npy       part, row, level, key and slide of each indexed vector, in the index's order
     DIR/index/index.json     the factory string, its measured recall, the store's digest; written last
 
 The index is exact (`Flat`) up to EXACT_ROWS rows: a query of a million 512-dimensional vectors is still some
@@ -19,7 +19,7 @@ from lgd.files import publish, read_json, sha256, write_json
 from lgd.store.latents import Store, read_all
 
 EXACT_ROWS = 200_000
-_FORMAT = "lgd-index/1"
+_FORMAT = "lgd-index/2"
 _HELD_OUT = 1000
 
 
@@ -71,9 +71,14 @@ def build_index(store: Store, factory: str, gallery: list[str], recall: float, s
         ) from error
     measured, probes = _reach_recall(faiss, index, vectors_nD, recall, chosen, seed)
     rows = [(number, row) for number, part in picked for row in range(part.rows)]
-    keys = read_all(parts, "key")
-    table = np.empty(len(rows), [("part", "<u4"), ("row", "<u4"), ("key", keys.dtype)])
-    table["part"], table["row"], table["key"] = [p for p, _ in rows], [r for _, r in rows], keys
+    texts = {name: read_all(parts, name) for name in ("key", "slide") if name in store.document["datasets"]}
+    texts.setdefault("slide", np.zeros(len(rows), "S1"))
+    levels = read_all(parts, "level") if "level" in store.document["datasets"] else -1
+    fields = [("part", "<u4"), ("row", "<u4"), ("level", "i1"), *((name, t.dtype) for name, t in texts.items())]
+    table = np.empty(len(rows), fields)
+    table["part"], table["row"], table["level"] = [p for p, _ in rows], [r for _, r in rows], levels
+    for name, text in texts.items():
+        table[name] = text
     (folder / "index.json").unlink(missing_ok=True)
     with publish(folder / "keys.npy") as temporary:
         with open(temporary, "wb") as stream:
@@ -158,12 +163,30 @@ class Searcher:
         if found:
             raise DataError("\n".join(found))
         folder = store.folder / "index"
+        self._store = store
         self.document = read_json(folder / "index.json")
         self._index = _faiss().read_index(str(folder / "faiss.index"))
         self.table = np.load(folder / "keys.npy", mmap_mode="r", allow_pickle=False)
 
-    def search(self, vectors_nD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest: cosine distance (1 - cosine) and position in `table`, both (n, k), nearest first."""
+    def search(
+        self, vectors_nD: np.ndarray, k: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest: cosine distance (1 - cosine) and position in `table`, both (n, k), nearest first.
+
+        `allowed`, bool over the table, leaves rows out. A position is -1 where there are fewer than k.
+        """
         k = min(k, len(self.table))
-        cosine_nk, position_nk = self._index.search(unit(vectors_nD), k)
+        options = {}
+        if allowed is not None:
+            faiss = _faiss()
+            chosen = faiss.IDSelectorBatch(np.flatnonzero(allowed))
+            ivf = faiss.try_extract_index_ivf(self._index)
+            kind = faiss.SearchParameters if ivf is None else faiss.SearchParametersIVF
+            options["params"] = kind(sel=chosen, **({} if ivf is None else {"nprobe": ivf.nprobe}))
+        cosine_nk, position_nk = self._index.search(unit(vectors_nD), k, **options)
         return 1 - cosine_nk, position_nk
+
+    def vectors(self, position_n: np.ndarray) -> np.ndarray:
+        """The unit vectors (n, D) of rows of `table`."""
+        rows = [(int(entry["part"]), int(entry["row"])) for entry in self.table[position_n]]
+        return unit(np.stack([self._store.parts[part].array("pooled")[row, 0] for part, row in rows]))
