@@ -13,7 +13,7 @@ data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.sources data.building data.shards data.verify
 data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
-store.sidecar store.parts store.latents store.supervision store.cache store.index store.export
+store.sidecar store.writer store.parts store.latents store.supervision store.cache store.index store.export
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
 evaluate.predict evaluate.figures evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
 evaluate.compare evaluate.markdown evaluate.report
@@ -27,7 +27,7 @@ OWNERS = {
     "ray": {"distribute"},
     "faiss": {"store.index", "doctor"},
     "deepspeed": {"train.engine"},
-    "h5py": {"store.parts", "store.export"},
+    "h5py": {"store.parts", "store.writer", "store.export"},
     "webdataset": {"data.archive", "bench.peers"},
     "litdata": {"bench.peers"},
     "transformers": {"models.encoder"},

@@ -24,7 +24,7 @@ from lgd.data.plan import Plan, World, rank_positions
 from lgd.data.shards import Shard, ShardOptions, build, open_shards
 from lgd.data.stream import Reader
 from lgd.store.latents import Rows, Store, commit
-from lgd.store.parts import part_writer
+from lgd.store.writer import part_writer
 from lgd.train.batch import training_batches
 
 MARK = 50.0

@@ -19,7 +19,8 @@ from lgd.config import Data
 from lgd.data.archive import Shard
 from lgd.data.plan import Plan, firsts
 from lgd.store.latents import SUPERVISION, Rows, Store, commit
-from lgd.store.parts import Part, part_writer
+from lgd.store.parts import Part
+from lgd.store.writer import part_writer
 
 BATCH = 256
 """Rows that are read at a time."""

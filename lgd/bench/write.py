@@ -14,8 +14,8 @@ import numpy as np
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
 from lgd.bench.store import random_rows, shard_of
-from lgd.store.parts import part_writer
 from lgd.store.sidecar import part_name
+from lgd.store.writer import part_writer
 
 _ADDED = 64
 """Rows that the writer is given at a time."""

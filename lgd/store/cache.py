@@ -19,9 +19,9 @@ from lgd.data.stream import Sample
 from lgd.files import exclusive, exists, is_remote, list_folder, place
 from lgd.progress import progress
 from lgd.store.latents import Store, commit
-from lgd.store.parts import part_writer
 from lgd.store.sidecar import is_complete, part_name
 from lgd.store.supervision import Supervision, recipe_of, stored
+from lgd.store.writer import part_writer
 
 SHARDS_AT_ONCE = 2
 """Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""

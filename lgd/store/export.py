@@ -27,7 +27,7 @@ import numpy as np
 from lgd.config import ConfigError, DataError
 from lgd.data.archive import open_shards
 from lgd.data.stream import Reader
-from lgd.files import exists, list_folder, place, publish, read_json, remove, write_json
+from lgd.files import exists, list_folder, place, read_json, remove, write_bytes, write_json
 from lgd.store.latents import Store
 from lgd.store.parts import Part
 
@@ -187,10 +187,13 @@ def _write(path: Path, group: str, patches: Sequence[Patch], facts: dict[str, st
         "level": np.array([patch.part.array("level")[patch.row] for patch in patches], np.int8),
         "size": np.array([patch.size for patch in patches], np.int64),
     }
-    with publish(path) as temporary, h5py.File(temporary, "w") as file:
+    # In memory: HDF5 2.0 crashes some time after it has met a full disk.
+    with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
         for name, array in datasets.items():
             file.create_dataset(name, data=array)
         file["coords"].attrs.update(attributes)
         file["features"].attrs.update({"name": group, "savetodir": str(path.parent)})
         file.attrs.update(facts)
+        file.flush()
+        write_bytes(path, file.id.get_file_image())
     return {"file": path.name, "slide": group, "patches": len(patches), "coords_known": known}

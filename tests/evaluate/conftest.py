@@ -6,7 +6,7 @@ import pytest
 from lgd.data.archive import Shard
 from lgd.store.index import build_index
 from lgd.store.latents import Store, commit
-from lgd.store.parts import part_writer
+from lgd.store.writer import part_writer
 
 RECIPE = {"teacher": "a" * 64}
 

@@ -20,9 +20,9 @@ from lgd.models.teacher import load_teacher
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Store, commit
-from lgd.store.parts import part_writer
 from lgd.store.sidecar import is_complete
 from lgd.store.supervision import recipe_of
+from lgd.store.writer import part_writer
 
 
 def shards_of(config):

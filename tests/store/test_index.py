@@ -8,7 +8,7 @@ from lgd.data.archive import Shard
 from lgd.store import index
 from lgd.store.index import Searcher, build_index, problems, unit
 from lgd.store.latents import Store, commit
-from lgd.store.parts import part_writer
+from lgd.store.writer import part_writer
 
 RECIPE = {"teacher": "a" * 64}
 SHARDS = (("train", 150), ("val", 20), ("train", 130))
