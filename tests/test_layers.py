@@ -13,7 +13,7 @@ data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.sources data.building data.shards data.verify
 data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
-store.parts store.latents store.cache store.index
+store.parts store.latents store.cache store.faiss_file store.search store.exact store.index
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
 evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
 doctor pipeline
@@ -23,7 +23,7 @@ cli
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {
     "ray": {"distribute"},
-    "faiss": {"store.index", "doctor"},
+    "faiss": {"store.search", "doctor"},
     "deepspeed": {"train.engine"},
     "h5py": {"store.parts"},
     "webdataset": {"data.archive", "bench.peers"},

@@ -1,0 +1,217 @@
+"""The index of a store, opened for queries; the only importer of faiss.
+
+    DIR/index/faiss.index    inner product of unit vectors, which is the cosine
+    DIR/index/keys.npy       part, row, level, key and slide of each indexed latent, in the index's order
+    DIR/index/index.json     what the index is and reached, digests, the store's digest; written last
+
+Both files are mapped, not read: what is resident is the operating system's cache, which it can take back. Opening
+costs their SHA-256 and a look at their structure: 0.9 s a gigabyte, 1 s at a million 512-dimensional latents.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from lgd.config import DataError
+from lgd.files import digest_of, exists, read_json
+from lgd.remote import open_file
+from lgd.store.faiss_file import cells_of, check_file
+from lgd.store.latents import Store
+
+FORMAT = "lgd-index/2"
+FILES = ("faiss.index", "keys.npy")
+_REMEDY = "run lgd build-index"
+_BLOCK = 1_000_000
+"""Rows of the table that are looked at together."""
+
+
+def import_faiss() -> Any:
+    """The package, or `DataError` with the remedy."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise DataError("FAISS is not installed: pip install 'lgd[cpu]', or 'lgd[gpu]' on a CUDA machine") from error
+    return faiss
+
+
+def unit(vectors_nD: np.ndarray) -> np.ndarray:
+    """Scale each vector to length 1, float32."""
+    vectors_nD = np.asarray(vectors_nD, np.float32)
+    return np.ascontiguousarray(vectors_nD / np.maximum(np.linalg.norm(vectors_nD, axis=1, keepdims=True), 1e-12))
+
+
+def read_document(store: Store) -> dict[str, Any]:
+    """index.json, checked; `DataError` where there is none, or it is of another state of the store."""
+    path = store.folder / "index" / "index.json"
+    if not exists(path):
+        raise DataError(f"{path.parent} holds no index: {_REMEDY}")
+    document = read_json(path)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise DataError(f"{path} is not of format {FORMAT}: {_REMEDY}")
+    try:
+        if digest_of({name: value for name, value in document.items() if name != "digest"}) != document["digest"]:
+            raise ValueError("it does not match its own digest")
+        cells = cells_of(document["factory"])
+        for name, most in (("rows", 2**40), ("dim", 2**20), ("nprobe", cells or 1)):
+            if type(document[name]) is not int or not (0 if name == "nprobe" else 1) <= document[name] <= most:
+                raise ValueError(f"field {name} is {document[name]!r:.80}")
+        if not all(isinstance(document["files"][name]["sha256"], str) for name in FILES):
+            raise ValueError("field files has no digests")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} cannot be used ({error}): {_REMEDY}") from error
+    if document["store"] != store.digest:
+        raise DataError(f"{path.parent} was built from another state of the store: {_REMEDY}")
+    return document
+
+
+def _opened(store: Store, document: dict[str, Any], name: str, read: Callable[[BinaryIO], Any]) -> Any:
+    """What `read` makes of a file of the index, which must be as index.json says."""
+    path, said = store.folder / "index" / name, document["files"][name]
+    try:
+        with open_file(path, said["sha256"], said["bytes"]) as file:
+            whole = os.fstat(file.fileno()).st_size == said["bytes"]
+            if not whole or hashlib.file_digest(file, "sha256").hexdigest() != said["sha256"]:  # type: ignore[arg-type]
+                raise DataError(f"{path} does not match its digest: {_REMEDY}")
+            return read(file)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: {_REMEDY}") from error
+    except (ValueError, RuntimeError, MemoryError, OSError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not the index that index.json describes ({error}): {_REMEDY}") from error
+
+
+def _read_index(document: dict[str, Any], file: BinaryIO) -> Any:
+    check_index(document, file)
+    faiss = import_faiss()
+    # The descriptor names the file that was checked, whatever has taken its place meanwhile.
+    return faiss.read_index(f"/dev/fd/{file.fileno()}", faiss.IO_FLAG_MMAP_IFC)
+
+
+def check_index(document: dict[str, Any], file: BinaryIO) -> None:
+    """Raise `ValueError` unless a file is of the kind and size that index.json states."""
+    check_file(file, document["factory"], document["rows"], document["dim"], document["nprobe"])
+
+
+def table_type(key: int, slide: int) -> np.dtype[Any]:
+    """Type of a row of keys.npy, with the widths of its texts."""
+    return np.dtype([("part", "<u4"), ("row", "<u4"), ("level", "i1"), ("key", f"S{key}"), ("slide", f"S{slide}")])
+
+
+def _read_table(store: Store, document: dict[str, Any], file: BinaryIO) -> np.ndarray:
+    table = np.load(f"/dev/fd/{file.fileno()}", mmap_mode="r", allow_pickle=False)
+    fields = table.dtype.fields or {}
+    widths = [fields[name][0].itemsize for name in ("key", "slide") if name in fields]
+    if len(widths) != 2 or table.dtype != table_type(*widths) or table.shape != (document["rows"],):
+        raise ValueError(f"a table of type {str(table.dtype):.200} and shape {table.shape}")
+    rows = np.array([part.rows for part in store.parts])
+    for start in range(0, len(table), _BLOCK):
+        part, row = table["part"][start : start + _BLOCK], table["row"][start : start + _BLOCK]
+        if part.max() >= len(rows) or (row >= rows[part]).any():
+            raise ValueError("it names rows that the store does not have")
+    return table
+
+
+def problems(store: Store) -> list[str]:
+    """What is wrong with the index of a store; FAISS is not asked."""
+    try:
+        document = read_document(store)
+    except DataError as error:
+        return [str(error)]
+    found = []
+    readers = (lambda file: check_index(document, file), lambda file: _read_table(store, document, file))
+    for name, read in zip(FILES, readers, strict=True):
+        try:
+            _opened(store, document, name, read)
+        except DataError as error:
+            found.append(str(error))
+    return found
+
+
+class Searcher:
+    """An index that answers nearest-latent queries with positions in its table.
+
+    Threads may share one. A child made by fork may not: FAISS hangs there.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Open the index of a store; raises `DataError` for one that is missing, damaged or outdated."""
+        self.document = read_document(store)
+        self.table = _opened(store, self.document, "keys.npy", lambda file: _read_table(store, self.document, file))
+        self._index = _opened(store, self.document, "faiss.index", lambda file: _read_index(self.document, file))
+        self._faiss = import_faiss()
+        self._ivf = self._faiss.try_extract_index_ivf(self._index)
+        self._process = os.getpid()
+        if self._ivf is not None:
+            sizes = [self._ivf.invlists.list_size(cell) for cell in range(self._ivf.nlist)]
+            self._first_of_cell = np.cumsum([0, *sizes])
+
+    def search(
+        self, vectors_nD: np.ndarray, k: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest latents of each vector: cosine distance (1 - cosine) float32, and position in `table` int64.
+
+        Both are (n, k), nearest first; where there are fewer than k the distance is inf and the position -1.
+        `allowed`, bool (rows of the table,), leaves the others out. Raises `DataError` for vectors that are not finite.
+        """
+        assert self._process == os.getpid(), "open a Searcher in the process that searches: in a forked one FAISS hangs"
+        vectors_nD = unit(vectors_nD)
+        if vectors_nD.shape[1] != self.document["dim"]:
+            raise DataError(f"vectors of length {vectors_nD.shape[1]}, and the index has {self.document['dim']}")
+        if not np.isfinite(vectors_nD).all():
+            raise DataError("a latent is not finite: the training diverged, lower train.lr")
+        rows = len(self.table) if allowed is None else int(np.count_nonzero(allowed))
+        most = min(k, rows)
+        distance_nk, position_nk = self._found(vectors_nD, most, allowed, rows)
+        if most < k:
+            short = ((0, 0), (0, k - most))
+            distance_nk = np.pad(distance_nk, short, constant_values=np.inf)
+            position_nk = np.pad(position_nk, short, constant_values=-1)
+        return distance_nk, position_nk
+
+    def _found(
+        self, vectors_nD: np.ndarray, most: int, allowed: np.ndarray | None, rows: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The `most` nearest of the `rows` allowed ones, which are all there."""
+        if most == 0:
+            return np.empty((len(vectors_nD), 0), np.float32), np.empty((len(vectors_nD), 0), np.int64)
+        faiss, ivf = self._faiss, self._ivf
+        options: dict[str, Any] = {}
+        if allowed is not None:
+            assert allowed.shape == self.table.shape and allowed.dtype == bool
+            options["sel"] = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        if ivf is None:
+            params = faiss.SearchParameters(**options) if options else None
+            cosine_nk, position_nk = self._index.search(vectors_nD, most, params=params)
+            return np.subtract(1, cosine_nk, out=cosine_nk), position_nk
+        params = None
+        if options:
+            # The rarer the allowed ones, the more cells hold as many of them as were searched for the recall.
+            nprobe = min(ivf.nlist, -(-self.document["nprobe"] * len(self.table) // rows))
+            params = faiss.SearchParametersIVF(nprobe=nprobe, **options)
+        cosine_nk, position_nk = self._index.search(vectors_nD, most, params=params)
+        short = position_nk[:, -1] < 0
+        if short.any():
+            everywhere = faiss.SearchParametersIVF(nprobe=ivf.nlist, **options)
+            cosine_nk[short], position_nk[short] = self._index.search(vectors_nD[short], most, params=everywhere)
+            cosine_nk[position_nk < 0] = -np.inf
+        return np.subtract(1, cosine_nk, out=cosine_nk), position_nk
+
+    def vectors(self, position_n: np.ndarray) -> np.ndarray:
+        """The unit vectors at some positions as the index holds them, float32 (n, D)."""
+        position_n = np.asarray(position_n, np.int64)
+        if ((position_n < 0) | (position_n >= len(self.table))).any():
+            raise IndexError(f"positions are 0 to {len(self.table) - 1}")
+        found_nD = np.empty((len(position_n), self.document["dim"]), np.float32)
+        if self._ivf is None:
+            self._index.reconstruct_batch(position_n, found_nD)
+            return found_nD
+        # Positions count up through the cells, so no map from position to cell is held: it would take 8 bytes a row.
+        cell_n = np.searchsorted(self._first_of_cell, position_n, "right") - 1
+        offset_n = position_n - self._first_of_cell[cell_n]
+        for vector, cell, offset in zip(found_nD, cell_n.tolist(), offset_n.tolist(), strict=True):
+            self._ivf.reconstruct_from_offset(cell, offset, self._faiss.swig_ptr(vector))
+        return found_nD
