@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from lgd.config import require
 
-PACKAGES = ("lgd", "numpy", "torch", "simplejpeg", "pillow", "webdataset", "litdata")
+PACKAGES = ("lgd", "numpy", "torch", "simplejpeg", "pillow", "webdataset", "litdata", "faiss-cpu", "faiss-gpu")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -53,9 +53,11 @@ class Settings:
     """Passes over them."""
     plan_shards: int = 100_000
     """Shards, of 10,000 samples each, of the plan that `memory` builds."""
+    rows: int = 100_000
+    """Latents that `query` searches."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "batch", "rounds"):
+        for name in ("size", "batch", "rounds", "rows"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: use at least 1")
         require(self.threads >= 0, f"--threads {self.threads}: use 0 (one a core) or more")
         require(self.seconds > 0 and self.stream > 0, "--seconds and --stream: use more than 0")

@@ -21,6 +21,7 @@ BENCHMARKS = {
     "loader-peers": "lgd.bench.peers",
     "decode": "lgd.bench.decode",
     "memory": "lgd.bench.memory",
+    "query": "lgd.bench.query",
 }
 
 

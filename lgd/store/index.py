@@ -23,7 +23,8 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,8 @@ from lgd.files import digest_of, exists, publish, remove, sha256, write_json
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of, code_bytes
 from lgd.store.latents import Store
-from lgd.store.parts import Part
-from lgd.store.search import (
-    FORMAT,
-    Searcher,
-    check_index,
-    import_faiss,
-    problems,
-    read_document,
-    table_type,
-    unit,
-)
+from lgd.store.search import FORMAT, Searcher, check_index, import_faiss, problems, read_document, unit
+from lgd.store.table import write_table
 
 __all__ = ["Searcher", "build_index", "choose", "problems", "unit"]
 
@@ -84,7 +76,7 @@ def build_index(
     latents = Latents([store.parts[number] for number in numbers])
     chosen, why = choose(latents.rows, latents.dim, _memory()) if factory == "auto" else (factory, "as asked for")
     _check_factory(chosen, latents.rows)
-    index, order_n, sampled = _built(store, latents, numbers, chosen, seed, workers)
+    index, order_n, told = _built(store, latents, numbers, chosen, seed, workers)
     queries_nD, described = _queries(store, latents, gallery, seed)
     truth_nk = nearest(latents, queries_nD, min(_NEAREST, latents.rows))
     measured, probes = _reach_recall(index, truth_nk, order_n, queries_nD, recall, chosen)
@@ -94,14 +86,14 @@ def build_index(
         remove(folder / "index.json")
     files = {
         "faiss.index": _published(folder / "faiss.index", lambda path: _write(index, path, shape)),
-        "keys.npy": _published(folder / "keys.npy", lambda path: _write_table(path, latents.parts, numbers, order_n)),
+        "keys.npy": _published(folder / "keys.npy", lambda path: write_table(path, latents.parts, numbers, order_n)),
     }
     document = {
         "format": FORMAT,
         **asked,
         **shape,
         "why": why,
-        "trained_on": sampled,
+        **told,
         "recall_at_10": measured,
         "queries": described,
         "files": files,
@@ -140,22 +132,26 @@ def _check_factory(factory: str, rows: int) -> None:
 
 def _built(
     store: Store, latents: Latents, numbers: list[int], factory: str, seed: int, workers: int
-) -> tuple[Any, np.ndarray | None, int]:
-    """The filled index, the latents' rows in its order (None for their own), and on how many of them it was trained."""
+) -> tuple[Any, np.ndarray | None, dict[str, Any]]:
+    """The filled index, the latents' rows in its order (None for their own), and what index.json tells of the build."""
     faiss = import_faiss()
+    began = time.monotonic()
     if factory == "Flat":
         index = faiss.IndexFlatIP(latents.dim)
         for _, vectors_nD in latents.blocks():
             index.add(vectors_nD)
-        return index, None, 0
+        return index, None, {"trained_on": 0, "seconds": {"train": 0.0, "add": time.monotonic() - began}}
     index, sampled = _trained(faiss, latents, factory, seed)
+    trained = time.monotonic()
     # Each worker gets an empty copy of the trained index, and gives it back filled.
     empty = faiss.serialize_index(index)
     groups = _groups(latents)
     add = functools.partial(_Add, str(store.folder), numbers, empty)
     for filled in map_with(add, groups, workers=workers if len(groups) > 1 else 0, what="train.workers"):
         index.merge_from(faiss.deserialize_index(filled), 0)
-    return index, _in_order(faiss, index), sampled
+    order_n = _in_order(faiss, index)
+    seconds = {"train": trained - began, "add": time.monotonic() - trained}
+    return index, order_n, {"trained_on": sampled, "seconds": seconds}
 
 
 def _trained(faiss: Any, latents: Latents, factory: str, seed: int) -> tuple[Any, int]:
@@ -262,7 +258,7 @@ def _queries(store: Store, latents: Latents, gallery: list[str], seed: int) -> t
 def _reach_recall(
     index: Any, truth_nk: np.ndarray, order_n: np.ndarray | None, queries_nD: np.ndarray, target: float, factory: str
 ) -> tuple[float, int]:
-    """Recall against the exact rows, and the cells to probe for it, doubled until it is enough (0 of an exact index)."""
+    """Recall against the exact rows, and the cells to probe for it, doubled until it is enough."""
 
     def recall() -> float:
         found_nk = index.search(queries_nD, truth_nk.shape[1])[1]
@@ -296,24 +292,3 @@ def _write(index: Any, path: Path, document: dict[str, Any]) -> None:
     with open(path, "rb") as file:
         # Another release of FAISS may write other bytes, which no search would take.
         check_index(document, file)
-
-
-def _write_table(path: Path, parts: Sequence[Part], numbers: list[int], order_n: np.ndarray | None) -> None:
-    """The rows of some parts of the store in the index's order, written through a map of the file."""
-    has_slides, has_levels = ("slide" in parts[0].layout, "level" in parts[0].layout)
-    widths = [max(part.array(name).dtype.itemsize for part in parts) for name in ("key", "slide")[: 1 + has_slides]]
-    rows = sum(part.rows for part in parts)
-    # An empty text takes a byte.
-    table = np.lib.format.open_memmap(path, "w+", table_type(*widths, *[1] * (not has_slides)), (rows,))
-    position_n = np.arange(rows)
-    if order_n is not None:
-        position_n[order_n] = np.arange(rows)
-    first = 0
-    for number, part in zip(numbers, parts, strict=True):
-        at = position_n[first : first + part.rows]
-        table["part"][at], table["row"][at] = number, np.arange(part.rows)
-        table["key"][at] = part.array("key")
-        table["level"][at] = part.array("level") if has_levels else -1
-        table["slide"][at] = part.array("slide") if has_slides else b""
-        first += part.rows
-    table.flush()

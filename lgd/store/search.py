@@ -10,6 +10,7 @@ costs their SHA-256 and a look at their structure: 0.9 s a gigabyte, 1 s at a mi
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -20,12 +21,11 @@ from lgd.files import digest_of, exists, read_json
 from lgd.remote import open_file
 from lgd.store.faiss_file import cells_of, check_file
 from lgd.store.latents import Store
+from lgd.store.table import read_table
 
 FORMAT = "lgd-index/2"
 FILES = ("faiss.index", "keys.npy")
 _REMEDY = "run lgd build-index"
-_BLOCK = 1_000_000
-"""Rows of the table that are looked at together."""
 
 
 def import_faiss() -> Any:
@@ -55,11 +55,14 @@ def read_document(store: Store) -> dict[str, Any]:
         if digest_of({name: value for name, value in document.items() if name != "digest"}) != document["digest"]:
             raise ValueError("it does not match its own digest")
         cells = cells_of(document["factory"])
-        for name, most in (("rows", 2**40), ("dim", 2**20), ("nprobe", cells or 1)):
-            if type(document[name]) is not int or not (0 if name == "nprobe" else 1) <= document[name] <= most:
+        for name, least, most in (("rows", 1, 2**40), ("dim", 1, 2**20), ("nprobe", min(1, cells), cells)):
+            if type(document[name]) is not int or not least <= document[name] <= most:
                 raise ValueError(f"field {name} is {document[name]!r:.80}")
-        if not all(isinstance(document["files"][name]["sha256"], str) for name in FILES):
-            raise ValueError("field files has no digests")
+        for name in FILES:
+            said = document["files"][name]
+            # The digest becomes a file's name in the cache of remote files.
+            if type(said["bytes"]) is not int or not re.fullmatch("[0-9a-f]{64}", said["sha256"]):
+                raise ValueError(f"field files.{name} is {said!r:.200}")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} cannot be used ({error}): {_REMEDY}") from error
     if document["store"] != store.digest:
@@ -96,25 +99,6 @@ def check_index(document: dict[str, Any], file: BinaryIO) -> None:
     check_file(file, document["factory"], document["rows"], document["dim"], document["nprobe"])
 
 
-def table_type(key: int, slide: int) -> np.dtype[Any]:
-    """Type of a row of keys.npy, with the widths of its texts."""
-    return np.dtype([("part", "<u4"), ("row", "<u4"), ("level", "i1"), ("key", f"S{key}"), ("slide", f"S{slide}")])
-
-
-def _read_table(store: Store, document: dict[str, Any], file: BinaryIO) -> np.ndarray:
-    table = np.load(f"/dev/fd/{file.fileno()}", mmap_mode="r", allow_pickle=False)
-    fields = table.dtype.fields or {}
-    widths = [fields[name][0].itemsize for name in ("key", "slide") if name in fields]
-    if len(widths) != 2 or table.dtype != table_type(*widths) or table.shape != (document["rows"],):
-        raise ValueError(f"a table of type {str(table.dtype):.200} and shape {table.shape}")
-    rows = np.array([part.rows for part in store.parts])
-    for start in range(0, len(table), _BLOCK):
-        part, row = table["part"][start : start + _BLOCK], table["row"][start : start + _BLOCK]
-        if part.max() >= len(rows) or (row >= rows[part]).any():
-            raise ValueError("it names rows that the store does not have")
-    return table
-
-
 def problems(store: Store) -> list[str]:
     """What is wrong with the index of a store; FAISS is not asked."""
     try:
@@ -122,7 +106,7 @@ def problems(store: Store) -> list[str]:
     except DataError as error:
         return [str(error)]
     found = []
-    readers = (lambda file: check_index(document, file), lambda file: _read_table(store, document, file))
+    readers = (lambda file: check_index(document, file), lambda file: read_table(file, document["rows"], store.parts))
     for name, read in zip(FILES, readers, strict=True):
         try:
             _opened(store, document, name, read)
@@ -140,7 +124,9 @@ class Searcher:
     def __init__(self, store: Store) -> None:
         """Open the index of a store; raises `DataError` for one that is missing, damaged or outdated."""
         self.document = read_document(store)
-        self.table = _opened(store, self.document, "keys.npy", lambda file: _read_table(store, self.document, file))
+        self.table = _opened(
+            store, self.document, "keys.npy", lambda file: read_table(file, self.document["rows"], store.parts)
+        )
         self._index = _opened(store, self.document, "faiss.index", lambda file: _read_index(self.document, file))
         self._faiss = import_faiss()
         self._ivf = self._faiss.try_extract_index_ivf(self._index)
