@@ -144,14 +144,18 @@ class Searcher:
         `allowed`, bool (rows of the table,), leaves the others out. Raises `DataError` for vectors that are not finite.
         """
         assert self._process == os.getpid(), "open a Searcher in the process that searches: in a forked one FAISS hangs"
-        vectors_nD = unit(vectors_nD)
-        if vectors_nD.shape[1] != self.document["dim"]:
-            raise DataError(f"vectors of length {vectors_nD.shape[1]}, and the index has {self.document['dim']}")
-        if not np.isfinite(vectors_nD).all():
-            raise DataError("a latent is not finite: the training diverged, lower train.lr")
+        # A copy, for FAISS scales in place, in a tenth of numpy's time.
+        vectors_nD = np.array(vectors_nD, np.float32, order="C")
+        if vectors_nD.ndim != 2 or vectors_nD.shape[1] != self.document["dim"]:
+            raise DataError(f"vectors of shape {vectors_nD.shape}, and the index has {self.document['dim']} dimensions")
+        self._faiss.normalize_L2(vectors_nD)
         rows = len(self.table) if allowed is None else int(np.count_nonzero(allowed))
         most = min(k, rows)
-        distance_nk, position_nk = self._found(vectors_nD, most, allowed, rows)
+        if most and len(vectors_nD):
+            distance_nk, position_nk = self._found(vectors_nD, most, allowed, rows)
+        else:
+            distance_nk, position_nk = (np.empty((len(vectors_nD), 0), kind) for kind in (np.float32, np.int64))
+            most = 0
         if most < k:
             short = ((0, 0), (0, k - most))
             distance_nk = np.pad(distance_nk, short, constant_values=np.inf)
@@ -162,29 +166,29 @@ class Searcher:
         self, vectors_nD: np.ndarray, most: int, allowed: np.ndarray | None, rows: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The `most` nearest of the `rows` allowed ones, which are all there."""
-        if most == 0:
-            return np.empty((len(vectors_nD), 0), np.float32), np.empty((len(vectors_nD), 0), np.int64)
-        faiss, ivf = self._faiss, self._ivf
-        options: dict[str, Any] = {}
+        params = None
         if allowed is not None:
             assert allowed.shape == self.table.shape and allowed.dtype == bool
-            options["sel"] = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        if ivf is None:
-            params = faiss.SearchParameters(**options) if options else None
-            cosine_nk, position_nk = self._index.search(vectors_nD, most, params=params)
-            return np.subtract(1, cosine_nk, out=cosine_nk), position_nk
-        params = None
-        if options:
             # The rarer the allowed ones, the more cells hold as many of them as were searched for the recall.
-            nprobe = min(ivf.nlist, -(-self.document["nprobe"] * len(self.table) // rows))
-            params = faiss.SearchParametersIVF(nprobe=nprobe, **options)
+            params = self._parameters(-(-self.document["nprobe"] * len(self.table) // rows), allowed)
         cosine_nk, position_nk = self._index.search(vectors_nD, most, params=params)
-        short = position_nk[:, -1] < 0
-        if short.any():
-            everywhere = faiss.SearchParametersIVF(nprobe=ivf.nlist, **options)
-            cosine_nk[short], position_nk[short] = self._index.search(vectors_nD[short], most, params=everywhere)
+        if position_nk[:, -1].min() < 0:
+            if not np.isfinite(vectors_nD).all():
+                raise DataError("a latent is not finite: the training diverged, lower train.lr")
+            # The cells that were probed hold too few.
+            short = position_nk[:, -1] < 0
+            params = self._parameters(self.document["rows"], allowed)
+            cosine_nk[short], position_nk[short] = self._index.search(vectors_nD[short], most, params=params)
             cosine_nk[position_nk < 0] = -np.inf
         return np.subtract(1, cosine_nk, out=cosine_nk), position_nk
+
+    def _parameters(self, nprobe: int, allowed: np.ndarray | None) -> Any:
+        faiss, options = self._faiss, {}
+        if allowed is not None:
+            options["sel"] = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        if self._ivf is None:
+            return faiss.SearchParameters(**options)
+        return faiss.SearchParametersIVF(nprobe=min(nprobe, self._ivf.nlist), **options)
 
     def vectors(self, position_n: np.ndarray) -> np.ndarray:
         """The unit vectors at some positions as the index holds them, float32 (n, D)."""
