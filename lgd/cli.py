@@ -188,43 +188,23 @@ def _query(parser: Any) -> Run:
 
 
 def _verify(parser: Any) -> Run:
-    parser.add_argument("folder", help="a shard folder or url, a feature store or a checkpoint")
+    parser.add_argument("folder", help="a shard folder, a feature store (or the url of one) or a checkpoint")
+    parser.add_argument("--reencode", type=int, default=0, help="rows of a store to run the teacher on again")
+    parser.add_argument("--teacher", default="", help="folder of the teacher, if it is not where it was")
 
     def run(parser: Any, namespace: Any) -> None:
+        from lgd.check import check
         from lgd.files import place
 
         folder = place(namespace.folder)
-        problems, what = _problems(folder)
+        what, problems, told = check(folder, namespace.reencode, namespace.teacher)
+        for line in told:
+            print(line)
         if problems:
             raise DataError(f"{what} {folder} has {len(problems)} problem(s):\n" + "\n".join(problems))
         print(f"{what} {folder}: no problems")
 
     return run
-
-
-def _problems(folder: Path) -> tuple[list[str], str]:
-    from lgd.files import exists, is_remote
-
-    if exists(folder / "manifest.json"):
-        from lgd.data.verify import verify
-
-        return verify(folder), "shard folder"
-    if is_remote(folder):
-        raise DataError(f"{folder} is no shard folder (manifest.json), and only these are verified behind a url")
-    if (folder / "store.json").is_file():
-        from lgd.store import index
-        from lgd.store.latents import Store
-
-        store = Store(folder)
-        indexed = index.problems(store) if (folder / "index" / "index.json").is_file() else []
-        return store.verify() + indexed, "feature store"
-    if (folder / "state.json").is_file():
-        from lgd.train.checkpoint import problems
-
-        return problems(folder), "checkpoint"
-    raise DataError(
-        f"{folder} is no shard folder (manifest.json), no feature store (store.json) and no checkpoint (state.json)"
-    )
 
 
 def _doctor(parser: Any) -> Run:

@@ -3,13 +3,14 @@
 With 0 workers everything runs in this process, without Ray; under torchrun such a process joins torchrun's world.
 """
 
+import collections
 import functools
 import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,9 +108,9 @@ def map_with(
             return self.function(argument)
 
     gpus = 1 if use_gpus and ray.cluster_resources().get("GPU", 0) else 0
-    actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=at_once)(Mapper)
-    actors: list[Any] = [actor.remote() for _ in range(min(workers, len(arguments)))]
-    # An actor that stands in the pool twice gets two arguments at a time.
+    actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(Mapper)
+    actors = [actor.options(max_concurrency=at_once).remote() for _ in range(min(workers, len(arguments)))]
+    # An actor that stands in the pool twice gets two arguments at a time; the first turn goes round all actors.
     pool: Any = ActorPool(actors * at_once)
     try:
         yield from pool.map_unordered(lambda worker, argument: worker.apply.remote(argument), list(arguments))
@@ -131,6 +132,23 @@ def _map_here(function: Callable[[Argument], Result], arguments: Sequence[Argume
     finally:
         getattr(function, "stop", lambda: None)()
         pool.shutdown(cancel_futures=True)
+
+
+def ahead(
+    pool: Executor, function: Callable[[Argument], Result], arguments: Iterable[Argument], count: int
+) -> Iterator[Result]:
+    """Results in the order of the arguments; up to `count` are worked out ahead in the pool, never all of them."""
+    waiting: collections.deque[Future[Result]] = collections.deque()
+    try:
+        for argument in arguments:
+            waiting.append(pool.submit(function, argument))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def _cause(error: Any) -> BaseException:

@@ -89,8 +89,8 @@ def exclusive(folder: Path, doing: str) -> Iterator[None]:
     try:
         write_json(owner, {"doing": doing, "pid": os.getpid(), "host": platform.node(), "since": time.time()})
         yield
-        owner.unlink(missing_ok=True)
     finally:
+        owner.unlink(missing_ok=True)
         lock.release()
 
 

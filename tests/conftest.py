@@ -1,7 +1,8 @@
 """Fixtures shared by all tests."""
 
 import os
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,32 @@ def tissue_run(tissue_config: Config) -> Config:
     build_index(store, "auto", ["train"], recall=0.99, seed=0)
     train_under(config, "student")
     return config
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[Any]:
+    """A client of an S3 server on loopback, of the module's own, which the environment names to everybody."""
+    import boto3
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+            patch.delenv(name)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        # s3fs keeps the address and the keys of its first use.
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield boto3.client("s3")
+    s3fs.S3FileSystem.clear_instance_cache()
+    # All servers of a process share what they hold.
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", b"").close()
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,11 @@ data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.sources data.building data.shards data.verify
 data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
-store.parts store.latents store.cache store.faiss_file store.table store.search store.exact store.index
+store.sidecar store.parts store.latents store.supervision store.cache
+store.faiss_file store.table store.search store.exact store.index
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
 evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
-doctor pipeline
+doctor check pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode bench.memory
 bench.query bench.suite
 cli

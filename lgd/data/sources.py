@@ -4,11 +4,11 @@ Everything here is a pure function of files and options, so that a shard comes o
 made.
 """
 
-import collections
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from lgd.config import LEVEL_NAMES, ConfigError, DataError
 from lgd.data.image import check, decode, encode
 from lgd.data.pairs import PatchPair, Problem
 from lgd.data.split import SplitRule, split_of
+from lgd.distribute import ahead
 from lgd.files import read_bytes
 from lgd.urls import MissingError, RemoteError
 
@@ -78,17 +79,9 @@ def nothing(done: int) -> None:
 
 def in_threads(function: Callable[[Argument], Result], arguments: Iterable[Argument], threads: int) -> Iterator[Result]:
     """Results in the order of the arguments; a few are worked out ahead, never all of them."""
-    from concurrent.futures import ThreadPoolExecutor
-
     pool = ThreadPoolExecutor(threads)
-    waiting: collections.deque[Any] = collections.deque()
     try:
-        for argument in arguments:
-            waiting.append(pool.submit(function, argument))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from ahead(pool, function, arguments, 2 * threads)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -16,7 +16,8 @@ import numpy as np
 from lgd.config import DataError
 from lgd.data.shards import Shard
 from lgd.files import digest_of, list_folder, place, read_json, remove, write_json
-from lgd.store.parts import FORMAT, REMEDY, Part, check_layout, layout_of, part_name, read_sidecar
+from lgd.store.parts import Part
+from lgd.store.sidecar import FORMAT, REMEDY, check_layout, layout_of, part_name, read_sidecar
 
 SUPERVISION = ("pooled", "map", "nuclei", "membrane")
 """The datasets that a student is trained on."""

@@ -11,7 +11,6 @@ HDF5 itself is asked only once, after the digest was found right: a file that it
 import contextlib
 import hashlib
 import itertools
-import math
 import os
 import re
 import threading
@@ -25,37 +24,42 @@ import numpy as np
 
 from lgd.config import DataError
 from lgd.data.shards import Shard
-from lgd.files import digest_of, publish, read_json, sha256, size_of, sync, write_json
+from lgd.files import digest_of, publish, sha256, sync, write_json
 from lgd.remote import open_file
-
-FORMAT = "lgd-latents/1"
-REMEDY = "delete it and run lgd cache-latents again"
+from lgd.store.sidecar import FORMAT, REMEDY, layout_of, part_name, read_sidecar
 
 OPEN_PARTS = 16_384
 """Parts that a process keeps mapped; Linux allows it 65,530 maps in all."""
+
+_METADATA = 65_536
+"""Bytes that HDF5 takes for itself, at most; it needs about 3,000."""
 
 _open: deque["Part"] = deque()
 _mapping = threading.Lock()
 
 _NAME = re.compile("[A-Za-z0-9_-]{1,120}")
-_DIGEST = re.compile("[0-9a-f]{64}")
-_TYPES = re.compile(r"<f2|<f4|\|i1|\|S[1-9]\d{0,3}")
-
-
-def part_name(shard: Shard) -> str:
-    """Name of the part that mirrors a shard."""
-    return f"{shard.name}-{shard.sha256[:12]}"
 
 
 class PartWriter:
     """Takes the rows of a shard, batch by batch; `part_writer` makes one."""
 
-    def __init__(self, file: Any, rows: int) -> None:
-        self._file, self._rows, self._done = file, rows, 0
+    def __init__(self, path: Path, rows: int) -> None:
+        import h5py
+
+        self._path, self._rows, self._done = path, rows, 0
+        with h5py.File(path, "w", libver="latest", driver="core", backing_store=False) as empty:
+            empty.flush()
+            path.write_bytes(empty.id.get_file_image())
+        self._file = h5py.File(path, "r+", libver="latest")
         self._texts: dict[str, list[bytes]] = {}
         self._datasets: dict[str, Any] = {}
         self.rounding: dict[str, Any] = {}
         """What the sidecar tells of the loss by the stored type; the caller fills it."""
+
+    def _reserve(self, size: int) -> None:
+        # HDF5 2.0 crashes some time after it has met a full disk: it may only write where there is room for sure.
+        with open(self._path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), size + _METADATA)
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
         """Write the next rows; every array has one row a sample, and `key` is among them.
@@ -64,15 +68,17 @@ class PartWriter:
         """
         stop = self._done + len(arrays["key"])
         assert stop <= self._rows and all(len(array) == stop - self._done for array in arrays.values())
-        for name, array in arrays.items():
-            if array.dtype.kind == "S":
-                # Their width is that of the longest, so they are written at the end.
-                self._texts.setdefault(name, []).extend(array.tolist())
-                continue
-            if name not in self._datasets:
+        numbers = {name: array for name, array in arrays.items() if array.dtype.kind != "S"}
+        if not self._done:
+            self._reserve(sum(self._rows * array[0].nbytes for array in numbers.values()))
+            for name, array in numbers.items():
                 shape = (self._rows, *array.shape[1:])
                 self._datasets[name] = self._file.create_dataset(name, shape, array.dtype, fill_time="never")
+        for name, array in numbers.items():
             self._datasets[name][self._done : stop] = array
+        # The width of texts is that of the longest, so they are written at the end.
+        for name in arrays.keys() - numbers.keys():
+            self._texts.setdefault(name, []).extend(arrays[name].tolist())
         keys = self._texts["key"][max(0, self._done - 1) :]
         if any(after <= before for before, after in itertools.pairwise(keys)):
             raise DataError("its keys are not sorted: lgd verify its shard folder, and build it again")
@@ -81,9 +87,10 @@ class PartWriter:
     def finish(self) -> dict[str, Any]:
         """Write what is left; gives what the sidecar says of the datasets."""
         assert self._done == self._rows, f"{self._done} of {self._rows} rows were written"
-        for name, texts in self._texts.items():
-            # A width of 0 is none for HDF5.
-            array = np.array(texts, f"S{max(1, *map(len, texts))}")
+        # HDF5 knows no width of 0.
+        texts = {name: np.array(texts, f"S{max(1, *map(len, texts))}") for name, texts in sorted(self._texts.items())}
+        self._reserve(sum(array.nbytes for array in texts.values()))
+        for name, array in texts.items():
             self._datasets[name] = self._file.create_dataset(name, data=array)
         self._file.flush()
         return {
@@ -96,17 +103,18 @@ class PartWriter:
             "rounding": self.rounding,
         }
 
+    def close(self) -> None:
+        """Close the file, which cuts off what was reserved and not used."""
+        self._file.close()
+
 
 @contextlib.contextmanager
 def part_writer(store: Path, shard: Shard, recipe: dict[str, Any]) -> Iterator[PartWriter]:
     """Give a writer for a shard's part; on success publish the part, and then its sidecar."""
-    import h5py
-
     name = part_name(shard)
     path = store / "parts" / f"{name}.h5"
     with publish(path) as temporary:
-        with h5py.File(temporary, "w", libver="latest") as file:
-            writer = PartWriter(file, shard.samples)
+        with contextlib.closing(PartWriter(temporary, shard.samples)) as writer:
             yield writer
             described = writer.finish()
         # The disk takes the file while the digest is worked out.
@@ -128,58 +136,6 @@ def part_writer(store: Path, shard: Shard, recipe: dict[str, Any]) -> Iterator[P
         **described,
     }
     write_json(store / "parts" / f"{name}.json", sidecar | {"digest": digest_of(sidecar)})
-
-
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """A sidecar, checked against its own digest and for what the writer would not write; `DataError` otherwise."""
-    sidecar = read_json(path)
-    try:
-        if sidecar["format"] != FORMAT:
-            raise ValueError(f"field format is {sidecar['format']!r:.80}")
-        if digest_of({name: value for name, value in sidecar.items() if name != "digest"}) != sidecar["digest"]:
-            raise ValueError("it does not match its own digest")
-        if sidecar["name"] != path.name.removesuffix(".json"):
-            raise ValueError(f"it is of part {sidecar['name']!r:.120}")
-        if not _DIGEST.fullmatch(sidecar["sha256"]):
-            raise ValueError("field sha256 is no digest")
-        check_layout(layout_of(sidecar))
-        _check_extents(sidecar["datasets"], sidecar["rows"], sidecar["bytes"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"sidecar {path} cannot be used ({error}): {REMEDY}") from error
-    return sidecar
-
-
-def check_layout(layout: dict[str, Any]) -> None:
-    """Raise `ValueError` unless every dataset is of plain numbers or texts."""
-    for name, entry in layout.items():
-        shape = entry["shape"]
-        if entry["dtype"] not in ("S", "<f2", "<f4", "|i1") or type(shape) is not list or len(shape) > 5:
-            raise ValueError(f"dataset {name!r:.80} is {entry!r:.200}")
-        if not all(type(number) is int and 0 < number < 2**31 for number in shape):
-            raise ValueError(f"dataset {name!r:.80} has rows of shape {shape!r:.200}")
-
-
-def _check_extents(datasets: dict[str, Any], rows: int, size: int) -> None:
-    """Raise `ValueError` unless every dataset has a plain type and one row a sample, and they lie apart in the file."""
-    extents = []
-    for name, entry in datasets.items():
-        if not _TYPES.fullmatch(entry["dtype"]) or not all(type(n) is int and n >= 0 for n in (entry["offset"], size)):
-            raise ValueError(f"dataset {name!r:.80} is {entry!r:.200}")
-        length = math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize
-        if entry["shape"][0] != rows or entry["offset"] + length > size:
-            raise ValueError(f"dataset {name!r:.80} of shape {entry['shape']} does not fit the part")
-        extents.append((entry["offset"], entry["offset"] + length))
-    extents.sort()
-    if "key" not in datasets or any(after[0] < before[1] for before, after in zip(extents, extents[1:], strict=False)):
-        raise ValueError("datasets overlap, or there is no dataset key")
-
-
-def layout_of(sidecar: dict[str, Any]) -> dict[str, Any]:
-    """Type and shape of a row of each dataset, alike in all parts of a store; of texts the width may differ."""
-    return {
-        name: {"dtype": "S" if "S" in entry["dtype"] else entry["dtype"], "shape": entry["shape"][1:]}
-        for name, entry in sidecar["datasets"].items()
-    }
 
 
 class Mapped(NamedTuple):
@@ -255,8 +211,9 @@ class Part:
                     raise DataError(f"{problem}: {REMEDY}")
                 self._checked = identity
             # Unlike numpy.memmap this keeps no descriptor: thousands of parts would use up what a process may have.
-            storage = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", False, facts.st_size)
-        whole = memoryview(torch.tensor([], dtype=torch.uint8).set_(storage).numpy()).toreadonly()
+            storage: Any = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", False, facts.st_size)
+        content: Any = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
+        whole = memoryview(content).toreadonly()
         arrays, bytes_ = {}, {}
         for name, entry in sidecar["datasets"].items():
             arrays[name] = np.ndarray(entry["shape"], np.dtype(entry["dtype"]), whole, entry["offset"])
@@ -329,15 +286,3 @@ def _described_by_hdf5(path: str) -> dict[str, Any]:
             offset = dataset.id.get_offset()
             found[name] = {"dtype": dataset.dtype.str, "shape": list(dataset.shape), "offset": offset}
     return found
-
-
-def is_complete(store: Path, shard: Shard, recipe: dict[str, Any]) -> bool:
-    """Whether the shard's part was committed under this recipe, and its file is there in its size."""
-    path = store / "parts" / f"{part_name(shard)}.json"
-    try:
-        sidecar = read_sidecar(path)
-        size = size_of(path.with_suffix(".h5"))
-    except (DataError, FileNotFoundError):
-        return False
-    asked = (digest_of(recipe), shard.sha256, shard.samples, size)
-    return (sidecar.get("recipe"), sidecar.get("tar_sha256"), sidecar["rows"], sidecar["bytes"]) == asked

@@ -18,8 +18,8 @@ from lgd.models.encoder import build_encoder
 from lgd.models.export import read_model_config
 from lgd.models.student import Student
 from lgd.models.teacher import load_teacher, new_teacher
-from lgd.store.cache import recipe_of
 from lgd.store.latents import Store
+from lgd.store.supervision import recipe_of
 from lgd.train.batch import Batch
 
 Terms = dict[str, torch.Tensor]

@@ -16,9 +16,10 @@ from lgd.data.stream import Reader
 from lgd.models.export import save_model
 from lgd.models.teacher import load_teacher
 from lgd.stain.targets import membrane_grid, nuclei_grid
-from lgd.store.cache import cache_latents, recipe_of
+from lgd.store.cache import cache_latents
 from lgd.store.latents import Store
-from lgd.store.parts import is_complete
+from lgd.store.sidecar import is_complete
+from lgd.store.supervision import recipe_of
 
 
 def shards_of(config):

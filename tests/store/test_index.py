@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lgd.config import DataError
 from lgd.data.archive import Shard
+from lgd.distribute import disconnect
 from lgd.files import digest_of, read_json, sha256, write_json
 from lgd.store import exact, index, search
 from lgd.store.exact import Latents, nearest, overlap
@@ -239,15 +240,34 @@ def test_more_neighbours_than_the_probed_cells_hold_are_found(opened, kind):
 
 def test_groups_and_workers_give_the_same_index(store, monkeypatch):
     digests = set()
-    for rows, mapped in ((10**6, None), (1, None), (1, "backwards")):
+    for rows, workers in ((10**6, 0), (1, 0), (1, 2)):
         monkeypatch.setattr(index, "_GROUP_ROWS", rows)
-        if mapped:
-            # Ray gives the groups as they come.
-            monkeypatch.setattr(index, "map_with", lambda make, groups, **_: map(make(), groups[::-1]))
-        document, _ = build_index(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)
+        document, _ = build_index(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0, workers=workers)
         digests.add(json.dumps(document["files"]))
         (store.folder / "index" / "index.json").unlink()
-    assert len(digests) == 1
+    disconnect()
+    # Ray gives the groups as they come.
+    monkeypatch.setattr(index, "map_with", lambda make, groups, **_: map(make(), groups[::-1]))
+    document, _ = build_index(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)
+    assert digests == {json.dumps(document["files"])}
+
+
+def test_a_store_at_a_url_is_indexed_and_searched_there(s3_server, store, indexed, tmp_path, monkeypatch):
+    monkeypatch.setenv("LGD_CACHE", str(tmp_path / "cache"))
+    s3_server.create_bucket(Bucket="index")
+    for path in store.folder.rglob("*"):
+        if path.is_file():
+            s3_server.upload_file(str(path), "index", f"s/{path.relative_to(store.folder)}")
+    there = Store("s3://index/s")
+    assert problems(there) == ["s3://index/s/index holds no index: run lgd build-index"]
+    assert build_index(there, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)[1]
+    assert not build_index(there, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)[1]
+    assert keys_found(there).tolist() == keys_found(indexed["IVF10,SQfp16"]).tolist()
+    assert build_index(there, "Flat", ["train"], recall=0.9, seed=0)[1]
+    s3_server.put_object(Bucket="index", Key="s/index/faiss.index", Body=b"other")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(DataError, match="faiss.index has 5 bytes instead of"):
+        Searcher(there)
 
 
 def test_exact_search_in_blocks_is_exact(store, monkeypatch):

@@ -10,7 +10,8 @@ from lgd.config import DataError
 from lgd.data.archive import Shard
 from lgd.files import digest_of, write_json
 from lgd.store.latents import Rows, Store, commit, read_all
-from lgd.store.parts import is_complete, part_name, part_writer
+from lgd.store.parts import part_writer
+from lgd.store.sidecar import is_complete, part_name
 
 RECIPE = {"teacher": "a" * 64, "size": 64, "encoder": {"name": "resnet10"}, "views": 1}
 SOURCES = {"shards": [], "teacher": ""}

@@ -1,0 +1,217 @@
+"""Shards + the frozen teacher -> the rows of a store, as its recipe says.
+
+The teacher sees the IHC exactly as training decodes it. Domain targets are computed from the same images at
+native resolution, before any shrinking: a 1+ membrane is 1.4 px wide at 0.46 um/px.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lgd.config import Config, DataError
+from lgd.data.image import RESIZE
+from lgd.data.shards import Shard, decode, open_shards
+from lgd.data.stream import Reader, Sample, in_batches
+from lgd.models.export import read_model_config
+from lgd.stain.targets import TARGET_SETTINGS
+from lgd.store.latents import Store
+
+Arrays = dict[str, np.ndarray]
+
+
+def recipe_of(config: Config) -> dict[str, Any]:
+    """Everything that the stored numbers depend on, beside the shards."""
+    teacher = read_model_config(config.teacher.dir, "teacher")
+    latents = config.latents
+    return {
+        "teacher": teacher["weights_sha256"],
+        "encoder": teacher["encoder"],
+        "size": teacher["size"],
+        "resize": RESIZE,
+        "precision": latents.precision,
+        "views": latents.views,
+        "dtype": latents.dtype,
+        "map": latents.map,
+        "nuclei_grid": latents.nuclei_grid,
+        "membrane_grid": latents.membrane_grid,
+        "targets": TARGET_SETTINGS,
+    }
+
+
+class Supervision:
+    """The teacher, loaded once, and the domain targets: what a recipe makes of samples."""
+
+    def __init__(self, folder: str, recipe: dict[str, Any]) -> None:
+        """`folder` is the teacher's; raises `DataError` for another teacher, or arithmetic that is not had here."""
+        import torch
+
+        from lgd.models.teacher import load_teacher
+
+        self.recipe = recipe
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if recipe["precision"] == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported()):
+            raise DataError("latents.precision is bf16, but there is no GPU here that has it: set it to fp32")
+        teacher, config = load_teacher(folder)
+        if config["weights_sha256"] != recipe["teacher"]:
+            raise DataError(f"{folder} holds another teacher than the one that made the store: name that by --teacher")
+        self.teacher = teacher.to(self.device)
+
+    def reader(self, shards: Sequence[Shard]) -> Reader:
+        """A reader for `prepare`."""
+        return _NativeReader(shards, ("he", "ihc"), self.recipe["size"])
+
+    def prepare(self, reader: Reader, number: int) -> Sample:
+        """Read one sample of a `reader`, in any thread: its images are then `ihc`, uint8 of the teacher's size, and the
+        targets `nuclei` (g, g) from the H&E and `membrane` (m, m, 3) from the IHC, float32.
+
+        Native images are dropped here: those of a batch would take gigabytes.
+        """
+        import torch
+
+        from lgd.stain.targets import membrane_grid, nuclei_grid
+
+        sample = reader.read(number)
+        mpp = sample.meta["mpp"]
+
+        def native(role: str) -> torch.Tensor:
+            return torch.from_numpy(sample.images[role])[None].to(self.device).permute(0, 3, 1, 2)
+
+        images = {
+            "ihc": sample.images["ihc@size"],
+            "nuclei": nuclei_grid(native("he"), self.recipe["nuclei_grid"], mpp)[0].cpu().numpy(),
+            "membrane": membrane_grid(native("ihc"), self.recipe["membrane_grid"], mpp)[0].cpu().numpy(),
+        }
+        return replace(sample, images=images)
+
+    def rows(self, samples: Sequence[Sample]) -> Arrays:
+        """The rows of prepared samples, float32: `pooled` (B, views, D), `map` (B, views, D, m, m), and the targets."""
+        stacked = {name: np.stack([sample.images[name] for sample in samples]) for name in samples[0].images}
+        return _teacher_rows(stacked.pop("ihc"), self.teacher, self.recipe) | stacked
+
+
+def stored(
+    rows: dict[str, np.ndarray], samples: Sequence[Sample], shard: Shard, dtype: str, rounding: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """The rows in the stored type, with level, key and slide; what the type loses is added to `rounding`.
+
+    Raises `DataError` with the key for what is not finite.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, full in rows.items():
+        with np.errstate(over="ignore"):
+            arrays[name] = full.astype(dtype)
+        finite = np.isfinite(arrays[name].reshape(len(full), -1)).all(axis=1)
+        if not finite.all():
+            bad = samples[int(np.argmin(finite))]
+            raise DataError(
+                f"{shard.path}, {bad.key}: {name} is not finite as {dtype}: train the teacher anew, or set "
+                "latents.dtype to float32"
+            )
+        there = rounding.setdefault(name, {"absolute": 0.0, "relative": 0.0})
+        for what, number in differences(arrays[name], full).items():
+            there[what] = max(there[what], number)
+    arrays["level"] = np.array([sample.level for sample in samples], np.int8)
+    arrays["slide"] = np.array([(sample.meta["slide"] or "").encode() for sample in samples], "S")
+    arrays["key"] = np.array([sample.key.encode() for sample in samples], "S")
+    return arrays
+
+
+def differences(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """The largest difference of two arrays, and the largest length of a row's difference by that of the row of b."""
+    a_nd, b_nd = (np.asarray(array, np.float64).reshape(len(array), -1) for array in (a, b))
+    length_n = np.linalg.norm(b_nd, axis=1)
+    relative_n = np.linalg.norm(a_nd - b_nd, axis=1) / np.where(length_n > 0, length_n, 1)
+    return {"absolute": float(np.abs(a_nd - b_nd).max()), "relative": float(relative_n.max())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reencoded:
+    """What `reencoded` found."""
+
+    rows: int
+    differences: dict[str, dict[str, float]]
+    """Of each dataset, as `differences` gives them."""
+    allowed: dict[str, float]
+    """The largest relative difference of each dataset that rounding and arithmetic explain."""
+
+    def problems(self, store: Store) -> list[str]:
+        """The datasets that differ by more."""
+        return [
+            f"{store.folder}: {name} differs from what its teacher and targets give by {numbers['relative']:.2g} of a "
+            f"row's length, more than {self.allowed[name]:.2g}: its shards or its teacher are others than it states"
+            for name, numbers in self.differences.items()
+            if numbers["relative"] > self.allowed[name]
+        ]
+
+
+def reencoded(store: Store, count: int, teacher: str = "", seed: int = 0) -> Reencoded:
+    """Run teacher and targets again on `count` rows, drawn over the whole store, and compare them with what is stored.
+
+    Raises `DataError` when the shards, or the teacher, are not where they were; `teacher` names another folder of it.
+    """
+    folders = store.document["sources"]["shards"]
+    of_tar = {shard.sha256: shard for folder in folders for shard in open_shards(folder)[1]}
+    lost = [part.name for part in store.parts if part.tar_sha256 not in of_tar]
+    if lost:
+        raise DataError(f"the shards in {', '.join(folders)} changed since {store.folder} was made ({lost[0]})")
+    supervision = Supervision(teacher or store.document["sources"]["teacher"], store.recipe)
+    reader = supervision.reader([of_tar[part.tar_sha256] for part in store.parts])
+    numbers_n = np.sort(np.random.default_rng(seed).choice(reader.total, min(count, reader.total), replace=False))
+    found: dict[str, dict[str, float]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for numbers in in_batches(numbers_n.tolist(), 16):
+            samples = list(pool.map(functools.partial(supervision.prepare, reader), numbers))
+            for name, full in supervision.rows(samples).items():
+                there = np.stack([store.parts[sample.shard].array(name)[sample.row] for sample in samples])
+                before = found.setdefault(name, {"absolute": 0.0, "relative": 0.0})
+                found[name] = {what: max(number, before[what]) for what, number in differences(there, full).items()}
+    reader.close()
+    # Other neighbours in a batch, other threads and another device change sums in their last digits.
+    arithmetic = 0.05 if store.recipe["precision"] == "bf16" else 1e-3
+    rounding = store.document["rounding"]
+    allowed = {name: arithmetic + 2 * rounding[name]["relative"] for name in found}
+    return Reencoded(rows=len(numbers_n), differences=found, allowed=allowed)
+
+
+class _NativeReader(Reader):
+    """Reads images at native resolution, and the IHC also at the teacher's size, decoded as in training."""
+
+    def __init__(self, shards: Sequence[Shard], roles: Sequence[str], size: int) -> None:
+        super().__init__(shards, roles, size=None)
+        self.teacher_size = size
+
+    def decode(
+        self, content: bytes | memoryview, what: str, role: str, out: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        images = {role: decode(content, what, None)}
+        if role == "ihc":
+            images["ihc@size"] = decode(content, what, self.teacher_size)
+        return images
+
+
+def _teacher_rows(ihc_BHW3: np.ndarray, teacher: Any, recipe: dict[str, Any]) -> dict[str, np.ndarray]:
+    """`pooled` (B, views, D) and, when maps are stored, `map` (B, views, D, m, m), float32."""
+    import torch
+    from torch.nn import functional as F
+
+    from lgd.data.augment import d4
+
+    device = next(teacher.parameters()).device
+    ihc_B3HW = torch.from_numpy(ihc_BHW3).to(device).permute(0, 3, 1, 2)
+    pooled, maps = [], []
+    half = torch.autocast(device.type, torch.bfloat16, enabled=recipe["precision"] == "bf16")
+    with torch.inference_mode(), half:
+        for view in range(recipe["views"]):
+            out = teacher(d4(ihc_B3HW, torch.full((len(ihc_B3HW),), view)))
+            pooled.append(out["pooled"])
+            if recipe["map"]:
+                maps.append(F.adaptive_avg_pool2d(out["map"], recipe["map"]))
+    rows = {"pooled": torch.stack(pooled, dim=1).float().cpu().numpy()}
+    if maps:
+        rows["map"] = torch.stack(maps, dim=1).float().cpu().numpy()
+    return rows
