@@ -33,6 +33,7 @@ _PART = 50_000
 _SLIDE = 200
 _QUERIES = 1000
 _TIMED = 200
+_FILTERED = 30
 _MEMORY = 24 * 2**30
 """Bytes of memory of the machine that `extrapolation` is for."""
 _SPREAD = (np.arange(1, DIM + 1) ** -0.5).astype(np.float32)
@@ -190,7 +191,7 @@ def _filters(searcher: Searcher, exact: Any, order_n: np.ndarray, queries_nD: np
         of_rows = np.zeros(len(allowed), bool)
         of_rows[order_n] = allowed
         selector = faiss.IDSelectorBitmap(np.packbits(of_rows, bitorder="little"))
-        few_nD = queries_nD[: _TIMED // 4]
+        few_nD = queries_nD[:_FILTERED]
         truth_nk = exact.search(few_nD, k, params=faiss.SearchParameters(sel=selector))[1]
         recall = overlap(truth_nk, order_n[searcher.search(few_nD, k, allowed)[1]])
         times_n = milliseconds(functools.partial(searcher.search, k=k, allowed=allowed), few_nD)
@@ -266,7 +267,7 @@ def _measured(store: Store, settings: Settings, tell: Callable[[str], Any]) -> O
     ivf, ivf_facts = searcher, None
     if cells_of(facts["factory"]) == 0:
         faiss.omp_set_num_threads(settings.workers)
-        ivf, ivf_facts = _built(store, f"IVF{max(1, round(rows**0.5))},SQfp16", tell)
+        ivf, ivf_facts = _built(store, f"IVF{min(rows, round(4 * rows**0.5))},SQfp16", tell)
         faiss.omp_set_num_threads(1)
         bare = faiss.read_index(str(store.folder / "index" / "faiss.index"))
     found = trade(bare, exact_ms, truth_nk, _order(ivf), queries_nD)

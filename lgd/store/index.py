@@ -3,17 +3,20 @@
 Run by `lgd build-index`; it leaves DIR/index/ as `lgd.store.search` describes it, which also opens it.
 
 `latents.index: auto` chooses by size. Measured on 2 cores that others shared, with 512-dimensional vectors clustered by
-level and slide, one query on one core:
+level and slide (`lgd.bench.query`), one query on one core:
 
-    rows    exact     IVFn,SQfp16, n = sqrt(rows)      the same with 4 sqrt(rows) cells
-    1e3     0.08 ms   0.04 ms at recall@10 0.99
-    1e4     1.3 ms    0.08 ms at 0.99                  0.15 ms at 0.997
-    1e5     14 ms     0.28 ms at 0.998                 0.22 ms at 0.995, trained in 11 s instead of 0.5 s
-    1e6     130 ms    0.57 ms at 0.999                 0.65 ms at 0.999, trained in 180 s instead of 10 s
+    rows                                 1e3      1e4      1e5     1e6
+    exact, ms                            0.08     1.3      14      130
+    IVF, queries of the same slides      0.04     0.15     0.22    0.65    at recall@10 0.99 to 0.999
+
+    1e5 rows, queries of other slides    recall@10 with 2.5, 5 and 10 % of the latents probed
+    316 cells (sqrt(rows))               0.85     0.95     0.990
+    632 cells                            0.89     0.96     0.989
+    1264 cells (4 sqrt(rows))            0.94     0.98     0.996
 
 Exact (`Flat`) up to EXACT_ROWS: that is less than the forward pass which makes the query. Beyond, `IVFn,SQfp16` with
-sqrt(rows) cells: it codes what is left of a vector beside its centroid, which lost no recall to `IVFn,Flat` (0.9998 and
-0.9999 at 1e5), and takes half the memory and two thirds of the time. When even that exceeds half of the machine's
+4 sqrt(rows) cells. It codes what is left of a vector beside its centroid, which lost no recall to `IVFn,Flat` (0.9998
+and 0.9999 at 1e5, all else alike), and takes half the memory and two thirds of the time. When even that exceeds half of the machine's
 memory, `IVFn,SQ8`: half of it again, but recall ends at 0.98, so it wants a lower `latents.recall`. PQ64x4fsr before a
 refinement reached 0.77 at a k_factor of 16 and 0.18 at the default 1, and to refine takes the float16 vectors too, so
 neither saves memory: they are not built.
@@ -42,8 +45,8 @@ from lgd.store.table import write_table
 __all__ = ["Searcher", "build_index", "choose", "problems", "unit"]
 
 EXACT_ROWS = 100_000
-TRAIN_ROWS = 64
-"""Latents a cell from which the cells are learnt; FAISS asks for 39 at least. 256 gave no better recall."""
+TRAIN_ROWS = 40
+"""Latents a cell from which the cells are learnt; FAISS asks for 39. At 1e5 rows 256 a cell reached no more than 64."""
 _TRAIN_ROUNDS = 10
 _GROUP_ROWS = 100_000
 """Rows, or one part, that are added together: 100 MB of float16."""
@@ -107,7 +110,7 @@ def choose(rows: int, dim: int, memory: int) -> tuple[str, str]:
     """The factory string for so many latents on a machine with so many bytes of memory, and why, in one sentence."""
     if rows <= EXACT_ROWS:
         return "Flat", f"up to {EXACT_ROWS} latents an exact search takes some milliseconds"
-    cells = round(math.sqrt(rows))
+    cells = round(4 * math.sqrt(rows))
     size = rows * code_bytes("IVF1,SQfp16", dim)
     if size <= memory / 2:
         return f"IVF{cells},SQfp16", f"beyond {EXACT_ROWS} latents cells spare time, and float16 costs no recall"
