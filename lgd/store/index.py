@@ -16,10 +16,10 @@ level and slide (`lgd.bench.query`), one query on one core:
 
 Exact (`Flat`) up to EXACT_ROWS: that is less than the forward pass which makes the query. Beyond, `IVFn,SQfp16` with
 4 sqrt(rows) cells. It codes what is left of a vector beside its centroid, which lost no recall to `IVFn,Flat` (0.9998
-and 0.9999 at 1e5, all else alike), and takes half the memory and two thirds of the time. When even that exceeds half of the machine's
-memory, `IVFn,SQ8`: half of it again, but recall ends at 0.98, so it wants a lower `latents.recall`. PQ64x4fsr before a
-refinement reached 0.77 at a k_factor of 16 and 0.18 at the default 1, and to refine takes the float16 vectors too, so
-neither saves memory: they are not built.
+and 0.9999 at 1e5, all else alike), and takes half the memory and two thirds of the time. When even that exceeds half of
+the machine's memory, `IVFn,SQ8`: half of it again, but recall ends at 0.98, so it wants a lower `latents.recall`.
+PQ64x4fsr before a refinement reached 0.77 at a k_factor of 16, and 0.18 at the default 1; to refine takes the float16
+vectors too and saves no memory. It is not built.
 """
 
 import functools
