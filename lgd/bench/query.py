@@ -121,7 +121,7 @@ def trade(index: Any, exact_ms: float, truth_nk: np.ndarray, order_n: np.ndarray
         found.append({"nprobe": probes, "p50_ms": p50, "times_exact": exact_ms / p50, "recall_at_10": recall})
         if p50 > exact_ms:
             break
-        probes *= 2
+        probes += max(1, probes // 2)
     return found
 
 

@@ -35,7 +35,7 @@ import numpy as np
 
 from lgd.config import DataError
 from lgd.distribute import map_with
-from lgd.files import digest_of, exists, publish, remove, sha256, write_json
+from lgd.files import digest_of, exists, is_remote, publish, remove, sha256, write_json
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of, code_bytes
 from lgd.store.latents import Store
@@ -149,7 +149,8 @@ def _built(
     # Each worker gets an empty copy of the trained index, and gives it back filled.
     empty = faiss.serialize_index(index)
     groups = _groups(latents)
-    add = functools.partial(_Add, str(store.folder), numbers, empty)
+    folder = store.folder if is_remote(store.folder) else store.folder.absolute()
+    add = functools.partial(_Add, str(folder), numbers, empty)
     for filled in map_with(add, groups, workers=workers if len(groups) > 1 else 0, what="train.workers"):
         index.merge_from(faiss.deserialize_index(filled), 0)
     order_n = _in_order(faiss, index)
@@ -261,7 +262,7 @@ def _queries(store: Store, latents: Latents, gallery: list[str], seed: int) -> t
 def _reach_recall(
     index: Any, truth_nk: np.ndarray, order_n: np.ndarray | None, queries_nD: np.ndarray, target: float, factory: str
 ) -> tuple[float, int]:
-    """Recall against the exact rows, and the cells to probe for it, doubled until it is enough."""
+    """Recall against the exact rows, and the cells to probe for it: half as many more until it is enough."""
 
     def recall() -> float:
         found_nk = index.search(queries_nD, truth_nk.shape[1])[1]
@@ -273,7 +274,7 @@ def _reach_recall(
         index.nprobe = probes = 1
     measured = recall()
     while measured < target and probes < cells:
-        index.nprobe = probes = min(2 * probes, cells)
+        index.nprobe = probes = min(cells, probes + max(1, probes // 2))
         measured = recall()
     if measured < target:
         raise DataError(
