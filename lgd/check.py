@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lgd.config import ConfigError, DataError
 from lgd.files import exists, is_remote
+from lgd.progress import progress
 
 
 def check(folder: Path, reencode: int = 0, teacher: str = "") -> tuple[str, list[str], list[str]]:
@@ -31,13 +32,11 @@ def check(folder: Path, reencode: int = 0, teacher: str = "") -> tuple[str, list
 
 
 def _check_store(folder: Path, reencode: int, teacher: str) -> tuple[list[str], list[str]]:
-    from tqdm import tqdm
-
     from lgd.store import index
     from lgd.store.latents import Store
 
     store = Store(folder)
-    with tqdm(total=store.rows, desc="verify", unit=" rows", disable=None) as bar:
+    with progress(store.rows, "verify", "rows") as bar:
         problems = store.verify(bar.update)
     if exists(folder / "index" / "index.json"):
         problems += index.problems(store)

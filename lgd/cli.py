@@ -110,8 +110,8 @@ def _demo(parser: Any) -> Run:
     return run
 
 
-def _images(parser: Any) -> None:
-    parser.add_argument("images", nargs="+", help="H&E image files, folders or patterns")
+def _images(parser: Any, nargs: str) -> None:
+    parser.add_argument("images", nargs=nargs, help="H&E image files, folders or patterns")
     parser.add_argument("--model", default="", help="folder of the student; or give --config")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
 
@@ -126,7 +126,7 @@ def _model(parser: Any, namespace: Any) -> tuple[str, Config | None]:
 
 
 def _predict(parser: Any) -> Run:
-    _images(parser)
+    _images(parser, "+")
     parser.add_argument("--csv", action="store_true", help="print CSV")
     parser.add_argument("--slides", default="", help="CSV with columns key,slide: one row a slide")
     add_config_arguments(parser)
@@ -151,38 +151,56 @@ def _predict(parser: Any) -> Run:
 
 
 def _query(parser: Any) -> Run:
-    _images(parser)
+    _images(parser, "*")
+    parser.add_argument("--key", nargs="+", default=[], help="keys of stored patches, whose IHC latents are the query")
     parser.add_argument("--store", default="", help="folder of the feature store; or give --config")
-    parser.add_argument("-k", type=int, default=5, help="neighbours of each image")
+    parser.add_argument("-k", type=int, default=5, help="neighbours of each query")
+    parser.add_argument("--split", default="", help="search these splits of the index only, such as train,val")
+    parser.add_argument("--level", default="", help="search these levels only, such as 2+,3+")
+    parser.add_argument(
+        "--exclude-same-slide",
+        action="store_true",
+        help="leave out patches of the query's own slide, and those of unknown slides",
+    )
+    parser.add_argument("--slides", default="", help="CSV with columns key,slide: the slides of images")
     parser.add_argument("--csv", action="store_true", help="print CSV")
-    parser.add_argument("--sheet", default="", help="draw the images and their neighbours into this PNG")
+    parser.add_argument("--sheet", default="", help="draw the queries and their neighbours into this PNG")
     add_config_arguments(parser)
 
     def run(parser: Any, namespace: Any) -> None:
-        from lgd.evaluate import predict, retrieve
+        from lgd.evaluate import answer, predict, retrieve, sheet
         from lgd.store.latents import Store
 
-        folder, config = _model(parser, namespace)
+        config = config_of(parser, namespace) if namespace.config else None
         store_folder = namespace.store or (config.latents.dir if config else "")
         if not store_folder:
             raise ConfigError("name the feature store: --store DIR, or --config F of its run")
-        scorer, store = predict.load_scorer(folder), Store(store_folder)
-        rows = retrieve.query(scorer, store, predict.find_images(namespace.images), namespace.k)
+        # Keys are answered from the store alone.
+        scorer = predict.load_scorer(_model(parser, namespace)[0]) if namespace.images else None
+        store = Store(store_folder)
+        images = predict.find_images(namespace.images)
         if namespace.sheet:
-            retrieve.draw_sheet(store, rows, Path(namespace.sheet))
-        answers = retrieve.as_json(rows)
+            sheet.check_sheet(len(images) + len(namespace.key), namespace.k)
+        answers = retrieve.query(
+            scorer,
+            store,
+            images,
+            namespace.k,
+            keys=namespace.key,
+            splits=namespace.split.split(",") if namespace.split else None,
+            levels=namespace.level.split(",") if namespace.level else None,
+            exclude_same_slide=namespace.exclude_same_slide,
+            slides=Path(namespace.slides) if namespace.slides else None,
+        )
+        if namespace.sheet:
+            sheet.draw_sheet(store, answers, Path(namespace.sheet))
+        print("\n".join(answer.summary(store, answers)), file=sys.stderr)
         if namespace.json:
-            print(json.dumps(answers, indent=1, ensure_ascii=False))
-            return
-        flat = [
-            {"image": row["image"], "predicted": row["level"], "rank": rank + 1, **neighbour}
-            for row in answers
-            for rank, neighbour in enumerate(row["neighbours"])
-        ]
-        if namespace.csv:
-            print_csv(flat)
+            print(json.dumps(answer.as_json(answers), indent=1, ensure_ascii=False))
+        elif namespace.csv:
+            print_csv(answer.as_rows(answers))
         else:
-            print_table(flat)
+            print_table(answer.as_table(answers))
 
     return run
 
@@ -253,7 +271,7 @@ VERBS: dict[str, tuple[str, Callable[[Any], Run]]] = {
     "train": ("train the H&E student", _stage("train_student")),
     "evaluate": ("score the held-out split and write the report", _stage("evaluate")),
     "predict": ("HER2 level and probabilities of H&E images", _predict),
-    "query": ("the nearest IHC latents of H&E images", _query),
+    "query": ("the nearest IHC latents of H&E images or of stored patches", _query),
     "verify": ("check a shard folder, a feature store or a checkpoint end to end", _verify),
     "doctor": ("what this machine has and lacks", _doctor),
     "bench": ("how fast the parts are, as ratios against a bare loop or a peer", _bench),

@@ -1,4 +1,4 @@
-"""Pure numbers: scores of HER2 levels, their intervals, calibration and retrieval.
+"""Pure numbers: scores of HER2 levels, their intervals and calibration.
 
 The levels are ordered: quadratic weighted kappa, within-one accuracy and the sensitivity of each level stand
 beside accuracy. Patches of one slide are not independent, so every interval resamples groups (slides, or
@@ -8,7 +8,7 @@ Point values come from scikit-learn. The bootstrap does not: 1000 resamples of 5
 All metrics but the AUCs are functions of sums over patches, so each group is summed once and a resample is
 one row of a matrix product (0.2 s). Tests hold both ways against each other.
 
-Shapes: n patches, G groups, R resamples, S sums, D latent size, m gallery rows.
+Shapes: n patches, G groups, R resamples, S sums.
 """
 
 from collections.abc import Iterator, Sequence
@@ -149,7 +149,7 @@ def score_with_intervals(predictions: Predictions, resamples: int, seed: int) ->
     """
     values = score(predictions.level, predictions.probability)
     samples = bootstrap(predictions, resamples, seed)
-    return {name: _interval(values[name], samples[name]) for name in METRICS}
+    return {name: interval(values[name], samples[name]) for name in METRICS}
 
 
 def paired_difference(a: Predictions, b: Predictions, metric: str, resamples: int, seed: int) -> Interval:
@@ -163,7 +163,7 @@ def paired_difference(a: Predictions, b: Predictions, metric: str, resamples: in
         )
     values = [score(p.level, p.probability)[metric] for p in (a, b)]
     samples = [bootstrap(p, resamples, seed, [metric])[metric] for p in (a, b)]
-    return _interval(values[0] - values[1], samples[0] - samples[1])
+    return interval(values[0] - values[1], samples[0] - samples[1])
 
 
 def bootstrap(
@@ -185,7 +185,7 @@ def bootstrap(
     thin = _thin(held_GL)
     aucs = [name for name in metrics if name in _AUC_LEVELS]
     blocks = []
-    for count_RG in _draws(len(names), resamples, seed, _BLOCK // len(known.keys)):
+    for count_RG in draws(len(names), resamples, seed, _BLOCK // len(known.keys)):
         values = _from_sums(count_RG @ sums_GS)
         weight_Rn = count_RG[:, group] if aucs else count_RG
         for name in aucs:
@@ -206,7 +206,7 @@ def _thin(held_GL: NDArray[np.bool_]) -> set[str]:
     return thin
 
 
-def _draws(groups: int, resamples: int, seed: int, block: int) -> Iterator[Floats]:
+def draws(groups: int, resamples: int, seed: int, block: int) -> Iterator[Floats]:
     """Blocks of (R, G) counts of how often each group was drawn; every row sums to G."""
     random = np.random.default_rng(seed)
     block = max(1, block)
@@ -259,7 +259,8 @@ def _weighted_auc(positive_n: NDArray[np.bool_], score_n: Floats, weight_Rn: Flo
         return wins / (positives.sum(1) * negatives.sum(1))
 
 
-def _interval(value: float, samples: Floats) -> Interval:
+def interval(value: float, samples: Floats) -> Interval:
+    """A value with its 95 % percentile interval, widened to hold the value; NaN samples are left out."""
     defined = samples[~np.isnan(samples)]
     if np.isnan(value) or not len(defined):
         return {"value": value, "low": np.nan, "high": np.nan}

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import lgd
 from lgd.config import Config, DataError
 from lgd.data.shards import Shard, ShardOptions, build, open_shards
@@ -129,26 +127,32 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 def evaluate(config: Config) -> str:
     """Score student, rivals and teacher on the held-out split and write the report; returns its table."""
-    from lgd.evaluate import report
+    from lgd.evaluate import compare, report
     from lgd.evaluate.predict import load_scorer, score_shards
+    from lgd.store.latents import Store
 
     with stage("report") as told:
         shards = [shard for shard in all_shards(config) if shard.split == config.report.split]
         if not shards:
             splits = sorted({shard.split for shard in all_shards(config)})
             raise DataError(f"report.split {config.report.split!r} has no patches; the shards have {', '.join(splits)}")
-        scorer = load_scorer(config.student.dir)
-        student, pooled = score_shards(scorer, shards, threads=config.data.threads)
-        rivals = [load_scorer(folder) for folder in config.report.also] + [load_scorer(config.teacher.dir, "teacher")]
-        scored = [student, *(score_shards(rival, shards, threads=config.data.threads)[0] for rival in rivals)]
-        own, queries = None, []
-        if pooled is not None:
-            own, queries = _retrieval(config, scorer, shards, student, pooled)
+        scorers = [load_scorer(folder) for folder in (config.student.dir, *config.report.also)]
+        scorers.append(load_scorer(config.teacher.dir, "teacher"))
+        found = [
+            score_shards(one, shards, threads=config.data.threads, vectors=compare.vectors_of(one)) for one in scorers
+        ]
+        scored = [predictions for predictions, _ in found]
+        student, scorer = scored[0], scorers[0]
+        measured, queries = None, []
+        if scorer.config["method"] == "lgd":
+            store = Store(config.latents.dir)
+            measured = compare.measure_run(config, store, all_shards(config), scorers, found, say)
+            queries = compare.sheet_rows(config, store, shards, found[0])
         manifests = [open_shards(folder)[0] for folder in config.shard_dirs]
         document = report.write_report(
             Path(config.report.dir),
             scored,
-            own,
+            measured,
             queries,
             report.caveats_of(manifests, student, any(manifest.get("virtual") for manifest in manifests)),
             {
@@ -166,50 +170,6 @@ def evaluate(config: Config) -> str:
     headline = {model["name"]: model["by_patch"]["metrics"] for model in document["models"]}
     record(config, "report", {"folder": config.report.dir, "split": config.report.split, "by_patch": headline})
     return report.table(scored, config.report.bootstrap, config.run.seed)
-
-
-def _retrieval(config: Config, scorer: Any, shards: list[Shard], student: Any, pooled_nD: np.ndarray) -> Any:
-    """Own-pair retrieval among the held-out IHC, and the rows of the contact sheet from the training gallery."""
-    from lgd.data.stream import Reader
-    from lgd.evaluate.figures import Query
-    from lgd.evaluate.retrieve import Gallery, as_neighbour, check_pair, retrieval, search
-    from lgd.store.index import Searcher
-    from lgd.store.latents import Store, read_all
-
-    store = Store(config.latents.dir)
-    check_pair(scorer, store)
-    gallery_nD = read_all(store.parts_of(shards), "pooled")[:, 0].astype(np.float64)
-    own = retrieval(pooled_nD.astype(np.float64), gallery_nD, np.arange(len(pooled_nD)))
-    rows = _spread(student.level, config.report.queries)
-    found = search(Searcher(store), store, pooled_nD[rows], 4)
-    images, reader = Gallery(store, 256), Reader(shards, ("he", "ihc"), 256)
-
-    queries = []
-    for row, hits in zip(rows, found, strict=True):
-        sample = reader.read(int(row))
-        queries.append(
-            Query(
-                key=sample.key,
-                slide=sample.meta["slide"],
-                level=None if sample.level < 0 else sample.level,
-                predicted=int(student.probability[row].argmax()),
-                he=sample.images["he"],
-                ihc=sample.images["ihc"],
-                neighbours=[as_neighbour(hit, images) for hit in hits],
-            )
-        )
-    return own, queries
-
-
-def _spread(level_n: np.ndarray, count: int) -> np.ndarray:
-    """Rows that take the levels in turn, evenly spaced within each: nobody picked the pretty ones."""
-    picked: list[int] = []
-    levels = np.unique(level_n)
-    for place, level in enumerate(levels):
-        rows = np.flatnonzero(level_n == level)
-        share = count // len(levels) + (place < count % len(levels))
-        picked += rows[np.linspace(0, len(rows) - 1, min(share, len(rows))).round().astype(int)].tolist()
-    return np.array(picked, np.int64)
 
 
 def run(config: Config) -> str:

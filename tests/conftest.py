@@ -2,7 +2,7 @@
 
 import os
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,26 @@ def tissue_run(tissue_config: Config) -> Config:
     return config
 
 
+@pytest.fixture(scope="session")
+def change() -> Callable[..., Config]:
+    """`change(config, student={"dir": ..., "epochs": 1})`: a run with some fields of some sections replaced."""
+
+    def changed(config: Config, **sections: dict[str, Any]) -> Config:
+        return replace(config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()})
+
+    return changed
+
+
+@pytest.fixture(scope="session")
+def fault_count() -> Callable[[int], int]:
+    """`fault_count(300)`: how many of so many faults to try; a tenth, unless LGD_FAULTS is `all` (`make faults`)."""
+    share = 1 if os.environ.get("LGD_FAULTS") == "all" else 10
+    return lambda number: -(-number // share)
+
+
 @pytest.fixture(scope="module")
-def s3_server() -> Iterator[Any]:
-    """A client of an S3 server on loopback, of the module's own, which the environment names to everybody."""
+def s3_server():
+    """A client of an S3 server of the module's own on loopback, which the environment names to everybody."""
     import boto3
     import s3fs
     from moto.server import ThreadedMotoServer
@@ -107,20 +124,3 @@ def s3_server() -> Iterator[Any]:
     # All servers of a process share what they hold.
     urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", b"").close()
     server.stop()
-
-
-@pytest.fixture(scope="session")
-def change() -> Callable[..., Config]:
-    """`change(config, student={"dir": ..., "epochs": 1})`: a run with some fields of some sections replaced."""
-
-    def changed(config: Config, **sections: dict[str, Any]) -> Config:
-        return replace(config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()})
-
-    return changed
-
-
-@pytest.fixture(scope="session")
-def fault_count() -> Callable[[int], int]:
-    """`fault_count(300)`: how many of so many faults to try; a tenth, unless LGD_FAULTS is `all` (`make faults`)."""
-    share = 1 if os.environ.get("LGD_FAULTS") == "all" else 10
-    return lambda number: -(-number // share)

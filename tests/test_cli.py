@@ -227,7 +227,8 @@ def test_json_is_one_document_and_nothing_else(tissue, tissue_run, capsys):
     assert all(abs(sum(row["probabilities"].values()) - 1) < 0.01 for row in rows)
     status, out, _ = run(capsys, "query", "--model", model, "--store", store, tissue / "HE" / "test", "--json", "-k", 3)
     assert status == 0
-    assert all(set(hit) == {"key", "slide", "split", "level", "distance"} for hit in json.loads(out)[0]["neighbours"])
+    fields = {"key", "slide", "split", "level", "distance", "duplicate_of"}
+    assert all(set(hit) == fields for hit in json.loads(out)[0]["neighbours"])
 
 
 def test_verify_names_what_is_wrong(tissue_run, tmp_path, capsys):

@@ -2,9 +2,14 @@
 
 import json
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lgd import distribute
 from lgd.cli import main
@@ -76,6 +81,56 @@ def test_results_come_from_all_workers_and_each_makes_its_function_once():
     assert all(pid != os.getpid() and times == 1 for _, pid, times in results)
     here = list(distribute.map_with(make, [3], workers=0, what="--workers"))
     assert here == [(9, os.getpid(), 1)]
+
+
+def meeting(folder):
+    """A function that ends only when another call of it runs in the same process."""
+
+    def make():
+        barrier = threading.Barrier(2, timeout=60)
+        return lambda number: (barrier.wait() >= 0, number, os.getpid())
+
+    return make
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_worker_has_several_arguments_at_once_where_it_may(workers, tmp_path):
+    results = list(distribute.map_with(meeting(tmp_path), list(range(8)), workers=workers, what="x", at_once=2))
+    assert sorted(number for _, number, _ in results) == list(range(8))
+    assert len({pid for _, _, pid in results}) == max(1, workers)
+
+
+class Endless:
+    """Ends when it is stopped; fails for the argument 3."""
+
+    def __init__(self):
+        self.stopped = threading.Event()
+
+    def __call__(self, number):
+        if number == 3:
+            raise DataError("three")
+        assert self.stopped.wait(60)
+
+    def stop(self):
+        self.stopped.set()
+
+
+def test_calls_that_are_not_wanted_any_more_are_stopped():
+    began = time.monotonic()
+    with pytest.raises(DataError, match="three"):
+        list(distribute.map_with(Endless, [1, 3, 5], workers=0, what="x", at_once=2))
+    assert time.monotonic() - began < 30
+
+
+@given(st.integers(0, 30), st.integers(1, 40), st.integers(1, 4))
+@settings(deadline=None, max_examples=30)
+def test_results_ahead_come_in_order_and_never_more_than_asked(total, count, threads):
+    begun = []
+    with ThreadPoolExecutor(threads) as pool:
+        results = distribute.ahead(pool, lambda number: begun.append(number) or 7 * number, range(total), count)
+        for taken, result in enumerate(results):
+            assert result == 7 * taken and len(begun) <= taken + count + 1
+    assert sorted(begun) == list(range(total))
 
 
 def test_an_address_without_a_cluster_is_told(monkeypatch):

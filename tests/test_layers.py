@@ -7,7 +7,7 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-config options tables urls files remote distribute metrics
+config options tables progress urls files remote distribute metrics
 stain.deconvolve stain.targets
 data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.sources data.building data.shards data.verify
@@ -16,7 +16,8 @@ models.encoder models.export models.teacher models.student models.losses
 store.sidecar store.parts store.latents store.supervision store.cache
 store.faiss_file store.table store.search store.exact store.index
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
-evaluate.predict evaluate.figures evaluate.retrieve evaluate.report
+evaluate.predict evaluate.figures evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
+evaluate.compare evaluate.markdown evaluate.report
 doctor check pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode bench.memory
 bench.query bench.suite

@@ -40,6 +40,7 @@ from lgd.data.sources import (
 )
 from lgd.data.split import SPLITS, parse_split
 from lgd.files import digest_of, exists, is_remote, place, read_json, sha256, upload, write_json
+from lgd.progress import progress
 
 __all__ = ["INDEX", "ROLES", "Shard", "ShardOptions", "build", "decode", "open_shards", "read_member"]
 
@@ -174,10 +175,8 @@ def _with_progress(
     what: str, function: Callable[..., Any], jobs: Sequence[Any], total: int, options: ShardOptions, map_jobs: MapJobs
 ) -> Iterator[Any]:
     """The result of every job, as it comes, behind a bar that counts pairs or tiles."""
-    from tqdm import tqdm
-
     does, unit = what.split()
-    with tqdm(desc=does, total=total, unit=f" {unit}", disable=None) as bar:
+    with progress(total, does, unit) as bar:
         if options.workers == 0:
             yield from map_jobs(functools.partial(function, tick=bar.update), jobs)
             return

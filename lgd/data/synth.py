@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from tqdm import tqdm
 
 from lgd.config import LEVEL_NAMES, DataError, require
 from lgd.data.sections import draw_pair, slide_level
 from lgd.files import publish, read_json, write_json
+from lgd.progress import progress
 
 FORMAT = "lgd-synth/1"
 """Changes whenever the same options would give other bytes."""
@@ -178,7 +178,7 @@ def _plan(options: SynthOptions) -> list[_Task]:
 
 def _draw_all(tasks: list[_Task], workers: int) -> Iterator[dict[str, Any]]:
     """Draw every task; gives its rows of the truth in the tasks' order."""
-    bar = tqdm(total=len(tasks), desc="virtual tissue", unit="pair")
+    bar = progress(len(tasks), "virtual tissue", "pairs")
     with bar:
         if workers == 1:
             for task in tasks:

@@ -19,6 +19,7 @@ from lgd.data.image import check, codecs
 from lgd.data.meta import FIELDS
 from lgd.data.shards import ShardOptions
 from lgd.files import list_folder
+from lgd.progress import progress
 from lgd.urls import RemoteError, is_remote, place
 
 _SEEN = np.dtype([("key", "<u8"), ("group", "<u8"), ("shard", "<i4"), ("row", "<i4")])
@@ -40,8 +41,6 @@ def verify(folder: str | Path) -> list[str]:
     """
     from multiprocessing.pool import ThreadPool
 
-    from tqdm import tqdm
-
     try:
         folder = place(folder)
         manifest, shards = read_manifest(folder)
@@ -54,7 +53,7 @@ def verify(folder: str | Path) -> list[str]:
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     seen, unnamed, last = [np.empty(0, _SEEN)], False, dict.fromkeys(manifest["splits"], "")
     total = sum(shard.samples for shard in shards)
-    with ThreadPool(os.cpu_count()) as pool, tqdm(total=total, desc="verify", unit="sample", disable=None) as bar:
+    with ThreadPool(os.cpu_count()) as pool, progress(total, "verify", "samples") as bar:
         for number, shard in enumerate(shards):
             found, metas = ([], []) if shard.name in lost else _verify_shard(shard, pool, bar)
             problems += [*found, *_unsorted(shard, metas, last)]

@@ -39,11 +39,13 @@ class Neighbour:
     """Distance of its latent to the hallucinated one."""
     image: Image | None
     """(H, W, 3) uint8 of the IHC, or None where it is not at hand."""
+    duplicate_of: str | None = None
+    """`query`, or the key of a nearer neighbour, where its latent is all but the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Query:
-    """One H&E patch, its own IHC where there is one, and the IHCs that it found, nearest first."""
+    """One patch, its own IHC where there is one, and the IHCs that it found, nearest first."""
 
     key: str
     slide: str | None
@@ -56,6 +58,10 @@ class Query:
     ihc: Image | None
     """(H, W, 3) uint8; never an input of the student."""
     neighbours: list[Neighbour]
+    asks_with_ihc: bool = False
+    """The stored latent of the IHC was the query, not the H&E."""
+    vote: str = ""
+    """What the levels of the neighbours say together, as a line of the caption."""
 
 
 def confusion_matrix(predictions: Predictions, path: str | Path, title: str) -> None:
@@ -117,21 +123,28 @@ def contact_sheet(rows: Sequence[Query], path: str | Path) -> None:
     query's true one.
     """
     columns = 2 + max((len(row.neighbours) for row in rows), default=0)
-    figure = _figure(1.9 * columns, 2.55 * len(rows))
+    # The caption of a panel has up to five lines.
+    figure = _figure(1.9 * columns, 2.7 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, row in zip(grid, rows, strict=True):
         true = _level_name(row.level)
         said = [] if row.predicted is None else [f"predicted {_level_name(row.predicted)}"]
         frame = None if row.predicted is None else _agreement(row.level, row.predicted)
-        lines = [_short(row.key), f"slide {_short(row.slide or 'unknown')}", f"true level {true}", *said]
-        _panel(axes[0], row.he, ["H&E query", *lines[:2], ", ".join(lines[2:])], frame)
-        _panel(axes[1], row.ihc, ["its own IHC", "not given to the student", "", f"true level {true}"], None)
+        vote = [row.vote] if row.vote else []
+        lines = [_short(row.key), f"slide {_short(row.slide or 'unknown')}", ", ".join([f"true level {true}", *said])]
+        if row.asks_with_ihc:
+            _panel(axes[0], row.he, ["its H&E, not asked", *lines], None)
+            _panel(axes[1], row.ihc, ["IHC query", f"true level {true}", *vote], None)
+        else:
+            _panel(axes[0], row.he, ["H&E query", *lines, *vote], frame)
+            _panel(axes[1], row.ihc, ["its own IHC", "not given to the student", "", f"true level {true}"], None)
         for rank, (ax, found) in enumerate(zip(axes[2:], row.neighbours, strict=False), 1):
             agreement = _agreement(row.level, found.level)
             slide = f"slide {_short(found.slide or 'unknown')} ({found.split})"
             level = f"level {_level_name(found.level)}, {agreement[2]}"
             distance = f"found {rank}, distance {found.distance:.3f}"
-            _panel(ax, found.image, [distance, _short(found.key), slide, level], agreement)
+            twin = [f"near-duplicate of {_short(found.duplicate_of)}"] if found.duplicate_of else []
+            _panel(ax, found.image, [distance, _short(found.key), slide, level, *twin], agreement)
         for ax in axes[2 + len(row.neighbours) :]:
             ax.set_axis_off()
     _save(figure, path)

@@ -20,6 +20,7 @@ from lgd.models.student import load_student
 from lgd.models.teacher import load_teacher
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_READ = ("logits", "pooled", "features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,13 @@ class Scorer:
         return {"lgd": "LGD-Net", "he-only": "H&E-only"}.get(self.config.get("method", ""), "IHC teacher")
 
     def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 (B, size, size, 3) -> `probability` (B, 4), `logits`, and `pooled` (B, D) where there is one."""
+        """uint8 (B, size, size, 3) -> `probability` (B, 4), `logits`, and where there are such `pooled` (B, D) and
+        `features` (B, C).
+        """
         with torch.inference_mode():
             image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)
             out = self.model(image_B3HW)
-        found = {name: out[name].float().cpu().numpy() for name in ("logits", "pooled") if name in out}
+        found = {name: out[name].float().cpu().numpy() for name in _READ if name in out}
         scaled = torch.from_numpy(found["logits"].astype(np.float64)) / self.config["temperature"]
         return found | {"probability": torch.softmax(scaled, dim=1).numpy()}
 
@@ -55,9 +58,9 @@ def load_scorer(folder: str | Path, kind: str = "student") -> Scorer:
 
 
 def score_shards(
-    scorer: Scorer, shards: Sequence[Shard], *, threads: int, batch: int = 64
+    scorer: Scorer, shards: Sequence[Shard], *, threads: int, batch: int = 64, vectors: str = "pooled"
 ) -> tuple[Predictions, np.ndarray | None]:
-    """Score every sample once, in the order of the shards; also the pooled latents (n, D), if the network has any."""
+    """Score every sample once, in the order of the shards; also its `vectors` (n, D), if the network has such."""
     reader = Reader(shards, (scorer.role,), scorer.config["size"])
     keys, groups, levels, found = [], [], [], []
     for samples, images in stream(reader, in_batches(range(reader.total), batch), threads=threads):
@@ -70,8 +73,8 @@ def score_shards(
     predictions = Predictions(
         name=scorer.name, keys=keys, groups=groups, level=np.array(levels, np.int64), probability=probability
     )
-    pooled = np.concatenate([f["pooled"] for f in found]) if "pooled" in found[0] else None
-    return predictions, pooled
+    vectors_nD = np.concatenate([f[vectors] for f in found]) if vectors in found[0] else None
+    return predictions, vectors_nD
 
 
 def find_images(names: Sequence[str]) -> list[Path]:

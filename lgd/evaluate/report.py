@@ -17,8 +17,9 @@ import numpy as np
 
 from lgd.config import LEVEL_NAMES, DataError
 from lgd.evaluate.figures import Query, confusion_matrix, contact_sheet, reliability_diagram
+from lgd.evaluate.markdown import GALLERIES, markdown, retrieval_sections, shown
 from lgd.files import write_bytes, write_json
-from lgd.metrics import Interval, Predictions, by_slide, confusion, paired_difference, score_with_intervals
+from lgd.metrics import Predictions, by_slide, confusion, paired_difference, score_with_intervals
 
 FEW_GROUPS = 10
 """Below this many slides a bootstrap interval means little."""
@@ -46,7 +47,7 @@ _PICTURES = {
 def write_report(
     folder: Path,
     scored: Sequence[Predictions],
-    own_retrieval: dict[str, float] | None,
+    retrieval: dict[str, Any] | None,
     queries: Sequence[Query],
     caveats: Sequence[str],
     provenance: dict[str, Any],
@@ -56,7 +57,7 @@ def write_report(
     """Write the report of one split into `folder` and return what `metrics.json` holds (None for undefined).
 
     `scored` holds at least one model; the first is the student, and every other one is compared to it.
-    `own_retrieval` is what `lgd.metrics.retrieval` gave. `provenance` may be any JSON; its `command` is shown as
+    `retrieval` is what `lgd.evaluate.embeddings.measure` gave. `provenance` may be any JSON; its `command` is shown as
     the way to reproduce the report. Raises `DataError` where models were scored on different patches.
     """
     student = scored[0]
@@ -77,7 +78,7 @@ def write_report(
             "always_the_commonest_level": None if common is None else float((labels == common).mean()),
             "models": [_model(predictions, resamples, seed) for predictions in scored],
             "differences": [_differences(student, other, resamples, seed) for other in scored[1:]],
-            "own_retrieval": own_retrieval,
+            "retrieval": None if retrieval is None else {"caveats": GALLERIES, **retrieval},
         }
     )
     # A picture of an earlier report would pass for one of this.
@@ -102,7 +103,7 @@ def table(scored: Sequence[Predictions], resamples: int, seed: int) -> str:
         known = predictions.labelled()
         scores = score_with_intervals(known, resamples, seed)
         counts = [str(len(known.keys)), str(len(set(known.groups)))]
-        rows.append([known.name, *counts, *(_shown(_json_ready(scores[name])) for name in names)])
+        rows.append([known.name, *counts, *(shown(_json_ready(scores[name])) for name in names)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -222,8 +223,8 @@ def _summary(document: dict[str, Any], pictures: Sequence[str]) -> str:
         text += _score_sections(document)
     else:
         text += ["## Scores\n", "No patch of this split has a level, so there is nothing to score.\n"]
-    if document["own_retrieval"] is not None:
-        text += _retrieval_section(document["own_retrieval"])
+    if document["retrieval"] is not None:
+        text += retrieval_sections(document["retrieval"])
     text += [line for name in pictures for line in (f"## {_PICTURES[name]}\n", f"![{_PICTURES[name]}]({name})\n")]
     command = document["provenance"].get("command")
     text += ["## How to reproduce\n", *([f"    {command}\n"] if command else [])]
@@ -253,31 +254,14 @@ def _score_sections(document: dict[str, Any]) -> list[str]:
     if document["differences"]:
         text += ["## Paired differences, by patch\n"]
         rows = [
-            [f"{row['of']} minus {row['minus']}", *(_shown(row["metrics"][name], "+.3f") for name in _HEADLINE)]
+            [f"{row['of']} minus {row['minus']}", *(shown(row["metrics"][name], "+.3f") for name in _HEADLINE)]
             for row in document["differences"]
         ]
-        text += _markdown(["", *_HEADLINE.values()], rows)
+        text += markdown(["", *_HEADLINE.values()], rows)
         text.append(
             "Both models see the same resamples. An interval that holds 0 shows no difference. Of ECE less is better.\n"
         )
     return text
-
-
-def _retrieval_section(found: dict[str, float]) -> list[str]:
-    rows = [
-        [name, _number(found[key]), _number(found[f"chance_{key}"])]
-        for key, name in {
-            "median_rank": "median rank",
-            "recall_at_1": "recall at 1",
-            "recall_at_5": "recall at 5",
-            "recall_at_10": "recall at 10",
-        }.items()
-    ]
-    return [
-        "## Retrieval of the own IHC\n",
-        f"{found['queries']} H&E queries, each searching its own pair among {found['gallery']} IHC latents.\n",
-        *_markdown(["", "found", "by chance"], rows),
-    ]
 
 
 def _scores_table(models: Sequence[dict[str, Any]], level: str, columns: dict[str, str]) -> list[str]:
@@ -286,27 +270,8 @@ def _scores_table(models: Sequence[dict[str, Any]], level: str, columns: dict[st
         [
             model["name"],
             str(model[level]["scored"]),
-            *(_shown(model[level]["metrics"][name]) for name in columns),
+            *(shown(model[level]["metrics"][name]) for name in columns),
         ]
         for model in models
     ]
-    return _markdown(["model", unit, *columns.values()], rows)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [list(head), ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]
-
-
-def _shown(interval: Interval | dict[str, None], form: str = ".3f") -> str:
-    """`0.712 [0.650, 0.770]`, a dash for what is undefined."""
-    value, low, high = interval["value"], interval["low"], interval["high"]
-    if value is None:
-        return "–"
-    if low is None:
-        return f"{value:{form}} [–]"
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:g}"
+    return markdown(["model", unit, *columns.values()], rows)

@@ -1,41 +1,41 @@
-"""H&E query -> hallucinated latent -> nearest teacher latents.
+"""H&E query -> hallucinated latent -> nearest teacher latents; or a stored IHC latent -> its nearest.
 
-found = retrieve.query(load_scorer("runs/demo/student"), Store("runs/demo/latents"), [Path("he.png")], k=5)
+    store = Store("runs/demo/latents")
+    answers = query(load_scorer("runs/demo/student"), store, [Path("he.png")], k=5, levels=["3+"])
+    answers = query(None, store, keys=["00012_test_3+"], k=5, exclude_same_slide=True)
+    answers[0].hits[0].key, answers[0].vote.level
+
+`lgd query` prints what `lgd.evaluate.answer` makes of it; nothing is left on disk but the `--sheet`.
 """
 
+import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lgd.config import LEVEL_NAMES, ConfigError, DataError
-from lgd.data.shards import Shard, open_shards
-from lgd.data.stream import Reader
-from lgd.evaluate.predict import Scorer, as_row, read_image, score_files
-from lgd.files import is_remote, place
+from lgd.data.pairs import read_slides, safe_key
+from lgd.evaluate.answer import Answer, Hit, Stored, near_duplicates
+from lgd.evaluate.predict import Scorer, as_level, score_files
 from lgd.store.index import Searcher
 from lgd.store.latents import Store
 
-# Similarities that are worked out at a time: 32 MB.
-_BLOCK = 4_000_000
+_NEAR_IN_ORDER = 5
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hit:
-    """One neighbour: a stored IHC latent."""
+class _Question(NamedTuple):
+    """A query before it is searched: an `Answer` without hits, and its latent."""
 
-    key: str
-    slide: str | None
-    split: str
-    level: str | None
-    """0, 1+, 2+, 3+, or None where it is unknown."""
-    distance: float
-    """1 - cosine of the hallucinated and the stored latent."""
-    part: int
-    row: int
+    image: Path | None
+    prediction: dict[str, Any]
+    stored: Stored | None
+    vector_D: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return self.stored.key if self.stored else str(self.image)
 
 
 def check_pair(scorer: Scorer, store: Store) -> None:
@@ -50,150 +50,230 @@ def check_pair(scorer: Scorer, store: Store) -> None:
         )
 
 
-def search(searcher: Searcher, store: Store, vectors_nD: np.ndarray, k: int) -> list[list[Hit]]:
-    """The k nearest stored latents of each vector, nearest first, in one search."""
-    distance_nk, position_nk = searcher.search(vectors_nD, k)
-    return [
-        [_hit(store, searcher.table[p], float(d)) for d, p in zip(distances, positions, strict=True) if p >= 0]
-        for distances, positions in zip(distance_nk, position_nk, strict=True)
-    ]
+def query(
+    scorer: Scorer | None,
+    store: Store,
+    images: Sequence[Path] = (),
+    k: int = 5,
+    *,
+    keys: Sequence[str] = (),
+    splits: Sequence[str] | None = None,
+    levels: Sequence[str] | None = None,
+    exclude_same_slide: bool = False,
+    slides: Path | None = None,
+) -> list[Answer]:
+    """The k nearest stored IHC latents of each H&E image, or of each stored patch of `keys`, which needs no scorer.
 
+    A stored patch is left out of its own answer; of a key that several parts have, each patch is a query of its own.
+    `splits` and `levels` (0, 1+, 2+, 3+) narrow what is searched. `exclude_same_slide` leaves out patches of the
+    query's slide, and those whose slide is unknown, since they may be of it. The slide of a query is that of `slides`,
+    a CSV with columns key (file name without suffix) and slide, or else that of the stored patch of this key.
 
-def _hit(store: Store, entry: Any, distance: float) -> Hit:
-    part, row = int(entry["part"]), int(entry["row"])
-    where = store.parts[part]
-    level, slide = int(where.array("level")[row]), bytes(where.array("slide")[row]).decode()
-    return Hit(
-        key=bytes(entry["key"]).decode(),
-        slide=slide or None,
-        split=where.split,
-        level=None if level < 0 else LEVEL_NAMES[level],
-        distance=distance,
-        part=part,
-        row=row,
-    )
-
-
-def query(scorer: Scorer, store: Store, images: Sequence[Path], k: int) -> list[dict[str, Any]]:
-    """For each H&E image its level and probabilities, and its k nearest stored IHC latents as `hits`."""
-    check_pair(scorer, store)
+    Raises `ConfigError` for what cannot be asked, and `DataError` for a store without a fitting index, a student of
+    another teacher, an image that cannot be read, an unknown key or slide, and filters that leave nothing.
+    """
     if k < 1:
         raise ConfigError(f"-k is {k}: ask for at least 1 neighbour")
+    if images and keys:
+        raise ConfigError("distances of an image and of a stored latent do not compare: give images or --key, not both")
+    if not images and not keys:
+        raise ConfigError("nothing is asked: give H&E images, or --key KEY of stored patches")
+    if images:
+        if scorer is None:
+            raise ConfigError("an image needs a student to hallucinate its latent: give one, such as --model DIR")
+        check_pair(scorer, store)
+    if slides and not exclude_same_slide:
+        raise ConfigError("--slides is used by --exclude-same-slide only: give both, or neither")
     searcher = Searcher(store)
-    scored = list(score_files(scorer, images))
-    found = search(searcher, store, np.stack([row["pooled"] for _, row in scored]), k)
+    allowed = _allowed(searcher, store, splits, levels)
+    asked = [] if images else _by_key(store, keys)
+    excluded = None
+    if exclude_same_slide:
+        excluded = _slides_of(store, [safe_key(path.stem) for path in images] or [q.name for q in asked], slides)
+    if images:
+        # Last, because it takes the longest.
+        assert scorer is not None
+        asked = [
+            _Question(path, as_level(row["probability"]), None, row["pooled"])
+            for path, row in score_files(scorer, images)
+        ]
+    found = _search_all(searcher, store, asked, k, allowed, excluded)
     return [
-        as_row(str(path), row["probability"]) | {"hits": hits} for (path, row), hits in zip(scored, found, strict=True)
-    ]
-
-
-def as_json(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `query` as plain JSON, with `neighbours`."""
-    hidden = ("part", "row")
-    return [
-        {name: value for name, value in row.items() if name != "hits"}
-        | {"neighbours": [{n: v for n, v in asdict(hit).items() if n not in hidden} for hit in row["hits"]]}
-        for row in rows
-    ]
-
-
-class Gallery:
-    """The images behind a store, for pictures: it finds the shards where they were when the store was made."""
-
-    def __init__(self, store: Store, size: int) -> None:
-        self.store = store
-        shards: dict[str, Shard] = {}
-        for folder in store.document["sources"]["shards"]:
-            if not is_remote(place(folder)) and not Path(folder).is_dir():
-                raise DataError(
-                    f"the shards of this store were in {folder}, which is gone: put them back, or query without --sheet"
-                )
-            shards |= {shard.sha256: shard for shard in open_shards(folder)[1]}
-        lost = [p.name for p in store.parts if p.tar_sha256 not in shards]
-        if lost:
-            raise DataError(
-                f"the shards of {store.folder} changed since it was made ({lost[0]}): run lgd cache-latents"
-            )
-        self.reader = Reader([shards[p.tar_sha256] for p in store.parts], ("ihc",), size)
-
-    def image(self, hit: Hit) -> np.ndarray:
-        """The IHC of a neighbour, uint8 (size, size, 3)."""
-        return self.reader.read(int(self.reader.first[hit.part]) + hit.row).images["ihc"]
-
-
-def draw_sheet(store: Store, rows: Sequence[dict[str, Any]], path: Path, size: int = 256) -> None:
-    """Draw each query of `query` beside the IHCs that it found, as a PNG."""
-    from lgd.evaluate.figures import Query, contact_sheet
-
-    gallery = Gallery(store, size)
-    contact_sheet(
-        [
-            Query(
-                key=Path(row["image"]).stem,
-                slide=None,
-                level=None,
-                predicted=LEVEL_NAMES.index(row["level"]),
-                he=read_image(Path(row["image"]), size),
-                ihc=None,
-                neighbours=[as_neighbour(hit, gallery) for hit in row["hits"]],
-            )
-            for row in rows
-        ],
-        path,
-    )
-
-
-def as_neighbour(hit: Hit, gallery: Gallery) -> Any:
-    """A hit with its picture."""
-    from lgd.evaluate.figures import Neighbour
-
-    return Neighbour(
-        key=hit.key,
-        slide=hit.slide,
-        split=hit.split,
-        level=None if hit.level is None else LEVEL_NAMES.index(hit.level),
-        distance=hit.distance,
-        image=gallery.image(hit),
-    )
-
-
-def retrieval(
-    queries_nD: NDArray[np.float64], gallery_mD: NDArray[np.float64], own_index_n: NDArray[np.int64]
-) -> dict[str, float]:
-    """Rank of each query's own pair by cosine: `median_rank`, and `recall_at_1`, `_5`, `_10`.
-
-    `own_index_n` is the gallery row of each query's pair. Ties with it count half. `chance_median_rank` and
-    `chance_recall_at_1`, `_5`, `_10` are those of a blind guess; `queries` and `gallery` are n and m.
-    Raises `DataError` for shapes that disagree, an empty side, or latents that are not finite.
-    """
-    n, m = len(queries_nD), len(gallery_mD)
-    if not n or not m or queries_nD.shape[1:] != gallery_mD.shape[1:] or own_index_n.shape != (n,):
-        raise DataError(
-            f"queries of shape {queries_nD.shape}, gallery of shape {gallery_mD.shape} and own rows of shape "
-            f"{own_index_n.shape} do not fit: give (n, D), (m, D) and (n,), none empty"
+        Answer(
+            image=question.image,
+            level=question.prediction.get("level"),
+            probabilities=question.prediction.get("probabilities"),
+            stored=question.stored,
+            hits=hits,
         )
-    gallery = _unit(gallery_mD)
-    ranks = np.empty(n)
-    block = max(1, _BLOCK // m)
-    for start in range(0, n, block):
-        rows = slice(start, start + block)
-        similarity = _unit(queries_nD[rows]) @ gallery.T
-        own = np.take_along_axis(similarity, own_index_n[rows, None], axis=1)
-        ties = (similarity == own).sum(1) - 1
-        ranks[rows] = 1 + (similarity > own).sum(1) + ties / 2
-    found = {
-        "queries": n,
-        "gallery": m,
-        "median_rank": float(np.median(ranks)),
-        "chance_median_rank": (m + 1) / 2,
-    }
-    for k in (1, 5, 10):
-        found |= {f"recall_at_{k}": float((ranks <= k).mean()), f"chance_recall_at_{k}": min(k, m) / m}
+        for question, hits in zip(asked, found, strict=True)
+    ]
+
+
+def search(
+    searcher: Searcher,
+    store: Store,
+    vectors_nD: np.ndarray,
+    k: int,
+    allowed: np.ndarray | None = None,
+    own: Sequence[Stored | None] | None = None,
+) -> list[list[Hit]]:
+    """The k nearest stored latents of each vector, nearest first, in one search.
+
+    `allowed`, bool over the index's table, leaves rows out; `own` names the row that each query is left without.
+    """
+    if not np.isfinite(vectors_nD).all():
+        raise DataError("a latent is not finite: the training of the student diverged, lower train.lr")
+    # One more than asked for, so that k are left without the query's own row.
+    distance_nk, position_nk = searcher.search(vectors_nD, k if own is None else k + 1, allowed)
+    found = []
+    for number, (distance_k, position_k) in enumerate(zip(distance_nk, position_nk, strict=True)):
+        out = own[number] if own is not None else None
+        kept = position_k >= 0
+        if out is not None:
+            entries = searcher.table[position_k]
+            kept &= (entries["part"] != out.part) | (entries["row"] != out.row)
+        kept = np.flatnonzero(kept)[:k]
+        found.append(_hits(searcher, store, distance_k[kept], position_k[kept]))
     return found
 
 
-def _unit(x_nD: NDArray[np.float64]) -> NDArray[np.float64]:
-    x_nD = np.asarray(x_nD, dtype=np.float64)
-    if not np.isfinite(x_nD).all():
-        raise DataError("a latent is not finite: the training diverged, lower train.lr")
-    return x_nD / np.maximum(np.linalg.norm(x_nD, axis=1, keepdims=True), 1e-12)
+def _hits(searcher: Searcher, store: Store, distance_k: np.ndarray, position_k: np.ndarray) -> list[Hit]:
+    if not len(position_k):
+        return []
+    entries = searcher.table[position_k]
+    keys = [bytes(key).decode() for key in entries["key"]]
+    twins = near_duplicates(keys, distance_k, searcher.vectors(position_k))
+    return [
+        Hit(
+            key=key,
+            slide=bytes(entry["slide"]).decode() or None,
+            split=store.parts[int(entry["part"])].split,
+            level=_level(int(entry["level"])),
+            part=int(entry["part"]),
+            row=int(entry["row"]),
+            distance=float(distance),
+            duplicate_of=twin,
+        )
+        for key, entry, distance, twin in zip(keys, entries, distance_k, twins, strict=True)
+    ]
+
+
+def _level(level: int) -> str | None:
+    return None if level < 0 else LEVEL_NAMES[level]
+
+
+def _search_all(
+    searcher: Searcher,
+    store: Store,
+    asked: Sequence[_Question],
+    k: int,
+    allowed: np.ndarray | None,
+    excluded: Sequence[frozenset[str]] | None,
+) -> list[list[Hit]]:
+    """One search for all queries of the same filter: one in all, or one a distinct slide that is left out."""
+    vectors_nD = np.stack([question.vector_D for question in asked])
+    own = [question.stored for question in asked] if asked[0].stored else None
+    if excluded is None:
+        found = search(searcher, store, vectors_nD, k, allowed, own)
+    else:
+        found = [[] for _ in asked]
+        names, slide_m = np.unique(searcher.table["slide"], return_inverse=True)
+        for slides in dict.fromkeys(excluded):
+            rows = [row for row, those in enumerate(excluded) if those == slides]
+            other = ~np.isin(names, [b"", *(slide.encode() for slide in slides)])[slide_m]
+            mine = [own[row] for row in rows] if own else None
+            answers = search(searcher, store, vectors_nD[rows], k, other if allowed is None else allowed & other, mine)
+            for row, hits in zip(rows, answers, strict=True):
+                found[row] = hits
+    lacking = [question.name for question, hits in zip(asked, found, strict=True) if not hits]
+    if lacking:
+        why = "once its own row is left out"
+        if excluded is not None:
+            why += ", and the rows of its slide and of unknown slides"
+        raise DataError(f"nothing is left to find for {lacking[0]} {why}: query with fewer filters")
+    return found
+
+
+def _allowed(
+    searcher: Searcher, store: Store, splits: Sequence[str] | None, levels: Sequence[str] | None
+) -> np.ndarray | None:
+    """Which rows of the index's table the filters leave, or None for all."""
+    if not len(searcher.table):
+        raise DataError(f"the index of {store.folder} holds no latent: set latents.gallery, and run lgd build-index")
+    allowed_m = np.ones(len(searcher.table), bool)
+    asked = []
+    if splits is not None:
+        split_of = np.array([part.split for part in store.parts])
+        split_m = split_of[searcher.table["part"]]
+        there = np.unique(split_m).tolist()
+        _check_names("--split", splits, there, " (those of the index: latents.gallery sets them for lgd build-index)")
+        allowed_m &= np.isin(split_m, list(splits))
+        asked.append(f"split {' or '.join(splits)}")
+    if levels is not None:
+        _check_names("--level", levels, LEVEL_NAMES, "")
+        allowed_m &= np.isin(searcher.table["level"], [LEVEL_NAMES.index(level) for level in levels])
+        asked.append(f"level {' or '.join(levels)}")
+    if not asked:
+        return None
+    if not allowed_m.any():
+        raise DataError(f"the index of {store.folder} holds no latent of {' and '.join(asked)}: widen the filters")
+    return allowed_m
+
+
+def _check_names(option: str, given: Sequence[str], known: Sequence[str], more: str) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown or not given:
+        raise ConfigError(f"{option} {','.join(unknown)}: there are {', '.join(known)}{more}")
+
+
+def _by_key(store: Store, keys: Sequence[str]) -> list[_Question]:
+    """A question for each stored patch of the keys, in the order of the parts."""
+    questions = []
+    for key in dict.fromkeys(keys):
+        found = store.find(key)
+        if not found:
+            close = difflib.get_close_matches(key, _near_in_order(store, key), 3, 0.6)
+            near = f"close to it are {', '.join(close)}" if close else "none of its keys is close"
+            if safe_key(key) != key:
+                near = "a key has no dots and no slashes, and images are named before --key"
+            raise DataError(f"the store {store.folder} has no patch {key!r:.120}; {near}")
+        for number, row in found:
+            part = store.parts[number]
+            vector_D = np.asarray(part.array("pooled")[row, 0], np.float32)
+            level, slide = int(part.array("level")[row]), bytes(part.array("slide")[row]).decode()
+            stored = Stored(key=key, slide=slide or None, split=part.split, level=_level(level), part=number, row=row)
+            questions.append(_Question(None, {}, stored, vector_D))
+    return questions
+
+
+def _near_in_order(store: Store, key: str) -> list[str]:
+    """Keys that a mistyped one may mean: each part's first and last, and those beside its place in a part."""
+    near: dict[str, None] = {}
+    for part in store.parts:
+        near |= dict.fromkeys((part.first, part.last))
+        if part.first <= key <= part.last:
+            keys = part.array("key")
+            place = int(np.searchsorted(keys, key.encode()))
+            beside = keys[max(0, place - _NEAR_IN_ORDER) : place + _NEAR_IN_ORDER]
+            near |= dict.fromkeys(bytes(there).decode() for there in beside)
+    return list(near)
+
+
+def _slides_of(store: Store, keys: Sequence[str], path: Path | None) -> list[frozenset[str]]:
+    """The slides of each key: of the CSV, or of every stored patch of this key."""
+    named = read_slides(path) if path else {}
+    found = []
+    for key in keys:
+        if key in named:
+            found.append(frozenset([named[key]]))
+            continue
+        there = [bytes(store.parts[part].array("slide")[row]).decode() for part, row in store.find(key)]
+        found.append(frozenset(there) if all(there) else frozenset())
+    unknown = [key for key, slides in zip(keys, found, strict=True) if not slides]
+    if unknown:
+        raise DataError(
+            f"the slide of {len(unknown)} of {len(keys)} queries is unknown, the first of them {unknown[0]}, and "
+            f"--exclude-same-slide needs it: give --slides CSV (columns key,slide) with a row {unknown[0]},SLIDE"
+        )
+    return found

@@ -55,7 +55,8 @@ class Student(nn.Module):
         self.membrane_head = nn.Conv2d(latent_dim, 3, 1)
 
     def forward(self, he_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) in 0..255 -> `logits` (B, 4) and, for LGD-Net:
+        """(B, 3, H, W) in 0..255 -> `logits` (B, 4), `features` (B, width), which are the pooled morphology, and, for
+        LGD-Net:
 
         `pooled` (B, D), `map` (B, D, m, m) when maps are cached, `gate` (B, width) (1 trusts the morphology),
         `nuclei` (B, g, g) as log(1 + density), `membrane` (B, k, k, 3).
@@ -63,14 +64,14 @@ class Student(nn.Module):
         map_BCHW = self.morphology(he_B3HW)
         morphology_BC = map_BCHW.mean(dim=(2, 3))
         if self.method != "lgd":
-            return {"logits": self.head(morphology_BC)}
+            return {"logits": self.head(morphology_BC), "features": morphology_BC}
         source_BCHW = map_BCHW if self.hallucination is None else self.hallucination(he_B3HW)
         latent_BDHW = self.to_latent_map(source_BCHW)
         pooled_BD = self.to_latent(latent_BDHW.mean(dim=(2, 3)))
         molecular_BC = self.from_latent(pooled_BD)
         gate_BC = torch.sigmoid(self.gate(torch.cat([morphology_BC, molecular_BC], dim=1)))
         logits = self.head(gate_BC * morphology_BC + (1 - gate_BC) * molecular_BC)
-        out = {"logits": logits, "pooled": pooled_BD, "gate": gate_BC}
+        out = {"logits": logits, "features": morphology_BC, "pooled": pooled_BD, "gate": gate_BC}
         if self.sizes["latent_map"]:
             out["map"] = F.adaptive_avg_pool2d(latent_BDHW, self.sizes["latent_map"])
         nuclei_BCGG = _resize(map_BCHW, self.sizes["nuclei_grid"])

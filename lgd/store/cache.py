@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lgd import distribute
 from lgd.config import Config, DataError
 from lgd.data.shards import Shard
 from lgd.data.stream import Sample
 from lgd.files import exclusive, exists, is_remote, list_folder, place
+from lgd.progress import progress
 from lgd.store.latents import Store, commit
 from lgd.store.parts import part_writer
 from lgd.store.sidecar import is_complete, part_name
@@ -67,8 +66,10 @@ def _missing(folder: Path, recipe: dict[str, Any], shards: Sequence[Shard]) -> l
 
 def _fill(config: Config, recipe: dict[str, Any], missing: Sequence[Shard], workers: int) -> None:
     """Compute parts, behind a bar with patches a second and the time left."""
+    if not missing:
+        return
     total = sum(shard.samples for shard in missing)
-    with tqdm(total=total, unit=" patches", desc="caching", disable=None if missing else True) as bar:
+    with progress(total, "caching", "patches") as bar:
         here = bar.update if workers == 0 else None
         make = functools.partial(Cacher, config, recipe, here)
         done = distribute.map_with(make, missing, workers=workers, what="train.workers", at_once=SHARDS_AT_ONCE)
@@ -85,7 +86,9 @@ class Cacher:
         self.config, self.recipe, self.tick = config, recipe, tick or (lambda done: None)
         self.supervision = Supervision(config.teacher.dir, recipe)
         self._pool = ThreadPoolExecutor(config.data.threads, thread_name_prefix="lgd-prepare")
-        self._turn, self._stopping = threading.Lock(), threading.Event()
+        # A GPU does one thing at a time; cores would stand idle.
+        self._turn = threading.Semaphore(1 if self.supervision.device == "cuda" else SHARDS_AT_ONCE)
+        self._counting, self._stopping = threading.Lock(), threading.Event()
 
     def __call__(self, shard: Shard) -> int:
         """Write the shard's part; returns its rows."""
@@ -105,7 +108,8 @@ class Cacher:
     def _counted(self, sample: Sample) -> Sample:
         if self._stopping.is_set():
             raise InterruptedError("caching was stopped")
-        self.tick(1)
+        with self._counting:
+            self.tick(1)
         return sample
 
     def stop(self) -> None:

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from lgd.config import LEVEL_NAMES, DataError
+from lgd.evaluate.embeddings import measure, of_ihc
 from lgd.evaluate.figures import Neighbour, Query, confusion_matrix, contact_sheet
 from lgd.evaluate.report import caveats_of, table, write_report
-from lgd.evaluate.retrieve import retrieval
 from lgd.metrics import METRICS, Predictions, paired_difference, score
 
 
@@ -40,7 +40,7 @@ def query(level=2, ihc=True):
 
 def report(folder, scored, **changed):
     options = {
-        "own_retrieval": None,
+        "retrieval": None,
         "queries": [],
         "caveats": ["Mind this."],
         "provenance": {"command": "lgd evaluate --config c.yaml", "model": "abc"},
@@ -59,13 +59,19 @@ def strict(path):
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
+def retrieval(predictions, level_m=(0, 1, 2, -1)):
+    """An embedding that finds its own pair first, one that has none, and a gallery without level 3+."""
+    latents = np.random.default_rng(0).normal(size=(len(predictions.keys), 4))
+    gallery = np.random.default_rng(1).normal(size=(len(level_m), 4))
+    embeddings = [of_ihc("LGD-Net, latents", latents, gallery, latents), of_ihc("IHC|teacher", latents, gallery, None)]
+    return measure(embeddings, predictions, np.array(level_m, np.int64), 40, 0)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "new"
     scored = [model(), model("H&E-only", 0.5), model("IHC|teacher", 3.0)]
-    latents = np.random.default_rng(0).normal(size=(20, 4))
-    own = retrieval(latents, latents, np.arange(20))
-    document = report(folder, scored, own_retrieval=own, queries=[query(), query(None, ihc=False)])
+    document = report(folder, scored, retrieval=retrieval(scored[0]), queries=[query(), query(None, ihc=False)])
     return folder, scored, document
 
 
@@ -110,12 +116,18 @@ def test_the_summary_says_what_a_reader_needs(written):
     assert f"| LGD-Net | 60 | {shown} |" in text
     assert "| LGD-Net | 12 |" in text
     assert "LGD-Net minus H&E-only" in text
-    assert "| median rank | 1 | 10.5 |" in text
+    assert "| LGD-Net, latents | 1 | 1.000 [1.000, 1.000] |" in text
+    assert "| by chance | 30.5 | 0.017 | 0.083 | 0.167 |" in text
+    by_level = document["retrieval"]["embeddings"][0]["by_level"]
+    overall = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**by_level["overall"])
+    assert f"| LGD-Net, latents | IHC latents of the training patches | {overall} |" in text
+    assert by_level["3+"] == {"value": None, "low": None, "high": None, "chance": None, "queries": 0}
+    assert all(f"- {caveat}\n" in text for caveat in document["retrieval"]["caveats"])
     assert "    lgd evaluate --config c.yaml\n" in text
     for name in ("confusion.png", "reliability.png", "queries.png"):
         assert f"]({name})" in text
     rows = [line.replace(r"\|", "") for line in text.splitlines() if line.startswith("| IHC")]
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert {row.count("|") for row in rows} == {8, 7, 6}
 
 
@@ -151,6 +163,15 @@ def test_one_level_of_one_slide_has_no_intervals(tmp_path):
     assert metrics["auc_low"] == {"value": None, "low": None, "high": None}
     strict(tmp_path / "metrics.json")
     assert "[–]" in (tmp_path / "summary.md").read_text()
+
+
+def test_retrieval_without_a_gallery_or_an_own_pair(tmp_path):
+    found = retrieval(model(), ())
+    found["embeddings"] = found["embeddings"][1:]
+    report(tmp_path, [model()], retrieval=found)
+    strict(tmp_path / "metrics.json")
+    text = (tmp_path / "summary.md").read_text()
+    assert "nearest of 0 training patches" in text and "Retrieval of the own IHC" not in text
 
 
 def test_slides_without_one_level_get_no_table_by_slide(tmp_path):

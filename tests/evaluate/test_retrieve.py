@@ -4,13 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lgd.cli import main
 from lgd.config import LEVEL_NAMES, ConfigError, DataError
 from lgd.data.archive import open_shards
 from lgd.data.stream import Reader
 from lgd.evaluate.predict import find_images, load_scorer, score_files
-from lgd.evaluate.retrieve import Gallery, as_json, check_pair, query, retrieval
+from lgd.evaluate.retrieve import check_pair, query
+from lgd.evaluate.sheet import Gallery
 from lgd.files import read_json, write_json
 from lgd.store.index import build_index
 from lgd.store.latents import Store
@@ -64,25 +66,24 @@ def test_the_command_answers_as_brute_force_does(tissue_run, scorer, store, imag
         assert answer["level"] == LEVEL_NAMES[int(row["probability"].argmax())]
         expected = brute_force(store, row["pooled"].astype(np.float64), 4)
         for found, wanted in zip(answer["neighbours"], expected, strict=True):
-            assert found == wanted | {"distance": pytest.approx(wanted["distance"], abs=1e-5)}
+            assert found == wanted | {"distance": pytest.approx(wanted["distance"], abs=1e-5), "duplicate_of": None}
 
 
 def test_more_neighbours_than_there_are_gives_all(scorer, store, images):
-    (row,) = query(scorer, store, images[:1], 1000)
-    assert len({hit.key for hit in row["hits"]}) == len(row["hits"]) == 20
+    (answer,) = query(scorer, store, images[:1], 1000)
+    assert len({hit.key for hit in answer.hits}) == len(answer.hits) == 20
     with pytest.raises(ConfigError, match="-k is 0"):
         query(scorer, store, images[:1], 0)
 
 
 def test_the_part_and_row_of_a_hit_are_its_address(scorer, store, images):
-    for row in query(scorer, store, images, 5):
-        for hit in row["hits"]:
+    for answer in query(scorer, store, images, 5):
+        for hit in answer.hits:
             assert store.parts[hit.part].array("key")[hit.row].decode() == hit.key
-    assert {"part", "row"}.isdisjoint(as_json([row])[0]["neighbours"][0])
 
 
 def test_the_picture_of_a_hit_is_its_ihc(scorer, store, images, tissue_run):
-    hit = query(scorer, store, images[:1], 1)[0]["hits"][0]
+    hit = query(scorer, store, images[:1], 1)[0].hits[0]
     reader = Reader(open_shards(tissue_run.shard_dirs[0])[1], ("ihc",), 64)
     sample = next(s for s in map(reader.read, range(48)) if s.key == hit.key)
     assert np.array_equal(Gallery(store, 64).image(hit), sample.images["ihc"])
@@ -93,7 +94,7 @@ def test_the_sheet_is_drawn(tissue_run, images, capsys, tmp_path):
     sheet = tmp_path / "sheet.png"
     assert main(["query", "--config", str(tmp_path / "config.yaml"), "--sheet", str(sheet), str(images[0])]) == 0
     assert sheet.read_bytes().startswith(b"\x89PNG")
-    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert len(capsys.readouterr().out.splitlines()) == 7, "a head, five neighbours and their vote"
 
 
 def test_a_student_without_hallucination_is_refused(tissue_run, change, store, tmp_path, images, capsys):
@@ -130,6 +131,33 @@ def test_shards_that_moved_are_told_where_pictures_are_asked_for(tissue_run, tmp
         Gallery(store, 64)
 
 
+def test_a_sheet_of_keys_shows_both_stains(tissue_run, store, tmp_path, capsys):
+    sheet, (first, second) = tmp_path / "sheet.png", [bytes(key).decode() for key in store.parts[0].array("key")[:2]]
+    command = [
+        "query",
+        "--store",
+        tissue_run.latents.dir,
+        "-k",
+        "2",
+        "--sheet",
+        str(sheet),
+        "--json",
+        "--level",
+        "0,3+",
+    ]
+    assert main([*command, "--key", first, second]) == 0
+    assert [answer["stored"]["key"] for answer in json.loads(capsys.readouterr().out)] == [first, second]
+    with Image.open(sheet) as drawn:
+        pixels = np.asarray(drawn.convert("RGB"))
+    assert pixels.shape[0] > 500 and pixels.std() > 10
+
+
+def test_a_sheet_that_nobody_could_read_is_refused(tissue_run, tissue, tmp_path, capsys):
+    command = ["query", "--store", tissue_run.latents.dir, "--sheet", str(tmp_path / "sheet.png"), "-k", "31"]
+    assert main([*command, "--key", "any"]) == 2
+    assert "these are 1 of 31" in capsys.readouterr().err
+
+
 def test_verify_names_what_is_wrong_with_a_store(tissue_run, tmp_path, capsys):
     folder = tmp_path / "latents"
     shutil.copytree(tissue_run.latents.dir, folder)
@@ -156,41 +184,46 @@ def test_a_gallery_of_all_splits_finds_the_held_out_pair_too(tissue_run, scorer,
     shutil.copytree(tissue_run.latents.dir, tmp_path / "latents")
     whole = Store(tmp_path / "latents")
     build_index(whole, "Flat", ["train", "val", "test"], recall=0.99, seed=0)
-    (row,) = query(scorer, whole, find_images([str(images[0])]), 48)
-    assert {hit.split for hit in row["hits"]} == {"train", "val", "test"}
-    assert images[0].stem in {hit.key for hit in row["hits"]}
+    (answer,) = query(scorer, whole, find_images([str(images[0])]), 48)
+    assert {hit.split for hit in answer.hits} == {"train", "val", "test"}
+    assert images[0].stem in {hit.key for hit in answer.hits}
 
 
-def test_retrieval_ranks_equal_a_sort():
-    random = np.random.default_rng(0)
-    gallery = random.normal(size=(30, 5))
-    own = random.permutation(30)[:12]
-    queries = 0.7 * gallery[own] + random.normal(size=(12, 5))
-    ranks = []
-    for vector, row in zip(queries, own, strict=True):
-        cosine = [q @ vector / np.linalg.norm(q) for q in gallery]
-        ranks.append(sorted(cosine, reverse=True).index(cosine[row]) + 1)
-    found = retrieval(queries, gallery, own)
-    assert found["median_rank"] == np.median(ranks)
-    for k in (1, 5, 10):
-        assert found[f"recall_at_{k}"] == np.mean(np.array(ranks) <= k)
-        assert found[f"chance_recall_at_{k}"] == k / 30
-    assert 1 < found["median_rank"] < 15
+def test_the_slide_of_an_image_is_left_out(scorer, store, images, tmp_path):
+    """Its slide is that of the stored patch of its name, or the one that a CSV tells."""
+    everything = query(scorer, store, images, 48)
+    own = [query(None, store, keys=[path.stem], k=1)[0].stored.slide for path in images]
+    others = [own[1], own[2], own[2]]
+    told = tmp_path / "slides.csv"
+    told.write_text("key,slide\n" + "".join(f"{p.stem},{s}\n" for p, s in zip(images, others, strict=True)))
+    for slides, path in ((own, None), (others, told)):
+        found = query(scorer, store, images, 48, exclude_same_slide=True, slides=path)
+        for answer, whole, slide in zip(found, everything, slides, strict=True):
+            kept = [hit for hit in whole.hits if hit.slide != slide]
+            assert len(answer.hits) < len(whole.hits) == 20
+            assert [hit.key for hit in answer.hits] == [hit.key for hit in kept]
 
 
-def test_a_collapsed_network_retrieves_like_chance():
-    gallery = np.random.default_rng(0).normal(size=(21, 8))
-    found = retrieval(np.tile(gallery[:1], (21, 1)), gallery, np.arange(21))
-    assert found["median_rank"] == found["chance_median_rank"] == 11
-    flat = retrieval(gallery, np.ones((21, 8)), np.arange(21))
-    assert flat["median_rank"] == 11
-    assert flat["recall_at_10"] == 0
+def test_an_image_of_unknown_slide_is_named(scorer, store, images, tmp_path, tissue_run, capsys):
+    strangers = [tmp_path / "b.png", tmp_path / "c.png"]
+    for stranger in strangers:
+        shutil.copy(images[0], stranger)
+    with pytest.raises(DataError, match=r"slide of 2 of 3 queries is unknown, the first of them b, .* a row b,SLIDE"):
+        query(scorer, store, [images[0], *strangers], 1, exclude_same_slide=True)
+    command = ["query", "--model", tissue_run.student.dir, "--store", tissue_run.latents.dir, "--exclude-same-slide"]
+    assert main([*command, str(strangers[0])]) == 1
+    assert "--slides CSV" in capsys.readouterr().err
 
 
-def test_retrieval_refuses_what_does_not_fit():
-    with pytest.raises(DataError, match="do not fit"):
-        retrieval(np.ones((2, 3)), np.ones((2, 4)), np.arange(2))
-    with pytest.raises(DataError, match="do not fit"):
-        retrieval(np.ones((0, 3)), np.ones((2, 3)), np.arange(0))
-    with pytest.raises(DataError, match="not finite"):
-        retrieval(np.full((1, 3), np.nan), np.ones((2, 3)), np.arange(1))
+def test_one_bad_image_among_good_ones_is_named(tissue_run, images, tmp_path, capsys):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(images[0].read_bytes()[:200])
+    command = ["query", "--model", tissue_run.student.dir, "--store", tissue_run.latents.dir, "--csv"]
+    assert main([*command, str(images[0]), str(bad), str(images[1])]) == 1
+    told = capsys.readouterr()
+    assert str(bad) in told.err and not told.out and "Traceback" not in told.err
+
+
+def test_an_image_needs_a_student(store, images):
+    with pytest.raises(ConfigError, match="an image needs a student"):
+        query(None, store, images, 1)

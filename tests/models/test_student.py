@@ -32,6 +32,7 @@ def test_lgd_gives_levels_latents_and_grids(own):
     shapes = {name: tuple(tensor.shape) for name, tensor in out.items()}
     assert shapes == {
         "logits": (3, 4),
+        "features": (3, model.morphology.channels),
         "pooled": (3, 24),
         "map": (3, 24, 2, 2),
         "gate": (3, model.morphology.channels),
@@ -49,7 +50,9 @@ def test_the_map_is_left_out_where_none_is_cached():
 
 def test_he_only_gives_levels_and_has_no_hallucination():
     model = student("he-only")
-    assert set(model(IMAGES)) == {"logits"}
+    out = model(IMAGES)
+    assert set(out) == {"logits", "features"}
+    assert torch.equal(model.head(out["features"]), out["logits"])
     assert not [name for name, _ in model.named_parameters() if "latent" in name or "hallucination" in name]
 
 

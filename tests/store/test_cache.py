@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from lgd.cli import main
 from lgd.config import DataError
 from lgd.data.archive import open_shards
 from lgd.data.augment import d4
@@ -17,7 +19,8 @@ from lgd.models.export import save_model
 from lgd.models.teacher import load_teacher
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.cache import cache_latents
-from lgd.store.latents import Store
+from lgd.store.latents import Store, commit
+from lgd.store.parts import part_writer
 from lgd.store.sidecar import is_complete
 from lgd.store.supervision import recipe_of
 
@@ -180,3 +183,75 @@ def test_a_folder_of_something_else_is_left_alone(copy, change, tmp_path):
     with pytest.raises(DataError, match=r"something else than a feature store \(thesis\.txt\)"):
         cache_latents(config, shards_of(config), workers=0)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_the_loss_by_float16_is_measured_and_stored(tissue_run, change, tmp_path):
+    shards = shards_of(tissue_run)[:2]
+    half, full = (
+        cache_latents(change(tissue_run, latents={"dir": str(tmp_path / dtype), "dtype": dtype}), shards, workers=0)[0]
+        for dtype in ("float16", "float32")
+    )
+    for name, numbers in half.document["rounding"].items():
+        there, true = (np.concatenate([part.array(name) for part in store.parts]) for store in (half, full))
+        error = np.abs(there.astype(np.float64) - true)
+        length = np.linalg.norm(true.reshape(len(true), -1).astype(np.float64), axis=1)
+        relative = np.linalg.norm(error.reshape(len(true), -1), axis=1) / np.where(length > 0, length, 1)
+        assert numbers == {"absolute": pytest.approx(error.max()), "relative": pytest.approx(relative.max())}
+        assert 0 <= numbers["relative"] < 2**-10
+    assert half.document["rounding"]["pooled"]["absolute"] > 0
+    assert all(number == 0 for numbers in full.document["rounding"].values() for number in numbers.values())
+
+
+def test_the_bytes_do_not_depend_on_threads_or_shards_in_hand(tissue_run, change, tmp_path):
+    shards = shards_of(tissue_run)
+    contents = []
+    for threads in (1, 3):
+        config = change(tissue_run, latents={"dir": str(tmp_path / str(threads))}, data={"threads": threads})
+        cache_latents(config, shards, workers=0)
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / str(threads) / "parts").iterdir()})
+    assert contents[0] == contents[1]
+
+
+def test_a_shard_that_is_listed_twice_has_one_part(tissue_run, change, tmp_path):
+    config = change(tissue_run, latents={"dir": str(tmp_path / "latents")})
+    shard = shards_of(config)[0]
+    store, computed = cache_latents(config, [shard, shard], workers=0)
+    assert computed == len(store.parts) == 1 and store.rows == shard.samples
+    assert cache_latents(config, [shard, shard], workers=0)[1] == 0
+
+
+def test_bf16_without_a_gpu_is_refused(tissue_run, change, tmp_path):
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        pytest.skip("this machine has a GPU with bf16")
+    config = change(tissue_run, latents={"dir": str(tmp_path / "latents"), "precision": "bf16"})
+    with pytest.raises(DataError, match="latents.precision is bf16, but there is no GPU here that has it: set it to"):
+        cache_latents(config, shards_of(config), workers=0)
+    assert not list(tmp_path.rglob("*.h5"))
+
+
+def test_rows_that_the_teacher_does_not_give_any_more_are_found(copy, tmp_path, capsys):
+    """A forged store: every digest is right, but one part holds another latent than its IHC gives."""
+    store = Store(copy.latents.dir)
+    assert main(["verify", str(store.folder), "--reencode", "48"]) == 0
+    out = capsys.readouterr().out
+    assert "re-encoded 48 rows" in out and re.search(r"pooled: \S+, \S+ of the row's length", out)
+    shard = next(s for s in shards_of(copy) if s.sha256 == store.parts[1].tar_sha256)
+    arrays = {name: np.array(array) for name, array in store.parts[1].mapped().arrays.items()}
+    arrays["pooled"][2] += 1
+    with part_writer(store.folder, shard, store.recipe) as writer:
+        writer.add(arrays)
+        writer.rounding = {name: {"absolute": 0.0, "relative": 0.0} for name in store.document["rounding"]}
+    commit(store.folder, store.recipe, shards_of(copy), store.document["sources"])
+    shutil.rmtree(store.folder / "index")
+    assert main(["verify", str(store.folder)]) == 0
+    assert main(["verify", str(store.folder), "--reencode", "48"]) == 1
+    err = capsys.readouterr().err
+    assert "1 problem(s)" in err and "pooled differs from what its teacher and targets give by" in err
+
+
+def test_reencoding_asks_for_the_teacher_and_the_shards_of_the_store(copy, tmp_path, capsys):
+    assert main(["verify", copy.shard_dirs[0], "--reencode", "3"]) == 2
+    assert "--reencode is for feature stores" in capsys.readouterr().err
+    folder = other_teacher(copy.teacher.dir, tmp_path, lambda w: w["head.bias"].add_(1))
+    assert main(["verify", copy.latents.dir, "--reencode", "3", "--teacher", folder]) == 1
+    assert "holds another teacher than the one that made the store" in capsys.readouterr().err

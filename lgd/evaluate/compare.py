@@ -1,0 +1,105 @@
+"""The retrieval part of a report: what is measured of a run, and the rows of its contact sheet.
+
+Training patches are the gallery that levels are looked up in, held-out IHC the one in which a query's own pair is
+sought. The latents of both are in the store already; a network of H&E alone scores the training patches once more.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lgd.config import Config
+from lgd.data.shards import Shard
+from lgd.data.stream import Reader
+from lgd.evaluate.embeddings import he_only, measure, of_ihc
+from lgd.evaluate.figures import Query
+from lgd.evaluate.predict import Scorer, score_shards
+from lgd.evaluate.retrieve import check_pair, search
+from lgd.evaluate.sheet import Gallery, as_neighbour
+from lgd.metrics import Predictions
+from lgd.store.index import Searcher
+from lgd.store.latents import Store, read_all
+
+Scored = tuple[Predictions, np.ndarray | None]
+
+
+def vectors_of(scorer: Scorer) -> str:
+    """Which vectors a network is compared by: hallucinated or true latents, or the features of H&E alone."""
+    return "features" if scorer.config.get("method") == "he-only" else "pooled"
+
+
+def measure_run(
+    config: Config,
+    store: Store,
+    shards: Sequence[Shard],
+    scorers: Sequence[Scorer],
+    scored: Sequence[Scored],
+    say: Callable[[str, str], None],
+) -> dict[str, Any]:
+    """The measures of each network; `scored` is what `score_shards` gave for each on the report's split.
+
+    The first is the student, the last the teacher. Students of other teachers have no row: their latents do not
+    compare with the store's. Where the training split itself is scored, it is no gallery: queries would find
+    themselves.
+    """
+    check_pair(scorers[0], store)
+    training = [shard for shard in shards if shard.split == "train" and config.report.split != "train"]
+    own_nD = _latents(store, [shard for shard in shards if shard.split == config.report.split])
+    latents_mD = _latents(store, training) if training else own_nD[:0]
+    level_m = read_all(store.parts_of(training), "level").astype(np.int64) if training else np.empty(0, np.int64)
+    embeddings = []
+    for scorer, (predictions, vectors_nD) in zip(scorers[:-1], scored[:-1], strict=True):
+        assert vectors_nD is not None, "every student has vectors"
+        if scorer.config["method"] == "he-only" and training:
+            patches = sum(shard.samples for shard in training)
+            say("report", f"{scorer.name}: scoring {patches} training patches, the gallery of its own features")
+            train, train_mC = score_shards(scorer, training, threads=config.data.threads, vectors="features")
+            assert train_mC is not None
+            embeddings += he_only(predictions.name, vectors_nD, train_mC, train, latents_mD, own_nD)
+        elif scorer.config["method"] == "lgd" and scorer.config["teacher_sha256"] == store.recipe["teacher"]:
+            name = f"{predictions.name}, hallucinated latents"
+            embeddings.append(of_ihc(name, vectors_nD, latents_mD, own_nD))
+    # What no hallucination can be expected to pass; its own pair would be the query itself.
+    embeddings.append(of_ihc("IHC teacher, true latents", own_nD, latents_mD, None))
+    return measure(embeddings, scored[0][0], level_m, config.report.bootstrap, config.run.seed)
+
+
+def _latents(store: Store, shards: Sequence[Shard]) -> np.ndarray:
+    return read_all(store.parts_of(shards), "pooled")[:, 0].astype(np.float64)
+
+
+def sheet_rows(config: Config, store: Store, shards: Sequence[Shard], scored: Scored) -> list[Query]:
+    """The rows of the contact sheet: some queries of the scored split, and what they find in the index."""
+    student, pooled_nD = scored
+    assert pooled_nD is not None, "LGD-Net has latents"
+    rows = _spread(student.level, config.report.queries)
+    found = search(Searcher(store), store, pooled_nD[rows], 4) if len(rows) else []
+    images, reader = Gallery(store, 256), Reader(shards, ("he", "ihc"), 256)
+
+    queries = []
+    for row, hits in zip(rows, found, strict=True):
+        sample = reader.read(int(row))
+        queries.append(
+            Query(
+                key=sample.key,
+                slide=sample.meta["slide"],
+                level=None if sample.level < 0 else sample.level,
+                predicted=int(student.probability[row].argmax()),
+                he=sample.images["he"],
+                ihc=sample.images["ihc"],
+                neighbours=[as_neighbour(hit, images) for hit in hits],
+            )
+        )
+    return queries
+
+
+def _spread(level_n: np.ndarray, count: int) -> np.ndarray:
+    """Rows that take the levels in turn, evenly spaced within each: nobody picked the pretty ones."""
+    picked: list[int] = []
+    levels = np.unique(level_n)
+    for place, level in enumerate(levels):
+        rows = np.flatnonzero(level_n == level)
+        share = count // len(levels) + (place < count % len(levels))
+        picked += rows[np.linspace(0, len(rows) - 1, min(share, len(rows))).round().astype(int)].tolist()
+    return np.array(picked, np.int64)

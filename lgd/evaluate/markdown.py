@@ -1,0 +1,77 @@
+"""Numbers of a report as Markdown: cells, tables, and the sections on retrieval."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lgd.config import LEVEL_NAMES
+from lgd.evaluate.ranking import RECALL_AT
+from lgd.metrics import Interval
+
+GALLERIES = [
+    "The gallery of the levels is the training split, which every network here was trained on: its vectors are better "
+    "told apart by level than those of new patches would be.",
+    "A neighbour counts as relevant for its level alone, whatever the tissue looks like; where a level is that of a "
+    "slide, so is the relevance.",
+    "The gallery of the own pair is the IHC of the scored split, which holds neighbours from the query's own slide.",
+    "The features of H&E alone are compared with H&E, the other vectors with IHC latents: of the precisions by level "
+    "only those of one gallery compare directly.",
+]
+"""What a reader must know of how the galleries were made."""
+_RECALLS = {f"recall_at_{k}": f"recall at {k}" for k in RECALL_AT}
+
+
+def retrieval_sections(found: dict[str, Any]) -> list[str]:
+    """The sections on retrieval, of what `lgd.evaluate.embeddings.measure` gave."""
+    columns = ("overall", *LEVEL_NAMES)
+    levels = [
+        [row["name"], row["gallery"], *(shown(row["by_level"][name]) for name in columns)]
+        for row in found["embeddings"]
+    ]
+    # The levels of all galleries are the same, and so is chance.
+    by_chance = [number(found["embeddings"][0]["by_level"][name]["chance"]) for name in columns]
+    levels.append(["by chance", "", *by_chance])
+    own = [row for row in found["embeddings"] if row["own_pair"]]
+    ranks = [[row["name"], number(row["own_pair"]["median_rank"]), *map(shown, _recalls(row))] for row in own]
+    text = [
+        "## Retrieval by level\n",
+        f"Mean average precision of the {found['at']} nearest of {found['gallery_rows']} training patches, by the "
+        "level of the query; a neighbour of the same level is relevant. Chance is the expected value under a random "
+        "ranking.\n",
+        *markdown(["vectors", "gallery", *columns], levels),
+    ]
+    if own:
+        first = own[0]["own_pair"]
+        chance = [number(first[f"chance_{name}"]) for name in ("median_rank", *_RECALLS)]
+        text += [
+            "## Retrieval of the own IHC\n",
+            f"{first['queries']} H&E queries, each searching its own pair among {first['gallery']} IHC latents.\n",
+            *markdown(["vectors", "median rank", *_RECALLS.values()], [*ranks, ["by chance", *chance]]),
+        ]
+    return [*text, *(f"- {caveat}" for caveat in found["caveats"]), ""]
+
+
+def _recalls(row: dict[str, Any]) -> list[Any]:
+    return [row["own_pair"][name] for name in _RECALLS]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [list(head), ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]
+
+
+def shown(interval: Interval | dict[str, None], form: str = ".3f") -> str:
+    """`0.712 [0.650, 0.770]`, a dash for what is undefined."""
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    if value is None:
+        return "–"
+    if low is None:
+        return f"{value:{form}} [–]"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def number(value: float | None) -> str:
+    """A number, a dash for what is undefined."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value < 1 else f"{value:g}"

@@ -1,0 +1,102 @@
+"""The pictures behind the answers of a query, from the shards of its store, and the sheet of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lgd.config import LEVEL_NAMES, ConfigError, DataError
+from lgd.data.shards import Shard, open_shards
+from lgd.data.stream import Reader
+from lgd.evaluate.answer import Answer, Hit, Stored, Vote
+from lgd.evaluate.figures import Neighbour, Query, contact_sheet
+from lgd.evaluate.predict import read_image
+from lgd.files import is_remote, place
+from lgd.store.latents import Store
+
+MOST_QUERIES, MOST_NEIGHBOURS = 100, 30
+"""What fits a sheet: matplotlib draws no picture of more than 65,535 pixels a side, and nobody reads one of 10,000."""
+
+
+class Gallery:
+    """The images behind a store, for pictures: it finds the shards where they were when the store was made."""
+
+    def __init__(self, store: Store, size: int, roles: Sequence[str] = ("ihc",)) -> None:
+        self.store = store
+        shards: dict[str, Shard] = {}
+        for folder in store.document["sources"]["shards"]:
+            if not is_remote(place(folder)) and not Path(folder).is_dir():
+                raise DataError(
+                    f"the shards of this store were in {folder}, which is gone: put them back, or query without --sheet"
+                )
+            shards |= {shard.sha256: shard for shard in open_shards(folder)[1]}
+        lost = [p.name for p in store.parts if p.tar_sha256 not in shards]
+        if lost:
+            raise DataError(
+                f"the shards of {store.folder} changed since it was made ({lost[0]}): run lgd cache-latents"
+            )
+        self.reader = Reader([shards[p.tar_sha256] for p in store.parts], roles, size)
+
+    def image(self, stored: Stored, role: str = "ihc") -> np.ndarray:
+        """An image of a stored patch, uint8 (size, size, 3)."""
+        return self.reader.read(int(self.reader.first[stored.part]) + stored.row).images[role]
+
+
+def check_sheet(queries: int, k: int) -> None:
+    """Raise `ConfigError` where a sheet would be too large to draw."""
+    if queries > MOST_QUERIES or k > MOST_NEIGHBOURS:
+        raise ConfigError(
+            f"--sheet draws up to {MOST_QUERIES} queries of {MOST_NEIGHBOURS} neighbours, and these are {queries} of "
+            f"{k}: ask for fewer, or query without --sheet"
+        )
+
+
+def draw_sheet(store: Store, answers: Sequence[Answer], path: Path, size: int = 256) -> None:
+    """Draw each query beside the IHCs that it found, as a PNG."""
+    by_key = any(answer.stored for answer in answers)
+    gallery = Gallery(store, size, ("he", "ihc") if by_key else ("ihc",))
+    contact_sheet([_as_query(answer, gallery, size) for answer in answers], path)
+
+
+def _as_query(answer: Answer, gallery: Gallery, size: int) -> Query:
+    stored = answer.stored
+    if stored:
+        he, ihc = gallery.image(stored, "he"), gallery.image(stored, "ihc")
+    else:
+        assert answer.image is not None
+        he, ihc = read_image(answer.image, size), None
+    return Query(
+        key=stored.key if stored else Path(answer.name).stem,
+        slide=stored.slide if stored else None,
+        level=_number(stored.level) if stored else None,
+        predicted=_number(answer.level),
+        he=he,
+        ihc=ihc,
+        neighbours=[as_neighbour(hit, gallery) for hit in answer.hits],
+        asks_with_ihc=stored is not None,
+        vote=_vote_line(answer.vote),
+    )
+
+
+def as_neighbour(hit: Hit, gallery: Gallery) -> Neighbour:
+    """A hit with its picture."""
+    return Neighbour(
+        key=hit.key,
+        slide=hit.slide,
+        split=hit.split,
+        level=_number(hit.level),
+        distance=hit.distance,
+        image=gallery.image(hit),
+        duplicate_of=hit.duplicate_of,
+    )
+
+
+def _vote_line(said: Vote) -> str:
+    """The winner, its share and the entropy: all shares would be wider than a panel."""
+    if said.level is None:
+        return "vote unknown"
+    return f"vote {said.level} ({said.shares[said.level]:.2f}), {said.entropy_bits:.2f} bits"
+
+
+def _number(level: str | None) -> int | None:
+    return None if level is None else LEVEL_NAMES.index(level)

@@ -1,0 +1,24 @@
+"""How far a long stage is: a bar for a person at a terminal, a line now and then for a job's log."""
+
+import sys
+from typing import Any
+
+EVERY = 10.0
+"""Seconds between two lines of a log, and before the first."""
+
+
+def progress(total: int, desc: str, unit: str) -> Any:
+    """A tqdm bar with rate and time left on standard error; one that prints whole lines where that is no terminal."""
+    from tqdm import tqdm
+
+    class Lines(tqdm):
+        """Carriage returns would make one endless line of a log."""
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if self.format_dict["elapsed"] >= EVERY:
+                print(self, file=sys.stderr, flush=True)
+
+    unit = f" {unit}"
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=desc, unit=unit)
+    return Lines(total=total, desc=desc, unit=unit, mininterval=EVERY, ncols=80)

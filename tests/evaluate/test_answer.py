@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lgd.config import LEVEL_NAMES
+from lgd.evaluate.answer import Answer, Hit, Stored, as_json, as_rows, as_table, near_duplicates, vote
+
+
+def hit(level, distance=0.5, **changed):
+    fields = {"key": "k", "slide": None, "split": "train", "part": 0, "row": 0} | changed
+    return Hit(level=level, distance=distance, **fields)
+
+
+@pytest.mark.parametrize(
+    ("levels", "winner", "bits"),
+    [
+        (["2+", "2+", "3+"], "2+", 0.9183),
+        (["3+", "2+", "2+", "3+"], "3+", 1.0),
+        (["0", "2+", "2+", "0", None], "0", 1.0),
+        (["1+", None, None], "1+", 0.0),
+        (["0", "1+", "2+", "3+"], "0", 2.0),
+        ([None, None], None, None),
+        ([], None, None),
+    ],
+)
+def test_the_vote(levels, winner, bits):
+    found = vote([hit(level) for level in levels])
+    known = [level for level in levels if level]
+    assert (found.level, found.labelled) == (winner, len(known))
+    assert found.entropy_bits == (None if bits is None else pytest.approx(bits, abs=1e-4))
+    expected = {name: known.count(name) / len(known) if known else None for name in LEVEL_NAMES}
+    assert found.shares == expected
+
+
+def test_near_duplicates_point_to_the_query_or_the_nearest_before_them():
+    def turned(angle):
+        return [np.cos(angle), np.sin(angle)]
+
+    # A turn by 0.04 is a distance of 0.0008, one by 0.08 of 0.0032.
+    vectors = np.array([turned(a) for a in (0.5, 0.54, 0.58, 0.9, 0.51)])
+    distance = np.array([0.0005, 0.1, 0.2, 0.3, 0.4])
+    assert near_duplicates(list("abcde"), distance, vectors) == ["query", "a", "b", None, "a"]
+    naive = [
+        next((k for k, v in zip("abcde", vectors[:row], strict=False) if 1 - v @ vectors[row] < 0.001), None)
+        for row in range(5)
+    ]
+    assert naive == [None, "a", "b", None, "a"]
+
+
+@pytest.fixture
+def answers():
+    stored = Stored(key="q", slide="s1", split="test", level="3+", part=3, row=4)
+    hits = [hit("2+", key="a", slide="s"), hit(None, key="b", duplicate_of="a"), hit("0", key="c")]
+    chances = dict.fromkeys(LEVEL_NAMES, 0.25)
+    return [
+        Answer(image=Path("x/he.png"), level="1+", probabilities=chances, stored=None, hits=hits),
+        Answer(image=None, level=None, probabilities=None, stored=stored, hits=hits[:1]),
+    ]
+
+
+def test_the_json_has_the_same_fields_for_images_and_keys(answers):
+    image, key = as_json(answers)
+    assert list(image) == list(key) == ["image", "level", "probabilities", "stored", "neighbours", "vote"]
+    assert (image["image"], image["level"], image["stored"]) == ("x/he.png", "1+", None)
+    assert (key["image"], key["level"], key["probabilities"]) == (None, None, None)
+    assert key["stored"] == {"key": "q", "slide": "s1", "split": "test", "level": "3+"}
+    first, second, _ = image["neighbours"]
+    assert first == {
+        "key": "a",
+        "slide": "s",
+        "split": "train",
+        "level": "2+",
+        "distance": 0.5,
+        "duplicate_of": None,
+    }
+    assert second["duplicate_of"] == "a"
+    assert image["vote"] == {
+        "level": "2+",
+        "shares": {"0": 0.5, "1+": 0.0, "2+": 0.5, "3+": 0.0},
+        "entropy_bits": 1.0,
+        "labelled": 2,
+    }
+
+
+def test_csv_rows_have_the_columns_that_the_docstring_lists(answers):
+    from lgd.evaluate import answer
+
+    rows = as_rows(answers)
+    listed = (answer.__doc__ or "").split("one row a neighbour (`as_rows`):")[1].split(".")[0]
+    assert all([*row] == [name.strip() for name in listed.split(",")] for row in rows)
+    assert [row["rank"] for row in rows] == [1, 2, 3, 1]
+    assert [row["query_key"] for row in rows] == [None, None, None, "q"]
+    assert [row["vote_share"] for row in rows] == [0.5, 0.5, 0.5, 1.0]
+    assert rows[0]["image"] == Path("x/he.png") and rows[3]["image"] is None
+
+
+def test_the_table_ends_each_query_with_its_vote(answers):
+    (*hits, voted) = as_table(answers[:1])
+    assert all(list(row) == list(voted) for row in hits)
+    assert (voted["rank"], voted["level"], voted["key"]) == ("vote", "2+", "0 0.50, 2+ 0.50 (1.00 bits)")
+    assert "predicted" in voted and "predicted" not in as_table(answers[1:])[0]

@@ -1,0 +1,107 @@
+"""What a run measures of retrieval, against what is worked out here from its files."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lgd.config import DataError
+from lgd.evaluate import compare
+from lgd.evaluate.predict import load_scorer, score_shards
+from lgd.evaluate.ranking import average_precision, own_ranks
+from lgd.store.latents import Store, read_all
+from lgd.train.loop import split_shards, train_under
+
+
+@pytest.fixture(scope="module")
+def he_only(tissue_run, change, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("he-only") / "he"
+    config = change(tissue_run, student={"dir": str(folder), "method": "he-only", "epochs": 0.5})
+    train_under(config, "student")
+    return folder
+
+
+def measured(config, scorers):
+    shards = [shard for split in ("train", "val", "test") for shard in split_shards(config, split)]
+    scored = [
+        score_shards(one, split_shards(config, config.report.split), threads=1, vectors=compare.vectors_of(one))
+        for one in scorers
+    ]
+    said = []
+    store = Store(config.latents.dir)
+    return compare.measure_run(config, store, shards, scorers, scored, lambda *line: said.append(line)), said, scored
+
+
+@pytest.fixture(scope="module")
+def scorers(tissue_run, he_only):
+    student, baseline = load_scorer(tissue_run.student.dir), load_scorer(he_only)
+    return [student, baseline, load_scorer(tissue_run.teacher.dir, "teacher")]
+
+
+def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers):
+    found, said, scored = measured(tissue_run, scorers)
+    names = [row["name"].split(" (")[0] for row in found["embeddings"]]
+    assert names == [
+        "LGD-Net, hallucinated latents",
+        "H&E-only, its features",
+        "H&E-only, ridge to the latents",
+        "IHC teacher, true latents",
+    ]
+    assert [row["own_pair"] is None for row in found["embeddings"]] == [False, True, False, True]
+    assert said == [("report", "H&E-only: scoring 20 training patches, the gallery of its own features")]
+    store = Store(tissue_run.latents.dir)
+    train, test = ([part for part in store.parts if part.split == split] for split in ("train", "test"))
+    gallery, own = read_all(train, "pooled")[:, 0], read_all(test, "pooled")[:, 0]
+    predictions, pooled = scored[0]
+    ranks = own_ranks(pooled, own, np.arange(20))
+    assert found["embeddings"][0]["own_pair"]["median_rank"] == np.median(ranks)
+    levels = read_all(train, "level").astype(np.int64)
+    for row, vectors in ((0, pooled), (3, own)):
+        precision, chance = average_precision(vectors, predictions.level, gallery, levels, 10)
+        overall = found["embeddings"][row]["by_level"]["overall"]
+        assert overall["value"] == pytest.approx(np.nanmean(precision))
+        assert overall["chance"] == pytest.approx(np.nanmean(chance))
+    # The teacher reads the IHC itself, and scoring it gives what the store holds.
+    np.testing.assert_allclose(scored[2][1], own, atol=2e-3)
+
+
+def test_features_of_he_alone_are_what_its_head_reads(scorers, tissue_run):
+    baseline = scorers[1]
+    _, features = score_shards(baseline, split_shards(tissue_run, "val"), threads=1, vectors="features")
+    predictions, none = score_shards(baseline, split_shards(tissue_run, "val"), threads=1)
+    weight, bias = (p.detach().numpy() for p in (baseline.model.head.weight, baseline.model.head.bias))
+    logits = (features @ weight.T + bias) / baseline.config["temperature"]
+    odds = np.exp(logits - logits.max(1, keepdims=True))
+    np.testing.assert_allclose(odds / odds.sum(1, keepdims=True), predictions.probability, atol=1e-5)
+    assert none is None
+
+
+def test_a_scored_training_split_is_no_gallery(tissue_run, change, scorers):
+    config = change(tissue_run, report={"split": "train"})
+    found, said, _ = measured(config, scorers)
+    assert found["gallery_rows"] == 0 and not said
+    assert [row["name"] for row in found["embeddings"]] == [
+        "LGD-Net, hallucinated latents",
+        "IHC teacher, true latents",
+    ]
+    assert np.isnan(found["embeddings"][0]["by_level"]["overall"]["value"])
+    assert found["embeddings"][0]["own_pair"]["queries"] == 20
+
+
+def test_a_rival_of_another_teacher_has_no_row(tissue_run, scorers):
+    student, _, teacher = scorers
+    stranger = dataclasses.replace(student, config=student.config | {"teacher_sha256": "f" * 64})
+    found, _, _ = measured(tissue_run, [student, stranger, teacher])
+    assert len(found["embeddings"]) == 2
+    with pytest.raises(DataError, match="made by another teacher"):
+        measured(tissue_run, [stranger, teacher])
+
+
+def test_the_sheet_takes_the_levels_in_turn(tissue_run, scorers, change):
+    config, shards = change(tissue_run, report={"queries": 4}), split_shards(tissue_run, "test")
+    store = Store(config.latents.dir)
+    scored = score_shards(scorers[0], shards, threads=1)
+    rows = compare.sheet_rows(config, store, shards, scored)
+    assert {row.level for row in rows} == set(scored[0].level.tolist()) and len(rows) == 4
+    assert all(len(row.neighbours) == 4 and {hit.split for hit in row.neighbours} == {"train"} for row in rows)
+    assert compare.sheet_rows(change(config, report={"queries": 0}), store, shards, scored) == []
