@@ -123,7 +123,7 @@ class Latents:
     batch: int = 64
     """Patches in one forward pass of the teacher."""
     index: str = "auto"
-    """FAISS factory string; `auto` is exact search up to 200,000 rows and IVF beyond."""
+    """`Flat`, or `IVFn` (n cells) before `,Flat`, `,SQfp16` or `,SQ8`; `auto` chooses by the number of rows."""
     gallery: list[str] = field(default_factory=lambda: ["train"])
     """Splits that queries search."""
     recall: float = 0.99

@@ -97,10 +97,12 @@ def build_index(config: Config) -> None:
 
     with stage("index") as told:
         store, latents = Store(config.latents.dir), config.latents
-        made, new = index.build_index(store, latents.index, latents.gallery, latents.recall, config.run.seed)
+        made, new = index.build_index(
+            store, latents.index, latents.gallery, latents.recall, config.run.seed, config.train.workers
+        )
         told["done"] = (
             f"{'built' if new else 'reused, nothing changed'}: {made['factory']} over {made['rows']} latents, "
-            f"recall@10 {made['recall_at_10']:.3f}"
+            f"recall@10 {made['recall_at_10']:.3f}: {made['why']}"
         )
     record(config, "index", {name: made[name] for name in ("factory", "rows", "recall_at_10", "store")})
 

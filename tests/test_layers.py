@@ -13,19 +13,20 @@ data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.sources data.building data.shards data.verify
 data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
-store.sidecar store.writer store.parts store.latents store.supervision store.cache store.index store.export
+store.sidecar store.writer store.parts store.latents store.supervision store.cache store.export
+store.faiss_file store.table store.search store.exact store.index
 train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop
 evaluate.predict evaluate.figures evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
 evaluate.compare evaluate.markdown evaluate.report
 doctor check pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
-bench.store bench.write bench.cache bench.memory bench.suite
+bench.store bench.write bench.cache bench.memory bench.query bench.suite
 cli
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {
     "ray": {"distribute"},
-    "faiss": {"store.index", "doctor"},
+    "faiss": {"store.search", "doctor"},
     "deepspeed": {"train.engine"},
     "h5py": {"store.parts", "store.writer", "store.export"},
     "webdataset": {"data.archive", "bench.peers"},

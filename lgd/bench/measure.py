@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from lgd.config import require
 
-PACKAGES = ("lgd", "numpy", "torch", "simplejpeg", "pillow", "webdataset", "litdata")
+PACKAGES = ("lgd", "numpy", "torch", "simplejpeg", "pillow", "webdataset", "litdata", "faiss-cpu", "faiss-gpu")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -56,14 +56,16 @@ class Settings:
     opened: int = 800
     """Parts, of 512 rows each, that `memory` opens."""
     stored: int = 40_000
-    """Rows of the store that `store` reads: 0.7 GB."""
+    """Rows of the store that `store-plan` and `store-random` read: 0.7 GB."""
     cached: int = 32
     """Patches that `cache` counts in a round; four times as many tiles."""
     part_mb: float = 100.0
-    """Megabytes of a part that `store` writes."""
+    """Megabytes of a part that `store-write` writes."""
+    rows: int = 100_000
+    """Latents that `query` searches."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "batch", "rounds"):
+        for name in ("size", "batch", "rounds", "rows"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: use at least 1")
         require(self.threads >= 0, f"--threads {self.threads}: use 0 (one a core) or more")
         require(self.seconds > 0 and self.stream > 0, "--seconds and --stream: use more than 0")

@@ -1,4 +1,4 @@
-"""`store`: reading rows, in plan order and at random, against numpy.memmap on the same bytes.
+"""`store-plan`, `store-random`: reading rows in plan order and at random, against numpy.memmap on the same bytes.
 
 A is `Rows.read`, B the fastest of some plain ways over `numpy.memmap` of the same files.
 Both read pooled latents, maps, both target grids and the keys of 256 rows at a time, from a warm page cache.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
+from lgd.bench.measure import Outcome, Rate, Settings, alternate, timed
 from lgd.config import Data
 from lgd.data.archive import Shard
 from lgd.data.plan import Plan, firsts
@@ -30,6 +30,8 @@ PART = 512
 Address = tuple[list[int], list[int], list[str | None]]
 """Parts, rows and keys of a batch."""
 Read = Callable[[Address], dict[str, np.ndarray]]
+
+Tell = Callable[[str], Any]
 
 
 def shard_of(folder: Path, number: int, rows: int) -> Shard:
@@ -212,56 +214,65 @@ def _threaded(read: Read, batches: Sequence[Address], threads: int) -> float:
     return rows / (time.perf_counter() - began)
 
 
-def reading(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tuple[list[Ratio], dict[str, Any]]:
-    """Both ratios of reading, and their facts."""
-    tell(f"writing a store of {settings.stored} rows")
-    store = write_store(folder / "store", settings.stored)
+def measured(
+    name: str, mark: float, numbers_of: Callable[[Store], np.ndarray], settings: Settings, inputs: Inputs, tell: Tell
+) -> Outcome:
+    """One ratio of reading rows in some order, and its facts."""
+    folder = inputs.folder / "rows"
+    if not (folder / "store.json").exists():
+        tell(f"writing a store of {settings.stored} rows")
+        write_store(folder, settings.stored)
+    store = Store(folder)
+    opened = first_use(store)
     rows, mapped = Rows(store.parts), Mapped(store.parts)
-    plan = Plan([part.rows for part in store.parts], seed=0, lanes=Data().lanes)
-    numbers = {
-        "store-plan": plan.samples(np.arange(plan.total))[1],
-        "store-random": np.random.default_rng(0).integers(0, store.rows, store.rows),
-    }
+    numbers_n = numbers_of(store)
+    batches = addresses(numbers_n, store.parts)
 
     def ours(address: Address) -> dict[str, np.ndarray]:
         return rows.read(*address)
 
-    ratios: list[Ratio] = []
-    facts: dict[str, Any] = {
+    compared = compare(ours, mapped.loop, batches)
+    found = fastest(mapped.ways(), batches)
+    way = max(found, key=lambda name: found[name])
+    bare = mapped.ways()[way]
+    count = max(2, round(found[way] * settings.seconds / BATCH))
+    ratio = alternate(
+        name,
+        f"rows of {len(store.parts)} parts in {name.removeprefix('store-')} order / numpy.memmap, {way}",
+        mark,
+        lambda: rate(ours, batches, count),
+        lambda: rate(bare, batches, count),
+        settings.rounds,
+        tell,
+    )
+    facts = {
         "rows": store.rows,
         "parts": len(store.parts),
         "batch": BATCH,
         "bytes_a_row": sum(column[0][0].nbytes for column in mapped.columns.values()),
-        "first_use": first_use(store),
+        "first_use": opened,
+        "rows_compared": compared,
+        "rows_a_second_of_bare_ways": found,
+        "rows_a_second_of_a_flat_file": flat_rate(inputs.folder, store, numbers_n),
+        f"rows_a_second_of_{settings.workers}_threads": _threaded(ours, batches, settings.workers),
     }
-    for (name, numbers_n), mark in zip(numbers.items(), (0.97, 0.9), strict=True):
-        batches = addresses(numbers_n, store.parts)
-        compared = compare(ours, mapped.loop, batches)
-        found = fastest(mapped.ways(), batches)
-        way = max(found, key=lambda name: found[name])
-        bare = mapped.ways()[way]
-        count = max(2, round(found[way] * settings.seconds / BATCH))
-        ratios.append(
-            alternate(
-                name,
-                f"rows of {len(store.parts)} parts in {name.removeprefix('store-')} order / numpy.memmap, {way}",
-                mark,
-                lambda batches=batches, count=count: rate(ours, batches, count),  # type: ignore[misc]
-                lambda bare=bare, batches=batches, count=count: rate(bare, batches, count),  # type: ignore[misc]
-                settings.rounds,
-                tell,
-            )
-        )
-        facts[name] = {
-            "rows_compared": compared,
-            "rows_a_second": found,
-            "threads": {str(settings.workers): _threaded(ours, batches, settings.workers)},
-        }
-    facts["store-random"]["flat_layout"] = flat_rate(folder, store, numbers["store-random"])
-    return ratios, facts
+    return Outcome(ratios=[ratio], facts=facts)
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
-    """Rows a second by those of numpy.memmap, in plan order and at random."""
-    ratios, facts = reading(settings, inputs.folder, tell)
-    return Outcome(ratios=ratios, facts=facts)
+def plan(settings: Settings, inputs: Inputs, tell: Tell) -> Outcome:
+    """Rows a second in the order of training's plan by those of numpy.memmap."""
+
+    def numbers_of(store: Store) -> np.ndarray:
+        plan = Plan([part.rows for part in store.parts], seed=0, lanes=Data().lanes)
+        return plan.samples(np.arange(plan.total))[1]
+
+    return measured("store-plan", 0.97, numbers_of, settings, inputs, tell)
+
+
+def random(settings: Settings, inputs: Inputs, tell: Tell) -> Outcome:
+    """Rows a second of random batches by those of numpy.memmap."""
+
+    def numbers_of(store: Store) -> np.ndarray:
+        return np.random.default_rng(0).integers(0, store.rows, store.rows)
+
+    return measured("store-random", 0.9, numbers_of, settings, inputs, tell)

@@ -1,6 +1,7 @@
 """`lgd bench [NAME]`: the benchmarks by name, one document, one table.
 
-A benchmark is a module with one function `run(settings, inputs, tell) -> Outcome`; its docstrings say what it compares.
+A benchmark is a function `(settings, inputs, tell) -> Outcome`, `run` of its module unless it is named; the docstrings
+say what it compares.
 """
 
 import importlib
@@ -20,10 +21,12 @@ BENCHMARKS = {
     "loader": "lgd.bench.loader",
     "loader-peers": "lgd.bench.peers",
     "decode": "lgd.bench.decode",
-    "store": "lgd.bench.store",
+    "store-plan": "lgd.bench.store:plan",
+    "store-random": "lgd.bench.store:random",
     "store-write": "lgd.bench.write",
     "cache": "lgd.bench.cache",
     "memory": "lgd.bench.memory",
+    "query": "lgd.bench.query",
 }
 
 
@@ -45,8 +48,8 @@ def bench(name: str, settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="lgd-bench-") as folder, pinned():
         inputs = Inputs(settings, Path(folder))
         for one in [name] if name else BENCHMARKS:
-            module = importlib.import_module(BENCHMARKS[one])
-            outcome = module.run(settings, inputs, _tell)
+            module, _, function = BENCHMARKS[one].partition(":")
+            outcome = getattr(importlib.import_module(module), function or "run")(settings, inputs, _tell)
             ratios = [ratio.as_json() for ratio in outcome.ratios]
             document["benchmarks"].append({"name": one, "ratios": ratios, "facts": outcome.facts})
     return document

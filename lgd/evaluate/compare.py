@@ -18,8 +18,8 @@ from lgd.evaluate.predict import Scorer, score_shards
 from lgd.evaluate.retrieve import check_pair, search
 from lgd.evaluate.sheet import Gallery, as_neighbour
 from lgd.metrics import Predictions
-from lgd.store.index import Searcher
 from lgd.store.latents import Store, read_all
+from lgd.store.search import Searcher
 
 Scored = tuple[Predictions, np.ndarray | None]
 

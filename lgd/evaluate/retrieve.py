@@ -19,8 +19,8 @@ from lgd.config import LEVEL_NAMES, ConfigError, DataError
 from lgd.data.pairs import read_slides, safe_key
 from lgd.evaluate.answer import Answer, Hit, Stored, near_duplicates
 from lgd.evaluate.predict import Scorer, as_level, score_files
-from lgd.store.index import Searcher
 from lgd.store.latents import Store
+from lgd.store.search import Searcher
 
 _NEAR_IN_ORDER = 5
 

@@ -1,192 +1,297 @@
-"""Store -> FAISS index over the teacher's pooled latents; the only importer of faiss.
+"""Store -> FAISS index over the teacher's pooled latents (the first view): built, and its recall measured.
 
-    DIR/index/faiss.index    inner product of unit vectors, which is the cosine
-    DIR/index/keys.npy       part, row, level, key and slide of each indexed vector, in the index's order
-    DIR/index/index.json     the factory string, its measured recall, the store's digest; written last
+Run by `lgd build-index`; it leaves DIR/index/ as `lgd.store.search` describes it, which also opens it.
 
-The index is exact (`Flat`) up to EXACT_ROWS rows: a query of a million 512-dimensional vectors is still some
-tens of milliseconds, and an exact answer needs no excuse. Beyond, it is IVF with as many probes as recall@10
-against exact search asks for.
+`latents.index: auto` chooses by size. Measured on 2 cores that others shared, one query on one core, with vectors of 512
+dimensions clustered by level and slide, of a flatter spectrum (1/k) than a teacher's, which is the harder case:
+
+    rows                                 1e3      1e4      1e5     1e6
+    exact, ms                            0.08     1.3      14      130
+    IVF, queries of the same slides      0.04     0.15     0.22    0.65    at recall@10 0.99 to 0.999
+
+    1e5 rows, queries of other slides    recall@10 with 2.5, 5 and 10 % of the latents probed
+    316 cells (sqrt(rows))               0.85     0.95     0.990
+    632 cells                            0.89     0.96     0.989
+    1264 cells (4 sqrt(rows))            0.94     0.98     0.996
+    1e6 rows, 4000 cells                 with 1.6, 3.2 and 6.4 %: 0.90, 0.96, 0.993; 3.8, 6.4 and 9.0 ms
+
+Exact (`Flat`) up to EXACT_ROWS: that is less than the forward pass which makes the query. Beyond, `IVFn,SQfp16` with
+4 sqrt(rows) cells. It codes what is left of a vector beside its centroid, which lost no recall to `IVFn,Flat` (0.9998
+and 0.9999 at 1e5, all else alike), and takes half the memory and two thirds of the time. When even that exceeds half of
+the machine's memory, `IVFn,SQ8`: half of it again, but recall ends at 0.98, so it wants a lower `latents.recall`.
+PQ64x4fsr before a refinement reached 0.77 at a k_factor of 16, and 0.18 at the default 1; to refine takes the float16
+vectors too and saves no memory. It is not built.
 """
 
+import functools
 import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lgd.config import DataError
-from lgd.files import publish, read_json, sha256, write_json
-from lgd.store.latents import Store, read_all
+from lgd.distribute import map_with
+from lgd.files import digest_of, exists, is_remote, publish, remove, sha256, write_json
+from lgd.store.exact import Latents, nearest, overlap
+from lgd.store.faiss_file import cells_of, code_bytes
+from lgd.store.latents import Store
+from lgd.store.search import FORMAT, check_index, import_faiss, problems, read_document, unit
+from lgd.store.table import write_table
 
-EXACT_ROWS = 200_000
-_FORMAT = "lgd-index/2"
-_HELD_OUT = 1000
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise DataError("FAISS is not installed: pip install 'lgd[cpu]', or 'lgd[gpu]' on a CUDA machine") from error
-    return faiss
-
-
-def unit(vectors_nD: np.ndarray) -> np.ndarray:
-    """Scale each vector to length 1, float32."""
-    vectors_nD = np.asarray(vectors_nD, np.float32)
-    return np.ascontiguousarray(vectors_nD / np.maximum(np.linalg.norm(vectors_nD, axis=1, keepdims=True), 1e-12))
+EXACT_ROWS = 100_000
+TRAIN_ROWS = 40
+"""Latents a cell from which the cells are learnt; FAISS asks for 39. At 1e5 rows 256 a cell reached no more than 64."""
+_TRAIN_ROUNDS = 10
+_GROUP_ROWS = 100_000
+"""Rows, or one part, that are added together: 100 MB of float16."""
+_QUERIES = 1000
+_NEAREST = 10
 
 
-def build_index(store: Store, factory: str, gallery: list[str], recall: float, seed: int) -> tuple[dict, bool]:
+def build_index(
+    store: Store, factory: str, gallery: list[str], recall: float, seed: int, workers: int = 0
+) -> tuple[dict[str, Any], bool]:
     """Index the gallery splits of a store; returns index.json's content and whether it was built now.
 
-    Raises `DataError` when the gallery is empty or the index misses `recall` even with all cells probed.
+    `factory` is auto or one of `lgd.store.faiss_file.KINDS`. The store may lie at a url. `workers` of Ray add the
+    latents; 0 does it here. Raises `DataError` when the gallery is empty, and when the index misses `recall` even with
+    all cells probed.
     """
     folder = store.folder / "index"
     asked = {"store": store.digest, "asked": factory, "gallery": gallery, "target": recall}
-    if (folder / "index.json").is_file():
-        there = read_json(folder / "index.json")
-        if all(there.get(name) == value for name, value in asked.items()) and not problems(store):
+    if not problems(store):
+        there = read_document(store)
+        if all(there.get(name) == value for name, value in asked.items()):
             return there, False
-    picked = [(number, part) for number, part in enumerate(store.parts) if part.split in gallery]
-    if not picked:
+    numbers = [number for number, part in enumerate(store.parts) if part.split in gallery]
+    if not numbers:
         splits = sorted({part.split for part in store.parts})
         raise DataError(
             f"the store {store.folder} has no split {' or '.join(gallery)} to search, only {', '.join(splits)}: "
             "set latents.gallery"
         )
-    faiss = _faiss()
-    parts = [part for _, part in picked]
-    vectors_nD = unit(read_all(parts, "pooled")[:, 0])
-    chosen = factory if factory != "auto" else _choose(len(vectors_nD))
-    try:
-        index = faiss.index_factory(vectors_nD.shape[1], chosen, faiss.METRIC_INNER_PRODUCT)
-        index.train(vectors_nD)
-        index.add(vectors_nD)
-    except RuntimeError as error:
-        why = str(error).strip().splitlines()[-1]
-        raise DataError(
-            f"latents.index {chosen!r} is no FAISS factory string for {len(vectors_nD)} vectors of length "
-            f"{vectors_nD.shape[1]} ({why}): use `auto` or Flat"
-        ) from error
-    measured, probes = _reach_recall(faiss, index, vectors_nD, recall, chosen, seed)
-    rows = [(number, row) for number, part in picked for row in range(part.rows)]
-    texts = {name: read_all(parts, name) for name in ("key", "slide") if name in store.document["datasets"]}
-    texts.setdefault("slide", np.zeros(len(rows), "S1"))
-    levels = read_all(parts, "level") if "level" in store.document["datasets"] else -1
-    fields = [("part", "<u4"), ("row", "<u4"), ("level", "i1"), *((name, t.dtype) for name, t in texts.items())]
-    table = np.empty(len(rows), fields)
-    table["part"], table["row"], table["level"] = [p for p, _ in rows], [r for _, r in rows], levels
-    for name, text in texts.items():
-        table[name] = text
-    (folder / "index.json").unlink(missing_ok=True)
-    with publish(folder / "keys.npy") as temporary:
-        with open(temporary, "wb") as stream:
-            np.save(stream, table, allow_pickle=False)
-    with publish(folder / "faiss.index") as temporary:
-        faiss.write_index(index, str(temporary))
-    document = {
-        "format": _FORMAT,
-        **asked,
-        "factory": chosen,
-        "nprobe": probes,
-        "rows": len(rows),
-        "dim": vectors_nD.shape[1],
-        "recall_at_10": measured,
-        "sha256": {name: sha256(folder / name) for name in ("faiss.index", "keys.npy")},
+    latents = Latents([store.parts[number] for number in numbers])
+    chosen, why = choose(latents.rows, latents.dim, _memory()) if factory == "auto" else (factory, "as asked for")
+    _check_factory(chosen, latents.rows)
+    index, order_n, told = _built(store, latents, numbers, chosen, seed, workers)
+    queries_nD, described = _queries(store, latents, gallery, seed)
+    truth_nk = nearest(latents, queries_nD, min(_NEAREST, latents.rows))
+    measured, probes = _reach_recall(index, truth_nk, order_n, queries_nD, recall, chosen)
+    shape = {"factory": chosen, "nprobe": probes, "rows": latents.rows, "dim": latents.dim}
+    # The old document goes first: at no time is there one that says other than the files are.
+    if exists(folder / "index.json"):
+        remove(folder / "index.json")
+    files = {
+        "faiss.index": _published(folder / "faiss.index", lambda path: _write(index, path, shape)),
+        "keys.npy": _published(folder / "keys.npy", lambda path: write_table(path, latents.parts, numbers, order_n)),
     }
+    document = {
+        "format": FORMAT,
+        **asked,
+        **shape,
+        "why": why,
+        **told,
+        "recall_at_10": measured,
+        "queries": described,
+        "files": files,
+    }
+    document["digest"] = digest_of(document)
     write_json(folder / "index.json", document)
     return document, True
 
 
-def _choose(rows: int) -> str:
-    return "Flat" if rows <= EXACT_ROWS else f"IVF{int(4 * math.sqrt(rows))},Flat"
+def choose(rows: int, dim: int, memory: int) -> tuple[str, str]:
+    """The factory string for so many latents on a machine with so many bytes of memory, and why, in one sentence."""
+    if rows <= EXACT_ROWS:
+        return "Flat", f"up to {EXACT_ROWS} latents an exact search takes some milliseconds"
+    cells = round(4 * math.sqrt(rows))
+    size = rows * code_bytes("IVF1,SQfp16", dim)
+    if size <= memory / 2:
+        return f"IVF{cells},SQfp16", f"beyond {EXACT_ROWS} latents cells spare time, and float16 costs no recall"
+    return (
+        f"IVF{cells},SQ8",
+        f"as float16 the latents take {size / 1e9:.1f} GB, more than half of this machine's {memory / 1e9:.1f} GB",
+    )
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_factory(factory: str, rows: int) -> None:
+    try:
+        cells = cells_of(factory)
+    except ValueError as error:
+        raise DataError(f"latents.index {error}") from error
+    if cells > rows:
+        raise DataError(f"latents.index {factory!r} has more cells than there are latents ({rows}): use auto")
+
+
+def _built(
+    store: Store, latents: Latents, numbers: list[int], factory: str, seed: int, workers: int
+) -> tuple[Any, np.ndarray | None, dict[str, Any]]:
+    """The filled index, the latents' rows in its order (None for their own), and what index.json tells of the build."""
+    faiss = import_faiss()
+    began = time.monotonic()
+    if factory == "Flat":
+        index = faiss.IndexFlatIP(latents.dim)
+        for _, vectors_nD in latents.blocks():
+            index.add(vectors_nD)
+        return index, None, {"trained_on": 0, "seconds": {"train": 0.0, "add": time.monotonic() - began}}
+    index, sampled = _trained(faiss, latents, factory, seed)
+    trained = time.monotonic()
+    # Each worker gets an empty copy of the trained index, and gives it back filled.
+    empty = faiss.serialize_index(index)
+    groups = _groups(latents)
+    folder = store.folder if is_remote(store.folder) else store.folder.absolute()
+    add = functools.partial(_Add, str(folder), numbers, empty)
+    for filled in map_with(add, groups, workers=workers if len(groups) > 1 else 0, what="train.workers"):
+        index.merge_from(faiss.deserialize_index(filled), 0)
+    order_n = _in_order(faiss, index)
+    seconds = {"train": trained - began, "add": time.monotonic() - trained}
+    return index, order_n, {"trained_on": sampled, "seconds": seconds}
+
+
+def _trained(faiss: Any, latents: Latents, factory: str, seed: int) -> tuple[Any, int]:
+    """An empty index that has its cells and its coding, and on how many latents it was trained."""
+    index = faiss.index_factory(latents.dim, factory, faiss.METRIC_INNER_PRODUCT)
+    sampled = min(latents.rows, TRAIN_ROWS * index.nlist)
+    row_n = np.random.default_rng(seed).choice(latents.rows, sampled, replace=False, shuffle=False)
+    sample_nD = latents.at(np.sort(row_n))
+    options = faiss.ClusteringParameters()
+    # Centroids of length 1: the nearest by inner product would else be the longest.
+    options.niter, options.seed, options.spherical = _TRAIN_ROUNDS, seed % 2**31, True
+    options.min_points_per_centroid, options.max_points_per_centroid = 1, TRAIN_ROWS
+    clustering = faiss.Clustering(latents.dim, index.nlist, options)
+    clustering.train(sample_nD, _on_gpu(faiss, faiss.IndexFlatIP(latents.dim)))
+    index.quantizer.add(faiss.vector_to_array(clustering.centroids).reshape(index.nlist, latents.dim))
+    # With its cells there, this learns the ranges of SQ8 only.
+    index.train(sample_nD)
+    return index, sampled
+
+
+def _on_gpu(faiss: Any, index: Any) -> Any:
+    """A flat index on the first GPU where FAISS can use one, else the index itself."""
+    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        return index
+    try:
+        moved = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        moved.search(np.zeros((1, index.d), np.float32), 1)
+        return moved
+    except RuntimeError as error:
+        print(f"[index] on the CPU, FAISS cannot use the GPU: {str(error).splitlines()[0]}", file=sys.stderr)
+        return index
+
+
+def _groups(latents: Latents) -> list[list[int]]:
+    """The parts by their number, in groups of some rows."""
+    groups: list[list[int]] = [[]]
+    rows = 0
+    for number, part in enumerate(latents.parts):
+        if groups[-1] and rows + part.rows > _GROUP_ROWS:
+            groups.append([])
+            rows = 0
+        groups[-1].append(number)
+        rows += part.rows
+    return groups
+
+
+class _Add:
+    """Adds groups of parts to empty copies of a trained index; a worker has one."""
+
+    def __init__(self, folder: str, numbers: list[int], empty: np.ndarray) -> None:
+        self.faiss = import_faiss()
+        parts = Store(folder).parts
+        self.latents = Latents([parts[number] for number in numbers])
+        self.empty = empty
+        # The quantizer is the index's, and goes with it.
+        self.index = self.faiss.deserialize_index(empty)
+        self.coarse = _on_gpu(self.faiss, self.faiss.downcast_index(self.index.quantizer))
+
+    def __call__(self, group: list[int]) -> np.ndarray:
+        """The filled copy, serialised; its positions are rows of the latents."""
+        faiss, index = self.faiss, self.faiss.deserialize_index(self.empty)
+        before = self.latents.first[group[0]]
+        for first, vectors_nD in Latents([self.latents.parts[number] for number in group]).blocks():
+            cell_n = np.ascontiguousarray(self.coarse.search(vectors_nD, 1)[1][:, 0])
+            row_n = np.arange(before + first, before + first + len(vectors_nD))
+            index.add_core(len(vectors_nD), *map(faiss.swig_ptr, (vectors_nD, row_n, cell_n)))
+        return faiss.serialize_index(index)
+
+
+def _in_order(faiss: Any, index: Any) -> np.ndarray:
+    """Sort each cell by row, whatever order the groups came in, and number the positions through the cells.
+
+    A position then leads to its cell without a map. Returns the row at each position.
+    """
+    order_n = np.empty(index.ntotal, np.int64)
+    first = 0
+    for cell in range(index.nlist):
+        count = index.invlists.list_size(cell)
+        if count == 0:
+            continue
+        row_n = faiss.rev_swig_ptr(index.invlists.get_ids(cell), count)
+        codes = faiss.rev_swig_ptr(index.invlists.get_codes(cell), count * index.code_size).reshape(count, -1)
+        sorted_n = np.argsort(row_n)
+        order_n[first : first + count] = row_n[sorted_n]
+        codes[:] = codes[sorted_n]
+        row_n[:] = np.arange(first, first + count)
+        first += count
+    return order_n
+
+
+def _queries(store: Store, latents: Latents, gallery: list[str], seed: int) -> tuple[np.ndarray, str]:
+    """Held-out queries (n, D), and what they are."""
+    random = np.random.default_rng(seed)
+    others = [part for part in store.parts if part.split not in gallery]
+    source = Latents(others) if others else latents
+    row_n = np.sort(random.choice(source.rows, min(_QUERIES, source.rows), replace=False, shuffle=False))
+    vectors_nD = source.at(row_n)
+    if others:
+        return vectors_nD, f"{len(row_n)} latents of {', '.join(sorted({part.split for part in others}))}"
+    noise_nD = unit(random.standard_normal(vectors_nD.shape, np.float32))
+    return unit(vectors_nD + 0.1 * noise_nD), f"{len(row_n)} latents of the gallery, moved by a tenth of their length"
 
 
 def _reach_recall(
-    faiss: Any, index: Any, vectors_nD: np.ndarray, target: float, factory: str, seed: int
+    index: Any, truth_nk: np.ndarray, order_n: np.ndarray | None, queries_nD: np.ndarray, target: float, factory: str
 ) -> tuple[float, int]:
-    """Recall@10 against exact search, and the probes that reach the target (0 for an index without cells).
-
-    Queries are stored vectors moved by a tenth of their length, as a hallucinated latent misses its own.
-    """
-    random = np.random.default_rng(seed)
-    picked = random.choice(len(vectors_nD), min(_HELD_OUT, len(vectors_nD)), replace=False)
-    noise = random.standard_normal((len(picked), vectors_nD.shape[1])).astype(np.float32)
-    queries = unit(vectors_nD[picked] + 0.1 * unit(noise))
-    exact = faiss.IndexFlatIP(vectors_nD.shape[1])
-    exact.add(vectors_nD)
-    k = min(10, len(vectors_nD))
-    truth = exact.search(queries, k)[1]
+    """Recall against the exact rows, and the cells to probe for it: half as many more until it is enough."""
 
     def recall() -> float:
-        found = index.search(queries, k)[1]
-        return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(truth, found, strict=True)]))
+        found_nk = index.search(queries_nD, truth_nk.shape[1])[1]
+        return overlap(truth_nk, found_nk if order_n is None else np.where(found_nk < 0, -1, order_n[found_nk]))
 
-    inner = faiss.try_extract_index_ivf(index)
-    if inner is None:
-        measured, probes = recall(), 0
-    else:
-        inner.nprobe = probes = 1
-        while (measured := recall()) < target and probes < inner.nlist:
-            inner.nprobe = probes = min(2 * probes, inner.nlist)
+    cells = cells_of(factory)
+    probes = 0
+    if cells:
+        index.nprobe = probes = 1
+    measured = recall()
+    while measured < target and probes < cells:
+        index.nprobe = probes = min(cells, probes + max(1, probes // 2))
+        measured = recall()
     if measured < target:
         raise DataError(
-            f"the index {factory} reaches recall@10 {measured:.3f}, below latents.recall {target}: choose another "
-            "latents.index, or `auto`"
+            f"the index {factory} reaches recall@10 {measured:.3f} with all its cells, below latents.recall {target}: "
+            "lower that, or choose another latents.index"
         )
     return measured, probes
 
 
-def problems(store: Store) -> list[str]:
-    """What is wrong with the index of a store; digests are checked before FAISS reads anything."""
-    folder = store.folder / "index"
-    if not (folder / "index.json").is_file():
-        return [f"{folder} holds no index: run lgd build-index"]
-    document = read_json(folder / "index.json")
-    if document.get("format") != _FORMAT:
-        return [f"{folder / 'index.json'} is not of format {_FORMAT}: run lgd build-index"]
-    found = []
-    if document["store"] != store.digest:
-        found.append(f"{folder} was built from another state of the store: run lgd build-index")
-    for name, digest in document["sha256"].items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
-            found.append(f"{folder / name} is missing or does not match its digest: run lgd build-index")
-    return found
+def _published(path: Path, write: Callable[[Path], None]) -> dict[str, Any]:
+    """Write a file, and give its size and digest."""
+    with publish(path) as temporary:
+        write(temporary)
+        return {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
 
 
-class Searcher:
-    """An index that answers nearest-latent queries with addresses in its store."""
-
-    def __init__(self, store: Store) -> None:
-        found = problems(store)
-        if found:
-            raise DataError("\n".join(found))
-        folder = store.folder / "index"
-        self._store = store
-        self.document = read_json(folder / "index.json")
-        self._index = _faiss().read_index(str(folder / "faiss.index"))
-        self.table = np.load(folder / "keys.npy", mmap_mode="r", allow_pickle=False)
-
-    def search(
-        self, vectors_nD: np.ndarray, k: int, allowed: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest: cosine distance (1 - cosine) and position in `table`, both (n, k), nearest first.
-
-        `allowed`, bool over the table, leaves rows out. A position is -1 where there are fewer than k.
-        """
-        k = min(k, len(self.table))
-        options = {}
-        if allowed is not None:
-            faiss = _faiss()
-            chosen = faiss.IDSelectorBatch(np.flatnonzero(allowed))
-            ivf = faiss.try_extract_index_ivf(self._index)
-            kind = faiss.SearchParameters if ivf is None else faiss.SearchParametersIVF
-            options["params"] = kind(sel=chosen, **({} if ivf is None else {"nprobe": ivf.nprobe}))
-        cosine_nk, position_nk = self._index.search(unit(vectors_nD), k, **options)
-        return 1 - cosine_nk, position_nk
-
-    def vectors(self, position_n: np.ndarray) -> np.ndarray:
-        """The unit vectors (n, D) of rows of `table`."""
-        rows = [(int(entry["part"]), int(entry["row"])) for entry in self.table[position_n]]
-        return unit(np.stack([self._store.parts[part].array("pooled")[row, 0] for part, row in rows]))
+def _write(index: Any, path: Path, document: dict[str, Any]) -> None:
+    import_faiss().write_index(index, str(path))
+    with open(path, "rb") as file:
+        # Another release of FAISS may write other bytes, which no search would take.
+        check_index(document, file)

@@ -11,8 +11,8 @@ from lgd.cli import main
 from lgd.config import LEVEL_NAMES, ConfigError, DataError
 from lgd.evaluate.answer import as_json, summary
 from lgd.evaluate.retrieve import query
-from lgd.store.index import Searcher
 from lgd.store.latents import Store
+from lgd.store.search import Searcher
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ from lgd.config import DataError
 from lgd.files import digest_of, sha256, write_json
 from lgd.pipeline import all_shards as shards_of
 from lgd.store.cache import cache_latents
-from lgd.store.index import Searcher, build_index, problems
+from lgd.store.index import build_index
 from lgd.store.latents import Store
+from lgd.store.search import Searcher, problems
 from lgd.store.sidecar import is_complete
 from lgd.store.supervision import recipe_of
 
@@ -85,12 +86,10 @@ def fill_and_wait(forks, config, seconds):
     process = forks.Process(target=fill, args=(config,))
     process.start()
     process.join(seconds)
-    killed = process.is_alive()
-    if killed:
-        process.kill()
+    process.kill()
     process.join()
-    assert process.exitcode == (-signal.SIGKILL if killed else 0)
-    return killed
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
 
 
 def committed_parts(folder, contents):
