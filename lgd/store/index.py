@@ -2,7 +2,7 @@
 
 Run by `lgd build-index`; it leaves DIR/index/ as `lgd.store.search` describes it, which also opens it.
 
-`latents.index: auto` chooses by size. Measured on 2 cores that others shared, one query on one core, with vectors of 512
+`latents.index: auto` chooses by size. Measured on 2 cores that others shared, one query on one core; vectors of 512
 dimensions clustered by level and slide, of a flatter spectrum (1/k) than a teacher's, which is the harder case:
 
     rows                                 1e3      1e4      1e5     1e6

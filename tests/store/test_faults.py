@@ -50,25 +50,25 @@ def test_caching_that_is_killed_goes_on_with_the_unfinished_parts(
     small_parts, change, contents, forks, fault_count, tmp_path
 ):
     """Kills at random moments; whatever was committed is whole and stays, and the end is as if nothing had happened."""
-    dice, kills, rounds, early, parts_kept = random.Random(0), 0, 0, 0, []
-    began = time.monotonic()
-    timed = change(small_parts, latents={"dir": str(tmp_path / "timed")})
-    fill_and_wait(forks, timed, None)
+    dice, kills, rounds, kept = random.Random(0), 0, 0, []
+    for attempt in range(2):
+        # The first time the processes' server is started.
+        began = time.monotonic()
+        fill_and_wait(forks, change(small_parts, latents={"dir": str(tmp_path / f"timed-{attempt}")}), None)
     whole = time.monotonic() - began
     while kills < fault_count(100):
         config = change(small_parts, latents={"dir": str(tmp_path / f"round-{rounds}")})
         folder = Path(config.latents.dir)
         committed: dict[str, int] = {}
         for _ in range(4):
-            killed = fill_and_wait(forks, config, dice.uniform(0.05, 0.9) * whole)
-            kills += killed
+            killed = fill_and_wait(forks, config, dice.uniform(0.1, 0.9) * whole)
             there = committed_parts(folder, contents)
             assert committed.items() <= there.items(), "a finished part was made again"
-            early += len(there) == 0
             committed = there
             if not killed:
                 break
-        parts_kept.append(len(committed))
+            kills += 1
+            kept.append(len(committed))
         finished = (folder / "store.json").exists()
         store, computed = cache_latents(config, shards_of(config), workers=0)
         assert computed == (0 if finished else len(shards_of(config)) - len(committed))
@@ -78,7 +78,7 @@ def test_caching_that_is_killed_goes_on_with_the_unfinished_parts(
         rounds += 1
         shutil.rmtree(folder)
     # The moments were spread over the run, or the test shows little.
-    assert any(0 < kept < len(contents) // 2 for kept in parts_kept)
+    assert any(0 < parts < len(shards_of(small_parts)) for parts in kept), kept
 
 
 def fill_and_wait(forks, config, seconds):
