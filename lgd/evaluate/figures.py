@@ -117,12 +117,13 @@ def reliability_diagram(scored: Sequence[Predictions], path: str | Path) -> None
 
 
 def contact_sheet(rows: Sequence[Query], path: str | Path) -> None:
-    """A row a query: its H&E, its own IHC, and the IHCs that it found with level, slide and distance.
+    """A row a query: its H&E, its own IHC (if any query has one), and the IHCs that it found with level and distance.
 
     The frame of a found IHC, and that of the H&E for its predicted level, tells how far the level is from the
     query's true one.
     """
-    columns = 2 + max((len(row.neighbours) for row in rows), default=0)
+    first = 1 + any(row.ihc is not None for row in rows)
+    columns = first + max((len(row.neighbours) for row in rows), default=0)
     # The caption of a panel has up to five lines.
     figure = _figure(1.9 * columns, 2.7 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -137,15 +138,16 @@ def contact_sheet(rows: Sequence[Query], path: str | Path) -> None:
             _panel(axes[1], row.ihc, ["IHC query", f"true level {true}", *vote], None)
         else:
             _panel(axes[0], row.he, ["H&E query", *lines, *vote], frame)
-            _panel(axes[1], row.ihc, ["its own IHC", "not given to the student", "", f"true level {true}"], None)
-        for rank, (ax, found) in enumerate(zip(axes[2:], row.neighbours, strict=False), 1):
+            if first == 2:
+                _panel(axes[1], row.ihc, ["its own IHC", "not given to the student", "", f"true level {true}"], None)
+        for rank, (ax, found) in enumerate(zip(axes[first:], row.neighbours, strict=False), 1):
             agreement = _agreement(row.level, found.level)
             slide = f"slide {_short(found.slide or 'unknown')} ({found.split})"
             level = f"level {_level_name(found.level)}, {agreement[2]}"
             distance = f"found {rank}, distance {found.distance:.3f}"
             twin = [f"near-duplicate of {_short(found.duplicate_of)}"] if found.duplicate_of else []
             _panel(ax, found.image, [distance, _short(found.key), slide, level, *twin], agreement)
-        for ax in axes[2 + len(row.neighbours) :]:
+        for ax in axes[first + len(row.neighbours) :]:
             ax.set_axis_off()
     _save(figure, path)
 
