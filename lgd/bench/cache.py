@@ -37,7 +37,7 @@ from lgd.store.supervision import recipe_of
 MARK = 0.95
 BATCH = 4
 """Patches in a forward pass: few, so that many are counted."""
-_SHARDS = 2
+_SHARDS = 1
 """Shards for every thread."""
 
 Patch = tuple[bytes, bytes, float | None]
@@ -211,7 +211,7 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     teacher = teacher_in(folder / "teacher", settings.size)
     ratios, facts = [], {"input": inputs.described(), "teacher": "resnet10, untrained", "batch": BATCH}
     shown = settings.cached + 2 * _head(settings)
-    for name, pairs, tile in (("cache", shown, 0), ("cache: tiles", -(-shown // 4), settings.side // 4)):
+    for name, pairs, tile in (("cache", shown, 0), ("cache: tiles", -(-shown // 2), settings.side // 4)):
         some = Inputs(replace(settings, images=images, pairs=pairs), folder / name.replace(": ", "-"))
         shards = some.folder / "cached"
         size = max(BATCH, pairs * (16 if tile else 1) // (_SHARDS * settings.workers))

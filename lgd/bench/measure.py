@@ -58,7 +58,7 @@ class Settings:
     stored: int = 40_000
     """Rows of the store that `store-plan` and `store-random` read: 0.7 GB."""
     cached: int = 32
-    """Patches that `cache` counts in a round; four times as many tiles."""
+    """Patches that `cache` counts in a round; eight times as many tiles."""
     part_mb: float = 100.0
     """Megabytes of a part that `store-write` writes."""
     rows: int = 100_000

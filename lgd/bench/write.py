@@ -1,11 +1,15 @@
 """`store-write`: writing parts, checksummed and flushed, against a raw write of the same bytes.
 
 A is `part_writer`, which takes rows in batches, lays them out by column, and hashes, flushes, renames and describes
-the part. B writes the bytes of such a part from memory to one file, in one call, and flushes it.
+the part. B writes the bytes of such a part from memory to one file, in one call, and flushes it. Both have as many
+parts in hand as caching has.
 """
 
+import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,9 @@ import numpy as np
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
 from lgd.bench.store import random_rows, shard_of
+from lgd.data.shards import Shard
+from lgd.files import sync
+from lgd.store.cache import SHARDS_AT_ONCE
 from lgd.store.sidecar import part_name
 from lgd.store.writer import part_writer
 
@@ -40,25 +47,30 @@ def writing(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tup
     parts = [folder / "parts" / f"{part_name(shard)}.h5" for shard in shards]
     raws = [folder / f"raw-{number}" for number in range(_PARTS)]
 
-    def ours() -> Rate:
+    def write_part(shard: Shard) -> None:
+        with part_writer(folder, shard, {}) as writer:
+            for batch in batches:
+                writer.add(batch)
+
+    def write_raw(path: Path) -> None:
+        with open(path, "wb", buffering=0) as file:
+            file.write(content)
+            os.fsync(file.fileno())
+
+    def in_hand(write: Callable[[Any], None], files: Sequence[Any]) -> Rate:
         def work() -> int:
-            for shard in shards:
-                with part_writer(folder, shard, {}) as writer:
-                    for batch in batches:
-                        writer.add(batch)
-            return _PARTS * len(content)
+            # As caching has them.
+            with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+                list(pool.map(write, files))
+            return len(files) * len(content)
 
         return timed(work)
+
+    def ours() -> Rate:
+        return in_hand(write_part, shards)
 
     def bare() -> Rate:
-        def work() -> int:
-            for raw in raws:
-                with open(raw, "wb", buffering=0) as file:
-                    file.write(content)
-                    os.fsync(file.fileno())
-            return _PARTS * len(content)
-
-        return timed(work)
+        return in_hand(write_raw, raws)
 
     def removed(side: Callable[[], Rate], files: Sequence[Path]) -> Rate:
         rate = side()
@@ -73,14 +85,38 @@ def writing(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tup
     assert all(raw.stat().st_size == part.stat().st_size for raw, part in zip(raws, parts, strict=True))
     ratio = alternate(
         "store-write",
-        f"parts of {len(content) / 1e6:.0f} MB, hashed and flushed / raw write + fsync",
+        f"parts of {len(content) / 1e6:.0f} MB, {SHARDS_AT_ONCE} in hand, hashed and flushed / raw write + fsync",
         0.85,
         lambda: removed(ours, [*parts, *(part.with_suffix(".json") for part in parts)]),
         lambda: removed(bare, raws),
         settings.rounds,
         tell,
     )
-    return ratio, {"parts_a_round": _PARTS, "rows_a_part": rows, "bytes_a_part": len(content)}
+    facts = {
+        "parts_a_round": _PARTS,
+        "rows_a_part": rows,
+        "bytes_a_part": len(content),
+        "ms_a_part_alone": alone(raws[0], content),
+    }
+    return ratio, facts
+
+
+def alone(path: Path, content: bytes) -> dict[str, float]:
+    """Milliseconds of what a part needs, one after the other: where the time of a round goes. The least of three."""
+    steps: dict[str, Callable[[], Any]] = {
+        "write": lambda: path.write_bytes(content),
+        "flush": lambda: sync(path),
+        "sha256": lambda: hashlib.sha256(content),
+    }
+    found = dict.fromkeys(steps, float("inf"))
+    for _ in range(3):
+        path.unlink(missing_ok=True)
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            found[name] = min(found[name], 1e3 * (time.perf_counter() - began))
+    path.unlink()
+    return found
 
 
 def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:

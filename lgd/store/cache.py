@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lgd import distribute
 from lgd.config import Config, DataError
 from lgd.data.shards import Shard
@@ -86,8 +88,7 @@ class Cacher:
         self.config, self.recipe, self.tick = config, recipe, tick or (lambda done: None)
         self.supervision = Supervision(config.teacher.dir, recipe)
         self._pool = ThreadPoolExecutor(config.data.threads, thread_name_prefix="lgd-prepare")
-        # A GPU does one thing at a time; cores would stand idle.
-        self._turn = threading.Semaphore(1 if self.supervision.device == "cuda" else SHARDS_AT_ONCE)
+        self._turn = threading.Lock()
         self._counting, self._stopping = threading.Lock(), threading.Event()
 
     def __call__(self, shard: Shard) -> int:
@@ -98,12 +99,17 @@ class Cacher:
         prepared = distribute.ahead(self._pool, prepare, range(shard.samples), count=batch)
         with part_writer(place(self.config.latents.dir), shard, self.recipe) as writer:
             while samples := list(itertools.islice(map(self._counted, prepared), batch)):
-                # While one shard's thread has the teacher, the pool prepares the next samples of both.
-                with self._turn:
-                    rows = make.rows(samples)
-                writer.add(stored(rows, samples, shard, self.recipe["dtype"], writer.rounding))
+                writer.add(stored(self._rows(samples), samples, shard, self.recipe["dtype"], writer.rounding))
         reader.close()
         return shard.samples
+
+    def _rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        if self.supervision.device == "cpu":
+            # More threads than the pool's would only push each other's work out of the caches.
+            return self._pool.submit(self.supervision.rows, samples).result()
+        # One batch after the other; meanwhile the pool prepares the next ones.
+        with self._turn:
+            return self.supervision.rows(samples)
 
     def _counted(self, sample: Sample) -> Sample:
         if self._stopping.is_set():

@@ -23,6 +23,8 @@ from lgd.store.latents import Store
 
 Arrays = dict[str, np.ndarray]
 
+_CPU_BATCH = 4
+
 
 def recipe_of(config: Config) -> dict[str, Any]:
     """Everything that the stored numbers depend on, beside the shards."""
@@ -91,7 +93,14 @@ class Supervision:
     def rows(self, samples: Sequence[Sample]) -> Arrays:
         """The rows of prepared samples, float32: `pooled` (B, views, D), `map` (B, views, D, m, m), and the targets."""
         stacked = {name: np.stack([sample.images[name] for sample in samples]) for name in samples[0].images}
-        return _teacher_rows(stacked.pop("ihc"), self.teacher, self.recipe) | stacked
+        ihc_BHW3 = stacked.pop("ihc")
+        # Activations of more images fall out of a processor's cache: 13 instead of 7 ms each, of 256 px (resnet10).
+        size = _CPU_BATCH if self.device == "cpu" else len(ihc_BHW3)
+        runs = [
+            _teacher_rows(ihc_BHW3[start : start + size], self.teacher, self.recipe)
+            for start in range(0, len(ihc_BHW3), size)
+        ]
+        return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]} | stacked
 
 
 def stored(
@@ -207,7 +216,7 @@ def _teacher_rows(ihc_BHW3: np.ndarray, teacher: Any, recipe: dict[str, Any]) ->
     half = torch.autocast(device.type, torch.bfloat16, enabled=recipe["precision"] == "bf16")
     with torch.inference_mode(), half:
         for view in range(recipe["views"]):
-            out = teacher(d4(ihc_B3HW, torch.full((len(ihc_B3HW),), view)))
+            out = teacher(d4(ihc_B3HW, torch.full((len(ihc_B3HW),), view)) if view else ihc_B3HW)
             pooled.append(out["pooled"])
             if recipe["map"]:
                 maps.append(F.adaptive_avg_pool2d(out["map"], recipe["map"]))
