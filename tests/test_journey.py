@@ -29,7 +29,7 @@ def readme_commands(heading: str) -> list[list[str]]:
     block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
     assert block
     lines = block[1].replace("\\\n", " ").splitlines()
-    return [shlex.split(line)[1:] for line in lines if line.startswith("lgd ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("lgd ")]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -66,6 +66,12 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
         assert re.search(rf"\[{stage}\] reused, nothing changed", second.err), stage
     assert second.out == first.out
     assert (tmp_path / "demo" / "student" / "model.safetensors").stat().st_mtime_ns == weights
+
+    for command in readme_commands("The feature store"):
+        here = {"configs/demo.yaml": str(tmp_path / "demo" / "config.yaml")}
+        lgd(*(here.get(arg, arg.replace("runs/demo", str(tmp_path / "demo"))) for arg in command))
+    told = capsys.readouterr().out
+    assert "vote" in told and "re-encoded 16 rows" in told and "latents: no problems" in told
 
     # Another learning rate is another network: the finished one is not overwritten unasked.
     assert main([*args, "--train.lr", "0.002"]) == 1

@@ -249,6 +249,8 @@ def _queries(store: Store, latents: Latents, gallery: list[str], seed: int) -> t
     """Held-out queries (n, D), and what they are."""
     random = np.random.default_rng(seed)
     others = [part for part in store.parts if part.split not in gallery]
+    # Probes are chosen by these, and nothing is chosen by a test split where there is another.
+    others = [part for part in others if part.split == "val"] or others
     source = Latents(others) if others else latents
     row_n = np.sort(random.choice(source.rows, min(_QUERIES, source.rows), replace=False, shuffle=False))
     vectors_nD = source.at(row_n)

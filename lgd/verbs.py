@@ -1,0 +1,290 @@
+"""What each verb takes and does; `lgd.cli` runs one.
+
+A verb adds its arguments to a parser, and gives the function that is then called with what was parsed.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lgd.config import Config, ConfigError, DataError
+from lgd.options import add_config_arguments, add_option_arguments, config_of
+from lgd.tables import print_csv, print_table
+
+Run = Callable[[Any, Any], None]
+
+
+def _plain(namespace: Any, kind: type) -> Any:
+    """The options dataclass of a verb, from a parsed command line."""
+    return kind(**{name: namespace[name] for name in kind.__dataclass_fields__})  # type: ignore[attr-defined]
+
+
+def _synth(parser: Any) -> Run:
+    from lgd.data.synth import SynthOptions, synthesise
+
+    parser.add_argument("out", help="folder to write to")
+    add_option_arguments(parser, SynthOptions, skip=("out",))
+
+    def run(parser: Any, namespace: Any) -> None:
+        options = _plain(namespace, SynthOptions)
+        made = synthesise(options)
+        done = "reused" if made.get("reused") else "drew"
+        print(f"{done} {options.pairs} pairs of {made['slides']} slides: {options.out}")
+
+    return run
+
+
+def _build_shards(parser: Any) -> Run:
+    from lgd.data.shards import ShardOptions, build
+    from lgd.distribute import disconnect, map_with
+
+    add_option_arguments(parser, ShardOptions)
+
+    def run(parser: Any, namespace: Any) -> None:
+        options = _plain(namespace, ShardOptions)
+
+        def map_jobs(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Any:
+            return map_with(lambda: function, jobs, workers=options.workers, what="--workers", use_gpus=False)
+
+        try:
+            manifest = build(options, map_jobs)
+        finally:
+            disconnect()
+        rows = []
+        for name, split in manifest["splits"].items():
+            size = sum(shard["bytes"] for shard in split["shards"]) / 1e6
+            shards = len(split["shards"])
+            rows.append({"split": name, "samples": split["samples"], **split["levels"], "shards": shards, "MB": size})
+        print_table(rows)
+        sources = manifest["sources"]
+        left_out = f", {sources['rejected']} left out (rejected.csv)" if sources["rejected"] else ""
+        done = "reused, nothing changed" if manifest.get("reused") else "built"
+        print(f"{done}: {options.out} (from {sources['pairs']} pairs{left_out})")
+
+    return run
+
+
+def _stage(name: str) -> Callable[[Any], Run]:
+    """A verb that runs one stage of the pipeline."""
+
+    def add(parser: Any) -> Run:
+        add_config_arguments(parser)
+
+        def run(parser: Any, namespace: Any) -> None:
+            from lgd import pipeline
+            from lgd.distribute import disconnect
+
+            try:
+                table = getattr(pipeline, name)(config_of(parser, namespace))
+            finally:
+                disconnect()
+            if table:
+                print(table)
+
+        return run
+
+    return add
+
+
+def _demo(parser: Any) -> Run:
+    parser.add_argument("--pairs", type=int, default=720, help="patch pairs of virtual tissue")
+    parser.add_argument("--size", type=int, default=192, help="their side in pixels")
+    add_config_arguments(parser)
+
+    def run(parser: Any, namespace: Any) -> None:
+        from lgd import pipeline
+
+        config = config_of(parser, namespace)
+        print("\n" + pipeline.demo(config, namespace.pairs, namespace.size))
+        out = Path(config.run.dir)
+        print("\nHeld-out slides of virtual tissue, which is not tissue: this shows that the parts work together.")
+        print(f"report         {Path(config.report.dir) / 'summary.md'}")
+        print(f"contact sheet  {Path(config.report.dir) / 'queries.png'}")
+        print(f"curves         tensorboard --logdir {out}")
+        print(f"try next       lgd query --config {out / 'config.yaml'} -k 5 {pipeline.tissue_dir(config)}/HE/test")
+
+    return run
+
+
+def _images(parser: Any, nargs: str) -> None:
+    parser.add_argument("images", nargs=nargs, help="H&E image files, folders or patterns")
+    parser.add_argument("--model", default="", help="folder of the student; or give --config")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+
+
+def _model(parser: Any, namespace: Any) -> tuple[str, Config | None]:
+    """The student's folder, from --model or --config."""
+    config = config_of(parser, namespace) if namespace.config else None
+    folder = namespace.model or (config.student.dir if config else "")
+    if not folder:
+        raise ConfigError("name the student: --model DIR, or --config F of its run")
+    return folder, config
+
+
+def _predict(parser: Any) -> Run:
+    _images(parser, "+")
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+    parser.add_argument("--slides", default="", help="CSV with columns key,slide: one row a slide")
+    add_config_arguments(parser)
+
+    def run(parser: Any, namespace: Any) -> None:
+        from lgd.evaluate import predict
+
+        folder, _ = _model(parser, namespace)
+        paths = predict.find_images(namespace.images)
+        slides = Path(namespace.slides) if namespace.slides else None
+        rows = predict.predict(predict.load_scorer(folder), paths, slides)
+        if namespace.json:
+            print(json.dumps(rows, indent=1, ensure_ascii=False))
+            return
+        flat = [{**{k: v for k, v in row.items() if k != "probabilities"}, **row["probabilities"]} for row in rows]
+        if namespace.csv:
+            print_csv(flat)
+        else:
+            print_table(flat)
+
+    return run
+
+
+def _query(parser: Any) -> Run:
+    _images(parser, "*")
+    parser.add_argument("--key", nargs="+", default=[], help="keys of stored patches, whose IHC latents are the query")
+    parser.add_argument("--store", default="", help="folder of the feature store; or give --config")
+    parser.add_argument("-k", type=int, default=5, help="neighbours of each query")
+    parser.add_argument("--split", default="", help="search these splits of the index only, such as train,val")
+    parser.add_argument("--level", default="", help="search these levels only, such as 2+,3+")
+    parser.add_argument(
+        "--exclude-same-slide",
+        action="store_true",
+        help="leave out patches of the query's own slide, and those of unknown slides",
+    )
+    parser.add_argument("--slides", default="", help="CSV with columns key,slide: the slides of images")
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+    parser.add_argument("--sheet", default="", help="draw the queries and their neighbours into this PNG")
+    add_config_arguments(parser)
+
+    def run(parser: Any, namespace: Any) -> None:
+        from lgd.evaluate import answer, predict, retrieve, sheet
+        from lgd.store.latents import Store
+
+        config = config_of(parser, namespace) if namespace.config else None
+        store_folder = namespace.store or (config.latents.dir if config else "")
+        if not store_folder:
+            raise ConfigError("name the feature store: --store DIR, or --config F of its run")
+        # Keys are answered from the store alone.
+        scorer = predict.load_scorer(_model(parser, namespace)[0]) if namespace.images else None
+        store = Store(store_folder)
+        images = predict.find_images(namespace.images)
+        if namespace.sheet:
+            sheet.check_sheet(len(images) + len(namespace.key), namespace.k)
+        answers = retrieve.query(
+            scorer,
+            store,
+            images,
+            namespace.k,
+            keys=namespace.key,
+            splits=namespace.split.split(",") if namespace.split else None,
+            levels=namespace.level.split(",") if namespace.level else None,
+            exclude_same_slide=namespace.exclude_same_slide,
+            slides=Path(namespace.slides) if namespace.slides else None,
+        )
+        if namespace.sheet:
+            sheet.draw_sheet(store, answers, Path(namespace.sheet))
+        print("\n".join(answer.summary(store, answers)), file=sys.stderr)
+        if namespace.json:
+            print(json.dumps(answer.as_json(answers), indent=1, ensure_ascii=False))
+        elif namespace.csv:
+            print_csv(answer.as_rows(answers))
+        else:
+            print_table(answer.as_table(answers))
+
+    return run
+
+
+def _export(parser: Any) -> Run:
+    from lgd.store.export import ExportOptions, export
+
+    add_option_arguments(parser, ExportOptions)
+
+    def run(parser: Any, namespace: Any) -> None:
+        options = _plain(namespace, ExportOptions)
+        rows = export(options)
+        print(f"wrote {sum(row['patches'] for row in rows)} latents in {len(rows)} files: {options.out}")
+
+    return run
+
+
+def _verify(parser: Any) -> Run:
+    parser.add_argument("folder", help="a shard folder, a feature store (or the url of one) or a checkpoint")
+    parser.add_argument("--reencode", type=int, default=0, help="rows of a store to run the teacher on again")
+    parser.add_argument("--teacher", default="", help="folder of the teacher, if it is not where it was")
+
+    def run(parser: Any, namespace: Any) -> None:
+        from lgd.check import check
+        from lgd.files import place
+
+        folder = place(namespace.folder)
+        what, problems, told = check(folder, namespace.reencode, namespace.teacher)
+        for line in told:
+            print(line)
+        if problems:
+            raise DataError(f"{what} {folder} has {len(problems)} problem(s):\n" + "\n".join(problems))
+        print(f"{what} {folder}: no problems")
+
+    return run
+
+
+def _doctor(parser: Any) -> Run:
+    parser.add_argument("--gpu", action="store_true", help="try a bf16 step and a FAISS search on the GPU")
+
+    def run(parser: Any, namespace: Any) -> None:
+        from lgd.doctor import examine
+
+        findings = examine(namespace.gpu)
+        for finding in findings:
+            print(f"{finding.state:7} {finding.name:13} {finding.detail}")
+        if any(finding.state == "broken" for finding in findings):
+            raise DataError("something is broken: see the lines above")
+
+    return run
+
+
+def _bench(parser: Any) -> Run:
+    from lgd.bench.measure import Settings
+    from lgd.bench.suite import BENCHMARKS, bench, rows, summary
+
+    parser.add_argument("name", nargs="?", default="", help=f"one of {', '.join(BENCHMARKS)}; by default all")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    shown = ("images", "size", "batch", "threads", "seconds", "rounds", "teacher", "rows")
+    hidden = [name for name in Settings.__dataclass_fields__ if name not in shown]
+    add_option_arguments(parser, Settings, skip=hidden)
+
+    def run(parser: Any, namespace: Any) -> None:
+        document = bench(namespace.name, Settings(**{name: namespace[name] for name in shown}))
+        if namespace.json:
+            print(json.dumps(document, indent=1, ensure_ascii=False))
+            return
+        print_table(rows(document))
+        print(summary(document))
+
+    return run
+
+
+VERBS: dict[str, tuple[str, Callable[[Any], Run]]] = {
+    "demo": ("the whole pipeline on virtual tissue, on this machine, in minutes", _demo),
+    "synth": ("draw virtual tissue in the BCI layout, with a truth.csv", _synth),
+    "build-shards": ("pack paired patches into WebDataset shards", _build_shards),
+    "train-teacher": ("train the IHC encoder and freeze it", _stage("train_teacher")),
+    "cache-latents": ("fill the feature store with latents and domain targets", _stage("cache_latents")),
+    "build-index": ("build the FAISS index and measure its recall", _stage("build_index")),
+    "train": ("train the H&E student", _stage("train_student")),
+    "evaluate": ("score the held-out split and write the report", _stage("evaluate")),
+    "predict": ("HER2 level and probabilities of H&E images", _predict),
+    "query": ("the nearest IHC latents of H&E images or of stored patches", _query),
+    "export-latents": ("write a store's latents in TRIDENT's HDF5 layout, for other tools", _export),
+    "verify": ("check a shard folder, a feature store or a checkpoint end to end", _verify),
+    "doctor": ("what this machine has and lacks", _doctor),
+    "bench": ("how fast the parts are, as ratios against a bare loop or a peer", _bench),
+}
