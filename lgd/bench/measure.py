@@ -57,7 +57,7 @@ class Settings:
     """Parts, of 512 rows each, that `memory` opens."""
     stored: int = 40_000
     """Rows of the store that `store-plan` and `store-random` read: 0.7 GB."""
-    cached: int = 32
+    cached: int = 48
     """Patches that `cache` counts in a round; eight times as many tiles."""
     part_mb: float = 100.0
     """Megabytes of a part that `store-write` writes."""

@@ -176,6 +176,11 @@ def _begun(sizes: Sequence[int], batch: int, world: World) -> dict[str, Any]:
 
 def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
     """Megabytes by which private memory grows in a million samples, and by a million rows."""
+    rows: dict[str, Any] = {}
+    if _ROLLUP.exists():
+        tell(f"opening a store of {settings.opened} parts")
+        # First, since memory that something else has freed would be taken again and not be seen.
+        rows = opened(inputs.folder / "tiny-store", settings.opened)
     plan = plan_at_scale(settings.plan_shards, 10_000)
     ours = plan["rank 0 of 1"]
     tell(
@@ -192,8 +197,6 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
             for name, text in texts.items()
         ]
         return Outcome(ratios=ratios, facts={"plan": plan})
-    tell(f"opening a store of {settings.opened} parts")
-    rows = opened(inputs.folder / "tiny-store", settings.opened)
     found = readings(tiny_shards(inputs.folder), settings.stream, settings.workers)
     warm = found[found[:, 0] >= found[0, 0] + _WARM * (found[-1, 0] - found[0, 0])]
     # Bytes a sample are megabytes a million; what is left of a line without a slope is rounding.
