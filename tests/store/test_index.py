@@ -144,7 +144,7 @@ def test_ivf_probes_until_it_reaches_the_recall(store):
     few, _ = build_index(store, "IVF10,Flat", ["train"], recall=0.4, seed=0)
     document, _ = build_index(store, "IVF10,Flat", ["train"], recall=1.0, seed=0)
     assert document["recall_at_10"] == 1 and few["nprobe"] < document["nprobe"] <= 10
-    assert Searcher(store)._index.nprobe == document["nprobe"]
+    assert Searcher(store).index.nprobe == document["nprobe"]
     held_out = store.parts[1].array("pooled")[:, 0]
     found = keys_found(store, held_out)
     build_index(store, "Flat", ["train"], recall=0.99, seed=0)

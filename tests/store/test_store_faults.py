@@ -61,7 +61,9 @@ def test_caching_that_is_killed_goes_on_with_the_unfinished_parts(
         folder = Path(config.latents.dir)
         committed: dict[str, int] = {}
         for _ in range(4):
-            killed = fill_and_wait(forks, config, dice.uniform(0.1, 0.9) * whole)
+            # By the clock, which mostly meets the start, and in turn while a part further is written.
+            further = len(committed) + dice.randrange(8) if kills % 2 else None
+            killed = fill_and_wait(forks, config, dice.uniform(0.1, 0.9) * whole, further)
             there = committed_parts(folder, contents)
             assert committed.items() <= there.items(), "a finished part was made again"
             committed = there
@@ -81,11 +83,20 @@ def test_caching_that_is_killed_goes_on_with_the_unfinished_parts(
     assert any(0 < parts < len(shards_of(small_parts)) for parts in kept), kept
 
 
-def fill_and_wait(forks, config, seconds):
-    """Run caching in a process, killed after so many seconds if it still runs; tells whether it was."""
+def fill_and_wait(forks, config, seconds, parts=None):
+    """Run caching in a process, killed after so many seconds, or when there are more than so many parts.
+
+    Tells whether it was killed before its end.
+    """
     process = forks.Process(target=fill, args=(config,))
     process.start()
-    process.join(seconds)
+    if parts is None:
+        process.join(seconds)
+    else:
+        folder = Path(config.latents.dir) / "parts"
+        while process.is_alive() and len(list(folder.glob("*.json"))) <= parts:
+            time.sleep(0.001)
+        time.sleep(seconds / 100)
     process.kill()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
