@@ -11,6 +11,7 @@ import pytest
 from lgd.cli import main
 from lgd.files import read_json
 from lgd.options import load_config
+from lgd.store.latents import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -68,7 +69,9 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
     assert (tmp_path / "demo" / "student" / "model.safetensors").stat().st_mtime_ns == weights
 
     for command in readme_commands("The feature store"):
-        here = {"configs/demo.yaml": str(tmp_path / "demo" / "config.yaml")}
+        # The key is one of the demo's 720 patches, and these are 48.
+        key = Store(tmp_path / "demo" / "latents").parts[0].first
+        here = {"configs/demo.yaml": str(tmp_path / "demo" / "config.yaml"), "00001_train_3+": key}
         lgd(*(here.get(arg, arg.replace("runs/demo", str(tmp_path / "demo"))) for arg in command))
     told = capsys.readouterr().out
     assert "vote" in told and "re-encoded 16 rows" in told and "latents: no problems" in told
