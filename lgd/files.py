@@ -15,7 +15,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
+
+import xxhash
 
 from lgd.config import DataError
 from lgd.urls import FULL, MissingError, RemoteError, call, is_remote, place, upload
@@ -201,6 +203,22 @@ def sha256(path: str | Path) -> str:
     """SHA-256 of a local file's content, as hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def xxh3(file: BinaryIO) -> str:
+    """XXH3-128 of what is left to read of an open file, as hexadecimal: finds damage, at ten times SHA-256's speed.
+
+    It finds no malice: whoever reads the file must bear any content.
+    """
+    return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
+
+
+def matches(path: str | Path, digest: str) -> bool:
+    """Whether a local file has this SHA-256 (64 digits) or XXH3-128 (32)."""
+    if len(digest) == 64:
+        return sha256(path) == digest
+    with open(path, "rb") as file:
+        return xxh3(file) == digest
 
 
 def digest_of(document: Any) -> str:

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lgd.config import DataError
-from lgd.files import sha256, sync
+from lgd.files import matches, sync
 from lgd.urls import FULL, call, is_remote, place
 
 
 def fetch(path: str | Path, digest: str | None = None, size: int | None = None, *, name: str = "") -> Path:
     """The local path of a file; one behind a url is copied into the cache first, unless it is there.
 
-    `digest`, `size`: SHA-256 and bytes that the file must have, checked when it is copied. A copy is found again by
-    its digest; where there is none, by its url and `name`, which must change with the content. Threads and processes
-    that want the same file copy it once. Another process may evict the copy before it is opened: `open_file` sees to
-    that. Raises `DataError` for a file that is not as stated, twice, or does not fit, and as `lgd.urls.call` does.
+    `digest`, `size`: SHA-256 or XXH3-128, and bytes, that the file must have, checked when it is copied. A copy is
+    found again by its digest; where there is none, by its url and `name`, which must change with the content. Threads
+    and processes that want the same file copy it once. Another process may evict the copy before it is opened:
+    `open_file` sees to that. Raises `DataError` for a file that is not as stated, twice, or does not fit, and as
+    `lgd.urls.call` does.
     """
     url: Any = place(path)
     if not is_remote(url):
@@ -99,8 +100,8 @@ def _download(url: Any, copy: Path, digest: str | None, size: int | None, limit:
             found = temporary.stat().st_size
             if size is not None and found != size:
                 problem = f"has {found} bytes instead of {size}"
-            elif digest and sha256(temporary) != digest:
-                problem = "has another sha256 than is stated"
+            elif digest and not matches(temporary, digest):
+                problem = "has another digest than is stated"
             else:
                 break
             if last:

@@ -83,19 +83,24 @@ def test_results_come_from_all_workers_and_each_makes_its_function_once():
     assert here == [(9, os.getpid(), 1)]
 
 
-def meeting(folder):
-    """A function that ends only when another call of it runs in the same process."""
+def meeting(first):
+    """A function that ends, for the `first` arguments, only when another call of it runs in the same process.
+
+    Of the others a worker may be given an odd number.
+    """
 
     def make():
         barrier = threading.Barrier(2, timeout=60)
-        return lambda number: (barrier.wait() >= 0, number, os.getpid())
+        return lambda number: (number >= first or barrier.wait() >= 0, number, os.getpid())
 
     return make
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_worker_has_several_arguments_at_once_where_it_may(workers, tmp_path):
-    results = list(distribute.map_with(meeting(tmp_path), list(range(8)), workers=workers, what="x", at_once=2))
+def test_a_worker_has_several_arguments_at_once_where_it_may(workers):
+    results = list(
+        distribute.map_with(meeting(2 * max(1, workers)), list(range(8)), workers=workers, what="x", at_once=2)
+    )
     assert sorted(number for _, number, _ in results) == list(range(8))
     assert len({pid for _, _, pid in results}) == max(1, workers)
 

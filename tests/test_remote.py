@@ -145,7 +145,7 @@ def test_a_damaged_download_is_tried_once_more(web, cache):
     assert fetch(url, digest, size).read_bytes() == web.files["a.tar"] and web.sent["a.tar"] == 2
     fetch(url, digest).unlink()
     web.faults["a.tar"] = [flipped, flipped]
-    with pytest.raises(DataError, match="a.tar has another sha256 than is stated: it was damaged or replaced"):
+    with pytest.raises(DataError, match="a.tar has another digest than is stated: it was damaged or replaced"):
         fetch(url, digest, size)
     with pytest.raises(DataError, match=f"a.tar has {size} bytes instead of 4"):
         fetch(url, digest, 4)

@@ -1,15 +1,17 @@
 """`memory`: what the stream keeps of what it has streamed, what open parts of a store take, and a very large plan.
 
 Private memory (USS) is read while tiny samples run through `training_batches`; its slope after the warm-up is scaled
-to a million samples. The parts of a store of tiny rows are opened and read, all of them; what the process then has
-written to more is scaled to a million rows in parts of 512. The pages of the parts' own files are told apart: they
-are page cache, which the kernel takes back.
+to a million samples. The parts of a store of tiny rows are opened and read, all of them, in a process of its own;
+what it then has written to more is scaled to a million rows in parts of 512. The pages of the parts' own files are
+told apart: they are page cache, which the kernel takes back.
 """
 
 import gc
+import multiprocessing
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,33 +46,43 @@ def private_bytes(kinds: tuple[str, ...] = ("Private_Clean", "Private_Dirty")) -
 
 def opened(folder: Path, parts: int) -> dict[str, Any]:
     """What a store of so many parts of tiny rows takes when all are open and rows of all have been read."""
-    rng, shards = np.random.default_rng(0), [shard_of(folder, number, PART) for number in range(parts)]
-    for number, shard in enumerate(shards):
-        with part_writer(folder, shard, {}) as writer:
-            writer.add(random_rows(number * PART, PART, rng, dim=8))
-    commit(folder, {}, shards, {"shards": [], "teacher": ""})
-
-    def read(store: Store, numbers: Sequence[int]) -> None:
-        rows = Rows(store.parts)
-        for number in numbers:
-            rows.read([number] * 16, range(16), [None] * 16)
-
-    # Imports, and the free memory that every later part finds.
-    read(Store(folder), range(-(-parts // 4)))
-    gc.collect()
-    before = {kind: private_bytes((kind,)) for kind in ("Private_Dirty", "Private_Clean")}
-    store = Store(folder)
-    read(store, range(parts))
-    gc.collect()
-    more = {kind: private_bytes((kind,)) - bytes_ for kind, bytes_ in before.items()}
+    for name, count in (("warm", 4), ("store", parts)):
+        rng, shards = np.random.default_rng(0), [shard_of(folder / name, number, PART) for number in range(count)]
+        for number, shard in enumerate(shards):
+            with part_writer(folder / name, shard, {}) as writer:
+                writer.add(random_rows(number * PART, PART, rng, dim=8))
+        commit(folder / name, {}, shards, {"shards": [], "teacher": ""})
+    # A process of its own: here memory that something else has freed would be taken again and not be seen.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        more = pool.submit(_taken, folder).result()
     return {
         "parts": parts,
         "rows_a_part": PART,
         "bytes_a_part": more["Private_Dirty"] / parts,
         "page_cache_bytes_a_part": more["Private_Clean"] / parts,
         # Bytes a row are megabytes a million.
-        "mb_a_million_rows": more["Private_Dirty"] / store.rows,
+        "mb_a_million_rows": more["Private_Dirty"] / (parts * PART),
     }
+
+
+def _taken(folder: Path) -> dict[str, int]:
+    """Private bytes, by kind, that opening and reading the store in `folder` takes; a small one is used before."""
+
+    def read(name: str) -> tuple[Store, Rows]:
+        store = Store(folder / name)
+        rows = Rows(store.parts)
+        for number in range(len(store.parts)):
+            rows.read([number] * 16, range(16), [None] * 16)
+        gc.collect()
+        return store, rows
+
+    def private() -> dict[str, int]:
+        return {kind: private_bytes((kind,)) for kind in ("Private_Dirty", "Private_Clean")}
+
+    kept = [read("warm")]
+    before = private()
+    kept.append(read("store"))
+    return {kind: bytes_ - before[kind] for kind, bytes_ in private().items()}
 
 
 def tiny_shards(folder: Path) -> list[Shard]:
@@ -179,7 +191,6 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     rows: dict[str, Any] = {}
     if _ROLLUP.exists():
         tell(f"opening a store of {settings.opened} parts")
-        # First, since memory that something else has freed would be taken again and not be seen.
         rows = opened(inputs.folder / "tiny-store", settings.opened)
     plan = plan_at_scale(settings.plan_shards, 10_000)
     ours = plan["rank 0 of 1"]

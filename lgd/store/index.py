@@ -36,7 +36,7 @@ import numpy as np
 
 from lgd.config import DataError
 from lgd.distribute import map_with
-from lgd.files import digest_of, exists, is_remote, publish, remove, sha256, write_json
+from lgd.files import digest_of, exists, is_remote, publish, remove, write_json, xxh3
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of, code_bytes
 from lgd.store.latents import Store
@@ -289,7 +289,8 @@ def _published(path: Path, write: Callable[[Path], None]) -> dict[str, Any]:
     """Write a file, and give its size and digest."""
     with publish(path) as temporary:
         write(temporary)
-        return {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+        with open(temporary, "rb") as file:
+            return {"bytes": temporary.stat().st_size, "xxh3": xxh3(file)}
 
 
 def _write(index: Any, path: Path, document: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ Its datasets are contiguous and unfiltered: rows are read where the sidecar says
 only once, after the digest was found right: a file that it describes otherwise is refused.
 """
 
-import hashlib
 import os
 import re
 import threading
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from lgd.config import DataError
+from lgd.files import xxh3
 from lgd.remote import open_file
 from lgd.store.sidecar import REMEDY, layout_of, read_sidecar
 
@@ -126,7 +126,7 @@ class Part:
 
     def _open(self, sidecar: dict[str, Any]) -> BinaryIO:
         try:
-            return open_file(self.path, sidecar["sha256"], sidecar["bytes"])
+            return open_file(self.path, sidecar["xxh3"], sidecar["bytes"])
         except FileNotFoundError as error:
             raise DataError(f"part {self.path} is missing: run lgd cache-latents again") from error
 
@@ -145,7 +145,7 @@ def _file_problem(path: Path, file: BinaryIO, sidecar: dict[str, Any]) -> str | 
     size = os.fstat(file.fileno()).st_size
     if size != sidecar["bytes"]:
         return f"part {path} has {size} bytes and not {sidecar['bytes']}"
-    if hashlib.file_digest(file, "sha256").hexdigest() != sidecar["sha256"]:  # type: ignore[arg-type]
+    if xxh3(file) != sidecar["xxh3"]:
         return f"part {path} does not match its digest"
     try:
         found = _described_by_hdf5(f"/dev/fd/{file.fileno()}")

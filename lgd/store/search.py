@@ -9,7 +9,6 @@ costs their SHA-256 and a look at their structure: 1.1 s and 31 MB at a million 
 Whoever cuts a file short while it is mapped ends the process; `build_index` replaces files instead.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lgd.config import DataError
-from lgd.files import digest_of, exists, read_json
+from lgd.files import digest_of, exists, read_json, xxh3
 from lgd.remote import open_file
 from lgd.store.faiss_file import cells_of, check_file
 from lgd.store.latents import Store
@@ -62,7 +61,7 @@ def read_document(store: Store) -> dict[str, Any]:
         for name in FILES:
             said = document["files"][name]
             # The digest becomes a file's name in the cache of remote files.
-            if type(said["bytes"]) is not int or not re.fullmatch("[0-9a-f]{64}", said["sha256"]):
+            if type(said["bytes"]) is not int or not re.fullmatch("[0-9a-f]{32}", said["xxh3"]):
                 raise ValueError(f"field files.{name} is {said!r:.200}")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} cannot be used ({error}): {_REMEDY}") from error
@@ -75,9 +74,9 @@ def _opened(store: Store, document: dict[str, Any], name: str, read: Callable[[B
     """What `read` makes of a file of the index, which must be as index.json says."""
     path, said = store.folder / "index" / name, document["files"][name]
     try:
-        with open_file(path, said["sha256"], said["bytes"]) as file:
+        with open_file(path, said["xxh3"], said["bytes"]) as file:
             whole = os.fstat(file.fileno()).st_size == said["bytes"]
-            if not whole or hashlib.file_digest(file, "sha256").hexdigest() != said["sha256"]:  # type: ignore[arg-type]
+            if not whole or xxh3(file) != said["xxh3"]:
                 raise DataError(f"{path} does not match its digest: {_REMEDY}")
             return read(file)
     except FileNotFoundError as error:

@@ -17,7 +17,7 @@ from lgd.files import digest_of, read_json, size_of
 FORMAT = "lgd-latents/1"
 REMEDY = "delete it and run lgd cache-latents again"
 
-_DIGEST = re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile("[0-9a-f]{32}")
 _TYPES = re.compile(r"<f2|<f4|\|i1|\|S[1-9]\d{0,3}")
 
 
@@ -36,8 +36,8 @@ def read_sidecar(path: Path) -> dict[str, Any]:
             raise ValueError("it does not match its own digest")
         if sidecar["name"] != path.name.removesuffix(".json"):
             raise ValueError(f"it is of part {sidecar['name']!r:.120}")
-        if not _DIGEST.fullmatch(sidecar["sha256"]):
-            raise ValueError("field sha256 is no digest")
+        if not _DIGEST.fullmatch(sidecar["xxh3"]):
+            raise ValueError("field xxh3 is no digest")
         check_layout(layout_of(sidecar))
         _check_extents(sidecar["datasets"], sidecar["rows"], sidecar["bytes"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:

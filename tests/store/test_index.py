@@ -1,4 +1,5 @@
 import functools
+import io
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from lgd.config import DataError
 from lgd.data.archive import Shard
 from lgd.distribute import disconnect
-from lgd.files import digest_of, read_json, sha256, write_json
+from lgd.files import digest_of, read_json, write_json, xxh3
 from lgd.store import exact, index, search
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of
@@ -357,7 +358,7 @@ def forge(store, name, content, **changes):
         (folder / name).write_bytes(content)
     document = {key: value for key, value in read_json(folder / "index.json").items() if key != "digest"} | changes
     document["files"] = {
-        file: {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)}
+        file: {"bytes": (folder / file).stat().st_size, "xxh3": xxh3(io.BytesIO((folder / file).read_bytes()))}
         for file in ("faiss.index", "keys.npy")
     }
     write_json(folder / "index.json", document | {"digest": digest_of(document)})
@@ -413,7 +414,7 @@ SWEEP = """
 import sys
 import numpy as np
 from lgd.config import DataError
-from lgd.files import digest_of, read_json, sha256, write_json
+from lgd.files import digest_of, read_json, write_json, xxh3
 from lgd.store.latents import Store
 from lgd.store.search import Searcher
 sys.path.insert(0, sys.argv[1])
