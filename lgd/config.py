@@ -36,6 +36,10 @@ class DataError(ValueError):
     """The data or the environment is wrong (exit status 1)."""
 
 
+class Stopped(DataError):
+    """Training was asked to end, and saved a checkpoint."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `condition` holds."""
     if not condition:
@@ -190,14 +194,22 @@ class Train:
     """Share of the steps over which the learning rate rises from 0; it then falls as a cosine."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 for no limit."""
+    compile: bool = False
+    """Compile the network with torch.compile; the first steps take minutes. Needs a C++ compiler."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step always saves one."""
     evaluate_every: int = 0
     """Steps between validations; 0 for once an epoch."""
+    patience: int = 0
+    """Validations without a better `metric` after which training ends; the best network is taken. 0 trains all steps
+    and takes the last one."""
+    metric: Literal["kappa", "macro_f1", "accuracy"] = "kappa"
+    """Validation metric by which the best checkpoint is kept."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept, beside the one with the best validation."""
     resume: str = "auto"
-    """`auto` goes on from the newest complete checkpoint, `never` starts anew, a path goes on from that one."""
+    """`auto` goes on from the newest complete checkpoint; `never` removes them and starts anew; a path goes on from
+    that one, and removes later ones."""
     max_failures: int = 3
     """How often Ray restarts lost workers before the run fails; -1 for always."""
 
@@ -205,7 +217,7 @@ class Train:
         require(self.workers >= 0, f"train.workers is {self.workers}: use 0 (no Ray) or more")
         for name in ("batch", "accumulate", "checkpoint_every", "keep"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: use at least 1")
-        for name in ("weight_decay", "clip", "evaluate_every"):
+        for name in ("weight_decay", "clip", "evaluate_every", "patience"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}: use 0 or more")
         require(self.lr > 0, f"train.lr is {self.lr}: use more than 0")
         require(0 <= self.warmup <= 1, f"train.warmup is {self.warmup}: use a share of the steps, 0 to 1")

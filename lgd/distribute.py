@@ -4,17 +4,20 @@ With 0 workers everything runs in this process, without Ray; under torchrun such
 """
 
 import collections
+import contextlib
 import functools
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lgd.config import ConfigError, DataError
+from lgd.config import ConfigError, DataError, Stopped
 
 # Ray Train prints each line twice otherwise, and warns of a default that does not concern us.
 _QUIET = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -171,7 +174,8 @@ def launch(
     """Run `function(argument)` once in each training worker, with a process group between them.
 
     0 workers: in this process. Otherwise under Ray Train, which restarts the workers up to `max_failures` times
-    when one is lost; `function` must then go on from its own checkpoints.
+    when one is lost; `function` must then go on from its own checkpoints. SIGTERM and Ctrl-C make the file
+    `argument["stop"]`, at whose appearance the workers should save what they have and end.
     """
     if workers == 0:
         function(argument)
@@ -183,10 +187,13 @@ def launch(
 
     use_gpu = bool(ray.cluster_resources().get("GPU", 0))
     note = Path(storage).absolute() / f"{name}.error.txt"
-    note.unlink(missing_ok=True)
+    stop = note.with_suffix(".stop")
+    for old in (note, stop):
+        old.unlink(missing_ok=True)
+    _tell_if_busy(workers, "GPU" if use_gpu else "CPU")
     trainer = TorchTrainer(
         functools.partial(_once, function, note),
-        train_loop_config=argument,
+        train_loop_config=argument | {"stop": str(stop)},
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
         ),
@@ -195,12 +202,77 @@ def launch(
         ),
     )
     try:
-        trainer.fit()
-    except ray.train.TrainingFailedError:
+        with _stopping_by(stop):
+            _in_thread(trainer.fit)
+    except ray.train.TrainingFailedError as error:
         if not note.is_file():
-            raise
+            raise _lost(error, max_failures) from error
     if note.is_file():
         raise DataError(note.read_text())
+
+
+def _tell_if_busy(workers: int, kind: str) -> None:
+    import ray
+
+    free, has = (int(found.get(kind, 0)) for found in (ray.available_resources(), ray.cluster_resources()))
+    if free < workers:
+        print(f"waiting for the cluster: {workers} {kind}s are needed, {free} of {has} are free", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _stopping_by(stop: Path) -> Iterator[None]:
+    """Answer SIGTERM and Ctrl-C by making the file `stop`; the second one ends this process as usual."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def ask(number: int, frame: Any) -> None:
+        stop.parent.mkdir(parents=True, exist_ok=True)
+        stop.touch()
+        for one, handler in before.items():
+            signal.signal(one, handler)
+        print("stopping: the workers end their step and save a checkpoint", file=sys.stderr, flush=True)
+
+    for number in numbers:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        stop.unlink(missing_ok=True)
+
+
+def _in_thread(function: Callable[[], Any]) -> None:
+    """Call a function outside of the main thread, where Ray Train would put its own answer to Ctrl-C in our place."""
+    done: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    done.result()
+
+
+def _lost(error: Any, max_failures: int) -> BaseException:
+    """What to tell of workers that were lost too often; the error itself where they failed by themselves."""
+    import ray
+
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [getattr(failure, "_original_exception", failure) for failure in failures.values()]
+    if causes and all(
+        isinstance(cause, ray.exceptions.RayActorError | ray.exceptions.NodeDiedError) for cause in causes
+    ):
+        return DataError(
+            f"workers were lost more than {max_failures} times (train.max_failures): the same command goes on from the "
+            "last checkpoint"
+        )
+    return error
 
 
 def _once(function: Callable[[dict[str, Any]], None], note: Path, argument: dict[str, Any]) -> None:
@@ -212,4 +284,6 @@ def _once(function: Callable[[dict[str, Any]], None], note: Path, argument: dict
     except (DataError, ConfigError) as error:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(str(error))
-        raise
+        # All workers stop at the same step; where one alone meets an error the others must be ended.
+        if not isinstance(error, Stopped):
+            raise

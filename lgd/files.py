@@ -225,3 +225,26 @@ def digest_of(document: Any) -> str:
     """SHA-256 of a JSON document in its canonical form."""
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def told_differences(there: dict[str, Any], asked: dict[str, Any], place: str) -> str:
+    """A line for each field, by its dotted name, in which two JSON documents differ; `place` is where `there` is."""
+    before, now = _flat(there), _flat(asked)
+    return "\n".join(
+        f"  {name}: {_short(before.get(name))} {place}, {_short(now.get(name))} asked for"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    )
+
+
+def _flat(document: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """The leaves of a document by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, value in document.items():
+        leaves |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return leaves
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 70 else text[:67] + "..."

@@ -71,7 +71,7 @@ def all_shards(config: Config) -> list[Shard]:
 
 def train_teacher(config: Config) -> None:
     """Train the IHC encoder, or reuse the one of the same shards and settings."""
-    from lgd.train.loop import train_under
+    from lgd.train.launch import train_under
 
     with stage("teacher") as told:
         folder = config.teacher.dir
@@ -112,7 +112,7 @@ def train_student(config: Config, run: Config | None = None) -> None:
 
     A baseline is trained as another student of the same `run`, which keeps its own `config.yaml`.
     """
-    from lgd.train.loop import train_under
+    from lgd.train.launch import train_under
 
     with stage(config.student.method) as told:
         folder = config.student.dir

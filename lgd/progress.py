@@ -7,8 +7,11 @@ EVERY = 10.0
 """Seconds between two lines of a log, and before the first."""
 
 
-def progress(total: int, desc: str, unit: str) -> Any:
-    """A tqdm bar with rate and time left on standard error; one that prints whole lines where that is no terminal."""
+def progress(total: int, desc: str, unit: str, done: int = 0) -> Any:
+    """A tqdm bar with rate and time left on standard error; one that prints whole lines where that is no terminal.
+
+    `done`: how much was done before.
+    """
     from tqdm import tqdm
 
     class Lines(tqdm):
@@ -20,5 +23,5 @@ def progress(total: int, desc: str, unit: str) -> Any:
 
     unit = f" {unit}"
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=desc, unit=unit)
-    return Lines(total=total, desc=desc, unit=unit, mininterval=EVERY, ncols=80)
+        return tqdm(total=total, desc=desc, unit=unit, initial=done)
+    return Lines(total=total, desc=desc, unit=unit, initial=done, mininterval=EVERY, ncols=0)

@@ -72,7 +72,8 @@ def tissue_run(tissue_config: Config) -> Config:
     """A run with a trained teacher, a filled store, an index and a trained student. No test may change its folder."""
     from lgd.store.cache import cache_latents
     from lgd.store.index import build_index
-    from lgd.train.loop import split_shards, train_under
+    from lgd.train.launch import train_under
+    from lgd.train.loop import split_shards
 
     config = tissue_config
     train_under(config, "teacher")

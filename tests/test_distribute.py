@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +48,28 @@ def test_two_workers_with_deepspeed_give_the_curve_of_one_process(tissue_run, tm
     assert main(["cache-latents", *options]) == 0
     assert Store(tmp_path / "latents").verify() == []
     assert Store(tmp_path / "latents").rows == Store(tissue_run.latents.dir).rows
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_driver_saves_a_checkpoint_and_the_same_command_goes_on(tissue_run, tmp_path, number):
+    config = tmp_path / "config.yaml"
+    config.write_text(tissue_run.as_yaml())
+    command = [sys.executable, "-m", "lgd", "train", "--config", str(config), "--run.dir", str(tmp_path)]
+    command += ["--student.dir", str(tmp_path / "student"), "--student.method", "he-only", "--train.engine", "torch"]
+    command += ["--train.workers", "2", "--train.batch", "2", "--student.epochs", "40"]
+    log, started = tmp_path / "student" / "log.jsonl", time.monotonic()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not log.is_file() or len(log.read_text().splitlines()) < 5:
+            assert process.poll() is None and time.monotonic() - started < 200, process.communicate()[1]
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=100)
+    assert process.returncode == 1 and not any(line.startswith("Traceback") for line in told.splitlines()), told
+    assert "stopping: the workers end their step and save a checkpoint" in told
+    steps = len(losses(tmp_path / "student"))
+    assert f"lgd: stopped after step {steps} of 400; the same command goes on from there" in told
+    assert (tmp_path / "student" / "checkpoints" / f"step-{steps:08d}" / "state.json").is_file()
+    assert not list((tmp_path / "ray").glob("*.stop"))
 
 
 def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():

@@ -16,7 +16,7 @@ from lgd.data.shards import ShardOptions, build
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.files import read_json
 from lgd.options import load_config
-from lgd.train.loop import train_under
+from lgd.train.launch import train_under
 
 _SIDE = 256
 

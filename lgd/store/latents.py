@@ -15,7 +15,7 @@ import numpy as np
 
 from lgd.config import DataError
 from lgd.data.shards import Shard
-from lgd.files import digest_of, list_folder, place, read_json, remove, write_json
+from lgd.files import digest_of, list_folder, place, read_json, remove, told_differences, write_json
 from lgd.store.parts import Part
 from lgd.store.sidecar import FORMAT, REMEDY, check_layout, layout_of, part_name, read_sidecar
 
@@ -144,30 +144,11 @@ def check_recipe(path: Path, there: dict[str, Any], asked: dict[str, Any]) -> No
     """Raise `DataError` that shows, field by field, how two recipes differ."""
     if there == asked:
         return
-    before, now = _flat(there), _flat(asked)
-    differences = [
-        f"  {name}: {_short(before.get(name))} in the store, {_short(now.get(name))} asked for"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
     raise DataError(
         f"{path} was made by another recipe:\n"
-        + "\n".join(differences)
+        + told_differences(there, asked, "in the store")
         + "\nUse the teacher and settings that made it, name another folder as latents.dir, or delete this one"
     )
-
-
-def _flat(document: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """The leaves of a document by their dotted names."""
-    leaves: dict[str, Any] = {}
-    for name, value in document.items():
-        leaves |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
-    return leaves
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 70 else text[:67] + "..."
 
 
 class _Field(NamedTuple):

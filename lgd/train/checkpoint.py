@@ -4,23 +4,43 @@
     DIR/checkpoints/step-00000500/moments.safetensors    AdamW's, by parameter name
     DIR/checkpoints/step-00000500/state.json             step, inputs, digests; its appearance commits
 
-The folder is filled under a temporary name, flushed, and renamed.
+The folder is filled under a temporary name, flushed, and renamed. The newest are kept, and the one with the best
+validation score. There is no random state: every draw is keyed by seed, step and sample.
 """
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lgd.config import DataError
-from lgd.files import publish, read_json, sha256, sync, write_json
+from lgd.files import publish, read_json, sync, told_differences, write_json, xxh3
 from lgd.train.engine import Moments
 
 FORMAT = "lgd-checkpoint/1"
 _TENSORS = ("weights.safetensors", "moments.safetensors")
+
+
+@dataclass(kw_only=True, slots=True)
+class Best:
+    """The best validation so far."""
+
+    step: int = 0
+    """0 before the first."""
+    score: float | None = None
+    stale: int = 0
+    """Validations since."""
+
+    def better(self, step: int, score: float) -> bool:
+        """Note a validation; whether it is the best one. NaN never is."""
+        if score > (float("-inf") if self.score is None else self.score):
+            self.step, self.score, self.stale = step, score, 0
+            return True
+        self.stale += 1
+        return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,28 +50,31 @@ class Checkpoint:
     step: int
     position: int
     """The plan's position after that step."""
-    inputs: str
-    """Digest of what the run depends on (`tasks.inputs_digest`)."""
+    inputs: dict[str, Any]
+    """What the run depends on (`tasks.inputs_of`)."""
     skipped: list[int]
     """Numbers of the bad samples that were skipped so far."""
     weights: dict[str, torch.Tensor]
     moments: Moments
+    best: Best = field(default_factory=Best)
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Publish a checkpoint under `folder` and remove all but the newest `keep`."""
+    """Publish a checkpoint under `folder` and remove all but the newest `keep` and the best."""
     from safetensors.torch import save_file
 
-    name = f"step-{checkpoint.step:08d}"
+    name = _name(checkpoint.step)
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     for leftover in folder.glob(".step-*.tmp"):
         shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     try:
         flat = {f"{p}|{m}": t for p, pair in checkpoint.moments.items() for m, t in pair.items()}
+        digests = {}
         for file, tensors in zip(_TENSORS, (checkpoint.weights, flat), strict=True):
             with publish(temporary / file) as path:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+            digests[file] = _digest(temporary / file)
         write_json(
             temporary / "state.json",
             {
@@ -60,17 +83,26 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
                 "position": checkpoint.position,
                 "inputs": checkpoint.inputs,
                 "skipped": checkpoint.skipped,
-                "sha256": {file: sha256(temporary / file) for file in _TENSORS},
+                "best": asdict(checkpoint.best),
+                "xxh3": digests,
             },
         )
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(temporary, folder / name)
-        sync(folder)
+        _replace(temporary, folder / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old.name != _name(checkpoint.best.step):
+            _remove(old)
     return folder / name
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return xxh3(file)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -81,31 +113,38 @@ def complete(folder: Path) -> list[Path]:
 def problems(path: Path) -> list[str]:
     """What is wrong with one checkpoint."""
     state: Any = read_json(path / "state.json")
-    kinds = {"format": str, "step": int, "position": int, "inputs": str, "skipped": list, "sha256": dict}
+    kinds = {
+        "format": str,
+        "step": int,
+        "position": int,
+        "inputs": dict,
+        "skipped": list,
+        "best": dict,
+        "xxh3": dict,
+    }
     whole = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
-    if not whole or state["format"] != FORMAT or state["sha256"].keys() != set(_TENSORS):
+    if not whole or state["format"] != FORMAT or state["xxh3"].keys() != set(_TENSORS):
         return [f"{path / 'state.json'} is not a checkpoint of format {FORMAT}"]
     return [
         f"{path / file} is missing or does not match its digest: delete {path} to go on from an older one"
         for file in _TENSORS
-        if not (path / file).is_file() or sha256(path / file) != state["sha256"][file]
+        if not (path / file).is_file() or _digest(path / file) != state["xxh3"][file]
     ]
 
 
-def load(path: Path, inputs: str) -> Checkpoint:
-    """Read a checkpoint; one that is damaged, or of a run with other inputs, is refused."""
+def load(path: Path, inputs: dict[str, Any]) -> Checkpoint:
+    """Read a checkpoint; one that is damaged, or of a run with other inputs, is refused with the difference."""
     from safetensors.torch import load_file
 
-    if not (path / "state.json").is_file():
-        raise DataError(f"train.resume: {path} is not a complete checkpoint ({path / 'state.json'} is missing)")
     found = problems(path)
     if found:
         raise DataError("\n".join(found))
     state = read_json(path / "state.json")
     if state["inputs"] != inputs:
         raise DataError(
-            f"checkpoint {path} is of a run with other shards, teacher, store or settings: "
-            "go on with the same ones, name another folder, or start anew with --train.resume never"
+            f"checkpoint {path} is of another run:\n"
+            + told_differences(state["inputs"], inputs, "in the checkpoint")
+            + "\nGo on with the same inputs, name another folder, or start anew with --train.resume never"
         )
     moments: Moments = {}
     for key, tensor in load_file(path / "moments.safetensors").items():
@@ -118,12 +157,55 @@ def load(path: Path, inputs: str) -> Checkpoint:
         skipped=state["skipped"],
         weights=load_file(path / "weights.safetensors"),
         moments=moments,
+        best=Best(**state["best"]),
     )
 
 
-def find(folder: Path, resume: str, inputs: str) -> Checkpoint | None:
-    """The checkpoint that `train.resume` (auto or a path) means, or None where there is none yet."""
-    if resume != "auto":
-        return load(Path(resume), inputs)
+def find(folder: Path, inputs: dict[str, Any]) -> Checkpoint | None:
+    """The newest complete checkpoint under `folder`, or None where there is none yet."""
     done = complete(folder)
-    return load(done[-1], inputs) if done else None
+    if not done:
+        return None
+    found = load(done[-1], inputs)
+    # One that was adopted comes without the best of its run.
+    kept = (folder / _name(found.best.step)) in done
+    return found if kept else replace(found, best=Best())
+
+
+def load_best(folder: Path, best: Best, inputs: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of the best validation."""
+    return load(folder / _name(best.step), inputs)
+
+
+def adopt(folder: Path, path: Path) -> None:
+    """Make the checkpoint at `path` the newest one under `folder`: later ones are removed, a foreign one is copied."""
+    if not (path / "state.json").is_file():
+        raise DataError(f"train.resume: {path} is not a complete checkpoint ({path / 'state.json'} is missing)")
+    found = problems(path)
+    if found:
+        raise DataError("train.resume: " + "\n".join(found))
+    own = folder / _name(read_json(path / "state.json")["step"])
+    for other in complete(folder):
+        if other.name > own.name:
+            _remove(other)
+    if own.exists() and os.path.samefile(path, own):
+        return
+    temporary = folder / f".{own.name}.{os.getpid()}.tmp"
+    shutil.copytree(path, temporary)
+    _replace(temporary, own)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Publish a folder, in place of one of the same name if there is one."""
+    old = path.with_name(f".{path.name}.old.tmp")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(temporary, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    # First what makes it complete, so that none is ever half removed.
+    (path / "state.json").unlink()
+    shutil.rmtree(path)

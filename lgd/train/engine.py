@@ -84,6 +84,23 @@ def make_engine(name: str, model: nn.Module, train: Train, extra: dict[str, Any]
     return DeepSpeedEngine(model, train, extra, world)
 
 
+def _prepared(model: nn.Module, train: Train, world: World) -> nn.Module:
+    """The network as both engines train it."""
+    if train.precision == "bf16" and world.device != "cpu" and not torch.cuda.is_bf16_supported(False):
+        name = torch.cuda.get_device_name(world.device)
+        raise DataError(f"train.precision is bf16, which {name} has not: set it to fp32, or use a GPU from Ampere on")
+    # Images come channels-last and convolutions follow them; weights turned alike gain nothing, and DeepSpeed cannot
+    # send them.
+    model.to(world.device)
+    if train.compile:
+        model.compile()
+    return model
+
+
+def _adamw(model: nn.Module, train: Train) -> torch.optim.AdamW:
+    return torch.optim.AdamW(_parameter_groups(model, train.weight_decay), lr=train.lr, fused=True)
+
+
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices and kernels only; norms and biases have one dimension."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -99,9 +116,9 @@ class TorchEngine:
     name = "torch"
 
     def __init__(self, model: nn.Module, train: Train, world: World) -> None:
-        self.model = model.to(world.device)
+        self.model = _prepared(model, train, world)
         self.world, self.train = world, train
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.model, train.weight_decay), lr=train.lr)
+        self.optimizer = _adamw(self.model, train)
         self.module: nn.Module = self.model
         if world.size > 1:
             # Some backbones have parameters that a feature map does not depend on, such as a ViT's mask token.
@@ -157,7 +174,7 @@ def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: M
     for name, p in model.named_parameters():
         if name in moments:
             optimizer.state[p] = {
-                "step": torch.tensor(float(steps)),
+                "step": torch.tensor(float(steps), device=p.device),
                 **{moment: tensor.to(p.device, copy=True) for moment, tensor in moments[name].items()},
             }
 
@@ -190,9 +207,9 @@ class DeepSpeedEngine:
             "steps_per_print": 10**9,
             **extra,
         }
-        optimizer = torch.optim.AdamW(_parameter_groups(model, train.weight_decay), lr=train.lr)
+        model = _prepared(model, train, world)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            model=model, optimizer=_adamw(model, train), config=settings, dist_init_required=False
         )
         if not self.plain:
             self._prime()
@@ -232,7 +249,7 @@ class DeepSpeedEngine:
         inner = self.optimizer.optimizer
         for p in itertools.chain.from_iterable(groups or [group["params"] for group in inner.param_groups]):
             inner.state[p] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0, device=p.device),
                 "exp_avg": torch.zeros_like(p.data),
                 "exp_avg_sq": torch.zeros_like(p.data),
             }
@@ -270,7 +287,7 @@ class DeepSpeedEngine:
         for name, buffer in _buffers(self.model).items():
             buffer.copy_(weights[name])
         for held in self.optimizer.optimizer.state.values():
-            held["step"] = torch.tensor(float(steps))
+            held["step"].fill_(steps)
 
     def _set(self, p: nn.Parameter, full: torch.Tensor, moment: str | None) -> None:
         """Set this rank's share of a parameter, or of one of its moments."""

@@ -1,63 +1,104 @@
-"""What a person watches: TensorBoard, `log.jsonl`, and a line every few seconds."""
+"""What a person watches: TensorBoard, `log.jsonl`, a bar or lines of progress, and a summary at the end."""
 
 import json
 import math
+import resource
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from lgd.config import LEVEL_NAMES
 from lgd.files import write_bytes
+from lgd.metrics import confusion
+from lgd.progress import progress
 
 
 class Log:
-    """TensorBoard, `log.jsonl`, and a line for a person every few seconds."""
+    """The record of a run; rank 0 keeps it."""
 
     def __init__(self, folder: Path, start: int, steps: int, batch: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
-        self.name, self.steps, self.batch, self.start = folder.name, steps, batch, start
+        self.name, self.steps, self.batch, self.start, self.done = folder.name, steps, batch, start, start
         path = folder / "log.jsonl"
         before = path.read_text().splitlines()[:start] if path.is_file() else []
         write_bytes(path, "".join(line + "\n" for line in before).encode())
         # Line by line, so that a killed run's log reaches to its last checkpoint.
         self.file = open(path, "a", buffering=1)
-        self.began = self.told = time.monotonic()
-        self.waited = 0.0
+        if start:
+            self.tell(f"goes on after step {start} of {steps}")
+        self.bar = progress(steps, self.name, "steps", start)
+        self.began, self.waited, self.loss = time.monotonic(), 0.0, math.nan
 
     def step(self, step: int, values: dict[str, float], waited: float) -> None:
         """Record one step; the loss terms, the learning rate and the gradient's norm."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.waited += waited
+        self.done, self.loss = step, values["loss"]
         for name, value in values.items():
             self.board.add_scalar(f"train/{name}", value, step)
-        now = time.monotonic()
-        seconds = now - self.began
-        rate = (step - self.start) * self.batch / max(seconds, 1e-9)
+        rate, share = self._speed()
         self.board.add_scalar("speed/samples_per_second", rate, step)
-        self.board.add_scalar("speed/data_wait_share", self.waited / max(seconds, 1e-9), step)
-        if now - self.told > 5 or step == self.steps:
-            self.told = now
-            left = (self.steps - step) * self.batch / max(rate, 1e-9)
-            self.tell(
-                f"step {step}/{self.steps}  loss {values['loss']:.3f}  {rate:.0f} patches/s  "
-                f"data wait {100 * self.waited / max(seconds, 1e-9):.0f} %  {left:.0f} s left"
-            )
+        self.board.add_scalar("speed/data_wait_share", share, step)
+        self.board.add_scalar("speed/peak_memory_mb", peak_memory() / 1e6, step)
+        self.bar.set_postfix_str(f"loss {self.loss:.3f}, {rate:.0f} patches/s, data wait {share:.0%}", refresh=False)
+        self.bar.update()
 
-    def validation(self, step: int, scores: dict[str, float]) -> None:
-        """Record the scores of a validation pass."""
+    def _speed(self) -> tuple[float, float]:
+        """Patches a second, and the share of the time that was spent waiting for data."""
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        return (self.done - self.start) * self.batch / seconds, self.waited / seconds
+
+    def validation(self, step: int, scores: dict[str, float], logits_n4: np.ndarray, level_n: np.ndarray) -> None:
+        """Record the scores of a validation pass, and which level was called which."""
         for name, value in scores.items():
             if math.isfinite(value):
                 self.board.add_scalar(f"val/{name}", value, step)
         if scores:
+            self.board.add_text("val/confusion", _table(confusion(level_n, logits_n4.argmax(1))), step)
             self.tell(f"step {step}/{self.steps}  val kappa {scores['kappa']:.3f}  accuracy {scores['accuracy']:.3f}")
 
     def tell(self, line: str) -> None:
         """One line on standard error."""
-        print(f"{self.name}: {line}", file=sys.stderr, flush=True)
+        bar = getattr(self, "bar", None)
+        text = f"{self.name}: {line}"
+        if bar is not None and sys.stderr.isatty():
+            bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def summary(self) -> None:
+        """One line on what this process has done."""
+        rate, share = self._speed()
+        seconds = time.monotonic() - self.began
+        self.tell(
+            f"{self.done - self.start} steps in {seconds:.1f} s: {rate:.0f} patches/s, {share:.0%} of the time waited "
+            f"for data, peak memory {peak_memory() / 1e6:.0f} MB, loss {self.loss:.3f}"
+        )
 
     def close(self) -> None:
         """Flush everything."""
+        self.bar.close()
         self.board.close()
         self.file.close()
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had: of the GPU where it uses one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts kibibytes, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _table(counts_44: np.ndarray) -> str:
+    """A confusion matrix in Markdown, a row a true level."""
+    lines = ["| true \\ called | " + " | ".join(LEVEL_NAMES) + " |", "|---" * (len(LEVEL_NAMES) + 1) + "|"]
+    for name, row in zip(LEVEL_NAMES, counts_44.tolist(), strict=True):
+        lines.append(f"| {name} | " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)

@@ -4,39 +4,32 @@ Leaves in the task's folder: `config.json` and `model.safetensors` (the network)
 and `log.jsonl` with one line a step.
 """
 
-import contextlib
+import hashlib
 import math
-import os
 import platform
-import shutil
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import lgd
-from lgd.config import Config, DataError
+from lgd.config import Config, DataError, Stopped
 from lgd.data.plan import Plan, World
 from lgd.data.shards import Shard, open_shards
 from lgd.data.stream import Reader
-from lgd.files import read_json, sha256
+from lgd.files import digest_of
 from lgd.metrics import fit_temperature
 from lgd.models.export import save_model
 from lgd.store.latents import Rows
 from lgd.train import checkpoint
 from lgd.train.batch import Batch, Skipped, Step, training_batches
-from lgd.train.engine import Engine, choose, make_engine
+from lgd.train.engine import Engine, make_engine
 from lgd.train.log import Log
 from lgd.train.passes import centre_latents, validate
-from lgd.train.tasks import StudentTask, Task, TeacherTask, augment, inputs_digest
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from lgd.train.tasks import StudentTask, Task, TeacherTask, augment, inputs_of
 
 TASKS: dict[str, Any] = {"teacher": TeacherTask, "student": StudentTask}
 
@@ -46,124 +39,204 @@ def split_shards(config: Config, split: str) -> list[Shard]:
     return [shard for folder in config.shard_dirs for shard in open_shards(folder)[1] if shard.split == split]
 
 
-def is_finished(task: Task, config: Config, shards: list[Shard]) -> bool:
-    """Whether the task's folder holds the network that this run would train."""
-    path, weights = task.folder / "config.json", task.folder / "model.safetensors"
-    if not path.is_file() or not weights.is_file():
-        return False
-    made = read_json(path)
-    return made.get("inputs") == inputs_digest(task, config, shards) and made["weights_sha256"] == sha256(weights)
+def train(config: Config, task: Task, world: World, engine_name: str, stop: threading.Event) -> None:
+    """Train a task to its end, from its newest checkpoint if there is one, and export the network.
+
+    `stop` asks to save a checkpoint and to end; every rank reads it at each step.
+    """
+    training = Training(config, task, world, engine_name, stop)
+    try:
+        training.run()
+    finally:
+        training.close()
 
 
-def worker(argument: dict[str, Any]) -> None:
-    """What each training process runs: `argument` has `config`, `task` (teacher or student) and `engine`."""
-    config: Config = argument["config"]
-    world = join_world()
-    torch.manual_seed(config.run.seed)
-    with signals_restored():
-        train(config, TASKS[argument["task"]](config), world, argument["engine"])
+class Training:
+    """The run of a task in one of its processes."""
 
-
-def join_world() -> World:
-    """This process among the others: those of Ray Train, of torchrun, or none."""
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
-        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            # DeepSpeed wants a group even alone.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            os.environ.setdefault("RANK", "0")
-            os.environ.setdefault("LOCAL_RANK", "0")
-            os.environ.setdefault("WORLD_SIZE", "1")
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
-
-
-def train(config: Config, task: Task, world: World, engine_name: str) -> None:
-    """Train a task to its end, from its newest checkpoint if there is one, and export the network."""
-    settings, first = config.train, world.rank == 0
-    shards = split_shards(config, "train")
-    if settings.batch % (world.size * settings.accumulate):
-        raise DataError(
-            f"train.batch {settings.batch} does not divide into {world.size} workers x train.accumulate "
-            f"{settings.accumulate}: use a multiple of {world.size * settings.accumulate}"
-        )
-    reader = Reader(shards, (task.role,), config.data.size)
-    rows = Rows(task.store.parts_of(shards)) if task.store else None
-    plan = Plan(reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
-    steps = max(1, math.ceil(task.epochs * plan.total / settings.batch))
-    every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
-    held_out = split_shards(config, "val")
-    inputs = inputs_digest(task, config, [*shards, *held_out])
-
-    engine = make_engine(engine_name, task.build().train(), settings, config.deepspeed, world)
-    saved = checkpoint.find(task.folder / "checkpoints", settings.resume, inputs)
-    start = saved.step if saved else 0
-    if saved:
-        engine.load(saved.weights, saved.moments, saved.step)
-    log = Log(task.folder, start, steps, settings.batch) if first else None
-    if log and 1.5 * config.data.lanes < min(settings.batch, len(shards)):
-        log.tell(
-            f"data.lanes {config.data.lanes} is far below train.batch {settings.batch}: batches are mixed less than by "
-            "a full shuffle; lanes near the batch, in a multiple of the workers, mix them fully"
-        )
-    stop = stop_flag()
-    batches = training_batches(
-        reader,
-        plan,
-        rows,
-        start=saved.position if saved else 0,
-        steps=steps - start,
-        batch=settings.batch,
-        accumulate=settings.accumulate,
-        world=world,
-        threads=config.data.threads,
-        turn=config.data.augment != "none",
-        skip=config.data.skips > 0,
-    )
-    skipped = Skipped(config.data, saved.skipped if saved else [])
-    for step, (micro, position), waited in timed(start, batches):
-        terms = backward(engine, task, micro, config, step / steps, world)
-        bad = skipped.new(micro)
-        sums, any_bad, stopping = agree(terms, len(bad) > 0, stop.is_set(), world)
-        if any_bad:
-            skipped.add(bad, world)
-        if not math.isfinite(sums["loss"]):
-            if log:
-                log.close()
+    def __init__(self, config: Config, task: Task, world: World, engine_name: str, stop: threading.Event) -> None:
+        settings = config.train
+        if settings.batch % (world.size * settings.accumulate):
             raise DataError(
-                f"the loss is {sums['loss']} at step {step + 1}, in a batch with {', '.join(micro[0].keys[:4])}: "
-                "lower train.lr; checkpoints before this step are kept"
+                f"train.batch {settings.batch} does not divide into {world.size} workers x train.accumulate "
+                f"{settings.accumulate}: use a multiple of {world.size * settings.accumulate}"
             )
-        rate = learning_rate(step, steps, settings.lr, settings.warmup)
-        norm = engine.step(rate)
-        done = step + 1
-        if log:
-            log.step(done, sums | {"lr": rate, "grad_norm": norm, "skipped": len(skipped.numbers)}, waited)
-        if done % every == 0 and done < steps and held_out:
-            scores = validate(engine, task, held_out, config, world)[2]
-            if log:
-                log.validation(done, scores)
-        if done % settings.checkpoint_every == 0 or done == steps or stopping:
-            facts = {"step": done, "position": position, "inputs": inputs, "skipped": sorted(skipped.numbers)}
-            save(engine, task, facts, settings.keep, first)
-        if stopping and done < steps:
-            if log:
-                log.close()
-            raise Stopped(f"stopped after step {done} of {steps}; the same command goes on from there")
-    if isinstance(task, TeacherTask):
-        centre_latents(engine, shards, config, world)
-    facts = {"inputs": inputs, "steps": steps, "epochs": task.epochs, "skipped": len(skipped.numbers)}
-    export(engine, task, config, world, held_out, facts, log)
-    reader.close()
+        self.config, self.task, self.world, self.stop = config, task, world, stop
+        self.shards, self.held_out = split_shards(config, "train"), split_shards(config, "val")
+        if settings.patience and not self.held_out:
+            raise DataError("train.patience needs a validation split, and the shards have no split `val`")
+        self.inputs = inputs_of(task, config, [*self.shards, *self.held_out])
+        self.reader = Reader(self.shards, (task.role,), config.data.size)
+        self.plan = Plan(self.reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
+        self.steps = max(1, math.ceil(task.epochs * self.plan.total / settings.batch))
+        self.every = settings.evaluate_every or math.ceil(self.plan.total / settings.batch)
+
+        self.engine = make_engine(engine_name, task.build().train(), settings, config.deepspeed, world)
+        saved = checkpoint.find(task.folder / "checkpoints", self.inputs)
+        self.start, self.position = (saved.step, saved.position) if saved else (0, 0)
+        self.best = saved.best if saved else checkpoint.Best()
+        self.skipped = Skipped(config.data, saved.skipped if saved else [])
+        if saved:
+            self.engine.load(saved.weights, saved.moments, saved.step)
+        self.log = Log(task.folder, self.start, self.steps, settings.batch) if world.rank == 0 else None
+        lanes = config.data.lanes
+        if self.log and 1.5 * lanes < min(settings.batch, len(self.shards)):
+            self.log.tell(
+                f"data.lanes {lanes} is far below train.batch {settings.batch}: batches are mixed less than by a full "
+                "shuffle; lanes near the batch, in a multiple of the workers, mix them fully"
+            )
+
+    def run(self) -> None:
+        """All steps that are left, and the export."""
+        for step, (micro, position), waited in timed(self.start, self._batches()):
+            self.position = position
+            stopping = self._step(step, micro, waited)
+            if self._after(step + 1, stopping):
+                break
+        if self.config.train.patience and self.best.step:
+            best = checkpoint.load_best(self.task.folder / "checkpoints", self.best, self.inputs)
+            self.engine.load(best.weights, best.moments, best.step)
+        if isinstance(self.task, TeacherTask):
+            centre_latents(self.engine, self.shards, self.config, self.world)
+        self._export()
+
+    def _batches(self) -> Iterator[Step]:
+        config, rows = self.config, Rows(self.task.store.parts_of(self.shards)) if self.task.store else None
+        return training_batches(
+            self.reader,
+            self.plan,
+            rows,
+            start=self.position,
+            steps=0 if self._enough() else self.steps - self.start,
+            batch=config.train.batch,
+            accumulate=config.train.accumulate,
+            world=self.world,
+            threads=config.data.threads,
+            turn=config.data.augment != "none",
+            skip=config.data.skips > 0,
+        )
+
+    def _enough(self) -> bool:
+        """Whether validation has not become better for `train.patience` times."""
+        return 0 < self.config.train.patience <= self.best.stale
+
+    def _step(self, step: int, micro: list[Batch], waited: float) -> bool:
+        """One update; whether any rank was asked to stop."""
+        settings, world = self.config.train, self.world
+        # Dropout and the like are drawn alike after a restart.
+        torch.manual_seed(step_seed(self.config.run.seed, step, world.rank))
+        terms = backward(self.engine, self.task, micro, self.config, step / self.steps, world)
+        bad = self.skipped.new(micro)
+        sums, any_bad, stopping = agree(terms, len(bad) > 0, self.stop.is_set(), world)
+        if any_bad:
+            self.skipped.add(bad, world)
+        if not math.isfinite(sums["loss"]):
+            keys = not_finite(self.engine, self.task, micro, self.config, world)
+            self._refuse(f"the loss is {sums['loss']} at step {step + 1}, {keys}")
+        rate = learning_rate(step, self.steps, settings.lr, settings.warmup)
+        norm = self.engine.step(rate)
+        if not math.isfinite(norm):
+            self._refuse(f"the gradient's norm is {norm} at step {step + 1}, in a batch with {told_keys(micro)}")
+        if self.log:
+            counts = {"lr": rate, "grad_norm": norm, "skipped": len(self.skipped.numbers)}
+            self.log.step(step + 1, sums | counts, waited)
+        return stopping
+
+    def _refuse(self, problem: str) -> None:
+        raise DataError(f"{problem}: lower train.lr, or look at these patches; checkpoints before this step are kept")
+
+    def _after(self, done: int, stopping: bool) -> bool:
+        """Validate and save when it is time; whether training ends here."""
+        settings, improved = self.config.train, False
+        # The last step is validated when the network is exported.
+        if self.held_out and done % self.every == 0 and (done < self.steps or settings.patience):
+            logits, levels, scores = validate(self.engine, self.task, self.held_out, self.config, self.world)
+            improved = self.best.better(done, scores.get(settings.metric, math.nan))
+            if self.log:
+                self.log.validation(done, scores, logits, levels)
+        enough = self._enough()
+        if improved or stopping or enough or done == self.steps or done % settings.checkpoint_every == 0:
+            self._save(done)
+        if stopping and done < self.steps and not enough:
+            raise Stopped(f"stopped after step {done} of {self.steps}; the same command goes on from there")
+        return enough
+
+    def _save(self, step: int) -> None:
+        """One checkpoint: all ranks give their share, rank 0 writes."""
+        weights, moments = self.engine.state()
+        if self.world.rank == 0:
+            made = checkpoint.Checkpoint(
+                step=step,
+                position=self.position,
+                inputs=self.inputs,
+                skipped=sorted(self.skipped.numbers),
+                best=self.best,
+                weights=weights,
+                moments=moments,
+            )
+            checkpoint.save(self.task.folder / "checkpoints", made, self.config.train.keep)
+        dist.barrier()
+
+    def _export(self) -> None:
+        """Score the validation split, fit the temperature on it, and publish the network."""
+        temperature = 1.0
+        scores: dict[str, float] = {}
+        if self.held_out:
+            logits, levels, scores = validate(self.engine, self.task, self.held_out, self.config, self.world)
+            if len(levels):
+                temperature = fit_temperature(levels, logits)
+            if self.log:
+                step = self.best.step if self.config.train.patience else self.steps
+                self.log.validation(step, scores, logits, levels)
+        weights, _ = self.engine.state()
+        if self.log:
+            facts = {
+                "size": self.config.data.size,
+                "temperature": temperature,
+                "validation": {name: value for name, value in scores.items() if math.isfinite(value)},
+                "inputs": digest_of(self.inputs),
+                "steps": self.steps,
+                "epochs": self.task.epochs,
+                "skipped": len(self.skipped.numbers),
+                "teacher_sha256": self.task.inputs().get("teacher"),
+                "engine": self.engine.name,
+                "workers": self.world.size,
+                "versions": {"lgd": lgd.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            }
+            save_model(self.task.folder, weights, self.engine.model.describe() | facts)
+            self.log.summary()
+        dist.barrier()
+
+    def close(self) -> None:
+        """Close files; what was logged so far is on the disk."""
+        if self.log:
+            self.log.close()
+        self.reader.close()
 
 
-class Stopped(DataError):
-    """Training was asked to end and saved a checkpoint."""
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of a step's random draws on a rank."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "little") >> 1
+
+
+def told_keys(micro: list[Batch]) -> str:
+    """The first keys of a step."""
+    return ", ".join([key for batch in micro for key in batch.keys][:4])
+
+
+def not_finite(engine: Engine, task: Task, micro: list[Batch], config: Config, world: World) -> str:
+    """Which samples of all ranks have a loss that is no finite number; every rank calls this."""
+    keys = []
+    with torch.no_grad():
+        for batch in micro:
+            image, moved = augment(batch.to(world.device), task.role, config)
+            values = torch.stack(list(task.losses(engine.forward(image), moved).values()))
+            wrong_B = (~torch.isfinite(values)).any(dim=0) & moved.valid_B
+            keys += [key for key, wrong in zip(batch.keys, wrong_B.tolist(), strict=True) if wrong]
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, keys[:4])
+    found = [key for one in everyone for key in one]
+    return f"by {', '.join(found[:4])}" if found else f"in a batch with {told_keys(micro)}"
 
 
 def backward(
@@ -219,113 +292,3 @@ def timed(start: int, batches: Iterator[Step]) -> Iterator[tuple[int, Step, floa
             return
         yield step, taken, time.perf_counter() - began
         step += 1
-
-
-def stop_flag() -> threading.Event:
-    """Set by SIGTERM or Ctrl-C; every rank reads it at each step."""
-    flag = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        for number in _STOP_SIGNALS:
-            signal.signal(number, lambda *_: flag.set())
-    return flag
-
-
-@contextlib.contextmanager
-def signals_restored() -> Iterator[None]:
-    """Undo what `stop_flag` did, so that Ctrl-C ends the stages after training again."""
-    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def save(engine: Engine, task: Task, facts: dict[str, Any], keep: int, first: bool) -> None:
-    """One checkpoint with these facts of it; all ranks give their share, rank 0 writes."""
-    weights, moments = engine.state()
-    if first:
-        done = checkpoint.Checkpoint(**facts, weights=weights, moments=moments)
-        checkpoint.save(task.folder / "checkpoints", done, keep)
-    dist.barrier()
-
-
-def export(
-    engine: Engine,
-    task: Task,
-    config: Config,
-    world: World,
-    held_out: list[Shard],
-    facts: dict[str, Any],
-    log: Log | None,
-) -> None:
-    """Score the validation split, fit the temperature on it, and publish the network."""
-    temperature = 1.0
-    scores: dict[str, float] = {}
-    if held_out:
-        logits, levels, scores = validate(engine, task, held_out, config, world)
-        if len(levels):
-            temperature = fit_temperature(levels, logits)
-    weights, _ = engine.state()
-    if log:
-        log.validation(facts["steps"], scores)
-        log.close()
-        described = engine.model.describe()
-        save_model(
-            task.folder,
-            weights,
-            {
-                **described,
-                "size": config.data.size,
-                "temperature": temperature,
-                "validation": {name: value for name, value in scores.items() if math.isfinite(value)},
-                **facts,
-                "teacher_sha256": task.inputs().get("teacher"),
-                "engine": engine.name,
-                "workers": world.size,
-                "versions": {"lgd": lgd.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            },
-        )
-    dist.barrier()
-
-
-def refuse_strangers(task: Task) -> None:
-    """Raise `DataError` when the task's folder holds what training did not write."""
-    ours = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl"}
-    there = {path.name for path in task.folder.iterdir()} if task.folder.is_dir() else set()
-    # A killed `publish` leaves its temporary file.
-    strangers = sorted(name for name in there - ours if not (name.startswith(".") and name.endswith(".tmp")))
-    if strangers:
-        raise DataError(
-            f"{task.folder} already holds something else ({', '.join(strangers[:3])}): name another folder as "
-            f"{task.field}"
-        )
-
-
-def train_under(config: Config, task: str) -> bool:
-    """Train a task where `train.workers` says; returns False when the finished network could be reused."""
-    from lgd.distribute import launch
-
-    built = TASKS[task](config)
-    shards = split_shards(config, "train")
-    if not shards:
-        raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
-    shards += split_shards(config, "val")
-    if config.train.resume == "auto" and is_finished(built, config, shards):
-        return False
-    refuse_strangers(built)
-    engine = choose(config.train.engine)
-    if config.train.resume == "never":
-        # Once, here: a worker that Ray restarts must go on from its own checkpoints.
-        shutil.rmtree(built.folder / "checkpoints", ignore_errors=True)
-        config = replace(config, train=replace(config.train, resume="auto"))
-    launch(
-        worker,
-        {"config": config, "task": task, "engine": engine},
-        workers=config.train.workers,
-        max_failures=config.train.max_failures,
-        storage=Path(config.run.dir) / "ray",
-        name=built.folder.name,
-    )
-    return True

@@ -166,18 +166,21 @@ class StudentTask:
         }
 
 
-def inputs_digest(task: Task, config: Config, shards: Sequence[Shard]) -> str:
-    """Digest of all that a trained network depends on; where it runs (workers, threads, engine) is not part of it."""
-    where_only = ("workers", "engine", "resume", "checkpoint_every", "evaluate_every", "keep", "max_failures")
+def inputs_of(task: Task, config: Config, shards: Sequence[Shard]) -> dict[str, Any]:
+    """All that a trained network depends on; where it runs (workers, threads, engine) is not part of it."""
     train = config.train
-    return digest_of(
-        {
-            "task": task.inputs(),
-            "role": task.role,
-            "seed": config.run.seed,
-            "order": ORDER,
-            "shards": [[shard.split, shard.sha256] for shard in shards],
-            "data": {name: getattr(config.data, name) for name in ("size", "lanes", "augment", "stain_jitter")},
-            "train": {name: getattr(train, name) for name in train.__dataclass_fields__ if name not in where_only},
-        }
-    )
+    without = {"workers", "engine", "compile", "resume", "checkpoint_every", "keep", "max_failures"}
+    if not train.patience:
+        without |= {"evaluate_every", "patience", "metric"}
+    splits: dict[str, list[str]] = {}
+    for shard in shards:
+        splits.setdefault(shard.split, []).append(shard.sha256)
+    return {
+        "task": task.inputs(),
+        "role": task.role,
+        "seed": config.run.seed,
+        "order": ORDER,
+        "shards": {split: {"count": len(digests), "digest": digest_of(digests)} for split, digests in splits.items()},
+        "data": {name: getattr(config.data, name) for name in ("size", "lanes", "augment", "stain_jitter")},
+        "train": {name: getattr(train, name) for name in train.__dataclass_fields__ if name not in without},
+    }

@@ -10,7 +10,7 @@ from lgd.config import DataError
 from lgd.data.archive import open_shards
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.files import read_json
-from lgd.train.loop import train_under
+from lgd.train.launch import train_under
 
 
 @pytest.fixture

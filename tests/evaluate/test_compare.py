@@ -10,7 +10,8 @@ from lgd.evaluate import compare
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.evaluate.ranking import average_precision, own_ranks
 from lgd.store.latents import Store, read_all
-from lgd.train.loop import split_shards, train_under
+from lgd.train.launch import train_under
+from lgd.train.loop import split_shards
 
 
 @pytest.fixture(scope="module")

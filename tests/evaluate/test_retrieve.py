@@ -16,7 +16,7 @@ from lgd.evaluate.sheet import Gallery
 from lgd.files import read_json, write_json
 from lgd.store.index import build_index
 from lgd.store.latents import Store
-from lgd.train.loop import train_under
+from lgd.train.launch import train_under
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,17 @@
 import json
 import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from lgd.config import DataError
 from lgd.train import checkpoint
-from lgd.train.checkpoint import Checkpoint, complete, find, load, problems, save
+from lgd.train.checkpoint import Best, Checkpoint, adopt, complete, find, load, load_best, problems, save
 
-RUN = "a" * 64
+RUN = {"seed": 0, "train": {"lr": 0.1, "batch": 8}}
 
 
 def some(step, inputs=RUN):
@@ -62,7 +64,7 @@ def test_an_interrupted_save_leaves_the_older_one(tmp_path, monkeypatch, calls):
         save(tmp_path, some(2), keep=1)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert_same(find(tmp_path, "auto", RUN), some(1))
+    assert_same(find(tmp_path, RUN), some(1))
 
 
 @pytest.mark.faults
@@ -70,7 +72,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(tmp_path):
     save(tmp_path, some(1), keep=2)
     # A kill leaves the folder under its temporary name, here as full as it can be.
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002.77.tmp")
-    assert find(tmp_path, "auto", RUN).step == 1
+    assert find(tmp_path, RUN).step == 1
     save(tmp_path, some(3), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
@@ -79,14 +81,20 @@ def test_the_same_step_can_be_saved_again(tmp_path):
     save(tmp_path, some(3), keep=1)
     newer = Checkpoint(step=3, position=24, inputs=RUN, skipped=[], weights=some(4).weights, moments={})
     save(tmp_path, newer, keep=1)
-    assert_same(find(tmp_path, "auto", RUN), newer)
+    assert_same(find(tmp_path, RUN), newer)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = save(tmp_path, some(1), keep=1)
-    for resume in ("auto", str(path)):
-        with pytest.raises(DataError, match="other shards, teacher, store or settings.*--train.resume never"):
-            find(tmp_path, resume, "b" * 64)
+    other = {"seed": 0, "train": {"lr": 0.2, "batch": 8}, "order": "new"}
+    with pytest.raises(DataError) as caught:
+        find(tmp_path, other)
+    assert str(caught.value).splitlines() == [
+        f"checkpoint {path} is of another run:",
+        "  order: None in the checkpoint, new asked for",
+        "  train.lr: 0.1 in the checkpoint, 0.2 asked for",
+        "Go on with the same inputs, name another folder, or start anew with --train.resume never",
+    ]
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "moments.safetensors"])
@@ -98,14 +106,14 @@ def test_a_damaged_one_is_refused_and_named(tmp_path, file):
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        find(tmp_path, "auto", RUN)
+        find(tmp_path, RUN)
     assert f"{path} is missing or does not match its digest: delete {path.parent}" in str(caught.value)
     shutil.rmtree(path.parent)
-    assert find(tmp_path, "auto", RUN).step == 1
+    assert find(tmp_path, RUN).step == 1
 
 
 @pytest.mark.parametrize(
-    "state", [{"format": "other/1"}, [], {"format": checkpoint.FORMAT}, {"format": checkpoint.FORMAT, "sha256": 3}]
+    "state", [{"format": "other/1"}, [], {"format": checkpoint.FORMAT}, {"format": checkpoint.FORMAT, "xxh3": 3}]
 )
 def test_a_strange_state_is_refused(tmp_path, state):
     path = save(tmp_path, some(1), keep=2)
@@ -114,10 +122,42 @@ def test_a_strange_state_is_refused(tmp_path, state):
         load(path, RUN)
 
 
-def test_resume_finds_what_it_is_asked_for(tmp_path):
-    assert find(tmp_path / "none", "auto", RUN) is None
-    paths = [save(tmp_path, some(step), keep=3) for step in (1, 2)]
-    assert find(tmp_path, "auto", RUN).step == 2
-    assert find(tmp_path, str(paths[0]), RUN).step == 1
+def test_resume_finds_the_newest():
+    assert find(Path("none"), RUN) is None
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    best, scores = Best(), [0.1, 0.5, float("nan"), 0.4, 0.5]
+    for step, score in enumerate(scores, 1):
+        assert best.better(step, score) == (step <= 2)
+        save(tmp_path, replace(some(step), best=best), keep=1)
+    assert [path.name for path in complete(tmp_path)] == ["step-00000002", "step-00000005"]
+    found = find(tmp_path, RUN)
+    assert (found.best.step, found.best.score, found.best.stale) == (2, 0.5, 3)
+    assert load_best(tmp_path, found.best, RUN).step == 2
+
+
+def test_a_path_becomes_the_newest(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for step in (1, 2, 3):
+        path = save(ours, some(step), keep=3)
+    adopt(ours, path.with_name("step-00000002"))
+    assert_same(find(ours, RUN), some(2))
+    assert [path.name for path in complete(ours)] == ["step-00000001", "step-00000002"]
+    foreign = save(theirs, replace(some(2), position=5, best=Best(step=1, score=0.3)), keep=1)
+    adopt(ours, foreign)
+    assert find(ours, RUN).position == 5 and problems(foreign) == []
+    assert sorted(path.name for path in ours.iterdir()) == ["step-00000001", "step-00000002"]
+    adopt(tmp_path / "new", foreign)
+    assert find(tmp_path / "new", RUN).best == Best(), "the best of its run stayed there"
+
+
+def test_a_path_without_a_whole_checkpoint_changes_nothing(tmp_path):
+    path = save(tmp_path, some(2), keep=3)
     with pytest.raises(DataError, match=r"train\.resume: .*gone is not a complete checkpoint"):
-        find(tmp_path, str(tmp_path / "gone"), RUN)
+        adopt(tmp_path, tmp_path / "gone")
+    other = shutil.copytree(path, tmp_path / "other")
+    (other / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train\.resume: .*weights\.safetensors is missing or does not match"):
+        adopt(tmp_path, other)
+    assert_same(find(tmp_path, RUN), some(2))

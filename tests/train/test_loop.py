@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
@@ -22,9 +23,10 @@ from lgd.data.stream import Reader
 from lgd.files import read_json
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Store, read_all
-from lgd.train import loop
+from lgd.train import launch, loop
+from lgd.train.launch import train_under, worker
 from lgd.train.log import Log
-from lgd.train.loop import learning_rate, split_shards, train_under, worker
+from lgd.train.loop import learning_rate, split_shards
 from lgd.train.tasks import StudentTask
 
 
@@ -123,9 +125,7 @@ def test_no_training_split_is_told(student, tissue, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_with_step_and_keys(student):
     config = student(train={"lr": 1e30, "warmup": 0.0}, data={"augment": "none"})
-    with pytest.raises(
-        DataError, match=r"the loss is (nan|inf) at step 2, in a batch with .*: lower train\.lr"
-    ) as caught:
+    with pytest.raises(DataError, match=r"the loss is (nan|inf) at step 2, by .*: lower train\.lr") as caught:
         train_under(config, "student")
     assert not (Path(config.student.dir) / "config.json").exists()
     plan = Plan((8, 8, 4), seed=0, lanes=64)
@@ -143,13 +143,15 @@ def test_a_finished_network_is_reused_until_something_that_matters_changes(stude
     assert not train_under(
         change(config, data={"threads": 2}, train={"checkpoint_every": 1, "evaluate_every": 9}), "student"
     )
-    for other in (
-        change(config, run={"seed": 1}),
-        change(config, student={"epochs": 1}),
-        change(config, data={"augment": "none"}),
-        change(config, train={"lr": 1e-4}),
-    ):
-        with pytest.raises(DataError, match="of a run with other shards, teacher, store or settings"):
+    for field, other in {
+        "seed": change(config, run={"seed": 1}),
+        "task.epochs": change(config, student={"epochs": 1}),
+        "data.augment": change(config, data={"augment": "none"}),
+        "train.lr": change(config, train={"lr": 1e-4}),
+        "task.encoder": change(config, student={"encoder": "resnet18"}),
+        "data.lanes": change(config, data={"lanes": 3}),
+    }.items():
+        with pytest.raises(DataError, match=f"  {field}: .* in the checkpoint, .* asked for"):
             train_under(other, "student")
     assert read_json(Path(config.student.dir) / "config.json") == made
 
@@ -189,7 +191,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(student, monkeypatch):
     train_under(straight, "student")
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "stop_flag", lambda: AfterReads(3))
+        patched.setattr(launch, "stop_flag", lambda _: AfterReads(3))
         with pytest.raises(DataError, match="stopped after step 3 of 6; the same command goes on from there"):
             train_under(stopped, "student")
     assert len(log_of(stopped.student.dir)) == 3
@@ -219,6 +221,73 @@ def test_a_crash_loses_the_steps_since_the_checkpoint_and_repeats_them(student, 
         file.write('{"step": 4, "lo')
     assert train_under(crashed, "student")
     assert_same_curve(log_of(crashed.student.dir), log_of(straight.student.dir))
+
+
+def test_training_ends_when_validation_does_not_become_better(student, monkeypatch):
+    """Scores of a real validation rise and fall as they like, so they are drawn up here."""
+    config = student(
+        student={"epochs": 40}, train={"patience": 3, "evaluate_every": 2, "checkpoint_every": 1, "keep": 1}
+    )
+    real = loop.validate
+    scores = iter([0.1, 0.4, math.nan, 0.3, 0.4, 0.9])
+
+    def validate(*args):
+        logits, levels, found = real(*args)
+        return logits, levels, found | {"kappa": next(scores)}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "validate", validate)
+        assert train_under(config, "student")
+    assert len(log_of(config.student.dir)) == 10, "three validations after that of step 4"
+    folder = Path(config.student.dir)
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000010"]
+    best = load_file(folder / "checkpoints" / kept[0] / "weights.safetensors")
+    exported = load_file(folder / "model.safetensors")
+    assert exported.keys() == best.keys() and all(torch.equal(exported[name], best[name]) for name in best)
+
+    # Killed between the last checkpoint and the export: nothing is trained further.
+    (folder / "config.json").unlink()
+    assert train_under(config, "student")
+    assert len(log_of(config.student.dir)) == 10
+    again = load_file(folder / "model.safetensors")
+    assert all(torch.equal(again[name], best[name]) for name in best)
+
+
+def test_patience_needs_a_validation_split(student, unlabelled):
+    with pytest.raises(DataError, match=r"train\.patience needs a validation split"):
+        train_under(student(data={"shards": [unlabelled]}, train={"patience": 2, "batch": 4}), "student")
+
+
+def test_a_gradient_that_is_no_number_stops_and_the_checkpoint_before_it_is_kept(student, monkeypatch):
+    config = student(train={"checkpoint_every": 2, "evaluate_every": 100})
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "backward", poisoned(loop.backward, 3))
+        with pytest.raises(DataError, match=r"the gradient's norm is nan at step 4, in a batch with \d{5}_"):
+            train_under(config, "student")
+    done = sorted(path.name for path in (Path(config.student.dir) / "checkpoints").iterdir())
+    assert done == ["step-00000002"]
+    straight = student("straight", train={"evaluate_every": 100})
+    assert train_under(config, "student") and train_under(straight, "student")
+    assert_same_curve(log_of(config.student.dir), log_of(straight.student.dir))
+
+
+def poisoned(real, step):
+    """`backward` that leaves a NaN in a gradient at a step."""
+    calls = iter(range(1000))
+
+    def backward(engine, *args):
+        terms = real(engine, *args)
+        if next(calls) == step:
+            next(engine.model.parameters()).grad.view(-1)[0] = math.nan
+        return terms
+
+    return backward
+
+
+def test_dropout_is_drawn_alike_after_a_restart():
+    seeds = {loop.step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 600 and all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_sigterm_saves_and_ctrl_c_works_again_afterwards(student):
@@ -291,7 +360,7 @@ def test_bad_samples_stop_training_or_are_skipped_told_and_counted(student, dama
 def test_a_sample_is_skipped_once_however_often_the_run_goes_on(student, damaged, monkeypatch):
     config = student(data={"shards": damaged(2, "he"), "on_bad": "skip:2"}, student={"epochs": 4})
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "stop_flag", lambda: AfterReads(4))
+        patched.setattr(launch, "stop_flag", lambda _: AfterReads(4))
         with pytest.raises(DataError, match="stopped after step 4"):
             train_under(config, "student")
     assert log_of(config.student.dir)[-1]["skipped"] == 2
@@ -345,7 +414,7 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
 def test_the_batch_must_divide_by_the_ranks(tissue_run):
     task = loop.TASKS["teacher"](tissue_run)
     with pytest.raises(DataError, match=r"train.batch 8 does not divide into 3 workers x train.accumulate 1"):
-        loop.train(tissue_run, task, World(rank=0, size=3), "torch")
+        loop.train(tissue_run, task, World(rank=0, size=3), "torch", threading.Event())
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -1,0 +1,140 @@
+"""Where training runs: in this process, in torchrun's, or in Ray's workers; and how it is asked to end."""
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lgd.config import Config, DataError
+from lgd.data.plan import World
+from lgd.data.shards import Shard
+from lgd.files import digest_of, read_json, sha256
+from lgd.train import checkpoint
+from lgd.train.engine import choose
+from lgd.train.loop import TASKS, split_shards, train
+from lgd.train.tasks import Task, inputs_of
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def refuse_strangers(task: Task) -> None:
+    """Raise `DataError` when the task's folder holds what training did not write."""
+    ours = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl"}
+    there = {path.name for path in task.folder.iterdir()} if task.folder.is_dir() else set()
+    # A killed `publish` leaves its temporary file.
+    strangers = sorted(name for name in there - ours if not (name.startswith(".") and name.endswith(".tmp")))
+    if strangers:
+        raise DataError(
+            f"{task.folder} already holds something else ({', '.join(strangers[:3])}): name another folder as "
+            f"{task.field}"
+        )
+
+
+def train_under(config: Config, task: str) -> bool:
+    """Train a task where `train.workers` says; returns False when the finished network could be reused."""
+    from lgd.distribute import launch
+
+    built = TASKS[task](config)
+    shards = split_shards(config, "train")
+    if not shards:
+        raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
+    shards += split_shards(config, "val")
+    if config.train.resume == "auto" and is_finished(built, config, shards):
+        return False
+    refuse_strangers(built)
+    engine = choose(config.train.engine)
+    # Once, here: a worker that Ray restarts must go on from its own checkpoints. Under torchrun one process does it,
+    # before the others can be past the meeting with it.
+    if config.train.resume != "auto" and os.environ.get("RANK", "0") == "0":
+        if config.train.resume == "never":
+            shutil.rmtree(built.folder / "checkpoints", ignore_errors=True)
+        else:
+            checkpoint.adopt(built.folder / "checkpoints", Path(config.train.resume))
+    launch(
+        worker,
+        {"config": config, "task": task, "engine": engine},
+        workers=config.train.workers,
+        max_failures=config.train.max_failures,
+        storage=Path(config.run.dir) / "ray",
+        name=built.folder.name,
+    )
+    return True
+
+
+def is_finished(task: Task, config: Config, shards: list[Shard]) -> bool:
+    """Whether the task's folder holds the network that this run would train."""
+    path, weights = task.folder / "config.json", task.folder / "model.safetensors"
+    if not path.is_file() or not weights.is_file():
+        return False
+    made, inputs = read_json(path), digest_of(inputs_of(task, config, shards))
+    return made.get("inputs") == inputs and made["weights_sha256"] == sha256(weights)
+
+
+def worker(argument: dict[str, Any]) -> None:
+    """What each training process runs.
+
+    `argument` has `config`, `task` (teacher or student), `engine`, and under Ray `stop`, the file that asks to end.
+    """
+    config: Config = argument["config"]
+    world = join_world()
+    torch.manual_seed(config.run.seed)
+    with signals_restored():
+        train(config, TASKS[argument["task"]](config), world, argument["engine"], stop_flag(argument.get("stop")))
+
+
+def join_world() -> World:
+    """This process among the others: those of Ray Train, of torchrun, or none."""
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            # DeepSpeed wants a group even alone.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("RANK", "0")
+            os.environ.setdefault("LOCAL_RANK", "0")
+            os.environ.setdefault("WORLD_SIZE", "1")
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+class StopFile(threading.Event):
+    """Set by a signal, or by the appearance of a file."""
+
+    def __init__(self, path: str | None) -> None:
+        super().__init__()
+        self.path = path
+
+    def is_set(self) -> bool:
+        return super().is_set() or (self.path is not None and os.path.exists(self.path))
+
+
+def stop_flag(path: str | None) -> threading.Event:
+    """Set by SIGTERM, Ctrl-C, or the file that the driver of a Ray job makes; every rank reads it at each step."""
+    flag = StopFile(path)
+    if threading.current_thread() is threading.main_thread():
+        for number in _STOP_SIGNALS:
+            signal.signal(number, lambda *_: flag.set())
+    return flag
+
+
+@contextlib.contextmanager
+def signals_restored() -> Iterator[None]:
+    """Undo what `stop_flag` did, so that Ctrl-C ends the stages after training again."""
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
