@@ -32,8 +32,8 @@ for word in "$@"; do
 done
 exec "${{options[@]}}"
 """
-SCONTROL = "#!/bin/sh\necho \"$*\" >> {log}\n"
-# What a training does as far as this script sees it: use the cluster, save on SIGTERM, and exit with 1.
+SCONTROL = '#!/bin/sh\necho "$*" >> {log}\n'
+# What a training does as far as this script sees it: use the cluster, save on SIGTERM, and exit.
 COMMAND = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -43,7 +43,7 @@ told = Path(sys.argv[1])
 def save(*_):
     time.sleep(1)
     Path(f"{told}.saved").touch()
-    sys.exit(1)
+    sys.exit(7)
 signal.signal(signal.SIGTERM, save)
 place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
 where = [
@@ -72,11 +72,11 @@ def job(tmp_path):
     number = str(os.getpid())
     started = []
 
-    def start(nodes: int, *command: str) -> subprocess.Popen:
+    def start(nodes: int, *command: str, **environment: str) -> subprocess.Popen:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_", "SRUN_"))}
         env |= {"PATH": f"{bin_dir}:{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         env |= {"SLURM_JOB_ID": number, "SLURM_JOB_NUM_NODES": str(nodes), "SLURMD_NODENAME": "node-a"}
-        env |= {"SLURM_CPUS_ON_NODE": "1", "SLURM_EXPORT_ENV": "NONE"}
+        env |= {"SLURM_CPUS_ON_NODE": "1", "SLURM_EXPORT_ENV": "NONE", **environment}
         with open(tmp_path / "job.log", "ab") as log:
             process = subprocess.Popen([SCRIPT, *command], env=env, stdout=log, stderr=log, start_new_session=True)
         started.append(process)
@@ -93,9 +93,9 @@ def job(tmp_path):
         shutil.rmtree(f"/tmp/lgd-ray-{number}{folder}", ignore_errors=True)
 
 
-def wait_until(true, process: subprocess.Popen, log: Path, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not true():
+def wait_for(path: Path, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + 120
+    while not path.exists():
         assert process.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.2)
 
@@ -115,12 +115,12 @@ def group(leader: int) -> list[str]:
 def test_two_nodes_run_a_command_that_is_stopped_and_queued_again(job, tmp_path):
     told, log = tmp_path / "told.json", tmp_path / "job.log"
     process = job(2, "python", "-c", COMMAND, str(told))
-    wait_until(told.exists, process, log)
+    wait_for(told, process, log)
     facts = json.loads(told.read_text())
     assert len(set(facts["nodes"])) == 2 and facts["cpus"] == 2
     assert facts["mode"] == "token" and re.fullmatch("[0-9a-f]{64}", facts["token"])
     port = int(facts["address"].rsplit(":", 1)[1])
-    assert 20000 <= port < 32000 and port == 20000 + process.pid * 0 + os.getpid() % 4000 * 3
+    assert 20000 <= port < 32000 and port == 20000 + os.getpid() % 4000 * 3
     lines = group(process.pid)
     assert any("gcs_server" in line for line in lines) and sum("raylet" in line for line in lines) >= 2
     assert not any(facts["token"] in line for line in lines), "the token is on no command line"
@@ -129,16 +129,21 @@ def test_two_nodes_run_a_command_that_is_stopped_and_queued_again(job, tmp_path)
     assert "--dashboard-host=127.0.0.1" in steps[0]
 
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 1
+    assert process.wait(60) == 7
     assert (tmp_path / "told.json.saved").exists(), "it waited for the command to save"
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {os.getpid()}\n"
-    wait_until(lambda: not group(process.pid), subprocess.Popen(["sleep", "60"]), log, 20)
+    end = time.monotonic() + 30
+    while group(process.pid) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert group(process.pid) == [], "nothing that it started is left"
 
 
-def test_without_a_stop_the_job_ends_as_its_command_did(job, tmp_path):
-    process = job(1, "python", "-c", "import sys; sys.exit(7)")
-    assert process.wait(90) == 7, (tmp_path / "job.log").read_text()
-    assert not (tmp_path / "scontrol.log").exists(), "a failure is not queued again"
+def test_a_head_that_cannot_start_ends_the_job_for_good(job, tmp_path):
+    process = job(1, "touch", str(tmp_path / "ran"), SLURMD_NODENAME="another")
+    assert process.wait(60) == 1
+    assert "Ray's head ended before it listened" in (tmp_path / "job.log").read_text()
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "scontrol.log").exists(), "what would fail again is not queued again"
 
 
 def test_a_job_without_a_command_is_told(job, tmp_path):
