@@ -24,7 +24,7 @@ def of(name: str) -> list[str]:
 
 
 def let_through(path: str) -> bool:
-    """Whether .dockerignore leaves a path at the top of the checkout to the builder: the last pattern that fits rules."""
+    """Whether .dockerignore leaves a path at the top of the checkout to the builder: the last pattern counts."""
     kept = True
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if line and not line.startswith("#") and fnmatch.fnmatch(path, line.removeprefix("!")):

@@ -22,8 +22,8 @@ CLUSTER_SPEC = """upgradeStrategy authOptions suspend managedBy autoscalerOption
 enableInTreeAutoscaling gcsFaultToleranceOptions historyServerOptions networkPolicy tlsOptions headGroupSpec rayVersion
 workerGroupSpecs""".split()
 HEAD = "enableIngress headService rayStartParams resources labels template".split()
-WORKERS = """groupName replicas minReplicas maxReplicas idleTimeoutSeconds rayStartParams resources labels template
-suspend numOfHosts scaleStrategy""".split()
+WORKERS = """groupName replicas minReplicas maxReplicas idleTimeoutSeconds priority rayStartParams resources
+labels template scaleStrategy numOfHosts""".split()
 # Of core/v1, what the pods here use.
 POD = "containers volumes securityContext".split()
 CONTAINER = "name image env resources securityContext volumeMounts".split()

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "slurm.sh"
-# `exec`: a signal to the stand-in reaches the step, as srun would hand it on. Two nodes on one machine need two folders.
+# `exec`: a signal to the stand-in reaches the step, as srun would hand it on. Two nodes on one machine need two
+# folders.
 SRUN = """#!/bin/bash
 printf '%s\\n' "$*" >> {log}
 [ "$SLURM_EXPORT_ENV" = ALL ] && [ "$SRUN_CPUS_PER_TASK" = 1 ] || exit 9
