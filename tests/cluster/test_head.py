@@ -19,7 +19,8 @@ def start(tmp_path):
     bin_dir.mkdir()
     home.mkdir()
     fake = bin_dir / "ray"
-    fake.write_text(f'#!/bin/sh\nif [ "$1" = start ]; then echo "mode=$RAY_AUTH_MODE stop=$RAY_JOB_STOP_WAIT_TIME_S $*"; else exec {real} "$@"; fi\n')
+    told = "mode=$RAY_AUTH_MODE stop=$RAY_JOB_STOP_WAIT_TIME_S $*"
+    fake.write_text(f'#!/bin/sh\nif [ "$1" = start ]; then echo "{told}"; else exec {real} "$@"; fi\n')
     fake.chmod(0o755)
 
     def run(*options, **environment) -> subprocess.CompletedProcess:
@@ -48,7 +49,9 @@ def test_an_exposed_dashboard_is_refused_without_a_token(start, tmp_path, option
 
 def test_an_exposed_dashboard_starts_with_a_token(start):
     done = start("--dashboard-host", "0.0.0.0", RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="e" * 64)
-    assert done.stdout == "mode=token stop=120 start --head --dashboard-host=0.0.0.0 --dashboard-host 0.0.0.0\n", done.stderr
+    assert done.stdout == "mode=token stop=120 start --head --dashboard-host=0.0.0.0 --dashboard-host 0.0.0.0\n", (
+        done.stderr
+    )
 
 
 def test_on_loopback_a_token_is_made_for_this_user_alone(start, tmp_path):
