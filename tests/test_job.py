@@ -1,7 +1,9 @@
-"""`ray job submit` against a real head node: token authentication on, loopback only, ports and folders of its own."""
+"""The README's `ray job submit` against a real head of cluster/head.sh, with ports and folders of its own."""
 
 import os
+import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -17,6 +19,7 @@ import pytest
 
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.files import read_json
+from lgd.options import load_config
 from lgd.store.latents import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,8 +44,11 @@ def head():
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "OMP_NUM_THREADS": "1"}
     ray = str(Path(sys.executable).parent / "ray")
-    command = [ray, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1"]
-    command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}", "--num-cpus=2"]
+    env |= {"PATH": f"{Path(ray).parent}:{os.environ['PATH']}"}
+    command = [str(ROOT / "cluster" / "head.sh"), "--block", f"--port={port}", "--node-ip-address=127.0.0.1"]
+    command += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--num-cpus=2"]
+    # The agent that takes the jobs has one port for the whole machine otherwise, and another Ray may hold it.
+    command += ["--dashboard-agent-listen-port=0"]
     with open(Path(folder) / "head.log", "wb") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -69,6 +75,14 @@ def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
     pytest.fail(f"the head node did not come up: {log.read_text()}")
 
 
+def examples() -> list[list[str]]:
+    """The entrypoints of the `ray job submit` examples in the README, in their order."""
+    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
+    words = [shlex.split(line) for line in lines if line.startswith("ray job submit ")]
+    assert all(w[3:8] == ["--address", "http://127.0.0.1:8265", "--working-dir", ".", "--"] for w in words)
+    return [w[8:] for w in words]
+
+
 def submit(head, *entrypoint: str) -> str:
     address, env, ray = head
     command = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--", *entrypoint]
@@ -77,25 +91,57 @@ def submit(head, *entrypoint: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_stages_run_as_jobs(head, tmp_path):
-    tissue, shards, run = tmp_path / "tissue", tmp_path / "shards", tmp_path / "run"
-    synthesise(SynthOptions(out=str(tissue), pairs=24, size=64, slides=12, workers=1))
-    python = sys.executable
-    source = ["--layout", "bci", "--root", str(tissue), "--slides", str(tissue / "truth.csv")]
-    source += ["--out", str(shards), "--split", "group:0.6,0.2,0.2", "--shard-size", "4"]
-    submit(head, python, "tools/build_shards.py", *source, "--workers", "2")
-    assert read_json(shards / "manifest.json")["splits"]["train"]["samples"] >= 4
+# Seconds, and what two CPUs can do, instead of hours on eight GPUs.
+SMALL = {
+    "data.size": 32,
+    "data.threads": 1,
+    "latents.views": 1,
+    "latents.precision": "fp32",
+    "latents.map": 1,
+    "train.workers": 2,
+    "train.batch": 8,
+    "train.precision": "fp32",
+}
+for network in ("teacher", "student"):
+    SMALL |= {f"{network}.encoder": "resnet10", f"{network}.epochs": 1}
 
-    config = ["--run.dir", str(run), "--data.shards", str(shards), "--data.size", "32", "--data.threads", "1"]
-    config += ["--train.workers", "2", "--train.batch", "8", "--teacher.epochs", "1", "--student.epochs", "1"]
-    told = submit(head, python, "-m", "lgd", "train-teacher", *config)
-    assert "step" in told, "the progress of rank 0 is part of the job's output"
+
+def test_the_readme_s_jobs_run(head, tmp_path):
+    tissue = tmp_path / "BCI"
+    synthesise(SynthOptions(out=str(tissue), pairs=24, size=64, slides=12, workers=1))
+    told = {}
+    for python, *args in examples():
+        assert python == "python"
+        name = args[2] if args[0] == "-m" else args[0]
+        args = [arg.replace("/data/", f"{tmp_path}/") for arg in args]
+        if name == "tools/build_shards.py":
+            args += ["--workers", "2", "--shard-size", "4"]
+        else:
+            args += [word for field, value in SMALL.items() for word in (f"--{field}", str(value))]
+        told[name] = submit(head, sys.executable, *args)
+    assert list(told) == ["tools/build_shards.py", "train-teacher", "tools/cache_teacher_latents.py", "train"]
+    shards, run = tmp_path / "shards" / "bci", tmp_path / "runs" / "bci"
+    assert read_json(shards / "manifest.json")["splits"]["train"]["samples"] >= 8
+    assert "step" in told["train-teacher"], "the progress of rank 0 is part of the job's output"
     assert read_json(run / "teacher" / "config.json")["workers"] == 2
-    submit(head, python, "tools/cache_teacher_latents.py", *config)
     assert Store(run / "latents").verify() == []
-    submit(head, python, "-m", "lgd", "train", *config)
     student = read_json(run / "student" / "config.json")
     assert (student["workers"], student["method"]) == (2, "lgd")
+
+
+def test_the_readme_s_commands_elsewhere_are_runs():
+    """What it says for SLURM; tests/cluster/ runs the script itself."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^sbatch .*", text, re.MULTILINE)
+    words = shlex.split(line)
+    place = words.index("cluster/slurm.sh")
+    sizes = dict(word.removeprefix("--").split("=") for word in words[1:place])
+    assert words[place + 1 : place + 5] == ["python", "-m", "lgd", "train"]
+    args = [str(ROOT / word) if word.startswith("configs/") else word for word in words[place + 6 :]]
+    config = load_config(args[0], args[1:])
+    assert config.train.workers == int(sizes["nodes"]) * int(sizes["gpus-per-node"])
+    for name in re.findall(r"cluster/[\w.]+", text):
+        assert (ROOT / name).is_file(), name
 
 
 def test_a_failing_job_fails_with_one_message(head, tmp_path):
