@@ -7,6 +7,7 @@ Each stage takes the run's `Config`, reuses what is still valid and says so on s
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import platform
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def record(config: Config, name: str, facts: dict[str, Any]) -> None:
     write_bytes(folder / "config.yaml", config.as_yaml().encode())
     path = folder / "run.json"
     document = read_json(path) if path.is_file() else {}
-    write_json(path, document | {"environment": environment(), name: facts})
+    shards = {str(place): open_shards(place)[0]["digest"] for place in config.shard_dirs}
+    write_json(path, document | {"environment": environment(), "shards": shards, name: facts})
 
 
 def environment() -> dict[str, Any]:
@@ -58,10 +60,16 @@ def environment() -> dict[str, Any]:
         "lgd": lgd.__version__,
         "commit": commit,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{name: _version(name) for name in ("torch", "deepspeed", "ray", "webdataset", "h5py", "transformers")},
         "host": platform.node(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
     }
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def all_shards(config: Config) -> list[Shard]:
@@ -166,10 +174,23 @@ def evaluate(config: Config) -> str:
             config.report.bootstrap,
             config.run.seed,
         )
+        _show(config)
         told["done"] = f"written: {config.report.dir}"
     headline = {model["name"]: model["by_patch"]["metrics"] for model in document["models"]}
     record(config, "report", {"folder": config.report.dir, "split": config.report.split, "by_patch": headline})
     return report.table(scored, config.report.bootstrap, config.run.seed)
+
+
+def _show(config: Config) -> None:
+    """Put the report's pictures, retrievals among them, beside the student's curves in TensorBoard."""
+    import numpy as np
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(Path(config.student.dir) / "tensorboard") as board:
+        for path in sorted(Path(config.report.dir).glob("*.png")):
+            image = np.asarray(Image.open(path).convert("RGB"))
+            board.add_image(f"report/{path.stem}", image, dataformats="HWC")
 
 
 def run(config: Config) -> str:

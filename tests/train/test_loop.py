@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from lgd.files import read_json
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Store, read_all
 from lgd.train import launch, loop
+from lgd.train.engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
 from lgd.train.log import Log
 from lgd.train.loop import learning_rate, split_shards
@@ -283,6 +285,18 @@ def poisoned(real, step):
         return terms
 
     return backward
+
+
+@pytest.mark.skipif(deepspeed_problem() is not None, reason="torch.compile needs a C++ compiler as DeepSpeed does")
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_a_compiled_network_gives_the_curve_and_the_weights_by_the_same_names(student, engine):
+    plain, compiled = (student(name, train={"compile": name == "compiled"}) for name in ("plain", "compiled"))
+    for config in (plain, compiled):
+        config = replace(config, train=replace(config.train, engine=engine))
+        assert train_under(config, "student")
+    assert_same_curve(log_of(compiled.student.dir), log_of(plain.student.dir), tolerance=1e-4)
+    one, two = (load_file(Path(config.student.dir) / "model.safetensors") for config in (plain, compiled))
+    assert one.keys() == two.keys()
 
 
 def test_dropout_is_drawn_alike_after_a_restart():
