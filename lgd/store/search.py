@@ -9,6 +9,7 @@ costs their SHA-256 and a look at their structure: 1.1 s and 31 MB at a million 
 Whoever cuts a file short while it is mapped ends the process; `build_index` replaces files instead.
 """
 
+import importlib.util
 import os
 import re
 from collections.abc import Callable
@@ -28,12 +29,20 @@ FILES = ("faiss.index", "keys.npy")
 _REMEDY = "run lgd build-index"
 
 
+def faiss_problem() -> str | None:
+    """Why there is no FAISS here, or None; it is not imported."""
+    if importlib.util.find_spec("faiss") is None:
+        return "FAISS is not installed: pip install 'lgd[cpu]', or 'lgd[gpu]' on a CUDA machine"
+    return None
+
+
 def import_faiss() -> Any:
     """The package, or `DataError` with the remedy."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise DataError("FAISS is not installed: pip install 'lgd[cpu]', or 'lgd[gpu]' on a CUDA machine") from error
+    problem = faiss_problem()
+    if problem:
+        raise DataError(problem)
+    import faiss
+
     return faiss
 
 
@@ -123,13 +132,14 @@ class Searcher:
 
     def __init__(self, store: Store) -> None:
         """Open the index of a store; raises `DataError` for one that is missing, damaged or outdated."""
+        # First: without it, `lgd build-index` is no remedy for an index that is missing.
+        self._faiss = import_faiss()
         self.document = read_document(store)
         self.table = _opened(
             store, self.document, "keys.npy", lambda file: read_table(file, self.document["rows"], store.parts)
         )
         # FAISS's own, for those who need more of it.
         self.index = _opened(store, self.document, "faiss.index", lambda file: _read_index(self.document, file))
-        self._faiss = import_faiss()
         self._ivf = self._faiss.try_extract_index_ivf(self.index)
         self._process = os.getpid()
         if self._ivf is not None:
