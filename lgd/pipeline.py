@@ -137,7 +137,7 @@ def evaluate(config: Config) -> str:
             splits = sorted({shard.split for shard in all_shards(config)})
             raise DataError(f"report.split {config.report.split!r} has no patches; the shards have {', '.join(splits)}")
         scorers = [load_scorer(folder) for folder in (config.student.dir, *config.report.also)]
-        # Opened before the scoring, which can take hours.
+        # Asked before the scoring, which can take hours.
         store = Store(config.latents.dir) if scorers[0].config["method"] == "lgd" else None
         sheet = store is not None and config.report.queries > 0 and _searchable(store)
         scorers.append(load_scorer(config.teacher.dir, "teacher"))
