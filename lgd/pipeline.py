@@ -188,17 +188,11 @@ def _searchable(store: Any) -> bool:
     return True
 
 
-def require_faiss() -> None:
-    """Raise `DataError` where there is no FAISS: before the hours of the stages that come before the index."""
-    from lgd.store.search import faiss_problem
-
-    problem = faiss_problem()
-    if problem:
-        raise DataError(problem)
-
-
 def run(config: Config) -> str:
     """Every stage from the teacher on, and the baseline in the same harness; returns the report's table."""
+    from lgd.store.search import require_faiss
+
+    # Before the hours of the stages that come before the index.
     require_faiss()
     try:
         train_teacher(config)
@@ -223,6 +217,8 @@ def tissue_dir(config: Config) -> Path:
 
 def demo(config: Config, pairs: int, size: int) -> str:
     """Virtual tissue, shards, and then `run`; returns the report's table."""
+    from lgd.store.search import require_faiss
+
     require_faiss()
     tissue, (shards,) = tissue_dir(config), config.shard_dirs
     with stage("synth") as told:

@@ -36,11 +36,16 @@ def faiss_problem() -> str | None:
     return None
 
 
-def import_faiss() -> Any:
-    """The package, or `DataError` with the remedy."""
+def require_faiss() -> None:
+    """Raise `DataError` with the remedy where there is no FAISS."""
     problem = faiss_problem()
     if problem:
         raise DataError(problem)
+
+
+def import_faiss() -> Any:
+    """The package, or `DataError` with the remedy."""
+    require_faiss()
     import faiss
 
     return faiss
@@ -132,14 +137,15 @@ class Searcher:
 
     def __init__(self, store: Store) -> None:
         """Open the index of a store; raises `DataError` for one that is missing, damaged or outdated."""
-        # First: without it, `lgd build-index` is no remedy for an index that is missing.
-        self._faiss = import_faiss()
+        # Without it `lgd build-index` would be no remedy for an index that is missing.
+        require_faiss()
         self.document = read_document(store)
         self.table = _opened(
             store, self.document, "keys.npy", lambda file: read_table(file, self.document["rows"], store.parts)
         )
         # FAISS's own, for those who need more of it.
         self.index = _opened(store, self.document, "faiss.index", lambda file: _read_index(self.document, file))
+        self._faiss = import_faiss()
         self._ivf = self._faiss.try_extract_index_ivf(self.index)
         self._process = os.getpid()
         if self._ivf is not None:
