@@ -33,7 +33,8 @@ def connect(workers: int, what: str, use_gpus: bool = True) -> float:
     CPU each, whatever it has); `what` names the option that asked for them.
     """
     try:
-        import ray
+        # A folder named `ray`, as a run has one, would pass for a package.
+        import ray._version
     except ImportError as error:
         raise DataError(f"Ray is not installed: pip install 'ray[default,train]', or set {what} to 0") from error
 

@@ -24,7 +24,11 @@ def examine(gpu: bool) -> list[Finding]:
         Finding(name="machine", state="ok", detail=f"{os.cpu_count()} CPUs, {_memory()}, {_disk()}"),
     ]
     findings += [_package(name, needed=True) for name in ("torch", "webdataset", "h5py", "simplejpeg", "transformers")]
-    findings += [_ray(), _deepspeed(), _faiss(), _device()]
+    findings += [_ray(), _faiss()]
+    if not _version("torch"):
+        # The rest is asked through it.
+        return findings
+    findings += [_deepspeed(), _device()]
     if gpu:
         findings += [_bf16_step(), _faiss_gpu()]
     return findings
@@ -94,6 +98,9 @@ def _bf16_step() -> Finding:
 
     if not torch.cuda.is_available():
         return Finding(name="bf16 step", state="lacks", detail="no CUDA device to try it on")
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        detail = f"{torch.cuda.get_device_name()} emulates it: set train.precision to fp32, or use a GPU from Ampere on"
+        return Finding(name="bf16 step", state="lacks", detail=detail)
     layer = torch.nn.Linear(256, 256, device="cuda", dtype=torch.bfloat16)
     try:
         layer(torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)).square().mean().backward()

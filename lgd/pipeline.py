@@ -145,6 +145,9 @@ def evaluate(config: Config) -> str:
             splits = sorted({shard.split for shard in all_shards(config)})
             raise DataError(f"report.split {config.report.split!r} has no patches; the shards have {', '.join(splits)}")
         scorers = [load_scorer(folder) for folder in (config.student.dir, *config.report.also)]
+        # Asked before the scoring, which can take hours.
+        store = Store(config.latents.dir) if scorers[0].config["method"] == "lgd" else None
+        sheet = store is not None and config.report.queries > 0 and _searchable(store)
         scorers.append(load_scorer(config.teacher.dir, "teacher"))
         found = [
             score_shards(one, shards, threads=config.data.threads, vectors=compare.vectors_of(one)) for one in scorers
@@ -152,10 +155,9 @@ def evaluate(config: Config) -> str:
         scored = [predictions for predictions, _ in found]
         student, scorer = scored[0], scorers[0]
         measured, queries = None, []
-        if scorer.config["method"] == "lgd":
-            store = Store(config.latents.dir)
+        if store is not None:
             measured = compare.measure_run(config, store, all_shards(config), scorers, found, say)
-            queries = compare.sheet_rows(config, store, shards, found[0])
+            queries = compare.sheet_rows(config, store, shards, found[0]) if sheet else []
         manifests = [open_shards(folder)[0] for folder in config.shard_dirs]
         document = report.write_report(
             Path(config.report.dir),
@@ -193,8 +195,26 @@ def _show(config: Config) -> None:
             board.add_image(f"report/{path.stem}", image, dataformats="HWC")
 
 
+def _searchable(store: Any) -> bool:
+    """Whether the index of a store can be searched: without FAISS it cannot, which is told; without an index it raises
+    `DataError`.
+    """
+    from lgd.store.search import faiss_problem, read_document
+
+    problem = faiss_problem()
+    if problem:
+        say("report", f"the contact sheet is left out: {problem}")
+        return False
+    read_document(store)
+    return True
+
+
 def run(config: Config) -> str:
     """Every stage from the teacher on, and the baseline in the same harness; returns the report's table."""
+    from lgd.store.search import require_faiss
+
+    # Before the hours of the stages that come before the index.
+    require_faiss()
     try:
         train_teacher(config)
         cache_latents(config)
@@ -218,6 +238,9 @@ def tissue_dir(config: Config) -> Path:
 
 def demo(config: Config, pairs: int, size: int) -> str:
     """Virtual tissue, shards, and then `run`; returns the report's table."""
+    from lgd.store.search import require_faiss
+
+    require_faiss()
     tissue, (shards,) = tissue_dir(config), config.shard_dirs
     with stage("synth") as told:
         # Many slides of few patches: what is learnt must hold on other slides, and intervals are over slides.

@@ -3,6 +3,8 @@
 `config.json` is written last, so a folder that has one is whole.
 """
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,27 @@ from lgd.files import publish, read_json, sha256, write_json
 FORMAT = "lgd-model/1"
 
 
-def save_model(folder: str | Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """Publish weights (by parameter name) and the description of the network that they belong to."""
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Publish tensors by name; a full disk and a folder that may not be written to raise `DataError`."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    with publish(path) as temporary:
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:
+            # What the system said is in its text only, and `publish` knows what to tell of it.
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def save_model(folder: str | Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Publish weights (by parameter name) and the description of the network that they belong to."""
     folder = Path(folder)
     (folder / "config.json").unlink(missing_ok=True)
-    with publish(folder / "model.safetensors") as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    save_tensors(folder / "model.safetensors", tensors)
     weights = sha256(folder / "model.safetensors")
     write_json(folder / "config.json", {"format": FORMAT, **config, "weights_sha256": weights})
 

@@ -72,7 +72,13 @@ class Store:
                 f"the feature store {self.folder} lacks {len(lacking)} of {len(shards)} shards, the first of them "
                 f"{lacking[0].path}: run lgd cache-latents"
             )
-        return [self._of_tar[shard.sha256] for shard in shards]
+        parts = [self._of_tar[shard.sha256] for shard in shards]
+        for shard, part in zip(shards, parts, strict=True):
+            if part.rows != shard.samples:
+                raise DataError(
+                    f"{part.path} has {part.rows} rows, and {shard.path} {shard.samples} samples: run lgd cache-latents"
+                )
+        return parts
 
     def find(self, key: str) -> list[tuple[int, int]]:
         """The (part, row) of a key; several where shard sets that were cached together share it.

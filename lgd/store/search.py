@@ -9,6 +9,7 @@ costs their SHA-256 and a look at their structure: 1.1 s and 31 MB at a million 
 Whoever cuts a file short while it is mapped ends the process; `build_index` replaces files instead.
 """
 
+import importlib.util
 import os
 import re
 from collections.abc import Callable
@@ -28,12 +29,25 @@ FILES = ("faiss.index", "keys.npy")
 _REMEDY = "run lgd build-index"
 
 
+def faiss_problem() -> str | None:
+    """Why there is no FAISS here, or None; it is not imported."""
+    if importlib.util.find_spec("faiss") is None:
+        return "FAISS is not installed: pip install 'lgd[cpu]', or 'lgd[gpu]' on a CUDA machine"
+    return None
+
+
+def require_faiss() -> None:
+    """Raise `DataError` with the remedy where there is no FAISS."""
+    problem = faiss_problem()
+    if problem:
+        raise DataError(problem)
+
+
 def import_faiss() -> Any:
     """The package, or `DataError` with the remedy."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise DataError("FAISS is not installed: pip install 'lgd[cpu]', or 'lgd[gpu]' on a CUDA machine") from error
+    require_faiss()
+    import faiss
+
     return faiss
 
 
@@ -123,6 +137,8 @@ class Searcher:
 
     def __init__(self, store: Store) -> None:
         """Open the index of a store; raises `DataError` for one that is missing, damaged or outdated."""
+        # Without it `lgd build-index` would be no remedy for an index that is missing.
+        require_faiss()
         self.document = read_document(store)
         self.table = _opened(
             store, self.document, "keys.npy", lambda file: read_table(file, self.document["rows"], store.parts)

@@ -56,7 +56,7 @@ class Supervision:
 
         self.recipe = recipe
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if recipe["precision"] == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported()):
+        if recipe["precision"] == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported(False)):
             raise DataError("latents.precision is bf16, but there is no GPU here that has it: set it to fp32")
         teacher, config = load_teacher(folder)
         if config["weights_sha256"] != recipe["teacher"]:

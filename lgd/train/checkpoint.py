@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from lgd.config import DataError
-from lgd.files import publish, read_json, sync, told_differences, write_json, xxh3
+from lgd.files import read_json, sync, told_differences, write_json, xxh3
+from lgd.models.export import save_tensors
 from lgd.train.engine import Moments
 
 FORMAT = "lgd-checkpoint/1"
@@ -61,8 +62,6 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Publish a checkpoint under `folder` and remove all but the newest `keep` and the best."""
-    from safetensors.torch import save_file
-
     name = _name(checkpoint.step)
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     for leftover in folder.glob(".step-*.tmp"):
@@ -72,8 +71,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         flat = {f"{p}|{m}": t for p, pair in checkpoint.moments.items() for m, t in pair.items()}
         digests = {}
         for file, tensors in zip(_TENSORS, (checkpoint.weights, flat), strict=True):
-            with publish(temporary / file) as path:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+            save_tensors(temporary / file, tensors)
             digests[file] = _digest(temporary / file)
         write_json(
             temporary / "state.json",
@@ -132,20 +130,26 @@ def problems(path: Path) -> list[str]:
     ]
 
 
-def load(path: Path, inputs: dict[str, Any]) -> Checkpoint:
-    """Read a checkpoint; one that is damaged, or of a run with other inputs, is refused with the difference."""
-    from safetensors.torch import load_file
-
+def _checked(path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    """state.json; `DataError` for a checkpoint that is damaged, or of a run with other inputs, with the difference."""
     found = problems(path)
     if found:
         raise DataError("\n".join(found))
-    state = read_json(path / "state.json")
+    state: dict[str, Any] = read_json(path / "state.json")
     if state["inputs"] != inputs:
         raise DataError(
             f"checkpoint {path} is of another run:\n"
             + told_differences(state["inputs"], inputs, "in the checkpoint")
             + "\nGo on with the same inputs, name another folder, or start anew with --train.resume never"
         )
+    return state
+
+
+def load(path: Path, inputs: dict[str, Any]) -> Checkpoint:
+    """Read a checkpoint; `DataError` for one that is damaged, or of a run with other inputs."""
+    from safetensors.torch import load_file
+
+    state = _checked(path, inputs)
     moments: Moments = {}
     for key, tensor in load_file(path / "moments.safetensors").items():
         parameter, moment = key.rsplit("|", 1)
@@ -177,14 +181,14 @@ def load_best(folder: Path, best: Best, inputs: dict[str, Any]) -> Checkpoint:
     return load(folder / _name(best.step), inputs)
 
 
-def adopt(folder: Path, path: Path) -> None:
-    """Make the checkpoint at `path` the newest one under `folder`: later ones are removed, a foreign one is copied."""
+def adopt(folder: Path, path: Path, inputs: dict[str, Any]) -> None:
+    """Make the checkpoint at `path` the newest one under `folder`: later ones are removed, a foreign one is copied.
+
+    Raises `DataError`, and changes nothing, for one that is incomplete, damaged, or of a run with other inputs.
+    """
     if not (path / "state.json").is_file():
         raise DataError(f"train.resume: {path} is not a complete checkpoint ({path / 'state.json'} is missing)")
-    found = problems(path)
-    if found:
-        raise DataError("train.resume: " + "\n".join(found))
-    own = folder / _name(read_json(path / "state.json")["step"])
+    own = folder / _name(_checked(path, inputs)["step"])
     for other in complete(folder):
         if other.name > own.name:
             _remove(other)

@@ -56,7 +56,8 @@ def train_under(config: Config, task: str) -> bool:
         if config.train.resume == "never":
             shutil.rmtree(built.folder / "checkpoints", ignore_errors=True)
         else:
-            checkpoint.adopt(built.folder / "checkpoints", Path(config.train.resume))
+            inputs = inputs_of(built, config, shards)
+            checkpoint.adopt(built.folder / "checkpoints", Path(config.train.resume), inputs)
     launch(
         worker,
         {"config": config, "task": task, "engine": engine},

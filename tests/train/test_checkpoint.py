@@ -141,23 +141,23 @@ def test_a_path_becomes_the_newest(tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     for step in (1, 2, 3):
         path = save(ours, some(step), keep=3)
-    adopt(ours, path.with_name("step-00000002"))
+    adopt(ours, path.with_name("step-00000002"), RUN)
     assert_same(find(ours, RUN), some(2))
     assert [path.name for path in complete(ours)] == ["step-00000001", "step-00000002"]
     foreign = save(theirs, replace(some(2), position=5, best=Best(step=1, score=0.3)), keep=1)
-    adopt(ours, foreign)
+    adopt(ours, foreign, RUN)
     assert find(ours, RUN).position == 5 and problems(foreign) == []
     assert sorted(path.name for path in ours.iterdir()) == ["step-00000001", "step-00000002"]
-    adopt(tmp_path / "new", foreign)
+    adopt(tmp_path / "new", foreign, RUN)
     assert find(tmp_path / "new", RUN).best == Best(), "the best of its run stayed there"
 
 
 def test_a_path_without_a_whole_checkpoint_changes_nothing(tmp_path):
     path = save(tmp_path, some(2), keep=3)
     with pytest.raises(DataError, match=r"train\.resume: .*gone is not a complete checkpoint"):
-        adopt(tmp_path, tmp_path / "gone")
+        adopt(tmp_path, tmp_path / "gone", RUN)
     other = shutil.copytree(path, tmp_path / "other")
     (other / "weights.safetensors").write_bytes(b"")
-    with pytest.raises(DataError, match=r"train\.resume: .*weights\.safetensors is missing or does not match"):
-        adopt(tmp_path, other)
+    with pytest.raises(DataError, match=r"weights\.safetensors is missing or does not match"):
+        adopt(tmp_path, other, RUN)
     assert_same(find(tmp_path, RUN), some(2))

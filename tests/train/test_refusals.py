@@ -1,0 +1,304 @@
+"""Bad input of training as a user meets it: one message that names the file or the field and the remedy, and nothing
+that is lost or half-written.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lgd.cli import main
+from lgd.config import DataError, Train
+from lgd.data.archive import open_shards
+from lgd.data.plan import World
+from lgd.data.shards import ShardOptions, build
+from lgd.files import read_json
+from lgd.pipeline import all_shards
+from lgd.store.latents import Store, commit
+from lgd.store.writer import part_writer
+from lgd.train import checkpoint
+from lgd.train.engine import make_engine
+
+
+@pytest.fixture
+def train(tissue_run, tmp_path, capsys):
+    """`train(*args)`: `lgd train` of a run's student that sees H&E only, in a folder of its own."""
+    config = tmp_path / "some.yaml"
+
+    def run(*args, yaml=None):
+        config.write_text(tissue_run.as_yaml() if yaml is None else yaml)
+        own = {"run.dir": tmp_path / "run", "student.dir": tmp_path / "student", "student.method": "he-only"}
+        options = [f"--{name}={value}" for name, value in own.items()]
+        capsys.readouterr()
+        status = main(["train", "--config", str(config), *options, *map(str, args)])
+        out, err = capsys.readouterr()
+        messages = [line for line in err.splitlines() if line.startswith("lgd: ")]
+        assert not out and "Traceback" not in err and len(messages) == (status != 0)
+        return status, err[err.index("lgd: ") :].strip() if messages else err
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where `train` leaves its network."""
+    return tmp_path / "student"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def whole(folder: Path) -> list[str]:
+    """The names of the checkpoints, each of which is without fault, of finite numbers, and beside nothing else."""
+    done = checkpoint.complete(folder / "checkpoints")
+    for path in done:
+        assert checkpoint.problems(path) == []
+        weights = checkpoint.load(path, read_json(path / "state.json")["inputs"]).weights
+        assert all(tensor.isfinite().all() for tensor in weights.values()), f"{path} cannot be gone on from"
+    assert [path.name for path in done] == sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return [path.name for path in done]
+
+
+# ---- the configuration ----
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (
+            ["--train.batch=6", "--train.workers=2", "--train.accumulate=2"],
+            "train.batch 6 does not divide into train.workers 2 x train.accumulate 2: use a multiple of 4",
+        ),
+        (
+            ["--deepspeed", '{"train_batch_size": 8}', "--train.engine=auto"],
+            "deepspeed.train_batch_size is set: batch size, precision, clipping, optimizer and schedule are set in "
+            "train: only; remove it there",
+        ),
+        (
+            ["--deepspeed", '{"train_micro_batch_size_per_gpu": 8}', "--train.engine=deepspeed"],
+            "deepspeed.train_micro_batch_size_per_gpu is set: batch size, precision, clipping, optimizer and schedule "
+            "are set in train: only; remove it there",
+        ),
+        (
+            ["--deepspeed", '{"zero_optimization": {"stage": 2}}', "--train.engine=torch"],
+            "deepspeed: is set but train.engine is torch, which would ignore it; remove one of the two",
+        ),
+        (["--train.precision=fp16"], "train.precision"),
+        (["--train.btach=8"], "did you mean --train.batch?"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_written(train, folder, tmp_path, args, told):
+    status, message = train(*args)
+    assert status == 2 and told in message
+    assert not folder.exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "told"),
+    [
+        ("train:\n  btach: 8\n", "there is no field train.btach, did you mean train.batch?"),
+        ("trian:\n  batch: 8\n", "there is no section trian, did you mean train?"),
+        ("deepspeed:\n  optimizer: {type: Adam}\n", "deepspeed.optimizer is set"),
+        ("train:\n  resume: [a]\n", "train.resume"),
+    ],
+)
+def test_a_wrong_file_is_refused_and_named(train, folder, tmp_path, yaml, told):
+    status, message = train(yaml=yaml)
+    assert status == 2 and told in message
+    assert "some.yaml" in message or told.startswith("deepspeed.")
+    assert not folder.exists() and not (tmp_path / "run").exists()
+
+
+def test_bf16_on_a_gpu_that_has_it_not(monkeypatch):
+    """No such GPU can be had for the tests: what PyTorch says of one is put in its place."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    with pytest.raises(DataError, match="train.precision is bf16, which Tesla T4 has not: set it to fp32"):
+        make_engine("torch", nn.Linear(2, 2), Train(precision="bf16"), {}, World(rank=0, size=1, device="cuda:0"))
+
+
+# ---- numbers that are none ----
+
+
+def test_a_loss_that_is_no_number_keeps_what_was_saved_before(train, folder):
+    status, message = train("--train.lr=1e30", "--train.warmup=0", "--train.checkpoint_every=1")
+    assert status == 1
+    assert re.search(r"the loss is (nan|inf) at step 2, .*_train_.*: lower train\.lr", message)
+    assert "checkpoints before this step are kept" in message
+    assert whole(folder) == ["step-00000001"] and not (folder / "config.json").exists()
+    # The same command comes to the same end, and loses nothing either.
+    assert train("--train.lr=1e30", "--train.warmup=0", "--train.checkpoint_every=1")[0] == 1
+    assert whole(folder) == ["step-00000001"]
+
+
+def test_a_gradient_that_is_no_number_spoils_no_checkpoint(train, folder):
+    """The loss is finite at 1e37 times a distance below 1, and its gradient is not."""
+    heavy = ["--student.method=lgd", "--student.hallucination_weight=1e37", "--student.warmup=0", "--train.keep=1"]
+    status, message = train(*heavy, "--train.checkpoint_every=1")
+    assert status == 1
+    assert re.search(r"the gradient's norm is (nan|inf) at step \d, .*_train_.*", message)
+    assert "checkpoints before this step are kept" in message
+    assert not (folder / "checkpoints").exists() or whole(folder)
+    assert not (folder / "config.json").exists()
+
+
+# ---- disks ----
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """`disk(size)`: mount, or change, a small file system in memory."""
+    folder, mounted = tmp_path / "disk", []
+    folder.mkdir()
+
+    def mount(size):
+        options = ["-o", f"{'remount,' if mounted else ''}size={size}"]
+        done = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here ({done.stderr.strip()}): run the tests as root")
+        mounted.append(size)
+        return folder
+
+    yield mount
+    if mounted:
+        # Lazily: training that failed may hold its log open until it is collected.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.faults
+def test_a_full_disk_at_the_end_keeps_the_checkpoint(train, disk, tmp_path):
+    short = ["--student.epochs=0.4", "--student.dir"]
+    assert train(*short, tmp_path / "straight")[0] == 0
+    made = tmp_path / "straight"
+    sizes = [path.stat().st_size for path in (made / "checkpoints").rglob("*") if path.is_file()]
+    room = sum(sizes) + (made / "model.safetensors").stat().st_size // 2
+    folder = disk(room) / "student"
+    status, message = train(*short, folder)
+    assert status == 1
+    assert f"{folder / 'model.safetensors'} cannot be written, no space is left" in message and "free some" in message
+    assert whole(folder) == ["step-00000001"]
+    assert not (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
+    disk("500m")
+    assert train(*short, folder)[0] == 0
+    weights = [read_json(path / "config.json")["weights_sha256"] for path in (made, folder)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("room", [0.1, 0.6, 1.2, 1.9])
+def test_a_full_disk_keeps_the_checkpoints_that_were_saved(train, disk, tmp_path, room):
+    """`room`: checkpoints that the disk has room for; a whole one is 60 MB."""
+    straight = ["--train.checkpoint_every=1", "--student.epochs=1"]
+    assert train(*straight)[0] == 0
+    checkpoints = tmp_path / "student" / "checkpoints"
+    size = sum(path.stat().st_size for path in checkpoint.complete(checkpoints)[-1].iterdir())
+    weights = read_json(tmp_path / "student" / "config.json")["weights_sha256"]
+
+    folder = disk(int(room * size)) / "student"
+    status, message = train(*straight, f"--student.dir={folder}")
+    assert status == 1
+    assert str(folder / "checkpoints") in message and "no space is left" in message and "free some" in message
+    assert not (folder / "config.json").exists()
+    if room > 1:
+        assert whole(folder) == ["step-00000001"]
+    else:
+        assert not list((folder / "checkpoints").iterdir())
+    disk("500m")
+    assert train(*straight, f"--student.dir={folder}")[0] == 0
+    assert read_json(folder / "config.json")["weights_sha256"] == weights, "it goes on to the same end"
+
+
+# ---- the store ----
+
+
+def test_a_store_that_lacks_shards_is_refused_before_training(train, folder, tissue_run, tissue, tmp_path):
+    more = tmp_path / "more"
+    build(ShardOptions(layout="bci", root=str(tissue), out=str(more), shard_size=6, mpp=0.46))
+    shards = json.dumps([tissue_run.shard_dirs[0], str(more)])
+    status, message = train("--student.method=lgd", f"--data.shards={shards}")
+    assert status == 1
+    lacking = [shard for shard in open_shards(more)[1] if shard.split == "train"]
+    assert f"the feature store {tissue_run.latents.dir} lacks {len(lacking)} of" in message
+    assert str(lacking[0].path) in message and message.endswith("run lgd cache-latents")
+    assert not (folder / "checkpoints").exists() and not (folder / "config.json").exists()
+
+
+def cut_rows(source: Store, shards, folder: Path) -> None:
+    """The same store less the last row of each part, with digests that are all right."""
+    short = [dataclasses.replace(shard, samples=shard.samples - 1) for shard in shards]
+    for shard, part in zip(short, source.parts_of(shards), strict=True):
+        with part_writer(folder, shard, source.recipe) as writer:
+            writer.add({name: part.array(name)[:-1] for name in source.document["datasets"]})
+    commit(folder, source.recipe, short, source.document["sources"])
+
+
+def test_a_store_that_lacks_rows_of_its_shards_is_refused(train, folder, tissue_run, tmp_path):
+    cut_rows(Store(tissue_run.latents.dir), all_shards(tissue_run), tmp_path / "short")
+    status, message = train("--student.method=lgd", f"--latents.dir={tmp_path / 'short'}")
+    assert status == 1
+    assert str(tmp_path / "short") in message and "rows" in message and "lgd cache-latents" in message
+    assert not (folder / "checkpoints").exists() and not (folder / "config.json").exists()
+
+
+# ---- going on ----
+
+
+def test_resume_from_what_is_no_checkpoint(train, folder, tmp_path):
+    assert train("--train.checkpoint_every=1")[0] == 0
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    (tmp_path / "empty").mkdir()
+    broken, strange = tmp_path / "broken", tmp_path / "strange"
+    for copy, content in ((broken, "{"), (strange, '{"format": "other/1"}')):
+        shutil.copytree(checkpoint.complete(folder / "checkpoints")[-1], copy)
+        (copy / "state.json").write_text(content)
+    # The folder of checkpoints is the likeliest mistake.
+    cases = {
+        tmp_path / "notes.txt": "is not a complete checkpoint",
+        tmp_path / "empty": "is not a complete checkpoint",
+        folder / "checkpoints": "is not a complete checkpoint",
+        tmp_path / "gone": "is not a complete checkpoint",
+        broken: "state.json is not valid JSON",
+        strange: "state.json is not a checkpoint of format",
+    }
+    before = contents(folder)
+    for path, told in cases.items():
+        status, message = train(f"--train.resume={path}")
+        assert status == 1 and str(path) in message and told in message, path
+        assert contents(folder) == before, path
+
+
+def test_resume_from_a_damaged_checkpoint_loses_nothing(train, folder, tmp_path):
+    assert train("--train.checkpoint_every=1", "--train.keep=3")[0] == 0
+    older, newest = checkpoint.complete(folder / "checkpoints")[-2:]
+    damaged = tmp_path / older.name
+    shutil.copytree(older, damaged)
+    content = bytearray((damaged / "weights.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "weights.safetensors").write_bytes(content)
+    before = contents(folder)
+    status, message = train(f"--train.resume={damaged}", "--train.keep=3")
+    assert status == 1
+    assert f"{damaged / 'weights.safetensors'} is missing or does not match its digest" in message
+    assert contents(folder) == before and newest.is_dir()
+
+
+def test_resume_from_a_checkpoint_of_another_run_loses_nothing(train, folder, tmp_path):
+    assert train("--train.checkpoint_every=1", "--train.keep=3")[0] == 0
+    other = tmp_path / "other"
+    made = ["--train.checkpoint_every=1", f"--student.dir={other}", "--student.epochs=0.4", "--run.seed=7"]
+    assert train(*made)[0] == 0
+    strange = checkpoint.complete(other / "checkpoints")[0]
+    before = contents(folder)
+    status, message = train(f"--train.resume={strange}", "--train.keep=3")
+    assert status == 1
+    assert str(strange.name) in message and "another run" in message or "other shards" in message
+    assert {name for name in before if "checkpoints" in name} == {
+        name for name in contents(folder) if "checkpoints" in name
+    }
