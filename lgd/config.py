@@ -269,6 +269,13 @@ class Config:
                 f"deepspeed.{key} is set: batch size, precision, clipping, optimizer and schedule are set in "
                 "train: only; remove it there",
             )
+        for name in ("run", "teacher", "student", "report"):
+            folder = getattr(self, name).dir
+            require(
+                "://" not in folder,
+                f"{name}.dir is the url {folder}: networks, checkpoints and reports are written to a local folder, or "
+                "to one that all nodes share (NFS); shards and latents may be urls",
+            )
         if self.train.engine == "torch":
             require(
                 not self.deepspeed,

@@ -1,5 +1,6 @@
 """The README's `ray job submit` against a real head of cluster/head.sh, with ports and folders of its own."""
 
+import json
 import os
 import re
 import secrets
@@ -127,6 +128,35 @@ def test_the_readme_s_jobs_run(head, tmp_path):
     assert Store(run / "latents").verify() == []
     student = read_json(run / "student" / "config.json")
     assert (student["workers"], student["method"]) == (2, "lgd")
+
+
+def test_a_stopped_job_saves_a_checkpoint(head, tissue_run, tmp_path):
+    address, env, ray = head
+    command = [sys.executable, "-m", "lgd", "train", "--run.dir", str(tmp_path / "run"), "--student.method", "he-only"]
+    command += ["--data.shards", tissue_run.shard_dirs[0], "--data.size", "64", "--data.threads", "1"]
+    command += ["--train.workers", "2", "--train.batch", "2", "--train.engine", "torch", "--student.epochs"]
+
+    def steps() -> list[int]:
+        log = tmp_path / "run" / "student" / "log.jsonl"
+        return [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.is_file() else []
+
+    def of_job(*words: str) -> str:
+        asked = [ray, "job", *words[:1], "--address", address, *words[1:]]
+        return subprocess.run(asked, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200).stdout
+
+    job = ["--submission-id", "stopped", "--no-wait", "--working-dir", ".", "--", *command, "100"]
+    of_job("submit", *job)
+    began = time.monotonic()
+    while len(steps()) < 5:
+        assert time.monotonic() - began < 200, of_job("logs", "stopped")
+        time.sleep(0.1)
+    of_job("stop", "stopped")
+    while not (said := re.findall(r"stopped after step (\d+) of 1000; the same", of_job("logs", "stopped"))):
+        assert time.monotonic() - began < 300, of_job("logs", "stopped")
+        time.sleep(0.5)
+    done = int(said[0])
+    assert (tmp_path / "run" / "student" / "checkpoints" / f"step-{done:08d}" / "state.json").is_file()
+    assert steps() == list(range(1, done + 1))
 
 
 def test_the_readme_s_commands_elsewhere_are_runs():
