@@ -21,17 +21,6 @@ PACKAGES = (
     *("lgd", "numpy", "torch", "deepspeed", "simplejpeg", "pillow", "webdataset", "litdata"),
     *("faiss-cpu", "faiss-gpu"),
 )
-    "lgd",
-    "numpy",
-    "torch",
-    "deepspeed",
-    "simplejpeg",
-    "pillow",
-    "webdataset",
-    "litdata",
-    "faiss-cpu",
-    "faiss-gpu",
-)
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
