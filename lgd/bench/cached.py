@@ -34,6 +34,7 @@ from lgd.bench.training import (
     check_curves,
     count_for,
     facts_of,
+    ms_a_step,
     prepare,
     rate_of,
     settle,
@@ -59,7 +60,8 @@ def step(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
     task, world = StudentTask(config), join_world()
     streamed = Streamed(config, task, world)
     kept, model = streamed.kept(), task.build()
-    differ = check_curves(*(curve(config, task, world, model, steps) for steps in (streamed.steps(COMPARED), kept)))
+    curves = (curve(config, task, world, model, steps) for steps in (streamed.steps(COMPARED), kept))
+    differ = check_curves(*curves, config)
     training = Training(config, task, world, model, "torch")
 
     def ours() -> Rate:
@@ -81,7 +83,7 @@ def step(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
     )
     training.close()
     facts = facts_of(config, inputs) | {
-        "ms_a_step": 1e3 * config.train.batch / ratio.detail["median_b"],
+        "ms_a_step": ms_a_step(ratio.detail["median_b"], config.train.batch, tell),
         "steps_a_round": count,
         "ms_of_reading_a_step": 1e3 * seconds_a_step(streamed.steps(4 * KEPT)),
         "curves_differ": differ,
@@ -237,7 +239,8 @@ class Sides:
         """Compare the loss curves of both sides, from the same weights; returns the largest relative difference."""
         training = self.training
         run = (training.config, training.task, training.world, training.task.build())
-        return check_curves(*(curve(*run, side.steps(COMPARED)) for side in (self.streamed, self.taught)))
+        curves = (curve(*run, side.steps(COMPARED)) for side in (self.streamed, self.taught))
+        return check_curves(*curves, training.config)
 
     def in_memory(self) -> Rate:
         """The student's step alone."""

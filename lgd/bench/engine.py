@@ -28,6 +28,7 @@ from lgd.bench.training import (
     check_curves,
     count_for,
     facts_of,
+    ms_a_step,
     prepare,
     rate_of,
     with_data,
@@ -127,14 +128,15 @@ class Pair:
 
     def __init__(self, name: str, config: Config, task: StudentTask, model: nn.Module, kept: list[Step]) -> None:
         world = join_world()
-        self.kept, self.batch = kept, config.train.batch
+        self.config, self.kept, self.batch = config, kept, config.train.batch
         self.ours = Training(config, task, world, copy.deepcopy(model), name)
         self.bare = BARE[name](config, copy.deepcopy(model), world.device)
 
     def check(self) -> float:
         """Compare the loss curves of the first steps; returns the largest relative difference."""
         ours = self.ours.losses(again(self.kept, COMPARED))
-        return check_curves(ours, map(float, self.bare.losses(again(self.kept, COMPARED))))
+        bare = map(float, self.bare.losses(again(self.kept, COMPARED)))
+        return check_curves(ours, bare, self.config)
 
     def our_rate(self, count: int) -> Any:
         """Our loop's samples a second."""
@@ -187,7 +189,7 @@ def _run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
         ours, bare = (lambda side=side, count=count: side(count) for side in (pair.our_rate, pair.bare_rate))
         ratio = alternate(ratio_name, compared, MARK, ours, bare, settings.rounds, tell)
         facts[name] = {
-            "ms_a_step": 1e3 * config.train.batch / ratio.detail["median_b"],
+            "ms_a_step": ms_a_step(ratio.detail["median_b"], config.train.batch, tell),
             "steps_a_round": count,
             "curves_differ": differ,
         }

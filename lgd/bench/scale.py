@@ -28,6 +28,7 @@ from lgd.bench.training import (
     check_curves,
     count_for,
     facts_of,
+    ms_a_step,
     prepare,
     rate_of,
 )
@@ -155,7 +156,7 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     with tempfile.TemporaryDirectory(dir=inputs.folder) as folder:
         workers = Workers(config, Path(folder) / "rendezvous")
         try:
-            differ = check_curves(*workers.ask("curves")[0])
+            differ = check_curves(*workers.ask("curves")[0], config)
             count = count_for(workers.side_by_side(2), settings)
             ratio = alternate(
                 "scale",
@@ -171,7 +172,7 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     facts = facts_of(config, inputs) | {
         "batch": f"{config.train.batch} a worker",
         "backend": backend(),
-        "ms_a_step": 1e3 * WORKERS * config.train.batch / ratio.detail["median_b"],
+        "ms_a_step": ms_a_step(ratio.detail["median_b"], WORKERS * config.train.batch, tell),
         "steps_a_round": count,
         "curves_differ": differ,
     }
