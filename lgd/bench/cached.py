@@ -60,8 +60,8 @@ def step(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
     task, world = StudentTask(config), join_world()
     streamed = Streamed(config, task, world)
     kept, model = streamed.kept(), task.build()
-    curves = (curve(config, task, world, model, steps) for steps in (streamed.steps(COMPARED), kept))
-    differ = check_curves(*curves, config)
+    ours_n, bare_n = (curve(config, task, world, model, steps) for steps in (streamed.steps(COMPARED), kept))
+    differ = check_curves(ours_n, bare_n, config)
     training = Training(config, task, world, model, "torch")
 
     def ours() -> Rate:
@@ -239,8 +239,8 @@ class Sides:
         """Compare the loss curves of both sides, from the same weights; returns the largest relative difference."""
         training = self.training
         run = (training.config, training.task, training.world, training.task.build())
-        curves = (curve(*run, side.steps(COMPARED)) for side in (self.streamed, self.taught))
-        return check_curves(*curves, training.config)
+        ours_n, theirs_n = (curve(*run, side.steps(COMPARED)) for side in (self.streamed, self.taught))
+        return check_curves(ours_n, theirs_n, training.config)
 
     def in_memory(self) -> Rate:
         """The student's step alone."""

@@ -156,7 +156,8 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     with tempfile.TemporaryDirectory(dir=inputs.folder) as folder:
         workers = Workers(config, Path(folder) / "rendezvous")
         try:
-            differ = check_curves(*workers.ask("curves")[0], config)
+            one_run_n, alone_n = workers.ask("curves")[0]
+            differ = check_curves(one_run_n, alone_n, config)
             count = count_for(workers.side_by_side(2), settings)
             ratio = alternate(
                 "scale",
