@@ -257,7 +257,10 @@ def _bench(parser: Any) -> Run:
 
     parser.add_argument("name", nargs="?", default="", help=f"one of {', '.join(BENCHMARKS)}; by default all")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
-    shown = ("images", "size", "batch", "threads", "seconds", "rounds", "teacher", "rows")
+    shown = (
+        *("images", "size", "batch", "threads", "seconds", "rounds", "teacher", "rows"),
+        *("model", "train_batch", "precision"),
+    )
     hidden = [name for name in Settings.__dataclass_fields__ if name not in shown]
     add_option_arguments(parser, Settings, skip=hidden)
 

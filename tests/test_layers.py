@@ -20,14 +20,15 @@ evaluate.predict evaluate.figures evaluate.ranking evaluate.answer evaluate.retr
 evaluate.compare evaluate.markdown evaluate.report
 doctor check pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
-bench.store bench.write bench.cache bench.memory bench.query bench.suite
+bench.store bench.write bench.cache bench.memory bench.query
+bench.training bench.engine bench.cached bench.scale bench.suite
 verbs cli
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {
     "ray": {"distribute"},
     "faiss": {"store.search", "doctor"},
-    "deepspeed": {"train.engine"},
+    "deepspeed": {"train.engine", "bench.engine"},
     "h5py": {"store.parts", "store.writer", "store.export"},
     "webdataset": {"data.archive", "bench.peers"},
     "litdata": {"bench.peers"},

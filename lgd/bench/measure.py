@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lgd.config import require
 
-PACKAGES = ("lgd", "numpy", "torch", "simplejpeg", "pillow", "webdataset", "litdata", "faiss-cpu", "faiss-gpu")
+PACKAGES = (
+    *("lgd", "numpy", "torch", "deepspeed", "simplejpeg", "pillow", "webdataset", "litdata"),
+    *("faiss-cpu", "faiss-gpu"),
+)
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -63,9 +66,15 @@ class Settings:
     """Megabytes of a part that `store-write` writes."""
     rows: int = 100_000
     """Latents that `query` searches."""
+    model: str = "resnet10"
+    """Encoder of teacher and student in the benchmarks of training; as `student.encoder` of a run."""
+    train_batch: int = 8
+    """Samples of a worker in a step of training: so many that it lasts at least 100 ms."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of a step of training."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "batch", "rounds", "rows"):
+        for name in ("size", "batch", "rounds", "rows", "train_batch"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: use at least 1")
         require(self.threads >= 0, f"--threads {self.threads}: use 0 (one a core) or more")
         require(self.seconds > 0 and self.stream > 0, "--seconds and --stream: use more than 0")

@@ -27,6 +27,10 @@ BENCHMARKS = {
     "cache": "lgd.bench.cache",
     "memory": "lgd.bench.memory",
     "query": "lgd.bench.query",
+    "engine": "lgd.bench.engine",
+    "cached-step": "lgd.bench.cached:step",
+    "cached-vs-recompute": "lgd.bench.cached:recompute",
+    "scale": "lgd.bench.scale",
 }
 
 
