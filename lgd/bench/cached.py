@@ -46,7 +46,7 @@ from lgd.data.stream import Reader, Sample
 from lgd.models.teacher import load_teacher
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.train.batch import Batch, Step
-from lgd.train.loop import join_world
+from lgd.train.launch import join_world
 from lgd.train.tasks import StudentTask
 
 MARK = 0.95

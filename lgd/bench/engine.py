@@ -36,7 +36,8 @@ from lgd.bench.training import (
 from lgd.config import Config
 from lgd.train.batch import Batch, Step
 from lgd.train.engine import deepspeed_problem
-from lgd.train.loop import join_world, learning_rate
+from lgd.train.launch import join_world
+from lgd.train.loop import learning_rate
 from lgd.train.tasks import StudentTask
 
 MARK = 0.98
@@ -53,7 +54,7 @@ class Bare:
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.train.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer: Any = torch.optim.AdamW(groups, lr=config.train.lr)
+        self.optimizer: Any = torch.optim.AdamW(groups, lr=config.train.lr, fused=True)
         self.done = 0
 
     def loss(self, out: dict[str, torch.Tensor], batch: Batch, step: int) -> torch.Tensor:

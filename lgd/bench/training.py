@@ -140,8 +140,8 @@ class Training:
         self.engine = make_engine(engine, model.train(), config.train, config.deepspeed, world)
         self.log = Log(task.folder / (name or engine), 0, STEPS, config.train.batch) if world.rank == 0 else None
         if self.log:
-            # Its lines would stand between those of the rounds.
-            self.log.told = math.inf
+            # It would stand between the lines of the rounds.
+            self.log.bar.disable = True
         self.done = 0
 
     def losses(self, steps: Iterable[Step]) -> Iterator[float]:

@@ -30,7 +30,7 @@ def d4(x_BCHW: Tensor, k_B: Tensor | np.ndarray) -> Tensor:
     """Element k of the dihedral group on each image.
 
     k % 4 quarter turns counter-clockwise, then, where k is 4 or more, a left-right flip. Takes
-    (B, ..., H, W) with H = W, of any dtype, and integers 0..7 of shape (B,); gives a new tensor. `k_B` is
+    (B, ..., H, W) with H = W, of any dtype, and integers 0..7 of shape (B,). `k_B` is
     best on the CPU, where reading it makes no device wait.
     """
     return _by_element(x_BCHW, k_B, (-2, -1))
@@ -46,6 +46,8 @@ def _by_element(x: Tensor, k_B: Tensor | np.ndarray, dims: tuple[int, int]) -> T
     if x.shape[dims[0]] != x.shape[dims[1]]:
         raise ValueError(f"only squares can be turned, not {x.shape[dims[0]]} x {x.shape[dims[1]]}")
     k_B = torch.as_tensor(k_B).cpu()
+    if not k_B.any():
+        return x
     turned = torch.empty_like(x)
     for k in k_B.unique().tolist():
         rows = (k_B == k).nonzero().flatten().to(x.device)

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -75,6 +76,25 @@ def choose(asked: str) -> str:
     if problem:
         print(f"{problem}: training uses the torch engine", file=sys.stderr, flush=True)
     return "torch" if problem else "deepspeed"
+
+
+def build_extension() -> None:
+    """Compile DeepSpeed's extension for the CPU, unless it is there.
+
+    PyTorch's own lock on that outlives a killed process, and whoever comes next waits for ever. So it lies in a folder
+    of ours, where a lock of the kernel's tells that nobody builds.
+    """
+    from deepspeed.ops.op_builder import ShareMemCommBuilder
+    from filelock import FileLock
+
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        made_for = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(Path("~/.cache/lgd-extensions").expanduser() / made_for)
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lgd.lock"):
+        (folder / ShareMemCommBuilder.NAME / "lock").unlink(missing_ok=True)
+        ShareMemCommBuilder().load(verbose=False)
 
 
 def make_engine(name: str, model: nn.Module, train: Train, extra: dict[str, Any], world: World) -> Engine:
@@ -191,6 +211,9 @@ class DeepSpeedEngine:
         if world.device == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
+
+        if world.device == "cpu":
+            build_extension()
 
         self.world, self.train = world, train
         stage = (extra.get("zero_optimization") or {}).get("stage", 0)

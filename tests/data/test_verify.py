@@ -286,7 +286,7 @@ def test_what_is_wrong_with_a_set_behind_a_url_is_found(url, out):
     (out / "train-000000.tar").write_bytes(content)
     (out / "test-000000.idx").unlink()
     damaged, lost = verify(url)
-    assert f"{url}/train-000000.tar has another sha256 than is stated" in damaged
+    assert f"{url}/train-000000.tar has another digest than is stated" in damaged
     assert f"{url}/test-000000.idx is missing" in lost
     (out / "manifest.json").unlink()
     assert len(verify(url)) == 1 and f"{url}/manifest.json is missing" in verify(url)[0]

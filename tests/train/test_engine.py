@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -252,6 +253,19 @@ def test_the_engine_is_chosen_by_what_the_machine_has(monkeypatch):
 def test_deepspeed_settings_without_deepspeed_are_refused():
     with pytest.raises(ConfigError, match="this run uses the torch engine"):
         fresh("torch", extra={"zero_optimization": {"stage": 1}})
+
+
+@needs_deepspeed
+def test_a_build_that_was_killed_is_not_waited_for(tmp_path):
+    """PyTorch's lock of a build, as a killed one leaves it: without care the next one waits for ever."""
+    folder = tmp_path / "extensions"
+    (folder / "deepspeed_shm_comm").mkdir(parents=True)
+    (folder / "deepspeed_shm_comm" / "lock").touch()
+    env = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
+    code = "from lgd.train.engine import build_extension; build_extension()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").is_file()
 
 
 def test_a_missing_compiler_is_a_problem(monkeypatch):
