@@ -73,8 +73,6 @@ def choose(asked: str) -> str:
     problem = deepspeed_problem()
     if problem and asked == "deepspeed":
         raise DataError(f"train.engine is deepspeed, but {problem}; or set train.engine to torch")
-    if problem:
-        print(f"{problem}: training uses the torch engine", file=sys.stderr, flush=True)
     return "torch" if problem else "deepspeed"
 
 

@@ -26,7 +26,7 @@ from lgd.models.export import save_model
 from lgd.store.latents import Rows
 from lgd.train import checkpoint
 from lgd.train.batch import Batch, Skipped, Step, training_batches
-from lgd.train.engine import Engine, make_engine
+from lgd.train.engine import Engine, deepspeed_problem, make_engine
 from lgd.train.log import Log
 from lgd.train.passes import centre_latents, validate
 from lgd.train.tasks import StudentTask, Task, TeacherTask, augment, inputs_of
@@ -79,7 +79,9 @@ class Training:
         if saved:
             self.engine.load(saved.weights, saved.moments, saved.step)
         self.log = Log(task.folder, self.start, self.steps, settings.batch) if world.rank == 0 else None
-        lanes = config.data.lanes
+        lanes, lacking = config.data.lanes, deepspeed_problem()
+        if self.log and lacking and settings.engine == "auto":
+            self.log.tell(f"{lacking}: training uses the torch engine")
         if self.log and 1.5 * lanes < min(settings.batch, len(self.shards)):
             self.log.tell(
                 f"data.lanes {lanes} is far below train.batch {settings.batch}: batches are mixed less than by a full "
