@@ -45,15 +45,19 @@ def undisturbed(long_run):
 
 @pytest.fixture
 def disturbed(long_run, change, tmp_path):
-    """`disturbed(name, stage)`: the run of `long_run` in folders of its own, with a checkpoint every five steps."""
+    """`disturbed(name, stage)`: the run of `long_run` in folders of its own, with a checkpoint every five steps.
+
+    With a ZeRO stage the engine is DeepSpeed, else the plain one of PyTorch, unless `engine` is among the fields of
+    `train` that are given.
+    """
 
     def made(name="student", stage=None, **train):
         config = change(
             long_run,
             run={"dir": str(tmp_path / f"run-{name}")},
             student={"dir": str(tmp_path / name)},
-            train={"checkpoint_every": 5} | train,
+            train={"checkpoint_every": 5, "engine": "torch" if stage is None else "deepspeed"} | train,
         )
-        return replace(config, deepspeed={} if stage is None else {"zero_optimization": {"stage": stage}})
+        return config if stage is None else replace(config, deepspeed={"zero_optimization": {"stage": stage}})
 
     return made

@@ -7,14 +7,21 @@ import os
 import random
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
 import traceback
 
 import pytest
-from test_train_faults import BATCH, STEPS, assert_each_sample_once, assert_same_run, attempts, worker_that_records
+from test_train_faults import (
+    BATCH,
+    STEPS,
+    assert_each_sample_once,
+    assert_same_run,
+    attempts,
+    free_port,
+    worker_that_records,
+)
 
 from lgd import distribute
 from lgd.train import launch
@@ -24,70 +31,85 @@ from lgd.train.launch import train_under
 pytestmark = pytest.mark.faults
 
 
-@pytest.fixture(autouse=True)
-def no_cluster(monkeypatch):
-    """Ray is started here, whatever this machine has."""
+@pytest.fixture
+def nodes(monkeypatch):
+    """A cluster of two nodes with a CPU each, and what takes its second node away and brings another."""
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
-    yield
+    from ray.cluster_utils import Cluster
+
+    # A socket's path must be short, so not pytest's own folder.
+    folder = tempfile.mkdtemp(prefix="lgd-", dir="/tmp")
+    second = {"num_cpus": 1, "temp_dir": folder}
+    ports = {name: free_port() for name in ("gcs_server_port", "dashboard_port", "dashboard_agent_listen_port")}
+    cluster = Cluster(initialize_head=True, head_node_args=second | ports | {"include_dashboard": True})
+    cluster.add_node(**second)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+
+    def lose_one():
+        (node,) = cluster.worker_nodes
+        cluster.remove_node(node, allow_graceful=False)
+        cluster.add_node(**second)
+
+    yield lose_one
     distribute.disconnect()
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for(found, what, process_of=None):
+def wait_until_all_reach(records, seen, step):
+    """Wait until an attempt that is not among the `seen` first ones of all ranks takes this step."""
     began = time.monotonic()
-    while not found():
-        assert time.monotonic() - began < 200, f"waited in vain for {what}"
+    while True:
+        fresh = [lines[-1][0] for _, _, _, lines in attempts(records)[seen:] if lines]
+        # No rank is more than a step ahead of another.
+        if len(fresh) >= 2 and max(fresh) >= step * BATCH:
+            return
+        assert time.monotonic() - began < 300, f"no attempt came to step {step}: {fresh}"
         time.sleep(0.01)
 
 
-def strike(records, steps, lose):
-    """A thread that calls `lose(rank's attempts)` each time that a new attempt of all ranks comes to the next step."""
-    problems = []
-
-    def run():
-        seen = 0
-        try:
-            for step in steps:
-                def there(step=step, seen=seen):
-                    fresh = attempts(records)[seen:]
-                    reached = {rank: lines[-1][0] for rank, _, _, lines in fresh if lines}
-                    return len(reached) == 2 and max(reached.values()) >= step * BATCH
-
-                wait_for(there, f"step {step} of {steps}")
-                pids = {rank: pid for rank, _, pid, _ in attempts(records)}
-                seen = len(attempts(records))
-                lose(pids)
-        except BaseException:
-            problems.append(traceback.format_exc())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread, problems
+def strike(records, faults, lose_node, told):
+    """Make each fault, (step, rank or None for a node), when the run comes to its step; tell when it was made."""
+    seen = 0
+    try:
+        for step, rank in faults:
+            wait_until_all_reach(records, seen, step)
+            seen = len(attempts(records))
+            pids = {rank: pid for rank, _, pid, _ in attempts(records)}
+            if rank is None:
+                lose_node()
+            else:
+                os.kill(pids[rank], signal.SIGKILL)
+            told.append((step, "node" if rank is None else f"rank {rank}"))
+    except BaseException:
+        told.append(traceback.format_exc())
 
 
-def train_and_lose(config, records, steps, lose, monkeypatch):
+# Engine, killed workers, lost nodes.
+RUNS = [("torch", 10, 0), ("deepspeed", 10, 0), ("torch", 0, 5)]
+if os.environ.get("LGD_FAULTS") != "all":
+    # A tenth, in one run.
+    RUNS = [("torch", 2, 1)]
+
+
+@pytest.mark.parametrize(("engine", "killed", "lost"), RUNS)
+def test_lost_workers_and_nodes_are_replaced_and_the_run_goes_on(
+    engine, killed, lost, disturbed, undisturbed, nodes, monkeypatch, tmp_path
+):
+    if engine == "deepspeed" and deepspeed_problem():
+        pytest.skip(str(deepspeed_problem()))
+    dice, records, told = random.Random(f"{engine} {lost}"), tmp_path / "records", []
+    kinds = dice.sample([*(dice.randrange(2) for _ in range(killed)), *[None] * lost], killed + lost)
+    faults = list(zip(sorted(dice.sample(range(5, STEPS - 5), len(kinds))), kinds, strict=True))
     monkeypatch.setattr(launch, "worker", worker_that_records(records))
-    thread, problems = strike(records, steps, lose)
+    config = disturbed(workers=2, max_failures=-1, engine=engine)
+    thread = threading.Thread(target=strike, args=(records, faults, nodes, told), daemon=True)
+    thread.start()
     assert train_under(config, "student")
     thread.join(10)
-    assert not thread.is_alive() and not problems, problems
-    assert len(attempts(records)) >= 2 * (len(steps) + 1), "every loss was followed by another attempt"
-
-
-needs_deepspeed = pytest.mark.skipif(deepspeed_problem() is not None, reason=str(deepspeed_problem()))
-
-
-@pytest.mark.parametrize("engine", ["torch", pytest.param("deepspeed", marks=needs_deepspeed)])
-def test_killed_workers_are_restarted(engine, disturbed, undisturbed, fault_count, monkeypatch, tmp_path):
-    dice, told = random.Random(engine), []
-    config = disturbed(workers=2, max_failures=-1, engine=engine)
-
-    def lose(pids):
-        told.append(dice.randrange(2))
-        os.kill(pids[told[-1]], signal.SIGKILL)
-
-    steps = sorted(dice.sample(range(5, STEPS - 5), fault_count(10)))
-    train_and_lose(config, tmp_path / "records", steps, lose, monkeypatch)
-    print("killed (step, rank)", list(zip(steps, told, strict=True)))
+    assert [step for step, _ in told] == [step for step, _ in faults], told
+    print(told)
+    assert len(attempts(records)) >= 2 * (len(faults) + 1), "every loss was followed by another attempt"
     assert_same_run(config, undisturbed)
-    assert_each_sample_once(tmp_path / "records", config)
+    assert_each_sample_once(records, config)
