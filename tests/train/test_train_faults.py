@@ -251,6 +251,14 @@ def test_a_run_that_dies_while_saving_goes_on_from_a_whole_checkpoint(
         assert_each_sample_once(records, config)
 
 
+def test_what_a_killed_removal_has_left_is_removed_by_the_next_save(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, small_checkpoint(step), 2)
+    (tmp_path / "step-00000001" / "state.json").unlink()
+    checkpoint.save(tmp_path, small_checkpoint(3), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
 # ---- other workers, another engine ----
 
 # Engine, or ZeRO stage of DeepSpeed, with one worker, with two, and with one again. First the one that shows most.
