@@ -64,7 +64,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Publish a checkpoint under `folder` and remove all but the newest `keep` and the best."""
     name = _name(checkpoint.step)
     temporary = folder / f".{name}.{os.getpid()}.tmp"
-    for leftover in folder.glob(".step-*.tmp"):
+    # What a kill has left of another save, or of a removal.
+    for leftover in [*folder.glob(".step-*.tmp"), *(set(folder.glob("step-*")) - set(complete(folder)))]:
         shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     try:

@@ -1,0 +1,114 @@
+"""Training under Ray Train that loses workers and nodes: nobody does anything, and the run is the undisturbed one.
+
+Each cluster is this test's own, with ports and a folder of its own, and is stopped by its handle.
+"""
+
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from test_train_faults import (
+    BATCH,
+    STEPS,
+    assert_each_sample_once,
+    assert_same_run,
+    attempts,
+    free_port,
+    worker_that_records,
+)
+
+from lgd import distribute
+from lgd.train import launch
+from lgd.train.engine import deepspeed_problem
+from lgd.train.launch import train_under
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A cluster of two nodes with a CPU each, and what takes its second node away and brings another."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    import ray.util
+    from ray.cluster_utils import Cluster
+
+    # A socket's path must be short, so not pytest's own folder.
+    folder = tempfile.mkdtemp(prefix="lgd-", dir="/tmp")
+    second = {"num_cpus": 1, "temp_dir": folder}
+    ports = {name: free_port() for name in ("gcs_server_port", "dashboard_port", "dashboard_agent_listen_port")}
+    # Named before any of its processes starts: they would ask another Ray of this machine else.
+    monkeypatch.setenv("RAY_ADDRESS", f"{ray.util.get_node_ip_address()}:{ports['gcs_server_port']}")
+    cluster = Cluster(initialize_head=True, head_node_args=second | ports | {"include_dashboard": True})
+    assert cluster.address == os.environ["RAY_ADDRESS"]
+    cluster.add_node(**second)
+
+    def lose_one():
+        (node,) = cluster.worker_nodes
+        cluster.remove_node(node, allow_graceful=False)
+        cluster.add_node(**second)
+
+    yield lose_one
+    distribute.disconnect()
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_until_all_reach(records, seen, step):
+    """Wait until an attempt that is not among the `seen` first ones of all ranks takes this step."""
+    began = time.monotonic()
+    while True:
+        fresh = [lines[-1][0] for _, _, _, lines in attempts(records)[seen:] if lines]
+        # No rank is more than a step ahead of another.
+        if len(fresh) >= 2 and max(fresh) >= step * BATCH:
+            return
+        assert time.monotonic() - began < 300, f"no attempt came to step {step}: {fresh}"
+        time.sleep(0.01)
+
+
+def strike(records, faults, lose_node):
+    """Make each fault, (step, rank or None for a node), when the run comes to its step."""
+    seen = 0
+    for step, victim in faults:
+        wait_until_all_reach(records, seen, step)
+        seen = len(attempts(records))
+        pids = {rank: pid for rank, _, pid, _ in attempts(records)}
+        if victim is None:
+            lose_node()
+        else:
+            os.kill(pids[victim], signal.SIGKILL)
+
+
+# Engine, killed workers, lost nodes.
+RUNS = [("torch", 10, 0), ("deepspeed", 10, 0), ("torch", 0, 5)]
+if os.environ.get("LGD_FAULTS") != "all":
+    # A tenth, in one run.
+    RUNS = [("torch", 2, 1)]
+
+
+@pytest.mark.parametrize(("engine", "killed", "lost"), RUNS)
+def test_lost_workers_and_nodes_are_replaced_and_the_run_goes_on(
+    engine, killed, lost, disturbed, undisturbed, nodes, monkeypatch, tmp_path
+):
+    if engine == "deepspeed" and deepspeed_problem():
+        pytest.skip(str(deepspeed_problem()))
+    dice, records = random.Random(f"{engine} {lost}"), tmp_path / "records"
+    victims = dice.sample([*(dice.randrange(2) for _ in range(killed)), *[None] * lost], killed + lost)
+    faults = list(zip(sorted(dice.sample(range(5, STEPS - 5), len(victims))), victims, strict=True))
+    print(faults)
+    monkeypatch.setattr(launch, "worker", worker_that_records(records))
+    config = disturbed(workers=2, max_failures=-1, engine=engine)
+    # Ray starts nodes in the main thread only, so training takes another.
+    distribute.connect(2, "train.workers")
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train_under, config, "student")
+        strike(records, faults, nodes)
+        assert training.result(timeout=300)
+    assert len(attempts(records)) >= 2 * (len(faults) + 1), "every loss was followed by another attempt"
+    assert_same_run(config, undisturbed)
+    assert_each_sample_once(records, config)
