@@ -34,7 +34,7 @@ pytestmark = pytest.mark.faults
 
 STEPS, BATCH = 200, 8
 # Fixed beforehand: undisturbed runs with one and with two threads differed by 7e-7 in the loss terms, by 3.5e-4 in the
-# gradient's norm (each relative to 1 + its size) and by 3e-6 in the weights. At least fifteen times that, since ranks and
+# gradient's norm (each relative to 1 + its size) and by 3e-6 in the weights. At least fifteen times that: ranks and
 # engines add up in yet other orders. With ten times this learning rate two threads differed by 5e-2: that is chaos.
 TERMS, NORM, WEIGHTS = 1e-5, 1e-2, 1e-4
 
