@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,10 @@ from lgd.options import load_config
 
 # Small tensors: more threads only fight each other when the machine runs several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A background job of a shell ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data"
 
