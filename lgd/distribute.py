@@ -262,18 +262,17 @@ def _in_thread(function: Callable[[], Any]) -> None:
 
 def _lost(error: Any, max_failures: int) -> BaseException:
     """What to tell of workers that were lost too often; the error itself where they failed by themselves."""
-    import ray
+    from ray.exceptions import RayActorError
 
-    failures = getattr(error, "worker_failures", None) or {}
-    causes = [getattr(failure, "_original_exception", failure) for failure in failures.values()]
-    if causes and all(
-        isinstance(cause, ray.exceptions.RayActorError | ray.exceptions.NodeDiedError) for cause in causes
-    ):
-        return DataError(
-            f"workers were lost more than {max_failures} times (train.max_failures): the same command goes on from the "
-            "last checkpoint"
-        )
-    return error
+    # A worker that dies while all start is the controller's failure. Those that are left fail for want of a lost one.
+    failures = [getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
+    causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
+    if not any(isinstance(cause, RayActorError) for cause in causes):
+        return error
+    return DataError(
+        f"workers were lost more often than train.max_failures {max_failures} allows: the same command goes on from "
+        "the newest checkpoint"
+    )
 
 
 def _once(function: Callable[[dict[str, Any]], None], note: Path, argument: dict[str, Any]) -> None:

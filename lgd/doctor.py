@@ -25,7 +25,7 @@ def examine(gpu: bool) -> list[Finding]:
     ]
     findings += [_package(name, needed=True) for name in ("torch", "webdataset", "h5py", "simplejpeg", "transformers")]
     findings += [_ray(), _faiss()]
-    if not _version("torch"):
+    if not version_of("torch"):
         # The rest is asked through it.
         return findings
     findings += [_deepspeed(), _device()]
@@ -43,7 +43,8 @@ def _disk() -> str:
     return f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -51,13 +52,13 @@ def _version(package: str) -> str | None:
 
 
 def _package(package: str, needed: bool) -> Finding:
-    version = _version(package)
+    version = version_of(package)
     state = "ok" if version else ("broken" if needed else "lacks")
     return Finding(name=package, state=state, detail=version or f"not installed: pip install {package}")
 
 
 def _ray() -> Finding:
-    version = _version("ray")
+    version = version_of("ray")
     if version:
         return Finding(name="ray", state="ok", detail=version)
     return Finding(
@@ -71,11 +72,11 @@ def _deepspeed() -> Finding:
     problem = deepspeed_problem()
     if problem:
         return Finding(name="deepspeed", state="lacks", detail=f"{problem}; training uses the torch engine")
-    return Finding(name="deepspeed", state="ok", detail=_version("deepspeed") or "")
+    return Finding(name="deepspeed", state="ok", detail=version_of("deepspeed") or "")
 
 
 def _faiss() -> Finding:
-    cpu, gpu = _version("faiss-cpu"), _version("faiss-gpu")
+    cpu, gpu = version_of("faiss-cpu"), version_of("faiss-gpu")
     if cpu and gpu:
         detail = "faiss-cpu and faiss-gpu are both installed and overwrite each other: uninstall both, install one"
         return Finding(name="faiss", state="broken", detail=detail)

@@ -7,7 +7,6 @@ Each stage takes the run's `Config`, reuses what is still valid and says so on s
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import platform
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from lgd.config import Config, DataError
 from lgd.data.shards import Shard, ShardOptions, build, open_shards
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.distribute import disconnect
+from lgd.doctor import version_of
 from lgd.files import read_json, write_bytes, write_json
 
 
@@ -60,16 +60,10 @@ def environment() -> dict[str, Any]:
         "lgd": lgd.__version__,
         "commit": commit,
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "deepspeed", "ray", "webdataset", "h5py", "transformers")},
+        **{name: version_of(name) for name in ("torch", "deepspeed", "ray", "webdataset", "h5py", "transformers")},
         "host": platform.node(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
     }
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
 
 
 def all_shards(config: Config) -> list[Shard]:

@@ -95,6 +95,18 @@ def test_bad_data_in_a_training_worker_is_told_once_and_not_tried_again(tmp_path
     assert (tmp_path / "tries").read_text() == "x"
 
 
+@pytest.mark.parametrize("after", [0, 5])
+def test_workers_that_are_lost_too_often_are_told(tmp_path, after):
+    def die(argument: dict) -> None:
+        if os.environ["RANK"] == "1":
+            time.sleep(after)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    with pytest.raises(DataError, match=r"lost more often than train\.max_failures 0 allows: the same command goes on"):
+        distribute.launch(die, {}, workers=2, max_failures=0, storage=tmp_path / "ray", name="teacher")
+
+
 def test_results_come_from_all_workers_and_each_makes_its_function_once():
     def make():
         made = []

@@ -47,7 +47,7 @@ from lgd.models.teacher import load_teacher
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.train.batch import Batch, Step
 from lgd.train.launch import join_world
-from lgd.train.tasks import StudentTask
+from lgd.train.tasks import StudentTask, Task
 
 MARK = 0.95
 _CPU_BATCH = 4
@@ -92,9 +92,7 @@ def step(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
     return Outcome(ratios=[ratio], facts=facts)
 
 
-def curve(
-    config: Config, task: StudentTask, world: World, model: torch.nn.Module, steps: Iterable[Step]
-) -> list[float]:
+def curve(config: Config, task: Task, world: World, model: torch.nn.Module, steps: Iterable[Step]) -> list[float]:
     """The losses of the first steps, from a model's weights as they are; the model is left with them."""
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     training = Training(config, task, world, model, "torch")

@@ -5,7 +5,6 @@ every round's two numbers, so that a reader can judge the noise.
 """
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import statistics
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lgd.config import require
+from lgd.doctor import version_of
 
 PACKAGES = (
     *("lgd", "numpy", "torch", "deepspeed", "simplejpeg", "pillow", "webdataset", "litdata"),
@@ -256,10 +256,4 @@ def machine() -> dict[str, Any]:
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
     """Versions of what is measured; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {"python": platform.python_version(), **{package: version_of(package) for package in packages}}

@@ -5,8 +5,8 @@ Everything lies in the inputs' folder, and is made once for all of them.
 """
 
 import itertools
-import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -26,11 +26,12 @@ from lgd.models.teacher import new_teacher
 from lgd.options import load_config
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Rows
-from lgd.train.batch import Step, training_batches
+from lgd.train import loop
+from lgd.train.batch import Skipped, Step, training_batches
 from lgd.train.engine import make_engine
 from lgd.train.log import Log
-from lgd.train.loop import agree, backward, learning_rate, split_shards, timed
-from lgd.train.tasks import StudentTask
+from lgd.train.loop import split_shards
+from lgd.train.tasks import StudentTask, Task
 
 HEAD = 3
 """Steps before the timed ones, in which the stream fills its queue."""
@@ -129,34 +130,27 @@ class Streamed:
         return [Step([one.to(self.world.device) for one in step.micro], step.position) for step in self.steps(count)]
 
 
-class Training:
-    """The loop of `lgd.train.loop.train` without validation and checkpoints, over the steps that it is given."""
+class Training(loop.Training):
+    """Training without validation and checkpoints, over the steps that it is given."""
 
     def __init__(
-        self, config: Config, task: StudentTask, world: World, model: torch.nn.Module, engine: str, name: str = ""
+        self, config: Config, task: Task, world: World, model: torch.nn.Module, engine: str, name: str = ""
     ) -> None:
         """`name`: folder of the log, where it is not the engine's."""
-        self.config, self.task, self.world = config, task, world
+        self.config, self.task, self.world, self.stop = config, task, world, threading.Event()
+        self.steps, self.done, self.skipped = STEPS, 0, Skipped(config.data, [])
         self.engine = make_engine(engine, model.train(), config.train, config.deepspeed, world)
         self.log = Log(task.folder / (name or engine), 0, STEPS, config.train.batch) if world.rank == 0 else None
         if self.log:
             # It would stand between the lines of the rounds.
             self.log.bar.disable = True
-        self.done = 0
 
     def losses(self, steps: Iterable[Step]) -> Iterator[float]:
-        """Train; gives the loss after each step."""
-        train = self.config.train
-        for step, (micro, _), waited in timed(self.done, iter(steps)):
-            terms = backward(self.engine, self.task, micro, self.config, step / STEPS, self.world)
-            sums, _, _ = agree(terms, False, False, self.world)
-            assert math.isfinite(sums["loss"])
-            rate = learning_rate(step, STEPS, train.lr, train.warmup)
-            norm = self.engine.step(rate)
-            self.done = step + 1
-            if self.log:
-                self.log.step(self.done, sums | {"lr": rate, "grad_norm": norm, "skipped": 0}, waited)
-            yield sums["loss"]
+        """Train; gives the loss of each step."""
+        for number, (micro, _), waited in loop.timed(self.done, iter(steps)):
+            loss, _ = self.step(number, micro, waited)
+            self.done = number + 1
+            yield loss
 
     def close(self) -> None:
         """Close the log."""

@@ -92,7 +92,7 @@ class Training:
         """All steps that are left, and the export."""
         for step, (micro, position), waited in timed(self.start, self._batches()):
             self.position = position
-            stopping = self._step(step, micro, waited)
+            _, stopping = self.step(step, micro, waited)
             if self._after(step + 1, stopping):
                 break
         if self.config.train.patience and self.best.step:
@@ -122,8 +122,8 @@ class Training:
         """Whether validation has not become better for `train.patience` times."""
         return 0 < self.config.train.patience <= self.best.stale
 
-    def _step(self, step: int, micro: list[Batch], waited: float) -> bool:
-        """One update; whether any rank was asked to stop."""
+    def step(self, step: int, micro: list[Batch], waited: float) -> tuple[float, bool]:
+        """One update; the global loss before it, and whether any rank was asked to stop."""
         settings, world = self.config.train, self.world
         # Dropout and the like are drawn alike after a restart.
         torch.manual_seed(step_seed(self.config.run.seed, step, world.rank))
@@ -142,7 +142,7 @@ class Training:
         if self.log:
             counts = {"lr": rate, "grad_norm": norm, "skipped": len(self.skipped.numbers)}
             self.log.step(step + 1, sums | counts, waited)
-        return stopping
+        return sums["loss"], stopping
 
     def _refuse(self, problem: str) -> None:
         raise DataError(f"{problem}: lower train.lr, or look at these patches; checkpoints before this step are kept")
