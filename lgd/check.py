@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lgd.config import ConfigError, DataError
-from lgd.files import exists, is_remote
+from lgd.files import exists
 from lgd.progress import progress
 
 
@@ -21,13 +21,12 @@ def check(folder: Path, reencode: int = 0, teacher: str = "") -> tuple[str, list
         from lgd.data.verify import verify
 
         return "shard folder", verify(folder), []
-    if not is_remote(folder) and (folder / "state.json").is_file():
+    if exists(folder / "state.json"):
         from lgd.train.checkpoint import problems
 
         return "checkpoint", problems(folder), []
     raise DataError(
-        f"{folder} is no shard folder (manifest.json), no feature store (store.json) and no checkpoint (state.json; "
-        "checkpoints are verified in local folders only)"
+        f"{folder} is no shard folder (manifest.json), no feature store (store.json) and no checkpoint (state.json)"
     )
 
 

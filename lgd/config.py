@@ -272,9 +272,9 @@ class Config:
         for name in ("run", "teacher", "student", "report"):
             folder = getattr(self, name).dir
             require(
-                "://" not in folder,
-                f"{name}.dir is the url {folder}: networks, checkpoints and reports are written to a local folder, or "
-                "to one that all nodes share (NFS); shards and latents may be urls",
+                not folder.startswith(("http://", "https://")),
+                f"{name}.dir is {folder}, and nothing can be written there: use s3://, gs:// or a folder that all "
+                "nodes share",
             )
         if self.train.engine == "torch":
             require(
@@ -284,12 +284,14 @@ class Config:
 
     def resolved(self) -> "Config":
         """The same run with every default folder filled in, and paths absolute: workers have other working folders."""
-        root = Path(self.run.dir).absolute()
+
+        def absolute(folder: str) -> str:
+            return folder.rstrip("/") if "://" in folder else str(Path(folder).absolute())
+
+        root = absolute(self.run.dir)
 
         def place(folder: str, name: str) -> str:
-            if "://" in folder:
-                return folder
-            return str(Path(folder).absolute() if folder else root / name)
+            return absolute(folder) if folder else f"{root}/{name}"
 
         def encoder(name: str) -> str:
             return str(Path(name).absolute()) if "/" in name and Path(name).is_dir() else name
@@ -297,7 +299,7 @@ class Config:
         replace, shards = dataclasses.replace, self.data.shards
         return replace(
             self,
-            run=replace(self.run, dir=str(root)),
+            run=replace(self.run, dir=root),
             data=replace(
                 self.data,
                 shards=[place(folder, "shards") for folder in ([shards] if isinstance(shards, str) else shards)],
@@ -312,7 +314,7 @@ class Config:
             report=replace(
                 self.report,
                 dir=place(self.report.dir, "report"),
-                also=[str(Path(folder).absolute()) for folder in self.report.also],
+                also=[absolute(folder) for folder in self.report.also],
             ),
         )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lgd.config import ConfigError, DataError, Stopped
+from lgd.files import exists, is_remote, place, read_bytes, remove, write_bytes
 
 # Ray Train prints each line twice otherwise, and warns of a default that does not concern us.
 _QUIET = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -187,10 +188,10 @@ def launch(
     from ray.train.torch import TorchTrainer
 
     use_gpu = bool(ray.cluster_resources().get("GPU", 0))
-    note = Path(storage).absolute() / f"{name}.error.txt"
-    stop = note.with_suffix(".stop")
+    storage = place(storage) if is_remote(storage) else Path(storage).absolute()
+    note, stop = storage / f"{name}.error.txt", storage / f"{name}.stop"
     for old in (note, stop):
-        old.unlink(missing_ok=True)
+        _drop(old)
     _tell_if_busy(workers, "GPU" if use_gpu else "CPU")
     trainer = TorchTrainer(
         functools.partial(_once, function, note),
@@ -199,17 +200,32 @@ def launch(
             num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
         ),
         run_config=RunConfig(
-            name=name, storage_path=str(note.parent), failure_config=FailureConfig(max_failures=max_failures)
+            name=name, failure_config=FailureConfig(max_failures=max_failures), **_storage_of(storage)
         ),
     )
     try:
         with _stopping_by(stop):
             _in_thread(trainer.fit)
     except ray.train.TrainingFailedError as error:
-        if not note.is_file():
+        if not exists(note):
             raise _lost(error, max_failures) from error
-    if note.is_file():
-        raise DataError(note.read_text())
+    if exists(note):
+        raise DataError(read_bytes(note).decode())
+
+
+def _drop(path: Path) -> None:
+    if exists(path):
+        remove(path)
+
+
+def _storage_of(folder: Path) -> dict[str, Any]:
+    """Where Ray Train keeps its state, as it wants to be told; at a url by the same client as everything else."""
+    if not is_remote(folder):
+        return {"storage_path": str(folder)}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    url: Any = folder
+    return {"storage_path": url.path, "storage_filesystem": PyFileSystem(FSSpecHandler(url.fs))}
 
 
 def _tell_if_busy(workers: int, kind: str) -> None:
@@ -230,8 +246,7 @@ def _stopping_by(stop: Path) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in numbers}
 
     def ask(number: int, frame: Any) -> None:
-        stop.parent.mkdir(parents=True, exist_ok=True)
-        stop.touch()
+        write_bytes(stop, b"")
         for one, handler in before.items():
             signal.signal(one, handler)
         print("stopping: the workers end their step and save a checkpoint", file=sys.stderr, flush=True)
@@ -243,7 +258,7 @@ def _stopping_by(stop: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        stop.unlink(missing_ok=True)
+        _drop(stop)
 
 
 def _in_thread(function: Callable[[], Any]) -> None:
@@ -277,13 +292,12 @@ def _lost(error: Any, max_failures: int) -> BaseException:
 
 def _once(function: Callable[[dict[str, Any]], None], note: Path, argument: dict[str, Any]) -> None:
     """Run a worker. Bad data is bad after a restart too: its error is noted, and restarted workers end at once."""
-    if note.is_file():
+    if exists(note):
         return
     try:
         function(argument)
     except (DataError, ConfigError) as error:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(str(error))
+        write_bytes(note, str(error).encode())
         # All workers stop at the same step; where one alone meets an error the others must be ended.
         if not isinstance(error, Stopped):
             raise

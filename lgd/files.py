@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -197,6 +198,22 @@ def remove(path: str | Path) -> None:
         call(at, "removed", at.fs.rm_file, at.path)
     else:
         at.unlink(missing_ok=True)
+
+
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder and all that is in it, if it is there."""
+    at: Any = place(path)
+    if not is_remote(at):
+        shutil.rmtree(at, ignore_errors=True)
+        return
+    with contextlib.suppress(MissingError):
+        call(at, "removed", at.fs.rm, at.path, recursive=True)
+
+
+def upload_folder(folder: Path, url: Path) -> None:
+    """Copy every file below a local folder to the same place below a url."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        upload(path, url / path.relative_to(folder).as_posix())
 
 
 def sha256(path: str | Path) -> str:

@@ -16,13 +16,14 @@ from typing import Any
 import yaml
 
 from lgd.config import Config, ConfigError
+from lgd.files import read_bytes
 
 
 def make_parser(**options: Any) -> Any:
     """A jsonargparse parser whose errors become `ConfigError`."""
     import jsonargparse
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
     return jsonargparse.ArgumentParser(exit_on_error=False, **options)
 
 
@@ -60,7 +61,7 @@ def parse(parser: Any, args: Sequence[str]) -> Any:
     files = [value for name, value in itertools.pairwise(args) if name == "--config"]
     files += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
     for file in files:
-        _check_keys(Path(file))
+        _check_keys(file)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             return parser.parse_args(list(args))
@@ -82,12 +83,12 @@ def _told(message: str, args: Sequence[str], files: Sequence[str]) -> str:
     return message
 
 
-def _check_keys(path: Path) -> None:
+def _check_keys(path: str) -> None:
     """Raise `ConfigError` for a file that is no YAML of sections and fields of `Config`."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.safe_load(read_bytes(path).decode())
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read ({error.strerror}): name a YAML file") from error
+        raise ConfigError(f"--config {path} cannot be read ({error.strerror or error}): name a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML ({error})") from error
     if not isinstance(document, dict):

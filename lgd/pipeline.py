@@ -7,21 +7,33 @@ Each stage takes the run's `Config`, reuses what is still valid and says so on s
 
 import contextlib
 import dataclasses
+import io
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lgd
-from lgd.config import Config, DataError
+from lgd.config import Config, ConfigError, DataError
 from lgd.data.shards import Shard, ShardOptions, build, open_shards
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.distribute import disconnect
 from lgd.doctor import version_of
-from lgd.files import read_json, write_bytes, write_json
+from lgd.files import (
+    exists,
+    is_remote,
+    list_folder,
+    place,
+    read_bytes,
+    read_json,
+    upload_folder,
+    write_bytes,
+    write_json,
+)
 
 
 def say(stage: str, message: str) -> None:
@@ -40,11 +52,11 @@ def stage(name: str) -> Iterator[dict[str, str]]:
 
 def record(config: Config, name: str, facts: dict[str, Any]) -> None:
     """Write `config.yaml`, and add what a stage did to `run.json`."""
-    folder = Path(config.run.dir)
+    folder = place(config.run.dir)
     write_bytes(folder / "config.yaml", config.as_yaml().encode())
     path = folder / "run.json"
-    document = read_json(path) if path.is_file() else {}
-    shards = {str(place): open_shards(place)[0]["digest"] for place in config.shard_dirs}
+    document = read_json(path) if exists(path) else {}
+    shards = {str(each): open_shards(each)[0]["digest"] for each in config.shard_dirs}
     write_json(path, document | {"environment": environment(), "shards": shards, name: facts})
 
 
@@ -78,7 +90,7 @@ def train_teacher(config: Config) -> None:
     with stage("teacher") as told:
         folder = config.teacher.dir
         told["done"] = f"trained: {folder}" if train_under(config, "teacher") else f"reused, nothing changed: {folder}"
-    record(config, "teacher", _facts(Path(folder)))
+    record(config, "teacher", _facts(place(folder)))
 
 
 def cache_latents(config: Config) -> None:
@@ -119,7 +131,7 @@ def train_student(config: Config, run: Config | None = None) -> None:
     with stage(config.student.method) as told:
         folder = config.student.dir
         told["done"] = f"trained: {folder}" if train_under(config, "student") else f"reused, nothing changed: {folder}"
-    record(run or config, Path(folder).name, _facts(Path(folder)))
+    record(run or config, place(folder).name, _facts(place(folder)))
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -154,13 +166,13 @@ def evaluate(config: Config) -> str:
             queries = compare.sheet_rows(config, store, shards, found[0]) if sheet else []
         manifests = [open_shards(folder)[0] for folder in config.shard_dirs]
         document = report.write_report(
-            Path(config.report.dir),
+            place(config.report.dir),
             scored,
             measured,
             queries,
             report.caveats_of(manifests, student, any(manifest.get("virtual") for manifest in manifests)),
             {
-                "command": f"lgd evaluate --config {Path(config.run.dir) / 'config.yaml'}",
+                "command": f"lgd evaluate --config {config.run.dir}/config.yaml",
                 "split": config.report.split,
                 "shards": [manifest["digest"] for manifest in manifests],
                 "student": scorer.config["weights_sha256"],
@@ -183,10 +195,15 @@ def _show(config: Config) -> None:
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(Path(config.student.dir) / "tensorboard") as board:
-        for path in sorted(Path(config.report.dir).glob("*.png")):
-            image = np.asarray(Image.open(path).convert("RGB"))
-            board.add_image(f"report/{path.stem}", image, dataformats="HWC")
+    report, student = place(config.report.dir), place(config.student.dir)
+    with tempfile.TemporaryDirectory(prefix="lgd-") as there:
+        folder = Path(there) if is_remote(student) else student / "tensorboard"
+        with SummaryWriter(folder) as board:
+            for name in sorted(name for name in list_folder(report) if name.endswith(".png")):
+                image = np.asarray(Image.open(io.BytesIO(read_bytes(report / name))).convert("RGB"))
+                board.add_image(f"report/{name.removesuffix('.png')}", image, dataformats="HWC")
+        if is_remote(student):
+            upload_folder(folder, student / "tensorboard")
 
 
 def _searchable(store: Any) -> bool:
@@ -216,7 +233,7 @@ def run(config: Config) -> str:
         train_student(config)
         baseline = dataclasses.replace(
             config,
-            student=dataclasses.replace(config.student, method="he-only", dir=str(Path(config.run.dir) / "he-only")),
+            student=dataclasses.replace(config.student, method="he-only", dir=f"{config.run.dir}/he-only"),
         )
         train_student(baseline, run=config)
     finally:
@@ -235,6 +252,8 @@ def demo(config: Config, pairs: int, size: int) -> str:
     from lgd.store.search import require_faiss
 
     require_faiss()
+    if is_remote(config.run.dir):
+        raise ConfigError(f"--run.dir {config.run.dir}: the demo draws its tissue there: name a local folder")
     tissue, (shards,) = tissue_dir(config), config.shard_dirs
     with stage("synth") as told:
         # Many slides of few patches: what is learnt must hold on other slides, and intervals are over slides.

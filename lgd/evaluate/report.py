@@ -18,7 +18,7 @@ import numpy as np
 from lgd.config import LEVEL_NAMES, DataError
 from lgd.evaluate.figures import Query, confusion_matrix, contact_sheet, reliability_diagram
 from lgd.evaluate.markdown import GALLERIES, markdown, retrieval_sections, shown
-from lgd.files import write_bytes, write_json
+from lgd.files import exists, remove, write_bytes, write_json
 from lgd.metrics import Predictions, by_slide, confusion, paired_difference, score_with_intervals
 
 FEW_GROUPS = 10
@@ -83,14 +83,15 @@ def write_report(
     )
     # A picture of an earlier report would pass for one of this.
     for name in _PICTURES:
-        (folder / name).unlink(missing_ok=True)
+        if exists(folder / name):
+            remove(folder / name)
     if len(labels):
         confusion_matrix(student, folder / "confusion.png", f"{student.name}: {len(labels)} patches")
         reliability_diagram(scored, folder / "reliability.png")
     if queries:
         contact_sheet(queries, folder / "queries.png")
     write_json(folder / "metrics.json", document)
-    pictures = [name for name in _PICTURES if (folder / name).exists()]
+    pictures = [name for name in _PICTURES if exists(folder / name)]
     write_bytes(folder / "summary.md", _summary(document, pictures).encode())
     return document
 

@@ -12,41 +12,43 @@ import torch
 from torch import nn
 
 from lgd.config import DataError
-from lgd.files import publish, read_json, sha256, write_json
+from lgd.files import exists, place, publish, read_json, remove, sha256, write_json
+from lgd.remote import fetch
 
 FORMAT = "lgd-model/1"
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Publish tensors by name; a full disk and a folder that may not be written to raise `DataError`."""
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors by name to a local file; `OSError` for a full disk, as for any file."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with publish(path) as temporary:
-        try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        except SafetensorError as error:
-            # What the system said is in its text only, and `publish` knows what to tell of it.
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        # What the system said is in its text only.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def save_model(folder: str | Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     """Publish weights (by parameter name) and the description of the network that they belong to."""
-    folder = Path(folder)
-    (folder / "config.json").unlink(missing_ok=True)
-    save_tensors(folder / "model.safetensors", tensors)
-    weights = sha256(folder / "model.safetensors")
+    folder = place(folder)
+    if exists(folder / "config.json"):
+        remove(folder / "config.json")
+    with publish(folder / "model.safetensors") as temporary:
+        write_tensors(temporary, tensors)
+        weights = sha256(temporary)
     write_json(folder / "config.json", {"format": FORMAT, **config, "weights_sha256": weights})
 
 
 def read_model_config(folder: str | Path, kind: str) -> dict[str, Any]:
     """The description of the network in a folder; `kind` is teacher or student."""
-    folder = Path(folder)
+    folder = place(folder)
     verb = {"teacher": "lgd train-teacher", "student": "lgd train"}[kind]
-    if not (folder / "config.json").is_file():
+    if not exists(folder / "config.json"):
         raise DataError(f"{folder} holds no trained {kind} ({folder / 'config.json'} is missing): run {verb} first")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") != kind:
@@ -58,7 +60,7 @@ def load_weights(folder: str | Path, model: nn.Module, config: dict[str, Any]) -
     """Load and check the weights of a folder into a network."""
     from safetensors.torch import load_file
 
-    path = Path(folder) / "model.safetensors"
+    path = fetch(place(folder) / "model.safetensors", config["weights_sha256"])
     if not path.is_file() or sha256(path) != config["weights_sha256"]:
         raise DataError(f"{path} is missing or does not match the digest in config.json: train or copy it again")
     model.load_state_dict(load_file(path))

@@ -55,7 +55,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int) -> tupl
         _fill(config, recipe, missing, workers)
         sources = {
             "shards": sorted({str(shard.path.absolute().parent) for shard in shards}),
-            "teacher": str(Path(config.teacher.dir).absolute()),
+            "teacher": config.teacher.dir,
         }
         return commit(folder, recipe, shards, sources), len(missing)
 

@@ -4,12 +4,17 @@
     DIR/checkpoints/step-00000500/moments.safetensors    AdamW's, by parameter name
     DIR/checkpoints/step-00000500/state.json             step, inputs, digests; its appearance commits
 
-The folder is filled under a temporary name, flushed, and renamed. The newest are kept, and the one with the best
-validation score. There is no random state: every draw is keyed by seed, step and sample.
+The folder is filled under a temporary name, flushed, and renamed; at a url `state.json` is uploaded last. The newest
+are kept, and the one with the best validation score. There is no random state: every draw is keyed by seed, step and
+sample.
 """
 
+import contextlib
 import os
+import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +22,24 @@ from typing import Any
 import torch
 
 from lgd.config import DataError
-from lgd.files import read_json, sync, told_differences, write_json, xxh3
-from lgd.models.export import save_tensors
+from lgd.files import (
+    exists,
+    is_remote,
+    list_folder,
+    publish,
+    read_bytes,
+    read_json,
+    remove,
+    remove_folder,
+    sync,
+    told_differences,
+    upload,
+    write_bytes,
+    write_json,
+    xxh3,
+)
+from lgd.models.export import write_tensors
+from lgd.remote import fetch
 from lgd.train.engine import Moments
 
 FORMAT = "lgd-checkpoint/1"
@@ -62,18 +83,19 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Publish a checkpoint under `folder` and remove all but the newest `keep` and the best."""
-    name = _name(checkpoint.step)
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    # What a kill has left of another save, or of a removal.
-    for leftover in [*folder.glob(".step-*.tmp"), *(set(folder.glob("step-*")) - set(complete(folder)))]:
-        shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
-    try:
+    whole = complete(folder)
+    for name in list_folder(folder):
+        # What a kill has left of another save, or of a removal.
+        if re.fullmatch(r"\.step-.*\.tmp|step-.*", name) and folder / name not in whole:
+            remove_folder(folder / name)
+    path = folder / _name(checkpoint.step)
+    with _publish(path) as temporary:
         flat = {f"{p}|{m}": t for p, pair in checkpoint.moments.items() for m, t in pair.items()}
         digests = {}
         for file, tensors in zip(_TENSORS, (checkpoint.weights, flat), strict=True):
-            save_tensors(temporary / file, tensors)
-            digests[file] = _digest(temporary / file)
+            with publish(temporary / file) as written:
+                write_tensors(written, tensors)
+                digests[file] = _digest(written)
         write_json(
             temporary / "state.json",
             {
@@ -86,13 +108,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
                 "xxh3": digests,
             },
         )
-        _replace(temporary, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     for old in complete(folder)[:-keep]:
         if old.name != _name(checkpoint.best.step):
             _remove(old)
-    return folder / name
+    return path
 
 
 def _name(step: int) -> str:
@@ -106,7 +125,8 @@ def _digest(path: Path) -> str:
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints under `folder`, oldest first."""
-    return sorted(path.parent for path in folder.glob("step-*/state.json"))
+    names = [name for name in list_folder(folder) if name.startswith("step-")]
+    return [folder / name for name in names if exists(folder / name / "state.json")]
 
 
 def problems(path: Path) -> list[str]:
@@ -127,7 +147,7 @@ def problems(path: Path) -> list[str]:
     return [
         f"{path / file} is missing or does not match its digest: delete {path} to go on from an older one"
         for file in _TENSORS
-        if not (path / file).is_file() or _digest(path / file) != state["xxh3"][file]
+        if not (local := fetch(path / file, state["xxh3"][file])).is_file() or _digest(local) != state["xxh3"][file]
     ]
 
 
@@ -152,7 +172,8 @@ def load(path: Path, inputs: dict[str, Any]) -> Checkpoint:
 
     state = _checked(path, inputs)
     moments: Moments = {}
-    for key, tensor in load_file(path / "moments.safetensors").items():
+    weights, pairs = (load_file(fetch(path / file, state["xxh3"][file])) for file in _TENSORS)
+    for key, tensor in pairs.items():
         parameter, moment = key.rsplit("|", 1)
         moments.setdefault(parameter, {})[moment] = tensor
     return Checkpoint(
@@ -160,7 +181,7 @@ def load(path: Path, inputs: dict[str, Any]) -> Checkpoint:
         position=state["position"],
         inputs=inputs,
         skipped=state["skipped"],
-        weights=load_file(path / "weights.safetensors"),
+        weights=weights,
         moments=moments,
         best=Best(**state["best"]),
     )
@@ -187,30 +208,50 @@ def adopt(folder: Path, path: Path, inputs: dict[str, Any]) -> None:
 
     Raises `DataError`, and changes nothing, for one that is incomplete, damaged, or of a run with other inputs.
     """
-    if not (path / "state.json").is_file():
+    if not exists(path / "state.json"):
         raise DataError(f"train.resume: {path} is not a complete checkpoint ({path / 'state.json'} is missing)")
-    own = folder / _name(_checked(path, inputs)["step"])
+    state = _checked(path, inputs)
+    own = folder / _name(state["step"])
     for other in complete(folder):
         if other.name > own.name:
             _remove(other)
-    if own.exists() and os.path.samefile(path, own):
+    if path == own or (not is_remote(own) and own.exists() and os.path.samefile(path, own)):
         return
-    temporary = folder / f".{own.name}.{os.getpid()}.tmp"
-    shutil.copytree(path, temporary)
-    _replace(temporary, own)
+    with _publish(own) as temporary:
+        for file in _TENSORS:
+            with publish(temporary / file) as copy:
+                shutil.copyfile(fetch(path / file, state["xxh3"][file]), copy)
+        write_bytes(temporary / "state.json", read_bytes(path / "state.json"))
 
 
-def _replace(temporary: Path, path: Path) -> None:
-    """Publish a folder, in place of one of the same name if there is one."""
-    old = path.with_name(f".{path.name}.old.tmp")
-    if path.exists():
-        os.replace(path, old)
-    os.replace(temporary, path)
-    sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+@contextlib.contextmanager
+def _publish(path: Path) -> Iterator[Path]:
+    """A local folder to fill, which becomes the checkpoint at `path`, in place of one of the same name if there is one.
+
+    On an error nothing appears.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
+            yield Path(folder)
+            if exists(path / "state.json"):
+                _remove(path)
+            for file in (*_TENSORS, "state.json"):
+                upload(Path(folder, file), path / file)
+        return
+    temporary, old = path.with_name(f".{path.name}.{os.getpid()}.tmp"), path.with_name(f".{path.name}.old.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
     # First what makes it complete, so that none is ever half removed.
-    (path / "state.json").unlink()
-    shutil.rmtree(path)
+    remove(path / "state.json")
+    remove_folder(path)

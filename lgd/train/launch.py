@@ -2,11 +2,9 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ import torch.distributed as dist
 from lgd.config import Config, DataError
 from lgd.data.plan import World
 from lgd.data.shards import Shard
-from lgd.files import digest_of, read_json, sha256
+from lgd.files import digest_of, exists, is_remote, list_folder, place, read_json, remove_folder, sha256
 from lgd.train import checkpoint
 from lgd.train.engine import choose
 from lgd.train.loop import TASKS, split_shards, train
@@ -27,9 +25,9 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def refuse_strangers(task: Task) -> None:
     """Raise `DataError` when the task's folder holds what training did not write."""
     ours = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl"}
-    there = {path.name for path in task.folder.iterdir()} if task.folder.is_dir() else set()
+    there = set(list_folder(task.folder)) - ours
     # A killed `publish` leaves its temporary file.
-    strangers = sorted(name for name in there - ours if not (name.startswith(".") and name.endswith(".tmp")))
+    strangers = sorted(name for name in there if not (name.startswith(".") and name.endswith(".tmp")))
     if strangers:
         raise DataError(
             f"{task.folder} already holds something else ({', '.join(strangers[:3])}): name another folder as "
@@ -54,16 +52,16 @@ def train_under(config: Config, task: str) -> bool:
     # before the others can be past the meeting with it.
     if config.train.resume != "auto" and os.environ.get("RANK", "0") == "0":
         if config.train.resume == "never":
-            shutil.rmtree(built.folder / "checkpoints", ignore_errors=True)
+            remove_folder(built.folder / "checkpoints")
         else:
             inputs = inputs_of(built, config, shards)
-            checkpoint.adopt(built.folder / "checkpoints", Path(config.train.resume), inputs)
+            checkpoint.adopt(built.folder / "checkpoints", place(config.train.resume), inputs)
     launch(
         worker,
         {"config": config, "task": task, "engine": engine},
         workers=config.train.workers,
         max_failures=config.train.max_failures,
-        storage=Path(config.run.dir) / "ray",
+        storage=place(config.run.dir) / "ray",
         name=built.folder.name,
     )
     return True
@@ -72,10 +70,11 @@ def train_under(config: Config, task: str) -> bool:
 def is_finished(task: Task, config: Config, shards: list[Shard]) -> bool:
     """Whether the task's folder holds the network that this run would train."""
     path, weights = task.folder / "config.json", task.folder / "model.safetensors"
-    if not path.is_file() or not weights.is_file():
+    if not exists(path) or not exists(weights):
         return False
     made, inputs = read_json(path), digest_of(inputs_of(task, config, shards))
-    return made.get("inputs") == inputs and made["weights_sha256"] == sha256(weights)
+    # Whoever loads remote weights compares their digest; here it would cost a download.
+    return made.get("inputs") == inputs and (is_remote(weights) or made["weights_sha256"] == sha256(weights))
 
 
 def worker(argument: dict[str, Any]) -> None:
@@ -86,8 +85,9 @@ def worker(argument: dict[str, Any]) -> None:
     config: Config = argument["config"]
     world = join_world()
     torch.manual_seed(config.run.seed)
-    with signals_restored():
-        train(config, TASKS[argument["task"]](config), world, argument["engine"], stop_flag(argument.get("stop")))
+    # One rank is enough: at each step all agree on whether any of them was asked to stop.
+    with stop_flag(argument.get("stop") if world.rank == 0 else None) as stop:
+        train(config, TASKS[argument["task"]](config), world, argument["engine"], stop)
 
 
 def join_world() -> World:
@@ -109,33 +109,33 @@ def join_world() -> World:
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 
 
-class StopFile(threading.Event):
-    """Set by a signal, or by the appearance of a file."""
+@contextlib.contextmanager
+def stop_flag(path: str | None) -> Iterator[threading.Event]:
+    """Set by SIGTERM, by Ctrl-C, and soon after the driver of a Ray job made the file `path`.
 
-    def __init__(self, path: str | None) -> None:
-        super().__init__()
-        self.path = path
-
-    def is_set(self) -> bool:
-        return super().is_set() or (self.path is not None and os.path.exists(self.path))
-
-
-def stop_flag(path: str | None) -> threading.Event:
-    """Set by SIGTERM, Ctrl-C, or the file that the driver of a Ray job makes; every rank reads it at each step."""
-    flag = StopFile(path)
-    if threading.current_thread() is threading.main_thread():
+    The signals mean what they meant before once the block ends, so that Ctrl-C ends the stages after training.
+    """
+    flag, ended = threading.Event(), threading.Event()
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:
         for number in _STOP_SIGNALS:
             signal.signal(number, lambda *_: flag.set())
-    return flag
-
-
-@contextlib.contextmanager
-def signals_restored() -> Iterator[None]:
-    """Undo what `stop_flag` did, so that Ctrl-C ends the stages after training again."""
-    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    if path is not None:
+        threading.Thread(target=_watch, args=(path, flag, ended), daemon=True).start()
     try:
-        yield
+        yield flag
     finally:
-        if threading.current_thread() is threading.main_thread():
+        ended.set()
+        if in_main:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _watch(path: str, flag: threading.Event, ended: threading.Event) -> None:
+    """Set `flag` when the file appears, until `ended` is set. Each look costs a shared disk or a store a request."""
+    while not ended.wait(0.5):
+        with contextlib.suppress(OSError, DataError):
+            if exists(path):
+                flag.set()
+                return

@@ -3,31 +3,37 @@
 import json
 import math
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lgd.config import LEVEL_NAMES
-from lgd.files import write_bytes
+from lgd.config import LEVEL_NAMES, DataError
+from lgd.files import exists, is_remote, read_bytes, upload_folder, write_bytes
 from lgd.metrics import confusion
 from lgd.progress import progress
 
 
 class Log:
-    """The record of a run; rank 0 keeps it."""
+    """The record of a run; rank 0 keeps it. That of a url is kept in TMPDIR, and uploaded by `publish`."""
 
     def __init__(self, folder: Path, start: int, steps: int, batch: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
-        self.name, self.steps, self.batch, self.start, self.done = folder.name, steps, batch, start, start
-        path = folder / "log.jsonl"
-        before = path.read_text().splitlines()[:start] if path.is_file() else []
+        self.folder, self.local = folder, folder
+        before: list[str] = []
+        if exists(folder / "log.jsonl"):
+            before = read_bytes(folder / "log.jsonl").decode().splitlines()[:start]
+        if is_remote(folder):
+            self.local = Path(tempfile.mkdtemp(prefix="lgd-"))
+        path = self.local / "log.jsonl"
         write_bytes(path, "".join(line + "\n" for line in before).encode())
+        self.board = SummaryWriter(self.local / "tensorboard", purge_step=start + 1)
+        self.name, self.steps, self.batch, self.start, self.done = folder.name, steps, batch, start, start
         # Line by line, so that a killed run's log reaches to its last checkpoint.
         self.file = open(path, "a", buffering=1)
         if start:
@@ -81,11 +87,24 @@ class Log:
             f"for data, peak memory {peak_memory() / 1e6:.0f} MB, loss {self.loss:.3f}"
         )
 
+    def publish(self) -> None:
+        """Make what was recorded so far appear at the url; a local folder has it already."""
+        if self.local != self.folder:
+            self.board.flush()
+            upload_folder(self.local, self.folder)
+
     def close(self) -> None:
         """Flush everything."""
         self.bar.close()
         self.board.close()
         self.file.close()
+        if self.local != self.folder:
+            try:
+                upload_folder(self.local, self.folder)
+            except DataError as error:
+                # Whatever ended the run matters more.
+                self.tell(f"the log is incomplete: {error}")
+            shutil.rmtree(self.local)
 
 
 def peak_memory() -> int:

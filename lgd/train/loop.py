@@ -166,7 +166,9 @@ class Training:
     def _save(self, step: int) -> None:
         """One checkpoint: all ranks give their share, rank 0 writes."""
         weights, moments = self.engine.state()
-        if self.world.rank == 0:
+        if self.log:
+            # First, so that the log of a run that goes on from here has no gap.
+            self.log.publish()
             made = checkpoint.Checkpoint(
                 step=step,
                 position=self.position,

@@ -12,7 +12,7 @@ from lgd.config import Config
 from lgd.data.augment import d4, d4_grid, draw, stain_jitter
 from lgd.data.plan import ORDER
 from lgd.data.shards import Shard
-from lgd.files import digest_of
+from lgd.files import digest_of, place
 from lgd.models import losses
 from lgd.models.encoder import build_encoder
 from lgd.models.export import read_model_config
@@ -82,7 +82,7 @@ class TeacherTask:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.folder = Path(config.teacher.dir)
+        self.folder = place(config.teacher.dir)
         self.epochs = config.teacher.epochs
 
     def build(self) -> nn.Module:
@@ -106,7 +106,7 @@ class StudentTask:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.folder = Path(config.student.dir)
+        self.folder = place(config.student.dir)
         self.epochs = config.student.epochs
         self.lgd = config.student.method == "lgd"
         self.store = Store(config.latents.dir, recipe_of(config)) if self.lgd else None

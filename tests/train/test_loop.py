@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -193,7 +194,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(student, monkeypatch):
     train_under(straight, "student")
 
     with monkeypatch.context() as patched:
-        patched.setattr(launch, "stop_flag", lambda _: AfterReads(3))
+        patched.setattr(launch, "stop_flag", lambda _: contextlib.nullcontext(AfterReads(3)))
         with pytest.raises(DataError, match="stopped after step 3 of 6; the same command goes on from there"):
             train_under(stopped, "student")
     assert len(log_of(stopped.student.dir)) == 3
@@ -374,7 +375,7 @@ def test_bad_samples_stop_training_or_are_skipped_told_and_counted(student, dama
 def test_a_sample_is_skipped_once_however_often_the_run_goes_on(student, damaged, monkeypatch):
     config = student(data={"shards": damaged(2, "he"), "on_bad": "skip:2"}, student={"epochs": 4})
     with monkeypatch.context() as patched:
-        patched.setattr(launch, "stop_flag", lambda _: AfterReads(4))
+        patched.setattr(launch, "stop_flag", lambda _: contextlib.nullcontext(AfterReads(4)))
         with pytest.raises(DataError, match="stopped after step 4"):
             train_under(config, "student")
     assert log_of(config.student.dir)[-1]["skipped"] == 2
