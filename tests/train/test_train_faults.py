@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_loop import AfterReads, log_of
 from torch.multiprocessing.spawn import spawn
 
 from lgd.config import Stopped
 from lgd.data.plan import Plan
+from lgd.files import read_json, write_json, xxh3
 from lgd.train import checkpoint, launch, loop
 from lgd.train.engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
@@ -257,6 +258,34 @@ def test_what_a_killed_removal_has_left_is_removed_by_the_next_save(tmp_path):
     (tmp_path / "step-00000001" / "state.json").unlink()
     checkpoint.save(tmp_path, small_checkpoint(3), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def lose_moments(folder):
+    moments = load_file(folder / "moments.safetensors")
+    save_file({name: torch.zeros_like(moment) for name, moment in moments.items()}, folder / "moments.safetensors")
+    with open(folder / "moments.safetensors", "rb") as file:
+        return {"xxh3": {**read_json(folder / "state.json")["xxh3"], "moments.safetensors": xxh3(file)}}
+
+
+def lose_a_step(folder):
+    return {"position": read_json(folder / "state.json")["position"] + BATCH}
+
+
+@pytest.mark.parametrize("lose", [lose_moments, lose_a_step])
+def test_the_tolerance_sees_what_a_checkpoint_may_not_lose(lose, disturbed, undisturbed, monkeypatch):
+    """A run that goes on without AdamW's moments, or from a batch too far, is told from the undisturbed one."""
+    config = disturbed()
+    with monkeypatch.context() as patched:
+        patched.setattr(launch, "stop_flag", lambda _: contextlib.nullcontext(AfterReads(150)))
+        with pytest.raises(Stopped):
+            train_under(config, "student")
+    (*_, newest) = checkpoint.complete(Path(config.student.dir) / "checkpoints")
+    write_json(newest / "state.json", read_json(newest / "state.json") | lose(newest))
+    train_under(config, "student")
+    ours, theirs = log_of(config.student.dir), log_of(undisturbed.student.dir)
+    differ = [abs(a["loss"] - b["loss"]) / (1 + abs(b["loss"])) for a, b in zip(ours, theirs, strict=True)]
+    print(f"{max(differ[:150]):.1e} before, {max(differ[150:]):.1e} after")
+    assert max(differ[:150]) <= TERMS < 10 * TERMS < max(differ[150:])
 
 
 # ---- other workers, another engine ----
