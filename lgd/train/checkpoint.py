@@ -83,11 +83,6 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Publish a checkpoint under `folder` and remove all but the newest `keep` and the best."""
-    whole = complete(folder)
-    for name in list_folder(folder):
-        # What a kill has left of another save, or of a removal.
-        if re.fullmatch(r"\.step-.*\.tmp|step-.*", name) and folder / name not in whole:
-            remove_folder(folder / name)
     path = folder / _name(checkpoint.step)
     with _publish(path) as temporary:
         flat = {f"{p}|{m}": t for p, pair in checkpoint.moments.items() for m, t in pair.items()}
@@ -108,10 +103,19 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
                 "xxh3": digests,
             },
         )
-    for old in complete(folder)[:-keep]:
-        if old.name != _name(checkpoint.best.step):
-            _remove(old)
+    prune(folder, checkpoint.best, keep)
     return path
+
+
+def prune(folder: Path, best: Best, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best, and what a kill has left of a save or a removal."""
+    whole = complete(folder)
+    for name in list_folder(folder):
+        if re.fullmatch(r"\.step-.*\.tmp|step-.*", name) and folder / name not in whole:
+            remove_folder(folder / name)
+    for old in whole[:-keep]:
+        if old.name != _name(best.step):
+            _remove(old)
 
 
 def _name(step: int) -> str:

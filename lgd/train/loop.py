@@ -78,6 +78,9 @@ class Training:
         self.skipped = Skipped(config.data, saved.skipped if saved else [])
         if saved:
             self.engine.load(saved.weights, saved.moments, saved.step)
+        if world.rank == 0:
+            # A kill can come after the last save, and before what it makes superfluous is removed.
+            checkpoint.prune(task.folder / "checkpoints", self.best, settings.keep)
         self.log = Log(task.folder, self.start, self.steps, settings.batch) if world.rank == 0 else None
         lanes, lacking = config.data.lanes, deepspeed_problem()
         if self.log and lacking and settings.engine == "auto":

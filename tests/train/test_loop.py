@@ -205,6 +205,17 @@ def test_a_stopped_run_goes_on_to_the_same_end(student, monkeypatch):
     assert ends[0]["weights_sha256"] == ends[1]["weights_sha256"] and ends[0]["validation"] == ends[1]["validation"]
 
 
+def test_a_kill_after_the_last_save_leaves_no_checkpoint_too_many(student):
+    config = student()
+    train_under(config, "student")
+    folder = Path(config.student.dir) / "checkpoints"
+    kept = sorted(path.name for path in folder.iterdir())
+    shutil.copytree(folder / kept[-1], folder / "step-00000001")
+    (Path(config.student.dir) / "config.json").unlink()
+    train_under(config, "student")
+    assert sorted(path.name for path in folder.iterdir()) == kept
+
+
 def test_a_crash_loses_the_steps_since_the_checkpoint_and_repeats_them(student, monkeypatch):
     straight, crashed = student("straight"), student("crashed", train={"checkpoint_every": 2})
     train_under(straight, "student")
