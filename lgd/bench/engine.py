@@ -7,6 +7,8 @@ nothing else. Its facts also hold how fast our loop is under DeepSpeed, stage 0,
 
 import contextlib
 import copy
+import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Ratio, Settings, alternate
+from lgd.bench.measure import Outcome, Rate, Ratio, Settings, compare, taking_turns
 from lgd.bench.training import (
     COMPARED,
-    HEAD,
     STEPS,
     Streamed,
     Training,
@@ -30,7 +31,7 @@ from lgd.bench.training import (
     facts_of,
     ms_a_step,
     prepare,
-    rate_of,
+    settle,
     with_data,
 )
 from lgd.config import Config
@@ -129,7 +130,7 @@ class Pair:
 
     def __init__(self, name: str, config: Config, task: StudentTask, model: nn.Module, kept: list[Step]) -> None:
         world = join_world()
-        self.config, self.kept, self.batch = config, kept, config.train.batch
+        self.config, self.kept = config, kept
         self.ours = Training(config, task, world, copy.deepcopy(model), name)
         self.bare = BARE[name](config, copy.deepcopy(model), world.device)
 
@@ -139,13 +140,25 @@ class Pair:
         bare = map(float, self.bare.losses(again(self.kept, COMPARED)))
         return check_curves(ours, bare, self.config)
 
-    def our_rate(self, count: int) -> Any:
-        """Our loop's samples a second."""
-        return rate_of(self.ours.losses(again(self.kept, HEAD + count)), self.batch, count)
+    def start(self, loop: Training | Bare) -> Callable[[int], None]:
+        """What takes so many further steps of a loop, over the same steps again and again."""
+        losses = loop.losses(itertools.cycle(self.kept))
 
-    def bare_rate(self, count: int) -> Any:
-        """The bare loop's samples a second."""
-        return rate_of(self.bare.losses(again(self.kept, HEAD + count)), self.batch, count)
+        def take(steps: int) -> None:
+            for _ in itertools.islice(losses, steps):
+                pass
+            settle()
+
+        return take
+
+
+def rates(a: Callable[[int], None], b: Callable[[int], None], batch: int, count: int) -> tuple[Rate, Rate]:
+    """The samples a second of two loops over `count` steps each.
+
+    On a CPU after each step the other side has its turn; a GPU is given many steps ahead, which that would forbid.
+    """
+    steps = count if torch.cuda.is_available() else 1
+    return taking_turns(lambda: a(steps), lambda: b(steps), steps * batch, count // steps)
 
 
 @contextlib.contextmanager
@@ -176,7 +189,8 @@ def _run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
     kept, model = streamed.kept(), task.build()
     streamed.reader.close()
     pairs: dict[str, Pair] = {}
-    ratios = []
+    loops: dict[str, tuple[Callable[[int], None], Callable[[int], None]]] = {}
+    ratios, batch = [], config.train.batch
     for name in BARE:
         ratio_name, compared = f"engine: {name}", f"our loop / a bare {name} loop, steps in memory"
         problem = deepspeed_problem() if name == "deepspeed" else None
@@ -185,10 +199,11 @@ def _run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
             continue
         pairs[name] = pair = Pair(name, config, task, model, kept)
         differ = pair.check()
-        count = count_for(pair.our_rate(2), settings)
+        ours, bare = loops[name] = pair.start(pair.ours), pair.start(pair.bare)
+        count = count_for(rates(ours, bare, batch, 3)[1], settings)
         # Bound now: the loop's variables go on.
-        ours, bare = (lambda side=side, count=count: side(count) for side in (pair.our_rate, pair.bare_rate))
-        ratio = alternate(ratio_name, compared, MARK, ours, bare, settings.rounds, tell)
+        measure = functools.partial(rates, ours, bare, batch, count)
+        ratio = compare(ratio_name, compared, MARK, measure, settings.rounds, tell)
         facts[name] = {
             "ms_a_step": ms_a_step(ratio.detail["median_b"], config.train.batch, tell),
             "steps_a_round": count,
@@ -197,12 +212,11 @@ def _run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
         ratios.append(ratio)
     if len(pairs) == len(BARE):
         count = facts["torch"]["steps_a_round"]
-        over = alternate(
+        over = compare(
             "deepspeed over torch",
             "our loop under DeepSpeed, stage 0 / under plain PyTorch",
             0.0,
-            lambda: pairs["deepspeed"].our_rate(count),
-            lambda: pairs["torch"].our_rate(count),
+            lambda: rates(loops["deepspeed"][0], loops["torch"][0], batch, count),
             settings.rounds,
             tell,
         )

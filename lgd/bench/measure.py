@@ -160,9 +160,37 @@ def alternate(
     name: str, compared: str, mark: float, a: Side, b: Side, rounds: int, tell: Callable[[str], Any]
 ) -> Ratio:
     """The median over rounds of A's rate by B's, measured in turn; each round is told. Warm both up before."""
+    return compare(name, compared, mark, lambda: (a(), b()), rounds, tell)
+
+
+def taking_turns(a: Callable[[], Any], b: Callable[[], Any], samples: int, turns: int) -> tuple[Rate, Rate]:
+    """The rates of two functions, of so many samples a call each, which take turns.
+
+    What disturbs the machine for longer than a call then meets both. Only where nothing goes on beside a call.
+    """
+    used = ([0.0, 0.0], [0.0, 0.0])
+    for _ in range(turns):
+        for call, sums in zip((a, b), used, strict=True):
+            cpu, began = cpu_seconds(), time.perf_counter()
+            call()
+            sums[0] += time.perf_counter() - began
+            sums[1] += cpu_seconds() - cpu
+    (a_s, a_cpu), (b_s, b_cpu) = used
+    return Rate(turns * samples, a_s, a_cpu), Rate(turns * samples, b_s, b_cpu)
+
+
+def compare(
+    name: str,
+    compared: str,
+    mark: float,
+    measure: Callable[[], tuple[Rate, Rate]],
+    rounds: int,
+    tell: Callable[[str], Any],
+) -> Ratio:
+    """The median over rounds of A's rate by B's, as `measure` gives them; each round is told."""
     measured = []
     for number in range(rounds):
-        one, other = a(), b()
+        one, other = measure()
         measured.append((one, other))
         told = f"{one.a_second:.0f} / {other.a_second:.0f} a second = {one.a_second / other.a_second:.3f}"
         tell(f"{name}, round {number + 1} of {rounds}: {told}")

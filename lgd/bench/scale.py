@@ -2,12 +2,18 @@
 
 Two processes, without Ray, each with one thread that computes and its threads that read. A: they are the two workers
 of one run, whose global batch is twice a worker's. B: each trains for itself, with the same batch a worker. All stream
-from the same shards and store. With GPUs it takes two of them.
+from the same shards and store. With GPUs it takes two of them. A worker's batch is four times `--train-batch`, by
+default half of what `train.batch` is by default: the shorter a step, the more of it goes into waiting.
+
+The fact `lockstep` is what B would reach of itself if at each step both waited for the slower: what waiting alone
+costs, less what the readers do meanwhile.
 """
 
 import contextlib
 import copy
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +24,11 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate
+from lgd.bench.measure import Outcome, Rate, Ratio, Settings, compare, cpu_seconds
 from lgd.bench.training import (
     COMPARED,
     HEAD,
-    TAIL,
+    STEPS,
     Streamed,
     Training,
     check_curves,
@@ -30,7 +36,7 @@ from lgd.bench.training import (
     facts_of,
     ms_a_step,
     prepare,
-    rate_of,
+    settle,
 )
 from lgd.config import Config
 from lgd.data.plan import World
@@ -38,6 +44,8 @@ from lgd.train.tasks import StudentTask
 
 MARK = 0.95
 WORKERS = 2
+TURN = 3
+"""Steps until the other side has its turn."""
 
 
 class Workers:
@@ -46,6 +54,8 @@ class Workers:
     def __init__(self, config: Config, rendezvous: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self.batch = config.train.batch
+        self.lockstep: list[float] = []
+        """For each measurement, the time of the two runs by that in lockstep."""
         pipes = [context.Pipe() for _ in range(WORKERS)]
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [
@@ -63,17 +73,25 @@ class Workers:
             pipe.send(question)
         return [pipe.recv() for pipe in self.pipes]
 
-    def one_run(self, count: int) -> Rate:
-        """Samples a second of one run over `count` steps."""
-        rates = [Rate(*found) for found in self.ask("one run", count)]
-        samples = WORKERS * count * self.batch
-        return Rate(samples, max(rate.seconds for rate in rates), sum(rate.cpu for rate in rates))
+    def measure(self, turns: int) -> tuple[Rate, Rate]:
+        """Samples a second of the one run, and the sum of those of the two, which take turns of `TURN` steps.
 
-    def side_by_side(self, count: int) -> Rate:
-        """The sum of the samples a second of two runs, over `count` steps each."""
-        rates = [Rate(*found) for found in self.ask("side by side", count)]
-        samples = WORKERS * count * self.batch
-        return Rate(samples, samples / sum(rate.a_second for rate in rates), sum(rate.cpu for rate in rates))
+        Both stream alike, so what one reads ahead in the other's turn is no advantage.
+        """
+        samples, cpu = TURN * turns * self.batch, [0.0, 0.0]
+        together, alone_W, lockstep = 0.0, [0.0] * WORKERS, 0.0
+        for _ in range(turns):
+            one_run, own = self.ask("one run", TURN), self.ask("side by side", TURN)
+            together += max(sum(seconds) for seconds, _ in one_run)
+            for worker, (seconds, _) in enumerate(own):
+                alone_W[worker] += sum(seconds)
+            lockstep += sum(map(max, *(seconds for seconds, _ in own)))
+            for side, answers in enumerate((one_run, own)):
+                cpu[side] += sum(used for _, used in answers)
+        # As if each had its mean time: the sum of the two rates.
+        apart = WORKERS / sum(1 / seconds for seconds in alone_W)
+        self.lockstep.append(apart / lockstep)
+        return Rate(WORKERS * samples, together, cpu[0]), Rate(WORKERS * samples, apart, cpu[1])
 
     def close(self) -> None:
         """End the processes."""
@@ -107,20 +125,31 @@ class Runs:
         self.model = self.task.build()
         self.both = replace(config, train=replace(config.train, batch=WORKERS * config.train.batch))
         self.among, self.alone = World(rank, WORKERS, device), World(0, 1, device)
-        self.sides = {"one run": self._side(self.both, self.among, "one")}
-        self.sides["side by side"] = self._side(config, self.alone, f"own-{rank}")
+        self.opened = [
+            self._side(self.both, self.among, "one"),
+            self._side(config, self.alone, f"own-{rank}"),
+        ]
+        one_run, own = (training.losses(streamed.steps(STEPS)) for training, streamed in self.opened)
+        self.sides = {"one run": one_run, "side by side": own}
 
     def _side(self, config: Config, world: World, name: str) -> tuple[Training, Streamed]:
         training = Training(config, self.task, world, copy.deepcopy(self.model), "torch", name)
         return training, Streamed(config, self.task, world)
 
     def answer(self, question: str, count: int = 0) -> Any:
-        """The curves of the one run, of both workers and of a worker that has both shares, or a side's rate."""
+        """The curves of the one run, of both workers and of a worker that has both shares; or the seconds of each of
+        a side's next steps, and the seconds of CPU in all.
+        """
         if question == "curves":
             return self._curve(self.among), self._curve(self.alone) if self.rank == 0 else []
-        training, streamed = self.sides[question]
         dist.barrier()
-        return tuple(rate_of(training.losses(streamed.steps(HEAD + count + TAIL)), self.config.train.batch, count))
+        cpu, seconds = cpu_seconds(), []
+        for _ in range(count):
+            began = time.perf_counter()
+            next(self.sides[question])
+            settle()
+            seconds.append(time.perf_counter() - began)
+        return seconds, cpu_seconds() - cpu
 
     def _curve(self, world: World) -> list[float]:
         training, streamed = self._side(self.both, world, f"curve-{world.size}")
@@ -131,7 +160,9 @@ class Runs:
 
     def close(self) -> None:
         """Close logs and files."""
-        for training, streamed in self.sides.values():
+        # Ends their streams.
+        self.sides.clear()
+        for training, streamed in self.opened:
             training.close()
             streamed.reader.close()
 
@@ -152,29 +183,29 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
         )
     config = prepare(settings, inputs, tell)
     # Both share the cores.
-    config = replace(config, data=replace(config.data, threads=max(1, settings.workers // WORKERS - 1)))
+    config = replace(
+        config,
+        data=replace(config.data, threads=max(1, settings.workers // WORKERS - 1)),
+        train=replace(config.train, batch=4 * config.train.batch),
+    )
     with tempfile.TemporaryDirectory(dir=inputs.folder) as folder:
         workers = Workers(config, Path(folder) / "rendezvous")
         try:
             one_run_n, alone_n = workers.ask("curves")[0]
             differ = check_curves(one_run_n, alone_n, config)
-            count = count_for(workers.side_by_side(2), settings)
-            ratio = alternate(
-                "scale",
-                compared,
-                MARK,
-                lambda: workers.one_run(count),
-                lambda: workers.side_by_side(count),
-                settings.rounds,
-                tell,
-            )
+            # The first turns fill the queues.
+            workers.measure(HEAD)
+            turns = max(1, count_for(workers.measure(HEAD)[1], settings) // (WORKERS * TURN))
+            workers.lockstep.clear()
+            ratio = compare("scale", compared, MARK, lambda: workers.measure(turns), settings.rounds, tell)
         finally:
             workers.close()
     facts = facts_of(config, inputs) | {
         "batch": f"{config.train.batch} a worker",
         "backend": backend(),
         "ms_a_step": ms_a_step(ratio.detail["median_b"], WORKERS * config.train.batch, tell),
-        "steps_a_round": count,
+        "steps_a_round": turns * TURN,
+        "lockstep": statistics.median(workers.lockstep),
         "curves_differ": differ,
     }
     return Outcome(ratios=[ratio], facts=facts)

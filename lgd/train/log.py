@@ -79,7 +79,9 @@ class Log:
             print(text, file=sys.stderr, flush=True)
 
     def summary(self) -> None:
-        """One line on what this process has done."""
+        """One line on what this process has done, if it trained at all."""
+        if self.done == self.start:
+            return
         rate, share = self._speed()
         seconds = time.monotonic() - self.began
         self.tell(

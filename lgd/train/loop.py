@@ -9,7 +9,7 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -130,9 +130,10 @@ class Training:
         settings, world = self.config.train, self.world
         # Dropout and the like are drawn alike after a restart.
         torch.manual_seed(step_seed(self.config.run.seed, step, world.rank))
-        terms = backward(self.engine, self.task, micro, self.config, step / self.steps, world)
         bad = self.skipped.new(micro)
-        sums, any_bad, stopping = agree(terms, len(bad) > 0, self.stop.is_set(), world)
+        sums, (any_bad, stopping) = backward(
+            self.engine, self.task, micro, self.config, step / self.steps, world, [len(bad) > 0, self.stop.is_set()]
+        )
         if any_bad:
             self.skipped.add(bad, world)
         if not math.isfinite(sums["loss"]):
@@ -247,38 +248,53 @@ def not_finite(engine: Engine, task: Task, micro: list[Batch], config: Config, w
 
 
 def backward(
-    engine: Engine, task: Task, micro: list[Batch], config: Config, progress: float, world: World
-) -> dict[str, torch.Tensor]:
-    """Forward and backward of all micro-batches; returns this rank's sum of each term over the global count."""
+    engine: Engine,
+    task: Task,
+    micro: list[Batch],
+    config: Config,
+    progress: float,
+    world: World,
+    asked: Sequence[bool],
+) -> tuple[dict[str, float], list[bool]]:
+    """Forward and backward of all micro-batches; the global value of each term, and what of `asked` any rank asks.
+
+    The ranks talk while they compute, counts beside the first forward pass and values beside the last backward pass:
+    each time that all wait for the slowest costs, for it is another one each time.
+    """
     counts = torch.tensor(
         [[int((batch.level_B >= 0).sum()), int(batch.valid_B.sum())] for batch in micro], device=world.device
     ).sum(dim=0)
-    if world.size > 1:
-        dist.all_reduce(counts)
-    labelled, valid = counts.clamp(min=1).tolist()
+    counting = _add_up(counts, world)
     weights = task.weights(progress)
     sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(micro):
         image, batch = augment(batch.to(world.device), task.role, config)
         values = task.losses(engine.forward(image), batch)
+        if number == 0:
+            counting()
+            labelled, valid = counts.clamp(min=1)
         terms = {
             name: (value * batch.valid_B).sum() / (labelled if name == "level" else valid)
             for name, value in values.items()
         }
         terms["loss"] = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        engine.backward(terms["loss"], last=number == len(micro) - 1)
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.detach()
-    return sums
+        last = number == len(micro) - 1
+        if last:
+            told = torch.stack([*sums.values(), *torch.tensor(asked, dtype=torch.float32, device=world.device)])
+            telling = _add_up(told, world)
+        engine.backward(terms["loss"], last=last)
+    telling()
+    numbers = told.tolist()
+    return dict(zip(sums, numbers, strict=False)), [number > 0 for number in numbers[len(sums) :]]
 
 
-def agree(terms: dict[str, torch.Tensor], bad: bool, stop: bool, world: World) -> tuple[dict[str, float], bool, bool]:
-    """The global value of each term, and whether any rank met new bad samples, or was asked to stop."""
-    values = torch.stack([*terms.values(), *torch.tensor([float(bad), float(stop)], device=world.device)])
-    if world.size > 1:
-        dist.all_reduce(values)
-    *numbers, any_bad, stopping = values.tolist()
-    return dict(zip(terms, numbers, strict=True)), any_bad > 0, stopping > 0
+def _add_up(values: torch.Tensor, world: World) -> Callable[[], Any]:
+    """Begin to sum `values` over the ranks, in place; what is returned waits for that."""
+    if world.size == 1:
+        return lambda: None
+    return dist.all_reduce(values, async_op=True).wait
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from lgd.bench import cached, decode, engine, loader, memory, peers, query, training
 from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Rate, Ratio, Settings, alternate, cpu_seconds, pinned, steady
+from lgd.bench.measure import Rate, Ratio, Settings, alternate, cpu_seconds, pinned, steady, taking_turns
 from lgd.bench.suite import BENCHMARKS, bench, rows, summary
 from lgd.cli import main
 from lgd.config import ConfigError, DataError
@@ -167,6 +168,22 @@ def test_sides_are_measured_in_turn():
     assert not replace(ratio, mark=0.8).reached
     assert not replace(ratio, at_most=True).reached
     assert Ratio(name="x", compared="", value=None, mark=1, missing="why").reached is None
+
+
+def test_sides_that_take_turns_are_timed_apart():
+    calls = []
+
+    def side(name, seconds):
+        def call():
+            calls.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    one, other = taking_turns(side("a", 0.01), side("b", 0.03), samples=5, turns=4)
+    assert calls == ["a", "b"] * 4
+    assert one.samples == other.samples == 20
+    assert one.seconds >= 0.04 and other.seconds >= 0.12 and one.cpu < one.seconds
 
 
 def test_the_steady_rate_leaves_out_both_ends_and_takes_every_batch():
