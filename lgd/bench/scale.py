@@ -3,7 +3,7 @@
 Two processes, without Ray, each with one thread that computes and its threads that read. A: they are the two workers
 of one run, whose global batch is twice a worker's. B: each trains for itself, with the same batch a worker. All stream
 from the same shards and store. With GPUs it takes two of them. A worker's batch is four times `--train-batch`, by
-default half of what `train.batch` is by default: the shorter a step, the more of it goes into waiting.
+default 32 as in configs/bci.yaml: the shorter a step, the more of it goes into waiting.
 
 The fact `lockstep` is what B would reach of itself if at each step both waited for the slower: what waiting alone
 costs, less what the readers do meanwhile.
