@@ -146,8 +146,9 @@ class Student:
 
     dir: str = ""
     """Folder of the trained student; default RUN/student."""
-    method: Literal["lgd", "he-only"] = "lgd"
-    """LGD-Net, or the baseline that never sees the IHC's latents."""
+    method: Literal["lgd", "he-only", "two-stream", "distil"] = "lgd"
+    """LGD-Net, or a baseline: one stream and two streams that are taught the level only, or two streams that are also
+    taught the levels that the teacher gives (label-only distillation)."""
     encoder: str = "resnet10"
     """Backbone of the morphology stream; see teacher.encoder."""
     hallucination: Literal["own", "shared"] = "own"
@@ -158,16 +159,31 @@ class Student:
     """Distance between hallucinated and cached latents, both normalised."""
     hallucination_weight: float = 1.0
     """Weight of the hallucination loss."""
+    contrast_weight: float = 0.0
+    """Weight of the contrastive hallucination loss (InfoNCE against latents of other levels); 0 leaves it out."""
+    contrast_queue: int = 4096
+    """Latents that it tells a sample's own from."""
+    contrast_temperature: float = 0.07
+    """Its temperature."""
+    distil_weight: float = 1.0
+    """Weight of the teacher's soft levels, for method distil."""
+    distil_temperature: float = 2.0
+    """Temperature that softens them."""
+    pairs: Literal["own", "shuffled", "within-level"] = "own"
+    """A control, for method lgd: latents and membranes of another pair, of any level or of the same."""
     warmup: float = 0.1
-    """Share of the steps over which the hallucination weight rises from 0."""
+    """Share of the steps over which the weights of both hallucination losses rise from 0."""
     nuclei_weight: float = 0.1
     """Weight of the nuclei-grid loss."""
     membrane_weight: float = 0.1
     """Weight of the membrane-grid loss."""
 
     def __post_init__(self) -> None:
-        for name in ("hallucination_weight", "nuclei_weight", "membrane_weight"):
-            require(getattr(self, name) >= 0, f"student.{name} is {getattr(self, name)}: use 0 or more")
+        for name in ("hallucination", "contrast", "distil", "nuclei", "membrane"):
+            weight = getattr(self, f"{name}_weight")
+            require(weight >= 0, f"student.{name}_weight is {weight}: use 0 or more")
+        for name in ("contrast_temperature", "distil_temperature", "contrast_queue"):
+            require(getattr(self, name) > 0, f"student.{name} is {getattr(self, name)}: use more than 0")
         require(self.epochs > 0, f"student.epochs is {self.epochs}: use more than 0")
         require(0 <= self.warmup <= 1, f"student.warmup is {self.warmup}: use a share of the steps, 0 to 1")
 

@@ -15,7 +15,7 @@ data.plan data.stream data.augment
 models.encoder models.export models.teacher models.student models.losses
 store.sidecar store.writer store.parts store.latents store.supervision store.cache store.export
 store.faiss_file store.table store.search store.exact store.index
-train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop train.launch
+train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop train.launch
 evaluate.predict evaluate.figures evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
 evaluate.compare evaluate.markdown evaluate.report
 doctor check pipeline

@@ -26,7 +26,7 @@ Scored = tuple[Predictions, np.ndarray | None]
 
 def vectors_of(scorer: Scorer) -> str:
     """Which vectors a network is compared by: hallucinated or true latents, or the features of H&E alone."""
-    return "features" if scorer.config.get("method") == "he-only" else "pooled"
+    return "features" if scorer.config.get("method", "lgd") != "lgd" else "pooled"
 
 
 def measure_run(

@@ -20,6 +20,8 @@ from lgd.models.student import load_student
 from lgd.models.teacher import load_teacher
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+NAMES = {"lgd": "LGD-Net", "he-only": "H&E-only", "two-stream": "two streams", "distil": "label distillation"}
+"""Method of a student -> its row in a table."""
 _READ = ("logits", "pooled", "features")
 
 
@@ -36,7 +38,7 @@ class Scorer:
     @property
     def name(self) -> str:
         """Its row in a table."""
-        return {"lgd": "LGD-Net", "he-only": "H&E-only"}.get(self.config.get("method", ""), "IHC teacher")
+        return NAMES.get(self.config.get("method", ""), "IHC teacher")
 
     def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 (B, size, size, 3) -> `probability` (B, 4), `logits`, and where there are such `pooled` (B, D) and

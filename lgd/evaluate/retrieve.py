@@ -41,7 +41,9 @@ class _Question(NamedTuple):
 def check_pair(scorer: Scorer, store: Store) -> None:
     """Raise `DataError` unless the student hallucinates the latents of the teacher that made the store."""
     if scorer.config.get("method") != "lgd":
-        raise DataError("this student has no hallucination stream (method he-only): query with one of method lgd")
+        raise DataError(
+            f"this student hallucinates no latents (method {scorer.config.get('method')}): query with one of method lgd"
+        )
     there, asked = store.recipe["teacher"], scorer.config["teacher_sha256"]
     if there != asked:
         raise DataError(

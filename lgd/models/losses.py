@@ -26,6 +26,32 @@ def hallucination_loss(student_BD: torch.Tensor, teacher_BD: torch.Tensor, kind:
     return F.smooth_l1_loss(scale * student, scale * teacher, reduction="none").flatten(1).mean(dim=1)
 
 
+def contrast_loss(
+    student_BD: torch.Tensor,
+    teacher_BD: torch.Tensor,
+    queue_QD: torch.Tensor,
+    allowed_BQ: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """InfoNCE of hallucinated latents, (B,): each is to resemble its own teacher latent more than those of the queue.
+
+    -log(exp(s/T) / (exp(s/T) + sum of exp(n/T))), with s the cosine to its own latent and n those to the latents of
+    the queue that `allowed_BQ` (bool) marks (van den Oord et al. 2018; the queue: He et al. 2020). 0 where none is.
+    """
+    student, teacher, queue = (F.normalize(x.float(), dim=1) for x in (student_BD, teacher_BD, queue_QD))
+    own_B1 = (student * teacher).sum(dim=1, keepdim=True)
+    others_BQ = (student @ queue.T).masked_fill(~allowed_BQ, -torch.inf)
+    logits_BN = torch.cat([own_B1, others_BQ], dim=1) / temperature
+    return -F.log_softmax(logits_BN, dim=1)[:, 0]
+
+
+def distillation_loss(logits_BK: torch.Tensor, teacher_BK: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 KL(teacher's softened levels || the student's), (B,), both from logits divided by T (Hinton et al. 2015)."""
+    ours = F.log_softmax(logits_BK.float() / temperature, dim=1)
+    theirs = F.log_softmax(teacher_BK.float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1)
+
+
 def grid_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Huber distance of two grids (B, ...), mean over each sample's cells, (B,)."""
     return F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(dim=1)

@@ -2,7 +2,10 @@
 
 The full text of the paper's method is not public to us: this is an independent design of what its abstract says.
 The hallucination stream has its own encoder, started from the teacher's weights (Hoffman et al. 2016), or shares
-the trunk of the morphology stream. The baseline `he-only` is the morphology stream and its head alone.
+the trunk of the morphology stream.
+
+The baselines: `he-only` is the morphology stream and its head alone; `two-stream` is the fused network, both encoders
+from the same start, that is taught the level only; `distil` is that network, taught the teacher's soft levels too.
 """
 
 from pathlib import Path
@@ -31,7 +34,7 @@ class Student(nn.Module):
         nuclei_grid: int,
         membrane_grid: int,
     ) -> None:
-        """`hallucination` None with method `lgd` shares the trunk; `latent_map` 0 leaves out the map."""
+        """`hallucination` None shares the trunk (but `he-only` has none); `latent_map` 0 leaves out the map."""
         super().__init__()
         self.method = method
         self.sizes = {
@@ -43,7 +46,7 @@ class Student(nn.Module):
         self.morphology = morphology
         width = morphology.channels
         self.head = nn.Linear(width, len(LEVEL_NAMES))
-        if method != "lgd":
+        if method == "he-only":
             return
         self.hallucination = hallucination
         source = width if hallucination is None else hallucination.channels
@@ -51,19 +54,21 @@ class Student(nn.Module):
         self.to_latent = nn.Sequential(nn.Linear(latent_dim, latent_dim), nn.GELU(), nn.Linear(latent_dim, latent_dim))
         self.from_latent = nn.Linear(latent_dim, width)
         self.gate = nn.Linear(2 * width, width)
+        if method != "lgd":
+            return
         self.nuclei_head = nn.Conv2d(width, 1, 1)
         self.membrane_head = nn.Conv2d(latent_dim, 3, 1)
 
     def forward(self, he_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) in 0..255 -> `logits` (B, 4), `features` (B, width), which are the pooled morphology, and, for
-        LGD-Net:
+        """(B, 3, H, W) in 0..255 -> `logits` (B, 4), `features` (B, width), which are the pooled morphology, of two
+        streams also `gate` (B, width) (1 trusts the morphology), and, for LGD-Net:
 
-        `pooled` (B, D), `map` (B, D, m, m) when maps are cached, `gate` (B, width) (1 trusts the morphology),
-        `nuclei` (B, g, g) as log(1 + density), `membrane` (B, k, k, 3).
+        `pooled` (B, D), `map` (B, D, m, m) when maps are cached, `nuclei` (B, g, g) as log(1 + density), `membrane`
+        (B, k, k, 3).
         """
         map_BCHW = self.morphology(he_B3HW)
         morphology_BC = map_BCHW.mean(dim=(2, 3))
-        if self.method != "lgd":
+        if self.method == "he-only":
             return {"logits": self.head(morphology_BC), "features": morphology_BC}
         source_BCHW = map_BCHW if self.hallucination is None else self.hallucination(he_B3HW)
         latent_BDHW = self.to_latent_map(source_BCHW)
@@ -71,7 +76,10 @@ class Student(nn.Module):
         molecular_BC = self.from_latent(pooled_BD)
         gate_BC = torch.sigmoid(self.gate(torch.cat([morphology_BC, molecular_BC], dim=1)))
         logits = self.head(gate_BC * morphology_BC + (1 - gate_BC) * molecular_BC)
-        out = {"logits": logits, "features": morphology_BC, "pooled": pooled_BD, "gate": gate_BC}
+        out = {"logits": logits, "features": morphology_BC, "gate": gate_BC}
+        if self.method != "lgd":
+            return out
+        out["pooled"] = pooled_BD
         if self.sizes["latent_map"]:
             out["map"] = F.adaptive_avg_pool2d(latent_BDHW, self.sizes["latent_map"])
         nuclei_BCGG = _resize(map_BCHW, self.sizes["nuclei_grid"])
@@ -82,7 +90,7 @@ class Student(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What `load_student` needs beside the weights."""
-        own = self.hallucination if self.method == "lgd" else None
+        own = None if self.method == "he-only" else self.hallucination
         return {
             "kind": "student",
             "method": self.method,

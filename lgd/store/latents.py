@@ -171,11 +171,11 @@ class _Field(NamedTuple):
 class Rows:
     """Reads rows of some parts by address, as training needs them: from any thread."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], datasets: Sequence[str] = SUPERVISION) -> None:
         """`parts` by their number, such as `Store.parts_of` gives; all of one store."""
         self.parts = parts
         layout = parts[0].layout
-        self._fields = {name: _field(name, layout[name]) for name in SUPERVISION if name in layout}
+        self._fields = {name: _field(name, layout[name]) for name in datasets if name in layout}
 
     def read(
         self,

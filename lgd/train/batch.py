@@ -19,6 +19,7 @@ from lgd.data.augment import draw
 from lgd.data.plan import Plan, World, eval_numbers, rank_positions
 from lgd.data.stream import Reader, Sample, Samples, in_batches, stream
 from lgd.store.latents import Rows
+from lgd.train.targets import Contrast, Queue, Targets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +44,7 @@ class Batch:
     """Role -> uint8 (B, 3, H, W)."""
     stored: dict[str, torch.Tensor]
     """`pooled` (B, D), `map` (B, D, m, m), `nuclei` (B, g, g), `membrane` (B, k, k, 3), float32."""
+    contrast: Contrast | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -61,10 +63,11 @@ class Batch:
             level_B=self.level_B.to(device),
             images=move(self.images),
             stored=move(self.stored),
+            contrast=self.contrast and Contrast(*(tensor.to(device) for tensor in self.contrast)),
         )
 
 
-def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int, turn: bool) -> Batch:
+def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | Targets | None, seed: int, turn: bool) -> Batch:
     """One batch of samples, with their rows of the store where one is given."""
     rows = samples.rows
     number_B = np.array([sample.number for sample in rows], np.int64)
@@ -86,7 +89,7 @@ def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int
     )
 
 
-def _stored(samples: Sequence[Sample], rows: Rows, view_B: np.ndarray) -> dict[str, torch.Tensor]:
+def _stored(samples: Sequence[Sample], rows: Rows | Targets, view_B: np.ndarray) -> dict[str, torch.Tensor]:
     read = rows.read(
         [sample.shard for sample in samples],
         [sample.row for sample in samples],
@@ -109,7 +112,7 @@ class Step(NamedTuple):
 def training_batches(
     reader: Reader,
     plan: Plan,
-    store: Rows | None,
+    store: Rows | Targets | None,
     *,
     start: int,
     steps: int,
@@ -119,10 +122,12 @@ def training_batches(
     threads: int,
     turn: bool,
     skip: bool = False,
+    queue: Queue | None = None,
 ) -> Iterator[Step]:
     """This rank's share of `steps` steps from position `start` on.
 
-    `batch` is the global one. `skip` marks samples that cannot be read instead of raising `DataError`.
+    `batch` is the global one; with a `queue` each batch has its contrast. `skip` marks samples that cannot be read
+    instead of raising `DataError`.
     """
     epochs: collections.deque[np.ndarray] = collections.deque()
     positions = range(start, start + steps * batch, batch)
@@ -141,6 +146,8 @@ def training_batches(
             collate(samples, epochs.popleft(), store, plan.seed, turn)
             for samples in itertools.islice(batches, accumulate)
         ]
+        if queue:
+            micro = [replace(one, contrast=queue.contrast(one.number_B, position + batch)) for one in micro]
         yield Step(micro, position + batch)
 
 

@@ -23,12 +23,12 @@ from lgd.data.stream import Reader
 from lgd.files import digest_of
 from lgd.metrics import fit_temperature
 from lgd.models.export import save_model
-from lgd.store.latents import Rows
 from lgd.train import checkpoint
 from lgd.train.batch import Batch, Skipped, Step, training_batches
 from lgd.train.engine import Engine, deepspeed_problem, make_engine
 from lgd.train.log import Log
 from lgd.train.passes import centre_latents, validate
+from lgd.train.targets import Queue, Targets
 from lgd.train.tasks import StudentTask, Task, TeacherTask, augment, inputs_of
 
 TASKS: dict[str, Any] = {"teacher": TeacherTask, "student": StudentTask}
@@ -106,19 +106,27 @@ class Training:
         self._export()
 
     def _batches(self) -> Iterator[Step]:
-        config, rows = self.config, Rows(self.task.store.parts_of(self.shards)) if self.task.store else None
+        config, student, targets, queue = self.config, self.config.student, None, None
+        turn = config.data.augment != "none"
+        if self.task.store:
+            parts = self.task.store.parts_of(self.shards)
+            targets = Targets(parts, student.pairs if student.method == "lgd" else "own", config.run.seed)
+            if student.method == "lgd" and student.contrast_weight:
+                # Of one stored view the latents are not turned with the image.
+                queue = Queue(targets, self.plan, student.contrast_queue, turn)
         return training_batches(
             self.reader,
             self.plan,
-            rows,
+            targets,
             start=self.position,
             steps=0 if self._enough() else self.steps - self.start,
             batch=config.train.batch,
             accumulate=config.train.accumulate,
             world=self.world,
             threads=config.data.threads,
-            turn=config.data.augment != "none",
+            turn=turn,
             skip=config.data.skips > 0,
+            queue=queue,
         )
 
     def _enough(self) -> bool:

@@ -21,6 +21,7 @@ from lgd.models.teacher import load_teacher, new_teacher
 from lgd.store.latents import Store
 from lgd.store.supervision import recipe_of
 from lgd.train.batch import Batch
+from lgd.train.targets import Contrast
 
 Terms = dict[str, torch.Tensor]
 """Loss term -> value of each sample (B,). `level` counts labelled samples only, all others count every sample."""
@@ -98,8 +99,14 @@ class TeacherTask:
         return {"level": 1.0}
 
 
+# Beside method, encoder and epochs: what the network of each method depends on.
+_LGD = ("hallucination", "hallucination_loss", "hallucination_weight", "warmup", "nuclei_weight", "membrane_weight")
+_CONTRAST = ("contrast_weight", "contrast_queue", "contrast_temperature")
+_DISTIL = ("hallucination", "distil_weight", "distil_temperature")
+
+
 class StudentTask:
-    """H&E -> level, and for LGD-Net the teacher's latents and the domain grids."""
+    """H&E -> level, and for LGD-Net the teacher's latents and the domain grids, for distillation its soft levels."""
 
     role = "he"
     field = "student.dir"
@@ -108,19 +115,23 @@ class StudentTask:
         self.config = config
         self.folder = place(config.student.dir)
         self.epochs = config.student.epochs
-        self.lgd = config.student.method == "lgd"
-        self.store = Store(config.latents.dir, recipe_of(config)) if self.lgd else None
+        self.method = config.student.method
+        # Distillation reads the teacher's levels off its stored latents.
+        self.store = Store(config.latents.dir, recipe_of(config)) if self.method in ("lgd", "distil") else None
+        self._head: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def build(self) -> nn.Module:
         config = self.config
         hallucination, dim = None, 0
-        if self.lgd:
+        if self.method != "he-only":
             teacher, _ = load_teacher(config.teacher.dir)
             dim = teacher.dim
             if config.student.hallucination == "own":
-                hallucination = teacher.encoder.requires_grad_(True)
+                # The baselines have the same network, and nothing of the teacher's weights.
+                encoder = teacher.encoder if self.method == "lgd" else build_encoder(config.teacher.encoder)
+                hallucination = encoder.requires_grad_(True)
         return Student(
-            method=config.student.method,
+            method=self.method,
             morphology=build_encoder(config.student.encoder),
             hallucination=hallucination,
             latent_dim=dim,
@@ -131,27 +142,62 @@ class StudentTask:
 
     def inputs(self) -> dict[str, Any]:
         student = self.config.student
-        inputs: dict[str, Any] = {
-            name: getattr(student, name)
-            for name in student.__dataclass_fields__
-            if name != "dir" and (self.lgd or name in ("method", "encoder", "epochs"))
-        }
+        names = ["method", "encoder", "epochs"]
+        if self.method == "lgd":
+            names += [*_LGD, *(_CONTRAST if student.contrast_weight else ())]
+            names += ["pairs"] if student.pairs != "own" else []
+        elif self.method == "distil":
+            names += _DISTIL
+        elif self.method == "two-stream":
+            names += ["hallucination"]
+        inputs: dict[str, Any] = {name: getattr(student, name) for name in names}
+        if self.method == "two-stream":
+            inputs["teacher_encoder"] = self.config.teacher.encoder
         if self.store is not None:
             inputs["store"] = self.store.digest
             inputs["teacher"] = read_model_config(self.config.teacher.dir, "teacher")["weights_sha256"]
         return inputs
 
     def losses(self, out: dict[str, torch.Tensor], batch: Batch) -> Terms:
+        student, stored = self.config.student, batch.stored
         terms = {"level": losses.level_loss(out["logits"], batch.level_B)}
-        if not self.lgd:
+        if self.method == "distil":
+            taught_BK = self._levels_of(stored["pooled"])
+            terms["distil"] = losses.distillation_loss(out["logits"], taught_BK, student.distil_temperature)
+        if self.method != "lgd":
             return terms
-        kind, stored = self.config.student.hallucination_loss, batch.stored
+        kind = student.hallucination_loss
         terms["hallucination"] = losses.hallucination_loss(out["pooled"], stored["pooled"], kind)
         if "map" in stored:
             terms["hallucination_map"] = losses.hallucination_loss(out["map"], stored["map"], kind)
+        if batch.contrast is not None:
+            allowed_BQ = self._others(batch.contrast, stored["pooled"])
+            temperature, queue_QD = student.contrast_temperature, batch.contrast.pooled_QD
+            terms["contrast"] = losses.contrast_loss(out["pooled"], stored["pooled"], queue_QD, allowed_BQ, temperature)
         terms["nuclei"] = losses.grid_loss(out["nuclei"], torch.log1p(stored["nuclei"]))
         terms["membrane"] = losses.grid_loss(out["membrane"], stored["membrane"])
         return terms
+
+    def _others(self, contrast: Contrast, pooled_BD: torch.Tensor) -> torch.Tensor:
+        """Which latents of the queue are of another level, and not of the same sample, bool (B, Q).
+
+        Where a level is unknown the teacher's stands for it.
+        """
+        level_B, level_Q = (
+            torch.where(level >= 0, level, self._levels_of(pooled).argmax(dim=1))
+            for level, pooled in ((contrast.level_B, pooled_BD), (contrast.level_Q, contrast.pooled_QD))
+        )
+        return (level_B[:, None] != level_Q) & (contrast.source_B[:, None] != contrast.number_Q)
+
+    def _levels_of(self, pooled_nD: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits (n, 4) of its stored latents."""
+        if self._head is None:
+            teacher, _ = load_teacher(self.config.teacher.dir)
+            head = teacher.head
+            # Stored latents are relative to their mean.
+            self._head = head.weight, head.bias + head.weight @ teacher.pooled_mean
+        weight_KD, bias_K = self._head = tuple(tensor.to(pooled_nD.device) for tensor in self._head)  # type: ignore[assignment]
+        return torch.nn.functional.linear(pooled_nD, weight_KD, bias_K)
 
     def weights(self, progress: float) -> dict[str, float]:
         student = self.config.student
@@ -159,8 +205,10 @@ class StudentTask:
         hallucination = rising * student.hallucination_weight
         return {
             "level": 1.0,
+            "distil": student.distil_weight,
             "hallucination": hallucination,
             "hallucination_map": 0.5 * hallucination,
+            "contrast": rising * student.contrast_weight,
             "nuclei": student.nuclei_weight,
             "membrane": student.membrane_weight,
         }

@@ -100,7 +100,7 @@ def test_the_sheet_is_drawn(tissue_run, images, capsys, tmp_path):
 def test_a_student_without_hallucination_is_refused(tissue_run, change, store, tmp_path, images, capsys):
     config = change(tissue_run, student={"dir": str(tmp_path / "he"), "method": "he-only", "epochs": 0.1})
     train_under(config, "student")
-    with pytest.raises(DataError, match="no hallucination stream .method he-only."):
+    with pytest.raises(DataError, match="hallucinates no latents .method he-only."):
         check_pair(load_scorer(config.student.dir), store)
     command = ["query", "--model", config.student.dir, "--store", tissue_run.latents.dir]
     assert main([*command, str(images[0])]) == 1

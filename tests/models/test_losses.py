@@ -87,3 +87,68 @@ def test_low_precision_is_computed_in_float32():
     low = losses.hallucination_loss(student.bfloat16(), teacher.half(), "smooth-l1")
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, losses.hallucination_loss(student, teacher, "smooth-l1"), rtol=0.05, atol=0.02)
+
+
+def naive_contrast(student, teacher, queue, allowed, temperature):
+    """One sample: softmax over its own latent and the allowed ones."""
+
+    def cosine(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+    own = math.exp(cosine(student, teacher) / temperature)
+    others = [math.exp(cosine(student, other) / temperature) for other, ok in zip(queue, allowed, strict=True) if ok]
+    return -math.log(own / (own + sum(others)))
+
+
+def test_contrast_is_its_naive_twin_and_0_without_others():
+    student, teacher, queue = rand(5, 6), rand(5, 6).flip(0) * 3, rand(9, 6) * 0.2
+    allowed = rand(5, 9) > 0
+    allowed[2] = False
+    fast = losses.contrast_loss(student, teacher, queue, allowed, 0.2)
+    for row in range(5):
+        naive = naive_contrast(student[row].tolist(), teacher[row].tolist(), queue.tolist(), allowed[row].tolist(), 0.2)
+        assert float(fast[row]) == pytest.approx(naive, rel=1e-4)
+    assert float(fast[2]) == 0 and (fast >= 0).all()
+
+
+def test_what_the_contrast_does_not_allow_has_no_say():
+    student, teacher, queue = rand(2, 6).requires_grad_(), rand(2, 6).flip(0), rand(4, 6)
+    allowed = torch.tensor([[True, False, True, False]] * 2)
+    other = torch.where(allowed[0][:, None], queue, 100 * rand(4, 6).flip(1))
+    one, two = (losses.contrast_loss(student, teacher, q, allowed, 0.07) for q in (queue, other))
+    assert torch.equal(one, two)
+    one.sum().backward()
+    assert torch.isfinite(student.grad).all() and torch.any(student.grad != 0)
+
+
+def test_distillation_is_its_naive_twin_and_0_where_both_agree():
+    ours, theirs = rand(3, 4), rand(3, 4).flip(1) * 2
+    fast = losses.distillation_loss(ours, theirs, 2.0)
+    for row in range(3):
+        p, q = (
+            [math.exp(x / 2) / sum(math.exp(y / 2) for y in logits) for x in logits]
+            for logits in (theirs[row].tolist(), ours[row].tolist())
+        )
+        naive = 4 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        assert float(fast[row]) == pytest.approx(naive, rel=1e-4)
+    assert torch.all(losses.distillation_loss(theirs + 5, theirs, 2.0).abs() < 1e-5)
+
+
+@pytest.mark.parametrize("name", ["contrast", "distillation"])
+def test_the_other_gradients_are_the_slope(name):
+    x, target, queue = rand(2, 4).double().requires_grad_(), rand(2, 4).flip(1).double(), rand(5, 4).double()
+    allowed = torch.ones(2, 5, dtype=torch.bool)
+
+    def loss(x):
+        if name == "contrast":
+            return losses.contrast_loss(x, target, queue, allowed, 0.3).sum()
+        return losses.distillation_loss(x, target, 2.0).sum()
+
+    loss(x).backward()
+    step = 1e-2
+    for row in range(2):
+        for channel in range(4):
+            moved = torch.zeros(2, 4, dtype=torch.float64)
+            moved[row, channel] = step
+            up, down = (float(loss(x.detach() + sign * moved)) for sign in (1, -1))
+            assert float(x.grad[row, channel]) == pytest.approx((up - down) / (2 * step), abs=5e-3)

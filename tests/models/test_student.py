@@ -10,7 +10,7 @@ from lgd.models.teacher import load_teacher, new_teacher
 
 def student(method="lgd", own=True, latent_map=2, dim=24) -> Student:
     torch.manual_seed(0)
-    hallucination = build_encoder("resnet10") if own and method == "lgd" else None
+    hallucination = build_encoder("resnet10") if own and method != "he-only" else None
     return Student(
         method=method,
         morphology=build_encoder("resnet10"),
@@ -46,6 +46,19 @@ def test_lgd_gives_levels_latents_and_grids(own):
 
 def test_the_map_is_left_out_where_none_is_cached():
     assert "map" not in student(latent_map=0)(IMAGES)
+
+
+@pytest.mark.parametrize("method", ["two-stream", "distil"])
+def test_the_baselines_of_two_streams_are_the_same_network_without_what_they_are_not_taught(method):
+    model, full = student(method), student()
+    assert set(model(IMAGES)) == {"logits", "features", "gate"}
+    names, all_names = (dict(m.named_parameters()) for m in (model, full))
+    assert {name: p.shape for name, p in names.items()} == {
+        name: p.shape for name, p in all_names.items() if not name.startswith(("nuclei_head", "membrane_head"))
+    }
+    same = student_from(model.describe())
+    same.load_state_dict(model.state_dict())
+    assert torch.equal(same(IMAGES)["logits"], model(IMAGES)["logits"])
 
 
 def test_he_only_gives_levels_and_has_no_hallucination():

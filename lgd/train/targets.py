@@ -1,0 +1,134 @@
+"""Which of the teacher's latents a sample is taught with, and which it is told apart from.
+
+The teacher is frozen and its latents are stored, so the queue of a contrastive loss needs no memory of its own: it is
+what the plan took last, read from the store. It is alike on every rank, whatever their number, and a run that goes on
+has it at once.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lgd.data.augment import draw
+from lgd.data.plan import Plan, firsts
+from lgd.store.latents import Rows, read_all
+from lgd.store.parts import Part
+
+
+class Contrast(NamedTuple):
+    """What the hallucinated latents of a batch are told apart from."""
+
+    source_B: torch.Tensor
+    """int64: number of the sample whose latents are taught."""
+    level_B: torch.Tensor
+    """int64: its level, -1 where unknown."""
+    pooled_QD: torch.Tensor
+    """float32: the teacher's latents in the queue."""
+    number_Q: torch.Tensor
+    """int64: the numbers of their samples."""
+    level_Q: torch.Tensor
+    """int64: their levels."""
+
+
+def partners(level_n: np.ndarray, within: bool, seed: int) -> np.ndarray:
+    """For each sample the number of another, int64 (n,): each is the partner of one.
+
+    `within`: of the same level, where unknown is a level too. A sample that has no other is its own partner.
+    """
+    dice = np.random.default_rng([seed, 0x70616972])
+    partner_n = np.empty(len(level_n), np.int64)
+    group_n = level_n if within else np.zeros_like(level_n)
+    for group in np.unique(group_n):
+        order = dice.permutation(np.flatnonzero(group_n == group))
+        partner_n[order] = np.roll(order, 1)
+    return partner_n
+
+
+class Targets:
+    """Reads the supervision of samples as `Rows` does; of pairs that are not own, all but the nuclei is a partner's.
+
+    The nuclei grid is of the H&E itself.
+    """
+
+    def __init__(self, parts: Sequence[Part], pairs: str = "own", seed: int = 0) -> None:
+        """`parts`: of each shard; `pairs`: own, shuffled or within-level."""
+        self.parts, self._rows = parts, Rows(parts)
+        self.first = firsts([part.rows for part in parts])
+        self._partner_n = None
+        if pairs != "own":
+            self._partner_n = partners(read_all(parts, "level"), pairs == "within-level", seed)
+
+    def source(self, number_n: np.ndarray) -> np.ndarray:
+        """Number of the sample whose latents each sample is taught with."""
+        return number_n if self._partner_n is None else self._partner_n[number_n]
+
+    def read(
+        self,
+        part_n: Sequence[int],
+        row_n: Sequence[int],
+        key_n: Sequence[str | None],
+        view_n: Sequence[int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """As `Rows.read`; the keys are those of the samples, not of their partners."""
+        own = self._rows.read(part_n, row_n, key_n, view_n)
+        if self._partner_n is None:
+            return own
+        source_n = self.source(self.first[list(part_n)] + np.asarray(row_n))
+        other_n, other_row_n = self.address(source_n)
+        other = self._rows.read(other_n, other_row_n, [None] * len(source_n), view_n)
+        return other | {"nuclei": own["nuclei"]}
+
+    def address(self, number_n: np.ndarray) -> tuple[list[int], list[int]]:
+        """The part and the row of samples."""
+        part_n = np.searchsorted(self.first, number_n, side="right") - 1
+        return part_n.tolist(), (number_n - self.first[part_n]).tolist()
+
+
+class Queue:
+    """The teacher's latents of the samples that the plan took last."""
+
+    def __init__(self, targets: Targets, plan: Plan, size: int, turn: bool) -> None:
+        """`size`: latents; `turn`: whether the images are turned, and the latents are those of the turned IHC."""
+        self.targets, self.plan, self.size, self.turn = targets, plan, size, turn
+        self._rows = Rows(targets.parts, ("pooled",))
+        self._level_n = read_all(targets.parts, "level").astype(np.int64)
+        self._end = 0
+        self._pooled_QD: np.ndarray | None = None
+        self._number_Q = np.empty(0, np.int64)
+
+    def contrast(self, number_B: np.ndarray, end: int) -> Contrast:
+        """For samples of a step: the queue up to the plan's position `end`, behind that step.
+
+        Positions may not go back.
+        """
+        self._take(end)
+        source_B = self.targets.source(number_B)
+        assert self._pooled_QD is not None
+        return Contrast(
+            source_B=torch.from_numpy(source_B),
+            level_B=torch.from_numpy(self._level_n[source_B]),
+            pooled_QD=torch.from_numpy(self._pooled_QD),
+            number_Q=torch.from_numpy(self._number_Q),
+            level_Q=torch.from_numpy(self._level_n[self._number_Q]),
+        )
+
+    def _take(self, end: int) -> None:
+        start = max(self._end, end - self.size, 0)
+        if start >= end:
+            return
+        epoch_n, number_n = self.plan.samples(np.arange(start, end))
+        view_n = np.zeros(len(number_n), np.int64)
+        if self.turn:
+            view_n = np.floor(8 * draw(self.plan.seed, epoch_n, number_n, "view", 1)[:, 0]).astype(np.int64)
+        part_n, row_n = self.targets.address(number_n)
+        new_nD = self._rows.read(part_n, row_n, [None] * len(row_n), view_n.tolist())["pooled"].astype(np.float32)
+        kept = self.size - len(new_nD)
+        if self._pooled_QD is None or not kept:
+            self._pooled_QD, self._number_Q = new_nD, number_n
+        else:
+            # New arrays: steps that were handed out may still be in use.
+            self._pooled_QD = np.concatenate([self._pooled_QD[-kept:], new_nD])
+            self._number_Q = np.concatenate([self._number_Q[-kept:], number_n])
+        self._end = end
