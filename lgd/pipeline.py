@@ -220,6 +220,21 @@ def _searchable(store: Any) -> bool:
     return True
 
 
+def ablate(config: Config, options: Any) -> str:
+    """The table of LGD-Net, its controls and its parts (`lgd.ablate`), after the teacher and the store."""
+    from lgd import ablate as harness
+
+    try:
+        train_teacher(config)
+        cache_latents(config)
+        with stage("ablate") as told:
+            table = harness.ablate(config, options, say)
+            told["done"] = f"written: {config.run.dir}/ablation/ablation.md"
+    finally:
+        disconnect()
+    return table
+
+
 def run(config: Config) -> str:
     """Every stage from the teacher on, and the baseline in the same harness; returns the report's table."""
     from lgd.store.search import require_faiss

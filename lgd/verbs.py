@@ -251,6 +251,20 @@ def _doctor(parser: Any) -> Run:
     return run
 
 
+def _ablate(parser: Any) -> Run:
+    from lgd.ablate import AblateOptions
+
+    add_option_arguments(parser, AblateOptions)
+    add_config_arguments(parser)
+
+    def run(parser: Any, namespace: Any) -> None:
+        from lgd import pipeline
+
+        print(pipeline.ablate(config_of(parser, namespace), _plain(namespace, AblateOptions)))
+
+    return run
+
+
 def _bench(parser: Any) -> Run:
     from lgd.bench.measure import Settings
     from lgd.bench.suite import BENCHMARKS, bench, rows, summary
@@ -288,6 +302,7 @@ VERBS: dict[str, tuple[str, Callable[[Any], Run]]] = {
     "query": ("the nearest IHC latents of H&E images or of stored patches", _query),
     "export-latents": ("write a store's latents in TRIDENT's HDF5 layout, for other tools", _export),
     "verify": ("check a shard folder, a feature store or a checkpoint end to end", _verify),
+    "ablate": ("LGD-Net beside its controls and without its parts, over several seeds", _ablate),
     "doctor": ("what this machine has and lacks", _doctor),
     "bench": ("how fast the parts are, as ratios against a bare loop or a peer", _bench),
 }

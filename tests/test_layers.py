@@ -17,8 +17,8 @@ store.sidecar store.writer store.parts store.latents store.supervision store.cac
 store.faiss_file store.table store.search store.exact store.index
 train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop train.launch
 evaluate.predict evaluate.figures evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
-evaluate.compare evaluate.markdown evaluate.report
-doctor check pipeline
+evaluate.compare evaluate.markdown evaluate.report evaluate.seeds
+doctor check ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query
 bench.training bench.engine bench.cached bench.scale bench.suite

@@ -34,6 +34,7 @@ from lgd.data.sources import (
     assign,
     caveats,
     check_chunk,
+    hide_levels,
     members,
     nothing,
     same_types,
@@ -76,6 +77,8 @@ class ShardOptions:
     """Stop at pairs that cannot be used, or skip them and list them in rejected.csv."""
     salt: str = ""
     """Any text; another one draws another split."""
+    labelled: int = 0
+    """Slides of each level whose levels `train` keeps; those of all others become unknown. 0 keeps all levels."""
     workers: int = 0
     """Processes that check pairs and build shards, under Ray; 0 does it in this process, in threads."""
 
@@ -83,6 +86,7 @@ class ShardOptions:
         parse_split(self.split)
         require(self.shard_size >= 1, f"--shard-size {self.shard_size}: use at least 1")
         require(self.tile >= 0, f"--tile {self.tile}: use 0 for whole patches, or the tile's side")
+        require(self.labelled >= 0, f"--labelled {self.labelled}: use 0 (all) or more")
         require(self.workers >= 0, f"--workers {self.workers}: use 0 (no Ray) or more")
         quality = re.fullmatch(r"keep|png|jpeg:(\d{1,3})", self.image)
         good = quality is not None and (quality[1] is None or 1 <= int(quality[1]) <= 100)
@@ -131,7 +135,7 @@ def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> dict[str, A
     out = open_target(options.out)
     sources, problems = _usable(options, map_jobs or map)
     rule = parse_split(options.split)
-    samples = assign(sources, rule, options.salt, options.tile)
+    samples = hide_levels(assign(sources, rule, options.salt, options.tile), options.labelled, options.salt)
     kept = options.encoding.extension
     extensions = (kept, kept) if kept else same_types(sources)
     recipe = _recipe(options, sources, len(problems))
@@ -245,7 +249,8 @@ def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> 
     return {
         "format": FORMAT,
         "layout": options.layout,
-        "options": {name: getattr(options, name) for name in chosen},
+        # Only where it is set, so that sets that were built before it existed are found again.
+        "options": {name: getattr(options, name) for name in (*chosen, *(["labelled"] if options.labelled else []))},
         "codecs": {**codecs(), "webdataset": importlib.metadata.version("webdataset")},
         "sources": {"pairs": len(sources), "rejected": rejected, "digest": digest_of(facts)},
     }

@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from lgd.data.image import check, decode, encode
 from lgd.data.pairs import PatchPair, Problem
 from lgd.data.split import SplitRule, split_of
 from lgd.distribute import ahead
-from lgd.files import read_bytes
+from lgd.files import digest_of, read_bytes
 from lgd.urls import MissingError, RemoteError
 
 Argument = TypeVar("Argument")
@@ -176,6 +176,33 @@ def assign(sources: Sequence[Source], rule: SplitRule, salt: str, tile: int) -> 
             samples.append(Sample(key=key, source=source, split=split, row=row, column=column))
     _refuse_leak(samples)
     return sorted(samples, key=lambda sample: sample.key)
+
+
+def hide_levels(samples: list[Sample], labelled: int, salt: str) -> list[Sample]:
+    """Samples of which, in train, only so many groups of each level keep their level; 0 leaves all as they are.
+
+    Which ones depends on their names and the salt alone. The level of a group is the highest of its patches. Raises
+    `ConfigError` where a level has fewer groups than that.
+    """
+    if not labelled:
+        return samples
+    level_of: dict[str, int] = {}
+    for sample in samples:
+        pair = sample.source.pair
+        if sample.split == "train" and pair.level is not None:
+            level_of[pair.group] = max(pair.level, level_of.get(pair.group, 0))
+    kept: set[str] = set()
+    for level, name in enumerate(LEVEL_NAMES):
+        groups = sorted(group for group, highest in level_of.items() if highest == level)
+        if len(groups) < labelled:
+            raise ConfigError(f"--labelled {labelled}: train has {len(groups)} slides of level {name}: use fewer")
+        kept |= set(sorted(groups, key=lambda group: digest_of([salt, "labelled", group]))[:labelled])
+    return [
+        sample
+        if sample.split != "train" or sample.source.pair.group in kept
+        else replace(sample, source=replace(sample.source, pair=replace(sample.source.pair, level=None)))
+        for sample in samples
+    ]
 
 
 def _refuse_leak(samples: Sequence[Sample]) -> None:

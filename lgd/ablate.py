@@ -1,0 +1,212 @@
+"""`lgd ablate`: LGD-Net, its controls and its parts in one harness, under equal budget, over several seeds.
+
+    RUN/ablation/VARIANT/seed-0/           a network and its log, as of `lgd train`
+    RUN/ablation/VARIANT/seed-0.npz        what it says about the report's split
+    RUN/ablation/ablation.json, .md        the table
+
+All share one teacher, one store and as many samples; they differ in `student:` and in the seed. What is done is found
+again, so that the same command goes on where it stopped.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lgd.config import Config, DataError, require
+from lgd.data.shards import Shard, open_shards
+from lgd.evaluate import seeds
+from lgd.evaluate.markdown import markdown, shown
+from lgd.evaluate.predict import load_scorer, score_shards
+from lgd.evaluate.report import caveats_of
+from lgd.files import exists, place, publish, write_bytes, write_json
+from lgd.metrics import Predictions
+from lgd.models.export import read_model_config
+from lgd.train.launch import train_under
+
+FORMAT = "lgd-ablation/1"
+METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accuracy": "accuracy"}
+OURS, LEAST, MOST = "LGD-Net", "H&E only", "IHC teacher"
+
+CORE: dict[str, dict[str, Any]] = {
+    LEAST: {"method": "he-only"},
+    "two streams": {"method": "two-stream"},
+    "label distillation": {"method": "distil"},
+    OURS: {"method": "lgd"},
+}
+"""The comparison that decides, by its row in the table: what differs from the run's `student:`."""
+PARTS: dict[str, dict[str, Any]] = {
+    "without hallucination": {"method": "lgd", "hallucination_weight": 0.0, "contrast_weight": 0.0},
+    "without contrast": {"method": "lgd", "contrast_weight": 0.0},
+    "without nuclei": {"method": "lgd", "nuclei_weight": 0.0},
+    "without membranes": {"method": "lgd", "membrane_weight": 0.0},
+    "one trunk": {"method": "lgd", "hallucination": "shared"},
+    "pairs shuffled": {"method": "lgd", "pairs": "shuffled"},
+    "shuffled within a level": {"method": "lgd", "pairs": "within-level"},
+}
+"""LGD-Net with a part off, and taught with the latents of other pairs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AblateOptions:
+    """What `lgd ablate` is asked for."""
+
+    seeds: int = 5
+    """Trainings of each variant; their seeds are run.seed and those after it."""
+    full: bool = False
+    """Also LGD-Net with each of its parts off, and with shuffled pairs."""
+
+    def __post_init__(self) -> None:
+        require(self.seeds >= 1, f"--seeds {self.seeds}: use at least 1")
+
+
+def variants(config: Config, full: bool) -> dict[str, Config]:
+    """The run of each row of the table, without those that are LGD-Net itself, as where no contrast is on."""
+    own = dataclasses.replace(config.student, method="lgd", dir="")
+    made: dict[str, Config] = {}
+    for name, fields in (CORE | (PARTS if full else {})).items():
+        student = dataclasses.replace(own, **fields)
+        if name == OURS or student != own:
+            made[name] = dataclasses.replace(config, student=student)
+    return made
+
+
+def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], None]) -> str:
+    """Train, score and compare; returns the table. The teacher and the store must be there.
+
+    Raises `DataError` where the report's split has no labelled patch.
+    """
+    shards = [shard for folder in config.shard_dirs for shard in open_shards(folder)[1]]
+    scored = [shard for shard in shards if shard.split == config.report.split]
+    if not scored:
+        splits = ", ".join(sorted({shard.split for shard in shards}))
+        raise DataError(f"report.split {config.report.split!r} has no patches; the shards have {splits}")
+    folder = place(config.run.dir) / "ablation"
+    rows: dict[str, list[Predictions]] = {}
+    runs = variants(config, options.full)
+    # A seed after the other, so that a table of fewer seeds is there early.
+    for number in range(options.seeds):
+        for name, run in runs.items():
+            at = folder / slug(name) / f"seed-{number}"
+            one = dataclasses.replace(
+                run,
+                run=dataclasses.replace(run.run, seed=config.run.seed + number),
+                student=dataclasses.replace(run.student, dir=str(at)),
+            )
+            trained = train_under(one, "student")
+            say("ablate", f"{name}, seed {number}: {'trained' if trained else 'reused, nothing changed'}")
+            rows.setdefault(name, []).append(answers(at, "student", scored, config, name))
+    rows[MOST] = [answers(place(config.teacher.dir), "teacher", scored, config, MOST, folder / "teacher.npz")]
+    if not (rows[OURS][0].level >= 0).any():
+        raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
+    manifests = [open_shards(place_)[0] for place_ in config.shard_dirs]
+    document = compare(rows, config.report.bootstrap, config.run.seed) | {
+        "caveats": caveats_of(manifests, rows[OURS][0], any(manifest.get("virtual") for manifest in manifests)),
+        "command": f"lgd ablate --config {config.run.dir}/config.yaml --seeds {options.seeds}"
+        + (" --full" if options.full else ""),
+        "shards": [manifest["digest"] for manifest in manifests],
+        "teacher": read_model_config(config.teacher.dir, "teacher")["weights_sha256"],
+    }
+    write_json(folder / "ablation.json", document)
+    text = summary(document)
+    write_bytes(folder / "ablation.md", text.encode())
+    return text
+
+
+def slug(name: str) -> str:
+    """A row's name as a folder's."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+
+
+def answers(
+    folder: Path, kind: str, shards: Sequence[Shard], config: Config, name: str, at: Path | None = None
+) -> Predictions:
+    """What a trained network says about the shards: as it was kept beside its folder, unless it is another by now."""
+    at = at or folder.with_name(f"{folder.name}.npz")
+    weights = read_model_config(folder, kind)["weights_sha256"]
+    stamp = f"{weights} {' '.join(shard.sha256 for shard in shards)}"
+    if exists(at):
+        with np.load(at) as kept:
+            if str(kept["stamp"]) == stamp:
+                return Predictions(
+                    name=name,
+                    keys=kept["keys"].tolist(),
+                    groups=kept["groups"].tolist(),
+                    level=kept["level"],
+                    probability=kept["probability"],
+                )
+    found, _ = score_shards(load_scorer(folder, kind), shards, threads=config.data.threads)
+    found = dataclasses.replace(found, name=name)
+    with publish(at) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            stamp=np.array(stamp),
+            keys=np.array(found.keys),
+            groups=np.array(found.groups),
+            level=found.level,
+            probability=found.probability,
+        )
+    return found
+
+
+def compare(rows: dict[str, list[Predictions]], resamples: int, seed: int) -> dict[str, Any]:
+    """Scores of each row, its difference to LGD-Net, and the share of the gap to the teacher that LGD-Net closes."""
+    ours = rows[OURS]
+    return {
+        "format": FORMAT,
+        "seeds": len(ours),
+        "resamples": resamples,
+        "patches": int((ours[0].level >= 0).sum()),
+        "groups": len(set(ours[0].groups)),
+        "rows": {
+            name: {
+                metric: {
+                    "mean": _json(seeds.mean_of(runs, metric, resamples, seed)),
+                    "lgd_minus": None if name == OURS else _json(seeds.difference(ours, runs, metric, resamples, seed)),
+                }
+                for metric in METRICS
+            }
+            for name, runs in rows.items()
+        },
+        "gap_closed": {
+            metric: _json(seeds.gap_closed(ours, rows[LEAST], rows[MOST], metric, resamples, seed))
+            for metric in METRICS
+        },
+    }
+
+
+def _json(found: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+
+def summary(document: dict[str, Any]) -> str:
+    """The table in Markdown, with what must be known to believe it."""
+    many = document["seeds"]
+    lines = [
+        f"# LGD-Net, its controls and its parts: {many} seed{'s' * (many > 1)}, {document['patches']} patches of "
+        f"{document['groups']} groups\n",
+        *(f"- {caveat}" for caveat in document["caveats"]),
+        "",
+        *markdown(
+            ["", *(f"{text}" for text in METRICS.values()), *(f"LGD-Net minus it: {name}" for name in METRICS)],
+            [
+                [
+                    name,
+                    *(shown(row[metric]["mean"]) for metric in METRICS),
+                    *("" if name == OURS else shown(row[metric]["lgd_minus"], "+.3f") for metric in METRICS),
+                ]
+                for name, row in document["rows"].items()
+            ],
+        ),
+        "Means over the seeds. Brackets hold 95 % intervals from "
+        f"{document['resamples']} resamples of groups and seeds, drawn jointly; a difference whose interval holds 0 "
+        "shows nothing.\n",
+        "Share of the gap between H&E only and the IHC teacher that LGD-Net closes: "
+        + ", ".join(f"{METRICS[name]} {shown(found, '.2f')}" for name, found in document["gap_closed"].items())
+        + ".\n",
+        f"    {document['command']}\n",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""The harness of the method's evidence, small: every row is trained, found again, and compared."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lgd import ablate
+from lgd.ablate import CORE, MOST, OURS, PARTS, slug, variants
+from lgd.cli import main
+from lgd.config import ConfigError
+from lgd.data.shards import ShardOptions, build, open_shards
+from lgd.data.stream import Reader
+from lgd.files import read_json
+
+
+@pytest.fixture(scope="module")
+def run(tissue_run, change, tmp_path_factory):
+    """The teacher and the store of `tissue_run`, in a run of its own."""
+    folder = tmp_path_factory.mktemp("ablation")
+    return change(tissue_run, run={"dir": str(folder)}, student={"epochs": 1.0, "dir": str(folder / "student")})
+
+
+def command(run, tmp_path, *more):
+    config = tmp_path / "config.yaml"
+    config.write_text(run.as_yaml())
+    return ["ablate", "--config", str(config), *more]
+
+
+def test_each_row_is_trained_once_and_compared(run, tmp_path, capsys):
+    assert main(command(run, tmp_path, "--seeds", "2")) == 0
+    out, told = capsys.readouterr()
+    folder = Path(run.run.dir) / "ablation"
+    document = read_json(folder / "ablation.json")
+    assert list(document["rows"]) == [*CORE, MOST] and document["seeds"] == 2
+    assert out.strip() == (folder / "ablation.md").read_text().strip()
+    for name in [*CORE, MOST]:
+        assert f"| {name} |" in out
+    assert document["rows"][OURS]["kappa"]["lgd_minus"] is None
+    assert document["rows"]["two streams"]["accuracy"]["lgd_minus"]["value"] == pytest.approx(
+        document["rows"][OURS]["accuracy"]["mean"]["value"]
+        - document["rows"]["two streams"]["accuracy"]["mean"]["value"]
+    )
+    assert "The tissue is virtual" in out
+    assert told.count(": trained") == 8
+    # Each seed is another network.
+    ends = [read_json(folder / slug(OURS) / f"seed-{n}" / "config.json")["weights_sha256"] for n in (0, 1)]
+    assert ends[0] != ends[1]
+    # Again: nothing is trained or scored twice, and a network that is gone is made again, the same.
+    before = (folder / "ablation.json").read_bytes()
+    gone = folder / slug("two streams") / "seed-1"
+    kept = [path.stat().st_mtime_ns for path in sorted(folder.glob("*/*.npz"))]
+    shutil.rmtree(gone)
+    assert main(command(run, tmp_path, "--seeds", "2")) == 0
+    told = capsys.readouterr().err
+    assert told.count("seed 1: trained") == 1 and told.count("reused, nothing changed") >= 7
+    assert [path.stat().st_mtime_ns for path in sorted(folder.glob("*/*.npz"))] == kept
+    assert (folder / "ablation.json").read_bytes() == before
+
+
+def test_answers_of_another_network_are_not_taken(run, tmp_path, capsys, monkeypatch):
+    assert main(command(run, tmp_path, "--seeds", "1")) == 0
+    at = Path(run.run.dir) / "ablation" / slug(OURS) / "seed-0.npz"
+    with np.load(at) as kept:
+        was = dict(kept)
+    np.savez(at, **(was | {"stamp": np.array("of another"), "probability": np.full_like(was["probability"], 0.25)}))
+    assert main(command(run, tmp_path, "--seeds", "1")) == 0
+    with np.load(at) as kept:
+        assert np.array_equal(kept["probability"], was["probability"])
+    capsys.readouterr()
+
+
+def test_the_rows_differ_in_one_thing_each(run, change):
+    plain = variants(run, full=True)
+    assert list(plain) == [name for name in [*CORE, *PARTS] if name != "without contrast"], "none is on"
+    contrasted = variants(change(run, student={"contrast_weight": 0.1}), full=True)
+    assert list(contrasted) == [*CORE, *PARTS]
+    own = contrasted[OURS].student
+    for name, made in contrasted.items():
+        differing = {field for field in own.__dataclass_fields__ if getattr(made.student, field) != getattr(own, field)}
+        assert differing == {field for field, value in (CORE | PARTS)[name].items() if value != getattr(own, field)}
+        assert replace(made, student=own) == contrasted[OURS]
+        assert name == OURS or differing
+    assert list(variants(run, full=False)) == [*CORE]
+
+
+def test_bad_requests(run, tmp_path, capsys, change):
+    assert main(command(run, tmp_path, "--seeds", "0")) == 2
+    assert "--seeds 0: use at least 1" in capsys.readouterr().err
+    assert main(command(change(run, report={"split": "nothing"}), tmp_path)) == 1
+    assert "report.split 'nothing' has no patches; the shards have test, train, val" in capsys.readouterr().err
+
+
+def test_levels_are_hidden_by_whole_slides_in_train_only(tissue, tmp_path):
+    options = ShardOptions(
+        layout="bci",
+        root=str(tissue),
+        out=str(tmp_path / "few"),
+        slides=str(tissue / "truth.csv"),
+        split="keep",
+        labelled=1,
+    )
+    few = build(options)
+    assert few["options"]["labelled"] == 1
+    whole = build(replace(options, out=str(tmp_path / "all"), labelled=0))
+    assert "labelled" not in whole["options"]
+    hidden = few["splits"]["train"]["levels"]["unknown"]
+    assert hidden > 0 and few["splits"]["test"]["levels"] == whole["splits"]["test"]["levels"]
+
+    def levels(folder, split):
+        shards = [shard for shard in open_shards(str(folder))[1] if shard.split == split]
+        reader = Reader(shards, (), None)
+        return [(s.meta["slide"], s.level, s.meta["level_name"]) for s in map(reader.read, range(reader.total))]
+
+    before, after = (levels(tmp_path / name, "train") for name in ("all", "few"))
+    named = {slide: set() for slide, _, _ in after}
+    for (slide, true, _), (_, level, name) in zip(before, after, strict=True):
+        assert level in (-1, true) and (name is None) == (level == -1)
+        named[slide].add(level == -1)
+    assert all(len(kinds) == 1 for kinds in named.values()), "a slide is labelled whole or not at all"
+    by_level = {level: {s for s, one, _ in after if one == level} for level in range(4)}
+    assert [len(slides) for slides in by_level.values()] == [1, 1, 1, 1]
+    with pytest.raises(ConfigError, match=r"--labelled 50: train has \d+ slides of level 0: use fewer"):
+        build(replace(options, out=str(tmp_path / "many"), labelled=50))
+    assert json.loads((tmp_path / "few" / "manifest.json").read_text())["options"]["labelled"] == 1
+    assert ablate.slug("H&E only") == "h-e-only"
