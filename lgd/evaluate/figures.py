@@ -140,7 +140,7 @@ def robustness_curves(found: dict[str, Any], path: str | Path) -> None:
             axes.set_xticks(range(len(labels)), labels, fontsize=8)
         grid[0, column].set_title(change["name"], fontsize=11)
     grid[0, 0].set(ylabel="accuracy", ylim=(0, 1.03))
-    grid[1, 0].set(ylabel="ECE: confidence that is not earned", ylim=(0, None))
+    grid[1, 0].set(ylabel="ECE (less is better)", ylim=(0, None))
     names = grid[0, 0].get_legend_handles_labels()
     for text in figure.legend(*names, fontsize=9, loc="outside lower center").get_texts():
         text.set_parse_math(False)

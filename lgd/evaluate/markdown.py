@@ -23,6 +23,8 @@ _ANSWERS = {"accuracy": "accuracy", "kappa": "quadratic weighted kappa", "macro_
 
 def ways_section(models: Sequence[dict[str, Any]], ways: dict[str, str]) -> list[str]:
     """The two ways of scoring a slide side by side; `ways` says how each is made."""
+    area = models[0]["by_area"]
+    few = f"{area['one_patch_decides']} of {area['scored']} slides"
     rows = []
     for model in models:
         for way, metrics, form in (
@@ -38,7 +40,8 @@ def ways_section(models: Sequence[dict[str, Any]], ways: dict[str, str]) -> list
         *markdown(["model", "way", *_ANSWERS.values()], rows),
         "The mean is the headline, whatever this table shows: a way that is chosen on the scored split is no longer "
         "measured by it. The area copies the form of ASCO/CAP's rule with patches for tumour cells and is not that "
-        "rule; it gives a level and no probability, and so neither ECE nor AUC. Differences are paired by slide.\n",
+        "rule; it gives a level and no probability, and so neither ECE nor AUC. In "
+        f"{few} the patches are so few that a single one raises the level by area. Differences are paired by slide.\n",
     ]
 
 

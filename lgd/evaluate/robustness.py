@@ -144,14 +144,15 @@ CHANGES = (
         name="stain",
         what="the amounts of the two stains scaled, and their vectors turned",
         strengths={strength: f"±{strength:.0%}, {TURN * strength:.3g}°" for strength in (0.05, 0.2, 0.4)},
-        why="light and strong stain variation of Tellez et al. (Med Image Anal 58:101544, 2019), and twice the strong",
+        why="light and strong stain variation of Tellez et al. (Med Image Anal 58:101544, 2019), and twice the "
+        "strong, beyond what laboratories show: DAB can turn red",
         apply=stain_shift,
     ),
     Change(
         name="background",
         what="white backgrounds lit as grey, grey ones as white",
         strengths={0.5: "half-way", 1.0: "the other"},
-        why="BCI has both backgrounds: the whole way is to the other of them, a shortcut turned round",
+        why="half the way, and the whole way, to the other of the two backgrounds of BCI: a shortcut turned round",
         apply=other_background,
     ),
     Change(

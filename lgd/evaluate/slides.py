@@ -9,6 +9,7 @@ from ASCO/CAP's rule, and gives a level but no probability.
 Neither way is chosen, and the share is not tuned, on the patches that are scored.
 """
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +68,8 @@ def by_area(predictions: Predictions) -> Predictions:
 def both_ways(predictions: Predictions, resamples: int, seed: int) -> dict[str, Any]:
     """`by_slide` and `by_area`, each with the metrics it may be scored by, and `area_minus_mean`, paired by slide.
 
-    Where there are no slides, or they have no one level, all three are None and `no_slides` says why.
+    `one_patch_decides` counts the scored slides of so few patches that one alone raises the level by area. Where there
+    are no slides, or they have no one level, all three are None and `no_slides` says why.
     """
     none = {"by_slide": None, "by_area": None, "area_minus_mean": None}
     if len(set(predictions.groups)) == len(predictions.groups):
@@ -76,11 +78,13 @@ def both_ways(predictions: Predictions, resamples: int, seed: int) -> dict[str, 
         mean, area = by_slide(predictions).labelled(), by_area(predictions).labelled()
     except DataError as error:
         return none | {"no_slides": str(error)}
-    by_metric = scores(area, resamples, seed)
-    by_metric["metrics"] = {name: by_metric["metrics"][name] for name in ANSWERS}
+    of_area = scores(area, resamples, seed)
+    of_area["metrics"] = {name: of_area["metrics"][name] for name in ANSWERS}
+    patches = Counter(predictions.groups)
+    of_area["one_patch_decides"] = sum(100 > PERCENT * patches[slide] for slide in area.keys)
     return {
         "by_slide": scores(mean, resamples, seed),
-        "by_area": by_metric,
+        "by_area": of_area,
         "area_minus_mean": {name: paired_difference(area, mean, name, resamples, seed) for name in ANSWERS},
         "no_slides": None,
     }

@@ -210,6 +210,10 @@ def test_a_number_of_the_report_is_worked_out_again(written):
     assert at["minus_unchanged"]["ece"] == pytest.approx(again, abs=1e-4)
 
 
+def test_the_cost_that_the_configuration_tells_is_true():
+    assert len(EVERY) == 11
+
+
 def test_a_report_without_robustness_says_nothing_of_it(written, change):
     config, folder = written
     pipeline.evaluate(change(config, report={"robustness": False}))

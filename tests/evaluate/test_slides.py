@@ -76,7 +76,13 @@ def test_both_ways_are_scored_and_compared():
     assert all(found["by_area"]["metrics"][name]["value"] == values[name] for name in ANSWERS)
     assert found["area_minus_mean"]["kappa"] == paired_difference(area, mean, "kappa", 50, 0)
     assert found["area_minus_mean"]["accuracy"]["value"] < 0, "upward errors weigh more by area"
+    assert found["by_area"]["one_patch_decides"] == 12
     assert found["by_area"]["scored"] == found["by_slide"]["scored"] == 12
+
+
+def test_slides_in_which_one_patch_decides_are_counted():
+    rows = [(slide, 0) for slide, count in (("a", 9), ("b", 10), ("c", 1)) for _ in range(count)]
+    assert both_ways(predictions(rows), 10, 0)["by_area"]["one_patch_decides"] == 2
 
 
 def test_slides_of_two_levels_are_not_scored():
