@@ -259,6 +259,8 @@ class Report:
     """Resamples of slides behind each 95 % interval."""
     queries: int = 8
     """Rows of the contact sheet."""
+    robustness: bool = False
+    """Score every network under changed stain, background, JPEG quality and blur too: 11 more passes over the split."""
 
     def __post_init__(self) -> None:
         require(self.bootstrap >= 1, f"report.bootstrap is {self.bootstrap}: use at least 1")

@@ -141,7 +141,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 def evaluate(config: Config) -> str:
     """Score student, rivals and teacher on the held-out split and write the report; returns its table."""
-    from lgd.evaluate import compare, report
+    from lgd.evaluate import compare, report, robustness
     from lgd.evaluate.predict import load_scorer, score_shards
     from lgd.store.latents import Store
 
@@ -160,10 +160,12 @@ def evaluate(config: Config) -> str:
         ]
         scored = [predictions for predictions, _ in found]
         student, scorer = scored[0], scorers[0]
-        measured, queries = None, []
+        measured, queries, shifted = None, [], None
         if store is not None:
             measured = compare.measure_run(config, store, all_shards(config), scorers, found, say)
             queries = compare.sheet_rows(config, store, shards, found[0]) if sheet else []
+        if config.report.robustness:
+            shifted = robustness.measure(config, scorers, scored, shards, say)
         manifests = [open_shards(folder)[0] for folder in config.shard_dirs]
         document = report.write_report(
             place(config.report.dir),
@@ -181,6 +183,7 @@ def evaluate(config: Config) -> str:
             },
             config.report.bootstrap,
             config.run.seed,
+            shifted,
         )
         _show(config)
         told["done"] = f"written: {config.report.dir}"

@@ -16,8 +16,9 @@ models.encoder models.export models.teacher models.student models.losses
 store.sidecar store.writer store.parts store.latents store.supervision store.cache store.export
 store.faiss_file store.table store.search store.exact store.index
 train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop train.launch
-evaluate.predict evaluate.figures evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
-evaluate.compare evaluate.markdown evaluate.report evaluate.seeds
+evaluate.predict evaluate.robustness evaluate.figures
+evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
+evaluate.compare evaluate.markdown evaluate.slides evaluate.report evaluate.seeds
 doctor check ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query

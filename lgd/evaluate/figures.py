@@ -1,4 +1,4 @@
-"""The report's pictures: confusion matrix, reliability diagram, and the contact sheet of queries.
+"""The report's pictures: confusion matrix, reliability diagram, robustness, and the contact sheet of queries.
 
 Drawn without pyplot, so without a display or global state, and published as PNG. Colours are those of Okabe
 and Ito (2008), which colour-blind readers can tell apart; what a colour says is also written or shaped.
@@ -112,6 +112,37 @@ def reliability_diagram(scored: Sequence[Predictions], path: str | Path) -> None
     below.set(xlabel="confidence: probability of the predicted level", ylabel="patches", ylim=(0, None))
     below.yaxis.get_major_locator().set_params(integer=True)
     for text in figure.legend(curves, names, fontsize=9, loc="outside lower center").get_texts():
+        text.set_parse_math(False)
+    _save(figure, path)
+
+
+def robustness_curves(found: dict[str, Any], path: str | Path) -> None:
+    """Accuracy and ECE of each model against the strength of each change, a column a change; bars are 95 % intervals.
+
+    `found` is what `lgd.evaluate.robustness.measure` gave. The first strength of every panel is the unchanged image.
+    """
+    figure = _figure(3.3 * len(found["changes"]), 5.6 + 0.2 * len(found["models"]))
+    grid = figure.subplots(2, len(found["changes"]), sharey="row", squeeze=False)
+    for column, change in enumerate(found["changes"]):
+        labels = ["as it is"]
+        for number, model in enumerate(found["models"]):
+            rows = model["changes"][column]["at"]
+            labels[1:] = [row["label"] for row in rows]
+            measures = [model["unchanged"], *(row["metrics"] for row in rows)]
+            # Side by side, so that the bars of one strength can be told apart.
+            place = np.arange(len(measures)) + 0.08 * (number - (len(found["models"]) - 1) / 2)
+            style = {"color": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)]}
+            for axes, name in zip(grid[:, column], ("accuracy", "ece"), strict=True):
+                value, low, high = (np.array([m[name][part] for m in measures]) for part in ("value", "low", "high"))
+                bars = np.nan_to_num([value - low, high - value])
+                axes.errorbar(place, value, bars, label=model["name"], linewidth=1, elinewidth=0.8, **style)
+        for axes in grid[:, column]:
+            axes.set_xticks(range(len(labels)), labels, fontsize=8)
+        grid[0, column].set_title(change["name"], fontsize=11)
+    grid[0, 0].set(ylabel="accuracy", ylim=(0, 1.03))
+    grid[1, 0].set(ylabel="ECE (less is better)", ylim=(0, None))
+    names = grid[0, 0].get_legend_handles_labels()
+    for text in figure.legend(*names, fontsize=9, loc="outside lower center").get_texts():
         text.set_parse_math(False)
     _save(figure, path)
 

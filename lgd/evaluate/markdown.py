@@ -1,4 +1,4 @@
-"""Numbers of a report as Markdown: cells, tables, and the sections on retrieval."""
+"""Numbers of a report as Markdown: cells, tables, and the sections on slides, robustness and retrieval."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +18,53 @@ GALLERIES = [
 ]
 """What a reader must know of how the galleries were made."""
 _RECALLS = {f"recall_at_{k}": f"recall at {k}" for k in RECALL_AT}
+_ANSWERS = {"accuracy": "accuracy", "kappa": "quadratic weighted kappa", "macro_f1": "macro-F1"}
+
+
+def ways_section(models: Sequence[dict[str, Any]], ways: dict[str, str]) -> list[str]:
+    """The two ways of scoring a slide side by side; `ways` says how each is made."""
+    area = models[0]["by_area"]
+    few = f"{area['one_patch_decides']} of {area['scored']} slides"
+    rows = []
+    for model in models:
+        for way, metrics, form in (
+            ("mean", model["by_slide"]["metrics"], ".3f"),
+            ("area", model["by_area"]["metrics"], ".3f"),
+            ("area minus mean", model["area_minus_mean"], "+.3f"),
+        ):
+            rows.append([model["name"], way, *(shown(metrics[name], form) for name in _ANSWERS)])
+    return [
+        "### Two ways to score a slide\n",
+        *(f"- {way}." for way in ways.values()),
+        "",
+        *markdown(["model", "way", *_ANSWERS.values()], rows),
+        "The mean is the headline, whatever this table shows: a way that is chosen on the scored split is no longer "
+        "measured by it. The area copies the form of ASCO/CAP's rule with patches for tumour cells and is not that "
+        "rule; it gives a level and no probability, and so neither ECE nor AUC. In "
+        f"{few} the patches are so few that a single one raises the level by area. Differences are paired by slide.\n",
+    ]
+
+
+def robustness_sections(found: dict[str, Any]) -> list[str]:
+    """The section on robustness, of what `lgd.evaluate.robustness.measure` gave."""
+    rows = []
+    for model in found["models"]:
+        before = model["unchanged"]
+        rows.append([model["name"], "none", *(shown(before[name]) for name in ("accuracy", "kappa", "ece")), ""])
+        for change in model["changes"]:
+            for at in change["at"]:
+                cells = [shown(at["metrics"][name]) for name in ("accuracy", "kappa", "ece")]
+                difference = shown(at["minus_unchanged"]["kappa"], "+.3f")
+                rows.append([model["name"], f"{change['name']}, {at['label']}", *cells, difference])
+    return [
+        "## Robustness, by patch\n",
+        "The same patches, changed as another scanner or laboratory would have them: H&E for the students, IHC for the "
+        "teacher. Changes are applied at the network's input size, after the shrinking; the strengths were fixed "
+        "beforehand.\n",
+        *(f"- {change['name']}: {change['what']}. Strengths: {change['why']}." for change in found["changes"]),
+        "",
+        *markdown(["model", "change", "accuracy", "kappa", "ECE", "kappa minus that of the unchanged"], rows),
+    ]
 
 
 def retrieval_sections(found: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """H&E files -> levels and probabilities, by patch and by slide."""
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 NAMES = {"lgd": "LGD-Net", "he-only": "H&E-only", "two-stream": "two streams", "distil": "label distillation"}
 """Method of a student -> its row in a table."""
 _READ = ("logits", "pooled", "features")
+
+Alter = Callable[[np.ndarray, Sequence[str]], np.ndarray]
+"""A change of a batch: uint8 (B, size, size, 3) and the samples' keys -> the same shape and type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +63,28 @@ def load_scorer(folder: str | Path, kind: str = "student") -> Scorer:
 
 
 def score_shards(
-    scorer: Scorer, shards: Sequence[Shard], *, threads: int, batch: int = 64, vectors: str = "pooled"
+    scorer: Scorer,
+    shards: Sequence[Shard],
+    *,
+    threads: int,
+    batch: int = 64,
+    vectors: str = "pooled",
+    alter: Alter | None = None,
 ) -> tuple[Predictions, np.ndarray | None]:
-    """Score every sample once, in the order of the shards; also its `vectors` (n, D), if the network has such."""
+    """Score every sample once, in the order of the shards; also its `vectors` (n, D), if the network has such.
+
+    `alter` changes the decoded images before the network sees them.
+    """
     reader = Reader(shards, (scorer.role,), scorer.config["size"])
     keys, groups, levels, found = [], [], [], []
     for samples, images in stream(reader, in_batches(range(reader.total), batch), threads=threads):
         keys += [sample.key for sample in samples]
         groups += [sample.meta["group"] for sample in samples]
         levels += [sample.level for sample in samples]
-        found.append(scorer.score(images[scorer.role]))
+        image_BHW3 = images[scorer.role]
+        if alter is not None:
+            image_BHW3 = alter(image_BHW3, [sample.key for sample in samples])
+        found.append(scorer.score(image_BHW3))
     reader.close()
     probability = np.concatenate([f["probability"] for f in found])
     predictions = Predictions(

@@ -1,4 +1,5 @@
-"""Numbers -> the report: `metrics.json`, `summary.md`, `confusion.png`, `reliability.png`, `queries.png`.
+"""Numbers -> the report: `metrics.json`, `summary.md`, and pictures (`confusion.png`, `reliability.png`,
+`robustness.png`, `queries.png`) of what was measured.
 
     document = write_report(folder, [student, he_only, teacher], ...)
     print(table([student, he_only, teacher], resamples, seed))
@@ -15,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from lgd.config import LEVEL_NAMES, DataError
-from lgd.evaluate.figures import Query, confusion_matrix, contact_sheet, reliability_diagram
-from lgd.evaluate.markdown import GALLERIES, markdown, retrieval_sections, shown
+from lgd.config import LEVEL_NAMES
+from lgd.evaluate.figures import Query, confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
+from lgd.evaluate.markdown import GALLERIES, markdown, retrieval_sections, robustness_sections, shown, ways_section
+from lgd.evaluate.slides import WAYS, both_ways, scores
 from lgd.files import exists, remove, write_bytes, write_json
-from lgd.metrics import Predictions, by_slide, confusion, paired_difference, score_with_intervals
+from lgd.metrics import Predictions, paired_difference, score_with_intervals
 
 FEW_GROUPS = 10
 """Below this many slides a bootstrap interval means little."""
@@ -40,6 +42,7 @@ _AUC = {"auc_0_vs_rest": "0 against rest", "auc_low": "1+/2+ against rest", "auc
 _PICTURES = {
     "confusion.png": "Confusion matrix",
     "reliability.png": "Reliability diagram",
+    "robustness.png": "Robustness: accuracy and calibration as images change",
     "queries.png": "Contact sheet: H&E queries, their own IHC, and the known IHCs that they resemble",
 }
 
@@ -53,12 +56,14 @@ def write_report(
     provenance: dict[str, Any],
     resamples: int,
     seed: int,
+    robustness: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the report of one split into `folder` and return what `metrics.json` holds (None for undefined).
 
     `scored` holds at least one model; the first is the student, and every other one is compared to it.
-    `retrieval` is what `lgd.evaluate.embeddings.measure` gave. `provenance` may be any JSON; its `command` is shown as
-    the way to reproduce the report. Raises `DataError` where models were scored on different patches.
+    `retrieval` is what `lgd.evaluate.embeddings.measure` gave, `robustness` what `lgd.evaluate.robustness.measure`
+    did. `provenance` may be any JSON; its `command` is shown as the way to reproduce the report. Raises `DataError`
+    where models were scored on different patches.
     """
     student = scored[0]
     groups = set(student.groups)
@@ -76,9 +81,11 @@ def write_report(
             "groups": len(groups),
             "levels": {name: int((labels == level).sum()) for level, name in enumerate(LEVEL_NAMES)},
             "always_the_commonest_level": None if common is None else float((labels == common).mean()),
+            "slide_rules": WAYS,
             "models": [_model(predictions, resamples, seed) for predictions in scored],
             "differences": [_differences(student, other, resamples, seed) for other in scored[1:]],
             "retrieval": None if retrieval is None else {"caveats": GALLERIES, **retrieval},
+            "robustness": robustness,
         }
     )
     # A picture of an earlier report would pass for one of this.
@@ -88,6 +95,8 @@ def write_report(
     if len(labels):
         confusion_matrix(student, folder / "confusion.png", f"{student.name}: {len(labels)} patches")
         reliability_diagram(scored, folder / "reliability.png")
+        if robustness is not None:
+            robustness_curves(robustness, folder / "robustness.png")
     if queries:
         contact_sheet(queries, folder / "queries.png")
     write_json(folder / "metrics.json", document)
@@ -174,23 +183,8 @@ def _caveats_of_counts(known: Predictions) -> list[str]:
 
 
 def _model(predictions: Predictions, resamples: int, seed: int) -> dict[str, Any]:
-    model: dict[str, Any] = {"name": predictions.name, "by_patch": _scores(predictions, resamples, seed)}
-    if len(set(predictions.groups)) == len(predictions.groups):
-        return model | {"by_slide": None, "no_slides": "every group is a single patch"}
-    try:
-        return model | {"by_slide": _scores(by_slide(predictions), resamples, seed), "no_slides": None}
-    except DataError as error:
-        return model | {"by_slide": None, "no_slides": str(error)}
-
-
-def _scores(predictions: Predictions, resamples: int, seed: int) -> dict[str, Any]:
-    known = predictions.labelled()
-    return {
-        "scored": len(known.keys),
-        "groups": len(set(known.groups)),
-        "metrics": score_with_intervals(known, resamples, seed),
-        "confusion": confusion(known.level, known.predicted).tolist(),
-    }
+    by_patch = scores(predictions, resamples, seed)
+    return {"name": predictions.name, "by_patch": by_patch} | both_ways(predictions, resamples, seed)
 
 
 def _differences(student: Predictions, other: Predictions, resamples: int, seed: int) -> dict[str, Any]:
@@ -224,6 +218,8 @@ def _summary(document: dict[str, Any], pictures: Sequence[str]) -> str:
         text += _score_sections(document)
     else:
         text += ["## Scores\n", "No patch of this split has a level, so there is nothing to score.\n"]
+    if document["robustness"] is not None and document["labelled"]:
+        text += robustness_sections(document["robustness"])
     if document["retrieval"] is not None:
         text += retrieval_sections(document["retrieval"])
     text += [line for name in pictures for line in (f"## {_PICTURES[name]}\n", f"![{_PICTURES[name]}]({name})\n")]
@@ -249,6 +245,7 @@ def _score_sections(document: dict[str, Any]) -> list[str]:
     else:
         text += _scores_table(models, "by_slide", _HEADLINE)
         text.append("The probabilities of a group's patches are averaged.\n")
+        text += ways_section(models, document["slide_rules"])
     text += ["## Sensitivity by level, by patch\n", *_scores_table(models, "by_patch", _SENSITIVITY)]
     text += ["## AUC, by patch\n", *_scores_table(models, "by_patch", _AUC)]
     text.append("1+/2+ is the grouping by IHC alone; HER2-low needs ISH for 2+.\n")

@@ -116,6 +116,12 @@ def test_the_summary_says_what_a_reader_needs(written):
     assert f"| LGD-Net | 60 | {shown} |" in text
     assert "| LGD-Net | 12 |" in text
     assert "LGD-Net minus H&E-only" in text
+    area = document["models"][0]["by_area"]["metrics"]["accuracy"]
+    assert "| LGD-Net | area | {value:.3f} [{low:.3f}, {high:.3f}] |".format(**area) in text
+    less = document["models"][0]["area_minus_mean"]["accuracy"]
+    assert "| LGD-Net | area minus mean | {value:+.3f} [{low:+.3f}, {high:+.3f}] |".format(**less) in text
+    assert all(f"- {way}.\n" in text for way in document["slide_rules"].values())
+    assert "In 12 of 12 slides the patches are so few" in text
     assert "| LGD-Net, latents | 1 | 1.000 [1.000, 1.000] |" in text
     assert "| by chance | 30.5 | 0.017 | 0.083 | 0.167 |" in text
     by_level = document["retrieval"]["embeddings"][0]["by_level"]
@@ -127,7 +133,7 @@ def test_the_summary_says_what_a_reader_needs(written):
     for name in ("confusion.png", "reliability.png", "queries.png"):
         assert f"]({name})" in text
     rows = [line.replace(r"\|", "") for line in text.splitlines() if line.startswith("| IHC")]
-    assert len(rows) == 5
+    assert len(rows) == 8
     assert {row.count("|") for row in rows} == {8, 7, 6}
 
 
