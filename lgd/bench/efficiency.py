@@ -3,8 +3,8 @@
 A is `lgd predict` on one patch: decoded to the input size, scored by the full LGD-Net. B decodes the patch at its own
 size (1024 px in BCI), paints its IHC with the generator of most virtual staining, the 9-block ResNet of Johnson et al.
 2016 as pix2pix and CycleGAN have it, shrinks that to the input size, and has the IHC teacher score it. Both keep what
-they make in memory, and run with the same threads and precision. Weights are random on both sides: cost does not
-depend on them. Neither is said to score better.
+they make in memory, and run with the same threads, precision and allocator. Weights are random on both sides: cost
+does not depend on them. Neither is said to score better.
 
 Most of the difference is the size of what is read. A generator must work at full resolution, because the membranes that
 it paints are 1 to 2 px wide, while LGD-Net never paints them. So that this fools nobody, the facts hold LGD-Net at the
@@ -17,19 +17,19 @@ core. Nothing is left on disk.
 
 import contextlib
 import copy
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Rate, Settings, alternate, timed
+from lgd.bench.staining import FORMATS, VirtualStaining
 from lgd.bench.training import settle
 from lgd.config import Latents
 from lgd.data.image import decode
@@ -40,71 +40,8 @@ from lgd.models.teacher import Teacher, new_teacher
 
 MARK = 1.0
 """That LGD-Net is faster at all: nothing more was asked."""
-FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
-
-
-class Residual(nn.Module):
-    """Two convolutions beside a skip connection, at one width and size."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(width, width, 3),
-            nn.InstanceNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(width, width, 3),
-            nn.InstanceNorm2d(width),
-        )
-
-    def forward(self, map_BCHW: torch.Tensor) -> torch.Tensor:
-        return map_BCHW + self.body(map_BCHW)
-
-
-def generator(width: int = 64, blocks: int = 9) -> nn.Sequential:
-    """(B, 3, H, W) in -1..1 -> the same, H and W multiples of 4; by default `resnet_9blocks`, 11.378 M parameters."""
-    layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), *_normed(width)]
-    for wide in (2 * width, 4 * width):
-        layers += [nn.Conv2d(wide // 2, wide, 3, stride=2, padding=1), *_normed(wide)]
-    layers += [Residual(4 * width) for _ in range(blocks)]
-    for wide in (2 * width, width):
-        up = nn.ConvTranspose2d(2 * wide, wide, 3, stride=2, padding=1, output_padding=1)
-        layers += [up, *_normed(wide)]
-    return nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7), nn.Tanh())
-
-
-def _normed(width: int) -> tuple[nn.Module, nn.Module]:
-    return nn.InstanceNorm2d(width), nn.ReLU(inplace=True)
-
-
-class VirtualStaining:
-    """A generator and the teacher that scores what it paints."""
-
-    def __init__(self, teacher: Teacher, size: int, device: str) -> None:
-        # The types of `Module.to` do not know memory formats.
-        self.generator: Any = generator().eval().to(device)
-        self.teacher, self.size, self.device = teacher.eval().to(device), size, device
-        self.memory_format = torch.contiguous_format
-
-    def lay_out(self, memory_format: torch.memory_format) -> None:
-        """Hold the generator's weights and activations in another order."""
-        self.memory_format = memory_format
-        self.generator.to(memory_format=memory_format)
-
-    def paint(self, he_HW3: np.ndarray) -> torch.Tensor:
-        """uint8 (H, W, 3) H&E -> its IHC as the teacher reads it, (1, 3, H, W) in 0..255."""
-        with torch.inference_mode():
-            he_13HW = torch.from_numpy(he_HW3)[None].permute(0, 3, 1, 2).to(self.device)
-            normal_13HW = he_13HW.float().contiguous(memory_format=self.memory_format) / 127.5 - 1
-            return (self.generator(normal_13HW) + 1) * 127.5
-
-    def classify(self, ihc_13HW: torch.Tensor) -> np.ndarray:
-        """The four probabilities of a painted IHC, (1, 4)."""
-        with torch.inference_mode():
-            small_13SS = F.interpolate(ihc_13HW, (self.size, self.size), mode="area")
-            logits = self.teacher(small_13SS)["logits"]
-            return torch.softmax(logits.float(), dim=1).cpu().numpy()
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1
+"""Of mallopt(3)."""
 
 
 def networks(settings: Settings) -> tuple[Student, Teacher]:
@@ -144,7 +81,8 @@ def peak_mb(call: Callable[[], Any]) -> float | None:
         call()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     try:
-        # Linux: the process's highest resident memory is from now on counted anew.
+        # What is free is given back, and from now on Linux counts the highest resident memory anew.
+        _glibc("malloc_trim", 0)
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         call()
@@ -185,13 +123,28 @@ def cost(call: Callable[[], Any], seconds: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def computing(threads: int) -> Iterator[None]:
-    """So many threads for PyTorch: a person waits for one patch, so it gets the whole machine, on both sides."""
+    """The whole machine for one patch, on both sides: so many threads for PyTorch, and memory that is kept.
+
+    glibc gives every large tensor back to the system at once: a quarter of the generator's time went into page faults
+    (30.8 s of a core for 1024 px, 22.9 without).
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    _glibc("mallopt", _MMAP_MAX, 0)
+    _glibc("mallopt", _TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
+        _glibc("mallopt", _MMAP_MAX, 65536)
+        _glibc("mallopt", _TRIM_THRESHOLD, 128 << 10)
+        _glibc("malloc_trim", 0)
         torch.set_num_threads(before)
+
+
+def _glibc(name: str, *arguments: int) -> None:
+    """Call a function of glibc; nothing where another C library is used."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        getattr(ctypes.CDLL(None), name)(*arguments)
 
 
 def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:

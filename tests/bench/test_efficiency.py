@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgd.bench import efficiency
+from lgd.bench import efficiency, staining
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Settings, pinned
 
@@ -29,8 +29,8 @@ def facts(tiny, tmp_path_factory):
 
 def test_the_generator_is_the_published_one():
     # What pytorch-CycleGAN-and-pix2pix prints for resnet_9blocks: 11.378 M.
-    assert efficiency.parameters(efficiency.generator()) == 11_378_179
-    small = efficiency.generator(width=4, blocks=2).eval()
+    assert efficiency.parameters(staining.generator()) == 11_378_179
+    small = staining.generator(width=4, blocks=2).eval()
     with torch.inference_mode():
         out = small(2 * torch.rand(1, 3, 24, 32) - 1)
     assert out.shape == (1, 3, 24, 32) and out.abs().max() <= 1
@@ -45,7 +45,7 @@ def test_a_multiply_add_is_two_flops():
     outer, down, block = 2 * 64 * 3 * 49, 64 * 128 * 9, 256 * 256 * 9
     # Both steps down, and both steps up, have the same number: half the width in, four times the pixels.
     multiply_adds = outer * 64**2 + 2 * down * 32**2 + 2 * (4 * down) * 16**2 + 18 * block * 16**2
-    assert efficiency.flops(efficiency.generator(), 64, 64) == 2 * multiply_adds
+    assert efficiency.flops(staining.generator(), 64, 64) == 2 * multiply_adds
 
 
 def test_counting_computes_nothing_and_counts_the_same(tiny):
@@ -59,10 +59,10 @@ def test_counting_computes_nothing_and_counts_the_same(tiny):
 
 def test_both_memory_formats_paint_the_same(tiny):
     torch.manual_seed(0)
-    rival = efficiency.VirtualStaining(efficiency.networks(tiny)[1], tiny.size, "cpu")
+    rival = staining.VirtualStaining(efficiency.networks(tiny)[1], tiny.size, "cpu")
     he_HW3 = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     painted = []
-    for memory_format in efficiency.FORMATS.values():
+    for memory_format in staining.FORMATS.values():
         rival.lay_out(memory_format)
         painted.append(rival.paint(he_HW3))
         assert painted[-1].shape == (1, 3, 32, 32)
@@ -85,7 +85,7 @@ def test_the_facts_name_every_part(facts, tiny):
     # Twice the side, four times the convolutions.
     assert 3.5 < full["gflops"] / ours["gflops"] <= 4
     assert facts["times_as_much"]["gflops"] == pytest.approx(theirs["gflops"] / ours["gflops"])
-    assert theirs["generator_by_memory_format"]["taken"] in efficiency.FORMATS
+    assert theirs["generator_by_memory_format"]["taken"] in staining.FORMATS
     assert facts["input"]["pixels"] == ["64x64"] and facts["input"]["side"] == 32
     assert facts["threads"] == {"computing": 1}
 
