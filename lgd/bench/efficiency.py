@@ -3,13 +3,13 @@
 A is `lgd predict` on one patch: decoded to the input size, scored by the full LGD-Net. B decodes the patch at its own
 size (1024 px in BCI), paints its IHC with the generator of most virtual staining, the 9-block ResNet of Johnson et al.
 2016 as pix2pix and CycleGAN have it, shrinks that to the input size, and has the IHC teacher score it. Both keep what
-they make in memory, and run with the same threads, precision and allocator. Weights are random on both sides: cost
+they make in memory, and run with the same threads and precision. Weights are random on both sides: cost
 does not depend on them. Neither is said to score better.
 
 Most of the difference is the size of what is read. A generator must work at full resolution, because the membranes that
 it paints are 1 to 2 px wide, while LGD-Net never paints them. So that this fools nobody, the facts hold LGD-Net at the
-full size too, beside parameters, FLOPs, latency and peak memory of every part. FLOPs are those of convolutions and
-matrix products, counted by PyTorch; one multiply-add is two FLOPs; decoding has none.
+full size too, beside parameters, FLOPs, latency and, on a GPU, peak memory of every part. FLOPs are those of
+convolutions and matrix products, counted by PyTorch; one multiply-add is two FLOPs; decoding has none.
 
 A round lasts about `--seconds` a side, and at least one patch: on a CPU that is one patch of B, for half a minute of a
 core. Nothing is left on disk.
@@ -17,10 +17,8 @@ core. Nothing is left on disk.
 
 import contextlib
 import copy
-import ctypes
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,8 +38,6 @@ from lgd.models.teacher import Teacher, new_teacher
 
 MARK = 1.0
 """That LGD-Net is faster at all: nothing more was asked."""
-_MMAP_MAX, _TRIM_THRESHOLD = -4, -1
-"""Of mallopt(3)."""
 
 
 def networks(settings: Settings) -> tuple[Student, Teacher]:
@@ -74,27 +70,14 @@ def flops(model: nn.Module, height: int, width: int) -> int:
 
 
 def peak_mb(call: Callable[[], Any]) -> float | None:
-    """Most memory that a call holds beside what was held before, in MB; None where the system does not tell."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    try:
-        # What is free is given back, and from now on Linux counts the highest resident memory anew.
-        _glibc("malloc_trim", 0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    """Most GPU memory that a call holds beside what was held before, in MB; None without a GPU."""
+    if not torch.cuda.is_available():
         call()
         return None
-    before = _resident("VmRSS")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     call()
-    return (_resident("VmHWM") - before) / 1e6
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def times(call: Callable[[], Any], count: int) -> Rate:
@@ -123,28 +106,13 @@ def cost(call: Callable[[], Any], seconds: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def computing(threads: int) -> Iterator[None]:
-    """The whole machine for one patch, on both sides: so many threads for PyTorch, and memory that is kept.
-
-    glibc gives every large tensor back to the system at once: a quarter of the generator's time went into page faults
-    (30.8 s of a core for 1024 px, 22.9 without).
-    """
+    """The whole machine for one patch, on both sides: so many threads for PyTorch."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    _glibc("mallopt", _MMAP_MAX, 0)
-    _glibc("mallopt", _TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
-        _glibc("mallopt", _MMAP_MAX, 65536)
-        _glibc("mallopt", _TRIM_THRESHOLD, 128 << 10)
-        _glibc("malloc_trim", 0)
         torch.set_num_threads(before)
-
-
-def _glibc(name: str, *arguments: int) -> None:
-    """Call a function of glibc; nothing where another C library is used."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        getattr(ctypes.CDLL(None), name)(*arguments)
 
 
 def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:

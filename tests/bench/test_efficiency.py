@@ -90,7 +90,7 @@ def test_the_facts_name_every_part(facts, tiny):
     assert facts["threads"] == {"computing": 1}
 
 
-def test_memory_is_what_a_call_held():
+def test_memory_of_a_gpu_is_what_a_call_held():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = efficiency.peak_mb(lambda: torch.ones(25_000_000, device=device).sum())
-    assert found is None or 95 <= found <= 150
+    assert found is None if device == "cpu" else 95 <= found <= 150
