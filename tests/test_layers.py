@@ -22,7 +22,7 @@ evaluate.compare evaluate.markdown evaluate.slides evaluate.report evaluate.seed
 doctor check ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query
-bench.training bench.engine bench.cached bench.scale bench.suite
+bench.training bench.engine bench.cached bench.scale bench.staining bench.efficiency bench.suite
 verbs cli
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).

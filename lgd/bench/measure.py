@@ -192,7 +192,8 @@ def compare(
     for number in range(rounds):
         one, other = measure()
         measured.append((one, other))
-        told = f"{one.a_second:.0f} / {other.a_second:.0f} a second = {one.a_second / other.a_second:.3f}"
+        rates = " / ".join(f"{rate.a_second:.{0 if rate.a_second >= 10 else 3}f}" for rate in (one, other))
+        told = f"{rates} a second = {one.a_second / other.a_second:.3f}"
         tell(f"{name}, round {number + 1} of {rounds}: {told}")
     ratios = [one.a_second / other.a_second for one, other in measured]
     detail = {

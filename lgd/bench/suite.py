@@ -31,6 +31,7 @@ BENCHMARKS = {
     "cached-step": "lgd.bench.cached:step",
     "cached-vs-recompute": "lgd.bench.cached:recompute",
     "scale": "lgd.bench.scale",
+    "efficiency": "lgd.bench.efficiency",
 }
 
 

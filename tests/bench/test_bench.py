@@ -58,6 +58,7 @@ EXPECTED = {
     "cached-step": {"cached-step": 0.95},
     "cached-vs-recompute": {"cached-vs-recompute": 0.95, "cached-vs-recompute: targets": 0.95},
     "scale": {"scale": 0.95},
+    "efficiency": {"efficiency": 1.0},
 }
 MISSING = {"query": "no index is 20 times as fast", "engine": "install", "scale": "one GPU"}
 AT_MOST = {"memory", "memory: rows opened", "query"}
