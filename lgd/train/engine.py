@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,10 +142,15 @@ class TorchEngine:
         self.optimizer = _adamw(self.model, train)
         self.module: nn.Module = self.model
         if world.size > 1:
-            # Some backbones have parameters that a feature map does not depend on, such as a ViT's mask token.
-            self.module = nn.parallel.DistributedDataParallel(
-                self.model, gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=True
-            )
+            # The strides of a 1x1 kernel's gradient are another name of the same order.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            with warnings.catch_warnings():
+                # The argument has another name from PyTorch 2.13 on, which older ones do not know.
+                warnings.simplefilter("ignore", FutureWarning)
+                # Some backbones have parameters that a feature map does not depend on, such as a ViT's mask token.
+                self.module = nn.parallel.DistributedDataParallel(
+                    self.model, gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=True
+                )
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         device = torch.device(self.world.device).type
