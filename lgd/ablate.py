@@ -191,7 +191,7 @@ def summary(document: dict[str, Any]) -> str:
         *(f"- {caveat}" for caveat in document["caveats"]),
         "",
         *markdown(
-            ["", *(f"{text}" for text in METRICS.values()), *(f"LGD-Net minus it: {name}" for name in METRICS)],
+            ["", *METRICS.values(), *(f"LGD-Net minus it: {text}" for text in METRICS.values())],
             [
                 [
                     name,

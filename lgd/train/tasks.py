@@ -193,11 +193,10 @@ class StudentTask:
         """The teacher's logits (n, 4) of its stored latents."""
         if self._head is None:
             teacher, _ = load_teacher(self.config.teacher.dir)
-            head = teacher.head
+            head = teacher.to(pooled_nD.device).head
             # Stored latents are relative to their mean.
             self._head = head.weight, head.bias + head.weight @ teacher.pooled_mean
-        weight_KD, bias_K = self._head = tuple(tensor.to(pooled_nD.device) for tensor in self._head)  # type: ignore[assignment]
-        return torch.nn.functional.linear(pooled_nD, weight_KD, bias_K)
+        return nn.functional.linear(pooled_nD, *self._head)
 
     def weights(self, progress: float) -> dict[str, float]:
         student = self.config.student
