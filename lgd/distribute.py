@@ -191,7 +191,7 @@ def launch(
     storage = place(storage) if is_remote(storage) else Path(storage).absolute()
     note, stop = storage / f"{name}.error.txt", storage / f"{name}.stop"
     for old in (note, stop):
-        _drop(old)
+        remove(old)
     _tell_if_busy(workers, "GPU" if use_gpu else "CPU")
     trainer = TorchTrainer(
         functools.partial(_once, function, note),
@@ -211,11 +211,6 @@ def launch(
             raise _lost(error, max_failures) from error
     if exists(note):
         raise DataError(read_bytes(note).decode())
-
-
-def _drop(path: Path) -> None:
-    if exists(path):
-        remove(path)
 
 
 def _storage_of(folder: Path) -> dict[str, Any]:
@@ -258,7 +253,7 @@ def _stopping_by(stop: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _drop(stop)
+        remove(stop)
 
 
 def _in_thread(function: Callable[[], Any]) -> None:

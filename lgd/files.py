@@ -192,12 +192,13 @@ def _kind(entry: os.DirEntry[str]) -> Kind:
 
 
 def remove(path: str | Path) -> None:
-    """Remove a file, which must be there if it is remote."""
+    """Remove a file, if it is there."""
     at: Any = place(path)
-    if is_remote(at):
-        call(at, "removed", at.fs.rm_file, at.path)
-    else:
+    if not is_remote(at):
         at.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(MissingError):
+        call(at, "removed", at.fs.rm_file, at.path)
 
 
 def remove_folder(path: str | Path) -> None:

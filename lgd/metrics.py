@@ -157,13 +157,18 @@ def paired_difference(a: Predictions, b: Predictions, metric: str, resamples: in
 
     Raises `DataError` unless both hold the same patches in the same order.
     """
+    check_same(a, b)
+    values = [score(p.level, p.probability)[metric] for p in (a, b)]
+    samples = [bootstrap(p, resamples, seed, [metric])[metric] for p in (a, b)]
+    return interval(values[0] - values[1], samples[0] - samples[1])
+
+
+def check_same(a: Predictions, b: Predictions) -> None:
+    """`DataError` unless both hold the same patches in the same order."""
     if a.keys != b.keys or a.groups != b.groups or not np.array_equal(a.level, b.level):
         raise DataError(
             f"{a.name} and {b.name} do not hold the same patches in the same order: score both on one split"
         )
-    values = [score(p.level, p.probability)[metric] for p in (a, b)]
-    samples = [bootstrap(p, resamples, seed, [metric])[metric] for p in (a, b)]
-    return interval(values[0] - values[1], samples[0] - samples[1])
 
 
 def bootstrap(

@@ -70,6 +70,11 @@ def draw(seed: int, epoch_B: np.ndarray, sample_B: np.ndarray, purpose: str, n: 
     return (bits_Bn >> np.uint64(11)) * 2.0**-53
 
 
+def drawn_views(seed: int, epoch_B: np.ndarray, sample_B: np.ndarray) -> np.ndarray:
+    """The element of D4 by which training turns each sample, int64 (B,); the arguments are those of `draw`."""
+    return np.floor(8 * draw(seed, epoch_B, sample_B, "view", 1)[:, 0]).astype(np.int64)
+
+
 def stain_jitter(rgb_B3HW: Tensor, u_B6: Tensor | np.ndarray, sigma: float) -> Tensor:
     """Scale the amounts of hematoxylin, eosin and residual in each H&E by 1 + sigma * normal.
 

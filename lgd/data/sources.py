@@ -193,10 +193,10 @@ def hide_levels(samples: list[Sample], labelled: int, salt: str) -> list[Sample]
             level_of[pair.group] = max(pair.level, level_of.get(pair.group, 0))
     kept: set[str] = set()
     for level, name in enumerate(LEVEL_NAMES):
-        groups = sorted(group for group, highest in level_of.items() if highest == level)
+        groups = [group for group, highest in level_of.items() if highest == level]
         if len(groups) < labelled:
             raise ConfigError(f"--labelled {labelled}: train has {len(groups)} slides of level {name}: use fewer")
-        kept |= set(sorted(groups, key=lambda group: digest_of([salt, "labelled", group]))[:labelled])
+        kept.update(sorted(groups, key=lambda group: digest_of([salt, "labelled", group]))[:labelled])
     return [
         sample
         if sample.split != "train" or sample.source.pair.group in kept

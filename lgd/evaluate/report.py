@@ -90,8 +90,7 @@ def write_report(
     )
     # A picture of an earlier report would pass for one of this.
     for name in _PICTURES:
-        if exists(folder / name):
-            remove(folder / name)
+        remove(folder / name)
     if len(labels):
         confusion_matrix(student, folder / "confusion.png", f"{student.name}: {len(labels)} patches")
         reliability_diagram(scored, folder / "reliability.png")

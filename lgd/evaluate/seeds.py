@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lgd.config import DataError
-from lgd.metrics import Floats, Interval, Predictions, bootstrap, interval, score
+from lgd.metrics import Floats, Interval, Predictions, bootstrap, check_same, interval, score
 
 
 def mean_of(runs: Sequence[Predictions], metric: str, resamples: int, seed: int) -> Interval:
@@ -23,7 +22,7 @@ def difference(
     ours: Sequence[Predictions], theirs: Sequence[Predictions], metric: str, resamples: int, seed: int
 ) -> Interval:
     """The mean of ours minus that of theirs; both see the same slides, and the same seeds where both have several."""
-    check_same(ours, theirs)
+    _check(ours, theirs)
     (a, a_R), (b, b_R) = (_drawn(runs, metric, resamples, seed) for runs in (ours, theirs))
     return interval(a - b, a_R - b_R)
 
@@ -40,8 +39,7 @@ def gap_closed(
 
     NaN where `most` is not better than `least`; such resamples are left out.
     """
-    check_same(ours, least)
-    check_same(ours, most)
+    _check(ours, [*least, *most])
     (a, a_R), (low, low_R), (high, high_R) = (_drawn(runs, metric, resamples, seed) for runs in (ours, least, most))
     gap, gap_R = high - low, high_R - low_R
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -49,14 +47,9 @@ def gap_closed(
     return interval((a - low) / gap if gap > 0 else np.nan, share_R)
 
 
-def check_same(ours: Sequence[Predictions], theirs: Sequence[Predictions]) -> None:
-    """`DataError` unless all hold the same patches in the same order."""
-    first = ours[0]
+def _check(ours: Sequence[Predictions], theirs: Sequence[Predictions]) -> None:
     for other in [*ours, *theirs]:
-        if other.keys != first.keys or other.groups != first.groups or not np.array_equal(other.level, first.level):
-            raise DataError(
-                f"{first.name} and {other.name} do not hold the same patches in the same order: score both on one split"
-            )
+        check_same(ours[0], other)
 
 
 def _drawn(runs: Sequence[Predictions], metric: str, resamples: int, seed: int) -> tuple[float, Floats]:

@@ -36,8 +36,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def save_model(folder: str | Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     """Publish weights (by parameter name) and the description of the network that they belong to."""
     folder = place(folder)
-    if exists(folder / "config.json"):
-        remove(folder / "config.json")
+    remove(folder / "config.json")
     with publish(folder / "model.safetensors") as temporary:
         write_tensors(temporary, tensors)
         weights = sha256(temporary)

@@ -36,7 +36,7 @@ import numpy as np
 
 from lgd.config import DataError
 from lgd.distribute import map_with
-from lgd.files import digest_of, exists, is_remote, publish, remove, write_json, xxh3
+from lgd.files import digest_of, is_remote, publish, remove, write_json, xxh3
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of, code_bytes
 from lgd.store.latents import Store
@@ -84,8 +84,7 @@ def build_index(
     measured, probes = _reach_recall(index, truth_nk, order_n, queries_nD, recall, chosen)
     shape = {"factory": chosen, "nprobe": probes, "rows": latents.rows, "dim": latents.dim}
     # The old document goes first: at no time is there one that says other than the files are.
-    if exists(folder / "index.json"):
-        remove(folder / "index.json")
+    remove(folder / "index.json")
     files = {
         "faiss.index": _published(folder / "faiss.index", lambda path: _write(index, path, shape)),
         "keys.npy": _published(folder / "keys.npy", lambda path: write_table(path, latents.parts, numbers, order_n)),

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from lgd.config import Data, DataError
-from lgd.data.augment import draw
+from lgd.data.augment import drawn_views
 from lgd.data.plan import Plan, World, eval_numbers, rank_positions
 from lgd.data.stream import Reader, Sample, Samples, in_batches, stream
 from lgd.store.latents import Rows
-from lgd.train.targets import Contrast, Queue, Targets
+from lgd.train.targets import Contrast, Queue
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,13 +67,11 @@ class Batch:
         )
 
 
-def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | Targets | None, seed: int, turn: bool) -> Batch:
+def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int, turn: bool) -> Batch:
     """One batch of samples, with their rows of the store where one is given."""
     rows = samples.rows
     number_B = np.array([sample.number for sample in rows], np.int64)
-    view_B = np.zeros(len(rows), np.int64)
-    if turn:
-        view_B = np.floor(8 * draw(seed, epoch_B, number_B, "view", 1)[:, 0]).astype(np.int64)
+    view_B = drawn_views(seed, epoch_B, number_B) if turn else np.zeros(len(rows), np.int64)
     return Batch(
         keys=[sample.key for sample in rows],
         groups=[sample.meta.get("group", "") for sample in rows],
@@ -89,7 +87,7 @@ def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | Targets | None,
     )
 
 
-def _stored(samples: Sequence[Sample], rows: Rows | Targets, view_B: np.ndarray) -> dict[str, torch.Tensor]:
+def _stored(samples: Sequence[Sample], rows: Rows, view_B: np.ndarray) -> dict[str, torch.Tensor]:
     read = rows.read(
         [sample.shard for sample in samples],
         [sample.row for sample in samples],
@@ -112,7 +110,7 @@ class Step(NamedTuple):
 def training_batches(
     reader: Reader,
     plan: Plan,
-    store: Rows | Targets | None,
+    store: Rows | None,
     *,
     start: int,
     steps: int,

@@ -219,7 +219,8 @@ def adopt(folder: Path, path: Path, inputs: dict[str, Any]) -> None:
     for other in complete(folder):
         if other.name > own.name:
             _remove(other)
-    if path == own or (not is_remote(own) and own.exists() and os.path.samefile(path, own)):
+    local = not is_remote(path) and not is_remote(own)
+    if path == own or (local and own.exists() and os.path.samefile(path, own)):
         return
     with _publish(own) as temporary:
         for file in _TENSORS:

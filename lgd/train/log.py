@@ -98,14 +98,14 @@ class Log:
     def close(self) -> None:
         """Flush everything."""
         self.bar.close()
+        try:
+            self.publish()
+        except DataError as error:
+            # Whatever ended the run matters more.
+            self.tell(f"the log is incomplete: {error}")
         self.board.close()
         self.file.close()
         if self.local != self.folder:
-            try:
-                upload_folder(self.local, self.folder)
-            except DataError as error:
-                # Whatever ended the run matters more.
-                self.tell(f"the log is incomplete: {error}")
             shutil.rmtree(self.local)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lgd.data.augment import draw
+from lgd.data.augment import drawn_views
 from lgd.data.plan import Plan, firsts
 from lgd.store.latents import Rows, read_all
 from lgd.store.parts import Part
@@ -46,15 +46,12 @@ def partners(level_n: np.ndarray, within: bool, seed: int) -> np.ndarray:
     return partner_n
 
 
-class Targets:
-    """Reads the supervision of samples as `Rows` does; of pairs that are not own, all but the nuclei is a partner's.
-
-    The nuclei grid is of the H&E itself.
-    """
+class Targets(Rows):
+    """The supervision of samples; of pairs that are not own, all is a partner's but the nuclei, which the H&E has."""
 
     def __init__(self, parts: Sequence[Part], pairs: str = "own", seed: int = 0) -> None:
         """`parts`: of each shard; `pairs`: own, shuffled or within-level."""
-        self.parts, self._rows = parts, Rows(parts)
+        super().__init__(parts)
         self.first = firsts([part.rows for part in parts])
         self._partner_n = None
         if pairs != "own":
@@ -72,12 +69,12 @@ class Targets:
         view_n: Sequence[int] | None = None,
     ) -> dict[str, np.ndarray]:
         """As `Rows.read`; the keys are those of the samples, not of their partners."""
-        own = self._rows.read(part_n, row_n, key_n, view_n)
+        own = super().read(part_n, row_n, key_n, view_n)
         if self._partner_n is None:
             return own
         source_n = self.source(self.first[list(part_n)] + np.asarray(row_n))
         other_n, other_row_n = self.address(source_n)
-        other = self._rows.read(other_n, other_row_n, [None] * len(source_n), view_n)
+        other = super().read(other_n, other_row_n, [None] * len(source_n), view_n)
         return other | {"nuclei": own["nuclei"]}
 
     def address(self, number_n: np.ndarray) -> tuple[list[int], list[int]]:
@@ -119,9 +116,7 @@ class Queue:
         if start >= end:
             return
         epoch_n, number_n = self.plan.samples(np.arange(start, end))
-        view_n = np.zeros(len(number_n), np.int64)
-        if self.turn:
-            view_n = np.floor(8 * draw(self.plan.seed, epoch_n, number_n, "view", 1)[:, 0]).astype(np.int64)
+        view_n = drawn_views(self.plan.seed, epoch_n, number_n) if self.turn else np.zeros(len(number_n), np.int64)
         part_n, row_n = self.targets.address(number_n)
         new_nD = self._rows.read(part_n, row_n, [None] * len(row_n), view_n.tolist())["pooled"].astype(np.float32)
         kept = self.size - len(new_nD)
