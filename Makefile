@@ -4,7 +4,14 @@ PYTHON ?= python3
 FAISS ?= cpu
 BIN := .venv/bin
 
-.PHONY: demo test check bench faults clean
+# The world of `make evidence`: what its H&E reveals, its seed, and what `lgd ablate` is asked for.
+COUPLING ?= 1.0
+SHORTCUT ?= 0
+SEED ?= 7001
+EVIDENCE ?= runs/evidence
+ABLATE ?= --seeds 5 --jobs 2
+
+.PHONY: demo test check bench faults evidence clean
 
 demo: .venv/installed
 	$(BIN)/lgd demo
@@ -22,6 +29,13 @@ faults: .venv/installed-dev
 
 bench: .venv/installed
 	$(BIN)/lgd bench
+
+evidence: .venv/installed
+	$(BIN)/lgd synth $(EVIDENCE)/tissue --pairs 4800 --slides 400 --size 96 --test 0.3 --seed $(SEED) \
+		--coupling $(COUPLING) --shortcut $(SHORTCUT)
+	$(BIN)/lgd build-shards --layout bci --root $(EVIDENCE)/tissue --out $(EVIDENCE)/shards \
+		--slides $(EVIDENCE)/tissue/truth.csv --split keep:0.05 --labelled 24
+	$(BIN)/lgd ablate --config configs/evidence.yaml --run.dir $(EVIDENCE) $(ABLATE)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

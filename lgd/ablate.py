@@ -9,15 +9,17 @@ again, so that the same command goes on where it stopped.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lgd.config import Config, DataError, require
 from lgd.data.shards import Shard, open_shards
+from lgd.distribute import map_with
 from lgd.evaluate import seeds
 from lgd.evaluate.markdown import markdown, shown
 from lgd.evaluate.predict import load_scorer, score_shards
@@ -58,9 +60,13 @@ class AblateOptions:
     """Trainings of each variant; their seeds are run.seed and those after it."""
     full: bool = False
     """Also LGD-Net with each of its parts off, and with shuffled pairs."""
+    jobs: int = 0
+    """Networks that are trained at a time, each in a process of its own under Ray, with a GPU or a CPU; 0 trains one
+    after the other, each with train.workers."""
 
     def __post_init__(self) -> None:
         require(self.seeds >= 1, f"--seeds {self.seeds}: use at least 1")
+        require(self.jobs >= 0, f"--jobs {self.jobs}: use 0 or more")
 
 
 def variants(config: Config, full: bool) -> dict[str, Config]:
@@ -74,6 +80,43 @@ def variants(config: Config, full: bool) -> dict[str, Config]:
     return made
 
 
+class Job(NamedTuple):
+    """A network to train and to score."""
+
+    name: str
+    number: int
+    run: Config
+
+    @property
+    def folder(self) -> Path:
+        return place(self.run.student.dir)
+
+
+def jobs_of(config: Config, options: AblateOptions) -> list[Job]:
+    """A seed after the other, so that a table of fewer seeds is there early."""
+    jobs = []
+    for number in range(options.seeds):
+        for name, run in variants(config, options.full).items():
+            at = place(config.run.dir) / "ablation" / slug(name) / f"seed-{number}"
+            one = dataclasses.replace(
+                run,
+                run=dataclasses.replace(run.run, seed=config.run.seed + number),
+                student=dataclasses.replace(run.student, dir=str(at)),
+            )
+            if options.jobs:
+                # The samples of a step are the same for any number of workers.
+                one = dataclasses.replace(one, train=dataclasses.replace(one.train, workers=0))
+            jobs.append(Job(name, number, one))
+    return jobs
+
+
+def work(shards: Sequence[Shard], job: Job) -> tuple[Job, bool]:
+    """Train and score a network; returns False where it could be reused."""
+    trained = train_under(job.run, "student")
+    answers(job.folder, "student", shards, job.run, job.name)
+    return job, trained
+
+
 def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], None]) -> str:
     """Train, score and compare; returns the table. The teacher and the store must be there.
 
@@ -85,20 +128,13 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
         splits = ", ".join(sorted({shard.split for shard in shards}))
         raise DataError(f"report.split {config.report.split!r} has no patches; the shards have {splits}")
     folder = place(config.run.dir) / "ablation"
+    jobs = jobs_of(config, options)
+    worker = functools.partial(work, scored)
+    for job, trained in map_with(lambda: worker, jobs, workers=options.jobs, what="--jobs"):
+        say("ablate", f"{job.name}, seed {job.number}: {'trained' if trained else 'reused, nothing changed'}")
     rows: dict[str, list[Predictions]] = {}
-    runs = variants(config, options.full)
-    # A seed after the other, so that a table of fewer seeds is there early.
-    for number in range(options.seeds):
-        for name, run in runs.items():
-            at = folder / slug(name) / f"seed-{number}"
-            one = dataclasses.replace(
-                run,
-                run=dataclasses.replace(run.run, seed=config.run.seed + number),
-                student=dataclasses.replace(run.student, dir=str(at)),
-            )
-            trained = train_under(one, "student")
-            say("ablate", f"{name}, seed {number}: {'trained' if trained else 'reused, nothing changed'}")
-            rows.setdefault(name, []).append(answers(at, "student", scored, config, name))
+    for job in jobs:
+        rows.setdefault(job.name, []).append(answers(job.folder, "student", scored, job.run, job.name))
     rows[MOST] = [answers(place(config.teacher.dir), "teacher", scored, config, MOST, folder / "teacher.npz")]
     if not (rows[OURS][0].level >= 0).any():
         raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")

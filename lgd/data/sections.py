@@ -14,7 +14,7 @@ from scipy import ndimage, special
 from lgd.data.tissue import MPP, TUMOUR, Cells, Place, Tissue, locate, smooth_noise
 
 # One random stream for each of these, so that none can leak into another.
-_LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC = range(6)
+_LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC, _SHORTCUT = range(7)
 
 # Optical density of red, green and blue light. Ruifrok and Johnston 2001; eosin and the two hematoxylins are moved
 # more than half way towards what Macenko's method finds on BCI's patches, whose pink absorbs blue light and whose
@@ -31,6 +31,10 @@ _STAINING: tuple[tuple[Any, ...], ...] = (
     ((0.65, 1.00), (0.80, 1.25), (0.95, 1.00), 2.14),
 )
 
+_STRENGTHS = (0.65, 0.85, 1.12, 1.45)
+"""Amounts of hematoxylin and eosin where the strength of the stain is set; slides' own have a deviation of 0.22 in
+their logarithm."""
+
 
 def slide_level(seed: int, slide: int) -> int:
     """Level 0..3 of a slide: each four slides in a row hold every level once, in a drawn order."""
@@ -38,17 +42,26 @@ def slide_level(seed: int, slide: int) -> int:
 
 
 def draw_pair(
-    seed: int, slide: int, patch: int, size: int = 256, coupling: float = 0.7, level: int | None = None
+    seed: int,
+    slide: int,
+    patch: int,
+    size: int = 256,
+    coupling: float = 0.7,
+    level: int | None = None,
+    strength: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Draw patch number `patch` of slide number `slide`: a pure function of its arguments.
 
     `level` is the slide's (0..3; None for `slide_level`): another one shows the same tissue at another level.
+    `strength` (0..3; None for the slide's own) sets how strongly the H&E is stained.
     Returns the H&E and the IHC, (size, size, 3) uint8 RGB at 0.46 um/px, not aligned pixel by pixel, and the truth:
     level, patch_level, nuclei and tumour_nuclei (centres inside the H&E), membrane_od (mean DAB optical density,
     base 10, on the IHC's tumour membranes), membrane_completeness (0..1, of the stained cells; 0 without any),
     stained_fraction (of the tumour cells), discordant (0 or 1).
     """
     look = _look(_stream(_LOOK, seed, slide))
+    if strength is not None:
+        look["amount"] |= dict(zip("he", _STRENGTHS[strength] * _stream(_LOOK, seed, slide, 0).lognormal(0.0, 0.08, 2)))
     truth = _intent(seed, slide, patch, slide_level(seed, slide) if level is None else level)
     grade = grade_of(seed, slide, patch, truth["patch_level"], coupling)
     tissue = Tissue(_stream(_TISSUE, seed, slide, patch), look, grade, size, truth.pop("barren"))
@@ -57,6 +70,14 @@ def draw_pair(
     if not measured.pop("tumour_cells"):
         truth["patch_level"] = 0
     return he, ihc, {**truth, **counts, **measured}
+
+
+def shortcut_of(seed: int, slide: int, told: float) -> int:
+    """The strength of a slide's H&E stain where it gives the level away: for the share `told` of the slides it is the
+    slide's level, for all others any."""
+    rng = _stream(_SHORTCUT, seed, slide)
+    tells, other = rng.random() < told, int(rng.integers(4))
+    return slide_level(seed, slide) if tells else other
 
 
 def grade_of(seed: int, slide: int, patch: int, level: int, coupling: float) -> float:

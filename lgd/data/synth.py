@@ -21,7 +21,7 @@ import numpy as np
 import simplejpeg
 
 from lgd.config import LEVEL_NAMES, DataError, require
-from lgd.data.sections import draw_pair, slide_level
+from lgd.data.sections import draw_pair, shortcut_of, slide_level
 from lgd.files import publish, read_json, write_json
 from lgd.progress import progress
 
@@ -61,6 +61,9 @@ class SynthOptions:
     """Virtual slides, with the levels balanced over them; 0 for one slide per 8 pairs, and at least 8."""
     coupling: float = 0.7
     """How much the H&E's morphology reveals of the level: 0 nothing, 1 much."""
+    shortcut: float = 0.0
+    """Share of the training slides whose level the strength of the H&E's stain gives away, while in the folder `test`
+    it tells nothing; 0 leaves the strengths as the slides have them."""
     test: float = 0.25
     """Share of the slides in the folder `test`."""
     workers: int = 0
@@ -73,6 +76,7 @@ class SynthOptions:
         require(self.seed >= 0, f"seed is {self.seed}: use 0 or more")
         require(0 <= self.slides <= self.pairs, f"slides is {self.slides}: use 0 to pairs ({self.pairs})")
         require(0 <= self.coupling <= 1, f"coupling is {self.coupling}: use 0 to 1")
+        require(0 <= self.shortcut <= 1, f"shortcut is {self.shortcut}: use 0 to 1")
         require(0 <= self.test < 1, f"test is {self.test}: use 0 or more, below 1")
         require(self.workers >= 0, f"workers is {self.workers}: use 0 (one a CPU) or more")
         require(
@@ -128,6 +132,9 @@ def _recipe(options: SynthOptions) -> dict[str, Any]:
     """The options that decide about the bytes."""
     recipe = dataclasses.asdict(options) | {"slides": options.slide_count}
     del recipe["out"], recipe["workers"]
+    if not options.shortcut:
+        # As it was before there were any.
+        del recipe["shortcut"]
     return recipe
 
 
@@ -196,7 +203,10 @@ def _draw_all(tasks: list[_Task], workers: int) -> Iterator[dict[str, Any]]:
 def _draw(task: _Task) -> dict[str, Any]:
     """Draw one pair, write its two files, and give its row of the truth."""
     options = task.options
-    he, ihc, truth = draw_pair(options.seed, task.slide, task.patch, options.size, options.coupling)
+    strength = None
+    if options.shortcut:
+        strength = shortcut_of(options.seed, task.slide, options.shortcut if task.split == "train" else 0.0)
+    he, ihc, truth = draw_pair(options.seed, task.slide, task.patch, options.size, options.coupling, strength=strength)
     for stain, image in (("HE", he), ("IHC", ihc)):
         stream = simplejpeg.encode_jpeg(image, quality=_QUALITY, colorsubsampling="420")
         (Path(task.out) / stain / task.split / f"{task.key}.png").write_bytes(stream)

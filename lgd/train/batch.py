@@ -66,6 +66,25 @@ class Batch:
             contrast=self.contrast and Contrast(*(tensor.to(device) for tensor in self.contrast)),
         )
 
+    def labelled(self) -> "Batch":
+        """The samples whose level is known, for a loss that has no other use; one sample where none is."""
+        rows = np.flatnonzero(self.level_B >= 0)
+        if len(rows) == len(self):
+            return self
+        rows = rows if len(rows) else np.array([0])
+        return replace(
+            self,
+            keys=[self.keys[row] for row in rows],
+            groups=[self.groups[row] for row in rows],
+            number_B=self.number_B[rows],
+            epoch_B=self.epoch_B[rows],
+            view_B=self.view_B[rows],
+            valid_B=self.valid_B[rows],
+            level_B=self.level_B[rows],
+            images={role: image_B3HW[rows] for role, image_B3HW in self.images.items()},
+            stored={name: stored_B[rows] for name, stored_B in self.stored.items()},
+        )
+
 
 def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int, turn: bool) -> Batch:
     """One batch of samples, with their rows of the store where one is given."""

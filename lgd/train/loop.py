@@ -276,6 +276,8 @@ def backward(
     weights = task.weights(progress)
     sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(micro):
+        # Without a store there are levels only: what an unlabelled patch would cost is spared, its loss is 0.
+        batch = batch.labelled() if task.store is None else batch
         image, batch = augment(batch.to(world.device), task.role, config)
         values = task.losses(engine.forward(image), batch)
         if number == 0:
