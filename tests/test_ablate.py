@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 from lgd import ablate
 from lgd.ablate import CORE, MOST, OURS, PARTS, slug, variants
@@ -59,6 +60,19 @@ def test_each_row_is_trained_once_and_compared(run, tmp_path, capsys):
     assert told.count("seed 1: trained") == 1 and told.count("reused, nothing changed") >= 7
     assert [path.stat().st_mtime_ns for path in sorted(folder.glob("*/*.npz"))] == kept
     assert (folder / "ablation.json").read_bytes() == before
+
+
+def test_networks_trained_side_by_side_are_the_same(run, tmp_path, change, capsys):
+    """Under Ray, two at a time; the second seed of each is another network."""
+    assert main(command(run, tmp_path, "--seeds", "1")) == 0
+    one = capsys.readouterr().out
+    other = change(run, run={"dir": str(tmp_path / "other")}, student={"dir": str(tmp_path / "other" / "student")})
+    assert main(command(other, tmp_path, "--seeds", "1", "--jobs", "2")) == 0
+    assert not ray.is_initialized()
+    out, told = capsys.readouterr()
+    assert told.count(": trained") == 4
+    same = slice(None, out.index("    lgd ablate"))
+    assert out[same] == one[: one.index("    lgd ablate")]
 
 
 def test_answers_of_another_network_are_not_taken(run, tmp_path, capsys, monkeypatch):

@@ -61,7 +61,8 @@ def draw_pair(
     """
     look = _look(_stream(_LOOK, seed, slide))
     if strength is not None:
-        look["amount"] |= dict(zip("he", _STRENGTHS[strength] * _stream(_LOOK, seed, slide, 0).lognormal(0.0, 0.08, 2)))
+        own = _stream(_SHORTCUT, seed, slide, 0).lognormal(0.0, 0.08, 2)
+        look["amount"] |= {"h": _STRENGTHS[strength] * own[0], "e": _STRENGTHS[strength] * own[1]}
     truth = _intent(seed, slide, patch, slide_level(seed, slide) if level is None else level)
     grade = grade_of(seed, slide, patch, truth["patch_level"], coupling)
     tissue = Tissue(_stream(_TISSUE, seed, slide, patch), look, grade, size, truth.pop("barren"))
@@ -73,8 +74,10 @@ def draw_pair(
 
 
 def shortcut_of(seed: int, slide: int, told: float) -> int:
-    """The strength of a slide's H&E stain where it gives the level away: for the share `told` of the slides it is the
-    slide's level, for all others any."""
+    """The strength of a slide's H&E stain where it gives the level away.
+
+    For the share `told` of the slides it is the slide's level, for all others any.
+    """
     rng = _stream(_SHORTCUT, seed, slide)
     tells, other = rng.random() < told, int(rng.integers(4))
     return slide_level(seed, slide) if tells else other

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lgd.config import LEVEL_NAMES, ConfigError, DataError
-from lgd.data.sections import draw_pair, grade_of, slide_level
+from lgd.data.sections import draw_pair, grade_of, shortcut_of, slide_level
 from lgd.data.synth import TRUTH_COLUMNS, SynthOptions, synthesise
 from lgd.data.tissue import MPP
 
@@ -105,6 +105,7 @@ def test_interrupted_set_is_redone_and_a_damaged_one_refused(tmp_path):
         ({"seed": -1}, "seed"),
         ({"slides": 9, "pairs": 8}, "slides"),
         ({"coupling": 1.5}, "coupling"),
+        ({"shortcut": 1.5}, "shortcut"),
         ({"test": 1.0}, "test"),
         ({"pairs": 4, "slides": 1}, "test"),
         ({"workers": -1}, "workers"),
@@ -174,6 +175,29 @@ def test_without_coupling_the_he_knows_nothing_of_the_level():
         drawn = [draw_pair(0, slide, patch, 64, coupling=0.0, level=level) for level in range(4)]
         assert all(np.array_equal(he, drawn[0][0]) for he, _, _ in drawn)
         assert not np.array_equal(drawn[0][1], drawn[3][1])
+
+
+def test_a_shortcut_is_in_the_stain_of_the_training_slides_only(tmp_path):
+    """The H&E of level 3 is darker than that of level 0 in train; in test both are drawn alike, and so is the IHC."""
+    plain, short = tmp_path / "plain", tmp_path / "short"
+    options = {"pairs": 64, "size": 64, "slides": 64, "test": 0.5, "coupling": 0.0, "workers": 1}
+    synthesise(SynthOptions(out=str(plain), **options))
+    synthesise(SynthOptions(out=str(short), shortcut=1.0, **options))
+
+    def dark(split: str, level: str) -> float:
+        paths = sorted((short / "HE" / split).glob(f"*_{level}.png"))
+        return float(np.mean([_density(simplejpeg.decode_jpeg(path.read_bytes())).mean() for path in paths]))
+
+    assert dark("train", "3+") > 1.5 * dark("train", "0")
+    assert dark("test", "3+") < 1.3 * dark("test", "0")
+    for path in (plain / "IHC").glob("*/*.png"):
+        assert path.read_bytes() == (short / path.relative_to(plain)).read_bytes()
+
+
+def test_a_shortcut_tells_the_level_of_as_many_slides_as_asked():
+    slides = range(400)
+    right = [sum(shortcut_of(0, slide, told) == slide_level(0, slide) for slide in slides) for told in (0.0, 0.5, 1.0)]
+    assert 70 < right[0] < 130 and 220 < right[1] < 280 and right[2] == 400
 
 
 def test_with_coupling_chromatin_grows_with_the_level():

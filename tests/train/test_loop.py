@@ -26,6 +26,7 @@ from lgd.files import read_json
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Store, read_all
 from lgd.train import launch, loop
+from lgd.train.batch import Batch
 from lgd.train.engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
 from lgd.train.log import Log
@@ -91,6 +92,20 @@ def test_the_first_loss_is_the_mean_over_labelled_samples(student, unlabelled):
         logits = model(torch.from_numpy(np.stack([s.images["he"] for s in samples])).permute(0, 3, 1, 2))["logits"]
     naive = [F.cross_entropy(logits[row], torch.tensor(s.level)) for row, s in enumerate(samples) if s.level >= 0]
     assert log_of(config.student.dir)[0]["level"] == pytest.approx(float(np.mean(naive)), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [8, 1])
+def test_skipping_unlabelled_patches_changes_no_loss(student, unlabelled, monkeypatch, batch):
+    """With a batch of 1 some steps have no level at all."""
+    shards = [*student().data.shards, unlabelled]
+    sections = {"data": {"shards": shards}, "train": {"batch": batch, "evaluate_every": 1000}}
+    short, whole = student("short", **sections), student("whole", **sections)
+    assert train_under(short, "student")
+    forwarded = []
+    monkeypatch.setattr(Batch, "labelled", lambda self: forwarded.append(self) or self)
+    assert train_under(whole, "student")
+    assert any((one.level_B < 0).all() for one in forwarded) == (batch == 1)
+    assert_same_curve(log_of(short.student.dir), log_of(whole.student.dir), 1e-5)
 
 
 def test_unlabelled_pairs_teach_the_hallucination(student, unlabelled, tmp_path):
