@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from zlib_ng.zlib_ng import crc32
 
-from lgd.config import DataError
+from lgd.config import LEVEL_NAMES, DataError
 from lgd.data.image import EXTENSIONS, kind
 from lgd.data.index import INDEX, REBUILD, ROLES, forget, load_index, tiled
 from lgd.data.meta import parse_meta
@@ -119,6 +119,15 @@ def read_manifest(folder: str | Path) -> tuple[dict[str, Any], list[Shard]]:
     if edited:
         raise DataError(f"{path}: its digest is not that of its content: it was edited or damaged: {REBUILD}")
     return manifest, shards
+
+
+def count_levels(manifests: Iterable[dict[str, Any]], split: str) -> dict[str, int]:
+    """Samples of each level, and of `unknown`, in one split of shard sets."""
+    total = dict.fromkeys((*LEVEL_NAMES, "unknown"), 0)
+    for manifest in manifests:
+        for name, count in manifest["splits"].get(split, {}).get("levels", {}).items():
+            total[name] += count
+    return total
 
 
 def _shards(folder: Path, split: str, part: dict[str, Any], extensions: dict[str, str]) -> list[Shard]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
+from lgd.data.archive import count_levels
 from lgd.evaluate.figures import Query, confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
 from lgd.evaluate.markdown import GALLERIES, markdown, retrieval_sections, robustness_sections, shown, ways_section
 from lgd.evaluate.slides import WAYS, both_ways, scores
@@ -143,6 +144,9 @@ def caveats_of(manifests: Sequence[dict[str, Any]], predictions: Predictions, vi
             "BCI's background is grey in some images and white in others, a shortcut that a network can learn, and "
             "its two stains are neighbouring sections that are registered only approximately."
         )
+    taught = count_levels(manifests, "train")
+    if any(taught[name] for name in LEVEL_NAMES) and (untaught := [name for name in LEVEL_NAMES if not taught[name]]):
+        found.append(f"No patch of level {', '.join(untaught)} was in training: the networks cannot call any so.")
     found += _caveats_of_counts(known)
     if unlabelled := len(predictions.keys) - len(known.keys):
         found.append(f"{unlabelled} of {len(predictions.keys)} patches have no level and are not scored.")

@@ -3,16 +3,18 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lgd.config import Config, DataError
+from lgd.config import LEVEL_NAMES, Config, DataError
+from lgd.data.archive import count_levels
 from lgd.data.plan import World
-from lgd.data.shards import Shard
+from lgd.data.shards import Shard, open_shards
 from lgd.files import digest_of, exists, is_remote, list_folder, place, read_json, remove_folder, sha256
 from lgd.train import checkpoint
 from lgd.train.engine import choose
@@ -35,6 +37,24 @@ def refuse_strangers(task: Task) -> None:
         )
 
 
+def check_levels(task: Task, manifests: Sequence[dict[str, Any]]) -> None:
+    """Tell of levels that training never sees; `DataError` where it sees one only, or none and has nothing else."""
+    count = count_levels(manifests, "train")
+    seen = [name for name in LEVEL_NAMES if count[name]]
+    if len(seen) == 1:
+        raise DataError(
+            f"all {count[seen[0]]} patches of the split `train` that have a level are of level {seen[0]}: nothing can "
+            "be told apart; add shards of other levels"
+        )
+    if not seen and task.store is None:
+        raise DataError("no patch of the split `train` has a level, and this network learns from levels only")
+    if seen and (absent := [name for name in LEVEL_NAMES if not count[name]]):
+        print(
+            f"the split `train` has no patch of level {', '.join(absent)}: the network will not call any so",
+            file=sys.stderr,
+        )
+
+
 def train_under(config: Config, task: str) -> bool:
     """Train a task where `train.workers` says; returns False when the finished network could be reused."""
     from lgd.distribute import launch
@@ -43,6 +63,7 @@ def train_under(config: Config, task: str) -> bool:
     shards = split_shards(config, "train")
     if not shards:
         raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
+    check_levels(built, [open_shards(folder)[0] for folder in config.shard_dirs])
     shards += split_shards(config, "val")
     if config.train.resume == "auto" and is_finished(built, config, shards):
         return False

@@ -195,8 +195,9 @@ def test_models_of_different_patches_are_not_compared(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def manifest(layout="csv", may_leak=False, caveats=()):
-    return {"layout": layout, "may_leak": may_leak, "caveats": list(caveats), "splits": {}}
+def manifest(layout="csv", may_leak=False, caveats=(), levels=None):
+    splits = {} if levels is None else {"train": {"levels": levels}}
+    return {"layout": layout, "may_leak": may_leak, "caveats": list(caveats), "splits": splits}
 
 
 @pytest.mark.parametrize(
@@ -213,6 +214,12 @@ def manifest(layout="csv", may_leak=False, caveats=()):
         ("1 of 3 patches have no level", [manifest()], model(level=[1, 2, -1]), False),
         ("nothing to score", [manifest("mist")], model(level=[-1] * 3), False),
         ("background is grey", [manifest("bci")], model(), False),
+        (
+            "No patch of level 0, 2+ was in training",
+            [manifest(levels={"1+": 3}), manifest(levels={"3+": 1})],
+            model(),
+            False,
+        ),
         ("From the shards.", [manifest(caveats=["From the shards."])] * 2, model(), False),
         ("independent design", [], model(), False),
     ],

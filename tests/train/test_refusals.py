@@ -116,6 +116,45 @@ def test_a_wrong_file_is_refused_and_named(train, folder, tmp_path, yaml, told):
     assert not folder.exists() and not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def shards_of(tissue, tmp_path):
+    """`shards_of("3+", "?")`: a shard set of training pairs of these levels only, `?` for pairs that have none."""
+
+    def made(*levels):
+        rows = ["key,he,ihc,level,split"]
+        for level in levels:
+            for he in sorted((tissue / "HE").glob(f"*/*_{'0' if level == '?' else level}.png"))[:4]:
+                name = f"k{len(rows)}"
+                shutil.copy(he, tmp_path / f"{name}he.jpg")
+                shutil.copy(tissue / "IHC" / he.parent.name / he.name, tmp_path / f"{name}ihc.jpg")
+                rows.append(f"{name},{name}he.jpg,{name}ihc.jpg,{'' if level == '?' else level},train")
+        (tmp_path / "pairs.csv").write_text("\n".join(rows))
+        out = tmp_path / "some"
+        build(ShardOptions(layout="csv", root=str(tmp_path / "pairs.csv"), out=str(out)))
+        return out
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("levels", "told"),
+    [
+        (["2+"], r"all 4 patches of the split `train` that have a level are of level 2\+: .*; add shards"),
+        (["?"], "no patch of the split `train` has a level, and this network learns from levels only"),
+    ],
+)
+def test_levels_that_teach_nothing_are_refused(train, folder, shards_of, levels, told):
+    status, error = train(f"--data.shards={shards_of(*levels)}", "--train.batch=4")
+    assert status == 1 and re.search(told, error)
+    assert not folder.exists()
+
+
+def test_a_level_that_training_lacks_is_told(train, folder, shards_of):
+    status, told = train(f"--data.shards={shards_of('0', '1+', '3+', '?')}", "--train.batch=4")
+    assert status == 0 and "has no patch of level 2+: the network will not call any so" in told
+    assert folder.exists()
+
+
 def test_bf16_on_a_gpu_that_has_it_not(monkeypatch):
     """No such GPU can be had for the tests: what PyTorch says of one is put in its place."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
