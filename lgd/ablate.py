@@ -43,6 +43,7 @@ CORE: dict[str, dict[str, Any]] = {
 PARTS: dict[str, dict[str, Any]] = {
     "without hallucination": {"method": "lgd", "hallucination_weight": 0.0, "contrast_weight": 0.0},
     "without contrast": {"method": "lgd", "contrast_weight": 0.0},
+    "without soft levels": {"method": "lgd", "distil_weight": 0.0},
     "without nuclei": {"method": "lgd", "nuclei_weight": 0.0},
     "without membranes": {"method": "lgd", "membrane_weight": 0.0},
     "one trunk": {"method": "lgd", "hallucination": "shared"},

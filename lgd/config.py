@@ -148,7 +148,7 @@ class Student:
     """Folder of the trained student; default RUN/student."""
     method: Literal["lgd", "he-only", "two-stream", "distil"] = "lgd"
     """LGD-Net, or a baseline: one stream and two streams that are taught the level only, or two streams that are also
-    taught the levels that the teacher gives (label-only distillation)."""
+    taught the levels that the teacher gives, and no latents (label-only distillation)."""
     encoder: str = "resnet10"
     """Backbone of the morphology stream; see teacher.encoder."""
     hallucination: Literal["own", "shared"] = "own"
@@ -166,7 +166,7 @@ class Student:
     contrast_temperature: float = 0.07
     """Its temperature."""
     distil_weight: float = 1.0
-    """Weight of the teacher's soft levels, for method distil."""
+    """Weight of the loss to the teacher's soft levels, for the methods lgd and distil; 0 leaves it out."""
     distil_temperature: float = 2.0
     """Temperature that softens them."""
     pairs: Literal["own", "shuffled", "within-level"] = "own"

@@ -102,7 +102,7 @@ class TeacherTask:
 # Beside method, encoder and epochs: what the network of each method depends on.
 _LGD = ("hallucination", "hallucination_loss", "hallucination_weight", "warmup", "nuclei_weight", "membrane_weight")
 _CONTRAST = ("contrast_weight", "contrast_queue", "contrast_temperature")
-_DISTIL = ("hallucination", "distil_weight", "distil_temperature")
+_DISTIL = ("distil_weight", "distil_temperature")
 
 
 class StudentTask:
@@ -144,10 +144,11 @@ class StudentTask:
         student = self.config.student
         names = ["method", "encoder", "epochs"]
         if self.method == "lgd":
-            names += [*_LGD, *(_CONTRAST if student.contrast_weight else ())]
+            names += [*_LGD, *_DISTIL[: None if student.distil_weight else -1]]
+            names += _CONTRAST if student.contrast_weight else ()
             names += ["pairs"] if student.pairs != "own" else []
         elif self.method == "distil":
-            names += _DISTIL
+            names += ["hallucination", *_DISTIL]
         elif self.method == "two-stream":
             names += ["hallucination"]
         inputs: dict[str, Any] = {name: getattr(student, name) for name in names}
@@ -161,7 +162,7 @@ class StudentTask:
     def losses(self, out: dict[str, torch.Tensor], batch: Batch) -> Terms:
         student, stored = self.config.student, batch.stored
         terms = {"level": losses.level_loss(out["logits"], batch.level_B)}
-        if self.method == "distil":
+        if self.store is not None and student.distil_weight:
             taught_BK = self._levels_of(stored["pooled"])
             terms["distil"] = losses.distillation_loss(out["logits"], taught_BK, student.distil_temperature)
         if self.method != "lgd":

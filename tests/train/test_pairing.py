@@ -151,7 +151,7 @@ def test_the_baselines_learn_what_they_are_told_and_nothing_else(lgd):
     terms = {
         "two-stream": {"level"},
         "distil": {"level", "distil"},
-        "lgd": {"level", "hallucination", "hallucination_map", "nuclei", "membrane"},
+        "lgd": {"level", "distil", "hallucination", "hallucination_map", "nuclei", "membrane"},
     }
     for method, expected in terms.items():
         config = lgd(method, method=method, epochs=0.5)
