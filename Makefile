@@ -11,7 +11,7 @@ SEED ?= 7001
 EVIDENCE ?= runs/evidence
 ABLATE ?= --seeds 5 --jobs 2
 
-.PHONY: demo test check bench faults evidence clean
+.PHONY: demo test check bench faults evidence evidence-coupling clean
 
 demo: .venv/installed
 	$(BIN)/lgd demo
@@ -36,6 +36,14 @@ evidence: .venv/installed
 	$(BIN)/lgd build-shards --layout bci --root $(EVIDENCE)/tissue --out $(EVIDENCE)/shards \
 		--slides $(EVIDENCE)/tissue/truth.csv --split keep:0.05 --labelled 24
 	$(BIN)/lgd ablate --config configs/evidence.yaml --run.dir $(EVIDENCE) $(ABLATE)
+
+# The same world where the H&E reveals less, and nothing (the null world), with three seeds each.
+evidence-coupling: evidence
+	for coupling in 0 0.5 0.75; do \
+		$(MAKE) evidence COUPLING=$$coupling EVIDENCE=$(EVIDENCE)-$$coupling ABLATE="--seeds 3 --jobs 2" || exit 1; \
+	done
+	$(BIN)/python tools/plot_coupling.py $(EVIDENCE)/coupling.png 0=$(EVIDENCE)-0 0.5=$(EVIDENCE)-0.5 \
+		0.75=$(EVIDENCE)-0.75 $(COUPLING)=$(EVIDENCE)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from PIL import Image
 
 from lgd import ablate
 from lgd.ablate import CORE, MOST, OURS, PARTS, slug, variants
@@ -141,3 +144,17 @@ def test_levels_are_hidden_by_whole_slides_in_train_only(tissue, tmp_path):
         build(replace(options, out=str(tmp_path / "many"), labelled=50))
     assert json.loads((tmp_path / "few" / "manifest.json").read_text())["options"]["labelled"] == 1
     assert ablate.slug("H&E only") == "h-e-only"
+
+
+def test_gains_are_drawn_against_the_coupling(run, tmp_path, capsys):
+    """Two runs stand for two worlds; bad input is one message."""
+    assert main(command(run, tmp_path, "--seeds", "1")) == 0
+    capsys.readouterr()
+    tool = [sys.executable, str(Path(__file__).parents[1] / "tools" / "plot_coupling.py"), str(tmp_path / "a.png")]
+    done = subprocess.run([*tool, f"0={run.run.dir}", f"0.5={run.run.dir}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| label distillation |" in done.stdout and "| 0.0 | 0.5 |" in done.stdout
+    assert Image.open(tmp_path / "a.png").size[0] > 600
+    done = subprocess.run([*tool, f"0={tmp_path}"], capture_output=True, text=True)
+    assert done.returncode == 1 and "ablation.json" in done.stderr and "run lgd ablate" in done.stderr
+    assert subprocess.run([*tool, str(run.run.dir)], capture_output=True).returncode == 2

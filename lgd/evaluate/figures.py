@@ -147,6 +147,36 @@ def robustness_curves(found: dict[str, Any], path: str | Path) -> None:
     _save(figure, path)
 
 
+def gain_curves(tables: dict[float, dict[str, Any]], metric: str, path: str | Path) -> None:
+    """What LGD-Net gains over each control, and how well each row does, against the coupling of virtual tissue.
+
+    `tables` are the documents of `lgd ablate`, by coupling; bars are 95 % intervals over slides and seeds.
+    """
+    figure = _figure(9.0, 4.4)
+    scores, gains = figure.subplots(1, 2)
+    couplings = sorted(tables)
+    # What all tables have.
+    names = [name for name in tables[couplings[0]]["rows"] if all(name in table["rows"] for table in tables.values())]
+    for number, name in enumerate(names):
+        style = {"color": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)], "linewidth": 1}
+        place = np.array(couplings) + 0.006 * (number - (len(names) - 1) / 2)
+        for axes, part in ((scores, "mean"), (gains, "lgd_minus")):
+            found = [tables[coupling]["rows"][name][metric][part] for coupling in couplings]
+            if all(found):
+                value, low, high = (
+                    np.array([np.nan if one[key] is None else one[key] for one in found])
+                    for key in ("value", "low", "high")
+                )
+                axes.errorbar(place, value, np.nan_to_num([value - low, high - value]), label=name, **style)
+    gains.axhline(0, color="black", linewidth=0.8)
+    scores.set(title="what each reaches", ylabel=metric)
+    gains.set(title="LGD-Net minus it", ylabel=f"difference of {metric}")
+    for axes in (scores, gains):
+        axes.set(xlabel="coupling: what the H&E reveals", xticks=couplings)
+    figure.legend(*scores.get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=3)
+    _save(figure, path)
+
+
 def contact_sheet(rows: Sequence[Query], path: str | Path) -> None:
     """A row a query: its H&E, its own IHC (if any query has one), and the IHCs that it found with level and distance.
 

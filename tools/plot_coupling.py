@@ -1,0 +1,55 @@
+"""What LGD-Net gains, against how much of the level the H&E reveals, from runs of `lgd ablate` on such worlds.
+
+python tools/plot_coupling.py docs/coupling.png 0=runs/evidence-0 0.5=runs/evidence-0.5 1=runs/evidence
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lgd.ablate import FORMAT, METRICS, OURS  # noqa: E402
+from lgd.config import DataError  # noqa: E402
+from lgd.evaluate.figures import gain_curves  # noqa: E402
+from lgd.evaluate.markdown import markdown, shown  # noqa: E402
+from lgd.files import read_json  # noqa: E402
+
+
+def run(argv: list[str]) -> int:
+    """Draw the figure and print its numbers; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", help="the picture, a PNG")
+    parser.add_argument("runs", nargs="+", metavar="COUPLING=RUN", help="a run of lgd ablate, and its world's coupling")
+    parser.add_argument("--metric", choices=list(METRICS), default="kappa")
+    asked = parser.parse_args(argv)
+    tables = {}
+    for one in asked.runs:
+        coupling, _, folder = one.partition("=")
+        try:
+            value = float(coupling)
+        except ValueError:
+            parser.error(f"{one}: give COUPLING=RUN, such as 0.5=runs/evidence-0.5")
+        path = Path(folder) / "ablation" / "ablation.json"
+        try:
+            table = read_json(path)
+            if table.get("format") != FORMAT:
+                raise DataError(f"{path} is no table of lgd ablate (format {table.get('format')!r})")
+        except DataError as error:
+            print(f"plot_coupling: {error}: run lgd ablate in {folder} first", file=sys.stderr)
+            return 1
+        tables[value] = table
+    gain_curves(tables, asked.metric, asked.out)
+    couplings = sorted(tables)
+    rows = [
+        [name, *(shown(tables[at]["rows"][name][asked.metric]["lgd_minus"], "+.3f") for at in couplings)]
+        for name in tables[couplings[0]]["rows"]
+        if name != OURS and all(name in table["rows"] for table in tables.values())
+    ]
+    print("\n".join(markdown([f"LGD-Net minus it, {METRICS[asked.metric]}", *map(str, couplings)], rows)))
+    print(f"drawn: {asked.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
