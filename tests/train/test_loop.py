@@ -475,6 +475,24 @@ def test_the_hallucination_weight_rises_over_the_warm_up(tissue_run, change):
     assert task.weights(1)["level"] == 1 and math.isclose(task.weights(1)["hallucination_map"], 1.5)
 
 
+def test_a_seed_gives_the_same_bytes_again(tissue_run, change, tmp_path):
+    """Teacher, store and student of one seed, twice; of another seed they are others."""
+
+    def made(name, seed):
+        folders = {part: {"dir": str(tmp_path / name / part)} for part in ("teacher", "latents", "student")}
+        config = change(tissue_run, run={"dir": str(tmp_path / name), "seed": seed}, **folders)
+        config = change(config, teacher={"epochs": 1.0}, student={"epochs": 1.0, "contrast_weight": 0.1})
+        assert train_under(config, "teacher")
+        cache_latents(config, [shard for split in ("train", "val") for shard in split_shards(config, split)], workers=0)
+        assert train_under(config, "student")
+        weights = [(Path(folders[part]["dir"]) / "model.safetensors").read_bytes() for part in ("teacher", "student")]
+        return [*weights, Store(folders["latents"]["dir"]).digest, log_of(folders["student"]["dir"])]
+
+    first, again, other = made("first", 3), made("again", 3), made("other", 4)
+    assert first == again
+    assert all(one != two for one, two in zip(first, other, strict=True))
+
+
 def test_the_curve_is_the_golden_one(student):
     """Teacher, store and student from a seed: whatever changes these numbers changes what a run gives."""
     config = student(student={"method": "lgd", "epochs": 4})
