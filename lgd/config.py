@@ -304,7 +304,8 @@ class Config:
         """The same run with every default folder filled in, and paths absolute: workers have other working folders."""
 
         def absolute(folder: str) -> str:
-            return folder.rstrip("/") if "://" in folder else str(Path(folder).absolute())
+            scheme, is_url, rest = folder.partition("://")
+            return f"{scheme}://{rest.rstrip('/')}" if is_url else str(Path(folder).absolute())
 
         root = absolute(self.run.dir)
 

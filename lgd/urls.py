@@ -56,7 +56,7 @@ def place(text: str | Path) -> Path:
         raise DataError(f"{text}: urls of {scheme} are not read or written: use s3://, gs://, http:// or a local path")
     if re.match(r"[^/@]*:[^/@]*@", rest):
         raise DataError(f"{scheme}://...@{rest.partition('@')[2]}: a url must hold no password: use the environment")
-    if not rest.strip("/"):
+    if not rest or rest.startswith("/"):
         raise DataError(f"{text}: names no bucket or host: write {scheme}://NAME/FOLDER")
     try:
         get_filesystem_class(scheme)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lgd.cli import main
 from lgd.config import Config, ConfigError
 from lgd.options import load_config
 
@@ -120,3 +121,10 @@ def test_every_field_has_its_help():
             kind = section.type
             described = {p.arg_name for p in docstring_parser.parse_from_object(kind).params if p.description}
             assert described == {f.name for f in dataclasses.fields(kind)}, section.name
+
+
+@pytest.mark.parametrize("folder", ["s3://", "s3:///", "s3:///runs"])
+def test_a_run_at_a_url_without_a_bucket_is_refused(folder, capsys):
+    assert main(["train", "--config", str(CONFIGS[0].with_name("demo.yaml")), f"--run.dir={folder}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("lgd: s3:///") and "names no bucket or host: write s3://NAME/FOLDER" in error

@@ -21,6 +21,7 @@ def test_paths_and_urls_are_told_apart(tmp_path, monkeypatch):
         "zip://a::s3://x/y": "s3://, gs://",
         "s3://x/y::z": "s3://, gs://",
         "s3://": "names no bucket",
+        "s3:///x": "names no bucket",
         "http://me:secret@host/x": "must hold no password",
     }.items():
         with pytest.raises(DataError, match=reason) as raised:
