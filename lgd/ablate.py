@@ -75,6 +75,8 @@ def variants(config: Config, full: bool) -> dict[str, Config]:
     own = dataclasses.replace(config.student, method="lgd", dir="")
     made: dict[str, Config] = {}
     for name, fields in (CORE | (PARTS if full else {})).items():
+        if fields["method"] == "distil":
+            fields = fields | {"distil_weight": own.distil_weight or 1.0}
         student = dataclasses.replace(own, **fields)
         if name == OURS or student != own:
             made[name] = dataclasses.replace(config, student=student)

@@ -165,7 +165,7 @@ class Student:
     """Latents that it tells a sample's own from."""
     contrast_temperature: float = 0.07
     """Its temperature."""
-    distil_weight: float = 1.0
+    distil_weight: float = 0.0
     """Weight of the loss to the teacher's soft levels, for the methods lgd and distil; 0 leaves it out."""
     distil_temperature: float = 2.0
     """Temperature that softens them."""
@@ -184,6 +184,10 @@ class Student:
             require(weight >= 0, f"student.{name}_weight is {weight}: use 0 or more")
         for name in ("contrast_temperature", "distil_temperature", "contrast_queue"):
             require(getattr(self, name) > 0, f"student.{name} is {getattr(self, name)}: use more than 0")
+        require(
+            self.method != "distil" or self.distil_weight > 0,
+            "student.method is distil and student.distil_weight is 0: nothing would be distilled; set it, for example to 1",
+        )
         require(self.epochs > 0, f"student.epochs is {self.epochs}: use more than 0")
         require(0 <= self.warmup <= 1, f"student.warmup is {self.warmup}: use a share of the steps, 0 to 1")
 

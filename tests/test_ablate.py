@@ -92,8 +92,11 @@ def test_answers_of_another_network_are_not_taken(run, tmp_path, capsys, monkeyp
 
 def test_the_rows_differ_in_one_thing_each(run, change):
     plain = variants(run, full=True)
-    assert list(plain) == [name for name in [*CORE, *PARTS] if name != "without contrast"], "none is on"
-    contrasted = variants(change(run, student={"contrast_weight": 0.1}), full=True)
+    off = {"without contrast", "without soft levels"}
+    assert list(plain) == [name for name in [*CORE, *PARTS] if name not in off], "none of them is on"
+    assert plain["label distillation"].student.distil_weight == 1
+    contrasted = variants(change(run, student={"contrast_weight": 0.1, "distil_weight": 0.5}), full=True)
+    assert contrasted["label distillation"].student.distil_weight == 0.5
     assert list(contrasted) == [*CORE, *PARTS]
     own = contrasted[OURS].student
     for name, made in contrasted.items():

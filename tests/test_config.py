@@ -24,6 +24,7 @@ def load(tmp_path, text, *overrides):
         ("studnt:\n  epochs: 3\n", "some.yaml: there is no section studnt, did you mean student?"),
         ("data:\n  qqqq: 64\n", "data.threads"),
         ("data: 3\n", "section data is 3"),
+        ("student: {method: distil}\n", "student.distil_weight is 0: nothing would be distilled"),
         ("train:\n", "section train is None"),
         ("[1, 2]\n", "holds no sections"),
         ("data: [\n", "some.yaml is not valid YAML"),

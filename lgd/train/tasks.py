@@ -144,8 +144,8 @@ class StudentTask:
         student = self.config.student
         names = ["method", "encoder", "epochs"]
         if self.method == "lgd":
-            names += [*_LGD, *_DISTIL[: None if student.distil_weight else -1]]
-            names += _CONTRAST if student.contrast_weight else ()
+            names += [*_LGD, *(_CONTRAST if student.contrast_weight else ())]
+            names += _DISTIL if student.distil_weight else ()
             names += ["pairs"] if student.pairs != "own" else []
         elif self.method == "distil":
             names += ["hallucination", *_DISTIL]

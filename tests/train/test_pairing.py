@@ -148,23 +148,25 @@ def test_with_a_contrast_a_run_that_stops_goes_on_the_same(lgd, monkeypatch):
 
 
 def test_the_baselines_learn_what_they_are_told_and_nothing_else(lgd):
-    terms = {
-        "two-stream": {"level"},
-        "distil": {"level", "distil"},
-        "lgd": {"level", "distil", "hallucination", "hallucination_map", "nuclei", "membrane"},
-    }
-    for method, expected in terms.items():
-        config = lgd(method, method=method, epochs=0.5)
+    lgd_net = {"level", "hallucination", "hallucination_map", "nuclei", "membrane"}
+    terms = [
+        ("two-stream", "two-stream", 0.0, {"level"}),
+        ("distil", "distil", 1.0, {"level", "distil"}),
+        ("lgd", "lgd", 0.0, lgd_net),
+        ("lgd-distil", "lgd", 0.5, {*lgd_net, "distil"}),
+    ]
+    for name, method, weight, expected in terms:
+        config = lgd(name, method=method, epochs=0.5, distil_weight=weight)
         assert train_under(config, "student")
         assert set(log_of(config.student.dir)[-1]) == expected | {"step", "loss", "lr", "grad_norm", "skipped"}
         assert not train_under(config, "student"), "it is finished"
     with pytest.raises(DataError, match="distil_temperature: 2.0 in the checkpoint, 3.0 asked for"):
-        train_under(lgd("distil", method="distil", epochs=0.5, distil_temperature=3.0), "student")
+        train_under(lgd("distil", method="distil", epochs=0.5, distil_weight=1.0, distil_temperature=3.0), "student")
     assert not train_under(lgd("two-stream", method="two-stream", epochs=0.5, distil_temperature=3.0), "student")
 
 
 def test_soft_levels_are_the_teachers(lgd, parts):
-    task = StudentTask(lgd("soft", method="distil"))
+    task = StudentTask(lgd("soft", method="distil", distil_weight=1.0))
     teacher, _ = load_teacher(task.config.teacher.dir)
     pooled_nD = torch.from_numpy(read_all(parts, "pooled")[:, 0].astype(np.float32))
     naive = torch.stack([teacher.head(row + teacher.pooled_mean) for row in pooled_nD])
