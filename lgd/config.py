@@ -186,7 +186,7 @@ class Student:
             require(getattr(self, name) > 0, f"student.{name} is {getattr(self, name)}: use more than 0")
         require(
             self.method != "distil" or self.distil_weight > 0,
-            "student.method is distil and student.distil_weight is 0: nothing would be distilled; set it, for example to 1",
+            "student.method is distil and student.distil_weight is 0: nothing would be distilled; set it to 1",
         )
         require(self.epochs > 0, f"student.epochs is {self.epochs}: use more than 0")
         require(0 <= self.warmup <= 1, f"student.warmup is {self.warmup}: use a share of the steps, 0 to 1")
