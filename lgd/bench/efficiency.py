@@ -8,7 +8,7 @@ does not depend on them. Neither is said to score better.
 
 Most of the difference is the size of what is read. A generator must work at full resolution, because the membranes that
 it paints are 1 to 2 px wide, while LGD-Net never paints them. So that this fools nobody, the facts hold LGD-Net at the
-full size too, beside parameters, FLOPs, latency and, on a GPU, peak memory of every part. FLOPs are those of
+full size too, beside parameters, FLOPs, latency and peak memory of every part (beside the weights). FLOPs are those of
 convolutions and matrix products, counted by PyTorch; one multiply-add is two FLOPs; decoding has none.
 
 A round lasts about `--seconds` a side, and at least one patch: on a CPU that is one patch of B, for half a minute of a
@@ -17,8 +17,10 @@ core. Nothing is left on disk.
 
 import contextlib
 import copy
+import ctypes
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from lgd.models.teacher import Teacher, new_teacher
 
 MARK = 1.0
 """That LGD-Net is faster at all: nothing more was asked."""
+_STATUS, _PEAK_STARTS_ANEW = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def networks(settings: Settings) -> tuple[Student, Teacher]:
@@ -70,14 +73,25 @@ def flops(model: nn.Module, height: int, width: int) -> int:
 
 
 def peak_mb(call: Callable[[], Any]) -> float | None:
-    """Most GPU memory that a call holds beside what was held before, in MB; None without a GPU."""
-    if not torch.cuda.is_available():
+    """Most memory that a call holds beside what was held before, in MB: a GPU's, or the process's; None if not Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if not _STATUS.exists():
         call()
         return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    # What the allocator keeps of memory that was freed would be taken again and not be seen.
+    ctypes.CDLL(None).malloc_trim(0)
+    _PEAK_STARTS_ANEW.write_text("5")
+    before_kb = _status_kb("VmRSS")
     call()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+    return (_status_kb("VmHWM") - before_kb) * 1024 / 1e6
+
+
+def _status_kb(name: str) -> int:
+    return next(int(line.split()[1]) for line in _STATUS.read_text().splitlines() if line.startswith(name))
 
 
 def times(call: Callable[[], Any], count: int) -> Rate:
