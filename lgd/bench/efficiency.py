@@ -73,7 +73,7 @@ def flops(model: nn.Module, height: int, width: int) -> int:
 
 
 def peak_mb(call: Callable[[], Any]) -> float | None:
-    """Most memory that a call holds beside what was held before, in MB: a GPU's, or the process's; None if not Linux."""
+    """Most memory that a call adds to what was held, in MB: a GPU's, or else the process's; None if not on Linux."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

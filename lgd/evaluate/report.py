@@ -73,7 +73,7 @@ def write_report(
     document = _json_ready(
         {
             "format": "lgd-report/1",
-            "caveats": list(caveats),
+            "caveats": [*caveats, *_found_by_chance(retrieval)],
             "provenance": provenance,
             "resamples": resamples,
             "seed": seed,
@@ -183,6 +183,18 @@ def _caveats_of_counts(known: Predictions) -> list[str]:
     if 0 < patches[0] < FEW_LEVEL_0:
         found.append(f"Patches of level 0 that are scored: only {patches[0]}. Telling 0 from 1+ is hardly measured.")
     return found
+
+
+def _found_by_chance(retrieval: dict[str, Any] | None) -> list[str]:
+    """Levels can look well while all latents are alike: the mean of the teacher's is a fair guess of each."""
+    rows = [] if retrieval is None else retrieval["embeddings"]
+    owns = [(row["name"], row["own_pair"]) for row in rows if row["own_pair"]]
+    return [
+        f"{name}: they find their own IHC no better than by chance. Nothing of the IHC was learnt that tells one patch "
+        "from another, and what queries find means little."
+        for name, own in owns
+        if own["recall_at_10"]["low"] is not None and own["recall_at_10"]["low"] <= own["chance_recall_at_10"]
+    ]
 
 
 def _model(predictions: Predictions, resamples: int, seed: int) -> dict[str, Any]:

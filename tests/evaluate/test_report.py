@@ -95,6 +95,17 @@ def test_the_document_holds_every_number(written):
         assert row["metrics"]["kappa"] == paired_difference(scored[0], other, "kappa", 40, 0)
 
 
+def test_latents_that_are_all_alike_are_told(written, tmp_path):
+    _, scored, document = written
+    assert document["caveats"] == ["Mind this."], "each finds its own first"
+    latents = np.random.default_rng(0).normal(size=(len(scored[0].keys), 4))
+    alike = np.ones(4) + 1e-3 * np.random.default_rng(1).normal(size=latents.shape)
+    found = measure([of_ihc("LGD-Net, latents", alike, latents, latents)], scored[0], scored[0].level, 40, 0)
+    [first, caveat] = report(tmp_path, scored, retrieval=found)["caveats"]
+    assert first == "Mind this." and "LGD-Net, latents: they find their own IHC no better than by chance" in caveat
+    assert caveat in (tmp_path / "summary.md").read_text()
+
+
 def test_the_pictures_are_pictures(written):
     folder, _, _ = written
     for name in ("confusion.png", "reliability.png", "queries.png"):
