@@ -16,17 +16,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from lgd.config import Config, DataError, require
 from lgd.data.shards import Shard, open_shards
 from lgd.distribute import map_with
 from lgd.evaluate import seeds
+from lgd.evaluate.compare import pooled_latents
+from lgd.evaluate.embeddings import explained_by_levels
 from lgd.evaluate.markdown import markdown, shown
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.evaluate.report import caveats_of
 from lgd.files import exists, place, publish, write_bytes, write_json
 from lgd.metrics import Predictions
 from lgd.models.export import read_model_config
+from lgd.models.teacher import load_teacher
+from lgd.store.latents import Store
 from lgd.train.launch import train_under
 
 FORMAT = "lgd-ablation/1"
@@ -144,6 +149,7 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
     manifests = [open_shards(place_)[0] for place_ in config.shard_dirs]
     document = compare(rows, config.report.bootstrap, config.run.seed) | {
         "caveats": caveats_of(manifests, rows[OURS][0], any(manifest.get("virtual") for manifest in manifests)),
+        "explained_by_levels": _explained_by_levels(config, shards, scored),
         "command": f"lgd ablate --config {config.run.dir}/config.yaml --seeds {options.seeds}"
         + (" --full" if options.full else ""),
         "shards": [manifest["digest"] for manifest in manifests],
@@ -153,6 +159,20 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
     text = summary(document)
     write_bytes(folder / "ablation.md", text.encode())
     return text
+
+
+def _explained_by_levels(config: Config, shards: Sequence[Shard], scored: Sequence[Shard]) -> float:
+    """The share of what varies in the teacher's latents of the scored split that its soft levels tell."""
+    teacher, _ = load_teacher(config.teacher.dir)
+    store, temperature = Store(config.latents.dir), config.student.distil_temperature
+    training = [shard for shard in shards if shard.split == "train"]
+
+    def both(some: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
+        latents_nD = pooled_latents(store, some)
+        logits_n4 = teacher.levels_of(torch.from_numpy(latents_nD).float())
+        return latents_nD, (logits_n4 / temperature).softmax(dim=1).double().numpy()
+
+    return explained_by_levels(*both(training), *both(scored))
 
 
 def slug(name: str) -> str:
@@ -246,6 +266,8 @@ def summary(document: dict[str, Any]) -> str:
         "Share of the gap between H&E only and the IHC teacher that LGD-Net closes: "
         + ", ".join(f"{METRICS[name]} {shown(found, '.2f')}" for name, found in document["gap_closed"].items())
         + ".\n",
+        f"Of what varies in the teacher's latents, its soft levels tell {document['explained_by_levels']:.2f} (R^2 on "
+        "these patches): the nearer to 1, the less latents can teach that label distillation does not.\n",
         f"    {document['command']}\n",
     ]
     return "\n".join(lines)

@@ -49,6 +49,8 @@ def test_each_row_is_trained_once_and_compared(run, tmp_path, capsys):
         - document["rows"]["two streams"]["accuracy"]["mean"]["value"]
     )
     assert "The tissue is virtual" in out
+    assert document["explained_by_levels"] <= 1
+    assert f"its soft levels tell {document['explained_by_levels']:.2f} (R^2" in out
     assert told.count(": trained") == 8
     # Each seed is another network.
     ends = [read_json(folder / slug(OURS) / f"seed-{n}" / "config.json")["weights_sha256"] for n in (0, 1)]

@@ -45,8 +45,8 @@ def measure_run(
     """
     check_pair(scorers[0], store)
     training = [shard for shard in shards if shard.split == "train" and config.report.split != "train"]
-    own_nD = _latents(store, [shard for shard in shards if shard.split == config.report.split])
-    latents_mD = _latents(store, training) if training else own_nD[:0]
+    own_nD = pooled_latents(store, [shard for shard in shards if shard.split == config.report.split])
+    latents_mD = pooled_latents(store, training) if training else own_nD[:0]
     level_m = read_all(store.parts_of(training), "level").astype(np.int64) if training else np.empty(0, np.int64)
     embeddings = []
     for scorer, (predictions, vectors_nD) in zip(scorers[:-1], scored[:-1], strict=True):
@@ -65,7 +65,8 @@ def measure_run(
     return measure(embeddings, scored[0][0], level_m, config.report.bootstrap, config.run.seed)
 
 
-def _latents(store: Store, shards: Sequence[Shard]) -> np.ndarray:
+def pooled_latents(store: Store, shards: Sequence[Shard]) -> np.ndarray:
+    """The teacher's latents of all patches of some shards, (n, D), in their order."""
     return read_all(store.parts_of(shards), "pooled")[:, 0].astype(np.float64)
 
 

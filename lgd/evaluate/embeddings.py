@@ -90,6 +90,18 @@ def he_only(
     return [*found, of_ihc(f"{name}, ridge to the latents (alpha {alpha:.3g})", mapped_nD, latents_mD, own_nD)]
 
 
+def explained_by_levels(train_mD: Floats, train_m4: Floats, latents_nD: Floats, soft_n4: Floats) -> float:
+    """R^2 of a linear regression from the teacher's soft levels to its unit latents, fitted on training patches.
+
+    Near 1 the latents hold no more than the levels do, and hallucinating them is label distillation by another name: a
+    teacher that is trained on levels for long ends so (neural collapse, Papyan et al. 2020).
+    """
+    from sklearn.linear_model import LinearRegression
+
+    error_nD = unit(latents_nD) - LinearRegression().fit(train_m4, unit(train_mD)).predict(soft_n4)
+    return float(1 - (error_nD**2).sum() / ((unit(latents_nD) - unit(train_mD).mean(0)) ** 2).sum())
+
+
 def ridge(x_mC: Floats, y_mD: Floats, groups: Sequence[str], queries_nC: Floats) -> tuple[Floats, float]:
     """What a ridge regression of y on x says of the queries, (n, D), and its alpha.
 

@@ -78,7 +78,15 @@ def retrieval_sections(found: dict[str, Any]) -> list[str]:
     by_chance = [number(found["embeddings"][0]["by_level"][name]["chance"]) for name in columns]
     levels.append(["by chance", "", *by_chance])
     own = [row for row in found["embeddings"] if row["own_pair"]]
-    ranks = [[row["name"], number(row["own_pair"]["median_rank"]), *map(shown, _recalls(row))] for row in own]
+    ranks = [
+        [
+            row["name"],
+            number(row["own_pair"]["median_rank"]),
+            shown(row["own_pair"]["mean_rank"], ".1f"),
+            *map(shown, _recalls(row)),
+        ]
+        for row in own
+    ]
     text = [
         "## Retrieval by level\n",
         f"Mean average precision of the {found['at']} nearest of {found['gallery_rows']} training patches, by the "
@@ -88,11 +96,11 @@ def retrieval_sections(found: dict[str, Any]) -> list[str]:
     ]
     if own:
         first = own[0]["own_pair"]
-        chance = [number(first[f"chance_{name}"]) for name in ("median_rank", *_RECALLS)]
+        chance = [number(first[f"chance_{name}"]) for name in ("median_rank", "median_rank", *_RECALLS)]
         text += [
             "## Retrieval of the own IHC\n",
             f"{first['queries']} H&E queries, each searching its own pair among {first['gallery']} IHC latents.\n",
-            *markdown(["vectors", "median rank", *_RECALLS.values()], [*ranks, ["by chance", *chance]]),
+            *markdown(["vectors", "median rank", "mean rank", *_RECALLS.values()], [*ranks, ["by chance", *chance]]),
         ]
     return [*text, *(f"- {caveat}" for caveat in found["caveats"]), ""]
 

@@ -36,16 +36,17 @@ def own_ranks(queries_nD: Floats, gallery_mD: Floats, own_index_n: Ints) -> Floa
 
 
 def own_pair(rank_n: Floats, gallery: int, groups: Sequence[str], resamples: int, seed: int) -> dict[str, object]:
-    """The ranks in numbers: `median_rank`, and `recall_at_1`, `_5`, `_10` as intervals over the groups.
+    """The ranks in numbers: `median_rank`, and as intervals over the groups `mean_rank`, `recall_at_1`, `_5`, `_10`.
 
-    `chance_median_rank` and `chance_recall_at_1`, `_5`, `_10` are those of a blind guess; `queries` and `gallery` are
-    n and m.
+    `chance_median_rank` (that of the mean is the same) and `chance_recall_at_1`, `_5`, `_10` are those of a blind guess;
+    `queries` and `gallery` are n and m.
     """
     found: dict[str, object] = {
         "queries": len(rank_n),
         "gallery": gallery,
         "median_rank": float(np.median(rank_n)),
         "chance_median_rank": (gallery + 1) / 2,
+        "mean_rank": mean_with_interval(rank_n.astype(np.float64), groups, resamples, seed),
     }
     for k in RECALL_AT:
         found[f"recall_at_{k}"] = mean_with_interval((rank_n <= k).astype(np.float64), groups, resamples, seed)

@@ -193,7 +193,7 @@ def _found_by_chance(retrieval: dict[str, Any] | None) -> list[str]:
         f"{name}: they find their own IHC no better than by chance. Nothing of the IHC was learnt that tells one patch "
         "from another, and what queries find means little."
         for name, own in owns
-        if own["recall_at_10"]["low"] is not None and own["recall_at_10"]["low"] <= own["chance_recall_at_10"]
+        if own["mean_rank"]["high"] is not None and own["mean_rank"]["high"] >= own["chance_median_rank"]
     ]
 
 

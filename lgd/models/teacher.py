@@ -46,6 +46,10 @@ class Teacher(nn.Module):
             "logits": self.head(pooled_BD),
         }
 
+    def levels_of(self, pooled_nD: torch.Tensor) -> torch.Tensor:
+        """The logits (n, 4) of pooled latents, which are relative to their mean as `forward` gives them."""
+        return self.head(pooled_nD + self.pooled_mean)
+
     def centre(self, pooled_D: torch.Tensor, map_D: torch.Tensor) -> None:
         """Move the origin of the latents to these means of what `forward` gives."""
         self.pooled_mean += pooled_D

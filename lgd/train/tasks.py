@@ -17,7 +17,7 @@ from lgd.models import losses
 from lgd.models.encoder import build_encoder
 from lgd.models.export import read_model_config
 from lgd.models.student import Student
-from lgd.models.teacher import load_teacher, new_teacher
+from lgd.models.teacher import Teacher, load_teacher, new_teacher
 from lgd.store.latents import Store
 from lgd.store.supervision import recipe_of
 from lgd.train.batch import Batch
@@ -118,7 +118,7 @@ class StudentTask:
         self.method = config.student.method
         # Distillation reads the teacher's levels off its stored latents.
         self.store = Store(config.latents.dir, recipe_of(config)) if self.method in ("lgd", "distil") else None
-        self._head: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._teacher: Teacher | None = None
 
     def build(self) -> nn.Module:
         config = self.config
@@ -192,12 +192,9 @@ class StudentTask:
 
     def _levels_of(self, pooled_nD: torch.Tensor) -> torch.Tensor:
         """The teacher's logits (n, 4) of its stored latents."""
-        if self._head is None:
-            teacher, _ = load_teacher(self.config.teacher.dir)
-            head = teacher.to(pooled_nD.device).head
-            # Stored latents are relative to their mean.
-            self._head = head.weight, head.bias + head.weight @ teacher.pooled_mean
-        return nn.functional.linear(pooled_nD, *self._head)
+        if self._teacher is None:
+            self._teacher = load_teacher(self.config.teacher.dir)[0].to(pooled_nD.device)
+        return self._teacher.levels_of(pooled_nD)
 
     def weights(self, progress: float) -> dict[str, float]:
         student = self.config.student

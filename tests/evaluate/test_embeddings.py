@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lgd.evaluate.embeddings import Embedding, he_only, measure, ridge
+from lgd.evaluate.embeddings import Embedding, explained_by_levels, he_only, measure, ridge
 from lgd.metrics import Predictions
 
 
@@ -36,6 +36,21 @@ def test_ridge_equals_its_normal_equations(made):
     x, queries = (features[:60] - mean) / scale, (features[60:] - mean) / scale
     weights = np.linalg.solve(x.T @ x + alpha * np.eye(6), x.T @ (latents[:60] - latents[:60].mean(0)))
     np.testing.assert_allclose(mapped, queries @ weights + latents[:60].mean(0), atol=1e-8)
+
+
+def test_how_much_of_the_latents_the_levels_tell():
+    random = np.random.default_rng(0)
+    soft = random.dirichlet(np.ones(4), 400)
+    turned, _ = np.linalg.qr(random.normal(size=(10, 10)))
+    told = np.hstack([soft[:, :3], random.normal(size=(400, 7))])
+    for noise, least, most in ((0, 0.99, 1.001), (0.05, 0.4, 0.95), (100, -0.2, 0.1)):
+        latents = np.hstack([5 * np.ones((400, 1)), told[:, :3], noise * told[:, 3:9]]) @ turned
+        found = explained_by_levels(latents[:300], soft[:300], latents[300:], soft[300:])
+        assert least < found < most
+        design, unit = np.hstack([soft, np.ones((400, 1))]), latents / np.linalg.norm(latents, axis=1, keepdims=True)
+        fitted = design[300:] @ np.linalg.lstsq(design[:300], unit[:300], rcond=None)[0]
+        spread = ((unit[300:] - unit[:300].mean(0)) ** 2).sum()
+        assert found == pytest.approx(1 - ((unit[300:] - fitted) ** 2).sum() / spread, abs=1e-6)
 
 
 def test_alpha_is_chosen_on_left_out_slides():

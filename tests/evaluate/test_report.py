@@ -133,8 +133,8 @@ def test_the_summary_says_what_a_reader_needs(written):
     assert "| LGD-Net | area minus mean | {value:+.3f} [{low:+.3f}, {high:+.3f}] |".format(**less) in text
     assert all(f"- {way}.\n" in text for way in document["slide_rules"].values())
     assert "In 12 of 12 slides the patches are so few" in text
-    assert "| LGD-Net, latents | 1 | 1.000 [1.000, 1.000] |" in text
-    assert "| by chance | 30.5 | 0.017 | 0.083 | 0.167 |" in text
+    assert "| LGD-Net, latents | 1 | 1.0 [1.0, 1.0] | 1.000 [1.000, 1.000] |" in text
+    assert "| by chance | 30.5 | 30.5 | 0.017 | 0.083 | 0.167 |" in text
     by_level = document["retrieval"]["embeddings"][0]["by_level"]
     overall = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**by_level["overall"])
     assert f"| LGD-Net, latents | IHC latents of the training patches | {overall} |" in text

@@ -128,5 +128,6 @@ def test_latents_are_relative_to_their_mean_and_levels_are_not():
     torch.testing.assert_close(after["pooled"], before["pooled"] - pooled)
     torch.testing.assert_close(after["map"], before["map"] - place[:, None, None])
     assert torch.equal(after["logits"], before["logits"])
+    torch.testing.assert_close(teacher.levels_of(after["pooled"]), after["logits"])
     teacher.centre(after["pooled"].mean(0), after["map"].mean((0, 2, 3)))
     assert teacher(IMAGES)["pooled"].mean(0).abs().max() < 1e-5
