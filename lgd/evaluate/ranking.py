@@ -38,7 +38,7 @@ def own_ranks(queries_nD: Floats, gallery_mD: Floats, own_index_n: Ints) -> Floa
 def own_pair(rank_n: Floats, gallery: int, groups: Sequence[str], resamples: int, seed: int) -> dict[str, object]:
     """The ranks in numbers: `median_rank`, and as intervals over the groups `mean_rank`, `recall_at_1`, `_5`, `_10`.
 
-    `chance_median_rank` (that of the mean is the same) and `chance_recall_at_1`, `_5`, `_10` are those of a blind guess;
+    `chance_median_rank` (the mean's is the same) and `chance_recall_at_1`, `_5`, `_10` are those of a blind guess;
     `queries` and `gallery` are n and m.
     """
     found: dict[str, object] = {
