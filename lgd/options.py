@@ -51,6 +51,7 @@ def add_option_arguments(parser: Any, kind: Any, skip: Sequence[str] = ()) -> No
             type=option.type,
             help=described[option.name],
             **({"required": True} if required else {"default": option.default}),
+            **({"nargs": "?", "const": True} if option.type is bool else {}),
         )
 
 

@@ -13,12 +13,13 @@ import ray
 from PIL import Image
 
 from lgd import ablate
-from lgd.ablate import CORE, MOST, OURS, PARTS, slug, variants
+from lgd.ablate import CORE, MOST, OURS, PARTS, AblateOptions, slug, variants
 from lgd.cli import main
 from lgd.config import ConfigError
 from lgd.data.shards import ShardOptions, build, open_shards
 from lgd.data.stream import Reader
 from lgd.files import read_json
+from lgd.options import add_option_arguments, make_parser, parse
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,13 @@ def test_the_rows_differ_in_one_thing_each(run, change):
         assert replace(made, student=own) == contrasted[OURS]
         assert name == OURS or differing
     assert list(variants(run, full=False)) == [*CORE]
+
+
+@pytest.mark.parametrize(("args", "full"), [([], False), (["--full"], True), (["--full", "--jobs", "2"], True)])
+def test_the_long_table_is_asked_for_by_a_flag(args, full):
+    parser = make_parser()
+    add_option_arguments(parser, AblateOptions)
+    assert parse(parser, args).full is full
 
 
 def test_bad_requests(run, tmp_path, capsys, change):
