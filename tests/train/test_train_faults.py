@@ -34,10 +34,11 @@ from lgd.train.loop import split_shards
 pytestmark = pytest.mark.faults
 
 STEPS, BATCH = 200, 8
-# Fixed beforehand: undisturbed runs with one and with two threads differed by 7e-7 in the loss terms, by 3.5e-4 in the
-# gradient's norm (each relative to 1 + its size) and by 3e-6 in the weights. At least fifteen times that: ranks and
-# engines add up in yet other orders. With ten times this learning rate two threads differed by 5e-2: that is chaos.
-TERMS, NORM, WEIGHTS = 1e-5, 1e-2, 1e-4
+# Rounding, and how far 200 steps carry it, depend on the CPU: on one, threads differ by 7e-7 in the loss terms, and two
+# workers by 2e-7 from one; on an AMD EPYC two workers by 7e-5, by 5e-3 in the gradient's norm (each relative to 1 + its
+# size) and by 4e-4 in the weights, each time the same. Seven to ten times that is allowed; what a checkpoint may not
+# lose shows at ten times the allowed (below). With ten times this learning rate threads differ by 5e-2: chaos.
+TERMS, NORM, WEIGHTS = 5e-4, 5e-2, 4e-3
 
 
 # ---- what all faults share, here and under Ray ----
