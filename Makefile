@@ -4,14 +4,16 @@ PYTHON ?= python3
 FAISS ?= cpu
 BIN := .venv/bin
 
-# The world of `make evidence`: what its H&E reveals, its seed, and what `lgd ablate` is asked for.
+# `make evidence`: the world (what its H&E reveals, the stain's shortcut, its seed, its folder), the run's folder, and what
+# `lgd ablate` is asked for.
 COUPLING ?= 1.0
-SHORTCUT ?= 0
+SHORTCUT ?=
 SEED ?= 7001
 EVIDENCE ?= runs/evidence
+TISSUE ?= $(EVIDENCE)
 ABLATE ?= --seeds 5 --jobs 2
 
-.PHONY: demo test check bench faults evidence evidence-coupling clean
+.PHONY: demo test check bench faults evidence evidence-coupling evidence-shortcut clean
 
 demo: .venv/installed
 	$(BIN)/lgd demo
@@ -31,11 +33,11 @@ bench: .venv/installed
 	$(BIN)/lgd bench
 
 evidence: .venv/installed
-	$(BIN)/lgd synth $(EVIDENCE)/tissue --pairs 4800 --slides 400 --size 96 --test 0.3 --seed $(SEED) \
-		--coupling $(COUPLING) --shortcut $(SHORTCUT)
-	$(BIN)/lgd build-shards --layout bci --root $(EVIDENCE)/tissue --out $(EVIDENCE)/shards \
-		--slides $(EVIDENCE)/tissue/truth.csv --split keep:0.05 --labelled 24
-	$(BIN)/lgd ablate --config configs/evidence.yaml --run.dir $(EVIDENCE) $(ABLATE)
+	$(BIN)/lgd synth $(TISSUE)/tissue --pairs 4800 --slides 400 --size 96 --test 0.3 --seed $(SEED) \
+		--coupling $(COUPLING) $(if $(SHORTCUT),--shortcut $(SHORTCUT))
+	$(BIN)/lgd build-shards --layout bci --root $(TISSUE)/tissue --out $(TISSUE)/shards \
+		--slides $(TISSUE)/tissue/truth.csv --split keep:0.05 --labelled 24
+	$(BIN)/lgd ablate --config configs/evidence.yaml --run.dir $(EVIDENCE) --data.shards "[$(TISSUE)/shards]" $(ABLATE)
 
 # The same world where the H&E reveals less, and nothing (the null world), with three seeds each.
 evidence-coupling: evidence
@@ -44,6 +46,17 @@ evidence-coupling: evidence
 	done
 	$(BIN)/python tools/plot_coupling.py $(EVIDENCE)/coupling.png 0=$(EVIDENCE)-0 0.5=$(EVIDENCE)-0.5 \
 		0.75=$(EVIDENCE)-0.75 $(COUPLING)=$(EVIDENCE)
+
+# Training slides of which the H&E's strength of stain gives nothing (0) or the level of most (0.9) away, while the test
+# slides are the same and it tells nothing: how far each method falls, under three strengths of stain augmentation.
+evidence-shortcut: .venv/installed
+	for jitter in 0.2 0 0.4; do for shortcut in 0 0.9; do \
+		$(MAKE) evidence SHORTCUT=$$shortcut TISSUE=$(EVIDENCE)-shortcut-$$shortcut \
+			EVIDENCE=$(EVIDENCE)-shortcut-$$shortcut-jitter-$$jitter \
+			ABLATE="--seeds 3 --jobs 2 --data.stain_jitter $$jitter" || exit 1; \
+	done; done
+	$(BIN)/python tools/table_shortcut.py $(foreach jitter,0 0.2 0.4,\
+		$(jitter)=$(EVIDENCE)-shortcut-0-jitter-$(jitter),$(EVIDENCE)-shortcut-0.9-jitter-$(jitter))
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -27,7 +27,7 @@ from lgd.evaluate.embeddings import explained_by_levels
 from lgd.evaluate.markdown import markdown, shown
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.evaluate.report import caveats_of
-from lgd.files import exists, place, publish, write_bytes, write_json
+from lgd.files import exists, place, publish, read_json, write_bytes, write_json
 from lgd.metrics import Predictions
 from lgd.models.export import read_model_config
 from lgd.models.teacher import load_teacher
@@ -188,15 +188,9 @@ def answers(
     weights = read_model_config(folder, kind)["weights_sha256"]
     stamp = f"{weights} {' '.join(shard.sha256 for shard in shards)}"
     if exists(at):
-        with np.load(at) as kept:
-            if str(kept["stamp"]) == stamp:
-                return Predictions(
-                    name=name,
-                    keys=kept["keys"].tolist(),
-                    groups=kept["groups"].tolist(),
-                    level=kept["level"],
-                    probability=kept["probability"],
-                )
+        kept, kept_stamp = _kept(at, name)
+        if kept_stamp == stamp:
+            return kept
     found, _ = score_shards(load_scorer(folder, kind), shards, threads=config.data.threads)
     found = dataclasses.replace(found, name=name)
     with publish(at) as temporary, open(temporary, "wb") as file:
@@ -209,6 +203,42 @@ def answers(
             probability=found.probability,
         )
     return found
+
+
+def _kept(at: Path, name: str) -> tuple[Predictions, str]:
+    with np.load(at) as kept:
+        found = Predictions(
+            name=name,
+            keys=kept["keys"].tolist(),
+            groups=kept["groups"].tolist(),
+            level=kept["level"],
+            probability=kept["probability"],
+        )
+        return found, str(kept["stamp"])
+
+
+def read_table(run: Path) -> dict[str, Any]:
+    """What `ablate` left of a run: its ablation.json; `DataError` where there is none."""
+    path = run / "ablation" / "ablation.json"
+    remedy = f"run lgd ablate --run.dir {run} first"
+    try:
+        table = read_json(path)
+    except DataError as error:
+        raise DataError(f"{error}: {remedy}") from error
+    if table.get("format") != FORMAT:
+        raise DataError(f"{path} is no table of lgd ablate (format {table.get('format')!r}): {remedy}")
+    return dict(table)
+
+
+def read_answers(run: Path) -> dict[str, list[Predictions]]:
+    """The answers behind the table of a run, by row: one a seed, and one of the teacher."""
+    folder, table = run / "ablation", read_table(run)
+    return {
+        name: [_kept(folder / "teacher.npz", name)[0]]
+        if name == MOST
+        else [_kept(folder / slug(name) / f"seed-{number}.npz", name)[0] for number in range(table["seeds"])]
+        for name in table["rows"]
+    }
 
 
 def compare(rows: dict[str, list[Predictions]], resamples: int, seed: int) -> dict[str, Any]:

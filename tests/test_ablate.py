@@ -171,3 +171,20 @@ def test_gains_are_drawn_against_the_coupling(run, tmp_path, capsys):
     done = subprocess.run([*tool, f"0={tmp_path}"], capture_output=True, text=True)
     assert done.returncode == 1 and "ablation.json" in done.stderr and "run lgd ablate" in done.stderr
     assert subprocess.run([*tool, str(run.run.dir)], capture_output=True).returncode == 2
+
+
+def test_the_fall_by_a_shortcut_is_paired_with_its_control(run, tmp_path, capsys):
+    """A run beside itself falls by nothing; the scores are those of its own table."""
+    assert main(command(run, tmp_path, "--seeds", "2")) == 0
+    capsys.readouterr()
+    tool = [sys.executable, str(Path(__file__).parents[1] / "tools" / "table_shortcut.py")]
+    done = subprocess.run([*tool, f"0.2={run.run.dir},{run.run.dir}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = ablate.read_table(Path(run.run.dir))
+    for name, row in table["rows"].items():
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"| 0.2 | {name} |"))
+        assert line.count(f"| {row['kappa']['mean']['value']:.3f} [") == 2
+        assert line.endswith("| +0.000 [+0.000, +0.000] |")
+    done = subprocess.run([*tool, f"0.2={run.run.dir},{tmp_path}"], capture_output=True, text=True)
+    assert done.returncode == 1 and "ablation.json is missing: run lgd ablate --run.dir" in done.stderr
+    assert subprocess.run([*tool, str(run.run.dir)], capture_output=True).returncode == 2

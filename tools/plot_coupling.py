@@ -9,11 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lgd.ablate import FORMAT, METRICS, OURS  # noqa: E402
+from lgd.ablate import METRICS, OURS, read_table  # noqa: E402
 from lgd.config import DataError  # noqa: E402
 from lgd.evaluate.figures import gain_curves  # noqa: E402
 from lgd.evaluate.markdown import markdown, shown  # noqa: E402
-from lgd.files import read_json  # noqa: E402
 
 
 def run(argv: list[str]) -> int:
@@ -30,15 +29,11 @@ def run(argv: list[str]) -> int:
             value = float(coupling)
         except ValueError:
             parser.error(f"{one}: give COUPLING=RUN, such as 0.5=runs/evidence-0.5")
-        path = Path(folder) / "ablation" / "ablation.json"
         try:
-            table = read_json(path)
-            if table.get("format") != FORMAT:
-                raise DataError(f"{path} is no table of lgd ablate (format {table.get('format')!r})")
+            tables[value] = read_table(Path(folder))
         except DataError as error:
-            print(f"plot_coupling: {error}: run lgd ablate in {folder} first", file=sys.stderr)
+            print(f"plot_coupling: {error}", file=sys.stderr)
             return 1
-        tables[value] = table
     gain_curves(tables, asked.metric, asked.out)
     couplings = sorted(tables)
     rows = [

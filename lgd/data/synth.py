@@ -61,9 +61,10 @@ class SynthOptions:
     """Virtual slides, with the levels balanced over them; 0 for one slide per 8 pairs, and at least 8."""
     coupling: float = 0.7
     """How much the H&E's morphology reveals of the level: 0 nothing, 1 much."""
-    shortcut: float = 0.0
-    """Share of the training slides whose level the strength of the H&E's stain gives away, while in the folder `test`
-    it tells nothing; 0 leaves the strengths as the slides have them."""
+    shortcut: float | None = None
+    """Give each slide's H&E one of four strengths of stain, which tells the level of this share of the training slides
+    and nothing in the folder `test`: 0 is the control of 0.9, with the same test images. By default each slide has a
+    strength of its own."""
     test: float = 0.25
     """Share of the slides in the folder `test`."""
     workers: int = 0
@@ -76,7 +77,7 @@ class SynthOptions:
         require(self.seed >= 0, f"seed is {self.seed}: use 0 or more")
         require(0 <= self.slides <= self.pairs, f"slides is {self.slides}: use 0 to pairs ({self.pairs})")
         require(0 <= self.coupling <= 1, f"coupling is {self.coupling}: use 0 to 1")
-        require(0 <= self.shortcut <= 1, f"shortcut is {self.shortcut}: use 0 to 1")
+        require(self.shortcut is None or 0 <= self.shortcut <= 1, f"shortcut is {self.shortcut}: use 0 to 1")
         require(0 <= self.test < 1, f"test is {self.test}: use 0 or more, below 1")
         require(self.workers >= 0, f"workers is {self.workers}: use 0 (one a CPU) or more")
         require(
@@ -132,7 +133,7 @@ def _recipe(options: SynthOptions) -> dict[str, Any]:
     """The options that decide about the bytes."""
     recipe = dataclasses.asdict(options) | {"slides": options.slide_count}
     del recipe["out"], recipe["workers"]
-    if not options.shortcut:
+    if options.shortcut is None:
         # As it was before there were any.
         del recipe["shortcut"]
     return recipe
@@ -204,7 +205,7 @@ def _draw(task: _Task) -> dict[str, Any]:
     """Draw one pair, write its two files, and give its row of the truth."""
     options = task.options
     strength = None
-    if options.shortcut:
+    if options.shortcut is not None:
         strength = shortcut_of(options.seed, task.slide, options.shortcut if task.split == "train" else 0.0)
     he, ihc, truth = draw_pair(options.seed, task.slide, task.patch, options.size, options.coupling, strength=strength)
     for stain, image in (("HE", he), ("IHC", ihc)):

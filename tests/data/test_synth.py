@@ -192,6 +192,15 @@ def test_a_shortcut_is_in_the_stain_of_the_training_slides_only(tmp_path):
     assert dark("test", "3+") < 1.3 * dark("test", "0")
     for path in (plain / "IHC").glob("*/*.png"):
         assert path.read_bytes() == (short / path.relative_to(plain)).read_bytes()
+    # The control differs in training only.
+    control = tmp_path / "control"
+    synthesise(SynthOptions(out=str(control), shortcut=0.0, **options))
+    same = {
+        split: [path.read_bytes() == (control / path.relative_to(short)).read_bytes() for path in images]
+        for split in ("train", "test")
+        if (images := sorted((short / "HE" / split).glob("*.png")))
+    }
+    assert all(same["test"]) and 0 < sum(same["train"]) < len(same["train"])
 
 
 def test_a_shortcut_tells_the_level_of_as_many_slides_as_asked():
