@@ -75,7 +75,12 @@ def _told(message: str, args: Sequence[str], files: Sequence[str]) -> str:
     value = re.fullmatch(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL)
     if value:
         given = any(arg.split("=")[0] == f"--{value[1]}" for arg in args)
-        return f"{'' if given or not files else ', '.join(files) + ': '}{value[1]}: {value[2]}"
+        wrong = value[2]
+        kinds = re.findall(r"- Expected an? <class '(\w+)'>", wrong)
+        if kinds:
+            *_, told = wrong.rpartition("Given value: ")
+            wrong = f"{told} is no {' or '.join(kinds).replace('NoneType', 'null')}"
+        return f"{'' if given or not files else ', '.join(files) + ': '}{value[1]}: {wrong}"
     unknown = re.match(r"unrecognized arguments: --([\w.]+)", message)
     if unknown:
         names = [f"{name}.{key}" for name, keys in _known().items() for key in keys]

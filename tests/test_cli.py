@@ -152,11 +152,12 @@ def test_a_bad_configuration(tmp_path, capsys, yaml, told):
         ["build-shards", "--layout", "bci", "--root", "r", "--out", "o", "--split", "group:0.9,0.9,0.1"],
         ["train", "--config", "absent.yaml"],
         ["synth"],
+        ["synth", "o", "--pairs", "8", "--shortcut", "much"],
     ],
 )
 def test_a_bad_command_line(capsys, args):
     status, out, err = run(capsys, *args)
-    assert status == 2
+    assert status == 2 and "\n" not in err.strip()
     assert err.startswith("lgd: ") and "Traceback" not in err and not out
 
 
