@@ -60,6 +60,10 @@ class Problem(NamedTuple):
     he: str = ""
     ihc: str = ""
 
+    def order(self) -> tuple[Any, ...]:
+        """To sort by: by name, with row 9 before row 10."""
+        return (*(int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", self.name)), *self)
+
 
 class _Found(NamedTuple):
     """A pair before its key is known to be good and its slide is looked up."""
@@ -114,7 +118,7 @@ def find_pairs(
     if slides is not None:
         pairs = _with_slides(pairs, place(slides), problems)
     pairs = _printable(pairs, problems)
-    return sorted(pairs, key=lambda pair: pair.key), sorted(problems)
+    return sorted(pairs, key=lambda pair: pair.key), sorted(problems, key=Problem.order)
 
 
 def safe_key(stem: str) -> str:

@@ -230,7 +230,7 @@ def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], lis
     )
     sources = [entry for _, found in checked for entry in found if isinstance(entry, Source)]
     more = [entry for _, found in checked for entry in found if isinstance(entry, Problem)]
-    problems = sorted(problems + more)
+    problems = sorted(problems + more, key=Problem.order)
     if problems and (options.on_bad == "stop" or not sources):
         lines = "\n".join(f"  {problem.name}: {problem.reason}" for problem in problems)
         remedy = "leave them out with --on-bad skip" if sources else "no pair is left"

@@ -63,6 +63,13 @@ def test_what_cannot_be_paired_is_named(tmp_path, make, name, reason):
     assert reason in next(problem.reason for problem in problems if problem.name == name)
 
 
+def test_the_problems_of_a_csv_are_in_the_order_of_its_rows(tmp_path):
+    table = tmp_path / "pairs.csv"
+    table.write_text("he,ihc\n" + "".join(f"/abs/{number}.png,a.png\n" for number in range(12)))
+    _, problems = find_pairs("csv", table)
+    assert [problem.name for problem in problems] == [f"pairs.csv row {row}" for row in range(2, 14)]
+
+
 def test_dots_in_a_stem_become_underscores(tmp_path):
     both(tmp_path, "train/x.y z_1+.png")
     pairs, problems = find_pairs("bci", tmp_path)
