@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lgd.config import Config, DataError, require
+from lgd.config import Config
 from lgd.data.shards import Shard, open_shards
 from lgd.distribute import map_with
+from lgd.errors import DataError, require
 from lgd.evaluate import seeds
 from lgd.evaluate.compare import pooled_latents
 from lgd.evaluate.embeddings import explained_by_levels

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lgd.config import ConfigError, DataError
+from lgd.errors import ConfigError, DataError
 from lgd.files import exists
 from lgd.progress import progress
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lgd
-from lgd.config import ConfigError, DataError
+from lgd.errors import ConfigError, DataError
 from lgd.options import make_parser, parse
 from lgd.verbs import VERBS
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
+from lgd.errors import require
+
 LEVEL_NAMES = ("0", "1+", "2+", "3+")
 
 # These are facts of `train:`; a second place for them would let the two disagree.
@@ -26,24 +28,6 @@ _REFUSED_IN_DEEPSPEED = (
     "fp16",
     "torch_autocast",
 )
-
-
-class ConfigError(ValueError):
-    """The command line or the configuration is wrong (exit status 2)."""
-
-
-class DataError(ValueError):
-    """The data or the environment is wrong (exit status 1)."""
-
-
-class Stopped(DataError):
-    """Training was asked to end, and saved a checkpoint."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `ConfigError(message)` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

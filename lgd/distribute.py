@@ -17,7 +17,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_complete
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lgd.config import ConfigError, DataError, Stopped
+from lgd.errors import ConfigError, DataError, Stopped
 from lgd.files import exists, is_remote, place, read_bytes, remove, write_bytes
 
 # Ray Train prints each line twice otherwise, and warns of a default that does not concern us.

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal
 
 import xxhash
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.urls import FULL, MissingError, RemoteError, call, is_remote, place, upload
 
 Kind = Literal["file", "folder", "other"]

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lgd.config import LEVEL_NAMES, DataError
+from lgd.config import LEVEL_NAMES
+from lgd.errors import DataError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

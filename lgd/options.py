@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from lgd.config import Config, ConfigError
+from lgd.config import Config
+from lgd.errors import ConfigError
 from lgd.files import read_bytes
 
 

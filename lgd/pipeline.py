@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import lgd
-from lgd.config import Config, ConfigError, DataError
+from lgd.config import Config
 from lgd.data.shards import Shard, ShardOptions, build, open_shards
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.distribute import disconnect
 from lgd.doctor import version_of
+from lgd.errors import ConfigError, DataError
 from lgd.files import (
     exists,
     is_remote,

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.files import matches, sync
 from lgd.urls import FULL, call, is_remote, place
 

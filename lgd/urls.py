@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from lgd.config import DataError
+from lgd.errors import DataError
 
 Result = TypeVar("Result")
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lgd.config import Config, ConfigError, DataError
+from lgd.config import Config
+from lgd.errors import ConfigError, DataError
 from lgd.options import add_config_arguments, add_option_arguments, config_of
 from lgd.tables import print_csv, print_table
 

@@ -15,9 +15,9 @@ from PIL import Image
 from lgd import ablate
 from lgd.ablate import CORE, MOST, OURS, PARTS, AblateOptions, slug, variants
 from lgd.cli import main
-from lgd.config import ConfigError
 from lgd.data.shards import ShardOptions, build, open_shards
 from lgd.data.stream import Reader
+from lgd.errors import ConfigError
 from lgd.files import read_json
 from lgd.options import add_option_arguments, make_parser, parse
 

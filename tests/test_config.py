@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from lgd.cli import main
-from lgd.config import Config, ConfigError
+from lgd.config import Config
+from lgd.errors import ConfigError
 from lgd.options import load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

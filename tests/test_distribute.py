@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lgd import distribute
 from lgd.cli import main
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.files import read_json
 from lgd.store.latents import Store
 from lgd.train.engine import deepspeed_problem

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.files import digest_of, exclusive, list_folder, publish, read_json, sha256, write_bytes, write_json
 
 

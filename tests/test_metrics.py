@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from lgd import metrics
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.metrics import METRICS, Predictions, bootstrap, by_slide, score
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.files import exists, list_folder, read_bytes, read_json, write_json
 from lgd.remote import fetch, open_file
 from lgd.urls import MissingError, RemoteError

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.urls import is_remote, place
 
 

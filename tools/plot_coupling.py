@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lgd.ablate import METRICS, OURS, read_table  # noqa: E402
-from lgd.config import DataError  # noqa: E402
+from lgd.errors import DataError  # noqa: E402
 from lgd.evaluate.figures import gain_curves  # noqa: E402
 from lgd.evaluate.markdown import markdown, shown  # noqa: E402
 

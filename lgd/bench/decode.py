@@ -20,8 +20,9 @@ from lgd.bench.inputs import Inputs, draw
 from lgd.bench.loader import count_for, pixels
 from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
 from lgd.bench.teacher import train_teacher
-from lgd.config import LEVEL_NAMES, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.pairs import PatchPair, find_pairs
+from lgd.errors import DataError
 from lgd.models.teacher import Teacher, load_teacher
 
 Decoder = Callable[[bytes, int], np.ndarray]

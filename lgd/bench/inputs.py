@@ -12,12 +12,13 @@ from typing import Any
 import simplejpeg
 
 from lgd.bench.measure import Settings
-from lgd.config import LEVEL_NAMES, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.archive import Shard, read_sample
 from lgd.data.image import header
 from lgd.data.pairs import PatchPair, find_pairs
 from lgd.data.sections import draw_pair
 from lgd.data.shards import ShardOptions, build, open_shards
+from lgd.errors import DataError
 
 _DRAWN = 16
 """Distinct virtual pairs; each of another slide."""

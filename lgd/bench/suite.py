@@ -14,7 +14,7 @@ from typing import Any
 
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Settings, machine, pinned, versions
-from lgd.config import ConfigError
+from lgd.errors import ConfigError
 
 FORMAT = "lgd-bench/1"
 BENCHMARKS = {

@@ -16,10 +16,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from zlib_ng.zlib_ng import crc32
 
-from lgd.config import LEVEL_NAMES, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.image import EXTENSIONS, kind
 from lgd.data.index import INDEX, REBUILD, ROLES, forget, load_index, tiled
 from lgd.data.meta import parse_meta
+from lgd.errors import DataError
 from lgd.files import digest_of, publish, read_json
 from lgd.remote import open_file
 from lgd.urls import RemoteError, is_remote, place

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lgd.config import DataError
 from lgd.data.archive import open_shards
 from lgd.data.pairs import Problem
 from lgd.data.sources import in_threads
+from lgd.errors import DataError
 from lgd.files import is_remote, list_folder, place, publish, read_json, remove, write_bytes, write_json
 
 _FILE = r"([A-Za-z0-9_]+-\d{6}\.(tar|idx)|\.[A-Za-z0-9_]+-\d{6}\.json|manifest\.json|rejected\.csv|\.building\.json)"

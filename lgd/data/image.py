@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, features
 
-from lgd.config import DataError
+from lgd.errors import DataError
 
 RESIZE = "scaled JPEG decoding, then antialiased bilinear (1)"
 """How `decode` shrinks: what was computed from its pixels depends on it. Change it with the pixels."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.remote import fetch, open_file
 from lgd.urls import is_remote
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-from lgd.config import LEVEL_NAMES, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.meta import UNPRINTABLE
+from lgd.errors import DataError
 from lgd.files import Kind, exists, is_remote, list_folder, place, read_bytes
 from lgd.urls import MissingError
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lgd.config import LEVEL_NAMES, DataError, require
+from lgd.config import LEVEL_NAMES
 from lgd.data.archive import FORMAT, INDEX, ROLES, Shard, is_whole, open_shards, read_member, write_archive
 from lgd.data.building import begin, entry_path, finish, is_finished, open_target, reused, write_rejected
 from lgd.data.image import codecs, decode
@@ -40,6 +40,7 @@ from lgd.data.sources import (
     same_types,
 )
 from lgd.data.split import SPLITS, parse_split
+from lgd.errors import DataError, require
 from lgd.files import digest_of, exists, is_remote, place, read_json, sha256, upload, write_json
 from lgd.progress import progress
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lgd.config import LEVEL_NAMES, ConfigError, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.image import check, decode, encode
 from lgd.data.pairs import PatchPair, Problem
 from lgd.data.split import SplitRule, split_of
 from lgd.distribute import ahead
+from lgd.errors import ConfigError, DataError
 from lgd.files import digest_of, read_bytes
 from lgd.urls import MissingError, RemoteError
 

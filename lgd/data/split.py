@@ -8,7 +8,7 @@ import hashlib
 import math
 from typing import NamedTuple
 
-from lgd.config import ConfigError
+from lgd.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
 

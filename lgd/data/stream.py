@@ -14,10 +14,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lgd.config import DataError
 from lgd.data.archive import Shard, read_sample
 from lgd.data.image import decode
 from lgd.data.plan import firsts
+from lgd.errors import DataError
 from lgd.files import is_remote
 
 Numbers = Sequence[int] | np.ndarray

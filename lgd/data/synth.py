@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from lgd.config import LEVEL_NAMES, DataError, require
+from lgd.config import LEVEL_NAMES
 from lgd.data.sections import draw_pair, shortcut_of, slide_level
+from lgd.errors import DataError, require
 from lgd.files import publish, read_json, write_json
 from lgd.progress import progress
 

@@ -13,11 +13,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lgd.config import LEVEL_NAMES, ConfigError, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.archive import Shard, missing, read_manifest, read_sample
 from lgd.data.image import check, codecs
 from lgd.data.meta import FIELDS
 from lgd.data.shards import ShardOptions
+from lgd.errors import ConfigError, DataError
 from lgd.files import list_folder
 from lgd.progress import progress
 from lgd.urls import RemoteError, is_remote, place

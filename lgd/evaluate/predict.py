@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from lgd.config import LEVEL_NAMES, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.image import decode
 from lgd.data.pairs import read_slides, safe_key
 from lgd.data.shards import Shard
 from lgd.data.stream import Reader, in_batches, stream
+from lgd.errors import DataError
 from lgd.metrics import Predictions
 from lgd.models.student import load_student
 from lgd.models.teacher import load_teacher

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lgd.config import LEVEL_NAMES, DataError
+from lgd.config import LEVEL_NAMES
+from lgd.errors import DataError
 from lgd.metrics import Floats, Interval, Ints, draws, interval
 
 # Similarities that are worked out at a time: 32 MB.

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lgd.config import LEVEL_NAMES, ConfigError, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.pairs import read_slides, safe_key
+from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import Answer, Hit, Stored, near_duplicates
 from lgd.evaluate.predict import Scorer, as_level, score_files
 from lgd.store.latents import Store

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lgd.config import LEVEL_NAMES, ConfigError, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.shards import Shard, open_shards
 from lgd.data.stream import Reader
+from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import Answer, Hit, Stored, Vote
 from lgd.evaluate.figures import Neighbour, Query, contact_sheet
 from lgd.evaluate.predict import read_image

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.metrics import (
     LEVELS,
     Predictions,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lgd.config import ConfigError, DataError
+from lgd.errors import ConfigError, DataError
 
 # For random weights. On ImageNet's scale a white background is +2.4, and training left its first plateau later
 # (virtual H&E, one seed: 0.39 against 0.55 of the training patches after 10 epochs).

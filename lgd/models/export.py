@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.files import exists, place, publish, read_json, remove, sha256, write_json
 from lgd.remote import fetch
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from lgd import distribute
-from lgd.config import Config, DataError
+from lgd.config import Config
 from lgd.data.shards import Shard
 from lgd.data.stream import Sample
+from lgd.errors import DataError
 from lgd.files import exclusive, exists, is_remote, list_folder, place
 from lgd.progress import progress
 from lgd.store.latents import Store, commit

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.store.parts import Part
 from lgd.store.search import import_faiss, unit
 

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lgd.config import ConfigError, DataError
 from lgd.data.archive import open_shards
 from lgd.data.stream import Reader
+from lgd.errors import ConfigError, DataError
 from lgd.files import exists, list_folder, place, read_json, remove, write_bytes, write_json
 from lgd.store.latents import Store
 from lgd.store.parts import Part

@@ -34,8 +34,8 @@ from typing import Any
 
 import numpy as np
 
-from lgd.config import DataError
 from lgd.distribute import map_with
+from lgd.errors import DataError
 from lgd.files import digest_of, is_remote, publish, remove, write_json, xxh3
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of, code_bytes

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lgd.config import DataError
 from lgd.data.shards import Shard
+from lgd.errors import DataError
 from lgd.files import digest_of, list_folder, place, read_json, remove, told_differences, write_json
 from lgd.store.parts import Part
 from lgd.store.sidecar import FORMAT, REMEDY, check_layout, layout_of, part_name, read_sidecar

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.files import xxh3
 from lgd.remote import open_file
 from lgd.store.sidecar import REMEDY, layout_of, read_sidecar

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.files import digest_of, exists, read_json, xxh3
 from lgd.remote import open_file
 from lgd.store.faiss_file import cells_of, check_file

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lgd.config import DataError
 from lgd.data.shards import Shard
+from lgd.errors import DataError
 from lgd.files import digest_of, read_json, size_of
 
 FORMAT = "lgd-latents/1"

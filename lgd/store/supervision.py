@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from lgd.config import Config, DataError
+from lgd.config import Config
 from lgd.data.image import RESIZE
 from lgd.data.shards import Shard, decode, open_shards
 from lgd.data.stream import Reader, Sample, in_batches
+from lgd.errors import DataError
 from lgd.models.export import read_model_config
 from lgd.stain.targets import TARGET_SETTINGS
 from lgd.store.latents import Store

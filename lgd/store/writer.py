@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lgd.config import DataError
 from lgd.data.shards import Shard
+from lgd.errors import DataError
 from lgd.files import digest_of, publish, sync, write_json, xxh3
 from lgd.store.sidecar import FORMAT, part_name
 

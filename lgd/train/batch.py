@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lgd.config import Data, DataError
+from lgd.config import Data
 from lgd.data.augment import drawn_views
 from lgd.data.plan import Plan, World, eval_numbers, rank_positions
 from lgd.data.stream import Reader, Sample, Samples, in_batches, stream
+from lgd.errors import DataError
 from lgd.store.latents import Rows
 from lgd.train.targets import Contrast, Queue
 

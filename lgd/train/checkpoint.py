@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.files import (
     exists,
     is_remote,

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lgd.config import ConfigError, DataError, Train
+from lgd.config import Train
 from lgd.data.plan import World
+from lgd.errors import ConfigError, DataError
 
 Moments = dict[str, dict[str, torch.Tensor]]
 """Parameter name -> AdamW's `exp_avg` and `exp_avg_sq`, float32."""

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lgd.config import LEVEL_NAMES, Config, DataError
+from lgd.config import LEVEL_NAMES, Config
 from lgd.data.archive import count_levels
 from lgd.data.plan import World
 from lgd.data.shards import Shard, open_shards
+from lgd.errors import DataError
 from lgd.files import digest_of, exists, is_remote, list_folder, place, read_json, remove_folder, sha256
 from lgd.train import checkpoint
 from lgd.train.engine import choose

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lgd.config import LEVEL_NAMES, DataError
+from lgd.config import LEVEL_NAMES
+from lgd.errors import DataError
 from lgd.files import exists, is_remote, read_bytes, upload_folder, write_bytes
 from lgd.metrics import confusion
 from lgd.progress import progress

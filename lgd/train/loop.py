@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 import lgd
-from lgd.config import Config, DataError, Stopped
+from lgd.config import Config
 from lgd.data.plan import Plan, World
 from lgd.data.shards import Shard, open_shards
 from lgd.data.stream import Reader
+from lgd.errors import DataError, Stopped
 from lgd.files import digest_of
 from lgd.metrics import fit_temperature
 from lgd.models.export import save_model

@@ -16,7 +16,7 @@ from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Rate, Ratio, Settings, alternate, cpu_seconds, pinned, steady, taking_turns
 from lgd.bench.suite import BENCHMARKS, bench, rows, summary
 from lgd.cli import main
-from lgd.config import ConfigError, DataError
+from lgd.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")

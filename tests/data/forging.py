@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgd.config import DataError
 from lgd.data.archive import INDEX, open_shards
 from lgd.data.image import encode
 from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
 from lgd.data.verify import verify
+from lgd.errors import DataError
 from lgd.files import digest_of, sha256
 
 FIRST = "train-000000"

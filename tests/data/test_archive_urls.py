@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from lgd.config import DataError
 from lgd.data.archive import open_shards, read_sample
 from lgd.data.verify import verify
+from lgd.errors import DataError
 
 
 @pytest.fixture(scope="module")

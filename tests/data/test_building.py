@@ -12,10 +12,10 @@ import urllib.request
 import pytest
 from test_shards import contents, make_bci
 
-from lgd.config import DataError
 from lgd.data.pairs import find_pairs
 from lgd.data.shards import ShardOptions, build
 from lgd.data.sources import CheckJob, check_chunk
+from lgd.errors import DataError
 from lgd.files import list_folder, place, read_bytes, write_bytes, write_json
 from lgd.urls import RemoteError
 

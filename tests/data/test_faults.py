@@ -20,10 +20,10 @@ from forging import (
     with_extra,
 )
 
-from lgd.config import DataError
 from lgd.data.archive import INDEX, open_shards
 from lgd.data.stream import Reader
 from lgd.data.verify import verify
+from lgd.errors import DataError
 
 pytestmark = pytest.mark.faults
 KINDS = ("jpg", "png", "webp")

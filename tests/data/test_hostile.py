@@ -29,10 +29,10 @@ from forging import (
 )
 from PIL import Image
 
-from lgd.config import DataError
 from lgd.data.archive import open_shards
 from lgd.data.image import EXTENSIONS, decode
 from lgd.data.verify import verify
+from lgd.errors import DataError
 from lgd.files import digest_of
 
 pytestmark = pytest.mark.faults

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgd.config import DataError
 from lgd.data import image as image_module
 from lgd.data.image import check, decode, encode, header
+from lgd.errors import DataError
 
 
 def smooth(height=64, width=64):

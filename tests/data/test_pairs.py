@@ -1,7 +1,7 @@
 import pytest
 
-from lgd.config import DataError
 from lgd.data.pairs import find_pairs, safe_key
+from lgd.errors import DataError
 
 
 def touch(root, *names):

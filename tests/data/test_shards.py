@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from lgd.config import ConfigError, DataError
 from lgd.data.image import encode
 from lgd.data.shards import INDEX, ROLES, ShardOptions, build, decode, open_shards, read_member
 from lgd.data.sources import CheckJob
 from lgd.data.verify import verify
+from lgd.errors import ConfigError, DataError
 
 LEVELS = ("0", "1+", "2+", "3+")
 

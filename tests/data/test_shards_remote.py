@@ -19,10 +19,10 @@ import pytest
 
 from lgd import distribute
 from lgd.cli import main
-from lgd.config import DataError
 from lgd.data.image import encode
 from lgd.data.shards import ShardOptions, build
 from lgd.data.verify import verify
+from lgd.errors import DataError
 
 PAIRS = 30
 

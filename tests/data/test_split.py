@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lgd.config import ConfigError
 from lgd.data.split import SPLITS, assign, parse_split, split_of
+from lgd.errors import ConfigError
 
 
 def test_the_three_forms():

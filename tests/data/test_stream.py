@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.config import DataError
 from lgd.data.archive import ROLES, open_shards
 from lgd.data.image import decode
 from lgd.data.plan import Plan, World, rank_positions
 from lgd.data.stream import Reader, in_batches, stream
+from lgd.errors import DataError
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lgd.config import DataError
 from lgd.data.archive import open_shards
 from lgd.data.stream import Reader, in_batches, stream
+from lgd.errors import DataError
 from lgd.files import read_json
 from lgd.train.launch import train_under
 

@@ -8,10 +8,11 @@ import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lgd.config import LEVEL_NAMES, ConfigError, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.sections import draw_pair, grade_of, shortcut_of, slide_level
 from lgd.data.synth import TRUTH_COLUMNS, SynthOptions, synthesise
 from lgd.data.tissue import MPP
+from lgd.errors import ConfigError, DataError
 
 _DAB = np.linalg.inv([(0.650, 0.704, 0.286), (0.268, 0.570, 0.776), (0.6, -0.55, 0.25)])[:, 1]
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.evaluate import compare
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.evaluate.ranking import average_precision, own_ranks

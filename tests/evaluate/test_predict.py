@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from lgd.cli import main
-from lgd.config import LEVEL_NAMES, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.image import decode
 from lgd.data.stream import Reader
+from lgd.errors import DataError
 from lgd.evaluate.predict import (
     find_images,
     load_scorer,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.evaluate.ranking import average_precision, by_level, mean_with_interval, own_pair, own_ranks
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgd.config import LEVEL_NAMES, DataError
+from lgd.config import LEVEL_NAMES
+from lgd.errors import DataError
 from lgd.evaluate.embeddings import measure, of_ihc
 from lgd.evaluate.figures import Neighbour, Query, confusion_matrix, contact_sheet
 from lgd.evaluate.report import caveats_of, table, write_report

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from lgd.cli import main
-from lgd.config import LEVEL_NAMES, ConfigError, DataError
+from lgd.config import LEVEL_NAMES
 from lgd.data.archive import open_shards
 from lgd.data.stream import Reader
+from lgd.errors import ConfigError, DataError
 from lgd.evaluate.predict import find_images, load_scorer, score_files
 from lgd.evaluate.retrieve import check_pair, query
 from lgd.evaluate.sheet import Gallery

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lgd.cli import main
-from lgd.config import LEVEL_NAMES, ConfigError, DataError
+from lgd.config import LEVEL_NAMES
+from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import as_json, summary
 from lgd.evaluate.retrieve import query
 from lgd.store.latents import Store

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.evaluate.seeds import difference, gap_closed, mean_of
 from lgd.metrics import Predictions, score
 

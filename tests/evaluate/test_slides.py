@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.evaluate.slides import ANSWERS, both_ways, by_area
 from lgd.metrics import Predictions, by_slide, paired_difference, score
 

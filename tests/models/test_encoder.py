@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from lgd.config import ConfigError, DataError
+from lgd.errors import ConfigError, DataError
 from lgd.models.encoder import PRESETS, Encoder, build_encoder
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.models.encoder import build_encoder
 from lgd.models.export import load_weights, read_model_config, save_model
 from lgd.models.student import Student, load_student, student_from

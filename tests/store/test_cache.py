@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from lgd.cli import main
-from lgd.config import DataError
 from lgd.data.archive import open_shards
 from lgd.data.augment import d4
 from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
+from lgd.errors import DataError
 from lgd.models.export import save_model
 from lgd.models.teacher import load_teacher
 from lgd.stain.targets import membrane_grid, nuclei_grid

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lgd.cli import main
-from lgd.config import ConfigError, DataError
 from lgd.data.archive import open_shards
 from lgd.data.shards import ShardOptions, build
+from lgd.errors import ConfigError, DataError
 from lgd.files import digest_of, write_json
 from lgd.store.cache import cache_latents
 from lgd.store.export import ExportOptions, Patch, export, file_name, places

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.config import DataError
 from lgd.data.archive import Shard
 from lgd.distribute import disconnect
+from lgd.errors import DataError
 from lgd.files import digest_of, read_json, write_json, xxh3
 from lgd.store import exact, index, search
 from lgd.store.exact import Latents, nearest, overlap

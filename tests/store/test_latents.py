@@ -6,8 +6,8 @@ import h5py
 import numpy as np
 import pytest
 
-from lgd.config import DataError
 from lgd.data.archive import Shard
+from lgd.errors import DataError
 from lgd.files import digest_of, write_json
 from lgd.store.latents import Rows, Store, commit, read_all
 from lgd.store.sidecar import is_complete, part_name

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from lgd.cli import main
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.files import digest_of, write_json, xxh3
 from lgd.pipeline import all_shards as shards_of
 from lgd.store.cache import cache_latents

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lgd.cli import main
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.pipeline import all_shards
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Rows, Store

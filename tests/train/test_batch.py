@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from lgd.config import DataError
 from lgd.data.archive import open_shards
 from lgd.data.augment import d4, d4_grid
 from lgd.data.plan import Plan, World
 from lgd.data.stream import Reader, stream
+from lgd.errors import DataError
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Rows, Store
 from lgd.train.batch import collate, evaluation_batches, training_batches

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
-from lgd.config import ConfigError, DataError, Train
+from lgd.config import Train
 from lgd.data.plan import World
+from lgd.errors import ConfigError, DataError
 from lgd.train import engine as engines
 from lgd.train.engine import build_extension, choose, deepspeed_problem, make_engine
 

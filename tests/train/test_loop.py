@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from lgd.config import DataError
 from lgd.data.archive import ROLES, open_shards
 from lgd.data.plan import Plan, World
 from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
+from lgd.errors import DataError
 from lgd.files import read_json
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Store, read_all

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loop import assert_same_curve, log_of
 
-from lgd.config import DataError
 from lgd.data.archive import open_shards
 from lgd.data.plan import Plan, World
 from lgd.data.stream import Reader
+from lgd.errors import DataError
 from lgd.models.teacher import load_teacher
 from lgd.store.latents import Store, read_all
 from lgd.train.batch import training_batches

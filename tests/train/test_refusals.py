@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from lgd.cli import main
-from lgd.config import DataError, Train
+from lgd.config import Train
 from lgd.data.archive import open_shards
 from lgd.data.plan import World
 from lgd.data.shards import ShardOptions, build
+from lgd.errors import DataError
 from lgd.files import read_json
 from lgd.pipeline import all_shards
 from lgd.store.latents import Store, commit

@@ -15,7 +15,7 @@ from test_loop import AfterReads
 
 from lgd import distribute, pipeline
 from lgd.cli import main
-from lgd.config import DataError, Stopped
+from lgd.errors import DataError, Stopped
 from lgd.files import read_bytes, read_json
 from lgd.options import load_config
 from lgd.train import checkpoint, launch

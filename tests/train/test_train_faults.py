@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from test_loop import AfterReads, log_of
 from torch.multiprocessing.spawn import spawn
 
-from lgd.config import Stopped
 from lgd.data.plan import Plan
+from lgd.errors import Stopped
 from lgd.files import read_json, write_json, xxh3
 from lgd.train import checkpoint, launch, loop
 from lgd.train.engine import deepspeed_problem
