@@ -67,7 +67,7 @@ def test_a_folder_is_listed_by_kind(tmp_path):
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     code = (
         "import resource, sys\n"
-        "from lgd.config import DataError\n"
+        "from lgd.errors import DataError\n"
         "from lgd.files import write_bytes\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try: write_bytes(sys.argv[1], bytes(2000))\n"

@@ -254,7 +254,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(web, cache):
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from lgd.remote import fetch\n"
-        "from lgd.config import DataError\n"
+        "from lgd.errors import DataError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         f"try: fetch({url!r}, {digest!r}, {size})\n"
         "except DataError as error: print(error)\n"

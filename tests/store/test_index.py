@@ -413,7 +413,7 @@ def test_a_forged_table_is_refused(indexed, tmp_path):
 SWEEP = """
 import sys
 import numpy as np
-from lgd.config import DataError
+from lgd.errors import DataError
 from lgd.files import digest_of, read_json, write_json, xxh3
 from lgd.store.latents import Store
 from lgd.store.search import Searcher
