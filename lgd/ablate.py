@@ -2,6 +2,7 @@
 
     RUN/ablation/VARIANT/seed-0/           a network and its log, as of `lgd train`
     RUN/ablation/VARIANT/seed-0.npz        what it says about the report's split
+    RUN/ablation/teacher.npz               what the teacher says; colour-only.npz, what stain and background alone say
     RUN/ablation/ablation.json, .md        the table
 
 All share one teacher, one store and as many samples; they differ in `student:` and in the seed. What is done is found
@@ -23,6 +24,7 @@ from lgd.data.shards import Shard, open_shards
 from lgd.distribute import map_with
 from lgd.errors import DataError, require
 from lgd.evaluate import seeds
+from lgd.evaluate.colour import COLOUR, HOW, colour_only
 from lgd.evaluate.compare import pooled_latents
 from lgd.evaluate.embeddings import explained_by_levels
 from lgd.evaluate.markdown import markdown, shown
@@ -142,9 +144,13 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
     for job, trained in map_with(lambda: worker, jobs, workers=options.jobs, what="--jobs"):
         say("ablate", f"{job.name}, seed {job.number}: {'trained' if trained else 'reused, nothing changed'}")
     rows: dict[str, list[Predictions]] = {}
+    training = [shard for shard in shards if shard.split == "train" != config.report.split]
+    if colour := colour_only(training, scored, config.data.threads):
+        _keep(_once(folder, COLOUR), colour, "")
+        rows[COLOUR] = [colour]
     for job in jobs:
         rows.setdefault(job.name, []).append(answers(job.folder, "student", scored, job.run, job.name))
-    rows[MOST] = [answers(place(config.teacher.dir), "teacher", scored, config, MOST, folder / "teacher.npz")]
+    rows[MOST] = [answers(place(config.teacher.dir), "teacher", scored, config, MOST, _once(folder, MOST))]
     if not (rows[OURS][0].level >= 0).any():
         raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
     manifests = [open_shards(place_)[0] for place_ in config.shard_dirs]
@@ -194,6 +200,16 @@ def answers(
             return kept
     found, _ = score_shards(load_scorer(folder, kind), shards, threads=config.data.threads)
     found = dataclasses.replace(found, name=name)
+    _keep(at, found, stamp)
+    return found
+
+
+def _once(folder: Path, name: str) -> Path:
+    """Where the answers of a row are kept that has one training, whatever the number of seeds."""
+    return folder / {MOST: "teacher.npz", COLOUR: "colour-only.npz"}[name]
+
+
+def _keep(at: Path, found: Predictions, stamp: str) -> None:
     with publish(at) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
@@ -203,7 +219,6 @@ def answers(
             level=found.level,
             probability=found.probability,
         )
-    return found
 
 
 def _kept(at: Path, name: str) -> tuple[Predictions, str]:
@@ -232,11 +247,11 @@ def read_table(run: Path) -> dict[str, Any]:
 
 
 def read_answers(run: Path) -> dict[str, list[Predictions]]:
-    """The answers behind the table of a run, by row: one a seed, and one of the teacher."""
+    """The answers behind the table of a run, by row: one a seed, and one of the teacher and of colour."""
     folder, table = run / "ablation", read_table(run)
     return {
-        name: [_kept(folder / "teacher.npz", name)[0]]
-        if name == MOST
+        name: [_kept(_once(folder, name), name)[0]]
+        if name in (MOST, COLOUR)
         else [_kept(folder / slug(name) / f"seed-{number}.npz", name)[0] for number in range(table["seeds"])]
         for name in table["rows"]
     }
@@ -294,6 +309,7 @@ def summary(document: dict[str, Any]) -> str:
         "Means over the seeds. Brackets hold 95 % intervals from "
         f"{document['resamples']} resamples of groups and seeds, drawn jointly; a difference whose interval holds 0 "
         "shows nothing.\n",
+        *([f"{HOW}\n"] if COLOUR in document["rows"] else []),
         "Share of the gap between H&E only and the IHC teacher that LGD-Net closes: "
         + ", ".join(f"{METRICS[name]} {shown(found, '.2f')}" for name, found in document["gap_closed"].items())
         + ".\n",

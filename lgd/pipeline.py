@@ -143,6 +143,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 def evaluate(config: Config) -> str:
     """Score student, rivals and teacher on the held-out split and write the report; returns its table."""
     from lgd.evaluate import compare, report, robustness
+    from lgd.evaluate.colour import colour_only
     from lgd.evaluate.predict import load_scorer, score_shards
     from lgd.store.latents import Store
 
@@ -167,6 +168,9 @@ def evaluate(config: Config) -> str:
             queries = compare.sheet_rows(config, store, shards, found[0]) if sheet else []
         if config.report.robustness:
             shifted = robustness.measure(config, scorers, scored, shards, say)
+        training = [shard for shard in all_shards(config) if shard.split == "train" != config.report.split]
+        if colour := colour_only(training, shards, config.data.threads):
+            scored.insert(-1, colour)
         manifests = [open_shards(folder)[0] for folder in config.shard_dirs]
         document = report.write_report(
             place(config.report.dir),

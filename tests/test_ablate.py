@@ -18,6 +18,7 @@ from lgd.cli import main
 from lgd.data.shards import ShardOptions, build, open_shards
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError
+from lgd.evaluate.colour import COLOUR
 from lgd.files import read_json
 from lgd.options import add_option_arguments, make_parser, parse
 
@@ -40,10 +41,11 @@ def test_each_row_is_trained_once_and_compared(run, tmp_path, capsys):
     out, told = capsys.readouterr()
     folder = Path(run.run.dir) / "ablation"
     document = read_json(folder / "ablation.json")
-    assert list(document["rows"]) == [*CORE, MOST] and document["seeds"] == 2
+    assert list(document["rows"]) == [COLOUR, *CORE, MOST] and document["seeds"] == 2
     assert out.strip() == (folder / "ablation.md").read_text().strip()
-    for name in [*CORE, MOST]:
+    for name in [COLOUR, *CORE, MOST]:
         assert f"| {name} |" in out
+    assert "It sees no shape" in out
     assert document["rows"][OURS]["kappa"]["lgd_minus"] is None
     assert document["rows"]["two streams"]["accuracy"]["lgd_minus"]["value"] == pytest.approx(
         document["rows"][OURS]["accuracy"]["mean"]["value"]

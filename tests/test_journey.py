@@ -50,7 +50,7 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
     args = ["demo", "--pairs", "48", "--size", "64", "--run.dir", str(tmp_path / "demo"), *QUICK]
     lgd(*args)
     first = capsys.readouterr()
-    for row in ("LGD-Net", "H&E-only", "IHC teacher"):
+    for row in ("LGD-Net", "H&E-only", "colour only", "IHC teacher"):
         assert row in first.out
     sheet = re.search(r"contact sheet\s+(\S+)", first.out)
     assert sheet and Path(sheet[1]).stat().st_size > 10_000

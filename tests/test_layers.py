@@ -16,7 +16,7 @@ models.encoder models.export models.teacher models.student models.losses
 store.sidecar store.writer store.parts store.latents store.supervision store.cache store.export
 store.faiss_file store.table store.search store.exact store.index
 train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop train.launch
-evaluate.predict evaluate.robustness evaluate.figures
+evaluate.predict evaluate.colour evaluate.robustness evaluate.figures
 evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
 evaluate.compare evaluate.markdown evaluate.slides evaluate.report evaluate.seeds
 doctor check ablate pipeline

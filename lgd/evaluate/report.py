@@ -18,6 +18,7 @@ import numpy as np
 
 from lgd.config import LEVEL_NAMES
 from lgd.data.archive import count_levels
+from lgd.evaluate.colour import COLOUR, HOW
 from lgd.evaluate.figures import Query, confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
 from lgd.evaluate.markdown import GALLERIES, markdown, retrieval_sections, robustness_sections, shown, ways_section
 from lgd.evaluate.slides import WAYS, both_ways, scores
@@ -70,10 +71,12 @@ def write_report(
     groups = set(student.groups)
     labels = student.level[student.level >= 0]
     common = int(np.bincount(labels).argmax()) if len(labels) else None
+    models = [_model(predictions, resamples, seed) for predictions in scored]
+    differences = [_differences(student, other, resamples, seed) for other in scored[1:]]
     document = _json_ready(
         {
             "format": "lgd-report/1",
-            "caveats": [*caveats, *_found_by_chance(retrieval)],
+            "caveats": [*caveats, *_told_by_colour(models, differences), *_found_by_chance(retrieval)],
             "provenance": provenance,
             "resamples": resamples,
             "seed": seed,
@@ -83,8 +86,8 @@ def write_report(
             "levels": {name: int((labels == level).sum()) for level, name in enumerate(LEVEL_NAMES)},
             "always_the_commonest_level": None if common is None else float((labels == common).mean()),
             "slide_rules": WAYS,
-            "models": [_model(predictions, resamples, seed) for predictions in scored],
-            "differences": [_differences(student, other, resamples, seed) for other in scored[1:]],
+            "models": models,
+            "differences": differences,
             "retrieval": None if retrieval is None else {"caveats": GALLERIES, **retrieval},
             "robustness": robustness,
         }
@@ -185,6 +188,27 @@ def _caveats_of_counts(known: Predictions) -> list[str]:
     return found
 
 
+def _told_by_colour(models: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> list[str]:
+    """Where stain and background go with the level, a network may have learnt them and not the tissue."""
+    found = []
+    for model in models:
+        kappa = model["by_patch"]["metrics"]["kappa"]
+        # Comparisons with NaN are false.
+        if model["name"] == COLOUR and kappa["low"] > 0:
+            found.append(
+                f"Stain and background alone, without any shape, tell the level with a kappa of {shown(kappa)} here. A "
+                "network can learn them too, and loses that on slides of another laboratory or scanner."
+            )
+    for row in differences:
+        kappa = row["metrics"]["kappa"]
+        if row["minus"] == COLOUR and kappa["low"] <= 0:
+            found.append(
+                f"{row['of']} is not shown to beat stain and background alone: its kappa minus theirs is "
+                f"{shown(kappa, '+.3f')}."
+            )
+    return found
+
+
 def _found_by_chance(retrieval: dict[str, Any] | None) -> list[str]:
     """Levels can look well while all latents are alike: the mean of the teacher's is a fair guess of each."""
     rows = [] if retrieval is None else retrieval["embeddings"]
@@ -253,6 +277,7 @@ def _score_sections(document: dict[str, Any]) -> list[str]:
         "that all groups agree, not that the value is certain; [–] means that fewer than two groups stand behind the "
         "value. Always answering the commonest level would reach an "
         f"accuracy of {document['always_the_commonest_level']:.3f}.\n",
+        *([f"{HOW}\n"] if any(model["name"] == COLOUR for model in models) else []),
         "## Scores by slide\n",
     ]
     if models[0]["by_slide"] is None:

@@ -6,6 +6,7 @@ from PIL import Image
 
 from lgd.config import LEVEL_NAMES
 from lgd.errors import DataError
+from lgd.evaluate.colour import COLOUR, HOW
 from lgd.evaluate.embeddings import measure, of_ihc
 from lgd.evaluate.figures import Neighbour, Query, confusion_matrix, contact_sheet
 from lgd.evaluate.report import caveats_of, table, write_report
@@ -282,3 +283,32 @@ def test_real_patches_fill_a_sheet(real_data, tmp_path):
     contact_sheet(rows, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 4 * 168 and sheet.height > 3 * 168
+
+
+def test_what_colour_alone_tells_is_a_caveat(tmp_path):
+    """Colour that goes with the level is told; and a network that is not shown to beat it."""
+    document = report(tmp_path, [model(skill=3.0), model(COLOUR, 1.5)])
+    assert len(document["caveats"]) == 2
+    kappa = document["models"][1]["by_patch"]["metrics"]["kappa"]
+    assert kappa["low"] > 0 and f"tell the level with a kappa of {kappa['value']:.3f} [" in document["caveats"][1]
+    document = report(tmp_path, [model(skill=1.5), model(COLOUR, 1.6)])
+    difference = document["differences"][0]["metrics"]["kappa"]
+    assert (
+        f"LGD-Net is not shown to beat stain and background alone: its kappa minus theirs is {difference['value']:+.3f}"
+        in (document["caveats"][2])
+    )
+    text = (tmp_path / "summary.md").read_text()
+    assert HOW in text and text.count("Stain and background alone, without any shape") == 1
+    document = report(tmp_path, [model(skill=3.0), model(COLOUR, 0.0), model("IHC teacher", 3.0)])
+    assert document["caveats"] == ["Mind this."]
+    report(tmp_path, [model(skill=3.0), model("IHC teacher", 3.0)])
+    assert HOW not in (tmp_path / "summary.md").read_text()
+
+
+def test_colour_beside_one_group_or_no_level_is_no_caveat(tmp_path):
+    """No interval: nothing is claimed."""
+    for scored in (
+        [model(slides=1), model(COLOUR, slides=1)],
+        [model(level=[-1] * 5), model(COLOUR, level=[-1] * 5)],
+    ):
+        assert report(tmp_path, scored)["caveats"] == ["Mind this."]
