@@ -8,12 +8,13 @@ BIN := .venv/bin
 # `lgd ablate` is asked for.
 COUPLING ?= 1.0
 SHORTCUT ?=
+SHORTCUT_IN ?= stain
 SEED ?= 7001
 EVIDENCE ?= runs/evidence
 TISSUE ?= $(EVIDENCE)
 ABLATE ?= --seeds 5 --jobs 2
 
-.PHONY: demo test check bench faults evidence evidence-coupling evidence-shortcut clean
+.PHONY: demo test check bench faults evidence evidence-coupling evidence-shortcut evidence-background clean
 
 demo: .venv/installed
 	$(BIN)/lgd demo
@@ -34,7 +35,7 @@ bench: .venv/installed
 
 evidence: .venv/installed
 	$(BIN)/lgd synth $(TISSUE)/tissue --pairs 4800 --slides 400 --size 96 --test 0.3 --seed $(SEED) \
-		--coupling $(COUPLING) $(if $(SHORTCUT),--shortcut $(SHORTCUT))
+		--coupling $(COUPLING) $(if $(SHORTCUT),--shortcut $(SHORTCUT) --shortcut-in $(SHORTCUT_IN))
 	$(BIN)/lgd build-shards --layout bci --root $(TISSUE)/tissue --out $(TISSUE)/shards \
 		--slides $(TISSUE)/tissue/truth.csv --split keep:0.05 --labelled 24
 	$(BIN)/lgd ablate --config configs/evidence.yaml --run.dir $(EVIDENCE) --data.shards "[$(TISSUE)/shards]" $(ABLATE)
@@ -47,16 +48,21 @@ evidence-coupling: evidence
 	$(BIN)/python tools/plot_coupling.py $(EVIDENCE)/coupling.png 0=$(EVIDENCE)-0 0.5=$(EVIDENCE)-0.5 \
 		0.75=$(EVIDENCE)-0.75 $(COUPLING)=$(EVIDENCE)
 
-# Training slides of which the H&E's strength of stain gives nothing (0) or the level of most (0.9) away, while the test
-# slides are the same and it tells nothing: how far each method falls, under three strengths of stain augmentation.
-evidence-shortcut: .venv/installed
-	for jitter in 0.2 0 0.4; do for shortcut in 0 0.9; do \
-		$(MAKE) evidence SHORTCUT=$$shortcut TISSUE=$(EVIDENCE)-shortcut-$$shortcut \
-			EVIDENCE=$(EVIDENCE)-shortcut-$$shortcut-jitter-$$jitter \
-			ABLATE="--seeds 3 --jobs 2 --data.stain_jitter $$jitter" || exit 1; \
+# Training slides of which the H&E's stain (or background) gives nothing (0) or the level of most (0.9) away, while the test
+# slides are the same and it tells nothing: how far each method falls, under several strengths of augmentation.
+evidence-shortcut: IN = stain
+evidence-shortcut: JITTERS = 0 0.2 0.4
+evidence-background: IN = background
+evidence-background: JITTERS = 0 0.2
+JITTER = $(if $(filter stain,$(IN)),stain_jitter,light_jitter)
+evidence-shortcut evidence-background: .venv/installed
+	for jitter in $(JITTERS); do for shortcut in 0 0.9; do \
+		$(MAKE) evidence SHORTCUT=$$shortcut SHORTCUT_IN=$(IN) TISSUE=$(EVIDENCE)-$(IN)-$$shortcut \
+			EVIDENCE=$(EVIDENCE)-$(IN)-$$shortcut-jitter-$$jitter \
+			ABLATE="--seeds 3 --jobs 2 --data.$(JITTER) $$jitter" || exit 1; \
 	done; done
-	$(BIN)/python tools/table_shortcut.py $(foreach jitter,0 0.2 0.4,\
-		$(jitter)=$(EVIDENCE)-shortcut-0-jitter-$(jitter),$(EVIDENCE)-shortcut-0.9-jitter-$(jitter))
+	$(BIN)/python tools/table_shortcut.py $(foreach jitter,$(JITTERS),\
+		$(jitter)=$(EVIDENCE)-$(IN)-0-jitter-$(jitter),$(EVIDENCE)-$(IN)-0.9-jitter-$(jitter))
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -55,9 +55,12 @@ class Data:
     on_bad: str = "stop"
     """Training stops at a sample that cannot be read, or `skip:N` leaves out up to N, each told and counted."""
     augment: Literal["none", "d4", "d4+stain"] = "d4+stain"
-    """Training augmentation that keeps a cached target valid: turns and flips, and stain jitter."""
+    """Training augmentation that keeps a cached target valid: turns and flips, and jitter of stain and light."""
     stain_jitter: float = 0.1
     """Standard deviation of the factor on each stain's optical density under `d4+stain`."""
+    light_jitter: float = 0.0
+    """Standard deviation of the logarithm of the factor on each H&E's light under `d4+stain`: other exposures, and
+    backgrounds from white to grey."""
 
     def __post_init__(self) -> None:
         require(self.size >= 32, f"data.size is {self.size}: use at least 32 pixels")
@@ -68,6 +71,7 @@ class Data:
             f"data.on_bad is {self.on_bad!r}: use stop, or skip:N to leave out up to N samples",
         )
         require(0 <= self.stain_jitter < 0.5, f"data.stain_jitter is {self.stain_jitter}: use 0 to 0.5")
+        require(0 <= self.light_jitter <= 1, f"data.light_jitter is {self.light_jitter}: use 0 to 1")
 
     @property
     def skips(self) -> int:

@@ -1,8 +1,8 @@
 """The H&E transforms that keep a cached target valid, on the batch, on the device.
 
 Two kinds are safe. The dihedral group D4 (turns and flips) moves the stored grids and maps with the image,
-and a store with eight views holds the teacher's latent of each element: `d4(ihc, k)` is view k. Stain
-jitter changes the H&E's colour only, which no stored target depends on. Anything else, such as a random
+and a store with eight views holds the teacher's latent of each element: `d4(ihc, k)` is view k. Jitter
+of stain and light changes the H&E's colour only, which no stored target depends on. Anything else, such as a random
 crop, would train the student towards what the IHC shows elsewhere.
 
 Random numbers are a hash of (seed, epoch, sample, purpose): no state, and the same for any
@@ -79,15 +79,30 @@ def stain_jitter(rgb_B3HW: Tensor, u_B6: Tensor | np.ndarray, sigma: float) -> T
     """Scale the amounts of hematoxylin, eosin and residual in each H&E by 1 + sigma * normal.
 
     `rgb_B3HW` is uint8 or float in 0..255, `u_B6` holds uniforms in [0, 1) from `draw`; gives float32 in
-    0..255. Normals come from the uniforms by Box and Muller (1958) and are cut at two standard deviations.
-    With sigma 0 the image comes back unchanged.
+    0..255. Normals are cut at two standard deviations. With sigma 0 the image comes back unchanged.
     """
-    u_B6 = torch.as_tensor(u_B6, dtype=torch.float64)
-    radius_B3 = torch.sqrt(-2 * torch.log1p(-u_B6[:, :3]))
-    normal_B3 = (radius_B3 * torch.cos(2 * torch.pi * u_B6[:, 3:])).clamp(-_LIMIT, _LIMIT)
+    normal_B3 = _normal(u_B6)
     # unmix, scale, mix and subtract the old OD are one matrix an image: pixels are touched once, and a
     # change of zero leaves them exactly as they were.
     change_B33 = torch.linalg.inv(H_E) @ torch.diag_embed(sigma * normal_B3).to(H_E.device) @ H_E
     od_B3HW = rgb_to_od(rgb_B3HW)
     added_B3HW = torch.einsum("bchw,bcs->bshw", od_B3HW, change_B33.to(od_B3HW))
     return (rgb_B3HW * torch.pow(10.0, -added_B3HW)).clamp(0.0, 255.0)
+
+
+def light_jitter(rgb_B3HW: Tensor, u_B2: Tensor | np.ndarray, sigma: float) -> Tensor:
+    """Multiply the light of each H&E by exp(sigma * normal): another exposure, or glass that is white or grey.
+
+    Arguments and result as of `stain_jitter`; what passes 255 is overexposed. With sigma 0 the image comes back
+    unchanged.
+    """
+    gain_B1 = torch.exp(sigma * _normal(u_B2))
+    return (rgb_B3HW * gain_B1[:, :, None, None].to(rgb_B3HW.device, torch.float32)).clamp(0.0, 255.0)
+
+
+def _normal(u_B2n: Tensor | np.ndarray) -> Tensor:
+    """2 n uniforms -> n normals, float64 (B, n), cut at `_LIMIT` (Box and Muller, 1958)."""
+    u_B2n = torch.as_tensor(u_B2n, dtype=torch.float64)
+    n = u_B2n.shape[1] // 2
+    radius_Bn = torch.sqrt(-2 * torch.log1p(-u_B2n[:, :n]))
+    return (radius_Bn * torch.cos(2 * torch.pi * u_B2n[:, n:])).clamp(-_LIMIT, _LIMIT)

@@ -31,6 +31,8 @@ _STAINING: tuple[tuple[Any, ...], ...] = (
     ((0.65, 1.00), (0.80, 1.25), (0.95, 1.00), 2.14),
 )
 
+_GLASS = (248.0, 228.0, 205.0, 180.0)
+"""Brightness of the H&E's glass where it is set: from white to the grey of BCI."""
 _STRENGTHS = (0.65, 0.85, 1.12, 1.45)
 """Amounts of hematoxylin and eosin where the strength of the stain is set; slides' own have a deviation of 0.22 in
 their logarithm."""
@@ -49,11 +51,13 @@ def draw_pair(
     coupling: float = 0.7,
     level: int | None = None,
     strength: int | None = None,
+    glass: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Draw patch number `patch` of slide number `slide`: a pure function of its arguments.
 
     `level` is the slide's (0..3; None for `slide_level`): another one shows the same tissue at another level.
-    `strength` (0..3; None for the slide's own) sets how strongly the H&E is stained.
+    `strength` (0..3; None for the slide's own) sets how strongly the H&E is stained, and `glass` (0..3) how grey its
+    background is.
     Returns the H&E and the IHC, (size, size, 3) uint8 RGB at 0.46 um/px, not aligned pixel by pixel, and the truth:
     level, patch_level, nuclei and tumour_nuclei (centres inside the H&E), membrane_od (mean DAB optical density,
     base 10, on the IHC's tumour membranes), membrane_completeness (0..1, of the stained cells; 0 without any),
@@ -63,6 +67,8 @@ def draw_pair(
     if strength is not None:
         own = _stream(_SHORTCUT, seed, slide, 0).lognormal(0.0, 0.08, 2)
         look["amount"] |= {"h": _STRENGTHS[strength] * own[0], "e": _STRENGTHS[strength] * own[1]}
+    if glass is not None:
+        look["he_white"] = _GLASS[glass] * _stream(_SHORTCUT, seed, slide, 1).normal(1.0, 0.008, 3)
     truth = _intent(seed, slide, patch, slide_level(seed, slide) if level is None else level)
     grade = grade_of(seed, slide, patch, truth["patch_level"], coupling)
     tissue = Tissue(_stream(_TISSUE, seed, slide, patch), look, grade, size, truth.pop("barren"))
@@ -74,7 +80,7 @@ def draw_pair(
 
 
 def shortcut_of(seed: int, slide: int, told: float) -> int:
-    """The strength of a slide's H&E stain where it gives the level away.
+    """The strength of a slide's H&E stain, or the grey of its background, where it gives the level away.
 
     For the share `told` of the slides it is the slide's level, for all others any.
     """

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
@@ -66,6 +66,8 @@ class SynthOptions:
     """Give each slide's H&E one of four strengths of stain, which tells the level of this share of the training slides
     and nothing in the folder `test`: 0 is the control of 0.9, with the same test images. By default each slide has a
     strength of its own."""
+    shortcut_in: Literal["stain", "background"] = "stain"
+    """Where the shortcut is: in the strength of stain, or in a background from white to grey."""
     test: float = 0.25
     """Share of the slides in the folder `test`."""
     workers: int = 0
@@ -137,6 +139,8 @@ def _recipe(options: SynthOptions) -> dict[str, Any]:
     if options.shortcut is None:
         # As it was before there were any.
         del recipe["shortcut"]
+    if options.shortcut is None or options.shortcut_in == "stain":
+        del recipe["shortcut_in"]
     return recipe
 
 
@@ -205,10 +209,11 @@ def _draw_all(tasks: list[_Task], workers: int) -> Iterator[dict[str, Any]]:
 def _draw(task: _Task) -> dict[str, Any]:
     """Draw one pair, write its two files, and give its row of the truth."""
     options = task.options
-    strength = None
+    told = {}
     if options.shortcut is not None:
-        strength = shortcut_of(options.seed, task.slide, options.shortcut if task.split == "train" else 0.0)
-    he, ihc, truth = draw_pair(options.seed, task.slide, task.patch, options.size, options.coupling, strength=strength)
+        name = {"stain": "strength", "background": "glass"}[options.shortcut_in]
+        told[name] = shortcut_of(options.seed, task.slide, options.shortcut if task.split == "train" else 0.0)
+    he, ihc, truth = draw_pair(options.seed, task.slide, task.patch, options.size, options.coupling, **told)
     for stain, image in (("HE", he), ("IHC", ihc)):
         stream = simplejpeg.encode_jpeg(image, quality=_QUALITY, colorsubsampling="420")
         (Path(task.out) / stain / task.split / f"{task.key}.png").write_bytes(stream)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lgd.config import Config
-from lgd.data.augment import d4, d4_grid, draw, stain_jitter
+from lgd.data.augment import d4, d4_grid, draw, light_jitter, stain_jitter
 from lgd.data.plan import ORDER
 from lgd.data.shards import Shard
 from lgd.files import digest_of, place
@@ -65,6 +65,8 @@ def augment(batch: Batch, role: str, config: Config) -> tuple[torch.Tensor, Batc
     if config.data.augment == "d4+stain" and role == "he":
         u_B6 = draw(config.run.seed, batch.epoch_B, batch.number_B, "stain", 6)
         image = stain_jitter(image.float(), torch.from_numpy(u_B6).to(image.device), config.data.stain_jitter)
+        u_B2 = draw(config.run.seed, batch.epoch_B, batch.number_B, "light", 2)
+        image = light_jitter(image, torch.from_numpy(u_B2).to(image.device), config.data.light_jitter)
     stored = dict(batch.stored)
     if config.latents.views == 1 and "map" in stored:
         stored["map"] = d4(stored["map"], batch.view_B)
@@ -226,6 +228,8 @@ def inputs_of(task: Task, config: Config, shards: Sequence[Shard]) -> dict[str, 
         "seed": config.run.seed,
         "order": ORDER,
         "shards": {split: {"count": len(digests), "digest": digest_of(digests)} for split, digests in splits.items()},
-        "data": {name: getattr(config.data, name) for name in ("size", "lanes", "augment", "stain_jitter")},
+        "data": {
+            name: getattr(config.data, name) for name in ("size", "lanes", "augment", "stain_jitter", "light_jitter")
+        },
         "train": {name: getattr(train, name) for name in train.__dataclass_fields__ if name not in without},
     }

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lgd.data.augment import D4_ORDER, d4, d4_grid, draw, stain_jitter
+from lgd.data.augment import D4_ORDER, d4, d4_grid, draw, light_jitter, stain_jitter
 from lgd.data.plan import splitmix64
 from lgd.stain.deconvolve import EOSIN, H_E, HEMATOXYLIN, mix, od_to_rgb, rgb_to_od, unmix
 
@@ -145,3 +145,17 @@ def test_jitter_knows_hematoxylin_from_eosin() -> None:
     for vector, moves in ((HEMATOXYLIN, True), (EOSIN, False)):
         rgb = od_to_rgb(0.5 * torch.tensor(vector).view(1, 3, 1, 1))
         assert ((stain_jitter(rgb, u, 0.2) - rgb).abs().max() > 1) == moves
+
+
+def test_light_jitter_scales_the_whole_image_and_overexposes() -> None:
+    sigma, n = 0.1, 500
+    rgb = torch.randint(40, 200, (n, 3, 4, 4), generator=torch.Generator().manual_seed(0)).float()
+    u = draw(0, np.zeros(n, np.int64), np.arange(n), "light", 2)
+    gain = light_jitter(rgb, u, sigma) / rgb
+    torch.testing.assert_close(gain, gain[:, :1, :1, :1].expand_as(gain), rtol=1e-5, atol=0)
+    change = gain[:, 0, 0, 0].log() / sigma
+    assert change.abs().max() < 2.01 and change.mean().abs() < 0.2
+    torch.testing.assert_close(change.std(), torch.tensor(0.96), rtol=0, atol=0.1)
+    assert torch.equal(light_jitter(rgb, u, 0.0), rgb)
+    bright = light_jitter(torch.full((n, 3, 1, 1), 250, dtype=torch.uint8), u, sigma)
+    assert bright.max() == 255 and bright.min() > 250 * np.exp(-2.01 * sigma)

@@ -204,6 +204,23 @@ def test_a_shortcut_is_in_the_stain_of_the_training_slides_only(tmp_path):
     assert all(same["test"]) and 0 < sum(same["train"]) < len(same["train"])
 
 
+def test_a_shortcut_in_the_background_is_in_the_glass_of_the_training_slides_only(tmp_path):
+    """The brightest of the H&E falls with the level in train only; the IHC is as without."""
+    plain, short = tmp_path / "plain", tmp_path / "short"
+    options = {"pairs": 64, "size": 64, "slides": 64, "test": 0.5, "coupling": 0.0, "workers": 1}
+    synthesise(SynthOptions(out=str(plain), **options))
+    synthesise(SynthOptions(out=str(short), shortcut=1.0, shortcut_in="background", **options))
+
+    def glass(split: str, level: str) -> float:
+        paths = sorted((short / "HE" / split).glob(f"*_{level}.png"))
+        return float(np.mean([np.percentile(simplejpeg.decode_jpeg(path.read_bytes()), 99) for path in paths]))
+
+    assert glass("train", "0") > 1.2 * glass("train", "3+")
+    assert 0.9 < glass("test", "0") / glass("test", "3+") < 1.1
+    for path in (plain / "IHC").glob("*/*.png"):
+        assert path.read_bytes() == (short / path.relative_to(plain)).read_bytes()
+
+
 def test_a_shortcut_tells_the_level_of_as_many_slides_as_asked():
     slides = range(400)
     right = [sum(shortcut_of(0, slide, told) == slide_level(0, slide) for slide in slides) for told in (0.0, 0.5, 1.0)]

@@ -132,6 +132,18 @@ def test_stain_jitter_is_of_the_he_only_and_drawn_by_sample_and_epoch(joined, ti
     assert torch.equal(augment(other, "ihc", tissue_run)[0], other.images["he"])
 
 
+def test_light_jitter_comes_after_that_of_the_stain(joined, tissue_run, change):
+    """One factor an H&E, where nothing is overexposed; and it is off by default."""
+    reader, parts = joined
+    (batch,) = batches(reader, parts, first=3, steps=1)[0]
+    plain, _ = augment(batch, "he", tissue_run)
+    lit, _ = augment(batch, "he", change(tissue_run, data={"light_jitter": 0.2}))
+    factor = torch.where((lit < 255) & (plain > 20), lit / plain, torch.nan).flatten(1)
+    middle = factor.nanmedian(1, keepdim=True).values
+    assert ((factor - middle).abs().nan_to_num() < 1e-4).all() and len(middle.unique()) == len(middle)
+    assert ((middle - 1).abs() > 0.01).any()
+
+
 @pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (4, 2), (8, 1)])
 def test_ranks_and_micro_batches_together_see_the_same_samples(joined, size, accumulate):
     reader, _ = joined
