@@ -144,8 +144,7 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
     for job, trained in map_with(lambda: worker, jobs, workers=options.jobs, what="--jobs"):
         say("ablate", f"{job.name}, seed {job.number}: {'trained' if trained else 'reused, nothing changed'}")
     rows: dict[str, list[Predictions]] = {}
-    training = [shard for shard in shards if shard.split == "train" != config.report.split]
-    if colour := colour_only(training, scored, config.data.threads):
+    if colour := colour_only(shards, config.report.split, config.data.threads):
         _keep(_once(folder, COLOUR), colour, "")
         rows[COLOUR] = [colour]
     for job in jobs:

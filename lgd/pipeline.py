@@ -168,8 +168,7 @@ def evaluate(config: Config) -> str:
             queries = compare.sheet_rows(config, store, shards, found[0]) if sheet else []
         if config.report.robustness:
             shifted = robustness.measure(config, scorers, scored, shards, say)
-        training = [shard for shard in all_shards(config) if shard.split == "train" != config.report.split]
-        if colour := colour_only(training, shards, config.data.threads):
+        if colour := colour_only(all_shards(config), config.report.split, config.data.threads):
             scored.insert(-1, colour)
         manifests = [open_shards(folder)[0] for folder in config.shard_dirs]
         document = report.write_report(

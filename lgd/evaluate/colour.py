@@ -37,16 +37,17 @@ class _Colours(NamedTuple):
     colour_n9: Floats
 
 
-def colour_only(training: Sequence[Shard], scored: Sequence[Shard], threads: int) -> Predictions | None:
-    """Fit on the labelled patches of `training`, and score all of `scored` in the order of the shards.
+def colour_only(shards: Sequence[Shard], split: str, threads: int) -> Predictions | None:
+    """Fit on the labelled patches of the training split, and score all of `split` in the order of the shards.
 
-    None where the labels of `training` are of fewer than two levels: nothing can be fitted.
+    None where `split` is the training split itself, or this has labels of fewer than two levels: nothing can be fitted.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if not training:
+    training = [shard for shard in shards if shard.split == "train"]
+    if split == "train" or not training:
         return None
     known = _colours(training, threads, _FIT_ROWS)
     labelled_n = known.level_n >= 0
@@ -54,7 +55,7 @@ def colour_only(training: Sequence[Shard], scored: Sequence[Shard], threads: int
         return None
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     model.fit(known.colour_n9[labelled_n], known.level_n[labelled_n])
-    found = _colours(scored, threads)
+    found = _colours([shard for shard in shards if shard.split == split], threads)
     probability_n4 = np.zeros((len(found.keys), len(LEVEL_NAMES)))
     probability_n4[:, model.classes_] = model.predict_proba(found.colour_n9)
     return Predictions(

@@ -30,7 +30,7 @@ def shortcut(tmp_path_factory):
 def test_it_shows_a_shortcut_where_patches_share_it_and_fails_where_they_do_not(shortcut):
     kappa = {}
     for split in ("val", "test"):
-        found = colour_only(shards_of(shortcut, "train"), shards_of(shortcut, split), threads=1)
+        found = colour_only(open_shards(str(shortcut))[1], split, threads=1)
         assert found.name == COLOUR and np.allclose(found.probability.sum(1), 1)
         kappa[split] = score(found.level, found.probability)["kappa"]
     assert kappa["val"] > 0.8 and kappa["test"] < 0.4
@@ -49,7 +49,8 @@ def test_shape_tells_it_nothing(shortcut, tmp_path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(change(image)), quality=100))
         build(ShardOptions(layout="bci", root=str(tmp_path / name), out=str(tmp_path / f"{name}-shards"), split="keep"))
-        return colour_only(training, shards_of(tmp_path / f"{name}-shards", "test"), threads=1).probability
+        shards = [*training, *shards_of(tmp_path / f"{name}-shards", "test")]
+        return colour_only(shards, "test", threads=1).probability
 
     plain, turned = built("plain", lambda image: image), built("turned", lambda image: image[::-1, ::-1])
     assert np.abs(plain - turned).max() < 0.02 < np.abs(plain - plain[::-1]).max()
@@ -67,7 +68,7 @@ def test_a_level_that_training_lacks_is_never_called(shortcut, tmp_path):
     (shortcut.parent / "pairs.csv").write_text("\n".join(rows) + "\n")
     build(ShardOptions(layout="csv", root=str(shortcut.parent), out=str(tmp_path / "shards"), split="keep"))
     scored = shards_of(tmp_path / "shards", "test")
-    found = colour_only(shards_of(tmp_path / "shards", "train"), scored, threads=1)
+    found = colour_only([*shards_of(tmp_path / "shards", "train"), *scored], "test", threads=1)
     assert (found.probability[:, 1:3] == 0).all() and (found.probability[:, [0, 3]] > 0).all()
     reader = Reader(scored, ())
     samples = [reader.read(row) for row in range(reader.total)]
@@ -83,4 +84,5 @@ def test_nothing_is_fitted_on_one_level_or_none(shortcut, tmp_path):
             shutil.copy(path, tmp_path / "one" / stain / "train")
     build(ShardOptions(layout="bci", root=str(tmp_path / "one"), out=str(tmp_path / "shards"), split="keep"))
     for training in ([], shards_of(tmp_path / "shards", "train")):
-        assert colour_only(training, shards_of(shortcut, "test"), threads=1) is None
+        assert colour_only([*training, *shards_of(shortcut, "test")], "test", threads=1) is None
+    assert colour_only(shards_of(shortcut, "train"), "train", threads=1) is None
