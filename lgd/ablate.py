@@ -24,12 +24,12 @@ from lgd.data.shards import Shard, open_shards
 from lgd.distribute import map_with
 from lgd.errors import DataError, require
 from lgd.evaluate import seeds
+from lgd.evaluate.caveats import caveats_of
 from lgd.evaluate.colour import COLOUR, HOW, colour_only
 from lgd.evaluate.compare import pooled_latents
 from lgd.evaluate.embeddings import explained_by_levels
 from lgd.evaluate.markdown import markdown, shown
 from lgd.evaluate.predict import load_scorer, score_shards
-from lgd.evaluate.report import caveats_of
 from lgd.files import exists, place, publish, read_json, write_bytes, write_json
 from lgd.metrics import Predictions
 from lgd.models.export import read_model_config
@@ -40,6 +40,8 @@ from lgd.train.launch import train_under
 FORMAT = "lgd-ablation/1"
 METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accuracy": "accuracy"}
 OURS, LEAST, MOST = "LGD-Net", "H&E only", "IHC teacher"
+ONCE = {MOST: "teacher.npz", COLOUR: "colour-only.npz"}
+"""The rows of one training, whatever the number of seeds, and where their answers are kept."""
 
 CORE: dict[str, dict[str, Any]] = {
     LEAST: {"method": "he-only"},
@@ -145,11 +147,11 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
         say("ablate", f"{job.name}, seed {job.number}: {'trained' if trained else 'reused, nothing changed'}")
     rows: dict[str, list[Predictions]] = {}
     if colour := colour_only(shards, config.report.split, config.data.threads):
-        _keep(_once(folder, COLOUR), colour, "")
+        _keep(folder / ONCE[COLOUR], colour, "")
         rows[COLOUR] = [colour]
     for job in jobs:
         rows.setdefault(job.name, []).append(answers(job.folder, "student", scored, job.run, job.name))
-    rows[MOST] = [answers(place(config.teacher.dir), "teacher", scored, config, MOST, _once(folder, MOST))]
+    rows[MOST] = [answers(place(config.teacher.dir), "teacher", scored, config, MOST, folder / ONCE[MOST])]
     if not (rows[OURS][0].level >= 0).any():
         raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
     manifests = [open_shards(place_)[0] for place_ in config.shard_dirs]
@@ -203,11 +205,6 @@ def answers(
     return found
 
 
-def _once(folder: Path, name: str) -> Path:
-    """Where the answers of a row are kept that has one training, whatever the number of seeds."""
-    return folder / {MOST: "teacher.npz", COLOUR: "colour-only.npz"}[name]
-
-
 def _keep(at: Path, found: Predictions, stamp: str) -> None:
     with publish(at) as temporary, open(temporary, "wb") as file:
         np.savez(
@@ -249,8 +246,8 @@ def read_answers(run: Path) -> dict[str, list[Predictions]]:
     """The answers behind the table of a run, by row: one a seed, and one of the teacher and of colour."""
     folder, table = run / "ablation", read_table(run)
     return {
-        name: [_kept(_once(folder, name), name)[0]]
-        if name in (MOST, COLOUR)
+        name: [_kept(folder / ONCE[name], name)[0]]
+        if name in ONCE
         else [_kept(folder / slug(name) / f"seed-{number}.npz", name)[0] for number in range(table["seeds"])]
         for name in table["rows"]
     }

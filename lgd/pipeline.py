@@ -143,6 +143,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 def evaluate(config: Config) -> str:
     """Score student, rivals and teacher on the held-out split and write the report; returns its table."""
     from lgd.evaluate import compare, report, robustness
+    from lgd.evaluate.caveats import caveats_of
     from lgd.evaluate.colour import colour_only
     from lgd.evaluate.predict import load_scorer, score_shards
     from lgd.store.latents import Store
@@ -176,7 +177,7 @@ def evaluate(config: Config) -> str:
             scored,
             measured,
             queries,
-            report.caveats_of(manifests, student, any(manifest.get("virtual") for manifest in manifests)),
+            caveats_of(manifests, student, any(manifest.get("virtual") for manifest in manifests)),
             {
                 "command": f"lgd evaluate --config {config.run.dir}/config.yaml",
                 "split": config.report.split,

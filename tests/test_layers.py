@@ -18,7 +18,7 @@ store.faiss_file store.table store.search store.exact store.index
 train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop train.launch
 evaluate.predict evaluate.colour evaluate.robustness evaluate.figures
 evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
-evaluate.compare evaluate.markdown evaluate.slides evaluate.report evaluate.seeds
+evaluate.compare evaluate.markdown evaluate.caveats evaluate.slides evaluate.report evaluate.seeds
 doctor check ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query

@@ -9,7 +9,6 @@ a source patch where slides are unknown.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,13 @@ from typing import Any
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.archive import count_levels
+from lgd.evaluate.caveats import found_by_chance, told_by_colour
 from lgd.evaluate.colour import COLOUR, HOW
 from lgd.evaluate.figures import Query, confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
 from lgd.evaluate.markdown import GALLERIES, markdown, retrieval_sections, robustness_sections, shown, ways_section
 from lgd.evaluate.slides import WAYS, both_ways, scores
 from lgd.files import exists, remove, write_bytes, write_json
 from lgd.metrics import Predictions, paired_difference, score_with_intervals
-
-FEW_GROUPS = 10
-"""Below this many slides a bootstrap interval means little."""
-FEW_OF_A_LEVEL = 3
-"""Below this many slides a level's sensitivity is that of these slides."""
-FEW_LEVEL_0 = 50
-"""Below this many patches of level 0 its sensitivity and AUC mean little."""
 
 _HEADLINE = {
     "accuracy": "accuracy",
@@ -76,7 +68,7 @@ def write_report(
     document = _json_ready(
         {
             "format": "lgd-report/1",
-            "caveats": [*caveats, *_told_by_colour(models, differences), *_found_by_chance(retrieval)],
+            "caveats": [*caveats, *told_by_colour(models, differences), *found_by_chance(retrieval)],
             "provenance": provenance,
             "resamples": resamples,
             "seed": seed,
@@ -119,106 +111,6 @@ def table(scored: Sequence[Predictions], resamples: int, seed: int) -> str:
         rows.append([known.name, *counts, *(shown(_json_ready(scores[name])) for name in names)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def caveats_of(manifests: Sequence[dict[str, Any]], predictions: Predictions, virtual: bool) -> list[str]:
-    """What a reader must know before believing a score of `predictions`, most serious first.
-
-    `manifests` are those of the shard folders; `virtual` says that their tissue is synthetic.
-    """
-    known = predictions.labelled()
-    found = []
-    if virtual:
-        found.append("The tissue is virtual: drawn by a program. Nothing here says anything about real tissue.")
-    if any(manifest.get("may_leak") for manifest in manifests):
-        found.append(
-            "Slides are unknown, so the split may leak: patches of one slide can be in training and in this split, "
-            "and recognising the slide then passes for scoring HER2. The intervals treat the patches of a slide as "
-            "independent and are too narrow."
-        )
-    of_slides = any(manifest["layout"] == "bci" for manifest in manifests) or _share_levels(known)
-    if len(known.keys) and of_slides and not virtual:
-        found.append(
-            "A level is that of the whole slide, not of the patch: a patch can look unlike its level, and its score "
-            "cannot be checked against the brown on it."
-        )
-    if any(manifest["layout"] == "bci" for manifest in manifests) and not virtual:
-        found.append(
-            "BCI's background is grey in some images and white in others, a shortcut that a network can learn, and "
-            "its two stains are neighbouring sections that are registered only approximately."
-        )
-    taught = count_levels(manifests, "train")
-    if any(taught[name] for name in LEVEL_NAMES) and (untaught := [name for name in LEVEL_NAMES if not taught[name]]):
-        found.append(f"No patch of level {', '.join(untaught)} was in training: the networks cannot call any so.")
-    found += _caveats_of_counts(known)
-    if unlabelled := len(predictions.keys) - len(known.keys):
-        found.append(f"{unlabelled} of {len(predictions.keys)} patches have no level and are not scored.")
-    found += [caveat for manifest in manifests for caveat in manifest.get("caveats", [])]
-    found.append(
-        "This is an independent design of what the abstract of LGD-Net (arXiv:2602.17793) states: no number here is "
-        "the paper's. It is for research and not for diagnosis."
-    )
-    return list(dict.fromkeys(found))
-
-
-def _share_levels(known: Predictions) -> bool:
-    """Some group has several patches, and no group has patches of two levels."""
-    pairs = set(zip(known.groups, known.level.tolist(), strict=True))
-    return len(pairs) == len(set(known.groups)) < len(known.keys)
-
-
-def _caveats_of_counts(known: Predictions) -> list[str]:
-    if not known.keys:
-        return ["No patch of this split has a level: there is nothing to score."]
-    found = []
-    patches = np.bincount(known.level, minlength=len(LEVEL_NAMES))
-    behind = Counter(level for _, level in set(zip(known.groups, known.level.tolist(), strict=True)))
-    groups = len(set(known.groups))
-    if groups < FEW_GROUPS:
-        found.append(f"Slides or source patches that are scored: only {groups}. The intervals mean little.")
-    if few := [f"{LEVEL_NAMES[level]} ({behind[level]})" for level in sorted(behind) if behind[level] < FEW_OF_A_LEVEL]:
-        found.append(
-            f"Levels that come from very few slides or source patches: {', '.join(few)}. Their sensitivity is that of "
-            "these alone."
-        )
-    if absent := [name for name, count in zip(LEVEL_NAMES, patches, strict=True) if not count]:
-        found.append(f"No patch of level {', '.join(absent)} is scored: no metric tells how such patches fare.")
-    if 0 < patches[0] < FEW_LEVEL_0:
-        found.append(f"Patches of level 0 that are scored: only {patches[0]}. Telling 0 from 1+ is hardly measured.")
-    return found
-
-
-def _told_by_colour(models: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> list[str]:
-    """Where stain and background go with the level, a network may have learnt them and not the tissue."""
-    found = []
-    for model in models:
-        kappa = model["by_patch"]["metrics"]["kappa"]
-        # Comparisons with NaN are false.
-        if model["name"] == COLOUR and kappa["low"] > 0:
-            found.append(
-                f"Stain and background alone, without any shape, tell the level with a kappa of {shown(kappa)} here. A "
-                "network can learn them too, and loses that on slides of another laboratory or scanner."
-            )
-    for row in differences:
-        kappa = row["metrics"]["kappa"]
-        if row["minus"] == COLOUR and kappa["low"] <= 0:
-            found.append(
-                f"{row['of']} is not shown to beat stain and background alone: its kappa minus theirs is "
-                f"{shown(kappa, '+.3f')}."
-            )
-    return found
-
-
-def _found_by_chance(retrieval: dict[str, Any] | None) -> list[str]:
-    """Levels can look well while all latents are alike: the mean of the teacher's is a fair guess of each."""
-    rows = [] if retrieval is None else retrieval["embeddings"]
-    owns = [(row["name"], row["own_pair"]) for row in rows if row["own_pair"]]
-    return [
-        f"{name}: they find their own IHC no better than by chance. Nothing of the IHC was learnt that tells one patch "
-        "from another, and what queries find means little."
-        for name, own in owns
-        if own["mean_rank"]["high"] is not None and own["mean_rank"]["high"] >= own["chance_median_rank"]
-    ]
 
 
 def _model(predictions: Predictions, resamples: int, seed: int) -> dict[str, Any]:

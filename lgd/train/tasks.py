@@ -64,9 +64,10 @@ def augment(batch: Batch, role: str, config: Config) -> tuple[torch.Tensor, Batc
     image = d4(batch.images[role], batch.view_B)
     if config.data.augment == "d4+stain" and role == "he":
         u_B6 = draw(config.run.seed, batch.epoch_B, batch.number_B, "stain", 6)
-        image = stain_jitter(image.float(), torch.from_numpy(u_B6).to(image.device), config.data.stain_jitter)
-        u_B2 = draw(config.run.seed, batch.epoch_B, batch.number_B, "light", 2)
-        image = light_jitter(image, torch.from_numpy(u_B2).to(image.device), config.data.light_jitter)
+        image = stain_jitter(image.float(), u_B6, config.data.stain_jitter)
+        if config.data.light_jitter:
+            u_B2 = draw(config.run.seed, batch.epoch_B, batch.number_B, "light", 2)
+            image = light_jitter(image, u_B2, config.data.light_jitter)
     stored = dict(batch.stored)
     if config.latents.views == 1 and "map" in stored:
         stored["map"] = d4(stored["map"], batch.view_B)

@@ -196,12 +196,12 @@ def test_a_shortcut_is_in_the_stain_of_the_training_slides_only(tmp_path):
     # The control differs in training only.
     control = tmp_path / "control"
     synthesise(SynthOptions(out=str(control), shortcut=0.0, **options))
-    same = {
-        split: [path.read_bytes() == (control / path.relative_to(short)).read_bytes() for path in images]
-        for split in ("train", "test")
-        if (images := sorted((short / "HE" / split).glob("*.png")))
-    }
-    assert all(same["test"]) and 0 < sum(same["train"]) < len(same["train"])
+
+    def same(split: str) -> list[bool]:
+        paths = sorted((short / "HE" / split).glob("*.png"))
+        return [path.read_bytes() == (control / path.relative_to(short)).read_bytes() for path in paths]
+
+    assert all(same("test")) and 0 < sum(same("train")) < len(same("train"))
 
 
 def test_a_shortcut_in_the_background_is_in_the_glass_of_the_training_slides_only(tmp_path):

@@ -6,10 +6,11 @@ from PIL import Image
 
 from lgd.config import LEVEL_NAMES
 from lgd.errors import DataError
+from lgd.evaluate.caveats import caveats_of
 from lgd.evaluate.colour import COLOUR, HOW
 from lgd.evaluate.embeddings import measure, of_ihc
 from lgd.evaluate.figures import Neighbour, Query, confusion_matrix, contact_sheet
-from lgd.evaluate.report import caveats_of, table, write_report
+from lgd.evaluate.report import table, write_report
 from lgd.metrics import METRICS, Predictions, paired_difference, score
 
 
