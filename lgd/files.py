@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -43,7 +45,7 @@ def publish(path: str | Path) -> Iterator[Path]:
                 yield temporary
             upload(temporary, path)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with _told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +55,12 @@ def publish(path: str | Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no other process takes: pids alone repeat on the nodes of a cluster."""
+    host = re.sub("[^A-Za-z0-9-]", "-", platform.node())[:30]
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager

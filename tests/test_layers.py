@@ -7,7 +7,7 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-errors config tables progress urls files options remote distribute metrics
+errors config tables progress urls files records options remote distribute metrics
 stain.deconvolve stain.targets
 data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.sources data.building data.shards data.verify

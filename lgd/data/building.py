@@ -20,7 +20,7 @@ from lgd.files import is_remote, list_folder, place, publish, read_json, remove,
 _FILE = r"([A-Za-z0-9_]+-\d{6}\.(tar|idx)|\.[A-Za-z0-9_]+-\d{6}\.json|manifest\.json|rejected\.csv|\.building\.json)"
 _OURS = re.compile(_FILE)
 # What lgd.files.publish leaves behind when it is killed.
-_LEFTOVER = re.compile(rf"\.{_FILE}\.\d+\.tmp")
+_LEFTOVER = re.compile(rf"\.{_FILE}\.[A-Za-z0-9-]+\.tmp")
 _REMOVALS = 16
 
 

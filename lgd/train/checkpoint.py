@@ -32,6 +32,7 @@ from lgd.files import (
     remove,
     remove_folder,
     sync,
+    temporary_path,
     told_differences,
     upload,
     write_bytes,
@@ -243,7 +244,7 @@ def _publish(path: Path) -> Iterator[Path]:
             for file in (*_TENSORS, "state.json"):
                 upload(Path(folder, file), path / file)
         return
-    temporary, old = path.with_name(f".{path.name}.{os.getpid()}.tmp"), path.with_name(f".{path.name}.old.tmp")
+    temporary, old = temporary_path(path), path.with_name(f".{path.name}.old.tmp")
     temporary.mkdir(parents=True)
     try:
         yield temporary
