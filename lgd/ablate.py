@@ -156,11 +156,11 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
         raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
     manifests = [open_shards(place_)[0] for place_ in config.shard_dirs]
     document = compare(rows, config.report.bootstrap, config.run.seed) | {
-        "caveats": caveats_of(manifests, rows[OURS][0], any(manifest.get("virtual") for manifest in manifests)),
+        "caveats": caveats_of(manifests, rows[OURS][0], any(manifest.virtual for manifest in manifests)),
         "explained_by_levels": _explained_by_levels(config, shards, scored),
         "command": f"lgd ablate --config {config.run.dir}/config.yaml --seeds {options.seeds}"
         + (" --full" if options.full else ""),
-        "shards": [manifest["digest"] for manifest in manifests],
+        "shards": [manifest.digest for manifest in manifests],
         "teacher": read_model_config(config.teacher.dir, "teacher")["weights_sha256"],
     }
     write_json(folder / "ablation.json", document)

@@ -57,7 +57,7 @@ def record(config: Config, name: str, facts: dict[str, Any]) -> None:
     write_bytes(folder / "config.yaml", config.as_yaml().encode())
     path = folder / "run.json"
     document = read_json(path) if exists(path) else {}
-    shards = {str(each): open_shards(each)[0]["digest"] for each in config.shard_dirs}
+    shards = {str(each): open_shards(each)[0].digest for each in config.shard_dirs}
     write_json(path, document | {"environment": environment(), "shards": shards, name: facts})
 
 
@@ -177,11 +177,11 @@ def evaluate(config: Config) -> str:
             scored,
             measured,
             queries,
-            caveats_of(manifests, student, any(manifest.get("virtual") for manifest in manifests)),
+            caveats_of(manifests, student, any(manifest.virtual for manifest in manifests)),
             {
                 "command": f"lgd evaluate --config {config.run.dir}/config.yaml",
                 "split": config.report.split,
-                "shards": [manifest["digest"] for manifest in manifests],
+                "shards": [manifest.digest for manifest in manifests],
                 "student": scorer.config["weights_sha256"],
                 "seed": config.run.seed,
                 **environment(),
@@ -284,7 +284,7 @@ def demo(config: Config, pairs: int, size: int) -> str:
         made = synthesise(SynthOptions(out=str(tissue), pairs=pairs, size=size, slides=slides, coupling=0.9, seed=seed))
         told["done"] = f"{'reused, nothing changed' if made.get('reused') else f'{pairs} pairs drawn'}: {tissue}"
     with stage("shards") as told:
-        manifest = build(
+        _, built = build(
             ShardOptions(
                 layout="bci",
                 root=str(tissue),
@@ -295,5 +295,5 @@ def demo(config: Config, pairs: int, size: int) -> str:
                 mpp=0.46,
             )
         )
-        told["done"] = f"{'reused, nothing changed' if manifest.get('reused') else 'built'}: {shards}"
+        told["done"] = f"{'built' if built else 'reused, nothing changed'}: {shards}"
     return run(config)

@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from lgd.errors import DataError
 from lgd.files import digest_of, read_bytes, write_json
-from lgd.urls import MissingError
 
 Value = TypeVar("Value")
 
@@ -32,7 +31,8 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Xxh3 = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 # Escapes for terminals, line breaks, and halves of letters that cannot be written to any file.
-Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=100_000)]
+_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
+Line = Annotated[str, Field(pattern=_LINE, max_length=100_000)]
 """A text without control characters."""
 
 _MOST = 3
@@ -139,12 +139,15 @@ _JSON = json.JSONDecoder(parse_constant=_refuse)
 def explain(error: ValidationError) -> str:
     """The fields that a record refuses, and why, in one line."""
     found = [
-        f"field {'.'.join(map(str, one['loc']))[:120]!r}: {_plain(one['msg'])}" if one["loc"] else _plain(one["msg"])
-        for one in error.errors(include_url=False, include_context=False, include_input=False)
+        f"field {'.'.join(map(str, one['loc']))[:120]!r}: {_plain(one)}" if one["loc"] else _plain(one)
+        for one in error.errors(include_url=False, include_input=False)
     ]
     more = [f"and {len(found) - _MOST} more"] if len(found) > _MOST else []
     return "; ".join(found[:_MOST] + more)
 
 
-def _plain(message: str) -> str:
-    return message.removeprefix("Value error, ").replace("Input should", "should").replace("Extra inputs", "extra fields")
+def _plain(error: Any) -> str:
+    if error.get("ctx", {}).get("pattern") == _LINE or error["type"] == "string_unicode":
+        return "should be a text that can be printed, without control characters"
+    message = error["msg"].removeprefix("Value error, ").replace("Extra inputs", "extra fields")
+    return message.replace("Input should", "should").replace("String should", "should")

@@ -50,19 +50,19 @@ def _build_shards(parser: Any) -> Run:
             return map_with(lambda: function, jobs, workers=options.workers, what="--workers", use_gpus=False)
 
         try:
-            manifest = build(options, map_jobs)
+            manifest, built = build(options, map_jobs)
         finally:
             disconnect()
         rows = []
-        for name, split in manifest["splits"].items():
-            size = sum(shard["bytes"] for shard in split["shards"]) / 1e6
-            shards = len(split["shards"])
-            rows.append({"split": name, "samples": split["samples"], **split["levels"], "shards": shards, "MB": size})
+        for name, split in manifest.splits.items():
+            size = sum(shard.bytes for shard in split.shards) / 1e6
+            shards = len(split.shards)
+            rows.append({"split": name, "samples": split.samples, **split.labels, "shards": shards, "MB": size})
         print_table(rows)
-        sources = manifest["sources"]
-        left_out = f", {sources['rejected']} left out (rejected.csv)" if sources["rejected"] else ""
-        done = "reused, nothing changed" if manifest.get("reused") else "built"
-        print(f"{done}: {options.out} (from {sources['pairs']} pairs{left_out})")
+        sources = manifest.sources
+        left_out = f", {sources.rejected} left out (rejected.csv)" if sources.rejected else ""
+        done = "built" if built else "reused, nothing changed"
+        print(f"{done}: {options.out} (from {sources.pairs} pairs{left_out})")
 
     return run
 

@@ -135,17 +135,17 @@ def test_levels_are_hidden_by_whole_slides_in_train_only(tissue, tmp_path):
         split="keep",
         labelled=1,
     )
-    few = build(options)
+    few, _ = build(options)
     assert few["options"]["labelled"] == 1
-    whole = build(replace(options, out=str(tmp_path / "all"), labelled=0))
+    whole, _ = build(replace(options, out=str(tmp_path / "all"), labelled=0))
     assert "labelled" not in whole["options"]
-    hidden = few["splits"]["train"]["levels"]["unknown"]
-    assert hidden > 0 and few["splits"]["test"]["levels"] == whole["splits"]["test"]["levels"]
+    hidden = few.splits["train"].levels["unknown"]
+    assert hidden > 0 and few.splits["test"].levels == whole.splits["test"].levels
 
     def levels(folder, split):
         shards = [shard for shard in open_shards(str(folder))[1] if shard.split == split]
         reader = Reader(shards, (), None)
-        return [(s.meta["slide"], s.level, s.meta["level_name"]) for s in map(reader.read, range(reader.total))]
+        return [(s.meta.slide, s.level, s.meta.level_name) for s in map(reader.read, range(reader.total))]
 
     before, after = (levels(tmp_path / name, "train") for name in ("all", "few"))
     named = {slide: set() for slide, _, _ in after}

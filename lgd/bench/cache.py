@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
 from lgd.config import Config
-from lgd.data.archive import Shard, open_shards, read_sample
+from lgd.data.archive import Shard, read_sample
 from lgd.data.image import decode
+from lgd.data.manifest import open_shards
 from lgd.data.shards import ShardOptions, build
 from lgd.distribute import map_with
 from lgd.models.export import save_model
@@ -74,7 +75,7 @@ def patches_of(shards: Sequence[Shard]) -> list[list[Patch]]:
         file, index = shard.open()
         with file:
             samples = [read_sample(file, index, row, shard, ("he", "ihc")) for row in range(len(index))]
-        patches = [(bytes(images["he"]), bytes(images["ihc"]), meta["mpp"]) for meta, images in samples]
+        patches = [(bytes(images["he"]), bytes(images["ihc"]), meta.mpp) for meta, images in samples]
         batches += [patches[start : start + BATCH] for start in range(0, len(patches), BATCH)]
     return batches
 

@@ -176,7 +176,7 @@ class _TargetReader(Reader):
         he_13HW, ihc_13HW = (
             torch.from_numpy(sample.images.pop(f"{role}@native"))[None].permute(0, 3, 1, 2) for role in ("he", "ihc")
         )
-        mpp = sample.meta["mpp"]
+        mpp = sample.meta.mpp
         self.made[sample.shard, sample.row] = {
             "nuclei": nuclei_grid(he_13HW, self.latents.nuclei_grid, mpp)[0].numpy(),
             "membrane": membrane_grid(ihc_13HW, self.latents.membrane_grid, mpp)[0].numpy(),

@@ -147,7 +147,7 @@ def noticed(
 ) -> dict[str, dict[str, Any]]:
     """How alike a teacher finds scaled decodes and each of the resizes: cosines, and the share of equal predictions."""
     contents = [pair.ihc.read_bytes() for pair in pairs]
-    levels = np.array([-1 if pair.level is None else pair.level for pair in pairs])
+    levels = np.array([-1 if pair.label is None else pair.label for pair in pairs])
     scaled = latents(teacher, [pixels(content, size) for content in contents])
     found: dict[str, dict[str, Any]] = {}
     for name in references:

@@ -56,7 +56,7 @@ class Inputs:
             (root / role / "train").mkdir(parents=True)
         for number in range(self.settings.pairs):
             pair = self.pairs[number % len(self.pairs)]
-            name = f"{number:05d}_train_{LEVEL_NAMES[pair.level or 0]}.png"
+            name = f"{number:05d}_train_{LEVEL_NAMES[pair.label or 0]}.png"
             shutil.copyfile(pair.he, root / "HE" / "train" / name)
             shutil.copyfile(pair.ihc, root / "IHC" / "train" / name)
         return root

@@ -69,7 +69,15 @@ def make_store(folder: Path, rows: int) -> Store:
         split = "train" if number < len(sizes) else "val"
         name = f"{split}-{number:06d}"
         tar, digest = folder / f"{name}.tar", f"{number:064x}"
-        shard = Shard(path=tar, name=name, split=split, samples=size, bytes=1, sha256=digest, extensions={})
+        facts: dict[str, Any] = {
+            "samples": size,
+            "bytes": 1,
+            "sha256": digest,
+            "idx_sha256": "",
+            "extensions": {},
+            "labels": 0,
+        }
+        shard = Shard(path=tar, name=name, split=split, **facts)
         with part_writer(folder, shard, recipe) as writer:
             writer.add(draw(size, number))
         shards.append(shard)

@@ -44,7 +44,9 @@ def shard_of(folder: Path, number: int, rows: int) -> Shard:
         samples=rows,
         bytes=1,
         sha256=f"{number:064x}",
+        idx_sha256="",
         extensions={},
+        labels=0,
     )
 
 

@@ -9,19 +9,46 @@ import csv
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from lgd.data.archive import open_shards
+from lgd.data.manifest import Entry, Manifest, Options, Sources, open_shards
+from lgd.data.meta import Text
 from lgd.data.pairs import Problem
 from lgd.data.sources import in_threads
 from lgd.errors import DataError
-from lgd.files import is_remote, list_folder, place, publish, read_json, remove, write_bytes, write_json
+from lgd.files import is_remote, list_folder, place, publish, remove, write_bytes
+from lgd.records import Document
 
-_FILE = r"([A-Za-z0-9_]+-\d{6}\.(tar|idx)|\.[A-Za-z0-9_]+-\d{6}\.json|manifest\.json|rejected\.csv|\.building\.json)"
+_SHARD = r"[A-Za-z0-9_]+-\d{6}"
+_FILE = rf"({_SHARD}\.(tar|idx)|\.{_SHARD}\.json|manifest\.json|patches\.npy|rejected\.csv|\.building\.json)"
 _OURS = re.compile(_FILE)
 # What lgd.files.publish leaves behind when it is killed.
 _LEFTOVER = re.compile(rf"\.{_FILE}\.[A-Za-z0-9-]+\.tmp")
 _REMOVALS = 16
+_ANEW = "remove the folder, and build the set again"
+
+
+class Building(Document):
+    """OUT/.building.json: what decides the bytes of the set that is being built."""
+
+    FORMAT: ClassVar[str] = "lgd-building/2"
+    ABSENT: ClassVar[str] = _ANEW
+    REMEDY: ClassVar[str] = _ANEW
+
+    layout: Text
+    options: Options
+    codecs: dict[Text, Text | None]
+    sources: Sources
+
+
+class BuiltShard(Document):
+    """OUT/.{split}-{000000}.json at a url: a shard that is there whole."""
+
+    FORMAT: ClassVar[str] = "lgd-built-shard/2"
+    ABSENT: ClassVar[str] = _ANEW
+    REMEDY: ClassVar[str] = _ANEW
+
+    entry: Entry
 
 
 def open_target(text: str) -> Path:
@@ -52,31 +79,31 @@ def open_target(text: str) -> Path:
     return out
 
 
-def reused(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+def reused(out: Path, recipe: Building) -> Manifest:
     """The manifest of a finished OUT, if it is of this set; versions of codecs may have moved on since."""
     manifest, _ = open_shards(out)
-    differing = [name for name in ("layout", "options", "sources") if manifest.get(name) != recipe[name]]
+    differing = [name for name in ("layout", "options", "sources") if getattr(manifest, name) != getattr(recipe, name)]
     if differing:
         raise DataError(
             f"{out} already holds another shard set (other {', '.join(differing)}): remove it, or "
             "give --out another folder"
         )
     finish(out)
-    return {**manifest, "reused": True}
+    return manifest
 
 
-def begin(out: Path, recipe: dict[str, Any]) -> set[str]:
+def begin(out: Path, recipe: Building) -> set[str]:
     """Mark OUT as being built from this recipe, or see that an interrupted build was of the same; what lies there."""
     marker = out / ".building.json"
     names = set(list_folder(out))
-    if marker.name in names and read_json(marker) != recipe:
+    if marker.name in names and Building.read(marker) != recipe:
         raise DataError(
             f"{out} holds an interrupted build of something else (other options, sources or codecs): "
             "remove it, or give --out another folder"
         )
     _remove(out, filter(_LEFTOVER.fullmatch, names))
     if marker.name not in names:
-        write_json(marker, recipe)
+        recipe.write(marker)
     return names
 
 
@@ -104,7 +131,7 @@ def is_finished(tar: Path, names: set[str]) -> bool:
 def finish(out: Path) -> None:
     """Remove what only an unfinished build needs; its marker last."""
     names = list_folder(out)
-    _remove(out, (name for name in names if re.fullmatch(r"\.[A-Za-z0-9_]+-\d{6}\.json", name)))
+    _remove(out, (name for name in names if re.fullmatch(rf"\.{_SHARD}\.json", name)))
     _remove(out, {".building.json"} & names.keys())
 
 

@@ -1,6 +1,7 @@
 """The offset index of a tar: where each member lies, how long it is, and its crc32."""
 
 import functools
+import hashlib
 import io
 import os
 import tarfile
@@ -9,55 +10,52 @@ from pathlib import Path
 import numpy as np
 
 from lgd.errors import DataError
-from lgd.remote import fetch, open_file
-from lgd.urls import is_remote
+from lgd.remote import open_file
 
-ROLES = ("json", "he", "ihc")
+ROLES = ("json", "hes", "he", "ihc")
+"""All members that a sample may have, in their order: a reader of the H&E stops before the IHC."""
 INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
-"""Type of one entry of an `.idx`, which holds `numpy.save` content of shape (samples, 3): json, he, ihc."""
+"""Type of one entry of an `.idx`, which holds `numpy.save` content of shape (samples, members of a sample)."""
 
 REBUILD = "fetch it again, or build the set again into an empty folder"
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_JSON = 1 << 16
 
 
-def load_index(path: Path, samples: int, name: str = "") -> np.ndarray:
-    """Read an index file; `DataError` when it is missing, broken or not of `samples` samples.
+def index_bytes(samples: int, members: int) -> int:
+    """Size of an index file."""
+    return len(_head(samples, members)) + samples * members * INDEX.itemsize
 
-    `name`: the SHA-256 of its tar, by which the cache knows the index of a url.
-    """
-    head, length = _head(samples), samples * len(ROLES) * INDEX.itemsize
+
+def load_index(path: Path, samples: int, members: int, digest: str) -> np.ndarray:
+    """Read an index file; `DataError` when it is missing, broken, or not the one of this SHA-256."""
+    size = index_bytes(samples, members)
     try:
-        with open_file(path, name=name) as stream:
-            # numpy.load would also take zip files and pickles; and it parses the head with `ast`, which fails now
-            # and then when several threads of Python 3.11 do so at once.
+        with open_file(path, digest, size) as stream:
             # The size comes first: the count of a hostile manifest would ask for any amount of memory.
-            whole = os.fstat(stream.fileno()).st_size == len(head) + length
-            found, content = (stream.read(len(head)), stream.read(length)) if whole else (b"", b"")
+            content = stream.read(size) if os.fstat(stream.fileno()).st_size == size else b""
     except OSError as error:
         raise DataError(f"{path} is missing or cannot be read ({error.strerror or error}): {REBUILD}") from error
-    if found != head or len(content) != length:
-        forget(path, name)
+    # numpy.load would also take zip files and pickles; and it parses the head with `ast`, which fails now and then when
+    # several threads of Python 3.11 do so at once.
+    head = _head(samples, members)
+    if len(content) != size or content[: len(head)] != head:
         raise DataError(f"{path} is no index of {samples} samples, or broken: {REBUILD}")
-    return np.frombuffer(content, INDEX).reshape(samples, len(ROLES))
-
-
-def forget(path: Path, name: str) -> None:
-    """Remove a bad remote index from the cache, so that a better one is fetched: no digest of it is known."""
-    if is_remote(path):
-        fetch(path, name=name).unlink(missing_ok=True)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise DataError(f"{path}: its sha256 is not the manifest's: it was changed or damaged: {REBUILD}")
+    return np.frombuffer(content, INDEX, offset=len(head)).reshape(samples, members)
 
 
 @functools.lru_cache(maxsize=16)
-def _head(samples: int) -> bytes:
+def _head(samples: int, members: int) -> bytes:
     """What `numpy.save` writes before the entries."""
     stream = io.BytesIO()
-    shape = (samples, len(ROLES))
+    shape = (samples, members)
     np.lib.format.write_array_header_1_0(stream, {"descr": INDEX.descr, "fortran_order": False, "shape": shape})
     return stream.getvalue()
 
 
-def tiled(index: np.ndarray, size: int) -> tuple[int, str]:
+def tiled(index: np.ndarray, roles: tuple[str, ...], size: int) -> tuple[int, str]:
     """Where the last member of a tar of `size` bytes ends, and why its index does not tile it, or nothing."""
     entries = index.reshape(-1)
     # Places follow from the lengths alone: each member has one header and is padded to whole blocks.
@@ -67,9 +65,9 @@ def tiled(index: np.ndarray, size: int) -> tuple[int, str]:
     wrong = np.flatnonzero(entries["offset"] != (ends - steps + _BLOCK).astype(np.uint64))
     end = int(ends[-1])
     if wrong.size:
-        row, column = divmod(int(wrong[0]), len(ROLES))
+        row, column = divmod(int(wrong[0]), len(roles))
         return end, (
-            f"row {row}, {ROLES[column]}: the index places it at byte {entries['offset'][wrong[0]]}, but the members "
+            f"row {row}, {roles[column]}: the index places it at byte {entries['offset'][wrong[0]]}, but the members "
             f"before it end at {ends[wrong[0]] - steps[wrong[0]]}: the index is of another tar, or was changed"
         )
     # A tar ends with two empty blocks, and is filled up to whole records.

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.meta import UNPRINTABLE
+from lgd.data.meta import UNPRINTABLE, Origin
 from lgd.errors import DataError
 from lgd.files import Kind, exists, is_remote, list_folder, place, read_bytes
 from lgd.urls import MissingError
@@ -22,7 +22,11 @@ Layout = Literal["bci", "mist", "csv"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 _SPLIT = re.compile("[A-Za-z0-9_]+")
-_COLUMNS = ("he", "ihc", "key", "level", "slide", "split", "mpp")
+_TEXTS = ("marker", "center", "scanner", "ihc_slide")
+_NUMBERS = ("alignment", "x", "y", "side", "ihc_x", "ihc_y", "ihc_side")
+_COLUMNS = ("he", "ihc", "key", "label", "level", "slide", "split", "mpp", *_TEXTS, *_NUMBERS)
+NOWHERE = Origin.from_json(dict.fromkeys(Origin.model_fields))
+"""Of a pair of which nothing more is known."""
 # With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.
 _LONGEST_KEY = 72
 
@@ -39,8 +43,8 @@ class PatchPair:
     """The H&E file, relative to the root, with `/`."""
     ihc_source: str
     """The IHC file, likewise."""
-    level: int | None
-    """HER2 level 0 to 3; None where unknown."""
+    label: int | None
+    """Number of the class; None where unknown."""
     slide: str | None
     group: str
     """The slide where it is known, else the key: what must never lie on two sides of a split."""
@@ -48,6 +52,7 @@ class PatchPair:
     """The published split; None where there is none."""
     mpp: float | None
     """Micrometres per pixel; None where unknown."""
+    origin: Origin = NOWHERE
 
 
 class Problem(NamedTuple):
@@ -72,10 +77,11 @@ class _Found(NamedTuple):
     stem: str
     he: Path
     ihc: Path
-    level: int | None
+    label: int | None
     slide: str | None
     split: str | None
     mpp: float | None = None
+    origin: Origin = NOWHERE
 
 
 def find_pairs(
@@ -87,7 +93,8 @@ def find_pairs(
     `mist`: `trainA trainB valA valB`, A being the H&E; `SLIDE_ROW_COLUMN.jpg`. MIST publishes `val` as its
     held-out set, so it is named `test` here.
     `csv`: a folder with `pairs.csv`, or the CSV itself; columns he and ihc (relative to the CSV), and as you
-    have them key, level, slide, split and mpp. Whether the files of a remote CSV exist is seen when they are read.
+    have them key, label, slide, split, mpp and the fields of `Origin`. Whether the files of a remote CSV exist is seen
+    when they are read.
     `slides`: a CSV with the columns key and slide, which names the slide of every pair.
 
     Raises `DataError` where the root or a CSV is missing or malformed, or holds no patches at all.
@@ -159,7 +166,7 @@ def _with_keys(found: list[_Found], base: Path, problems: list[Problem]) -> list
             if reason:
                 problems.append(Problem(source, reason, key, source, _relative(entry.ihc, base)))
                 continue
-            fields = {name: getattr(entry, name) for name in ("he", "ihc", "level", "slide", "split", "mpp")}
+            fields = {name: getattr(entry, name) for name in ("he", "ihc", "label", "slide", "split", "mpp", "origin")}
             ihc = _relative(entry.ihc, base)
             pairs.append(PatchPair(key=key, source=source, ihc_source=ihc, group=entry.slide or key, **fields))
     return pairs
@@ -286,17 +293,47 @@ def _csv_pair(base: Path, row: dict[str, str]) -> _Found:
         if not is_remote(base) and not (base / row[role]).is_file():
             kind = "a folder" if (base / row[role]).is_dir() else "missing"
             raise DataError(f"{role} {row[role]} is {kind}: correct the path or remove the row")
-    key, level, split, mpp = (row.get(name, "") for name in ("key", "level", "split", "mpp"))
+    key, split, mpp = (row.get(name, "") for name in ("key", "split", "mpp"))
     if key != safe_key(key):
         raise DataError(f"key is {key!r}: use letters, digits, _, + and - only")
-    names = {**{name: value for value, name in enumerate(LEVEL_NAMES)}, "1": 1, "2": 2, "3": 3}
-    if level and level not in names:
-        raise DataError(f"level is {level!r}: use {', '.join(LEVEL_NAMES)}, or leave it empty")
     if split and not _SPLIT.fullmatch(split):
         raise DataError(f"split is {split!r}: use a plain word such as train, val or test")
     he, ihc = base / row["he"], base / row["ihc"]
-    slide = row.get("slide") or None
-    return _Found(key or he.stem, he, ihc, names.get(level), slide, split or None, _parse_mpp(mpp) if mpp else None)
+    return _Found(
+        key or he.stem,
+        he,
+        ihc,
+        _parse_label(row),
+        row.get("slide") or None,
+        split or None,
+        _parse_mpp(mpp) if mpp else None,
+        _parse_origin(row),
+    )
+
+
+def _parse_label(row: dict[str, str]) -> int | None:
+    """The number of the class; `level` is the old name of the column `label`."""
+    names = {**{name: value for value, name in enumerate(LEVEL_NAMES)}, "1": 1, "2": 2, "3": 3}
+    given = {name: row[name] for name in ("label", "level") if row.get(name)}
+    for name, text in given.items():
+        if text not in names:
+            raise DataError(f"{name} is {text!r}: use {', '.join(LEVEL_NAMES)}, or leave it empty")
+    if len({names[text] for text in given.values()}) > 1:
+        raise DataError(f"label is {given['label']!r} and level is {given['level']!r}: keep the column label")
+    return names[next(iter(given.values()))] if given else None
+
+
+def _parse_origin(row: dict[str, str]) -> Origin:
+    fields: dict[str, Any] = {name: row.get(name) or None for name in _TEXTS}
+    for name in _NUMBERS:
+        try:
+            fields[name] = float(row[name]) if row.get(name) else None
+        except ValueError as error:
+            raise DataError(f"{name} is {row[name]!r}: use a number, or leave it empty") from error
+    try:
+        return Origin.from_json(fields)
+    except ValueError as error:
+        raise DataError(f"{error}: correct it, or leave it empty") from error
 
 
 def _parse_mpp(text: str) -> float:

@@ -1,9 +1,10 @@
 """Pairs -> byte-identical WebDataset tars + an offset index + a manifest, and back to bytes.
 
-`lgd build-shards` runs `build`. It leaves on disk (format `lgd-shards/1`, told in shards/README.md):
+`lgd build-shards` runs `build`. It leaves on disk (format `lgd-shards/2`, told in shards/README.md):
 
     OUT/{split}-{000000}.tar   KEY.json, KEY.he.EXT, KEY.ihc.EXT of each sample, contiguous
     OUT/{split}-{000000}.idx   offset, length and crc32 of every member
+    OUT/patches.npy            what must not lie on two sides of a split (`lgd.data.patches`)
     OUT/rejected.csv           what `--on-bad skip` left out
     OUT/manifest.json          what, from where, how many, digests; written last
 
@@ -12,6 +13,7 @@ A killed build goes on where it stopped (`lgd.data.building`). Pairs may lie beh
 
 import collections
 import functools
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -21,11 +23,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lgd.config import LEVEL_NAMES
-from lgd.data.archive import FORMAT, INDEX, ROLES, Shard, is_whole, open_shards, read_member, write_archive
-from lgd.data.building import begin, entry_path, finish, is_finished, open_target, reused, write_rejected
+from lgd.data.archive import INDEX, Shard, is_whole, read_member, write_archive
+from lgd.data.building import (
+    Building,
+    BuiltShard,
+    begin,
+    entry_path,
+    finish,
+    is_finished,
+    open_target,
+    reused,
+    write_rejected,
+)
 from lgd.data.image import codecs, decode
+from lgd.data.manifest import (
+    HER2,
+    UNKNOWN,
+    Entry,
+    Extensions,
+    File,
+    Manifest,
+    Options,
+    Shape,
+    Sources,
+    Split,
+    open_shards,
+)
 from lgd.data.pairs import Layout, Problem, find_pairs
+from lgd.data.patches import FILE, as_patches
 from lgd.data.sources import (
     CheckJob,
     Encoding,
@@ -41,10 +66,10 @@ from lgd.data.sources import (
 )
 from lgd.data.split import SPLITS, parse_split
 from lgd.errors import DataError, require
-from lgd.files import digest_of, exists, is_remote, place, read_json, sha256, upload, write_json
+from lgd.files import digest_of, exists, is_remote, place, sha256, upload, write_bytes
 from lgd.progress import progress
 
-__all__ = ["INDEX", "ROLES", "Shard", "ShardOptions", "build", "decode", "open_shards", "read_member"]
+__all__ = ["INDEX", "Shard", "ShardOptions", "build", "decode", "open_shards", "read_member"]
 
 # Pairs that a worker checks at a time.
 _CHUNK = 64
@@ -57,7 +82,7 @@ class ShardOptions:
     """What `lgd build-shards` is asked for."""
 
     layout: Layout
-    """The folders of BCI or of MIST, or a CSV: columns he, ihc, and as known key, level, slide, split, mpp."""
+    """The folders of BCI or of MIST, or a CSV: columns he, ihc, and those of shards/README.md."""
     root: str
     """Folder or url of the images; for csv the CSV itself, or a folder that holds pairs.csv."""
     out: str
@@ -72,8 +97,8 @@ class ShardOptions:
     """`keep` the original bytes (tiles become PNG), or re-encode to `png` or `jpeg:QUALITY`."""
     slides: str = ""
     """CSV (or its url) with the columns key and slide that names the slide of every pair."""
-    mpp: float | None = None
-    """Micrometres per pixel of all pairs that do not state it themselves."""
+    mpp: float | Literal["unknown"] | None = None
+    """Micrometres per pixel of all pairs that do not state it themselves; `unknown` where nobody knows."""
     on_bad: Literal["stop", "skip"] = "stop"
     """Stop at pairs that cannot be used, or skip them and list them in rejected.csv."""
     salt: str = ""
@@ -92,7 +117,8 @@ class ShardOptions:
         quality = re.fullmatch(r"keep|png|jpeg:(\d{1,3})", self.image)
         good = quality is not None and (quality[1] is None or 1 <= int(quality[1]) <= 100)
         require(good, f"--image {self.image}: use keep, png or jpeg:95 (a quality from 1 to 100)")
-        require(self.mpp is None or 0 < self.mpp < 100, f"--mpp {self.mpp}: use micrometres, such as 0.46")
+        good = self.known_mpp is None or 0 < self.known_mpp < 100
+        require(good, f"--mpp {self.mpp}: use micrometres, such as 0.46")
 
     @property
     def encoding(self) -> Encoding:
@@ -100,6 +126,11 @@ class ShardOptions:
         kind, _, quality = self.image.partition(":")
         extension = {"keep": "png" if self.tile else None, "png": "png", "jpeg": "jpg"}[kind]
         return Encoding(tile=self.tile, extension=extension, quality=int(quality or 0))
+
+    @property
+    def known_mpp(self) -> float | None:
+        """The scale of all pairs that do not state it themselves, if there is one."""
+        return None if self.mpp == "unknown" else self.mpp  # type: ignore[return-value]
 
     @property
     def threads(self) -> int:
@@ -115,7 +146,7 @@ class ShardJob:
     path: Path
     samples: tuple[Sample, ...]
     encoding: Encoding
-    extensions: tuple[str, str]
+    extensions: dict[str, str]
     mpp: float | None
     threads: int
     finished: bool
@@ -126,8 +157,8 @@ Tick = Callable[[int], Any]
 MapJobs = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
-def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> dict[str, Any]:
-    """Build a shard set and return its manifest, with `reused: true` added where OUT already held it.
+def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> tuple[Manifest, bool]:
+    """Build a shard set; returns its manifest, and whether it was built now rather than found in OUT.
 
     `map_jobs(function, jobs)` applies a function to every job, in any order and in any process; by default
     here. Raises `DataError` with the full list of unusable pairs, or for an OUT that holds something else, and
@@ -138,37 +169,38 @@ def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> dict[str, A
     rule = parse_split(options.split)
     samples = hide_levels(assign(sources, rule, options.salt, options.tile), options.labelled, options.salt)
     kept = options.encoding.extension
-    extensions = (kept, kept) if kept else same_types(sources)
+    he, ihc = (kept, kept) if kept else same_types(sources)
+    extensions = Extensions.from_json({"hes": None, "he": he, "ihc": ihc})
     recipe = _recipe(options, sources, len(problems))
     if exists(out / "manifest.json"):
-        return reused(out, recipe)
+        return reused(out, recipe), False
     names = begin(out, recipe)
     if problems:
         write_rejected(out, problems)
 
-    splits, jobs = _plan(options, samples, extensions, out, names)
+    of_split = _by_split(samples)
+    jobs = _jobs(options, of_split, extensions, out, names)
     what = "build tiles" if options.tile else "build pairs"
-    entries = _with_progress(what, write_shard, jobs, len(samples), options, map_jobs or map)
-    done = {entry["file"]: entry for entry in entries}
-    assert len(done) == len(jobs), "a shard was lost on its way back"
-    for job in jobs:
-        splits[job.samples[0].split]["shards"].append(done[job.path.name])
-
-    manifest = {
-        "format": FORMAT,
-        **{name: recipe[name] for name in ("layout", "options", "codecs", "sources")},
-        "classes": list(LEVEL_NAMES),
-        "extensions": dict(zip(ROLES, ("json", *extensions), strict=True)),
+    entries = list(_with_progress(what, write_shard, jobs, len(samples), options, map_jobs or map))
+    patches = as_patches([sample for some in of_split.values() for sample in some])
+    write_bytes(out / FILE, patches)
+    manifest = Manifest(
+        layout=options.layout,
+        options=recipe.options,
+        codecs=recipe.codecs,
+        sources=recipe.sources,
+        target=HER2,
+        extensions=extensions,
+        patches=File(bytes=len(patches), sha256=hashlib.sha256(patches).hexdigest()),
         # `lgd synth` leaves this file; reports of virtual tissue must say that it is not tissue.
-        "virtual": _is_virtual(options),
-        "may_leak": any(source.pair.slide is None for source in sources),
-        "caveats": caveats(samples, rule),
-        "splits": splits,
-    }
-    manifest["digest"] = digest_of(manifest)
-    write_json(out / "manifest.json", manifest)
+        virtual=_is_virtual(options),
+        may_leak=any(source.pair.slide is None for source in sources),
+        caveats=tuple(caveats(samples, rule)),
+        splits={name: _describe_split(options, name, some, entries) for name, some in of_split.items()},
+    )
+    manifest.write(out / "manifest.json")
     finish(out)
-    return manifest
+    return manifest, True
 
 
 def _is_virtual(options: ShardOptions) -> bool:
@@ -187,35 +219,56 @@ def _with_progress(
             return
         # A worker is elsewhere: its pairs are counted when its job comes back.
         for result in map_jobs(function, jobs):
-            bar.update(result["samples"] if isinstance(result, dict) else len(result[1]))
+            bar.update(result.samples if isinstance(result, Entry) else len(result[1]))
             yield result
 
 
-def _plan(
-    options: ShardOptions, samples: Sequence[Sample], extensions: tuple[str, str], out: Path, names: set[str]
-) -> tuple[dict[str, Any], list[ShardJob]]:
-    """The manifest's splits, without their shards yet, and one job a shard."""
-    splits: dict[str, Any] = {}
-    jobs = []
+def _by_split(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """The samples of each split, in the order of the manifest."""
     present = {sample.split for sample in samples}
-    for name in sorted(present, key=lambda name: (*SPLITS, name).index(name)):
-        mine = [sample for sample in samples if sample.split == name]
-        counts = collections.Counter(sample.source.pair.level for sample in mine)
-        levels = {label: counts[value] for value, label in enumerate(LEVEL_NAMES)} | {"unknown": counts[None]}
-        splits[name] = {"samples": len(mine), "levels": levels, "shards": []}
-        for start in range(0, len(mine), options.shard_size):
+    names = sorted(present, key=lambda name: (*SPLITS, name).index(name))
+    return {name: [sample for sample in samples if sample.split == name] for name in names}
+
+
+def _jobs(
+    options: ShardOptions, of_split: dict[str, list[Sample]], extensions: Extensions, out: Path, names: set[str]
+) -> list[ShardJob]:
+    """One job a shard."""
+    jobs = []
+    for name, samples in of_split.items():
+        for start in range(0, len(samples), options.shard_size):
             path = out / f"{name}-{start // options.shard_size:06d}.tar"
             job = ShardJob(
                 path=path,
-                samples=tuple(mine[start : start + options.shard_size]),
+                samples=tuple(samples[start : start + options.shard_size]),
                 encoding=options.encoding,
-                extensions=extensions,
-                mpp=options.mpp,
+                extensions=extensions.by_role(),
+                mpp=options.known_mpp,
                 threads=options.threads,
                 finished=is_remote(out) and is_finished(path, names),
             )
             jobs.append(job)
-    return splits, jobs
+    return jobs
+
+
+def _describe_split(options: ShardOptions, name: str, samples: Sequence[Sample], entries: Sequence[Entry]) -> Split:
+    """A split of the manifest; the shards are those of `entries`, in any order, that are of it."""
+    counts = collections.Counter(sample.source.pair.label for sample in samples)
+    tile = options.tile
+    shapes = collections.Counter(
+        (tile or source.width, tile or source.height, source.pair.mpp or options.known_mpp)
+        for source in (sample.source for sample in samples)
+    )
+    commonest = sorted(shapes.items(), key=lambda item: (-item[1], *item[0][:2], item[0][2] or 0))
+    mine = [entry for entry in entries if entry.file.rpartition("-")[0] == name]
+    return Split(
+        samples=len(samples),
+        labels={label: counts[value] for value, label in enumerate(HER2.classes)} | {UNKNOWN: counts[None]},
+        shapes=tuple(
+            Shape(width=width, height=height, mpp=mpp, samples=count) for (width, height, mpp), count in commonest
+        ),
+        shards=tuple(sorted(mine, key=lambda entry: entry.file)),
+    )
 
 
 def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], list[Problem]]:
@@ -239,32 +292,30 @@ def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], lis
     return sources, problems
 
 
-def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> dict[str, Any]:
+def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> Building:
     """What decides the bytes of the set; no path of this machine is in it."""
-    chosen = ("split", "salt", "shard_size", "tile", "image", "mpp")
     facts = [
-        (pair.key, pair.source, pair.level, pair.slide, pair.split, pair.mpp, *source.sha256)
+        (pair.key, pair.source, pair.label, pair.slide, pair.split, pair.mpp, pair.origin.as_json(), *source.sha256)
         for source in sources
         for pair in (source.pair,)
     ]
-    return {
-        "format": FORMAT,
-        "layout": options.layout,
-        # Only where it is set, so that sets that were built before it existed are found again.
-        "options": {name: getattr(options, name) for name in (*chosen, *(["labelled"] if options.labelled else []))},
-        "codecs": {**codecs(), "webdataset": importlib.metadata.version("webdataset")},
-        "sources": {"pairs": len(sources), "rejected": rejected, "digest": digest_of(facts)},
-    }
+    chosen = ("split", "salt", "shard_size", "tile", "image", "mpp", "labelled")
+    return Building(
+        layout=options.layout,
+        options=Options(he_size=None, **{name: getattr(options, name) for name in chosen}),
+        codecs={**codecs(), "webdataset": importlib.metadata.version("webdataset")},
+        sources=Sources(pairs=len(sources), rejected=rejected, digest=digest_of(facts)),
+    )
 
 
-def write_shard(job: ShardJob, tick: Tick = nothing) -> dict[str, Any]:
+def write_shard(job: ShardJob, tick: Tick = nothing) -> Entry:
     """Write one tar and its index, unless an interrupted build left both whole; return its manifest entry.
 
     For a url they are written here first; the entry is published last. `tick(n)` is told of n pairs more.
     """
     if job.finished:
         tick(len(job.samples))
-        return read_json(entry_path(job.path))
+        return BuiltShard.read(entry_path(job.path)).entry
     if not is_remote(job.path):
         return _write_here(job, job.path, tick)
     with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
@@ -272,21 +323,22 @@ def write_shard(job: ShardJob, tick: Tick = nothing) -> dict[str, Any]:
         entry = _write_here(job, local, tick)
         for suffix in (".tar", ".idx"):
             upload(local.with_suffix(suffix), job.path.with_suffix(suffix))
-    write_json(entry_path(job.path), entry)
+    BuiltShard(entry=entry).write(entry_path(job.path))
     return entry
 
 
-def _write_here(job: ShardJob, path: Path, tick: Tick) -> dict[str, Any]:
-    if is_whole(path, len(job.samples)):
+def _write_here(job: ShardJob, path: Path, tick: Tick) -> Entry:
+    if is_whole(path, len(job.samples), tuple(job.extensions)):
         tick(len(job.samples))
     else:
         write_archive(path, _contents(job, tick), job.extensions)
-    return {
-        "file": path.name,
-        "samples": len(job.samples),
-        "bytes": path.stat().st_size,
-        "sha256": sha256(path),
-    }
+    return Entry(
+        file=path.name,
+        samples=len(job.samples),
+        bytes=path.stat().st_size,
+        sha256=sha256(path),
+        idx_sha256=sha256(path.with_suffix(".idx")),
+    )
 
 
 def _contents(job: ShardJob, tick: Tick) -> Iterator[tuple[str, list[bytes]]]:

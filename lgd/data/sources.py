@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from lgd.config import LEVEL_NAMES
 from lgd.data.image import check, decode, encode
+from lgd.data.meta import Digests, PatchMeta
 from lgd.data.pairs import PatchPair, Problem
 from lgd.data.split import SplitRule, split_of
 from lgd.distribute import ahead
@@ -37,6 +38,8 @@ class Source:
     """True types of the H&E and the IHC: jpg, png or webp."""
     sha256: tuple[str, str]
     """Digests of the H&E and the IHC file."""
+    icc: tuple[str | None, str | None]
+    """Digests of the colour profiles in them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +129,7 @@ def check_pair(pair: PatchPair, tile: int) -> Source | Problem:
         height=height,
         extensions=(heads[0].extension, heads[1].extension),
         sha256=(hashlib.sha256(he).hexdigest(), hashlib.sha256(ihc).hexdigest()),
+        icc=(None, None),
     )
 
 
@@ -190,8 +194,8 @@ def hide_levels(samples: list[Sample], labelled: int, salt: str) -> list[Sample]
     level_of: dict[str, int] = {}
     for sample in samples:
         pair = sample.source.pair
-        if sample.split == "train" and pair.level is not None:
-            level_of[pair.group] = max(pair.level, level_of.get(pair.group, 0))
+        if sample.split == "train" and pair.label is not None:
+            level_of[pair.group] = max(pair.label, level_of.get(pair.group, 0))
     kept: set[str] = set()
     for level, name in enumerate(LEVEL_NAMES):
         groups = [group for group, highest in level_of.items() if highest == level]
@@ -201,7 +205,7 @@ def hide_levels(samples: list[Sample], labelled: int, salt: str) -> list[Sample]
     return [
         sample
         if sample.split != "train" or sample.source.pair.group in kept
-        else replace(sample, source=replace(sample.source, pair=replace(sample.source.pair, level=None)))
+        else replace(sample, source=replace(sample.source, pair=replace(sample.source.pair, label=None)))
         for sample in samples
     ]
 
@@ -276,18 +280,19 @@ def _reread(source: Source, stain: int) -> bytes:
 
 def _describe(sample: Sample, digests: Sequence[str], width: int, height: int, mpp: float | None) -> bytes:
     """KEY.json; `digests` are those of the H&E and the IHC."""
-    pair = sample.source.pair
-    document: dict[str, Any] = {
-        "key": sample.key,
-        "level": pair.level,
-        "level_name": None if pair.level is None else LEVEL_NAMES[pair.level],
-        "slide": pair.slide,
-        "group": pair.group,
-        "split": sample.split,
-        "source": pair.source,
-        "width": width,
-        "height": height,
-        "mpp": mpp if pair.mpp is None else pair.mpp,
-        "sha256": dict(zip(("he", "ihc"), digests, strict=True)),
-    }
-    return json.dumps(document, ensure_ascii=False).encode()
+    pair, icc = sample.source.pair, sample.source.icc
+    meta = PatchMeta(
+        key=sample.key,
+        label=pair.label,
+        slide=pair.slide,
+        group=pair.group,
+        split=sample.split,
+        source=pair.source,
+        width=width,
+        height=height,
+        mpp=pair.mpp or mpp,
+        icc=Digests(he=icc[0], ihc=icc[1]),
+        sha256=Digests(he=digests[0], ihc=digests[1]),
+        **pair.origin.as_json(),
+    )
+    return json.dumps(meta.as_json(), ensure_ascii=False).encode()

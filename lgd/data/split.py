@@ -6,6 +6,8 @@ else the data set gains or loses.
 
 import hashlib
 import math
+import re
+import unicodedata
 from typing import NamedTuple
 
 from lgd.errors import ConfigError
@@ -74,3 +76,9 @@ def split_of(rule: SplitRule, group: str, published: str | None, salt: str = "")
     if rule.keep and (published != "train" or not rule.shares):
         return published
     return assign(group, rule.shares, salt)
+
+
+def canonical_group(name: str) -> str:
+    """The form in which two spellings of one slide are equal: other case, blanks, width of letters, or number."""
+    name = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    return re.sub(r"\d+(\.0+)?", lambda number: str(int(number[0].partition(".")[0])), name)

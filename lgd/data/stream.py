@@ -10,12 +10,13 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from lgd.data.archive import Shard, read_sample
 from lgd.data.image import decode
+from lgd.data.meta import SKIPPED, PatchMeta
 from lgd.data.plan import firsts
 from lgd.errors import DataError
 from lgd.files import is_remote
@@ -42,7 +43,7 @@ class Sample:
     key: str
     level: int
     """0 to 3, or -1 where it is unknown."""
-    meta: dict[str, Any]
+    meta: PatchMeta
     """The sample's KEY.json."""
     images: dict[str, np.ndarray] = field(default_factory=dict)
     """Name -> uint8 (height, width, 3), RGB."""
@@ -68,6 +69,9 @@ class Reader:
         self.first = firsts(self.sizes)
         self.total = int(self.first[-1])
         self.roles = tuple(roles)
+        for shard in self.shards:
+            if lacking := [role for role in self.roles if role not in shard.extensions]:
+                raise DataError(f"{shard.path} has no images of the role {lacking[0]}: its set was built without them")
         self.size = size
         self.remote = any(is_remote(shard.path) for shard in self.shards)
         self._lock = threading.Lock()
@@ -105,7 +109,7 @@ class Reader:
             meta, contents = read_sample(file, index, row, self.shards[shard], self.roles)
             images: dict[str, np.ndarray] = {}
             for role, content in contents.items():
-                what = f"{self.shards[shard].path}, row {row}, {meta['key']}, {role}"
+                what = f"{self.shards[shard].path}, row {row}, {meta.key}, {role}"
                 images |= self.decode(content, what, role, out[role] if out else None)
         except DataError as error:
             if not skip:
@@ -113,10 +117,17 @@ class Reader:
             for image in out.values() if out else ():
                 image[:] = 0
             return Sample(
-                number=number, shard=shard, row=row, key="", level=-1, meta={}, images=out or {}, error=str(error)
+                number=number,
+                shard=shard,
+                row=row,
+                key="",
+                level=-1,
+                meta=SKIPPED,
+                images=out or {},
+                error=str(error),
             )
-        level = -1 if meta["level"] is None else meta["level"]
-        return Sample(number=number, shard=shard, row=row, key=meta["key"], level=level, meta=meta, images=images)
+        level = -1 if meta.label is None else int(meta.label)
+        return Sample(number=number, shard=shard, row=row, key=meta.key, level=level, meta=meta, images=images)
 
     def decode(
         self, content: bytes | memoryview, what: str, role: str, out: np.ndarray | None

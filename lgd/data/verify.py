@@ -9,14 +9,15 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lgd.config import LEVEL_NAMES
-from lgd.data.archive import Shard, missing, read_manifest, read_sample
+from lgd.data.archive import Shard, read_sample
 from lgd.data.image import check, codecs
-from lgd.data.meta import FIELDS
+from lgd.data.manifest import UNKNOWN, Manifest, missing, read_manifest
+from lgd.data.meta import PatchMeta
+from lgd.data.patches import read_patches
 from lgd.data.shards import ShardOptions
 from lgd.errors import ConfigError, DataError
 from lgd.files import list_folder
@@ -26,10 +27,13 @@ from lgd.urls import RemoteError, is_remote, place
 _SEEN = np.dtype([("key", "<u8"), ("group", "<u8"), ("shard", "<i4"), ("row", "<i4")])
 """What is kept of each sample: its address, and 64 bits of a digest of its key and group."""
 _MOST = 100
-_MANIFEST = "format layout options codecs sources classes extensions virtual may_leak caveats splits digest".split()
-_OPTIONS = "split salt shard_size tile image mpp".split()
 
-Facts = list[dict[str, Any]]
+
+class Fact(NamedTuple):
+    """What later checks need of a sample."""
+
+    row: int
+    meta: PatchMeta
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -51,17 +55,20 @@ def verify(folder: str | Path) -> list[str]:
     problems = [problem for found in lost.values() for problem in found]
     problems += [f"{folder / 'manifest.json'}: {reason}" for reason in _wrong_manifest(manifest, shards)]
     problems += _strangers(folder, shards)
-    counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    seen, unnamed, last = [np.empty(0, _SEEN)], False, dict.fromkeys(manifest["splits"], "")
+    problems += _wrong_patches(folder, manifest)
+    counts: collections.Counter[tuple[str, Any]] = collections.Counter()
+    seen, unnamed, last = [np.empty(0, _SEEN)], False, dict.fromkeys(manifest.splits, "")
     total = sum(shard.samples for shard in shards)
     with ThreadPool(os.cpu_count()) as pool, progress(total, "verify", "samples") as bar:
         for number, shard in enumerate(shards):
-            found, metas = ([], []) if shard.name in lost else _verify_shard(shard, pool, bar)
-            problems += [*found, *_unsorted(shard, metas, last)]
-            last[shard.split] = metas[-1]["key"] if metas else ""
-            counts.update((shard.split, meta["level_name"] or "unknown") for meta in metas)
-            unnamed = unnamed or any(meta["slide"] is None for meta in metas)
-            entries = [(_hash(meta["key"]), _hash(meta["group"]), number, meta["row"]) for meta in metas]
+            found, facts = ([], []) if shard.name in lost else _verify_shard(shard, pool, bar)
+            problems += [*found, *_unsorted(shard, facts, last)]
+            last[shard.split] = facts[-1].meta.key if facts else ""
+            for _, meta in facts:
+                counts[shard.split, meta.label] += 1
+                counts[shard.split, (meta.width, meta.height, meta.mpp)] += 1
+                unnamed = unnamed or meta.slide is None
+            entries = [(_hash(meta.key), _hash(meta.group), number, row) for row, meta in facts]
             seen.append(np.array(entries, _SEEN))
     if not problems:
         problems = [f"{folder / 'manifest.json'}: {reason}" for reason in _wrong_counts(manifest, counts, unnamed)]
@@ -84,39 +91,40 @@ def _strangers(folder: Path, shards: Sequence[Shard]) -> list[str]:
     return [f"{folder / name}: is not in the manifest: remove it" for name in names if name[:-4] not in known]
 
 
-def _wrong_manifest(manifest: dict[str, Any], shards: Sequence[Shard]) -> Iterator[str]:
-    """What is wrong with the manifest's fields, but for its counts."""
-    if sorted(manifest) != sorted(_MANIFEST):
-        yield f"its fields are {', '.join(sorted(manifest))}, but should be {', '.join(sorted(_MANIFEST))}"
-        return
-    versions, sources, chosen = (manifest[name] for name in ("codecs", "sources", "options"))
+def _wrong_patches(folder: Path, manifest: Manifest) -> list[str]:
     try:
-        if manifest["layout"] not in ("bci", "mist", "csv") or not set(_OPTIONS) <= set(chosen):
-            raise ValueError("a field is missing, or the layout is unknown")
-        options = ShardOptions(layout=manifest["layout"], root="root", out="out", **chosen)
+        read_patches(folder, manifest)
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
+def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str]:
+    """What is wrong with the manifest's fields, but for its counts."""
+    chosen = manifest.options.as_json()
+    chosen.pop("he_size")
+    try:
+        if manifest.layout not in ("bci", "mist", "csv"):
+            raise ValueError("the layout is unknown")
+        options = ShardOptions(layout=manifest.layout, root="root", out="out", **chosen)  # type: ignore[arg-type]
     except (ConfigError, TypeError, ValueError) as error:
         yield f"field options or layout is malformed ({error})"
         return
-    if not isinstance(versions, dict) or versions.keys() != {*codecs(), "webdataset"}:
-        yield f"field codecs is {versions!r:.200}"
-    pairs = sources.get("pairs") if isinstance(sources, dict) else None
-    samples = sum(shard.samples for shard in shards)
-    if type(pairs) is not int or pairs > samples or (options.tile == 0 and pairs != samples):
-        yield f"field sources is {sources!r:.200}, but there are {samples} samples"
-    kept = options.encoding.extension
-    if kept is not None and {manifest["extensions"][role] for role in ("he", "ihc")} != {kept}:
-        yield f"field extensions is {manifest['extensions']!r:.200}, but the options ask for {kept}"
-    if not isinstance(manifest["caveats"], list) or not all(isinstance(text, str) for text in manifest["caveats"]):
-        yield f"field caveats is {manifest['caveats']!r:.200}, but should be a list of sentences"
-    if type(manifest["virtual"]) is not bool:
-        yield f"field virtual is {manifest['virtual']!r:.200}, but should be true or false"
+    if manifest.codecs.keys() != {*codecs(), "webdataset"}:
+        yield f"field codecs is {manifest.codecs!r:.200}"
+    pairs, samples = manifest.sources.pairs, sum(shard.samples for shard in shards)
+    if pairs > samples or (options.tile == 0 and pairs != samples):
+        yield f"field sources tells of {pairs} pairs, but there are {samples} samples"
+    kept, extensions = options.encoding.extension, manifest.extensions
+    if kept is not None and {extensions.he, extensions.ihc} != {kept}:
+        yield f"field extensions is {extensions.as_json()!r:.200}, but the options ask for {kept}"
     for shard, after in zip(shards, [*shards[1:], None], strict=True):
         last = after is None or after.split != shard.split
         if shard.samples > options.shard_size or (not last and shard.samples < options.shard_size):
             yield f"{shard.name} has {shard.samples} samples, but options.shard_size is {options.shard_size}"
 
 
-def _verify_shard(shard: Shard, pool: Any, bar: Any) -> tuple[list[str], Facts]:
+def _verify_shard(shard: Shard, pool: Any, bar: Any) -> tuple[list[str], list[Fact]]:
     """Problems of one shard, and the KEY.json and row of each sample that could be read."""
     try:
         file, index = shard.open()
@@ -127,28 +135,24 @@ def _verify_shard(shard: Shard, pool: Any, bar: Any) -> tuple[list[str], Facts]:
     with file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:  # type: ignore[arg-type]
             problems.append(f"{shard.path}: its sha256 is not the manifest's: it was damaged or replaced")
-        metas = []
+        facts = []
         for found, meta in pool.imap(lambda row: _verify_sample(shard, file, index, row), range(shard.samples)):
             problems += found
-            metas += [meta] if meta else []
+            facts += [meta] if meta else []
             bar.update()
     if len(problems) > _MOST:
         problems[_MOST:] = [f"{shard.path}: and {len(problems) - _MOST} more problems"]
-    return problems, metas
+    return problems, facts
 
 
-def _verify_sample(
-    shard: Shard, file: BinaryIO, index: np.ndarray, row: int
-) -> tuple[list[str], dict[str, Any] | None]:
-    """Problems of one sample, and the fields of its KEY.json that later checks need, with its row."""
+def _verify_sample(shard: Shard, file: BinaryIO, index: np.ndarray, row: int) -> tuple[list[str], Fact | None]:
+    """Problems of one sample, and its facts."""
     try:
-        meta, contents = read_sample(file, index, row, shard, ("he", "ihc"))
+        meta, contents = read_sample(file, index, row, shard, shard.roles)
     except DataError as error:
         return [str(error)], None
-    where = f"{shard.path}, row {row}, {meta['key']}"
+    where = f"{shard.path}, row {row}, {meta.key}"
     problems = []
-    if meta.keys() != FIELDS.keys():
-        problems.append(f"{where}, json: its fields are not {', '.join(FIELDS)}: build the set again")
     for offset in index["offset"][row].tolist():
         try:
             tarfile.TarInfo.frombuf(os.pread(file.fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE), "ascii", "")
@@ -156,42 +160,44 @@ def _verify_sample(
             problems.append(f"{where}: the tar header before byte {offset} is broken ({error})")
     for role, view in contents.items():
         content = bytes(view)
-        if hashlib.sha256(content).hexdigest() != meta["sha256"].get(role):
+        if hashlib.sha256(content).hexdigest() != meta.sha256.as_json().get(role):
             problems.append(f"{where}, {role}: its sha256 is not that of KEY.json")
         try:
             found = check(content, f"{where}, {role}")
         except DataError as error:
             problems.append(str(error))
             continue
-        if found[1:] != (meta["width"], meta["height"]):
+        if found[1:] != (meta.width, meta.height):
             problems.append(
                 f"{where}, {role}: is {found.extension} of {found.width} x {found.height} pixels, but "
-                f"{meta['width']} x {meta['height']} is stated"
+                f"{meta.width} x {meta.height} is stated"
             )
-    return problems, {name: meta[name] for name in ("key", "group", "slide", "level_name")} | {"row": row}
+    return problems, Fact(row, meta)
 
 
-def _unsorted(shard: Shard, metas: Facts, last: dict[str, str]) -> list[str]:
+def _unsorted(shard: Shard, facts: Sequence[Fact], last: dict[str, str]) -> list[str]:
     """The first key that is not in its place; `last`: the last key of the shard before, by split."""
     before = last[shard.split]
-    for meta in metas:
-        if meta["key"] < before:
-            return [f"{shard.path}, row {meta['row']}: key {meta['key']} is not sorted, it follows {before}"]
-        before = meta["key"]
+    for row, meta in facts:
+        if meta.key < before:
+            return [f"{shard.path}, row {row}: key {meta.key} is not sorted, it follows {before}"]
+        before = meta.key
     return []
 
 
-def _wrong_counts(
-    manifest: dict[str, Any], counts: collections.Counter[tuple[str, str]], unnamed: bool
-) -> Iterator[str]:
+def _wrong_counts(manifest: Manifest, counts: collections.Counter[tuple[str, Any]], unnamed: bool) -> Iterator[str]:
     """The manifest's counts against the samples; told only where every sample could be read."""
-    for split, part in manifest["splits"].items():
-        levels = {name: counts[split, name] for name in (*LEVEL_NAMES, "unknown")}
-        if part.get("levels") != levels:
-            yield f"split {split} has samples of levels {levels}, but {part.get('levels')!r:.200} is stated"
-    for field, true in (("may_leak", unnamed), ("classes", list(LEVEL_NAMES))):
-        if manifest[field] != true:
-            yield f"field {field} is {manifest[field]!r:.200}, but should be {true}"
+    for name, split in manifest.splits.items():
+        labels = {label: counts[name, value] for value, label in enumerate(manifest.target.classes)}
+        labels[UNKNOWN] = counts[name, None]
+        if split.labels != labels:
+            yield f"split {name} has samples of labels {labels}, but {split.labels!r:.200} is stated"
+        shapes = {(shape.width, shape.height, shape.mpp): shape.samples for shape in split.shapes}
+        found = {shape: count for (of, shape), count in counts.items() if of == name and isinstance(shape, tuple)}
+        if shapes != found:
+            yield f"split {name} has samples of width, height and mpp {found!r:.200}, but {shapes!r:.200} is stated"
+    if manifest.may_leak != unnamed:
+        yield f"field may_leak is {manifest.may_leak}, but should be {unnamed}"
 
 
 def _same_keys(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
@@ -229,4 +235,4 @@ def _named(shards: Sequence[Shard], place: np.void, field: str) -> str:
     shard = shards[place["shard"]]
     file, index = shard.open()
     with file:
-        return read_sample(file, index, int(place["row"]), shard, ())[0][field]
+        return getattr(read_sample(file, index, int(place["row"]), shard, ())[0], field)

@@ -72,7 +72,7 @@ def _colours(shards: Sequence[Shard], threads: int, most: int | None = None) -> 
     keys, groups, levels, colours = [], [], [], []
     for samples, images in stream(reader, in_batches(rows, 64), threads=threads):
         keys += [sample.key for sample in samples]
-        groups += [sample.meta["group"] for sample in samples]
+        groups += [sample.meta.group for sample in samples]
         levels += [sample.level for sample in samples]
         colours.append(_colour(images["he"]))
     reader.close()

@@ -84,7 +84,7 @@ def sheet_rows(config: Config, store: Store, shards: Sequence[Shard], scored: Sc
         queries.append(
             Query(
                 key=sample.key,
-                slide=sample.meta["slide"],
+                slide=sample.meta.slide,
                 level=None if sample.level < 0 else sample.level,
                 predicted=int(student.probability[row].argmax()),
                 he=sample.images["he"],

@@ -80,7 +80,7 @@ def score_shards(
     keys, groups, levels, found = [], [], [], []
     for samples, images in stream(reader, in_batches(range(reader.total), batch), threads=threads):
         keys += [sample.key for sample in samples]
-        groups += [sample.meta["group"] for sample in samples]
+        groups += [sample.meta.group for sample in samples]
         levels += [sample.level for sample in samples]
         image_BHW3 = images[scorer.role]
         if alter is not None:

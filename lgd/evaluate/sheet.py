@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.shards import Shard, open_shards
+from lgd.data.archive import Shard
+from lgd.data.manifest import open_shards
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import Answer, Hit, Stored, Vote

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lgd.data.archive import open_shards
+from lgd.data.manifest import open_shards
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
 from lgd.files import exists, list_folder, place, read_json, remove, write_bytes, write_json
@@ -111,10 +111,10 @@ def patches_of(store: Store, splits: Sequence[str]) -> Iterator[Patch]:
         reader = Reader([shards[part.tar_sha256]], ())
         for row, key in enumerate(part.array("key").tolist()):
             meta = reader.read(row).meta
-            if meta["key"].encode() != key:
-                raise DataError(f"{part.path}, row {row}, is of {key.decode()}, but its shard's of {meta['key']}")
-            size = (meta["width"], meta["height"])
-            yield Patch(part, row, meta["key"], meta["slide"], meta["group"], size, meta["mpp"])
+            if meta.key.encode() != key:
+                raise DataError(f"{part.path}, row {row}, is of {key.decode()}, but its shard's of {meta.key}")
+            size = (meta.width, meta.height)
+            yield Patch(part, row, meta.key, meta.slide, meta.group, size, meta.mpp)
         reader.close()
 
 

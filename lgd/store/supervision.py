@@ -79,7 +79,7 @@ class Supervision:
         from lgd.stain.targets import membrane_grid, nuclei_grid
 
         sample = reader.read(number)
-        mpp = sample.meta["mpp"]
+        mpp = sample.meta.mpp
 
         def native(role: str) -> torch.Tensor:
             return torch.from_numpy(sample.images[role])[None].to(self.device).permute(0, 3, 1, 2)
@@ -126,7 +126,7 @@ def stored(
         for what, number in differences(arrays[name], full).items():
             there[what] = max(there[what], number)
     arrays["level"] = np.array([sample.level for sample in samples], np.int8)
-    arrays["slide"] = np.array([(sample.meta["slide"] or "").encode() for sample in samples], "S")
+    arrays["slide"] = np.array([(sample.meta.slide or "").encode() for sample in samples], "S")
     arrays["key"] = np.array([sample.key.encode() for sample in samples], "S")
     return arrays
 

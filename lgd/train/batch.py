@@ -94,7 +94,7 @@ def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int
     view_B = drawn_views(seed, epoch_B, number_B) if turn else np.zeros(len(rows), np.int64)
     return Batch(
         keys=[sample.key for sample in rows],
-        groups=[sample.meta.get("group", "") for sample in rows],
+        groups=[sample.meta.group for sample in rows],
         errors={sample.number: sample.error for sample in rows if sample.error},
         number_B=number_B,
         epoch_B=epoch_B,

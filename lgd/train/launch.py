@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lgd.config import LEVEL_NAMES, Config
-from lgd.data.archive import count_levels
+from lgd.data.manifest import Manifest, count_labels
 from lgd.data.plan import World
 from lgd.data.shards import Shard, open_shards
 from lgd.errors import DataError
@@ -38,9 +38,9 @@ def refuse_strangers(task: Task) -> None:
         )
 
 
-def check_levels(task: Task, manifests: Sequence[dict[str, Any]]) -> None:
+def check_levels(task: Task, manifests: Sequence[Manifest]) -> None:
     """Tell of levels that training never sees; `DataError` where it sees one only, or none and has nothing else."""
-    count = count_levels(manifests, "train")
+    count = count_labels(manifests, "train")
     seen = [name for name in LEVEL_NAMES if count[name]]
     if len(seen) == 1:
         raise DataError(

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from lgd.data.archive import open_shards, read_sample
+from lgd.data.archive import read_sample
+from lgd.data.manifest import open_shards
 from lgd.data.verify import verify
 from lgd.errors import DataError
 

@@ -91,7 +91,7 @@ def given(tmp_path_factory, store):
     # What a store's console leaves for a folder, and what a Mac leaves in it.
     write_bytes("s3://data/bci/HE/train/._x.png", b"")
     place("s3://data/bci").fs.touch("data/bci/HE/train/")
-    return root, folder / "out", build(options(root, folder / "out"))
+    return root, folder / "out", build(options(root, folder / "out"))[0]
 
 
 def options(root, out, **changes):
@@ -105,13 +105,13 @@ def remote_contents(url):
 def test_one_request_an_image_and_phase(given, store):
     root, whole, manifest = given
     store.requests.clear()
-    assert build(options("s3://data/bci", "s3://data/a")) == manifest
+    assert build(options("s3://data/bci", "s3://data/a")) == (manifest, True)
     assert remote_contents("s3://data/a") == contents(whole)
     # One request an image and phase; the folders are listed, not the files asked for.
     assert store.asked(r"GET /data/bci/.*png") == 4 * PAIRS and store.asked(r"HEAD /data/bci/.*png") == 0
     assert store.asked(r"GET /data\?.*prefix=bci.*") <= 10
     store.requests.clear()
-    assert build(options(root, "s3://data/a")) == {**manifest, "reused": True}
+    assert build(options(root, "s3://data/a")) == (manifest, False)
     assert store.asked(r"(PUT|POST) /data/a/.*(tar|idx|json)") == 0 and store.asked(r"GET /data/a/.*tar") == 0
     with pytest.raises(DataError, match=r"s3://data/a already holds another shard set \(other options\)"):
         build(options(root, "s3://data/a", mpp=0.5))
@@ -157,7 +157,7 @@ def test_what_a_build_left_after_its_manifest_is_removed(given, tmp_path):
         build(options(root, out))
         write_json(place(out) / ".building.json", {})
         write_json(place(out) / ".train-000000.json", {})
-        assert build(options(root, out)) == {**manifest, "reused": True}
+        assert build(options(root, out)) == (manifest, False)
         assert not [name for name in list_folder(out) if name.startswith(".")]
     write_json("s3://data/strange/.train-000000.json", json.loads("{}"))
     with pytest.raises(DataError, match="already holds something else"):

@@ -16,11 +16,13 @@ from forging import (
     make,
     read_all,
     remanifest,
+    settle,
     virtual,
     with_extra,
 )
 
-from lgd.data.archive import INDEX, open_shards
+from lgd.data.archive import INDEX
+from lgd.data.manifest import open_shards
 from lgd.data.stream import Reader
 from lgd.data.verify import verify
 from lgd.errors import DataError
@@ -147,6 +149,7 @@ def test_missing_samples_are_caught(out):
     forge(out, lambda members: members[:3] + members[6:])
     assert_refused(out, f"{FIRST}.idx is no index of 3 samples")
     shutil.copy(out / "train-000001.idx", out / f"{FIRST}.idx")
+    agree(out)
     assert_refused(out, FIRST, "bytes, but its index describes members that end at byte")
 
 
@@ -183,6 +186,9 @@ def test_a_swapped_index_is_caught(out):
     assert (index["offset"] == np.load(second)["offset"]).all(), "the test wants an index that fits"
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
+    assert_refused(out, f"{out / FIRST}.idx: its sha256 is not the manifest's")
+    for number in (0, 1):
+        agree(out, f"train-00000{number}")
     assert_refused(out, f"{out / FIRST}.tar, row 0, json: its crc32 is not the index's")
     second.write_bytes(contents[1])
     for changed, reason in (
@@ -193,6 +199,7 @@ def test_a_swapped_index_is_caught(out):
     ):
         with open(first, "wb") as stream:
             np.save(stream, changed)
+        agree(out)
         assert_refused(out, FIRST, reason)
 
 
@@ -217,14 +224,14 @@ def test_shards_that_changed_places_are_caught(out):
 
 
 def test_shards_of_one_size_that_changed_places_are_found_by_verify(out):
-    # Reading does not compute a tar's digest: whoever renames files is asked to verify.
+    # Reading does not compute a tar's digest, but that of its index.
     for suffix in ("tar", "idx"):
         (out / f"{FIRST}.{suffix}").rename(out / f"swap.{suffix}")
         (out / f"train-000001.{suffix}").rename(out / f"{FIRST}.{suffix}")
         (out / f"swap.{suffix}").rename(out / f"train-000001.{suffix}")
     problems = verify(out)
     for number in (0, 1):
-        assert any(problem.startswith(f"{out}/train-00000{number}.tar: its sha256 is not") for problem in problems)
+        assert any(problem.startswith(f"{out}/train-00000{number}.idx: its sha256 is not") for problem in problems)
         agree(out, f"train-00000{number}")
     assert verify(out) == [f"{out}/train-000001.tar, row 0: key p0 is not sorted, it follows p5"]
 
@@ -232,18 +239,18 @@ def test_shards_of_one_size_that_changed_places_are_found_by_verify(out):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (entry_with(samples=2), "field extensions or splits is malformed"),
+        (entry_with(samples=2), "split train has 6 samples, its shards 5"),
         (
-            lambda manifest: (entry_with(samples=2)(manifest), manifest["splits"]["train"].update(samples=5)),
+            lambda manifest: (entry_with(samples=2)(manifest), settle(manifest["splits"]["train"])),
             "no index of 2",
         ),
         (
-            lambda manifest: (entry_with(samples=4)(manifest), manifest["splits"]["train"].update(samples=7)),
+            lambda manifest: (entry_with(samples=4)(manifest), settle(manifest["splits"]["train"])),
             "no index of 4",
         ),
         (entry_with(bytes=20480), f"{FIRST}.tar has 51200 bytes, but the manifest says 20480"),
         (
-            lambda manifest: manifest.update(extensions={"json": "json", "he": "jpg", "ihc": "png"}),
+            lambda manifest: manifest["extensions"].update(he="jpg"),
             "he: is no jpg image",
         ),
     ],
@@ -254,7 +261,7 @@ def test_a_manifest_that_disagrees_is_caught(out, change, reason):
 
 
 @pytest.mark.parametrize(
-    "change", [entry_with(sha256="0" * 64), lambda m: m["splits"]["train"]["levels"].update({"0": 1})]
+    "change", [entry_with(sha256="0" * 64), lambda m: m["splits"]["train"]["labels"].update({"0": 1, "1+": 1})]
 )
 def test_facts_that_reading_does_not_use_are_checked_by_verify(out, change):
     remanifest(out, change)

@@ -19,7 +19,7 @@ def test_bci_names_give_split_and_level(tmp_path):
     touch(tmp_path, "HE/train/Thumbs.db", "HE/train/._00000_train_0.png", "HE/notes.txt")
     pairs, problems = find_pairs("bci", tmp_path)
     assert problems == []
-    told = [(p.key, p.level, p.split, p.slide, p.group, p.source, p.mpp) for p in pairs]
+    told = [(p.key, p.label, p.split, p.slide, p.group, p.source, p.mpp) for p in pairs]
     assert told == [
         ("00000_train_0", 0, "train", None, "00000_train_0", "HE/train/00000_train_0.png", None),
         ("00001_test_1+", 1, "test", None, "00001_test_1+", "HE/test/00001_test_1+.png", None),
@@ -82,7 +82,7 @@ def test_mist_names_give_the_slide(tmp_path):
     touch(tmp_path, *names.split(), "trainA/odd.jpg", "trainB/odd.jpg")
     pairs, problems = find_pairs("mist", tmp_path)
     assert problems == []
-    told = {p.key: (p.slide, p.group, p.split, p.level, p.he.parent.name) for p in pairs}
+    told = {p.key: (p.slide, p.group, p.split, p.label, p.he.parent.name) for p in pairs}
     assert told == {
         "100M2004069_10_9": ("100M2004069", "100M2004069", "train", None, "trainA"),
         "200N_1_2": ("200N", "200N", "test", None, "valA"),
@@ -100,7 +100,7 @@ def test_csv_columns(tmp_path):
     for root in (tmp_path, tmp_path / "pairs.csv"):
         pairs, problems = find_pairs("csv", root)
         assert problems == []
-        told = [(p.key, p.level, p.slide, p.group, p.split, p.mpp, p.source, p.ihc_source) for p in pairs]
+        told = [(p.key, p.label, p.slide, p.group, p.split, p.mpp, p.source, p.ihc_source) for p in pairs]
         assert told == [
             ("a", 2, "S1", "S1", "train", 0.46, "h/a.png", "i/a.png"),
             ("second", None, None, "second", None, None, "h/b.png", "i/b.png"),
@@ -188,5 +188,5 @@ def test_a_root_of_another_kind(tmp_path):
 def test_real_names(real_data):
     pairs, problems = find_pairs("bci", real_data / "bci-thumbs")
     assert problems == []
-    assert [sum(pair.level == level for pair in pairs) for level in range(4)] == [1, 1, 8, 6]
+    assert [sum(pair.label == level for pair in pairs) for level in range(4)] == [1, 1, 8, 6]
     assert {pair.split for pair in pairs} == {"test"}

@@ -11,10 +11,13 @@ import pytest
 import webdataset
 
 from lgd.data.image import encode
-from lgd.data.shards import INDEX, ROLES, ShardOptions, build, decode, open_shards, read_member
+from lgd.data.manifest import Manifest
+from lgd.data.meta import Origin
+from lgd.data.shards import INDEX, ShardOptions, build, decode, open_shards, read_member
 from lgd.data.sources import CheckJob
 from lgd.data.verify import verify
 from lgd.errors import ConfigError, DataError
+from lgd.files import digest_of
 
 LEVELS = ("0", "1+", "2+", "3+")
 
@@ -62,19 +65,19 @@ def built(tmp_path_factory):
     """A source folder, its shards and their manifest; tests do not change them."""
     folder = tmp_path_factory.mktemp("built")
     root = make_bci(folder / "bci")
-    return root, folder / "out", build(options(root, folder / "out", mpp=0.46))
+    return root, folder / "out", build(options(root, folder / "out", mpp=0.46))[0]
 
 
 def test_the_set_holds_the_original_bytes_and_facts(built):
     root, out, manifest = built
-    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert Manifest.read(out / "manifest.json") == manifest
     assert [shard.name for shard in open_shards(out)[1]] == [
         "train-000000",
         "train-000001",
         "train-000002",
         "test-000000",
     ]
-    told = {name: (part["samples"], part["levels"]) for name, part in manifest["splits"].items()}
+    told = {name: (part.samples, part.labels) for name, part in manifest.splits.items()}
     assert told == {
         "train": (8, {"0": 2, "1+": 2, "2+": 2, "3+": 2, "unknown": 0}),
         "test": (2, {"0": 1, "1+": 1, "2+": 0, "3+": 0, "unknown": 0}),
@@ -87,9 +90,9 @@ def test_the_set_holds_the_original_bytes_and_facts(built):
         assert ihc == (root / meta["source"].replace("HE/", "IHC/")).read_bytes()
     digests = [hashlib.sha256(content).hexdigest() for content in samples[0][2:]]
     assert samples[0][1] == {
+        **dict.fromkeys(Origin.model_fields),
         "key": "00000_train_0",
-        "level": 0,
-        "level_name": "0",
+        "label": 0,
         "slide": None,
         "group": "00000_train_0",
         "split": "train",
@@ -97,10 +100,11 @@ def test_the_set_holds_the_original_bytes_and_facts(built):
         "width": 32,
         "height": 32,
         "mpp": 0.46,
+        "icc": {"he": None, "ihc": None},
         "sha256": {"he": digests[0], "ihc": digests[1]},
     }
-    assert manifest["extensions"] == {"json": "json", "he": "jpg", "ihc": "jpg"}
-    assert manifest["may_leak"] is True and "10 of 10 samples are unknown" in manifest["caveats"][0]
+    assert manifest.extensions.by_role() == {"json": "json", "he": "jpg", "ihc": "jpg"}
+    assert manifest.may_leak is True and "10 of 10 samples are unknown" in manifest.caveats[0]
     assert verify(out) == []
 
 
@@ -119,7 +123,7 @@ def test_the_index_is_a_plain_npy(built):
     shard = open_shards(built[1])[1][0]
     with open(shard.path.with_suffix(".idx"), "rb") as stream:
         index = np.load(stream, allow_pickle=False)
-    assert index.dtype == INDEX and index.shape == (3, 3) and ROLES == ("json", "he", "ihc")
+    assert index.dtype == INDEX and index.shape == (3, 3) and shard.roles == ("json", "he", "ihc")
     assert (index == shard.index()).all()
     # A student's read ends before the IHC begins.
     assert (index["offset"][:, 2] >= index["offset"][:, 1] + index["length"][:, 1]).all()
@@ -135,14 +139,14 @@ def test_bytes_do_not_depend_on_the_place_or_the_workers(built, tmp_path):
             yield from pool.map(function, list(jobs)[::-1])
 
     again = build(options(moved, tmp_path / "out", mpp=0.46, workers=3), backwards_in_threads)
-    assert again == manifest and contents(tmp_path / "out") == contents(out)
-    assert str(tmp_path) not in json.dumps(again)
+    assert again == (manifest, True) and contents(tmp_path / "out") == contents(out)
+    assert str(tmp_path) not in json.dumps(again[0].document())
 
 
 def test_the_same_set_is_reused_and_another_refused(built):
     root, out, manifest = built
     before = contents(out)
-    assert build(options(root, out, mpp=0.46)) == {**manifest, "reused": True}
+    assert build(options(root, out, mpp=0.46)) == (manifest, False)
     with pytest.raises(DataError, match=r"another shard set \(other options\)"):
         build(options(root, out))
     assert contents(out) == before
@@ -172,7 +176,7 @@ def test_a_killed_build_goes_on(built, tmp_path):
     untouched = (out / "train-000000.tar").stat().st_mtime_ns
     with pytest.raises(DataError, match="interrupted build of something else"):
         build(options(root, out, mpp=0.5))
-    assert build(options(root, out, mpp=0.46)) == manifest
+    assert build(options(root, out, mpp=0.46)) == (manifest, True)
     assert contents(out) == contents(whole)
     assert (out / "train-000000.tar").stat().st_mtime_ns == untouched
 
@@ -211,12 +215,8 @@ def test_bad_pairs_stop_the_build_or_are_listed(tmp_path, reason, on_bad):
         assert "2 problems" in text and reason in text and "00002_train_2+" in text and "level '9+'" in text
         assert not out.exists()
         return
-    manifest = build(options(root, out, on_bad="skip"))
-    assert manifest["splits"]["train"]["samples"] == 2 and manifest["sources"] | {"digest": 0} == {
-        "pairs": 3,
-        "rejected": 2,
-        "digest": 0,
-    }
+    manifest, _ = build(options(root, out, on_bad="skip"))
+    assert manifest.splits["train"].samples == 2 and (manifest.sources.pairs, manifest.sources.rejected) == (3, 2)
     rows = list(csv.DictReader(open(out / "rejected.csv", newline="")))
     assert len(rows) == 2 and any(reason in row["reason"] for row in rows)
     assert "HE/train/00001_train_9+.png" in [row["he"] for row in rows]
@@ -238,7 +238,7 @@ def test_mixed_types_need_re_encoding(tmp_path):
         build(options(root, tmp_path / "out"))
     for image, extension in (("png", "png"), ("jpeg:90", "jpg")):
         out = tmp_path / extension
-        assert build(options(root, out, image=image))["extensions"]["he"] == extension
+        assert build(options(root, out, image=image))[0].extensions.he == extension
         assert verify(out) == []
         samples = samples_of(out)
         assert (np.abs(decode(samples[3][2], "a").astype(int) - patch(6)).max() == 0) == (image == "png")
@@ -246,9 +246,9 @@ def test_mixed_types_need_re_encoding(tmp_path):
 
 def test_tiles_are_cut_without_loss_and_share_a_group(tmp_path):
     root, out = make_bci(tmp_path / "bci", 3, side=80), tmp_path / "out"
-    manifest = build(options(root, out, tile=32, split="group:0.5,0.2,0.3", shard_size=5))
+    manifest, _ = build(options(root, out, tile=32, split="group:0.5,0.2,0.3", shard_size=5))
     samples = samples_of(out)
-    assert len(samples) == 3 * 4 and manifest["extensions"]["ihc"] == "png" and verify(out) == []
+    assert len(samples) == 3 * 4 and manifest.extensions.ihc == "png" and verify(out) == []
     for _, meta, he, _ in samples:
         key, y, x = meta["key"].rsplit("_", 2)
         row, column = int(y[1:]), int(x[1:])
@@ -272,18 +272,18 @@ def test_slides_decide_leakage(tmp_path):
     name_slides(lambda key: f"S{int(key[:5]) // 5}")
     with pytest.raises(DataError, match="2 slides on two sides, such as S0 in test and train: use --split group"):
         build(options(root, tmp_path / "out", slides=str(slides)))
-    shared = build(options(root, tmp_path / "out", slides=str(slides), split="group:0.5,0,0.5"))
-    assert shared["may_leak"] is False and verify(tmp_path / "out") == []
+    shared, _ = build(options(root, tmp_path / "out", slides=str(slides), split="group:0.5,0,0.5"))
+    assert shared.may_leak is False and verify(tmp_path / "out") == []
     name_slides(lambda key: key.split("_")[1])
-    clean = build(options(root, tmp_path / "clean", slides=str(slides)))
-    assert clean["may_leak"] is False and clean["caveats"] == []
+    clean, _ = build(options(root, tmp_path / "clean", slides=str(slides)))
+    assert clean.may_leak is False and clean.caveats == ()
 
 
 def test_an_empty_split_is_said(tmp_path):
     root = make_bci(tmp_path / "bci", 2)
-    manifest = build(options(root, tmp_path / "out", split="group:0.98,0.01,0.01"))
-    assert set(manifest["splits"]) == {"train"}
-    assert [said[:19] for said in manifest["caveats"][1:]] == ["The split val is em", "The split test is e"]
+    manifest, _ = build(options(root, tmp_path / "out", split="group:0.98,0.01,0.01"))
+    assert set(manifest.splits) == {"train"}
+    assert [said[:19] for said in manifest.caveats[1:]] == ["The split val is em", "The split test is e"]
 
 
 def test_keep_needs_a_published_split(tmp_path):
@@ -293,7 +293,7 @@ def test_keep_needs_a_published_split(tmp_path):
     asked = dict(layout="csv", root=str(tmp_path), out=str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="--split keep: a.png has no published split"):
         build(ShardOptions(**asked))
-    assert build(ShardOptions(**asked, split="group:0,0,1"))["splits"]["test"]["levels"]["unknown"] == 1
+    assert build(ShardOptions(**asked, split="group:0,0,1"))[0].splits["test"].labels["unknown"] == 1
     (tmp_path / "pairs.csv").write_text("he,ihc,split\na.png,b.png,val\n")
     with pytest.raises(ConfigError, match="published val"):
         build(ShardOptions(**asked, split="keep:0.1"))
@@ -316,7 +316,10 @@ def test_bad_options_name_themselves(change):
         (lambda out: (out / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda out: (out / "manifest.json").write_text("{"), "not valid JSON"),
         (lambda out: (out / "manifest.json").write_text('{"format": "x/1"}'), "field format"),
-        (lambda out: (out / "manifest.json").write_text('{"format": "lgd-shards/1"}'), "malformed"),
+        (
+            lambda out: (out / "manifest.json").write_text('{"format": "lgd-shards/1"}'),
+            "reads format 2 only",
+        ),
         (lambda out: (out / "train-000001.tar").unlink(), "train-000001.tar is missing"),
         (lambda out: (out / "test-000000.idx").unlink(), "test-000000.idx is missing"),
         (lambda out: os.truncate(out / "train-000001.tar", 1000), "has 1000 bytes, but the manifest says"),
@@ -336,8 +339,9 @@ def test_a_manifest_does_not_lead_out_of_its_folder(built, tmp_path):
     shutil.copytree(built[1], out)
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"][0]["file"] = "../train-000000.tar"
+    manifest["digest"] = digest_of({name: value for name, value in manifest.items() if name != "digest"})
     (out / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="malformed"):
+    with pytest.raises(DataError, match="field file is '../train-000000.tar' instead of train-000000.tar"):
         open_shards(out)
 
 
@@ -374,8 +378,8 @@ def test_every_flipped_bit_in_a_member_is_found(built, tmp_path):
 
 def test_real_native_patches_cut_into_tiles(real_data, tmp_path):
     asked = dict(root=str(real_data / "bci-native"), out=str(tmp_path / "out"), tile=256, mpp=0.46)
-    manifest = build(ShardOptions(layout="bci", **asked))
-    assert manifest["splits"]["test"]["levels"] == {"0": 0, "1+": 16, "2+": 16, "3+": 0, "unknown": 0}
+    manifest, _ = build(ShardOptions(layout="bci", **asked))
+    assert manifest.splits["test"].labels == {"0": 0, "1+": 16, "2+": 16, "3+": 0, "unknown": 0}
     assert verify(tmp_path / "out") == []
     meta, he = next((meta, he) for _, meta, he, _ in samples_of(tmp_path / "out") if meta["key"].endswith("_y1_x0"))
     whole = decode((real_data / "bci-native" / meta["source"]).read_bytes(), "a")
@@ -385,8 +389,8 @@ def test_real_native_patches_cut_into_tiles(real_data, tmp_path):
 def test_real_thumbs_split_by_group(real_data, tmp_path):
     out = tmp_path / "out"
     asked = options(real_data / "bci-thumbs", out, split="group:0.5,0.25,0.25", shard_size=4)
-    manifest = build(asked)
-    assert sum(part["samples"] for part in manifest["splits"].values()) == 16 and manifest["may_leak"]
+    manifest, _ = build(asked)
+    assert sum(part.samples for part in manifest.splits.values()) == 16 and manifest.may_leak
     # The names end in .png; the content is what counts.
     assert all(decode(he, "a").shape == (168, 168, 3) for _, _, he, _ in samples_of(out))
     assert verify(out) == []
@@ -398,8 +402,8 @@ def test_real_unlabelled_stains_by_csv(real_data, tmp_path):
     rows = "".join(f"HE/{name}.png,IHC/{name}.png,train\n" for name in names)
     (tmp_path / "data/pairs.csv").write_text("he,ihc,split\n" + rows)
     out = tmp_path / "out"
-    manifest = build(ShardOptions(layout="csv", root=str(tmp_path / "data"), out=str(out)))
-    assert manifest["splits"]["train"]["levels"]["unknown"] == 4
+    manifest, _ = build(ShardOptions(layout="csv", root=str(tmp_path / "data"), out=str(out)))
+    assert manifest.splits["train"].labels["unknown"] == 4
     assert [meta["key"] for _, meta, _, _ in samples_of(out)] == sorted(names) and verify(out) == []
 
 

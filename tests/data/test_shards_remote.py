@@ -71,7 +71,7 @@ def options(root, out, **changes):
 def local(root):
     """The set of the local folder in a local folder, and its manifest."""
     out = root.parent / "out"
-    return out, build(options(root, out))
+    return out, build(options(root, out))[0]
 
 
 def stored(s3, folder, bucket="data"):
@@ -88,12 +88,12 @@ def contents(folder):
 def test_the_bytes_are_the_same_wherever_the_pairs_and_the_set_lie(s3, root, local, tmp_path, monkeypatch):
     monkeypatch.setenv("LGD_CACHE", str(tmp_path / "cache"))
     here, manifest = local
-    assert build(options("s3://data/bci", tmp_path / "out")) == manifest
+    assert build(options("s3://data/bci", tmp_path / "out")) == (manifest, True)
     assert contents(tmp_path / "out") == contents(here)
-    assert build(options(root, "s3://data/from-local")) == manifest
-    assert build(options("s3://data/bci/", "s3://data/from-s3/")) == manifest
+    assert build(options(root, "s3://data/from-local")) == (manifest, True)
+    assert build(options("s3://data/bci/", "s3://data/from-s3/")) == (manifest, True)
     assert stored(s3, "from-local") == stored(s3, "from-s3") == contents(here)
-    assert build(options("s3://data/bci", "s3://data/from-s3")) == {**manifest, "reused": True}
+    assert build(options("s3://data/bci", "s3://data/from-s3")) == (manifest, False)
     assert verify("s3://data/from-s3") == []
     # Tiles are read, cut and encoded in many threads; their order stays.
     tiled = {"tile": 16, "split": "group:0.6,0.2,0.2", "shard_size": 50}
@@ -141,10 +141,10 @@ def web(root):
 
 
 def test_a_csv_behind_http_gives_the_set_of_the_local_one(s3, root, web, tmp_path):
-    manifest = build(options(root / "pairs.csv", tmp_path / "here", layout="csv"))
-    assert manifest["splits"]["train"]["levels"]["0"] == 6
+    manifest, _ = build(options(root / "pairs.csv", tmp_path / "here", layout="csv"))
+    assert manifest.splits["train"].labels["0"] == 6
     for number, where in enumerate([f"{web.url}/pairs.csv", web.url, "s3://data/bci"]):
-        assert build(options(where, tmp_path / str(number), layout="csv")) == manifest
+        assert build(options(where, tmp_path / str(number), layout="csv")) == (manifest, True)
         assert contents(tmp_path / str(number)) == contents(tmp_path / "here")
     with pytest.raises(DataError, match=r"cannot be listed: name the files in a CSV \(--layout csv\)"):
         build(options(web.url, tmp_path / "bci"))
@@ -159,7 +159,7 @@ def test_a_remote_that_fails_is_not_taken_for_a_bad_pair(s3, web, tmp_path):
     with pytest.raises(DataError, match=r"HE/train/00007_train_3\+.png cannot be read .*503.*try again"):
         build(asked)
     web.handler.broken = ""
-    assert build(asked)["sources"]["rejected"] == 0
+    assert build(asked)[0].sources.rejected == 0
 
 
 @pytest.mark.faults
@@ -179,7 +179,7 @@ def test_bad_remote_pairs_stop_the_build_or_are_listed(s3, root, tmp_path):
         build(options(**asked))
     assert "HE/gone.png: is missing" in str(raised.value) and "IHC/test/00009_test_1+.png: " in str(raised.value)
     assert stored(s3, "bad-out") == {}
-    assert build(options(**asked, on_bad="skip"))["sources"]["rejected"] == 2
+    assert build(options(**asked, on_bad="skip"))[0].sources.rejected == 2
     left_out = csv.DictReader(io.StringIO(stored(s3, "bad-out")["rejected.csv"].decode()))
     assert [row["he"] for row in left_out] == ["HE/gone.png", rows[2]]
 
@@ -190,7 +190,7 @@ def test_a_killed_build_goes_on_where_it_stopped(s3, root, local, tmp_path, wher
     # A shard is soon done here, and takes 0.07 s there.
     small = {"shard_size": 1, "tile": 16 if where == "local" else 0}
     out = str(tmp_path / "set") if where == "local" else "s3://versions/set"
-    reference = build(options(root, tmp_path / "reference", **small))
+    reference, _ = build(options(root, tmp_path / "reference", **small))
     asked = [
         "--layout",
         "bci",
@@ -226,7 +226,7 @@ def test_a_killed_build_goes_on_where_it_stopped(s3, root, local, tmp_path, wher
     before = {name: os.stat(Path(out) / f"{name}.tar").st_mtime_ns for name in done} if where == "local" else {}
     with pytest.raises(DataError, match="interrupted build of something else"):
         build(options("s3://data/bci", out, **small | {"shard_size": 2}))
-    assert build(options("s3://data/bci", out, **small)) == reference
+    assert build(options("s3://data/bci", out, **small)) == (reference, True)
     if where == "local":
         assert {name: os.stat(Path(out) / f"{name}.tar").st_mtime_ns for name in done} == before
         assert contents(out) == contents(tmp_path / "reference")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.data.archive import ROLES, open_shards
 from lgd.data.image import decode
+from lgd.data.manifest import open_shards
 from lgd.data.plan import Plan, World, rank_positions
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.errors import DataError
@@ -62,7 +62,7 @@ def test_a_sample_is_what_the_tar_holds(shards):
         shard, row, raw = walked[number]
         sample = reader.read(number)
         assert (sample.shard, sample.row, sample.key) == (shard, row, raw["__key__"])
-        assert sample.level == int(sample.meta["level"]) and sample.meta["key"] == sample.key
+        assert sample.level == sample.meta.label and sample.meta.key == sample.key
         for role in ("he", "ihc"):
             assert np.array_equal(sample.images[role], decode(raw[f"{role}.jpg"], "x"))
 
@@ -134,7 +134,7 @@ def test_a_shard_that_cannot_be_opened_is_never_skipped(shards):
 
 def damage(shard, row, role):
     """Flip one bit in the middle of a member."""
-    entry = shard.index()[row, ROLES.index(role)]
+    entry = shard.index()[row, shard.roles.index(role)]
     with open(shard.path, "r+b") as file:
         place = int(entry["offset"]) + int(entry["length"]) // 2
         file.seek(place)

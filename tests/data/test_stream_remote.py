@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lgd.data.archive import open_shards
+from lgd.data.manifest import open_shards
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.errors import DataError
 from lgd.files import read_json

@@ -11,8 +11,9 @@ import zlib
 import numpy as np
 import pytest
 
-from lgd.data.archive import INDEX, open_shards
+from lgd.data.archive import INDEX
 from lgd.data.image import encode
+from lgd.data.manifest import open_shards
 from lgd.data.shards import ShardOptions, build
 from lgd.data.verify import verify
 from lgd.files import digest_of, sha256
@@ -58,7 +59,9 @@ def rewrite(out, change, shard="train-000000"):
 
     def agree(manifest):
         split = shard.split("-")[0]
-        manifest["splits"][split]["shards"][0] |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        idx = sha256(path.with_suffix(".idx"))
+        facts = {"bytes": path.stat().st_size, "sha256": sha256(path), "idx_sha256": idx}
+        manifest["splits"][split]["shards"][0] |= facts
 
     remanifest(out, agree)
 
@@ -120,11 +123,20 @@ def test_a_leak_that_is_not_confessed_is_found(out):
 
 
 def test_wrong_counts_are_found(out):
-    def change(manifest):
-        manifest["splits"]["train"]["levels"]["0"] = 2
+    remanifest(out, lambda manifest: manifest["splits"]["train"]["labels"].update({"0": 2, "1+": 0}))
+    assert len(verify(out)) == 1 and "split train has samples of labels {'0': 1, '1+': 1, '2+': 1" in verify(out)[0]
 
-    remanifest(out, change)
-    assert len(verify(out)) == 1 and "split train has samples of levels {'0': 1, '1+': 1, '2+': 1" in verify(out)[0]
+
+def test_wrong_shapes_are_found(out):
+    remanifest(out, lambda manifest: manifest["splits"]["train"]["shapes"][0].update(mpp=0.5))
+    assert len(verify(out)) == 1 and "width, height and mpp {(8, 8, None): 3}, but {(8, 8, 0.5): 3}" in verify(out)[0]
+
+
+def test_wrong_patches_are_found(out):
+    content = bytearray((out / "patches.npy").read_bytes())
+    content[-1] ^= 1
+    (out / "patches.npy").write_bytes(content)
+    assert len(verify(out)) == 1 and "patches.npy is not the manifest's" in verify(out)[0]
 
 
 def test_a_shard_that_the_manifest_does_not_know(out):
@@ -147,11 +159,12 @@ def test_a_shard_that_the_manifest_does_not_know(out):
         (lambda m: [m[0], (m[1][0], encode(np.zeros((8, 8, 3), np.uint8), "jpg")), *m[2:]], "he: is no png image"),
         (lambda m: [(m[0][0], b"{"), *m[1:]], "no valid JSON"),
         (lambda m: [(m[0][0], b"[]"), *m[1:]], "has no key of letters"),
-        (meta_with(extra=1), "its fields are not"),
-        (meta_with(level=4), "level and level_name"),
-        (meta_with(level=-2, level_name="2+"), "level and level_name"),
-        (meta_with(level=True), "field level is True"),
-        (meta_with(level=None, level_name=None), "'0': 1, '1+': 1, '2+': 1, '3+': 0, 'unknown': 0} is stated"),
+        (meta_with(extra=1), "field 'extra': extra fields"),
+        (meta_with(label=4), "field label is 4, and the set has 4 classes"),
+        (meta_with(label=-2), "field label is -2"),
+        (meta_with(label=2.5), "field label is 2.5"),
+        (meta_with(label=True), "field 'label.int': should be a valid integer"),
+        (meta_with(label=None), "'0': 1, '1+': 1, '2+': 1, '3+': 0, 'unknown': 0} is stated"),
         (meta_with(key="other"), "names b'he0.json', not other.json"),
         (meta_with(split="test"), "field split is 'test', but the shard is of train"),
         (meta_with(group="S9"), "slide and group"),
@@ -182,9 +195,11 @@ def test_a_gap_between_members_is_found_even_where_the_index_allows_for_it(out):
     # The zeros at the end of a tar make room, so that its size stays.
     shard.path.write_bytes(content[:end] + header + content[end:-512])
     index["offset"].reshape(-1)[1:] += 512
-    with open(shard.path.with_suffix(".idx"), "wb") as stream:
+    idx = shard.path.with_suffix(".idx")
+    with open(idx, "wb") as stream:
         np.save(stream, index)
-    remanifest(out, lambda manifest: manifest["splits"]["train"]["shards"][0].update(sha256=sha256(shard.path)))
+    facts = {"sha256": sha256(shard.path), "idx_sha256": sha256(idx)}
+    remanifest(out, lambda manifest: manifest["splits"]["train"]["shards"][0].update(facts))
     assert len(verify(out)) == 1
     assert f"row 0, he: the index places it at byte {end + 1024}, but the members before it" in verify(out)[0]
 
@@ -221,21 +236,22 @@ def patch(out, spoil):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda m: m.update(extra=1), "its fields are caveats, "),
-        (lambda m: m.pop("codecs"), "its fields are caveats, "),
-        (lambda m: m.update(layout="tar"), "field options or layout is malformed (a field is missing, or the layout"),
-        (lambda m: m["options"].pop("tile"), "field options or layout is malformed (a field is missing"),
+        (lambda m: m.update(extra=1), "field 'extra': extra fields are not permitted"),
+        (lambda m: m.pop("codecs"), "field 'codecs': Field required"),
+        (lambda m: m.update(layout="tar"), "field options or layout is malformed (the layout is unknown"),
+        (lambda m: m["options"].pop("tile"), "field 'options.tile': Field required"),
         (lambda m: m["options"].update(image="gif"), "field options or layout is malformed (--image gif: use keep"),
-        (lambda m: m["options"].update(colour=1), "field options or layout is malformed ("),
-        (lambda m: m.update(options=7), "field options or layout is malformed ("),
+        (lambda m: m["options"].update(colour=1), "field 'options.colour': extra fields"),
+        (lambda m: m.update(options=7), "field 'options': should be"),
         (lambda m: m["options"].update(image="jpeg:90"), "field extensions is "),
         (lambda m: m["options"].update(shard_size=2), "train-000000 has 3 samples, but options.shard_size is 2"),
         (lambda m: m["codecs"].pop("pillow"), "field codecs is {"),
-        (lambda m: m["sources"].update(pairs=5), "field sources is {'pairs': 5, "),
-        (lambda m: m.update(sources=[]), "field sources is [], but there are 4 samples"),
-        (lambda m: m.update(caveats=[1]), "field caveats is [1]"),
-        (lambda m: m.update(virtual=0), "field virtual is 0"),
-        (lambda m: m.update(classes=["0"]), "field classes is ['0'], but should be ['0', '1+', '2+', '3+']"),
+        (lambda m: m["sources"].update(pairs=5), "field sources tells of 5 pairs, but there are 4"),
+        (lambda m: m.update(sources=[]), "field 'sources': should be"),
+        (lambda m: m.update(caveats=[1]), "field 'caveats.0': should be a valid string"),
+        (lambda m: m.update(virtual=0), "field 'virtual': should be a valid boolean"),
+        (lambda m: m["target"].update(classes=["0", "1"]), "split train counts the labels '0', '1+', '2+'"),
+        (lambda m: m["target"].update(name="ER"), "field target is 'ER', and this version of lgd learns HER2 only"),
     ],
 )
 def test_a_wrong_field_of_the_manifest_is_found(out, change, reason):
@@ -292,7 +308,7 @@ def test_what_is_wrong_with_a_set_behind_a_url_is_found(url, out):
     assert len(verify(url)) == 1 and f"{url}/manifest.json is missing" in verify(url)[0]
 
 
-@pytest.mark.parametrize("splits", [{}, {"train": {"samples": 0, "levels": {}, "shards": []}}])
+@pytest.mark.parametrize("splits", [{}, {"train": {"samples": 0, "labels": {}, "shapes": [], "shards": []}}])
 def test_a_set_without_shards(out, splits):
     remanifest(out, lambda manifest: manifest.update(splits=splits))
-    assert len(verify(out)) == 1 and "field extensions or splits is malformed" in verify(out)[0]
+    assert len(verify(out)) == 1 and "splits" in verify(out)[0]

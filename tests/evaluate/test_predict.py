@@ -83,9 +83,9 @@ def test_shards_score_as_their_files(scorer, tissue_run, tissue):
     samples = [reader.read(number) for number in range(reader.total)]
     assert predictions.keys == [sample.key for sample in samples]
     assert predictions.level.tolist() == [sample.level for sample in samples]
-    assert predictions.groups == [sample.meta["group"] for sample in samples]
+    assert predictions.groups == [sample.meta.group for sample in samples]
     assert pooled.shape == (20, scorer.config["latent_dim"])
-    files = [tissue / sample.meta["source"] for sample in samples]
+    files = [tissue / sample.meta.source for sample in samples]
     rows = [row for _, row in score_files(scorer, files)]
     np.testing.assert_allclose(predictions.probability, [row["probability"] for row in rows], atol=1e-5)
     np.testing.assert_allclose(pooled, [row["pooled"] for row in rows], atol=1e-4)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lgd.cli import main
 from lgd.config import LEVEL_NAMES
-from lgd.data.archive import open_shards
+from lgd.data.manifest import open_shards
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.predict import find_images, load_scorer, score_files

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from lgd.cli import main
-from lgd.data.archive import open_shards
 from lgd.data.augment import d4
+from lgd.data.manifest import open_shards
 from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
 from lgd.errors import DataError
@@ -68,7 +68,7 @@ def test_rows_are_in_shard_order_with_their_key_level_and_slide(tissue_run):
     }
     assert [key.decode() for key in columns["key"]] == [sample.key for sample in samples]
     assert columns["level"].tolist() == [sample.level for sample in samples]
-    assert [slide.decode() for slide in columns["slide"]] == [sample.meta["slide"] for sample in samples]
+    assert [slide.decode() for slide in columns["slide"]] == [sample.meta.slide for sample in samples]
     assert len(set(columns["key"])) == 48
 
 

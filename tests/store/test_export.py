@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lgd.cli import main
-from lgd.data.archive import open_shards
+from lgd.data.manifest import open_shards
 from lgd.data.shards import ShardOptions, build
 from lgd.errors import ConfigError, DataError
 from lgd.files import digest_of, write_json

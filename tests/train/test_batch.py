@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lgd.data.archive import open_shards
 from lgd.data.augment import d4, d4_grid
+from lgd.data.manifest import open_shards
 from lgd.data.plan import Plan, World
 from lgd.data.stream import Reader, stream
 from lgd.errors import DataError

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from lgd.data.archive import ROLES, open_shards
+from lgd.data.manifest import open_shards
 from lgd.data.plan import Plan, World
 from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
@@ -369,7 +369,7 @@ def damaged(tissue_run, tmp_path):
         folder = tmp_path / f"bad-{role}-{bad}"
         shutil.copytree(tissue_run.shard_dirs[0], folder)
         for shard in open_shards(folder)[1][:bad]:
-            entry = shard.open()[1][3, ROLES.index(role)]
+            entry = shard.open()[1][3, shard.roles.index(role)]
             with open(shard.path, "r+b") as file:
                 file.seek(int(entry["offset"]) + int(entry["length"]) // 2)
                 byte = file.read(1)[0]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loop import assert_same_curve, log_of
 
-from lgd.data.archive import open_shards
+from lgd.data.manifest import open_shards
 from lgd.data.plan import Plan, World
 from lgd.data.stream import Reader
 from lgd.errors import DataError

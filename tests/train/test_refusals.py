@@ -15,7 +15,7 @@ from torch import nn
 
 from lgd.cli import main
 from lgd.config import Train
-from lgd.data.archive import open_shards
+from lgd.data.manifest import open_shards
 from lgd.data.plan import World
 from lgd.data.shards import ShardOptions, build
 from lgd.errors import DataError
