@@ -32,7 +32,7 @@ from lgd.evaluate.markdown import markdown, shown
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.files import exists, place, publish, read_json, write_bytes, write_json
 from lgd.metrics import Predictions
-from lgd.models.export import read_model_config
+from lgd.models.export import read_student_config, read_teacher_config
 from lgd.models.teacher import load_teacher
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
@@ -161,7 +161,7 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
         "command": f"lgd ablate --config {config.run.dir}/config.yaml --seeds {options.seeds}"
         + (" --full" if options.full else ""),
         "shards": [manifest.digest for manifest in manifests],
-        "teacher": read_model_config(config.teacher.dir, "teacher")["weights_sha256"],
+        "teacher": read_teacher_config(config.teacher.dir).weights_sha256,
     }
     write_json(folder / "ablation.json", document)
     text = summary(document)
@@ -193,7 +193,8 @@ def answers(
 ) -> Predictions:
     """What a trained network says about the shards: as it was kept beside its folder, unless it is another by now."""
     at = at or folder.with_name(f"{folder.name}.npz")
-    weights = read_model_config(folder, kind)["weights_sha256"]
+    read = read_student_config if kind == "student" else read_teacher_config
+    weights = read(folder).weights_sha256
     stamp = f"{weights} {' '.join(shard.sha256 for shard in shards)}"
     if exists(at):
         kept, kept_stamp = _kept(at, name)

@@ -32,12 +32,13 @@ def check(folder: Path, reencode: int = 0, teacher: str = "") -> tuple[str, list
 
 def _check_store(folder: Path, reencode: int, teacher: str) -> tuple[list[str], list[str]]:
     from lgd.store.latents import Store
+    from lgd.store.search import index_folder
     from lgd.store.search import problems as index_problems
 
     store = Store(folder)
     with progress(store.rows, "verify", "rows") as bar:
         problems = store.verify(bar.update)
-    if exists(folder / "index" / "index.json"):
+    if exists(index_folder(store) / "index.json"):
         problems += index_problems(store)
     if problems or not reencode:
         return problems, []

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -31,11 +31,12 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextlib.contextmanager
-def publish(path: str | Path) -> Iterator[Path]:
+def publish(path: str | Path, name_of: Callable[[Path], str] | None = None) -> Iterator[Path]:
     """Give a temporary path to write to; on success flush it to the disk and rename it to `path`.
 
-    For a url the temporary file lies in TMPDIR and is uploaded. On an error it is removed and nothing appears; a full
-    disk and a folder that may not be written to raise `DataError`.
+    `name_of` gives the name that the written file gets instead of that of `path`, such as its digest. For a url the
+    temporary file lies in TMPDIR and is uploaded. On an error it is removed and nothing appears; a full disk and a
+    folder that may not be written to raise `DataError`.
     """
     path = place(path)
     if is_remote(path):
@@ -43,7 +44,7 @@ def publish(path: str | Path) -> Iterator[Path]:
             temporary = Path(folder) / path.name
             with _told(temporary):
                 yield temporary
-            upload(temporary, path)
+            upload(temporary, path.with_name(name_of(temporary)) if name_of else path)
         return
     temporary = temporary_path(path)
     try:
@@ -51,7 +52,7 @@ def publish(path: str | Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, path.with_name(name_of(temporary)) if name_of else path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

@@ -94,14 +94,15 @@ def train_teacher(config: Config) -> None:
     record(config, "teacher", _facts(place(folder)))
 
 
-def cache_latents(config: Config) -> None:
-    """Fill the feature store: every part that is missing."""
+def cache_latents(config: Config, prune: bool = False) -> None:
+    """Fill the feature store: every part that is missing; `prune` removes those of other shards."""
     from lgd.store.cache import cache_latents as fill
 
     with stage("latents") as told:
-        store, computed = fill(config, all_shards(config), config.train.workers)
-        what = f"{computed} of {len(store.parts)} parts computed" if computed else "reused, nothing changed"
-        told["done"] = f"{what}, {store.rows} rows: {store.folder}"
+        store, computed, pruned = fill(config, all_shards(config), config.train.workers, prune)
+        did = [f"{computed} of {len(store.parts)} parts computed"] if computed else []
+        did += [f"{pruned} parts of other shards removed"] if pruned else []
+        told["done"] = f"{', '.join(did) or 'reused, nothing changed'}, {store.rows} rows: {store.folder}"
     record(config, "latents", {"digest": store.digest, "rows": store.rows})
 
 
@@ -113,13 +114,23 @@ def build_index(config: Config) -> None:
     with stage("index") as told:
         store, latents = Store(config.latents.dir), config.latents
         made, new = index.build_index(
-            store, latents.index, latents.gallery, latents.recall, config.run.seed, config.train.workers
+            store,
+            all_shards(config),
+            latents.index,
+            latents.gallery,
+            latents.recall,
+            config.run.seed,
+            config.train.workers,
         )
         told["done"] = (
-            f"{'built' if new else 'reused, nothing changed'}: {made['factory']} over {made['rows']} latents, "
-            f"recall@10 {made['recall_at_10']:.3f}: {made['why']}"
+            f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents, "
+            f"recall@10 {made.recall_at_10:.3f}: {made.why}"
         )
-    record(config, "index", {name: made[name] for name in ("factory", "rows", "recall_at_10", "store")})
+    record(
+        config,
+        "index",
+        {"factory": made.factory, "rows": made.rows, "recall_at_10": made.recall_at_10, "digest": made.digest},
+    )
 
 
 def train_student(config: Config, run: Config | None = None) -> None:
@@ -155,7 +166,7 @@ def evaluate(config: Config) -> str:
             raise DataError(f"report.split {config.report.split!r} has no patches; the shards have {', '.join(splits)}")
         scorers = [load_scorer(folder) for folder in (config.student.dir, *config.report.also)]
         # Asked before the scoring, which can take hours.
-        store = Store(config.latents.dir) if scorers[0].config["method"] == "lgd" else None
+        store = Store(config.latents.dir) if scorers[0].method == "lgd" else None
         sheet = store is not None and config.report.queries > 0 and _searchable(store)
         scorers.append(load_scorer(config.teacher.dir, "teacher"))
         found = [
@@ -182,7 +193,7 @@ def evaluate(config: Config) -> str:
                 "command": f"lgd evaluate --config {config.run.dir}/config.yaml",
                 "split": config.report.split,
                 "shards": [manifest.digest for manifest in manifests],
-                "student": scorer.config["weights_sha256"],
+                "student": scorer.config.weights_sha256,
                 "seed": config.run.seed,
                 **environment(),
             },

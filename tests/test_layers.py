@@ -12,9 +12,9 @@ stain.deconvolve stain.targets
 data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.manifest data.sources data.patches data.building data.shards data.verify
 data.plan data.stream data.augment
-models.encoder models.export models.teacher models.student models.losses
-store.sidecar store.writer store.parts store.latents store.supervision store.cache store.export
-store.faiss_file store.table store.search store.exact store.index
+models.encoder models.description models.export models.teacher models.student models.losses
+store.recipe store.sidecar store.document store.writer store.parts store.latents store.supervision store.cache
+store.export store.faiss_file store.table store.search store.exact store.index
 train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop train.launch
 evaluate.predict evaluate.colour evaluate.robustness evaluate.figures
 evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings

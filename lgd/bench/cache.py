@@ -5,6 +5,7 @@ teacher, targets, write. B does decode, forward pass and targets of the same byt
 and writes nothing. Whole patches and tiles of a quarter of their side are measured apart.
 """
 
+import functools
 import itertools
 import json
 import queue
@@ -27,6 +28,7 @@ from lgd.data.image import decode
 from lgd.data.manifest import open_shards
 from lgd.data.shards import ShardOptions, build
 from lgd.distribute import map_with
+from lgd.models.description import NOT_TRAINED
 from lgd.models.export import save_model
 from lgd.models.teacher import load_teacher, new_teacher
 from lgd.options import load_config
@@ -49,7 +51,8 @@ def teacher_in(folder: Path, size: int) -> Path:
     """An untrained teacher, which costs what a trained one costs."""
     torch.manual_seed(0)
     teacher = new_teacher("resnet10")
-    save_model(folder, dict(teacher.state_dict()), teacher.describe() | {"size": size})
+    describe = functools.partial(teacher.describe, size=size, **NOT_TRAINED)
+    save_model(folder, dict(teacher.state_dict()), describe)
     return folder
 
 

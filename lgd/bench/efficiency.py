@@ -34,6 +34,7 @@ from lgd.bench.training import settle
 from lgd.config import Latents
 from lgd.data.image import decode
 from lgd.evaluate.predict import Scorer
+from lgd.models.description import NOT_TRAINED
 from lgd.models.encoder import build_encoder
 from lgd.models.student import Student
 from lgd.models.teacher import Teacher, new_teacher
@@ -140,7 +141,12 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
 def _run(settings: Settings, inputs: Inputs, device: str, tell: Callable[[str], Any]) -> Outcome:
     size, seconds, content = settings.size, settings.seconds, inputs.contents[0]
     student, teacher = networks(settings)
-    ours = Scorer(model=student.to(device), config={"temperature": 1.0}, device=device, role="he")
+    ours = Scorer(
+        model=student.to(device),
+        config=student.describe(weights_sha256="0" * 64, size=size, teachers=(), **NOT_TRAINED),
+        device=device,
+        role="he",
+    )
     theirs = VirtualStaining(teacher, size, device)
     height, width = decode(content, "patch").shape[:2]
 

@@ -19,14 +19,14 @@ import numpy as np
 
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Ratio, Settings
-from lgd.bench.store import PART, random_rows, shard_of
+from lgd.bench.store import PART, RECIPE, random_rows, shard_of
 from lgd.config import LEVEL_NAMES, Data
 from lgd.data.image import encode
 from lgd.data.plan import Plan, World, rank_positions
 from lgd.data.shards import Shard, ShardOptions, build, open_shards
 from lgd.data.stream import Reader
 from lgd.store.latents import Rows, Store, commit
-from lgd.store.writer import part_writer
+from lgd.store.writer import shard_writer
 from lgd.train.batch import training_batches
 
 MARK = 50.0
@@ -49,9 +49,9 @@ def opened(folder: Path, parts: int) -> dict[str, Any]:
     for name, count in (("warm", 4), ("store", parts)):
         rng, shards = np.random.default_rng(0), [shard_of(folder / name, number, PART) for number in range(count)]
         for number, shard in enumerate(shards):
-            with part_writer(folder / name, shard, {}) as writer:
+            with shard_writer(folder / name, shard, RECIPE) as writer:
                 writer.add(random_rows(number * PART, PART, rng, dim=8))
-        commit(folder / name, {}, shards, {"shards": [], "teacher": ""})
+        commit(folder / name, RECIPE, shards)
     # A process of its own: here memory that something else has freed would be taken again and not be seen.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         more = pool.submit(_taken, folder).result()

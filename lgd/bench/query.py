@@ -20,13 +20,14 @@ import numpy as np
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Ratio, Settings
 from lgd.bench.memory import private_bytes
+from lgd.bench.store import RECIPE
 from lgd.data.shards import Shard
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of, code_bytes
 from lgd.store.index import build_index, choose
 from lgd.store.latents import Store, commit
-from lgd.store.search import Searcher, import_faiss
-from lgd.store.writer import part_writer
+from lgd.store.search import IndexDocument, Searcher, import_faiss, index_folder
+from lgd.store.writer import shard_writer
 
 DIM = 512
 MARK, RECALL, SPEED = 1.05, 0.99, 20
@@ -54,15 +55,14 @@ def draw(rows: int, seed: int) -> dict[str, np.ndarray]:
     pooled *= _SPREAD
     return {
         "pooled": pooled[:, None].astype(np.float16),
-        "level": level_of[slide].astype(np.int8),
+        "label": level_of[slide].astype(np.float32),
         "key": np.array([f"{seed:05d}-{number:06d}" for number in range(rows)], "S12"),
         "slide": np.array([f"{seed:05d}-{number:04d}" for number in range(slide[-1] + 1)], "S10")[slide],
     }
 
 
-def make_store(folder: Path, rows: int) -> Store:
-    """A store of so many latents in train, and 1,000 in val."""
-    recipe = {"teacher": "0" * 64}
+def make_store(folder: Path, rows: int) -> tuple[Store, list[Shard]]:
+    """A store of so many latents in train, and 1,000 in val, and what stands for its shards."""
     sizes = [min(_PART, rows - start) for start in range(0, rows, _PART)]
     shards = []
     for number, size in enumerate([*sizes, _QUERIES]):
@@ -78,10 +78,10 @@ def make_store(folder: Path, rows: int) -> Store:
             "labels": 0,
         }
         shard = Shard(path=tar, name=name, split=split, **facts)
-        with part_writer(folder, shard, recipe) as writer:
+        with shard_writer(folder, shard, RECIPE) as writer:
             writer.add(draw(size, number))
         shards.append(shard)
-    return commit(folder, recipe, shards, {"shards": [], "teacher": ""})
+    return commit(folder, RECIPE, shards), shards
 
 
 def milliseconds(search: Callable[[np.ndarray], Any], queries_nD: np.ndarray) -> np.ndarray:
@@ -149,10 +149,10 @@ def at_speed(found: Sequence[dict], exact_ms: float, rows: int) -> Ratio:
     )
 
 
-def extrapolation(document: dict[str, Any], table_bytes: int) -> dict[str, Any]:
+def extrapolation(document: IndexDocument, table_bytes: int) -> dict[str, Any]:
     """Bytes, memory and hours for 1e3 to 1e9 rows, by the rates that were measured."""
-    rows, cells = document["rows"], max(1, cells_of(document["factory"]))
-    train, add = document["seconds"]["train"], document["seconds"]["add"]
+    rows, cells = document.rows, max(1, cells_of(document.factory))
+    train, add = document.seconds["train"], document.seconds["add"]
     found = []
     for power in range(3, 10):
         more = 10**power
@@ -214,27 +214,29 @@ def _order(searcher: Searcher) -> np.ndarray:
     return searcher.table["part"].astype(np.int64) * _PART + searcher.table["row"]
 
 
-def _built(store: Store, factory: str, tell: Callable[[str], Any]) -> tuple[Searcher, dict[str, Any]]:
+def _built(
+    store: Store, shards: Sequence[Shard], factory: str, tell: Callable[[str], Any]
+) -> tuple[Searcher, dict[str, Any]]:
     """An index, opened, and what that took."""
     began = time.perf_counter()
-    document, _ = build_index(store, factory, ["train"], RECALL, seed=0)
+    document, _ = build_index(store, shards, factory, ["train"], RECALL, seed=0)
     built = time.perf_counter() - began
     private, began = private_bytes(), time.perf_counter()
     searcher = Searcher(store)
     opened = time.perf_counter() - began
     facts = {
-        "factory": document["factory"],
-        "why": document["why"],
-        "nprobe": document["nprobe"],
-        "build_seconds": document["seconds"] | {"all, with recall and digests": built},
+        "factory": document.factory,
+        "why": document.why,
+        "nprobe": document.nprobe,
+        "build_seconds": document.seconds | {"all, with recall and digests": built},
         "peak_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "recall_at_10_when_built": document["recall_at_10"],
+        "recall_at_10_when_built": document.recall_at_10,
         "open_seconds": opened,
         "open_private_bytes": private_bytes() - private,
-        "index_bytes": document["files"]["faiss.index"]["bytes"],
-        "table_bytes": document["files"]["keys.npy"]["bytes"],
+        "index_bytes": document.faiss.bytes,
+        "table_bytes": document.table.bytes,
     }
-    tell(f"{document['factory']}: built in {built:.1f} s, opened in {opened:.3f} s")
+    tell(f"{document.factory}: built in {built:.1f} s, opened in {opened:.3f} s")
     return searcher, facts
 
 
@@ -245,20 +247,20 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     try:
         faiss.omp_set_num_threads(settings.workers)
         began = time.perf_counter()
-        store = make_store(inputs.folder / "query", rows)
+        store, shards = make_store(inputs.folder / "query", rows)
         tell(f"{rows} latents drawn in {time.perf_counter() - began:.1f} s")
-        return _measured(store, settings, tell)
+        return _measured(store, shards, settings, tell)
     finally:
         faiss.omp_set_num_threads(threads)
 
 
-def _measured(store: Store, settings: Settings, tell: Callable[[str], Any]) -> Outcome:
+def _measured(store: Store, shards: Sequence[Shard], settings: Settings, tell: Callable[[str], Any]) -> Outcome:
     faiss, rows = import_faiss(), settings.rows
     queries_nD = draw(_QUERIES, 10**5 - 1)["pooled"][:, 0].astype(np.float32)
     faiss.normalize_L2(queries_nD)
     latents = Latents([part for part in store.parts if part.split == "train"])
     truth_nk = nearest(latents, queries_nD, 10)
-    searcher, facts = _built(store, "auto", tell)
+    searcher, facts = _built(store, shards, "auto", tell)
     began = time.perf_counter()
     found_nk = searcher.search(queries_nD, 10)[1]
     facts["queries_a_second_in_batches_of_1000"] = _QUERIES / (time.perf_counter() - began)
@@ -276,9 +278,9 @@ def _measured(store: Store, settings: Settings, tell: Callable[[str], Any]) -> O
     ivf, ivf_facts = searcher, None
     if cells_of(facts["factory"]) == 0:
         faiss.omp_set_num_threads(settings.workers)
-        ivf, ivf_facts = _built(store, f"IVF{min(rows, round(4 * rows**0.5))},SQfp16", tell)
+        ivf, ivf_facts = _built(store, shards, f"IVF{min(rows, round(4 * rows**0.5))},SQfp16", tell)
         faiss.omp_set_num_threads(1)
-    bare = faiss.read_index(str(store.folder / "index" / "faiss.index"))
+    bare = faiss.read_index(str(index_folder(store) / f"{ivf.document.faiss.xxh3}.faiss"))
     found = trade(bare, exact_ms, truth_nk, _order(ivf), queries_nD)
     for one in found:
         tell(f"nprobe {one['nprobe']}: recall {one['recall_at_10']:.4f}, {one['times_exact']:.1f} times exact")

@@ -18,10 +18,28 @@ from lgd.bench.measure import Outcome, Rate, Settings, alternate, timed
 from lgd.config import Data
 from lgd.data.archive import Shard
 from lgd.data.plan import Plan, firsts
-from lgd.store.latents import SUPERVISION, Rows, Store, commit
+from lgd.store.latents import SUPERVISION, TEACHER, Rows, Store, commit
 from lgd.store.parts import Part
-from lgd.store.writer import part_writer
+from lgd.store.recipe import Recipe, TargetsRecipe, TeacherRecipe
+from lgd.store.writer import shard_writer
 
+RECIPE = Recipe(
+    targets=TargetsRecipe(nuclei_grid=8, membrane_grid=4, dtype="float16", settings={}),
+    teacher=TeacherRecipe(
+        source="trained",
+        weights_sha256="0" * 64,
+        encoder={},
+        pool="mean",
+        size=256,
+        mpp=None,
+        resize="none",
+        precision="fp32",
+        views=1,
+        map=4,
+        dtype="float16",
+    ),
+)
+"""Of rows that no teacher made."""
 BATCH = 256
 """Rows that are read at a time."""
 PART = 512
@@ -61,7 +79,7 @@ def random_rows(first: int, rows: int, rng: np.random.Generator, dim: int = 512)
         "map": some(1, dim, 4, 4),
         "nuclei": some(8, 8),
         "membrane": some(4, 4, 3),
-        "level": rng.integers(-1, 4, rows, np.int8),
+        "label": rng.integers(0, 4, rows).astype(np.float32),
         "slide": np.array([f"slide-{number // 1000:05d}".encode() for number in range(first, first + rows)]),
         "key": np.array([f"patch-{number:09d}".encode() for number in range(first, first + rows)]),
     }
@@ -72,10 +90,10 @@ def write_store(folder: Path, rows: int) -> Store:
     rng, shards = np.random.default_rng(0), []
     for number, first in enumerate(range(0, rows, PART)):
         shard = shard_of(folder, number, min(PART, rows - first))
-        with part_writer(folder, shard, {}) as writer:
+        with shard_writer(folder, shard, RECIPE) as writer:
             writer.add(random_rows(first, shard.samples, rng))
         shards.append(shard)
-    return commit(folder, {}, shards, {"shards": [], "teacher": ""})
+    return commit(folder, RECIPE, shards)
 
 
 class Mapped:
@@ -84,12 +102,13 @@ class Mapped:
     def __init__(self, parts: Sequence[Part]) -> None:
         self.columns: dict[str, list[np.ndarray]] = {name: [] for name in (*SUPERVISION, "key")}
         for part in parts:
-            # Slices of a numpy.memmap are slow to make; those of a plain array over it are not.
-            whole = np.memmap(part.path, mode="r")
-            for name, entry in part.sidecar()["datasets"].items():
-                if name in self.columns:
-                    column = np.ndarray(entry["shape"], entry["dtype"], whole, entry["offset"])
-                    self.columns[name].append(column[:, 0] if name in ("pooled", "map") else column)
+            for layer, file in part.files.items():
+                # Slices of a numpy.memmap are slow to make; those of a plain array over it are not.
+                whole: Any = np.memmap(file.path, mode="r")
+                for name, entry in file.sidecar().datasets.items():
+                    if name in self.columns and (name, layer) != ("key", TEACHER):
+                        column = np.ndarray(entry.shape, entry.dtype, whole, entry.offset)
+                        self.columns[name].append(column[:, 0] if name in ("pooled", "map") else column)
 
     def loop(self, address: Address) -> dict[str, np.ndarray]:
         """Rows copied one by one."""
@@ -176,19 +195,20 @@ def compare(ours: Read, theirs: Read, batches: Sequence[Address]) -> int:
 def first_use(store: Store) -> dict[str, Any]:
     """What the digests of a store's parts cost when they are opened."""
     parts = Store(store.folder).parts
-    # h5py is imported with the first part.
-    parts[0].mapped()
+    names = frozenset(("key", *SUPERVISION))
+    # torch is imported with the first part.
+    parts[0].mapped(names)
     began = time.perf_counter()
     for part in parts[1:]:
-        part.mapped()
+        part.mapped(names)
     seconds = time.perf_counter() - began
-    size = sum(part.path.stat().st_size for part in parts[1:])
+    size = sum(file.path.stat().st_size for part in parts[1:] for file in part.files.values())
     return {"ms_a_part": 1e3 * seconds / max(1, len(parts) - 1), "mb_a_second": size / 1e6 / seconds}
 
 
 def flat_rate(folder: Path, store: Store, numbers_n: np.ndarray) -> float:
     """Rows a second by fancy indexing of one file of all rows, a layout that we do not have, for rows at random."""
-    fields = [name for name in SUPERVISION if name in store.document["datasets"]]
+    fields = [name for name in SUPERVISION if name in store.parts[0].layout]
     columns = []
     for name in (*fields, "key"):
         path = folder / f"flat-{name}.bin"

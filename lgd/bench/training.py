@@ -4,6 +4,7 @@ and the loop's step, driven by whatever steps a side brings.
 Everything lies in the inputs' folder, and is made once for all of them.
 """
 
+import functools
 import itertools
 import os
 import threading
@@ -21,6 +22,7 @@ from lgd.bench.measure import Rate, Settings, cpu_seconds
 from lgd.config import Config
 from lgd.data.plan import Plan, World
 from lgd.data.stream import Reader
+from lgd.models.description import NOT_TRAINED
 from lgd.models.export import save_model
 from lgd.models.teacher import new_teacher
 from lgd.options import load_config
@@ -72,7 +74,8 @@ def prepare(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> C
         torch.manual_seed(0)
         # Untrained, it costs what a trained one costs.
         teacher = new_teacher(settings.model)
-        save_model(folder / "teacher", dict(teacher.state_dict()), teacher.describe() | {"size": settings.size})
+        describe = functools.partial(teacher.describe, size=settings.size, **NOT_TRAINED)
+        save_model(folder / "teacher", dict(teacher.state_dict()), describe)
     shards = split_shards(config, "train")
     tell(f"caching the latents of {sum(shard.samples for shard in shards)} pairs")
     cache_latents(with_data(config, threads=settings.workers), shards, workers=0)

@@ -17,12 +17,13 @@ import numpy as np
 
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
-from lgd.bench.store import random_rows, shard_of
+from lgd.bench.store import RECIPE, random_rows, shard_of
 from lgd.data.shards import Shard
 from lgd.files import sync
 from lgd.store.cache import SHARDS_AT_ONCE
+from lgd.store.recipe import PATCHES, TEACHER
 from lgd.store.sidecar import part_name
-from lgd.store.writer import part_writer
+from lgd.store.writer import shard_writer
 
 _ADDED = 64
 """Rows that the writer is given at a time."""
@@ -44,11 +45,11 @@ def writing(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tup
     batches = list(_added(max(1, round(settings.part_mb * 1e6 / row))))
     rows = sum(len(batch["key"]) for batch in batches)
     shards = [shard_of(folder, number, rows) for number in range(_PARTS)]
-    parts = [folder / "parts" / f"{part_name(shard)}.h5" for shard in shards]
+    parts = [folder / "parts" / layer / f"{part_name(shard)}.h5" for shard in shards for layer in (PATCHES, TEACHER)]
     raws = [folder / f"raw-{number}" for number in range(_PARTS)]
 
     def write_part(shard: Shard) -> None:
-        with part_writer(folder, shard, {}) as writer:
+        with shard_writer(folder, shard, RECIPE) as writer:
             for batch in batches:
                 writer.add(batch)
 

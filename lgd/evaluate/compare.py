@@ -18,7 +18,7 @@ from lgd.evaluate.predict import Scorer, score_shards
 from lgd.evaluate.retrieve import check_pair, search
 from lgd.evaluate.sheet import Gallery, as_neighbour
 from lgd.metrics import Predictions
-from lgd.store.latents import Store, read_all
+from lgd.store.latents import Store, read_all, read_levels
 from lgd.store.search import Searcher
 
 Scored = tuple[Predictions, np.ndarray | None]
@@ -26,7 +26,7 @@ Scored = tuple[Predictions, np.ndarray | None]
 
 def vectors_of(scorer: Scorer) -> str:
     """Which vectors a network is compared by: hallucinated or true latents, or the features of H&E alone."""
-    return "features" if scorer.config.get("method", "lgd") != "lgd" else "pooled"
+    return "pooled" if scorer.method in ("lgd", "teacher") else "features"
 
 
 def measure_run(
@@ -47,17 +47,17 @@ def measure_run(
     training = [shard for shard in shards if shard.split == "train" and config.report.split != "train"]
     own_nD = pooled_latents(store, [shard for shard in shards if shard.split == config.report.split])
     latents_mD = pooled_latents(store, training) if training else own_nD[:0]
-    level_m = read_all(store.parts_of(training), "level").astype(np.int64) if training else np.empty(0, np.int64)
+    level_m = read_levels(store.parts_of(training)) if training else np.empty(0, np.int64)
     embeddings = []
     for scorer, (predictions, vectors_nD) in zip(scorers[:-1], scored[:-1], strict=True):
         assert vectors_nD is not None, "every student has vectors"
-        if scorer.config["method"] == "he-only" and training:
+        if scorer.method == "he-only" and training:
             patches = sum(shard.samples for shard in training)
             say("report", f"{scorer.name}: scoring {patches} training patches, the gallery of its own features")
             train, train_mC = score_shards(scorer, training, threads=config.data.threads, vectors="features")
             assert train_mC is not None
             embeddings += he_only(predictions.name, vectors_nD, train_mC, train, latents_mD, own_nD)
-        elif scorer.config["method"] == "lgd" and scorer.config["teacher_sha256"] == store.recipe["teacher"]:
+        elif scorer.method == "lgd" and scorer.config.teacher_sha256 == store.recipe.teacher.weights_sha256:
             name = f"{predictions.name}, hallucinated latents"
             embeddings.append(of_ihc(name, vectors_nD, latents_mD, own_nD))
     # What no hallucination can be expected to pass; its own pair would be the query itself.

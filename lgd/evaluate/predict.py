@@ -17,6 +17,7 @@ from lgd.data.shards import Shard
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.errors import DataError
 from lgd.metrics import Predictions
+from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.student import load_student
 from lgd.models.teacher import load_teacher
 
@@ -34,7 +35,7 @@ class Scorer:
     """A trained network, ready to score images."""
 
     model: nn.Module
-    config: dict[str, Any]
+    config: StudentConfig | TeacherConfig
     device: str
     role: str
     """The image that it reads: he or ihc."""
@@ -42,7 +43,12 @@ class Scorer:
     @property
     def name(self) -> str:
         """Its row in a table."""
-        return NAMES.get(self.config.get("method", ""), "IHC teacher")
+        return NAMES.get(self.method, "IHC teacher")
+
+    @property
+    def method(self) -> str:
+        """The student's method, or `teacher`."""
+        return self.config.method if isinstance(self.config, StudentConfig) else "teacher"
 
     def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 (B, size, size, 3) -> `probability` (B, 4), `logits`, and where there are such `pooled` (B, D) and
@@ -52,7 +58,7 @@ class Scorer:
             image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)
             out = self.model(image_B3HW)
         found = {name: out[name].float().cpu().numpy() for name in _READ if name in out}
-        scaled = torch.from_numpy(found["logits"].astype(np.float64)) / self.config["temperature"]
+        scaled = torch.from_numpy(found["logits"].astype(np.float64)) / self.config.temperature
         return found | {"probability": torch.softmax(scaled, dim=1).numpy()}
 
 
@@ -76,7 +82,7 @@ def score_shards(
 
     `alter` changes the decoded images before the network sees them.
     """
-    reader = Reader(shards, (scorer.role,), scorer.config["size"])
+    reader = Reader(shards, (scorer.role,), scorer.config.size)
     keys, groups, levels, found = [], [], [], []
     for samples, images in stream(reader, in_batches(range(reader.total), batch), threads=threads):
         keys += [sample.key for sample in samples]
@@ -127,7 +133,7 @@ def score_files(scorer: Scorer, paths: Sequence[Path], batch: int = 32) -> Itera
     """Score image files; yields each path with its row of what `Scorer.score` gives."""
     for start in range(0, len(paths), batch):
         some = paths[start : start + batch]
-        out = scorer.score(np.stack([read_image(path, scorer.config["size"]) for path in some]))
+        out = scorer.score(np.stack([read_image(path, scorer.config.size) for path in some]))
         for row, path in enumerate(some):
             yield path, {name: array[row] for name, array in out.items()}
 

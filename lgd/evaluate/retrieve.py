@@ -20,7 +20,7 @@ from lgd.data.pairs import read_slides, safe_key
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import Answer, Hit, Stored, near_duplicates
 from lgd.evaluate.predict import Scorer, as_level, score_files
-from lgd.store.latents import Store
+from lgd.store.latents import Store, as_levels
 from lgd.store.search import Searcher
 
 _NEAR_IN_ORDER = 5
@@ -41,11 +41,9 @@ class _Question(NamedTuple):
 
 def check_pair(scorer: Scorer, store: Store) -> None:
     """Raise `DataError` unless the student hallucinates the latents of the teacher that made the store."""
-    if scorer.config.get("method") != "lgd":
-        raise DataError(
-            f"this student hallucinates no latents (method {scorer.config.get('method')}): query with one of method lgd"
-        )
-    there, asked = store.recipe["teacher"], scorer.config["teacher_sha256"]
+    if scorer.method != "lgd":
+        raise DataError(f"this student hallucinates no latents (method {scorer.method}): query with one of method lgd")
+    there, asked = store.recipe.teacher.weights_sha256, scorer.config.teacher_sha256 or ""
     if there != asked:
         raise DataError(
             f"the store {store.folder} was made by another teacher ({there[:12]}) than the one that this student "
@@ -135,7 +133,7 @@ def search(
         kept = position_k >= 0
         if out is not None:
             entries = searcher.table[position_k]
-            kept &= (entries["part"] != out.part) | (entries["row"] != out.row)
+            kept &= (searcher.parts[entries["part"]] != out.part) | (entries["row"] != out.row)
         kept = np.flatnonzero(kept)[:k]
         found.append(_hits(searcher, store, distance_k[kept], position_k[kept]))
     return found
@@ -147,18 +145,21 @@ def _hits(searcher: Searcher, store: Store, distance_k: np.ndarray, position_k: 
     entries = searcher.table[position_k]
     keys = [bytes(key).decode() for key in entries["key"]]
     twins = near_duplicates(keys, distance_k, searcher.vectors(position_k))
+    parts = searcher.parts[entries["part"]].tolist()
     return [
         Hit(
             key=key,
             slide=bytes(entry["slide"]).decode() or None,
-            split=store.parts[int(entry["part"])].split,
-            level=_level(int(entry["level"])),
-            part=int(entry["part"]),
+            split=store.parts[part].split,
+            level=_level(level),
+            part=part,
             row=int(entry["row"]),
             distance=float(distance),
             duplicate_of=twin,
         )
-        for key, entry, distance, twin in zip(keys, entries, distance_k, twins, strict=True)
+        for key, entry, part, level, distance, twin in zip(
+            keys, entries, parts, as_levels(entries["label"]).tolist(), distance_k, twins, strict=True
+        )
     ]
 
 
@@ -207,7 +208,7 @@ def _allowed(
     allowed_m = np.ones(len(searcher.table), bool)
     asked = []
     if splits is not None:
-        split_of = np.array([part.split for part in store.parts])
+        split_of = np.array([store.parts[number].split for number in searcher.parts])
         split_m = split_of[searcher.table["part"]]
         there = np.unique(split_m).tolist()
         _check_names("--split", splits, there, " (those of the index: latents.gallery sets them for lgd build-index)")
@@ -215,7 +216,7 @@ def _allowed(
         asked.append(f"split {' or '.join(splits)}")
     if levels is not None:
         _check_names("--level", levels, LEVEL_NAMES, "")
-        allowed_m &= np.isin(searcher.table["level"], [LEVEL_NAMES.index(level) for level in levels])
+        allowed_m &= np.isin(searcher.table["label"], [LEVEL_NAMES.index(level) for level in levels])
         asked.append(f"level {' or '.join(levels)}")
     if not asked:
         return None
@@ -244,7 +245,7 @@ def _by_key(store: Store, keys: Sequence[str]) -> list[_Question]:
         for number, row in found:
             part = store.parts[number]
             vector_D = np.asarray(part.array("pooled")[row, 0], np.float32)
-            level, slide = int(part.array("level")[row]), bytes(part.array("slide")[row]).decode()
+            level, slide = int(as_levels(part.array("label")[row])), bytes(part.array("slide")[row]).decode()
             stored = Stored(key=key, slide=slide or None, split=part.split, level=_level(level), part=number, row=row)
             questions.append(_Question(None, {}, stored, vector_D))
     return questions

@@ -26,22 +26,23 @@ class Gallery:
     def __init__(self, store: Store, size: int, roles: Sequence[str] = ("ihc",)) -> None:
         self.store = store
         shards: dict[str, Shard] = {}
-        for folder in store.document["sources"]["shards"]:
+        for folder in store.sources.shards:
             if not is_remote(place(folder)) and not Path(folder).is_dir():
                 raise DataError(
                     f"the shards of this store were in {folder}, which is gone: put them back, or query without --sheet"
                 )
             shards |= {shard.sha256: shard for shard in open_shards(folder)[1]}
-        lost = [p.name for p in store.parts if p.tar_sha256 not in shards]
-        if lost:
-            raise DataError(
-                f"the shards of {store.folder} changed since it was made ({lost[0]}): run lgd cache-latents"
-            )
-        self.reader = Reader([shards[p.tar_sha256] for p in store.parts], roles, size)
+        self.parts = [part for part in store.parts if part.tar_sha256 in shards]
+        self.reader = Reader([shards[part.tar_sha256] for part in self.parts], roles, size)
 
     def image(self, stored: Stored, role: str = "ihc") -> np.ndarray:
         """An image of a stored patch, uint8 (size, size, 3)."""
-        return self.reader.read(int(self.reader.first[stored.part]) + stored.row).images[role]
+        part = self.store.parts[stored.part]
+        if part not in self.parts:
+            raise DataError(
+                f"the shards of {self.store.folder} changed since it was made ({part.name}): run lgd cache-latents"
+            )
+        return self.reader.read(int(self.reader.first[self.parts.index(part)]) + stored.row).images[role]
 
 
 def check_sheet(queries: int, k: int) -> None:

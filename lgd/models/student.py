@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lgd.config import LEVEL_NAMES
+from lgd.models.description import StudentConfig
 from lgd.models.encoder import Encoder
-from lgd.models.export import load_weights, read_model_config
+from lgd.models.export import load_weights, read_student_config
 
 
 class Student(nn.Module):
@@ -88,17 +89,11 @@ class Student(nn.Module):
         out["membrane"] = F.softplus(membrane_B3MM).permute(0, 2, 3, 1)
         return out
 
-    def describe(self) -> dict[str, Any]:
-        """What `load_student` needs beside the weights."""
+    def describe(self, **facts: Any) -> StudentConfig:
+        """What `load_student` needs beside the weights, with the facts of its training."""
         own = None if self.method == "he-only" else self.hallucination
-        return {
-            "kind": "student",
-            "method": self.method,
-            "morphology": self.morphology.spec,
-            "hallucination": None if own is None else own.spec,
-            **self.sizes,
-            "levels": list(LEVEL_NAMES),
-        }
+        facts |= {"morphology": self.morphology.spec, "hallucination": None if own is None else own.spec}
+        return StudentConfig(method=self.method, **self.sizes, **facts)  # type: ignore[arg-type]
 
 
 def _resize(map_BCHW: torch.Tensor, side: int) -> torch.Tensor:
@@ -108,20 +103,20 @@ def _resize(map_BCHW: torch.Tensor, side: int) -> torch.Tensor:
     return F.interpolate(map_BCHW, size=(side, side), mode="bilinear", align_corners=False)
 
 
-def student_from(config: dict[str, Any]) -> Student:
+def student_from(config: StudentConfig) -> Student:
     """An untrained student of the shape that `Student.describe` gave."""
-    spec = config["hallucination"]
+    spec = config.hallucination
     return Student(
-        method=config["method"],
-        morphology=Encoder(config["morphology"]),
+        method=config.method,
+        morphology=Encoder(config.morphology),
         hallucination=None if spec is None else Encoder(spec),
-        **{name: config[name] for name in ("latent_dim", "latent_map", "nuclei_grid", "membrane_grid")},
+        **{name: getattr(config, name) for name in ("latent_dim", "latent_map", "nuclei_grid", "membrane_grid")},
     )
 
 
-def load_student(folder: str | Path) -> tuple[Student, dict[str, Any]]:
+def load_student(folder: str | Path) -> tuple[Student, StudentConfig]:
     """The student of a folder in evaluation mode, and its `config.json`."""
-    config = read_model_config(folder, "student")
+    config = read_student_config(folder)
     student = student_from(config)
     load_weights(folder, student, config)
     return student.eval(), config

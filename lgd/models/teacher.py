@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from lgd.config import LEVEL_NAMES
+from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder, build_encoder
-from lgd.models.export import load_weights, read_model_config
+from lgd.models.export import load_weights, read_teacher_config
 
 
 class Teacher(nn.Module):
@@ -66,9 +67,9 @@ class Teacher(nn.Module):
         super().train(mode and not self.frozen)
         return self
 
-    def describe(self) -> dict[str, Any]:
-        """What `load_teacher` needs beside the weights."""
-        return {"kind": "teacher", "encoder": self.encoder.spec, "levels": list(LEVEL_NAMES)}
+    def describe(self, **facts: Any) -> TeacherConfig:
+        """What `load_teacher` needs beside the weights, with the facts of its training."""
+        return TeacherConfig(source="trained", encoder=self.encoder.spec, pool="mean", **facts)
 
 
 def new_teacher(encoder: str) -> Teacher:
@@ -76,9 +77,9 @@ def new_teacher(encoder: str) -> Teacher:
     return Teacher(build_encoder(encoder))
 
 
-def load_teacher(folder: str | Path) -> tuple[Teacher, dict[str, Any]]:
+def load_teacher(folder: str | Path) -> tuple[Teacher, TeacherConfig]:
     """The frozen teacher of a folder, and its `config.json`."""
-    config = read_model_config(folder, "teacher")
-    teacher = Teacher(Encoder(config["encoder"]))
+    config = read_teacher_config(folder)
+    teacher = Teacher(Encoder(config.encoder))
     load_weights(folder, teacher, config)
     return teacher.freeze(), config

@@ -5,69 +5,101 @@
 
 import contextlib
 import functools
+import importlib.metadata
 import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lgd import distribute
 from lgd.config import Config
-from lgd.data.shards import Shard
+from lgd.data.archive import Shard
 from lgd.data.stream import Sample
 from lgd.errors import DataError
 from lgd.files import exclusive, exists, is_remote, list_folder, place
 from lgd.progress import progress
 from lgd.store.latents import Store, commit
-from lgd.store.sidecar import is_complete, part_name
+from lgd.store.recipe import PATCHES, TEACHER, Recipe
+from lgd.store.sidecar import is_complete
 from lgd.store.supervision import Supervision, recipe_of, stored
-from lgd.store.writer import part_writer
+from lgd.store.writer import shard_writer
 
 SHARDS_AT_ONCE = 2
 """Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""
 
-_OURS = {"store.json", "parts", "index", ".lock", ".owner.json"}
+_OURS = {"store.json", "sources.json", "parts", "index", ".lock", ".owner.json"}
 
 
-def cache_latents(config: Config, shards: Sequence[Shard], workers: int) -> tuple[Store, int]:
-    """Fill the store of a run; returns it and the number of parts that had to be computed.
+class Cached(NamedTuple):
+    """What `cache_latents` did."""
 
-    Raises `DataError` while another process caches into the same local folder.
+    store: Store
+    computed: int
+    """Shards whose parts had to be computed."""
+    pruned: int
+    """Shards that the store does not hold any more."""
+
+
+def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: bool = False) -> Cached:
+    """Fill the store of a run.
+
+    Parts of other shards stay, unless `prune` removes them. Raises `DataError` while another process caches into the
+    same local folder.
     """
     folder, recipe = place(config.latents.dir), recipe_of(config)
-    if exists(folder / "store.json"):
-        store = Store(folder, recipe)
-        if not _missing(folder, recipe, shards):
-            if {part.name for part in store.parts} == {part_name(shard) for shard in shards}:
-                return store, 0
-    else:
-        # A killed `publish` leaves its temporary file.
-        strangers = [name for name in list_folder(folder) if name not in _OURS and not name.endswith(".tmp")]
-        if strangers:
-            raise DataError(
-                f"{folder} holds something else than a feature store ({strangers[0]}): name another folder as "
-                "latents.dir"
-            )
+    if not prune and (store := _whole(folder, recipe, shards)):
+        return Cached(store, 0, 0)
     with contextlib.nullcontext() if is_remote(folder) else exclusive(folder, "caching"):
+        before = len(Store(folder, recipe).parts) if exists(folder / "store.json") else _require_own(folder)
         missing = _missing(folder, recipe, shards)
         _fill(config, recipe, missing, workers)
-        sources = {
-            "shards": sorted({str(shard.path.absolute().parent) for shard in shards}),
-            "teacher": config.teacher.dir,
-        }
-        return commit(folder, recipe, shards, sources), len(missing)
+        store = commit(
+            folder,
+            recipe,
+            shards,
+            sources=sorted({str(shard.path.absolute().parent) for shard in shards}),
+            teacher=config.teacher.dir,
+            versions={name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+            prune=prune,
+        )
+        return Cached(store, len(missing), max(0, before + len(missing) - len(store.parts)))
 
 
-def _missing(folder: Path, recipe: dict[str, Any], shards: Sequence[Shard]) -> list[Shard]:
-    """The shards without a complete part, each tar once."""
+def _whole(folder: Path, recipe: Recipe, shards: Sequence[Shard]) -> Store | None:
+    """The store, if it has all of these shards."""
+    if not exists(folder / "store.json"):
+        return None
+    store = Store(folder, recipe)
+    there = {part.tar_sha256 for part in store.parts}
+    return store if there >= {shard.sha256 for shard in shards} and not _missing(folder, recipe, shards) else None
+
+
+def _require_own(folder: Path) -> int:
+    """Raise `DataError` for a folder that holds what is of no store; else its parts, none."""
+    # A killed `publish` leaves its temporary file.
+    foreign = [name for name in list_folder(folder) if name not in _OURS and not name.endswith(".tmp")]
+    if foreign:
+        raise DataError(
+            f"{folder} holds something else than a feature store ({foreign[0]}): name another folder as latents.dir"
+        )
+    return 0
+
+
+def _missing(folder: Path, recipe: Recipe, shards: Sequence[Shard]) -> list[Shard]:
+    """The shards without complete parts, each tar once."""
     by_tar = {shard.sha256: shard for shard in shards}
-    return [shard for shard in by_tar.values() if not is_complete(folder, shard, recipe)]
+    return [
+        shard
+        for shard in by_tar.values()
+        if not all(is_complete(folder, layer, shard, recipe) for layer in (PATCHES, TEACHER))
+    ]
 
 
-def _fill(config: Config, recipe: dict[str, Any], missing: Sequence[Shard], workers: int) -> None:
+def _fill(config: Config, recipe: Recipe, missing: Sequence[Shard], workers: int) -> None:
     """Compute parts, behind a bar with patches a second and the time left."""
     if not missing:
         return
@@ -84,7 +116,7 @@ def _fill(config: Config, recipe: dict[str, Any], missing: Sequence[Shard], work
 class Cacher:
     """Turns shards into parts; it may be called from several threads, which share its threads and its teacher."""
 
-    def __init__(self, config: Config, recipe: dict[str, Any], tick: Callable[[int], Any] | None = None) -> None:
+    def __init__(self, config: Config, recipe: Recipe, tick: Callable[[int], Any] | None = None) -> None:
         """`tick(n)` is told of n patches more."""
         self.config, self.recipe, self.tick = config, recipe, tick or (lambda done: None)
         self.supervision = Supervision(config.teacher.dir, recipe)
@@ -98,9 +130,10 @@ class Cacher:
         reader = make.reader([shard])
         prepare = functools.partial(make.prepare, reader)
         prepared = distribute.ahead(self._pool, prepare, range(shard.samples), count=batch)
-        with part_writer(place(self.config.latents.dir), shard, self.recipe) as writer:
+        with shard_writer(place(self.config.latents.dir), shard, self.recipe) as writer:
             while samples := list(itertools.islice(map(self._counted, prepared), batch)):
-                writer.add(stored(self._rows(samples), samples, shard, self.recipe["dtype"], writer.rounding))
+                arrays = stored(self._rows(samples), samples, shard, self.config.latents.dtype, writer.rounding)
+                writer.add(arrays)
         reader.close()
         return shard.samples
 

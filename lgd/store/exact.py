@@ -21,7 +21,7 @@ class Latents:
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
         self.first = np.cumsum([0, *(part.rows for part in parts)])
-        self.rows, self.dim = int(self.first[-1]), parts[0].layout["pooled"]["shape"][-1]
+        self.rows, self.dim = int(self.first[-1]), parts[0].layout["pooled"].shape[-1]
 
     def at(self, row_n: np.ndarray) -> np.ndarray:
         """The vectors of some rows, which are sorted: float32 (n, D)."""

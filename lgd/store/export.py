@@ -28,7 +28,7 @@ from lgd.data.manifest import open_shards
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
 from lgd.files import exists, list_folder, place, read_json, remove, write_bytes, write_json
-from lgd.store.latents import Store
+from lgd.store.latents import Store, as_levels
 from lgd.store.parts import Part
 
 FORMAT = "lgd-export/1"
@@ -81,7 +81,7 @@ def export(options: ExportOptions) -> list[dict[str, Any]]:
     files = {group: file_name(group) for group in groups}
     for stale in _claimed(out, files.values()):
         remove(out / stale)
-    facts = {"store": store.digest, "teacher": str(store.recipe.get("teacher", "")), "splits": ",".join(asked)}
+    facts = {"store": store.digest, "teacher": store.recipe.teacher.weights_sha256, "splits": ",".join(asked)}
     write_json(out / "export.json", {"format": FORMAT, **facts, "files": sorted(files.values())})
     rows = [_write(out / files[group], group, patches, facts) for group, patches in groups.items()]
     unknown = sum(not row["coords_known"] for row in rows)
@@ -96,7 +96,7 @@ def export(options: ExportOptions) -> list[dict[str, Any]]:
 
 def patches_of(store: Store, splits: Sequence[str]) -> Iterator[Patch]:
     """The rows of some splits, in the store's order, with what their shards say of them."""
-    folders = store.document["sources"]["shards"]
+    folders = store.sources.shards
     lost = [folder for folder in folders if not exists(place(folder))]
     if lost:
         raise DataError(f"the shards of {store.folder} were in {lost[0]}, which is gone: put them back")
@@ -184,7 +184,7 @@ def _write(path: Path, group: str, patches: Sequence[Patch], facts: dict[str, st
         "features": np.stack([patch.part.array("pooled")[patch.row, 0] for patch in patches]).astype(np.float32),
         "coords": coords_n2,
         "key": np.array([patch.key.encode() for patch in patches], "S"),
-        "level": np.array([patch.part.array("level")[patch.row] for patch in patches], np.int8),
+        "level": as_levels(np.array([patch.part.array("label")[patch.row] for patch in patches])).astype(np.int8),
         "size": np.array([patch.size for patch in patches], np.int64),
     }
     # In memory: HDF5 2.0 crashes some time after it has met a full disk.

@@ -1,6 +1,6 @@
 """Store -> FAISS index over the teacher's pooled latents (the first view): built, and its recall measured.
 
-Run by `lgd build-index`; it leaves DIR/index/ as `lgd.store.search` describes it, which also opens it.
+Run by `lgd build-index`; it leaves DIR/index/TEACHER/ as `lgd.store.search` describes it, which also opens it.
 
 `latents.index: auto` chooses by size. Measured on 2 cores that others shared, one query on one core; vectors of 512
 dimensions clustered by level and slide, of a flatter spectrum (1/k) than a teacher's, which is the harder case:
@@ -26,21 +26,32 @@ vectors too and saves no memory. It is not built.
 import functools
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lgd.data.archive import Shard
 from lgd.distribute import map_with
 from lgd.errors import DataError
-from lgd.files import digest_of, is_remote, publish, remove, write_json, xxh3
+from lgd.files import is_remote, list_folder, publish, remove, xxh3
 from lgd.store.exact import Latents, nearest, overlap
-from lgd.store.faiss_file import cells_of, code_bytes
-from lgd.store.latents import Store
-from lgd.store.search import FORMAT, check_index, import_faiss, problems, read_document, unit
+from lgd.store.faiss_file import cells_of, check_file, code_bytes
+from lgd.store.latents import TEACHER, Store
+from lgd.store.parts import Part
+from lgd.store.search import (
+    IndexDocument,
+    IndexFile,
+    import_faiss,
+    index_folder,
+    problems,
+    read_document,
+    unit,
+)
 from lgd.store.table import write_table
 
 EXACT_ROWS = 100_000
@@ -54,53 +65,67 @@ _NEAREST = 10
 
 
 def build_index(
-    store: Store, factory: str, gallery: list[str], recall: float, seed: int, workers: int = 0
-) -> tuple[dict[str, Any], bool]:
-    """Index the gallery splits of a store; returns index.json's content and whether it was built now.
+    store: Store,
+    shards: Sequence[Shard],
+    factory: str,
+    gallery: list[str],
+    recall: float,
+    seed: int,
+    workers: int = 0,
+) -> tuple[IndexDocument, bool]:
+    """Index the gallery splits of some shards; returns index.json's content and whether it was built now.
 
     `factory` is auto or one of `lgd.store.faiss_file.KINDS`. The store may lie at a url. `workers` of Ray add the
     latents; 0 does it here. Raises `DataError` when the gallery is empty, and when the index misses `recall` even with
     all cells probed.
     """
-    folder = store.folder / "index"
-    asked = {"store": store.digest, "asked": factory, "gallery": gallery, "target": recall}
-    if not problems(store):
-        there = read_document(store)
-        if all(there.get(name) == value for name, value in asked.items()):
-            return there, False
-    numbers = [number for number, part in enumerate(store.parts) if part.split in gallery]
-    if not numbers:
-        splits = sorted({part.split for part in store.parts})
+    folder = index_folder(store)
+    parts = list(dict.fromkeys(store.parts_of(shards)))
+    indexed = [part for part in parts if part.split in gallery]
+    if not indexed:
+        splits = sorted({part.split for part in parts})
         raise DataError(
             f"the store {store.folder} has no split {' or '.join(gallery)} to search, only {', '.join(splits)}: "
             "set latents.gallery"
         )
-    latents = Latents([store.parts[number] for number in numbers])
+    digests = tuple(part.digest(TEACHER) for part in indexed)
+    asked = {"asked": factory, "gallery": tuple(gallery), "target": recall, "parts": digests}
+    if not problems(store):
+        there = read_document(store)
+        if all(getattr(there, name) == value for name, value in asked.items()):
+            return there, False
+    latents = Latents(indexed)
     chosen, why = choose(latents.rows, latents.dim, _memory()) if factory == "auto" else (factory, "as asked for")
     _check_factory(chosen, latents.rows)
+    numbers = [store.parts.index(part) for part in indexed]
     index, order_n, told = _built(store, latents, numbers, chosen, seed, workers)
-    queries_nD, described = _queries(store, latents, gallery, seed)
+    queries_nD, described = _queries(parts, latents, gallery, seed)
     truth_nk = nearest(latents, queries_nD, min(_NEAREST, latents.rows))
     measured, probes = _reach_recall(index, truth_nk, order_n, queries_nD, recall, chosen)
-    shape = {"factory": chosen, "nprobe": probes, "rows": latents.rows, "dim": latents.dim}
-    # The old document goes first: at no time is there one that says other than the files are.
-    remove(folder / "index.json")
-    files = {
-        "faiss.index": _published(folder / "faiss.index", lambda path: _write(index, path, shape)),
-        "keys.npy": _published(folder / "keys.npy", lambda path: write_table(path, latents.parts, numbers, order_n)),
-    }
-    document = {
-        "format": FORMAT,
-        **asked,
-        **shape,
-        "why": why,
-        **told,
-        "recall_at_10": measured,
-        "queries": described,
-        "files": files,
-    }
-    document["digest"] = digest_of(document)
-    write_json(folder / "index.json", document)
+    kind = (chosen, latents.rows, latents.dim, probes)
+    document = IndexDocument(
+        factory=chosen,
+        nprobe=probes,
+        rows=latents.rows,
+        dim=latents.dim,
+        why=why,
+        recall_at_10=measured,
+        queries=described,
+        faiss=_publish(folder, ".faiss", lambda path: _write(index, path, kind)),
+        table=_publish(folder, ".npy", lambda path: write_table(path, latents.parts, order_n)),
+        asked=factory,
+        gallery=tuple(gallery),
+        target=recall,
+        parts=digests,
+        trained_on=told["trained_on"],
+        seconds=told["seconds"],
+    )
+    document.write(folder / "index.json")
+    # Those of the index that was there; whoever has them open keeps them.
+    named = {"index.json", f"{document.faiss.xxh3}.faiss", f"{document.table.xxh3}.npy"}
+    for name in list_folder(folder):
+        if re.fullmatch(r"[0-9a-f]{32}\.(faiss|npy)", name) and name not in named:
+            remove(folder / name)
     return document, True
 
 
@@ -244,10 +269,10 @@ def _in_order(faiss: Any, index: Any) -> np.ndarray:
     return order_n
 
 
-def _queries(store: Store, latents: Latents, gallery: list[str], seed: int) -> tuple[np.ndarray, str]:
+def _queries(parts: Sequence[Part], latents: Latents, gallery: list[str], seed: int) -> tuple[np.ndarray, str]:
     """Held-out queries (n, D), and what they are."""
     random = np.random.default_rng(seed)
-    others = [part for part in store.parts if part.split not in gallery]
+    others = [part for part in parts if part.split not in gallery]
     # Probes are chosen by these, and nothing is chosen by a test split where there is another.
     others = [part for part in others if part.split == "val"] or others
     source = Latents(others) if others else latents
@@ -284,16 +309,22 @@ def _reach_recall(
     return measured, probes
 
 
-def _published(path: Path, write: Callable[[Path], None]) -> dict[str, Any]:
-    """Write a file, and give its size and digest."""
-    with publish(path) as temporary:
+def _publish(folder: Path, suffix: str, write: Callable[[Path], None]) -> IndexFile:
+    """Write a file that is named by its digest."""
+    made = []
+
+    def name_of(path: Path) -> str:
+        with open(path, "rb") as file:
+            made.append(IndexFile(bytes=path.stat().st_size, xxh3=xxh3(file)))
+        return f"{made[0].xxh3}{suffix}"
+
+    with publish(folder / f"index{suffix}", name_of) as temporary:
         write(temporary)
-        with open(temporary, "rb") as file:
-            return {"bytes": temporary.stat().st_size, "xxh3": xxh3(file)}
+    return made[0]
 
 
-def _write(index: Any, path: Path, document: dict[str, Any]) -> None:
+def _write(index: Any, path: Path, kind: tuple[str, int, int, int]) -> None:
     import_faiss().write_index(index, str(path))
     with open(path, "rb") as file:
         # Another release of FAISS may write other bytes, which no search would take.
-        check_index(document, file)
+        check_file(file, *kind)

@@ -1,23 +1,30 @@
-"""The feature store: its recipe, its parts, and rows by address or by key.
+"""The feature store: its recipes, its parts, and rows by address or by key.
 
-DIR/store.json          the recipe, where the shards and the teacher were, and the list of parts; written last
-DIR/parts/NAME.{h5,json}   one part a shard (`lgd.store.parts`)
-DIR/index/              what queries search (`lgd.store.index`)
-DIR/.lock .owner.json   while `lgd cache-latents` runs, or after it was killed
+DIR/store.json                    recipes, layers and the list of parts; written last
+DIR/sources.json                  where the shards and the teacher were
+DIR/parts/LAYER/NAME.{h5,json}    one part a shard and layer (`lgd.store.parts`): `patches`, and one a teacher
+DIR/index/TEACHER/                what queries search (`lgd.store.index`)
+DIR/.lock .owner.json             while `lgd cache-latents` runs, or after it was killed
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lgd.data.shards import Shard
+from lgd.data.archive import Shard
 from lgd.errors import DataError
-from lgd.files import digest_of, list_folder, place, read_json, remove, told_differences, write_json
-from lgd.store.parts import Part
-from lgd.store.sidecar import FORMAT, REMEDY, check_layout, layout_of, part_name, read_sidecar
+from lgd.files import digest_of, list_folder, place, remove, told_differences
+from lgd.records import MissingDocument
+from lgd.store.document import SourcesDocument, StoreDocument, as_document
+from lgd.store.parts import Part, PartFile
+from lgd.store.recipe import PATCHES, TEACHER, Recipe
+from lgd.store.sidecar import REMEDY, Layout, part_name, read_sidecar
+
+__all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store", "commit", "read_all", "read_levels"]
 
 SUPERVISION = ("pooled", "map", "nuclei", "membrane")
 """The datasets that a student is trained on."""
@@ -26,43 +33,48 @@ SUPERVISION = ("pooled", "map", "nuclei", "membrane")
 class Store:
     """A finished store, read by (part, row)."""
 
-    def __init__(self, folder: str | Path, recipe: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: str | Path, recipe: Recipe | None = None) -> None:
         """Open a store, which may lie at a url; one made by another `recipe` is refused with the difference."""
         self.folder = place(folder)
-        path = self.folder / "store.json"
-        try:
-            self.document = read_json(path)
-        except DataError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            raise DataError(
-                f"{self.folder} holds no finished feature store ({path} is missing): run lgd cache-latents"
-            ) from error
-        if not isinstance(self.document, dict) or self.document.get("format") != FORMAT:
-            raise DataError(f"{path} does not describe a feature store of format {FORMAT}")
-        try:
-            said = {name: value for name, value in self.document.items() if name != "digest"}
-            if digest_of(said) != self.document["digest"]:
-                raise ValueError("it does not match its own digest")
-            check_layout(self.document["datasets"])
-            parts = self.folder / "parts"
-            self.parts = [Part(parts, entry, self.document["datasets"]) for entry in self.document["parts"]]
-            self.recipe: dict[str, Any] = self.document["recipe"]
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DataError(f"{path} cannot be used ({error}): {REMEDY}") from error
+        self.document = StoreDocument.read(self.folder / "store.json")
         if recipe is not None:
-            check_recipe(path, self.recipe, recipe)
+            check_recipe(self.folder / "store.json", self.document.recipe, recipe)
+        layers = self.document.layers
+        self.parts = [
+            Part(
+                {
+                    layer: PartFile(self.folder / "parts" / layer, entry.name, facts.parts[number], facts.datasets)
+                    for layer, facts in layers.items()
+                },
+                **entry.as_json(),
+            )
+            for number, entry in enumerate(self.document.entries)
+        ]
         self._of_tar = {part.tar_sha256: part for part in self.parts}
 
     @property
     def digest(self) -> str:
-        """Digest of the store's recipe and rows, wherever its shards and its teacher lie."""
-        return self.document["content"]
+        """Digest of the store's recipes and rows, wherever its shards and its teacher lie."""
+        return self.document.digest
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the targets and the latents of the run's teacher depend on."""
+        return self.document.recipe
+
+    @property
+    def sources(self) -> SourcesDocument:
+        """Where the shards and the teachers were."""
+        return SourcesDocument.read(self.folder / "sources.json")
 
     @property
     def rows(self) -> int:
         """Samples in the store."""
         return sum(part.rows for part in self.parts)
+
+    def digest_of(self, shards: Sequence[Shard]) -> str:
+        """Digest of the rows of some shards, whatever else the store holds."""
+        return digest_of([self.recipe.as_json(), [part.digest(TEACHER) for part in self.parts_of(shards)]])
 
     def parts_of(self, shards: Sequence[Shard]) -> list[Part]:
         """The part of each shard, so that a shard's number is its part's number too."""
@@ -99,60 +111,73 @@ class Store:
         """Every problem of the store's parts, and files that are none; `tell(rows)` hears of each part that is done."""
         problems = []
         for part in self.parts:
-            problem = part.problem()
-            problems += [problem] if problem else []
+            problems += part.problems()
             if tell:
                 tell(part.rows)
         known = {f"{part.name}{suffix}" for part in self.parts for suffix in (".h5", ".json")}
-        strangers = sorted(set(list_folder(self.folder / "parts")) - known)
-        return problems + [f"{self.folder / 'parts' / name} is of no part: remove it" for name in strangers]
+        for layer in sorted(list_folder(self.folder / "parts")):
+            names = list_folder(self.folder / "parts" / layer)
+            if layer not in self.document.layers:
+                problems.append(f"{self.folder / 'parts' / layer} is of no teacher of store.json")
+                continue
+            problems += [
+                f"{self.folder / 'parts' / layer / name} is of no part of store.json: it is being written, or "
+                "left from a stopped run; lgd cache-latents --prune removes what the run does not need"
+                for name in names
+                if name not in known
+            ]
+        return problems
 
 
-def commit(folder: Path, recipe: dict[str, Any], shards: Sequence[Shard], sources: dict[str, Any]) -> Store:
-    """Write store.json over the parts of these shards, and remove parts that no shard has any more.
+def commit(
+    folder: Path,
+    recipe: Recipe,
+    shards: Sequence[Shard],
+    *,
+    sources: Iterable[str] = (),
+    teacher: str = "",
+    versions: dict[str, str] | None = None,
+    prune: bool = False,
+) -> Store:
+    """Write store.json over the parts of these shards, and of those that it names already.
 
-    `sources` tells where shards and teacher were, for pictures and for `lgd verify --reencode`; it is no part of the
-    recipe.
+    `prune` drops the parts of other shards. `sources` (shard folders) and `teacher` tell where they were, for pictures
+    and for `lgd verify --reencode`.
     """
     names = list(dict.fromkeys(part_name(shard) for shard in shards))
-    sidecars = [read_sidecar(folder / "parts" / f"{name}.json") for name in names]
-    datasets = layout_of(sidecars[0])
-    assert all(layout_of(sidecar) == datasets for sidecar in sidecars), "parts of one recipe have the same datasets"
-    fields = ("name", "split", "tar_sha256", "rows", "first", "last", "digest")
-    document = {
-        "format": FORMAT,
-        "content": digest_of([recipe, [sidecar["digest"] for sidecar in sidecars]]),
-        "recipe": recipe,
-        "sources": sources,
-        "datasets": datasets,
-        "rounding": _largest([sidecar["rounding"] for sidecar in sidecars]),
-        "parts": [{field: sidecar[field] for field in fields} for sidecar in sidecars],
+    ordered, folders = names, list(sources)
+    with contextlib.suppress(MissingDocument):
+        before = Store(folder)
+        versions = before.document.teachers[TEACHER].versions
+        # Those that were there keep their numbers.
+        kept = [part.name for part in before.parts if not prune or part.name in names]
+        ordered = list(dict.fromkeys([*kept, *names]))
+        folders += before.sources.shards if len(ordered) > len(names) else ()
+    sidecars = {
+        layer: [read_sidecar(folder / "parts" / layer, name) for name in ordered] for layer in (PATCHES, TEACHER)
     }
-    write_json(folder / "store.json", document | {"digest": digest_of(document)})
-    known = {f"{name}{suffix}" for name in names for suffix in (".h5", ".json")}
-    for name in list_folder(folder / "parts"):
-        if name not in known:
-            remove(folder / "parts" / name)
+    SourcesDocument(shards=tuple(sorted(set(folders))), teachers={TEACHER: teacher}).write(folder / "sources.json")
+    as_document(recipe, sidecars, versions or {}).write(folder / "store.json")
+    if prune:
+        _prune(folder, set(ordered))
     return Store(folder)
 
 
-def _largest(roundings: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """The largest of each number over the parts."""
-    found: dict[str, dict[str, float]] = {}
-    for rounding in roundings:
-        for name, numbers in rounding.items():
-            there = found.setdefault(name, dict(numbers))
-            there.update({what: max(number, there[what]) for what, number in numbers.items()})
-    return found
+def _prune(folder: Path, names: set[str]) -> None:
+    known = {f"{name}{suffix}" for name in names for suffix in (".h5", ".json")}
+    for layer in (PATCHES, TEACHER):
+        for name in list_folder(folder / "parts" / layer):
+            if name not in known:
+                remove(folder / "parts" / layer / name)
 
 
-def check_recipe(path: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+def check_recipe(path: Path, there: Recipe, asked: Recipe) -> None:
     """Raise `DataError` that shows, field by field, how two recipes differ."""
     if there == asked:
         return
     raise DataError(
         f"{path} was made by another recipe:\n"
-        + told_differences(there, asked, "in the store")
+        + told_differences(there.as_json(), asked.as_json(), "in the store")
         + "\nUse the teacher and settings that made it, name another folder as latents.dir, or delete this one"
     )
 
@@ -176,6 +201,7 @@ class Rows:
         self.parts = parts
         layout = parts[0].layout
         self._fields = {name: _field(name, layout[name]) for name in datasets if name in layout}
+        self._names = frozenset(("key", *self._fields))
 
     def read(
         self,
@@ -190,7 +216,7 @@ class Rows:
         `DataError` unless the rows are those of the keys (None is not asked), and for a part that is not as its digest
         says.
         """
-        maps = [self.parts[number].mapped() for number in part_n]
+        maps = [self.parts[number].mapped(self._names) for number in part_n]
         for number, row, key, mapped in zip(part_n, row_n, key_n, maps, strict=True):
             there = mapped.arrays["key"][row]
             if key is not None and there != key.encode():
@@ -212,8 +238,8 @@ class Rows:
         return found
 
 
-def _field(name: str, layout: dict[str, Any]) -> _Field:
-    dtype, shape, views = np.dtype(layout["dtype"]), tuple(layout["shape"]), 1
+def _field(name: str, layout: Layout) -> _Field:
+    dtype, shape, views = np.dtype(layout.dtype), tuple(layout.shape), 1
     if name in ("pooled", "map"):
         views, *shape = shape  # type: ignore[assignment]
     return _Field(dtype, tuple(shape), views, math.prod(shape) * dtype.itemsize)
@@ -222,3 +248,13 @@ def _field(name: str, layout: dict[str, Any]) -> _Field:
 def read_all(parts: Sequence[Part], dataset: str) -> np.ndarray:
     """A whole dataset over the given parts, (rows, ...)."""
     return np.concatenate([part.array(dataset) for part in parts])
+
+
+def read_levels(parts: Sequence[Part]) -> np.ndarray:
+    """The level of every row of the given parts, int64 (rows,), -1 where it is unknown."""
+    return as_levels(read_all(parts, "label"))
+
+
+def as_levels(label_n: np.ndarray) -> np.ndarray:
+    """Stored labels, NaN where unknown, as int64 with -1."""
+    return np.where(np.isnan(label_n), -1, label_n).astype(np.int64)

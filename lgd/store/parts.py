@@ -1,162 +1,222 @@
-"""One HDF5 part, read through a map of its file.
+"""The rows of one shard, read through maps of its parts, one a layer of the store.
 
-Its datasets are contiguous and unfiltered: rows are read where the sidecar says that they lie. HDF5 itself is asked
-only once, after the digest was found right: a file that it describes otherwise is refused.
+The datasets of a part are contiguous and unfiltered: rows are read where the sidecar says that they lie, after each
+dataset's digest was found right, so that whoever reads pooled latents alone never reads the maps. HDF5 itself is asked
+by `lgd verify` only.
 """
 
 import os
-import re
 import threading
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import xxhash
 
 from lgd.errors import DataError
-from lgd.files import xxh3
+from lgd.files import digest_of, xxh3
 from lgd.remote import open_file
-from lgd.store.sidecar import REMEDY, layout_of, read_sidecar
+from lgd.store.recipe import PATCHES
+from lgd.store.sidecar import REMEDY, Dataset, Layout, Sidecar, read_sidecar
 
 OPEN_PARTS = 16_384
-"""Parts that a process keeps mapped; Linux allows it 65,530 maps in all."""
+"""Shards whose parts a process keeps mapped; Linux allows it 65,530 maps in all."""
+
+_BLOCK = 8 << 20
 
 _open: deque["Part"] = deque()
 _mapping = threading.Lock()
 
-_NAME = re.compile("[A-Za-z0-9_-]{1,120}")
-
 
 class Mapped(NamedTuple):
-    """The datasets of a part over a map of its file, read-only."""
+    """Datasets over maps of their files, read-only."""
 
+    names: frozenset[str]
     arrays: dict[str, np.ndarray]
     """(rows, ...) each."""
     bytes: dict[str, memoryview]
     """The same as plain bytes."""
 
 
-class Part:
-    """One part of a store, opened lazily; its digest is checked once before the first use."""
+class PartFile:
+    """One HDF5 file of a store, mapped lazily; the digest of a dataset is checked once before its first use."""
 
-    __slots__ = tuple("_checked _lock _mapped digest first folder last layout name rows split tar_sha256".split())
+    __slots__ = ("_checked", "_content", "_identity", "digest", "folder", "layout", "name")
 
-    def __init__(self, folder: Path, entry: dict[str, Any], layout: dict[str, Any]) -> None:
-        """`entry` is the part's line in store.json, `layout` its `datasets`.
-
-        Raises `ValueError` for an entry that the writer would not write.
-        """
-        self.folder, self.layout = folder, layout
-        self.name, self.split, self.tar_sha256 = entry["name"], entry["split"], entry["tar_sha256"]
-        self.rows, self.digest = entry["rows"], entry["digest"]
-        self.first, self.last = entry["first"], entry["last"]
-        # A store from elsewhere must not lead out of its folder.
-        if not _NAME.fullmatch(self.name) or type(self.rows) is not int or self.rows < 1:
-            raise ValueError(f"part {self.name!r:.120} of {self.rows!r:.80} rows")
-        if not all(type(text) is str for text in (self.split, self.tar_sha256, self.digest, self.first, self.last)):
-            raise ValueError(f"part {self.name}")
-        self._mapped: Mapped | None = None
-        self._checked: tuple[int, ...] = ()
-        self._lock = threading.Lock()
+    def __init__(self, folder: Path, name: str, digest: str, layout: Mapping[str, Layout]) -> None:
+        """`folder` is the layer's; `digest` that of the sidecar which store.json was written over."""
+        self.folder, self.name, self.digest, self.layout = folder, name, digest, layout
+        self._content: memoryview | None = None
+        self._identity: tuple[int, ...] = ()
+        self._checked: set[str] = set()
 
     @property
     def path(self) -> Path:
         """The HDF5 file; a `UPath` where the store lies at a url."""
         return self.folder / f"{self.name}.h5"
 
-    def mapped(self) -> Mapped:
-        """The part's datasets; raises `DataError` for a file that is not as its digest says."""
-        mapped = self._mapped
-        if mapped is None:
-            # Whoever comes first checks the digest; those who want other parts do not wait.
-            with self._lock:
-                mapped = self._mapped
-                if mapped is None:
-                    mapped = self._mapped = self._map()
-                    with _mapping:
-                        _open.append(self)
-                        if len(_open) > OPEN_PARTS:
-                            # Unmapped when the last array of it is dropped.
-                            _open.popleft()._mapped = None
-        return mapped
-
-    def array(self, dataset: str) -> np.ndarray:
-        """One dataset, (rows, ...), read-only."""
-        arrays = self.mapped().arrays
-        if dataset not in arrays:
-            raise DataError(f"{self.path} has no dataset {dataset!r}: cache into a store that has it")
-        return arrays[dataset]
-
-    def _map(self) -> Mapped:
-        import torch
-
-        sidecar = self.sidecar()
-        with self._open(sidecar) as file:
-            facts = os.fstat(file.fileno())
-            identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-            if identity != self._checked:
-                problem = _file_problem(self.path, file, sidecar)
-                if problem:
-                    raise DataError(f"{problem}: {REMEDY}")
-                self._checked = identity
-            # Unlike numpy.memmap this keeps no descriptor: thousands of parts would use up what a process may have.
-            storage: Any = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", False, facts.st_size)
-        content: Any = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
-        whole = memoryview(content).toreadonly()
-        arrays, bytes_ = {}, {}
-        for name, entry in sidecar["datasets"].items():
-            arrays[name] = np.ndarray(entry["shape"], np.dtype(entry["dtype"]), whole, entry["offset"])
-            bytes_[name] = whole[entry["offset"] : entry["offset"] + arrays[name].nbytes]
-        return Mapped(arrays, bytes_)
-
-    def sidecar(self) -> dict[str, Any]:
+    def sidecar(self) -> Sidecar:
         """The part's sidecar, which must be the one that store.json was written over."""
+        sidecar = read_sidecar(self.folder, self.name)
         path = self.folder / f"{self.name}.json"
-        try:
-            sidecar = read_sidecar(path)
-        except DataError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise DataError(f"sidecar {path} is missing: run lgd cache-latents again") from error
-            raise
-        if sidecar["digest"] != self.digest:
+        if sidecar.digest != self.digest:
             raise DataError(f"sidecar {path} is not the one of store.json: run lgd cache-latents again")
-        if layout_of(sidecar) != self.layout:
+        if sidecar.layout != self.layout:
             raise DataError(f"sidecar {path} states other datasets than store.json: {REMEDY}")
         return sidecar
 
-    def _open(self, sidecar: dict[str, Any]) -> BinaryIO:
+    def open(self, sidecar: Sidecar) -> BinaryIO:
+        """The file, unbuffered; of a url through the cache."""
         try:
-            return open_file(self.path, sidecar["xxh3"], sidecar["bytes"])
+            return open_file(self.path, sidecar.xxh3, sidecar.bytes)
         except FileNotFoundError as error:
             raise DataError(f"part {self.path} is missing: run lgd cache-latents again") from error
+
+    def read(self, sidecar: Sidecar, name: str) -> tuple[np.ndarray, memoryview]:
+        """A dataset, (rows, ...) read-only, and its bytes; `DataError` for one that is not as its digest says."""
+        dataset = sidecar.datasets[name]
+        if self._content is None:
+            self._content = self._map(sidecar)
+        part = self._content[dataset.offset : dataset.offset + dataset.bytes]
+        if name not in self._checked:
+            if xxhash.xxh3_128_hexdigest(part) != dataset.xxh3:
+                self._content = None
+                raise DataError(f"part {self.path} does not match its digest (dataset {name}): {REMEDY}")
+            self._checked.add(name)
+        return np.ndarray(dataset.shape, np.dtype(dataset.dtype), part), part
+
+    def _map(self, sidecar: Sidecar) -> memoryview:
+        import torch
+
+        with self.open(sidecar) as file:
+            facts = os.fstat(file.fileno())
+            if facts.st_size != sidecar.bytes:
+                raise DataError(f"part {self.path} has {facts.st_size} bytes and not {sidecar.bytes}: {REMEDY}")
+            identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+            if identity != self._identity:
+                self._identity, self._checked = identity, set()
+            # Unlike numpy.memmap this keeps no descriptor: thousands of parts would use up what a process may have.
+            storage: Any = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", False, facts.st_size)
+        content: Any = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
+        return memoryview(content).toreadonly()
+
+    def forget(self) -> None:
+        """Drop the map."""
+        self._content = None
 
     def problem(self) -> str | None:
         """What is wrong with the part, or None; reads all of it."""
         try:
             sidecar = self.sidecar()
-            with self._open(sidecar) as file:
+            with self.open(sidecar) as file:
                 return _file_problem(self.path, file, sidecar)
         except DataError as error:
             return str(error)
 
 
-def _file_problem(path: Path, file: BinaryIO, sidecar: dict[str, Any]) -> str | None:
-    """What is wrong with a part's open file: its size, its digest, or, when these are right, what HDF5 makes of it."""
+class Part:
+    """The rows of one shard, over all layers of a store."""
+
+    __slots__ = tuple("_lock _mapped files first last layout name rows split tar_sha256".split())
+
+    def __init__(
+        self, files: Mapping[str, PartFile], *, name: str, split: str, tar_sha256: str, rows: int, first: str, last: str
+    ) -> None:
+        """`files` by their layer; `first` and `last` are the outermost keys, which are sorted."""
+        self.files, self.name, self.split, self.tar_sha256 = files, name, split, tar_sha256
+        self.rows, self.first, self.last = rows, first, last
+        self.layout = {name: layout for file in files.values() for name, layout in file.layout.items()}
+        self._mapped: Mapped | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def path(self) -> Path:
+        """The file of the first layer, to name the part by."""
+        return next(iter(self.files.values())).path
+
+    def digest(self, teacher: str) -> str:
+        """Digest of all that the patches' and a teacher's part hold."""
+        return digest_of([self.files[layer].digest for layer in (PATCHES, teacher)])
+
+    def mapped(self, names: frozenset[str]) -> Mapped:
+        """Some datasets at least; raises `DataError` for one that is missing, or not as its digest says."""
+        mapped = self._mapped
+        if mapped is not None and names <= mapped.names:
+            return mapped
+        # Whoever comes first checks the digests; those who want other parts do not wait.
+        with self._lock:
+            before = mapped = self._mapped
+            if mapped is None or not names <= mapped.names:
+                mapped = self._mapped = self._map(names, before or Mapped(frozenset(), {}, {}))
+        if before is None:
+            _keep_open(self)
+        return mapped
+
+    def _map(self, names: frozenset[str], before: Mapped) -> Mapped:
+        arrays, bytes_ = dict(before.arrays), dict(before.bytes)
+        for file in self.files.values():
+            wanted = [name for name in sorted(names) if name in file.layout and name not in arrays]
+            sidecar = file.sidecar() if wanted else None
+            for name in wanted:
+                assert sidecar is not None
+                arrays[name], bytes_[name] = file.read(sidecar, name)
+        if lacking := sorted(names - arrays.keys()):
+            raise DataError(f"{self.path} has no dataset {lacking[0]!r}: cache into a store that has it")
+        return Mapped(frozenset(arrays), arrays, bytes_)
+
+    def array(self, dataset: str) -> np.ndarray:
+        """One dataset, (rows, ...), read-only."""
+        return self.mapped(frozenset((dataset,))).arrays[dataset]
+
+    def forget(self) -> None:
+        """Drop the maps; they go when the last array of them is dropped."""
+        with self._lock:
+            self._mapped = None
+            for file in self.files.values():
+                file.forget()
+
+    def problems(self) -> list[str]:
+        """What is wrong with the parts; reads all of them."""
+        return [problem for file in self.files.values() if (problem := file.problem())]
+
+
+def _keep_open(part: Part) -> None:
+    with _mapping:
+        _open.append(part)
+        oldest = _open.popleft() if len(_open) > OPEN_PARTS else None
+    if oldest is not None:
+        oldest.forget()
+
+
+def _file_problem(path: Path, file: BinaryIO, sidecar: Sidecar) -> str | None:
+    """What is wrong with a part's open file: its size, its digests, or, when these are right, what HDF5 makes of it."""
     size = os.fstat(file.fileno()).st_size
-    if size != sidecar["bytes"]:
-        return f"part {path} has {size} bytes and not {sidecar['bytes']}"
-    if xxh3(file) != sidecar["xxh3"]:
+    if size != sidecar.bytes:
+        return f"part {path} has {size} bytes and not {sidecar.bytes}"
+    if xxh3(file) != sidecar.xxh3:
         return f"part {path} does not match its digest"
+    for name, dataset in sidecar.datasets.items():
+        if _digest_at(file, dataset) != dataset.xxh3:
+            return f"part {path} does not match its digest (dataset {name})"
     try:
-        found = _described_by_hdf5(f"/dev/fd/{file.fileno()}")
+        found = _described_by_hdf5(f"/dev/fd/{file.fileno()}", sidecar.datasets)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         return f"part {path} is no HDF5 file of ours ({error})"
-    if found != sidecar["datasets"]:
+    if found != sidecar.datasets:
         return f"part {path}: HDF5 finds other datasets in it than its sidecar states"
     return None
 
 
-def _described_by_hdf5(path: str) -> dict[str, Any]:
+def _digest_at(file: BinaryIO, dataset: Dataset) -> str:
+    digest, end = xxhash.xxh3_128(), dataset.offset + dataset.bytes
+    for start in range(dataset.offset, end, _BLOCK):
+        digest.update(os.pread(file.fileno(), min(_BLOCK, end - start), start))
+    return digest.hexdigest()
+
+
+def _described_by_hdf5(path: str, stated: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """The datasets of an HDF5 file as a sidecar states them; `ValueError` for anything but plain contiguous ones."""
     import h5py
 
@@ -172,6 +232,8 @@ def _described_by_hdf5(path: str) -> dict[str, Any]:
             plist = dataset.id.get_create_plist()
             if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count():
                 raise ValueError(f"dataset {name!r:.80} is virtual, chunked, or stored in other files")
-            offset = dataset.id.get_offset()
-            found[name] = {"dtype": dataset.dtype.str, "shape": list(dataset.shape), "offset": offset}
+            if name not in stated:
+                raise ValueError(f"dataset {name!r:.80} is not in the sidecar")
+            facts = {"dtype": dataset.dtype.str, "shape": dataset.shape, "offset": dataset.id.get_offset()}
+            found[name] = Dataset(xxh3=stated[name].xxh3, **facts)
     return found

@@ -1,32 +1,77 @@
-"""The index of a store, opened for queries; the only importer of faiss.
+"""The index of a store's latents, opened for queries; the only importer of faiss.
 
-    DIR/index/faiss.index    inner product of unit vectors, which is the cosine
-    DIR/index/keys.npy       part, row, level, key and slide of each indexed latent, in the index's order
-    DIR/index/index.json     what the index is and reached, digests, the store's digest; written last
+    DIR/index/TEACHER/DIGEST.faiss   inner product of unit vectors, which is the cosine
+    DIR/index/TEACHER/DIGEST.npy     part, row, label, key and slide of each indexed latent, in the index's order
+    DIR/index/TEACHER/index.json     what the index is and reached, its files, the parts that it is of; written last
 
 Both files are mapped, not read: what is resident is the operating system's cache, which it can take back. Opening
-costs their SHA-256 and a look at their structure: 1.1 s and 31 MB at a million 512-dimensional latents (1.07 GB).
-Whoever cuts a file short while it is mapped ends the process; `build_index` replaces files instead.
+costs their digest and a look at their structure: 1.1 s and 31 MB at a million 512-dimensional latents (1.07 GB).
+Files are named by their digest, so that an index which is replaced is the old one or the new one for whoever reads it.
+Whoever cuts a file short while it is mapped ends the process; `build_index` writes new files instead.
 """
 
 import importlib.util
 import os
-import re
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
+from lgd.data.meta import Text, Word
 from lgd.errors import DataError
-from lgd.files import digest_of, exists, read_json, xxh3
+from lgd.files import xxh3
+from lgd.records import Count, Document, Many, Record, Sha256, Xxh3
 from lgd.remote import open_file
 from lgd.store.faiss_file import cells_of, check_file
-from lgd.store.latents import Store
+from lgd.store.latents import TEACHER, Store
+from lgd.store.parts import Part
 from lgd.store.table import read_table
 
-FORMAT = "lgd-index/2"
-FILES = ("faiss.index", "keys.npy")
 _REMEDY = "run lgd build-index"
+_ATTEMPTS = 5
+
+
+class IndexFile(Record):
+    """A file of the index, named by its digest."""
+
+    bytes: Annotated[int, Field(ge=1, lt=2**53)]
+    xxh3: Xxh3
+
+
+class IndexDocument(Document):
+    """index.json."""
+
+    FORMAT: ClassVar[str] = "lgd-index/3"
+    ABSENT: ClassVar[str] = f"there is no index; {_REMEDY}"
+    REMEDY: ClassVar[str] = _REMEDY
+
+    asked: Text
+    """latents.index."""
+    gallery: Many[Word]
+    target: Annotated[float, Field(gt=0, le=1)]
+    """latents.recall."""
+    parts: Annotated[Many[Sha256], Field(min_length=1)]
+    """Digest of each of the parts that are indexed."""
+    factory: Text
+    nprobe: Count
+    rows: Annotated[int, Field(ge=1, lt=2**40)]
+    dim: Annotated[int, Field(ge=1, lt=2**20)]
+    why: Text
+    trained_on: Count
+    seconds: dict[Text, float]
+    recall_at_10: Annotated[float, Field(ge=0, le=1)]
+    queries: Text
+    faiss: IndexFile
+    table: IndexFile
+
+    @model_validator(mode="after")
+    def _check_probes(self) -> Self:
+        cells = cells_of(self.factory)
+        if not min(1, cells) <= self.nprobe <= cells:
+            raise ValueError(f"field nprobe is {self.nprobe}, and {self.factory} has {cells} cells")
+        return self
 
 
 def faiss_problem() -> str | None:
@@ -57,76 +102,94 @@ def unit(vectors_nD: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(vectors_nD / np.maximum(np.linalg.norm(vectors_nD, axis=1, keepdims=True), 1e-12))
 
 
-def read_document(store: Store) -> dict[str, Any]:
-    """index.json, checked; `DataError` where there is none, or it is of another state of the store."""
-    path = store.folder / "index" / "index.json"
-    if not exists(path):
-        raise DataError(f"{path.parent} holds no index: {_REMEDY}")
-    document = read_json(path)
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise DataError(f"{path} is not of format {FORMAT}: {_REMEDY}")
-    try:
-        if digest_of({name: value for name, value in document.items() if name != "digest"}) != document["digest"]:
-            raise ValueError("it does not match its own digest")
-        cells = cells_of(document["factory"])
-        for name, least, most in (("rows", 1, 2**40), ("dim", 1, 2**20), ("nprobe", min(1, cells), cells)):
-            if type(document[name]) is not int or not least <= document[name] <= most:
-                raise ValueError(f"field {name} is {document[name]!r:.80}")
-        for name in FILES:
-            said = document["files"][name]
-            # The digest becomes a file's name in the cache of remote files.
-            if type(said["bytes"]) is not int or not re.fullmatch("[0-9a-f]{32}", said["xxh3"]):
-                raise ValueError(f"field files.{name} is {said!r:.200}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} cannot be used ({error}): {_REMEDY}") from error
-    if document["store"] != store.digest:
-        raise DataError(f"{path.parent} was built from another state of the store: {_REMEDY}")
+def index_folder(store: Store) -> Path:
+    """Where the index of the run's teacher lies."""
+    return store.folder / "index" / TEACHER
+
+
+def read_document(store: Store) -> IndexDocument:
+    """index.json, checked; `DataError` where there is none, or it is of parts that the store does not have."""
+    path = index_folder(store) / "index.json"
+    document = IndexDocument.read(path)
+    if not set(document.parts) <= set(_numbers(store)):
+        raise DataError(f"{path} was built from another state of the store: {_REMEDY}")
     return document
 
 
-def _opened(store: Store, document: dict[str, Any], name: str, read: Callable[[BinaryIO], Any]) -> Any:
+def _numbers(store: Store) -> dict[str, int]:
+    """Digest of a part -> its number in the store."""
+    return {part.digest(TEACHER): number for number, part in enumerate(store.parts)}
+
+
+def _opened(path: Path, said: IndexFile, read: Callable[[BinaryIO], Any]) -> Any:
     """What `read` makes of a file of the index, which must be as index.json says."""
-    path, said = store.folder / "index" / name, document["files"][name]
     try:
-        with open_file(path, said["xxh3"], said["bytes"]) as file:
-            whole = os.fstat(file.fileno()).st_size == said["bytes"]
-            if not whole or xxh3(file) != said["xxh3"]:
+        with open_file(path, said.xxh3, said.bytes) as file:
+            whole = os.fstat(file.fileno()).st_size == said.bytes
+            if not whole or xxh3(file) != said.xxh3:
                 raise DataError(f"{path} does not match its digest: {_REMEDY}")
             return read(file)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: {_REMEDY}") from error
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, DataError | FileNotFoundError):
             raise
         raise DataError(f"{path} is not the index that index.json describes ({error}): {_REMEDY}") from error
 
 
-def _read_index(document: dict[str, Any], file: BinaryIO) -> Any:
+def _read_index(document: IndexDocument, file: BinaryIO) -> Any:
     check_index(document, file)
     faiss = import_faiss()
     # The descriptor names the file that was checked, whatever has taken its place meanwhile.
     return faiss.read_index(f"/dev/fd/{file.fileno()}", faiss.IO_FLAG_MMAP_IFC)
 
 
-def check_index(document: dict[str, Any], file: BinaryIO) -> None:
+class Opened(NamedTuple):
+    """An index as it was at one moment."""
+
+    document: IndexDocument
+    parts: list[int]
+    """Number in the store of each of its parts."""
+    table: np.ndarray
+    index: Any
+
+
+def open_index(store: Store, read: Callable[[IndexDocument, BinaryIO], Any]) -> Opened:
+    """The index of a store, of which `read` opens the FAISS file; `DataError` for one that is missing or damaged."""
+    folder = index_folder(store)
+    for attempt in range(_ATTEMPTS):
+        document, numbers = read_document(store), _numbers(store)
+        parts = [numbers[digest] for digest in document.parts]
+        of = [store.parts[number] for number in parts]
+
+        def read_keys(file: BinaryIO, document: IndexDocument = document, of: list[Part] = of) -> np.ndarray:
+            return read_table(file, document.rows, of)
+
+        def read_faiss(file: BinaryIO, document: IndexDocument = document) -> Any:
+            return read(document, file)
+
+        try:
+            table = _opened(folder / f"{document.table.xxh3}.npy", document.table, read_keys)
+            index = _opened(folder / f"{document.faiss.xxh3}.faiss", document.faiss, read_faiss)
+        except FileNotFoundError as error:
+            # It was replaced between the two readings.
+            if attempt + 1 < _ATTEMPTS and read_document(store) != document:
+                continue
+            raise DataError(f"{folder} lacks a file that index.json names ({error}): {_REMEDY}") from error
+        return Opened(document, parts, table, index)
+    raise AssertionError
+
+
+def check_index(document: IndexDocument, file: BinaryIO) -> None:
     """Raise `ValueError` unless a file is of the kind and size that index.json states."""
-    check_file(file, document["factory"], document["rows"], document["dim"], document["nprobe"])
+    check_file(file, document.factory, document.rows, document.dim, document.nprobe)
 
 
 def problems(store: Store) -> list[str]:
     """What is wrong with the index of a store; FAISS is not asked."""
     try:
-        document = read_document(store)
+        open_index(store, check_index)
     except DataError as error:
         return [str(error)]
-    found = []
-    readers = (lambda file: check_index(document, file), lambda file: read_table(file, document["rows"], store.parts))
-    for name, read in zip(FILES, readers, strict=True):
-        try:
-            _opened(store, document, name, read)
-        except DataError as error:
-            found.append(str(error))
-    return found
+    return []
 
 
 class Searcher:
@@ -139,12 +202,12 @@ class Searcher:
         """Open the index of a store; raises `DataError` for one that is missing, damaged or outdated."""
         # Without it `lgd build-index` would be no remedy for an index that is missing.
         require_faiss()
-        self.document = read_document(store)
-        self.table = _opened(
-            store, self.document, "keys.npy", lambda file: read_table(file, self.document["rows"], store.parts)
-        )
+        opened = open_index(store, _read_index)
+        self.document, self.table = opened.document, opened.table
+        self.parts = np.array(opened.parts)
+        """Number in the store of each part that the table names."""
         # FAISS's own, for those who need more of it.
-        self.index = _opened(store, self.document, "faiss.index", lambda file: _read_index(self.document, file))
+        self.index = opened.index
         self._faiss = import_faiss()
         self._ivf = self._faiss.try_extract_index_ivf(self.index)
         self._process = os.getpid()
@@ -164,8 +227,8 @@ class Searcher:
         assert self._process == os.getpid(), "open a Searcher in the process that searches: in a forked one FAISS hangs"
         # A copy, for FAISS scales in place, in a tenth of numpy's time.
         vectors_nD = np.array(vectors_nD, np.float32, order="C")
-        if vectors_nD.ndim != 2 or vectors_nD.shape[1] != self.document["dim"]:
-            raise DataError(f"vectors of shape {vectors_nD.shape}, and the index has {self.document['dim']} dimensions")
+        if vectors_nD.ndim != 2 or vectors_nD.shape[1] != self.document.dim:
+            raise DataError(f"vectors of shape {vectors_nD.shape}, and the index has {self.document.dim} dimensions")
         self._faiss.normalize_L2(vectors_nD)
         rows = len(self.table) if allowed is None else int(np.count_nonzero(allowed))
         most = min(k, rows)
@@ -189,7 +252,7 @@ class Searcher:
             assert allowed.shape == self.table.shape and allowed.dtype == bool
             # Those that are allowed may lie far away, where no cell is probed: with a level, a quarter of a million
             # latents, allowed, even four times the probes lost a tenth of the neighbours.
-            nprobe = self.document["nprobe"] if 2 * rows > len(self.table) else self.document["rows"]
+            nprobe = self.document.nprobe if 2 * rows > len(self.table) else self.document.rows
             params = self._parameters(nprobe, allowed)
         cosine_nk, position_nk = self.index.search(vectors_nD, most, params=params)
         if position_nk[:, -1].min() < 0:
@@ -197,7 +260,7 @@ class Searcher:
                 raise DataError("a latent is not finite: the training diverged, lower train.lr")
             # The cells that were probed hold too few.
             short = position_nk[:, -1] < 0
-            params = self._parameters(self.document["rows"], allowed)
+            params = self._parameters(self.document.rows, allowed)
             cosine_nk[short], position_nk[short] = self.index.search(vectors_nD[short], most, params=params)
             cosine_nk[position_nk < 0] = -np.inf
         return np.subtract(1, cosine_nk, out=cosine_nk), position_nk
@@ -215,7 +278,7 @@ class Searcher:
         position_n = np.asarray(position_n, np.int64)
         if ((position_n < 0) | (position_n >= len(self.table))).any():
             raise IndexError(f"positions are 0 to {len(self.table) - 1}")
-        found_nD = np.empty((len(position_n), self.document["dim"]), np.float32)
+        found_nD = np.empty((len(position_n), self.document.dim), np.float32)
         if self._ivf is None:
             self.index.reconstruct_batch(position_n, found_nD)
             return found_nD

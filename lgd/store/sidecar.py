@@ -1,24 +1,111 @@
 """The sidecar of a part: what it holds, and where. Its appearance commits the part; nothing in it is trusted.
 
-DIR/parts/NAME.json     rows, types, shapes, offsets, digests, the tar's sha256, and a digest of all that
+DIR/parts/LAYER/NAME.json     rows, types, shapes, offsets, digests, the tar's sha256, and a digest of all that
 """
 
+import itertools
 import math
-import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from lgd.data.shards import Shard
+from lgd.data.archive import Shard
+from lgd.data.meta import Key, Word
 from lgd.errors import DataError
-from lgd.files import digest_of, read_json, size_of
+from lgd.files import digest_of, size_of
+from lgd.records import Count, Document, Many, Record, Sha256, Xxh3
+from lgd.store.recipe import Recipe
 
-FORMAT = "lgd-latents/1"
+FORMAT = "lgd-latents/2"
 REMEDY = "delete it and run lgd cache-latents again"
 
-_DIGEST = re.compile("[0-9a-f]{32}")
-_TYPES = re.compile(r"<f2|<f4|\|i1|\|S[1-9]\d{0,3}")
+PartName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,120}$")]
+Name = Annotated[str, Field(pattern="^[a-z_]{1,40}$")]
+Rows = Annotated[int, Field(ge=1, lt=2**40)]
+_Length = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class Layout(Record):
+    """Type and shape of a row of a dataset; of texts the width may differ from part to part."""
+
+    dtype: Annotated[str, Field(pattern="^(<f2|<f4|S)$")]
+    shape: Annotated[Many[_Length], Field(max_length=5)]
+
+
+class Dataset(Record):
+    """A contiguous dataset of a part."""
+
+    dtype: Annotated[str, Field(pattern=r"^(<f2|<f4|\|S[1-9]\d{0,3})$")]
+    shape: Annotated[Many[_Length], Field(min_length=1, max_length=6)]
+    offset: Count
+    """Where it lies in the file."""
+    xxh3: Xxh3
+    """Of its bytes."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def layout(self) -> Layout:
+        """What is alike in all parts of a store."""
+        return Layout(dtype="S" if "S" in self.dtype else self.dtype, shape=self.shape[1:])
+
+
+class Rounding(Record):
+    """What the stored type lost, at most."""
+
+    absolute: float
+    relative: float
+    """Of a row's length."""
+
+
+class Sidecar(Document):
+    """What is said of a part."""
+
+    FORMAT: ClassVar[str] = "lgd-latents-part/2"
+    ABSENT: ClassVar[str] = "run lgd cache-latents again"
+    REMEDY: ClassVar[str] = REMEDY
+
+    name: PartName
+    layer: Word
+    shard: PartName
+    split: Word
+    tar_sha256: Sha256
+    recipe: Sha256
+    """Digest of the layer's recipe."""
+    rows: Rows
+    bytes: Count
+    xxh3: Xxh3
+    """Of the whole file."""
+    datasets: dict[Name, Dataset]
+    first: Key
+    """The first key; keys are sorted."""
+    last: Key
+    rounding: dict[Name, Rounding]
+
+    @model_validator(mode="after")
+    def _check_extents(self) -> Self:
+        """Every dataset has one row a sample, and they lie apart in the file."""
+        extents = []
+        for name, dataset in self.datasets.items():
+            end = dataset.offset + dataset.bytes
+            if dataset.shape[0] != self.rows or end > self.bytes:
+                raise ValueError(f"dataset {name!r:.80} of shape {dataset.shape} does not fit the part")
+            extents.append((dataset.offset, end))
+        if "key" not in self.datasets:
+            raise ValueError("there is no dataset key")
+        if any(after[0] < before[1] for before, after in itertools.pairwise(sorted(extents))):
+            raise ValueError("datasets overlap")
+        return self
+
+    @property
+    def layout(self) -> dict[str, Layout]:
+        """Type and shape of a row of each dataset."""
+        return {name: dataset.layout for name, dataset in self.datasets.items()}
 
 
 def part_name(shard: Shard) -> str:
@@ -26,65 +113,22 @@ def part_name(shard: Shard) -> str:
     return f"{shard.name}-{shard.sha256[:12]}"
 
 
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """A sidecar, checked against its own digest and for what the writer would not write; `DataError` otherwise."""
-    sidecar = read_json(path)
-    try:
-        if sidecar["format"] != FORMAT:
-            raise ValueError(f"field format is {sidecar['format']!r:.80}")
-        if digest_of({name: value for name, value in sidecar.items() if name != "digest"}) != sidecar["digest"]:
-            raise ValueError("it does not match its own digest")
-        if sidecar["name"] != path.name.removesuffix(".json"):
-            raise ValueError(f"it is of part {sidecar['name']!r:.120}")
-        if not _DIGEST.fullmatch(sidecar["xxh3"]):
-            raise ValueError("field xxh3 is no digest")
-        check_layout(layout_of(sidecar))
-        _check_extents(sidecar["datasets"], sidecar["rows"], sidecar["bytes"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"sidecar {path} cannot be used ({error}): {REMEDY}") from error
+def read_sidecar(folder: Path, name: str) -> Sidecar:
+    """The sidecar of a part of a layer's folder; `DataError` for one that is missing, damaged or of another part."""
+    path = folder / f"{name}.json"
+    sidecar = Sidecar.read(path)
+    if (sidecar.name, sidecar.layer) != (name, folder.name):
+        raise DataError(f"sidecar {path} is of part {sidecar.name} of {sidecar.layer}: {REMEDY}")
     return sidecar
 
 
-def check_layout(layout: dict[str, Any]) -> None:
-    """Raise `ValueError` unless every dataset is of plain numbers or texts."""
-    for name, entry in layout.items():
-        shape = entry["shape"]
-        if entry["dtype"] not in ("S", "<f2", "<f4", "|i1") or type(shape) is not list or len(shape) > 5:
-            raise ValueError(f"dataset {name!r:.80} is {entry!r:.200}")
-        if not all(type(number) is int and 0 < number < 2**31 for number in shape):
-            raise ValueError(f"dataset {name!r:.80} has rows of shape {shape!r:.200}")
-
-
-def _check_extents(datasets: dict[str, Any], rows: int, size: int) -> None:
-    """Raise `ValueError` unless every dataset has a plain type and one row a sample, and they lie apart in the file."""
-    extents = []
-    for name, entry in datasets.items():
-        if not _TYPES.fullmatch(entry["dtype"]) or not all(type(n) is int and n >= 0 for n in (entry["offset"], size)):
-            raise ValueError(f"dataset {name!r:.80} is {entry!r:.200}")
-        length = math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize
-        if entry["shape"][0] != rows or entry["offset"] + length > size:
-            raise ValueError(f"dataset {name!r:.80} of shape {entry['shape']} does not fit the part")
-        extents.append((entry["offset"], entry["offset"] + length))
-    extents.sort()
-    if "key" not in datasets or any(after[0] < before[1] for before, after in zip(extents, extents[1:], strict=False)):
-        raise ValueError("datasets overlap, or there is no dataset key")
-
-
-def layout_of(sidecar: dict[str, Any]) -> dict[str, Any]:
-    """Type and shape of a row of each dataset, alike in all parts of a store; of texts the width may differ."""
-    return {
-        name: {"dtype": "S" if "S" in entry["dtype"] else entry["dtype"], "shape": entry["shape"][1:]}
-        for name, entry in sidecar["datasets"].items()
-    }
-
-
-def is_complete(store: Path, shard: Shard, recipe: dict[str, Any]) -> bool:
-    """Whether the shard's part was committed under this recipe, and its file is there in its size."""
-    path = store / "parts" / f"{part_name(shard)}.json"
+def is_complete(store: Path, layer: str, shard: Shard, recipe: Recipe) -> bool:
+    """Whether a layer of the shard's part was committed under this recipe, and its file is there in its size."""
+    folder, name = store / "parts" / layer, part_name(shard)
     try:
-        sidecar = read_sidecar(path)
-        size = size_of(path.with_suffix(".h5"))
+        sidecar = read_sidecar(folder, name)
+        size = size_of(folder / f"{name}.h5")
     except (DataError, FileNotFoundError):
         return False
-    asked = (digest_of(recipe), shard.sha256, shard.samples, size)
-    return (sidecar.get("recipe"), sidecar.get("tar_sha256"), sidecar["rows"], sidecar["bytes"]) == asked
+    asked = (digest_of(recipe.of(layer).as_json()), shard.sha256, shard.samples, size)
+    return (sidecar.recipe, sidecar.tar_sha256, sidecar.rows, sidecar.bytes) == asked

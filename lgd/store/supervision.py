@@ -5,6 +5,7 @@ native resolution, before any shrinking: a 1+ membrane is 1.4 px wide at 0.46 um
 """
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,42 +15,53 @@ from typing import Any
 import numpy as np
 
 from lgd.config import Config
-from lgd.data.image import RESIZE
-from lgd.data.shards import Shard, decode, open_shards
+from lgd.data.archive import Shard
+from lgd.data.image import RESIZE, decode
+from lgd.data.manifest import open_shards
 from lgd.data.stream import Reader, Sample, in_batches
 from lgd.errors import DataError
-from lgd.models.export import read_model_config
+from lgd.models.export import read_teacher_config
 from lgd.stain.targets import TARGET_SETTINGS
 from lgd.store.latents import Store
+from lgd.store.recipe import TEACHER, Recipe, TargetsRecipe, TeacherRecipe
+from lgd.store.sidecar import Rounding
 
 Arrays = dict[str, np.ndarray]
 
 _CPU_BATCH = 4
 
 
-def recipe_of(config: Config) -> dict[str, Any]:
+def recipe_of(config: Config) -> Recipe:
     """Everything that the stored numbers depend on, beside the shards."""
-    teacher = read_model_config(config.teacher.dir, "teacher")
+    teacher = read_teacher_config(config.teacher.dir)
     latents = config.latents
-    return {
-        "teacher": teacher["weights_sha256"],
-        "encoder": teacher["encoder"],
-        "size": teacher["size"],
-        "resize": RESIZE,
-        "precision": latents.precision,
-        "views": latents.views,
-        "dtype": latents.dtype,
-        "map": latents.map,
-        "nuclei_grid": latents.nuclei_grid,
-        "membrane_grid": latents.membrane_grid,
-        "targets": TARGET_SETTINGS,
-    }
+    return Recipe(
+        targets=TargetsRecipe(
+            nuclei_grid=latents.nuclei_grid,
+            membrane_grid=latents.membrane_grid,
+            dtype=latents.dtype,
+            settings=TARGET_SETTINGS,
+        ),
+        teacher=TeacherRecipe(
+            source=teacher.source,
+            weights_sha256=teacher.weights_sha256,
+            encoder=teacher.encoder,
+            pool=teacher.pool,
+            size=teacher.size,
+            mpp=None,
+            resize=RESIZE,
+            precision=latents.precision,
+            views=latents.views,
+            map=latents.map,
+            dtype=latents.dtype,
+        ),
+    )
 
 
 class Supervision:
     """The teacher, loaded once, and the domain targets: what a recipe makes of samples."""
 
-    def __init__(self, folder: str, recipe: dict[str, Any]) -> None:
+    def __init__(self, folder: str, recipe: Recipe) -> None:
         """`folder` is the teacher's; raises `DataError` for another teacher, or arithmetic that is not had here."""
         import torch
 
@@ -57,16 +69,16 @@ class Supervision:
 
         self.recipe = recipe
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if recipe["precision"] == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported(False)):
+        if recipe.teacher.precision == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported(False)):
             raise DataError("latents.precision is bf16, but there is no GPU here that has it: set it to fp32")
         teacher, config = load_teacher(folder)
-        if config["weights_sha256"] != recipe["teacher"]:
+        if config.weights_sha256 != recipe.teacher.weights_sha256:
             raise DataError(f"{folder} holds another teacher than the one that made the store: name that by --teacher")
         self.teacher = teacher.to(self.device)
 
     def reader(self, shards: Sequence[Shard]) -> Reader:
         """A reader for `prepare`."""
-        return _NativeReader(shards, ("he", "ihc"), self.recipe["size"])
+        return _NativeReader(shards, ("he", "ihc"), self.recipe.teacher.size)
 
     def prepare(self, reader: Reader, number: int) -> Sample:
         """Read one sample of a `reader`, in any thread: its images are then `ihc`, uint8 of the teacher's size, and the
@@ -86,8 +98,8 @@ class Supervision:
 
         images = {
             "ihc": sample.images["ihc@size"],
-            "nuclei": nuclei_grid(native("he"), self.recipe["nuclei_grid"], mpp)[0].cpu().numpy(),
-            "membrane": membrane_grid(native("ihc"), self.recipe["membrane_grid"], mpp)[0].cpu().numpy(),
+            "nuclei": nuclei_grid(native("he"), self.recipe.targets.nuclei_grid, mpp)[0].cpu().numpy(),
+            "membrane": membrane_grid(native("ihc"), self.recipe.targets.membrane_grid, mpp)[0].cpu().numpy(),
         }
         return replace(sample, images=images)
 
@@ -98,16 +110,16 @@ class Supervision:
         # Activations of more images fall out of a processor's cache: 13 instead of 7 ms each, of 256 px (resnet10).
         size = _CPU_BATCH if self.device == "cpu" else len(ihc_BHW3)
         runs = [
-            _teacher_rows(ihc_BHW3[start : start + size], self.teacher, self.recipe)
+            _teacher_rows(ihc_BHW3[start : start + size], self.teacher, self.recipe.teacher)
             for start in range(0, len(ihc_BHW3), size)
         ]
         return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]} | stacked
 
 
 def stored(
-    rows: dict[str, np.ndarray], samples: Sequence[Sample], shard: Shard, dtype: str, rounding: dict[str, Any]
+    rows: dict[str, np.ndarray], samples: Sequence[Sample], shard: Shard, dtype: str, rounding: dict[str, Rounding]
 ) -> dict[str, np.ndarray]:
-    """The rows in the stored type, with level, key and slide; what the type loses is added to `rounding`.
+    """The rows in the stored type, with label, slide and key; what the type loses is added to `rounding`.
 
     Raises `DataError` with the key for what is not finite.
     """
@@ -122,13 +134,13 @@ def stored(
                 f"{shard.path}, {bad.key}: {name} is not finite as {dtype}: train the teacher anew, or set "
                 "latents.dtype to float32"
             )
-        there = rounding.setdefault(name, {"absolute": 0.0, "relative": 0.0})
-        for what, number in differences(arrays[name], full).items():
-            there[what] = max(there[what], number)
-    arrays["level"] = np.array([sample.level for sample in samples], np.int8)
-    arrays["slide"] = np.array([(sample.meta.slide or "").encode() for sample in samples], "S")
-    arrays["key"] = np.array([sample.key.encode() for sample in samples], "S")
-    return arrays
+        lost, there = differences(arrays[name], full), rounding.get(name)
+        before = there.as_json() if there else dict.fromkeys(lost, 0.0)
+        rounding[name] = Rounding(**{what: max(number, before[what]) for what, number in lost.items()})
+    labels = [math.nan if sample.meta.label is None else sample.meta.label for sample in samples]
+    slides = [(sample.meta.slide or "").encode() for sample in samples]
+    arrays |= {"label": np.array(labels, np.float32), "slide": np.array(slides, "S")}
+    return arrays | {"key": np.array([sample.key.encode() for sample in samples], "S")}
 
 
 def differences(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
@@ -164,12 +176,12 @@ def reencoded(store: Store, count: int, teacher: str = "", seed: int = 0) -> Ree
 
     Raises `DataError` when the shards, or the teacher, are not where they were; `teacher` names another folder of it.
     """
-    folders = store.document["sources"]["shards"]
+    folders = store.sources.shards
     of_tar = {shard.sha256: shard for folder in folders for shard in open_shards(folder)[1]}
     lost = [part.name for part in store.parts if part.tar_sha256 not in of_tar]
     if lost:
         raise DataError(f"the shards in {', '.join(folders)} changed since {store.folder} was made ({lost[0]})")
-    supervision = Supervision(teacher or store.document["sources"]["teacher"], store.recipe)
+    supervision = Supervision(teacher or store.sources.teachers[TEACHER], store.recipe)
     reader = supervision.reader([of_tar[part.tar_sha256] for part in store.parts])
     numbers_n = np.sort(np.random.default_rng(seed).choice(reader.total, min(count, reader.total), replace=False))
     found: dict[str, dict[str, float]] = {}
@@ -182,9 +194,9 @@ def reencoded(store: Store, count: int, teacher: str = "", seed: int = 0) -> Ree
                 found[name] = {what: max(number, before[what]) for what, number in differences(there, full).items()}
     reader.close()
     # Other neighbours in a batch, other threads and another device change sums in their last digits.
-    arithmetic = 0.05 if store.recipe["precision"] == "bf16" else 1e-3
-    rounding = store.document["rounding"]
-    allowed = {name: arithmetic + 2 * rounding[name]["relative"] for name in found}
+    arithmetic = 0.05 if store.recipe.teacher.precision == "bf16" else 1e-3
+    rounding = store.document.patches.rounding | store.document.teachers[TEACHER].rounding
+    allowed = {name: arithmetic + 2 * rounding[name].relative for name in found}
     return Reencoded(rows=len(numbers_n), differences=found, allowed=allowed)
 
 
@@ -204,7 +216,7 @@ class _NativeReader(Reader):
         return images
 
 
-def _teacher_rows(ihc_BHW3: np.ndarray, teacher: Any, recipe: dict[str, Any]) -> dict[str, np.ndarray]:
+def _teacher_rows(ihc_BHW3: np.ndarray, teacher: Any, recipe: TeacherRecipe) -> dict[str, np.ndarray]:
     """`pooled` (B, views, D) and, when maps are stored, `map` (B, views, D, m, m), float32."""
     import torch
     from torch.nn import functional as F
@@ -214,13 +226,13 @@ def _teacher_rows(ihc_BHW3: np.ndarray, teacher: Any, recipe: dict[str, Any]) ->
     device = next(teacher.parameters()).device
     ihc_B3HW = torch.from_numpy(ihc_BHW3).to(device).permute(0, 3, 1, 2)
     pooled, maps = [], []
-    half = torch.autocast(device.type, torch.bfloat16, enabled=recipe["precision"] == "bf16")
+    half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
     with torch.inference_mode(), half:
-        for view in range(recipe["views"]):
+        for view in range(recipe.views):
             out = teacher(d4(ihc_B3HW, torch.full((len(ihc_B3HW),), view)) if view else ihc_B3HW)
             pooled.append(out["pooled"])
-            if recipe["map"]:
-                maps.append(F.adaptive_avg_pool2d(out["map"], recipe["map"]))
+            if recipe.map:
+                maps.append(F.adaptive_avg_pool2d(out["map"], recipe.map))
     rows = {"pooled": torch.stack(pooled, dim=1).float().cpu().numpy()}
     if maps:
         rows["map"] = torch.stack(maps, dim=1).float().cpu().numpy()

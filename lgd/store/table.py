@@ -1,4 +1,4 @@
-"""DIR/index/keys.npy: part, row, level, key and slide of each indexed latent, in the index's order.
+"""The table beside an index: part, row, label, key and slide of each indexed latent, in the index's order.
 
 A query is answered from it alone, without opening a part. It is written and read through a map of the file.
 """
@@ -16,12 +16,12 @@ _BLOCK = 1_000_000
 
 
 def _type(key: int, slide: int) -> np.dtype[Any]:
-    """Type of a row, with the widths of its texts. A level of -1 and an empty slide are unknown."""
-    return np.dtype([("part", "<u4"), ("row", "<u4"), ("level", "i1"), ("key", f"S{key}"), ("slide", f"S{slide}")])
+    """Type of a row, with the widths of its texts. A label of NaN and an empty slide are unknown."""
+    return np.dtype([("part", "<u4"), ("row", "<u4"), ("label", "<f4"), ("key", f"S{key}"), ("slide", f"S{slide}")])
 
 
-def write_table(path: Path, parts: Sequence[Part], numbers: Sequence[int], order_n: np.ndarray | None) -> None:
-    """Write the rows of some parts, by their numbers in the store; `order_n` is the row at each position."""
+def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray | None) -> None:
+    """Write the rows of some parts, which are counted from 0; `order_n` is the row at each position."""
     layout = parts[0].layout
     keys, slides = (
         max(part.array(name).dtype.itemsize if name in layout else 1 for part in parts) for name in ("key", "slide")
@@ -32,18 +32,18 @@ def write_table(path: Path, parts: Sequence[Part], numbers: Sequence[int], order
     if order_n is not None:
         position_n[order_n] = np.arange(rows)
     first = 0
-    for number, part in zip(numbers, parts, strict=True):
+    for number, part in enumerate(parts):
         at = position_n[first : first + part.rows]
         table["part"][at], table["row"][at] = number, np.arange(part.rows)
         table["key"][at] = part.array("key")
-        table["level"][at] = part.array("level") if "level" in layout else -1
+        table["label"][at] = part.array("label") if "label" in layout else np.nan
         table["slide"][at] = part.array("slide") if "slide" in layout else b""
         first += part.rows
     table.flush()
 
 
 def read_table(file: BinaryIO, rows: int, parts: Sequence[Part]) -> np.ndarray:
-    """Map a table of so many rows of a store's parts, (rows,), read-only; `ValueError` for anything else."""
+    """Map a table of so many rows of some parts, (rows,), read-only; `ValueError` for anything else."""
     table = np.lib.format.open_memmap(f"/dev/fd/{file.fileno()}", "r")
     fields: Any = table.dtype.fields or {}
     widths = [fields[name][0].itemsize for name in ("key", "slide") if name in fields]
@@ -53,5 +53,5 @@ def read_table(file: BinaryIO, rows: int, parts: Sequence[Part]) -> np.ndarray:
     for start in range(0, rows, _BLOCK):
         part_n, row_n = table["part"][start : start + _BLOCK], table["row"][start : start + _BLOCK]
         if part_n.max() >= len(parts) or (row_n >= rows_of_part[part_n]).any():
-            raise ValueError("it names rows that the store does not have")
+            raise ValueError("it names rows that the parts do not have")
     return table

@@ -1,7 +1,7 @@
 """One HDF5 part: written as its shard's batches come, committed by its sidecar.
 
-    DIR/parts/NAME.h5       contiguous datasets, one row a sample, in the order of the shard
-    DIR/parts/NAME.json     the sidecar (`lgd.store.sidecar`); its appearance commits the part
+    DIR/parts/LAYER/NAME.h5       contiguous datasets, one row a sample, in the order of the shard
+    DIR/parts/LAYER/NAME.json     the sidecar (`lgd.store.sidecar`); its appearance commits the part
 
 A part is named for its shard and the first digits of the tar's digest, so a changed shard gets a new part.
 """
@@ -12,15 +12,19 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
-from lgd.data.shards import Shard
+from lgd.data.archive import Shard
 from lgd.errors import DataError
-from lgd.files import digest_of, publish, sync, write_json, xxh3
-from lgd.store.sidecar import FORMAT, part_name
+from lgd.files import digest_of, publish, sync
+from lgd.store.recipe import PATCHES, TEACHER, Recipe
+from lgd.store.sidecar import Dataset, Rounding, Sidecar, part_name
 
+_LATENTS = ("pooled", "map")
+"""The datasets that depend on a teacher."""
 _METADATA = 65_536
 """Bytes that HDF5 takes for itself, at most; it needs about 3,000."""
 _HELD_BYTES, _HELD_BATCHES = 8 << 20, 512
@@ -28,9 +32,10 @@ _HELD_BYTES, _HELD_BATCHES = 8 << 20, 512
 
 
 class PartWriter:
-    """Takes the rows of a shard, batch by batch; `part_writer` makes one."""
+    """Takes the rows of a part, batch by batch."""
 
-    def __init__(self, path: Path, rows: int) -> None:
+    def __init__(self, path: Path, rows: int, rounding: dict[str, Rounding]) -> None:
+        """`rounding`: what is told of the loss by the stored type, of these datasets and maybe others."""
         import h5py
 
         self._path, self._rows, self._row = path, rows, 0
@@ -42,8 +47,7 @@ class PartWriter:
         self._held: list[dict[str, np.ndarray]] = []
         self._texts: dict[str, list[bytes]] = {}
         self._datasets: dict[str, Any] = {}
-        self.rounding: dict[str, Any] = {}
-        """What the sidecar tells of the loss by the stored type; the caller fills it."""
+        self._rounding = rounding
 
     def _reserve(self, size: int) -> None:
         # HDF5 2.0 crashes some time after it has met a full disk: it may only write where there is room for sure.
@@ -99,8 +103,8 @@ class PartWriter:
         self._written = self._done
         self._held.clear()
 
-    def finish(self) -> dict[str, Any]:
-        """Write what is left; gives what the sidecar says of the datasets."""
+    def finish(self) -> "Written":
+        """Write what is left; tells what was written."""
         assert self._done == self._rows, f"{self._done} of {self._rows} rows were written"
         self._put()
         # HDF5 knows no width of 0.
@@ -109,15 +113,13 @@ class PartWriter:
         for name, array in texts.items():
             self._datasets[name] = self._file.create_dataset(name, data=array)
         self._file.flush()
-        return {
-            "datasets": {
-                name: {"dtype": dataset.dtype.str, "shape": list(dataset.shape), "offset": dataset.id.get_offset()}
-                for name, dataset in self._datasets.items()
-            },
-            "first": self._texts["key"][0].decode(),
-            "last": self._texts["key"][-1].decode(),
-            "rounding": self.rounding,
+        extents = {
+            name: (dataset.dtype.str, tuple(dataset.shape), dataset.id.get_offset(), dataset.nbytes)
+            for name, dataset in self._datasets.items()
         }
+        keys = self._texts["key"]
+        rounding = {name: lost for name, lost in self._rounding.items() if name in extents}
+        return Written(extents, keys[0].decode(), keys[-1].decode(), rounding)
 
     def close(self) -> None:
         """Close the file, and cut off what was reserved and not used, of which HDF5 does not know."""
@@ -126,31 +128,88 @@ class PartWriter:
         os.truncate(self._path, size)
 
 
+class Written(NamedTuple):
+    """What a part holds."""
+
+    extents: dict[str, tuple[str, tuple[int, ...], int, int]]
+    """Type, shape, offset and bytes of each dataset."""
+    first: str
+    last: str
+    rounding: dict[str, Rounding]
+
+
+class ShardWriter(NamedTuple):
+    """Takes the rows of a shard, batch by batch, and deals their datasets to the parts of the layers."""
+
+    patches: PartWriter
+    teacher: PartWriter
+    rounding: dict[str, Rounding]
+    """What the sidecars tell of the loss by the stored type; the caller fills it."""
+
+    def add(self, arrays: dict[str, np.ndarray]) -> None:
+        """Write the next rows, as `PartWriter.add`."""
+        latents = {name: array for name, array in arrays.items() if name in _LATENTS}
+        self.patches.add({name: array for name, array in arrays.items() if name not in latents})
+        self.teacher.add(latents | {"key": arrays["key"]})
+
+
 @contextlib.contextmanager
-def part_writer(store: Path, shard: Shard, recipe: dict[str, Any]) -> Iterator[PartWriter]:
-    """Give a writer for a shard's part; on success publish the part, and then its sidecar."""
-    name = part_name(shard)
-    path = store / "parts" / f"{name}.h5"
-    with publish(path) as temporary:
-        with contextlib.closing(PartWriter(temporary, shard.samples)) as writer:
+def shard_writer(store: Path, shard: Shard, recipe: Recipe) -> Iterator[ShardWriter]:
+    """Give a writer for a shard's rows; on success publish its parts."""
+    rounding: dict[str, Rounding] = {}
+    with (
+        _part_writer(store, PATCHES, shard, recipe, rounding) as patches,
+        _part_writer(store, TEACHER, shard, recipe, rounding) as teacher,
+    ):
+        yield ShardWriter(patches, teacher, rounding)
+
+
+@contextlib.contextmanager
+def _part_writer(
+    store: Path, layer: str, shard: Shard, recipe: Recipe, rounding: dict[str, Rounding]
+) -> Iterator[PartWriter]:
+    """Give a writer for a shard's part of a layer; on success publish the part, and then its sidecar."""
+    folder, name = store / "parts" / layer, part_name(shard)
+    with publish(folder / f"{name}.h5") as temporary:
+        with contextlib.closing(PartWriter(temporary, shard.samples, rounding)) as writer:
             yield writer
-            described = writer.finish()
-        # The disk takes the file while the digest is worked out.
+            written = writer.finish()
+        # The disk takes the file while the digests are worked out.
         with ThreadPoolExecutor(1) as pool:
             synced = pool.submit(sync, temporary)
-            with open(temporary, "rb", buffering=0) as file:
-                digest, size = xxh3(file), os.fstat(file.fileno()).st_size
+            size, digest, of_dataset = _digests(temporary, written)
             synced.result()
-    sidecar = {
-        "format": FORMAT,
-        "name": name,
-        "shard": shard.name,
-        "split": shard.split,
-        "tar_sha256": shard.sha256,
-        "recipe": digest_of(recipe),
-        "rows": shard.samples,
-        "bytes": size,
-        "xxh3": digest,
-        **described,
+    datasets = {
+        dataset: Dataset(dtype=dtype, shape=shape, offset=offset, xxh3=of_dataset[dataset])
+        for dataset, (dtype, shape, offset, _) in written.extents.items()
     }
-    write_json(store / "parts" / f"{name}.json", sidecar | {"digest": digest_of(sidecar)})
+    sidecar = Sidecar(
+        name=name,
+        layer=layer,
+        shard=shard.name,
+        split=shard.split,
+        tar_sha256=shard.sha256,
+        recipe=digest_of(recipe.of(layer).as_json()),
+        rows=shard.samples,
+        bytes=size,
+        xxh3=digest,
+        datasets=datasets,
+        first=written.first,
+        last=written.last,
+        rounding=written.rounding,
+    )
+    sidecar.write(folder / f"{name}.json")
+
+
+def _digests(path: Path, written: Written) -> tuple[int, str, dict[str, str]]:
+    """Bytes and digest of a file, and the digest of each dataset in it, in one pass."""
+    whole, of_dataset = xxhash.xxh3_128(), {name: xxhash.xxh3_128() for name in written.extents}
+    start = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_HELD_BYTES):
+            whole.update(block)
+            view = memoryview(block)
+            for name, (_, _, offset, size) in written.extents.items():
+                of_dataset[name].update(view[max(0, offset - start) : max(0, offset + size - start)])
+            start += len(block)
+    return start, whole.hexdigest(), {name: digest.hexdigest() for name, digest in of_dataset.items()}

@@ -17,9 +17,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from pydantic import Field, JsonValue, model_validator
 
 from lgd.errors import DataError
 from lgd.files import (
@@ -28,7 +29,6 @@ from lgd.files import (
     list_folder,
     publish,
     read_bytes,
-    read_json,
     remove,
     remove_folder,
     sync,
@@ -36,15 +36,54 @@ from lgd.files import (
     told_differences,
     upload,
     write_bytes,
-    write_json,
     xxh3,
 )
 from lgd.models.export import write_tensors
+from lgd.records import Count, Document, Many, Record, Xxh3
 from lgd.remote import fetch
 from lgd.train.engine import Moments
 
-FORMAT = "lgd-checkpoint/1"
 _TENSORS = ("weights.safetensors", "moments.safetensors")
+
+
+class BestState(Record):
+    """The best validation so far, as state.json has it."""
+
+    step: Count
+    score: float | None
+    stale: Count
+
+
+class Digests(Record):
+    """Of the files beside state.json."""
+
+    weights: Xxh3
+    moments: Xxh3
+
+    def of(self, file: str) -> str:
+        """That of one of them."""
+        return getattr(self, file.removesuffix(".safetensors"))
+
+
+class State(Document):
+    """state.json."""
+
+    FORMAT: ClassVar[str] = "lgd-checkpoint/2"
+    ABSENT: ClassVar[str] = "it is no complete checkpoint; use another one"
+    REMEDY: ClassVar[str] = "delete the folder to go on from an older one"
+
+    step: Annotated[int, Field(ge=0, lt=2**40)]
+    position: Count
+    inputs: dict[str, JsonValue]
+    skipped: Many[Count]
+    best: BestState
+    xxh3: Digests
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.position < self.step or self.best.step > self.step:
+            raise ValueError(f"position {self.position} and best step {self.best.step} do not fit step {self.step}")
+        return self
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,18 +131,15 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             with publish(temporary / file) as written:
                 write_tensors(written, tensors)
                 digests[file] = _digest(written)
-        write_json(
-            temporary / "state.json",
-            {
-                "format": FORMAT,
-                "step": checkpoint.step,
-                "position": checkpoint.position,
-                "inputs": checkpoint.inputs,
-                "skipped": checkpoint.skipped,
-                "best": asdict(checkpoint.best),
-                "xxh3": digests,
-            },
+        state = State(
+            step=checkpoint.step,
+            position=checkpoint.position,
+            inputs=checkpoint.inputs,
+            skipped=tuple(checkpoint.skipped),
+            best=BestState(**asdict(checkpoint.best)),
+            xxh3=Digests(weights=digests[_TENSORS[0]], moments=digests[_TENSORS[1]]),
         )
+        state.write(temporary / "state.json")
     prune(folder, checkpoint.best, keep)
     return path
 
@@ -136,36 +172,27 @@ def complete(folder: Path) -> list[Path]:
 
 def problems(path: Path) -> list[str]:
     """What is wrong with one checkpoint."""
-    state: Any = read_json(path / "state.json")
-    kinds = {
-        "format": str,
-        "step": int,
-        "position": int,
-        "inputs": dict,
-        "skipped": list,
-        "best": dict,
-        "xxh3": dict,
-    }
-    whole = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
-    if not whole or state["format"] != FORMAT or state["xxh3"].keys() != set(_TENSORS):
-        return [f"{path / 'state.json'} is not a checkpoint of format {FORMAT}"]
+    try:
+        state = State.read(path / "state.json")
+    except DataError as error:
+        return [str(error)]
     return [
         f"{path / file} is missing or does not match its digest: delete {path} to go on from an older one"
         for file in _TENSORS
-        if not (local := fetch(path / file, state["xxh3"][file])).is_file() or _digest(local) != state["xxh3"][file]
+        if not (local := fetch(path / file, state.xxh3.of(file))).is_file() or _digest(local) != state.xxh3.of(file)
     ]
 
 
-def _checked(path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+def _checked(path: Path, inputs: dict[str, Any]) -> State:
     """state.json; `DataError` for a checkpoint that is damaged, or of a run with other inputs, with the difference."""
     found = problems(path)
     if found:
         raise DataError("\n".join(found))
-    state: dict[str, Any] = read_json(path / "state.json")
-    if state["inputs"] != inputs:
+    state = State.read(path / "state.json")
+    if state.inputs != inputs:
         raise DataError(
             f"checkpoint {path} is of another run:\n"
-            + told_differences(state["inputs"], inputs, "in the checkpoint")
+            + told_differences(state.inputs, inputs, "in the checkpoint")
             + "\nGo on with the same inputs, name another folder, or start anew with --train.resume never"
         )
     return state
@@ -177,18 +204,18 @@ def load(path: Path, inputs: dict[str, Any]) -> Checkpoint:
 
     state = _checked(path, inputs)
     moments: Moments = {}
-    weights, pairs = (load_file(fetch(path / file, state["xxh3"][file])) for file in _TENSORS)
+    weights, pairs = (load_file(fetch(path / file, state.xxh3.of(file))) for file in _TENSORS)
     for key, tensor in pairs.items():
         parameter, moment = key.rsplit("|", 1)
         moments.setdefault(parameter, {})[moment] = tensor
     return Checkpoint(
-        step=state["step"],
-        position=state["position"],
+        step=state.step,
+        position=state.position,
         inputs=inputs,
-        skipped=state["skipped"],
+        skipped=list(state.skipped),
         weights=weights,
         moments=moments,
-        best=Best(**state["best"]),
+        best=Best(**state.best.as_json()),
     )
 
 
@@ -216,7 +243,7 @@ def adopt(folder: Path, path: Path, inputs: dict[str, Any]) -> None:
     if not exists(path / "state.json"):
         raise DataError(f"train.resume: {path} is not a complete checkpoint ({path / 'state.json'} is missing)")
     state = _checked(path, inputs)
-    own = folder / _name(state["step"])
+    own = folder / _name(state.step)
     for other in complete(folder):
         if other.name > own.name:
             _remove(other)
@@ -226,7 +253,7 @@ def adopt(folder: Path, path: Path, inputs: dict[str, Any]) -> None:
     with _publish(own) as temporary:
         for file in _TENSORS:
             with publish(temporary / file) as copy:
-                shutil.copyfile(fetch(path / file, state["xxh3"][file]), copy)
+                shutil.copyfile(fetch(path / file, state.xxh3.of(file)), copy)
         write_bytes(temporary / "state.json", read_bytes(path / "state.json"))
 
 

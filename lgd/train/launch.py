@@ -16,7 +16,7 @@ from lgd.data.manifest import Manifest, count_labels
 from lgd.data.plan import World
 from lgd.data.shards import Shard, open_shards
 from lgd.errors import DataError
-from lgd.files import digest_of, exists, is_remote, list_folder, place, read_json, remove_folder, sha256
+from lgd.files import digest_of, exists, is_remote, list_folder, place, remove_folder, sha256
 from lgd.train import checkpoint
 from lgd.train.engine import choose
 from lgd.train.loop import TASKS, split_shards, train
@@ -94,9 +94,9 @@ def is_finished(task: Task, config: Config, shards: list[Shard]) -> bool:
     path, weights = task.folder / "config.json", task.folder / "model.safetensors"
     if not exists(path) or not exists(weights):
         return False
-    made, inputs = read_json(path), digest_of(inputs_of(task, config, shards))
+    made, inputs = task.read_config(), digest_of(inputs_of(task, config, shards))
     # Whoever loads remote weights compares their digest; here it would cost a download.
-    return made.get("inputs") == inputs and (is_remote(weights) or made["weights_sha256"] == sha256(weights))
+    return made.inputs == inputs and (is_remote(weights) or made.weights_sha256 == sha256(weights))
 
 
 def worker(argument: dict[str, Any]) -> None:

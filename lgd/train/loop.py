@@ -4,6 +4,7 @@ Leaves in the task's folder: `config.json` and `model.safetensors` (the network)
 and `log.jsonl` with one line a step.
 """
 
+import functools
 import hashlib
 import math
 import platform
@@ -23,6 +24,7 @@ from lgd.data.stream import Reader
 from lgd.errors import DataError, Stopped
 from lgd.files import digest_of
 from lgd.metrics import fit_temperature
+from lgd.models.description import describe_training
 from lgd.models.export import save_model
 from lgd.train import checkpoint
 from lgd.train.batch import Batch, Skipped, Step, training_batches
@@ -207,20 +209,23 @@ class Training:
                 self.log.validation(step, scores, logits, levels)
         weights, _ = self.engine.state()
         if self.log:
-            facts = {
-                "size": self.config.data.size,
-                "temperature": temperature,
-                "validation": {name: value for name, value in scores.items() if math.isfinite(value)},
-                "inputs": digest_of(self.inputs),
-                "steps": self.steps,
-                "epochs": self.task.epochs,
-                "skipped": len(self.skipped.numbers),
-                "teacher_sha256": self.task.inputs().get("teacher"),
-                "engine": self.engine.name,
-                "workers": self.world.size,
-                "versions": {"lgd": lgd.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            }
-            save_model(self.task.folder, weights, self.engine.model.describe() | facts)
+            describe = functools.partial(
+                self.task.describe,
+                self.engine.model,
+                size=self.config.data.size,
+                training=describe_training([open_shards(folder)[0] for folder in self.config.shard_dirs]),
+                licence=None,
+                temperature=temperature,
+                validation={name: value for name, value in scores.items() if math.isfinite(value)},
+                inputs=digest_of(self.inputs),
+                steps=self.steps,
+                epochs=self.task.epochs,
+                skipped=len(self.skipped.numbers),
+                engine=self.engine.name,
+                workers=self.world.size,
+                versions={"lgd": lgd.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            )
+            save_model(self.task.folder, weights, describe)
             self.log.summary()
         dist.barrier()
 

@@ -13,7 +13,7 @@ import torch
 
 from lgd.data.augment import drawn_views
 from lgd.data.plan import Plan, firsts
-from lgd.store.latents import Rows, read_all
+from lgd.store.latents import Rows, read_levels
 from lgd.store.parts import Part
 
 
@@ -55,7 +55,7 @@ class Targets(Rows):
         self.first = firsts([part.rows for part in parts])
         self._partner_n = None
         if pairs != "own":
-            self._partner_n = partners(read_all(parts, "level"), pairs == "within-level", seed)
+            self._partner_n = partners(read_levels(parts), pairs == "within-level", seed)
 
     def source(self, number_n: np.ndarray) -> np.ndarray:
         """Number of the sample whose latents each sample is taught with."""
@@ -90,7 +90,7 @@ class Queue:
         """`size`: latents; `turn`: whether the images are turned, and the latents are those of the turned IHC."""
         self.targets, self.plan, self.size, self.turn = targets, plan, size, turn
         self._rows = Rows(targets.parts, ("pooled",))
-        self._level_n = read_all(targets.parts, "level").astype(np.int64)
+        self._level_n = read_levels(targets.parts)
         self._end = 0
         self._pooled_QD: np.ndarray | None = None
         self._number_Q = np.empty(0, np.int64)

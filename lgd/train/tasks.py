@@ -14,11 +14,12 @@ from lgd.data.plan import ORDER
 from lgd.data.shards import Shard
 from lgd.files import digest_of, place
 from lgd.models import losses
+from lgd.models.description import ModelConfig, TeacherRef
 from lgd.models.encoder import build_encoder
-from lgd.models.export import read_model_config
+from lgd.models.export import read_student_config, read_teacher_config
 from lgd.models.student import Student
 from lgd.models.teacher import Teacher, load_teacher, new_teacher
-from lgd.store.latents import Store
+from lgd.store.latents import TEACHER, Store
 from lgd.store.supervision import recipe_of
 from lgd.train.batch import Batch
 from lgd.train.targets import Contrast
@@ -43,7 +44,17 @@ class Task(Protocol):
         ...
 
     def inputs(self) -> dict[str, Any]:
-        """What the result depends on, beside the shards and `train:`; a finished network made of the same is reused."""
+        """What the result depends on, beside the shards, their rows in the store and `train:`; a finished network made
+        of the same is reused.
+        """
+        ...
+
+    def describe(self, model: Any, **facts: Any) -> ModelConfig:
+        """What the folder of the trained network says of it, with the facts of its training."""
+        ...
+
+    def read_config(self) -> ModelConfig:
+        """What the folder of a trained network says of it."""
         ...
 
     def losses(self, out: dict[str, torch.Tensor], batch: Batch) -> Terms:
@@ -94,6 +105,12 @@ class TeacherTask:
 
     def inputs(self) -> dict[str, Any]:
         return {"encoder": self.config.teacher.encoder, "epochs": self.epochs}
+
+    def describe(self, model: Any, **facts: Any) -> ModelConfig:
+        return model.describe(**facts)
+
+    def read_config(self) -> ModelConfig:
+        return read_teacher_config(self.folder)
 
     def losses(self, out: dict[str, torch.Tensor], batch: Batch) -> Terms:
         return {"level": losses.level_loss(out["logits"], batch.level_B)}
@@ -158,9 +175,18 @@ class StudentTask:
         if self.method == "two-stream":
             inputs["teacher_encoder"] = self.config.teacher.encoder
         if self.store is not None:
-            inputs["store"] = self.store.digest
-            inputs["teacher"] = read_model_config(self.config.teacher.dir, "teacher")["weights_sha256"]
+            inputs["teacher"] = read_teacher_config(self.config.teacher.dir).weights_sha256
         return inputs
+
+    def describe(self, model: Any, **facts: Any) -> ModelConfig:
+        teachers = []
+        if self.store is not None:
+            teacher = read_teacher_config(self.config.teacher.dir)
+            teachers = [TeacherRef(name=TEACHER, weights_sha256=teacher.weights_sha256, licence=teacher.licence)]
+        return model.describe(teachers=tuple(teachers), **facts)
+
+    def read_config(self) -> ModelConfig:
+        return read_student_config(self.folder)
 
     def losses(self, out: dict[str, torch.Tensor], batch: Batch) -> Terms:
         student, stored = self.config.student, batch.stored
@@ -223,8 +249,12 @@ def inputs_of(task: Task, config: Config, shards: Sequence[Shard]) -> dict[str, 
     splits: dict[str, list[str]] = {}
     for shard in shards:
         splits.setdefault(shard.split, []).append(shard.sha256)
+    stored = {}
+    if task.store is not None:
+        # Not the whole store: what else it holds does not concern this network.
+        stored = {"store": task.store.digest_of([shard for shard in shards if shard.split == "train"])}
     return {
-        "task": task.inputs(),
+        "task": task.inputs() | stored,
         "role": task.role,
         "seed": config.run.seed,
         "order": ORDER,

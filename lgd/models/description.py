@@ -1,0 +1,154 @@
+"""config.json of a model's folder: how the network is built, what it was trained on, and what it may be used for."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, JsonValue
+
+from lgd.data.manifest import HER2, UNKNOWN, Manifest, Shape, Target, count_labels
+from lgd.data.meta import Text
+from lgd.records import Count, Document, Line, Many, Record, Sha256
+
+FORMAT = "lgd-model/2"
+_COPY = "copy the folder again, or train it again"
+
+Side = Annotated[int, Field(ge=1, le=4096)]
+Grid = Annotated[int, Field(ge=1, le=256)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+
+
+class TeacherRef(Record):
+    """A teacher that a student was taught by."""
+
+    name: Text
+    """Of its latents in the store."""
+    weights_sha256: Sha256
+    licence: Text | None
+
+
+class Training(Record):
+    """What a network was trained on."""
+
+    target: Target
+    marker: Text | None
+    """What the IHC of the training patches is stained for."""
+    labels: dict[Line, Count]
+    """Training patches of each class, and of `unknown`."""
+    shapes: Many[Shape]
+    """Sizes and scales of the training patches, commonest first."""
+    virtual: bool
+    """Whether all tissue was drawn by a program."""
+    shards: Many[Sha256]
+    """Digests of the shard sets."""
+
+    @property
+    def labelled(self) -> int:
+        """Training patches that had a label."""
+        return sum(count for name, count in self.labels.items() if name != UNKNOWN)
+
+
+class ModelConfig(Document):
+    """What a teacher's and a student's folder say alike."""
+
+    FORMAT: ClassVar[str] = FORMAT
+    ABSENT: ClassVar[str] = "train it first"
+    REMEDY: ClassVar[str] = _COPY
+
+    weights_sha256: Sha256
+    size: Annotated[int, Field(ge=1, le=16_384)]
+    """Side of the input, in pixels."""
+    training: Training
+    licence: Text | None
+    """Terms that the weights come with."""
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)]
+    """By which logits are divided."""
+    validation: dict[Text, float]
+    inputs: Sha256
+    """Of all that the result depends on (`lgd.train.tasks.inputs_of`)."""
+    steps: Count
+    epochs: Annotated[float, Field(gt=0)]
+    skipped: Count
+    engine: Text
+    workers: Annotated[int, Field(ge=1)]
+    versions: dict[Text, Text]
+
+    @property
+    def teacher_sha256(self) -> str | None:
+        """Weights of the teacher whose latents the network hallucinates, if it does."""
+        return None
+
+
+class TeacherConfig(ModelConfig):
+    """A teacher's folder."""
+
+    ABSENT: ClassVar[str] = "it holds no trained teacher; run lgd train-teacher first"
+
+    kind: Literal["teacher"] = "teacher"
+    source: Literal["trained", "frozen"]
+    encoder: dict[str, JsonValue]
+    pool: Literal["cls", "mean", "cls+mean"]
+
+
+class StudentConfig(ModelConfig):
+    """A student's folder."""
+
+    ABSENT: ClassVar[str] = "it holds no trained student; run lgd train first"
+
+    kind: Literal["student"] = "student"
+    method: Literal["lgd", "he-only", "two-stream", "distil"]
+    morphology: dict[str, JsonValue]
+    hallucination: dict[str, JsonValue] | None
+    latent_dim: Annotated[int, Field(ge=0, le=65_536)]
+    latent_map: Annotated[int, Field(ge=0, le=256)]
+    nuclei_grid: Grid
+    membrane_grid: Grid
+    teachers: Many[TeacherRef]
+    """None of a network that was taught by labels alone."""
+
+    @property
+    def teacher_sha256(self) -> str | None:
+        """Weights of the teacher that it was taught by."""
+        return self.teachers[0].weights_sha256 if self.teachers else None
+
+
+def describe_training(manifests: Sequence[Manifest]) -> Training:
+    """What the split `train` of some shard sets holds."""
+    shapes: Counter[tuple[int, int, float | None]] = Counter()
+    for manifest in manifests:
+        for shape in manifest.splits["train"].shapes if "train" in manifest.splits else ():
+            shapes[shape.width, shape.height, shape.mpp] += shape.samples
+    commonest = sorted(shapes.items(), key=lambda item: (-item[1], *item[0][:2], item[0][2] or 0))
+    return Training(
+        target=manifests[0].target,
+        marker=None,
+        labels=count_labels(manifests, "train"),
+        shapes=tuple(
+            Shape(width=width, height=height, mpp=mpp, samples=count) for (width, height, mpp), count in commonest
+        ),
+        virtual=all(manifest.virtual for manifest in manifests),
+        shards=tuple(manifest.digest for manifest in manifests),
+    )
+
+
+NOT_TRAINED: dict[str, Any] = {
+    "training": Training(
+        target=HER2,
+        marker=None,
+        labels=dict.fromkeys((*HER2.classes, UNKNOWN), 0),
+        shapes=(),
+        virtual=True,
+        shards=(),
+    ),
+    "licence": None,
+    "temperature": 1.0,
+    "validation": {},
+    "inputs": "0" * 64,
+    "steps": 0,
+    "epochs": 1.0,
+    "skipped": 0,
+    "engine": "none",
+    "workers": 1,
+    "versions": {},
+}
+"""The facts of a network that was not trained, as benchmarks use it."""
