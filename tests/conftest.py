@@ -83,8 +83,8 @@ def tissue_run(tissue_config: Config) -> Config:
     config = tissue_config
     train_under(config, "teacher")
     shards = [shard for split in ("train", "val", "test") for shard in split_shards(config, split)]
-    store, _ = cache_latents(config, shards, workers=0)
-    build_index(store, "auto", ["train"], recall=0.99, seed=0)
+    store = cache_latents(config, shards, workers=0).store
+    build_index(store, shards, "auto", ["train"], recall=0.99, seed=0)
     train_under(config, "student")
     return config
 

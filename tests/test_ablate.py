@@ -136,21 +136,21 @@ def test_levels_are_hidden_by_whole_slides_in_train_only(tissue, tmp_path):
         labelled=1,
     )
     few, _ = build(options)
-    assert few["options"]["labelled"] == 1
+    assert few.options.labelled == 1
     whole, _ = build(replace(options, out=str(tmp_path / "all"), labelled=0))
-    assert "labelled" not in whole["options"]
-    hidden = few.splits["train"].levels["unknown"]
-    assert hidden > 0 and few.splits["test"].levels == whole.splits["test"].levels
+    assert whole.options.labelled == 0
+    hidden = few.splits["train"].labels["unknown"]
+    assert hidden > 0 and few.splits["test"].labels == whole.splits["test"].labels
 
     def levels(folder, split):
         shards = [shard for shard in open_shards(str(folder))[1] if shard.split == split]
         reader = Reader(shards, (), None)
-        return [(s.meta.slide, s.level, s.meta.level_name) for s in map(reader.read, range(reader.total))]
+        return [(s.meta.slide, s.level, s.meta.label) for s in map(reader.read, range(reader.total))]
 
     before, after = (levels(tmp_path / name, "train") for name in ("all", "few"))
     named = {slide: set() for slide, _, _ in after}
-    for (slide, true, _), (_, level, name) in zip(before, after, strict=True):
-        assert level in (-1, true) and (name is None) == (level == -1)
+    for (slide, true, _), (_, level, label) in zip(before, after, strict=True):
+        assert level in (-1, true) and (label is None) == (level == -1)
         named[slide].add(level == -1)
     assert all(len(kinds) == 1 for kinds in named.values()), "a slide is labelled whole or not at all"
     by_level = {level: {s for s, one, _ in after if one == level} for level in range(4)}

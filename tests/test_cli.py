@@ -237,7 +237,7 @@ def test_verify_names_what_is_wrong(tissue_run, tmp_path, capsys):
         assert run(capsys, "verify", folder_)[0] == 0
     copy = tmp_path / "copy"
     shutil.copytree(tissue_run.latents.dir, copy)
-    part = next((copy / "parts").glob("*.h5"))
+    part = next((copy / "parts" / "teacher").glob("*.h5"))
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
     part.write_bytes(content)

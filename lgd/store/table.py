@@ -3,6 +3,9 @@
 A query is answered from it alone, without opening a part. It is written and read through a map of the file.
 """
 
+import io
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +21,13 @@ _BLOCK = 1_000_000
 def _type(key: int, slide: int) -> np.dtype[Any]:
     """Type of a row, with the widths of its texts. A label of NaN and an empty slide are unknown."""
     return np.dtype([("part", "<u4"), ("row", "<u4"), ("label", "<f4"), ("key", f"S{key}"), ("slide", f"S{slide}")])
+
+
+def _head(kind: np.dtype[Any], rows: int) -> bytes:
+    """What `numpy.save` writes before the rows."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": kind.descr, "fortran_order": False, "shape": (rows,)})
+    return stream.getvalue()
 
 
 def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray | None) -> None:
@@ -44,14 +54,20 @@ def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray | None) -
 
 def read_table(file: BinaryIO, rows: int, parts: Sequence[Part]) -> np.ndarray:
     """Map a table of so many rows of some parts, (rows,), read-only; `ValueError` for anything else."""
-    table = np.lib.format.open_memmap(f"/dev/fd/{file.fileno()}", "r")
-    fields: Any = table.dtype.fields or {}
-    widths = [fields[name][0].itemsize for name in ("key", "slide") if name in fields]
-    if len(widths) != 2 or table.dtype != _type(*widths) or table.shape != (rows,):
-        raise ValueError(f"a table of type {str(table.dtype):.200} and shape {table.shape}")
+    # numpy's own reader parses the head with `ast`, which fails now and then where several threads of Python 3.11 do so
+    # at once.
+    start = os.pread(file.fileno(), 1024, 0)
+    widths = [int(width) for width in re.findall(rb"'\|S([1-9]\d{0,3})'", start)]
+    if len(widths) != 2:
+        raise ValueError(f"no table: it begins with {start[:40]!r}")
+    kind = _type(*widths)
+    head = _head(kind, rows)
+    if not start.startswith(head) or os.fstat(file.fileno()).st_size != len(head) + rows * kind.itemsize:
+        raise ValueError(f"no table of {rows} rows: it begins with {start[:200]!r}")
+    table: np.ndarray = np.memmap(f"/dev/fd/{file.fileno()}", kind, "r", len(head), (rows,))
     rows_of_part = np.array([part.rows for part in parts])
-    for start in range(0, rows, _BLOCK):
-        part_n, row_n = table["part"][start : start + _BLOCK], table["row"][start : start + _BLOCK]
+    for first in range(0, rows, _BLOCK):
+        part_n, row_n = table["part"][first : first + _BLOCK], table["row"][first : first + _BLOCK]
         if part_n.max() >= len(parts) or (row_n >= rows_of_part[part_n]).any():
             raise ValueError("it names rows that the parts do not have")
     return table

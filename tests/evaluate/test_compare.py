@@ -71,7 +71,7 @@ def test_features_of_he_alone_are_what_its_head_reads(scorers, tissue_run):
     _, features = score_shards(baseline, split_shards(tissue_run, "val"), threads=1, vectors="features")
     predictions, none = score_shards(baseline, split_shards(tissue_run, "val"), threads=1)
     weight, bias = (p.detach().numpy() for p in (baseline.model.head.weight, baseline.model.head.bias))
-    logits = (features @ weight.T + bias) / baseline.config["temperature"]
+    logits = (features @ weight.T + bias) / baseline.config.temperature
     odds = np.exp(logits - logits.max(1, keepdims=True))
     np.testing.assert_allclose(odds / odds.sum(1, keepdims=True), predictions.probability, atol=1e-5)
     assert none is None

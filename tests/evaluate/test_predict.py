@@ -71,7 +71,7 @@ def test_a_file_scores_as_the_network_says(scorer, tissue_run, images):
         image = torch.from_numpy(decode(path.read_bytes(), "x", 64))[None].permute(0, 3, 1, 2)
         with torch.no_grad():
             logits = model(image)["logits"][0].double()
-        expected = torch.softmax(logits / config["temperature"], dim=0).numpy()
+        expected = torch.softmax(logits / config.temperature, dim=0).numpy()
         np.testing.assert_allclose(rows[path]["probability"], expected, atol=1e-5)
         assert rows[path]["probability"].sum() == pytest.approx(1)
 
@@ -84,7 +84,7 @@ def test_shards_score_as_their_files(scorer, tissue_run, tissue):
     assert predictions.keys == [sample.key for sample in samples]
     assert predictions.level.tolist() == [sample.level for sample in samples]
     assert predictions.groups == [sample.meta.group for sample in samples]
-    assert pooled.shape == (20, scorer.config["latent_dim"])
+    assert pooled.shape == (20, scorer.config.latent_dim)
     files = [tissue / sample.meta.source for sample in samples]
     rows = [row for _, row in score_files(scorer, files)]
     np.testing.assert_allclose(predictions.probability, [row["probability"] for row in rows], atol=1e-5)
@@ -105,9 +105,9 @@ def test_the_teacher_reads_the_ihc(tissue_run):
 def test_training_wrote_the_scores_of_the_exported_network(scorer, tissue_run):
     predictions, _ = score_shards(scorer, split_shards(tissue_run, "val"), threads=1)
     # Without the temperature, as during training.
-    chances = softmax(np.log(predictions.probability), 1 / scorer.config["temperature"])
+    chances = softmax(np.log(predictions.probability), 1 / scorer.config.temperature)
     again = score(predictions.level, chances)
-    written = scorer.config["validation"]
+    written = scorer.config.validation
     assert written and written == pytest.approx({name: again[name] for name in written}, abs=1e-4)
 
 

@@ -14,7 +14,7 @@ from lgd.errors import ConfigError, DataError
 from lgd.evaluate.predict import find_images, load_scorer, score_files
 from lgd.evaluate.retrieve import check_pair, query
 from lgd.evaluate.sheet import Gallery
-from lgd.files import read_json, write_json
+from lgd.files import digest_of, read_json, write_json
 from lgd.store.index import build_index
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
@@ -111,8 +111,10 @@ def test_a_student_without_hallucination_is_refused(tissue_run, change, store, t
 def test_a_student_of_another_teacher_is_refused(tissue_run, store, tmp_path):
     shutil.copytree(tissue_run.student.dir, tmp_path / "student")
     config = read_json(tmp_path / "student" / "config.json")
-    write_json(tmp_path / "student" / "config.json", config | {"teacher_sha256": "f" * 64})
-    there = config["teacher_sha256"][:12]
+    there = config["teachers"][0]["weights_sha256"][:12]
+    config["teachers"][0]["weights_sha256"] = "f" * 64
+    config["digest"] = digest_of({name: value for name, value in config.items() if name != "digest"})
+    write_json(tmp_path / "student" / "config.json", config)
     with pytest.raises(DataError, match=rf"made by another teacher \({there}\) than the one .*\(ffffffffffff\)"):
         check_pair(load_scorer(tmp_path / "student"), store)
 
@@ -120,14 +122,15 @@ def test_a_student_of_another_teacher_is_refused(tissue_run, store, tmp_path):
 def test_a_store_without_an_index_is_told(tissue_run, scorer, images, tmp_path):
     shutil.copytree(tissue_run.latents.dir, tmp_path / "latents")
     shutil.rmtree(tmp_path / "latents" / "index")
-    with pytest.raises(DataError, match="holds no index: run lgd build-index"):
+    with pytest.raises(DataError, match="index.json is missing: there is no index; run lgd build-index"):
         query(scorer, Store(tmp_path / "latents"), images, 1)
 
 
 def test_shards_that_moved_are_told_where_pictures_are_asked_for(tissue_run, tmp_path):
     shutil.copytree(tissue_run.latents.dir, tmp_path / "latents")
     store = Store(tmp_path / "latents")
-    store.document["sources"]["shards"] = [str(tmp_path / "gone")]
+    sources = store.sources.model_copy(update={"shards": (str(tmp_path / "gone"),)})
+    sources.write(tmp_path / "latents" / "sources.json")
     with pytest.raises(DataError, match="gone, which is gone: put them back, or query without --sheet"):
         Gallery(store, 64)
 
@@ -164,7 +167,7 @@ def test_verify_names_what_is_wrong_with_a_store(tissue_run, tmp_path, capsys):
     shutil.copytree(tissue_run.latents.dir, folder)
     assert main(["verify", str(folder)]) == 0
     assert capsys.readouterr().out == f"feature store {folder}: no problems\n"
-    victims = [sorted((folder / "parts").glob("*.h5"))[0], folder / "index" / "faiss.index"]
+    victims = [next(folder.glob("parts/teacher/*.h5")), next(folder.glob("index/teacher/*.faiss"))]
     for victim in victims:
         content = bytearray(victim.read_bytes())
         content[-1] ^= 1

@@ -1,9 +1,12 @@
+import functools
+
 import pytest
 import torch
 
 from lgd.errors import DataError
+from lgd.models.description import NOT_TRAINED
 from lgd.models.encoder import build_encoder
-from lgd.models.export import load_weights, read_model_config, save_model
+from lgd.models.export import load_weights, read_student_config, save_model
 from lgd.models.student import Student, load_student, student_from
 from lgd.models.teacher import load_teacher, new_teacher
 
@@ -44,6 +47,11 @@ def test_lgd_gives_levels_latents_and_grids(own):
     assert ((out["gate"] > 0) & (out["gate"] < 1)).all()
 
 
+def described(model):
+    """What is said of a student that was not trained."""
+    return functools.partial(model.describe, size=64, teachers=(), **NOT_TRAINED)
+
+
 def test_the_map_is_left_out_where_none_is_cached():
     assert "map" not in student(latent_map=0)(IMAGES)
 
@@ -56,7 +64,7 @@ def test_the_baselines_of_two_streams_are_the_same_network_without_what_they_are
     assert {name: p.shape for name, p in names.items()} == {
         name: p.shape for name, p in all_names.items() if not name.startswith(("nuclei_head", "membrane_head"))
     }
-    same = student_from(model.describe())
+    same = student_from(described(model)(weights_sha256="0" * 64))
     same.load_state_dict(model.state_dict())
     assert torch.equal(same(IMAGES)["logits"], model(IMAGES)["logits"])
 
@@ -81,9 +89,9 @@ def test_every_weight_learns(own):
 @pytest.mark.parametrize(("method", "own"), [("lgd", True), ("lgd", False), ("he-only", False)])
 def test_a_folder_gives_the_same_student_again(method, own, tmp_path):
     model = student(method, own).eval()
-    save_model(tmp_path, model.state_dict(), model.describe())
+    save_model(tmp_path, model.state_dict(), described(model))
     again, config = load_student(tmp_path)
-    assert not again.training and config["method"] == method
+    assert not again.training and config.method == method
     with torch.no_grad():
         before, after = model(IMAGES), again(IMAGES)
     assert before.keys() == after.keys()
@@ -92,22 +100,22 @@ def test_a_folder_gives_the_same_student_again(method, own, tmp_path):
 
 def test_other_weights_are_refused(tmp_path):
     model = student("he-only")
-    save_model(tmp_path, model.state_dict(), model.describe())
+    save_model(tmp_path, model.state_dict(), described(model))
     path = tmp_path / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    config = read_model_config(tmp_path, "student")
+    config = read_student_config(tmp_path)
     with pytest.raises(DataError, match=r"model\.safetensors is missing or does not match the digest"):
         load_weights(tmp_path, student_from(config), config)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(DataError, match="holds no trained student .*run lgd train first"):
+    with pytest.raises(DataError, match="config.json is missing: it holds no trained student; run lgd train first"):
         load_student(tmp_path)
     model = student("he-only")
-    save_model(tmp_path, model.state_dict(), model.describe())
-    with pytest.raises(DataError, match="does not describe a teacher"):
+    save_model(tmp_path, model.state_dict(), described(model))
+    with pytest.raises(DataError, match="config.json: field .encoder.: Field required"):
         load_teacher(tmp_path)
 
 

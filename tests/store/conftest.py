@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from filling import contents_of
 
 from lgd.pipeline import all_shards
 from lgd.store.cache import cache_latents
@@ -31,5 +32,5 @@ def copy_of(small_parts, change, tmp_path):
 
 @pytest.fixture(scope="module")
 def contents(small_parts):
-    """Name -> content of every file of the undisturbed parts."""
-    return {path.name: path.read_bytes() for path in (Path(small_parts.latents.dir) / "parts").iterdir()}
+    """Layer/name -> content of every file of the undisturbed parts."""
+    return contents_of(Path(small_parts.latents.dir))

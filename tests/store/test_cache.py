@@ -1,4 +1,4 @@
-import json
+import functools
 import re
 import shutil
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filling import contents_of
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -15,18 +16,24 @@ from lgd.data.manifest import open_shards
 from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
 from lgd.errors import DataError
-from lgd.models.export import save_model
+from lgd.models.description import TeacherConfig
+from lgd.models.export import read_teacher_config, save_model
 from lgd.models.teacher import load_teacher
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Store, commit
-from lgd.store.sidecar import is_complete
+from lgd.store.recipe import TEACHER
+from lgd.store.sidecar import Rounding, is_complete
 from lgd.store.supervision import recipe_of
-from lgd.store.writer import part_writer
+from lgd.store.writer import shard_writer
 
 
 def shards_of(config):
     return [shard for folder in config.shard_dirs for shard in open_shards(folder)[1]]
+
+
+def rounding_of(store):
+    return store.document.patches.rounding | store.document.teachers[TEACHER].rounding
 
 
 @pytest.fixture
@@ -37,7 +44,7 @@ def copy(tissue_run, change, tmp_path):
 
 
 def parts(config):
-    return {path.name: path.stat().st_mtime_ns for path in (Path(config.latents.dir) / "parts").glob("*.h5")}
+    return {path.name: path.stat().st_mtime_ns for path in (Path(config.latents.dir) / "parts" / TEACHER).glob("*.h5")}
 
 
 def test_rows_are_what_the_teacher_and_the_targets_say(tissue_run):
@@ -64,10 +71,10 @@ def test_rows_are_in_shard_order_with_their_key_level_and_slide(tissue_run):
     samples = [reader.read(number) for number in range(reader.total)]
     columns = {
         name: np.concatenate([part.array(name) for part in Store(tissue_run.latents.dir).parts_of(shards)])
-        for name in ("key", "level", "slide")
+        for name in ("key", "label", "slide")
     }
     assert [key.decode() for key in columns["key"]] == [sample.key for sample in samples]
-    assert columns["level"].tolist() == [sample.level for sample in samples]
+    assert columns["label"].tolist() == [sample.level for sample in samples]
     assert [slide.decode() for slide in columns["slide"]] == [sample.meta.slide for sample in samples]
     assert len(set(columns["key"])) == 48
 
@@ -75,7 +82,7 @@ def test_rows_are_in_shard_order_with_their_key_level_and_slide(tissue_run):
 def test_eight_views_are_the_teacher_on_turned_images(tissue_run, change, tmp_path):
     config = change(tissue_run, latents={"dir": str(tmp_path), "views": 8, "dtype": "float32"})
     shard = next(shard for shard in shards_of(config) if shard.samples <= 4)
-    store, computed = cache_latents(config, [shard], workers=0)
+    store, computed, _ = cache_latents(config, [shard], workers=0)
     assert computed == 1 and store.parts[0].array("pooled").shape[:2] == (shard.samples, 8)
     teacher = load_teacher(config.teacher.dir)[0]
     reader = Reader([shard], ("ihc",), config.data.size)
@@ -91,7 +98,7 @@ def test_eight_views_are_the_teacher_on_turned_images(tissue_run, change, tmp_pa
 
 def test_a_second_call_computes_nothing(copy):
     before = parts(copy)
-    store, computed = cache_latents(copy, shards_of(copy), workers=0)
+    store, computed, _ = cache_latents(copy, shards_of(copy), workers=0)
     assert computed == 0 and parts(copy) == before and store.verify() == []
 
 
@@ -109,46 +116,63 @@ def test_a_changed_shard_redoes_its_own_part_only(copy, change, tissue, tmp_path
     assert len(changed) == 1
 
     before = parts(copy)
-    store, computed = cache_latents(config, shards_of(config), workers=0)
+    store, computed, pruned = cache_latents(config, shards_of(config), workers=0)
     after = parts(config)
-    assert computed == 1 and store.rows == 48 and store.verify() == []
-    assert len(after) == len(before) and len(after.items() & before.items()) == len(before) - 1
+    assert (computed, pruned) == (1, 0) and store.verify() == []
+    # The part of the shard that was stays: another run may need it.
+    assert before.items() <= after.items() and len(after) == len(before) + 1 and len(store.parts) == len(after)
+    store, computed, pruned = cache_latents(config, shards_of(config), workers=0, prune=True)
+    assert (computed, pruned) == (0, 1) and store.rows == 48 and store.verify() == []
+    assert len(parts(config)) == len(before) and len(parts(config).items() & before.items()) == len(before) - 1
+
+
+def test_a_run_on_fewer_shards_takes_nothing_from_another(copy, change):
+    """Two runs share a store, of which one knows a part of the shards only."""
+    before, digest = parts(copy), Store(copy.latents.dir).digest
+    store, computed, pruned = cache_latents(copy, shards_of(copy)[:2], workers=0)
+    assert (computed, pruned) == (0, 0) and parts(copy) == before and store.digest == digest
+    assert Store(copy.latents.dir).digest_of(shards_of(copy)) == store.digest_of(shards_of(copy))
 
 
 @pytest.mark.faults
 def test_a_deleted_damaged_part_is_made_again(copy):
-    victim = sorted((Path(copy.latents.dir) / "parts").glob("*.h5"))[0]
+    victim = sorted((Path(copy.latents.dir) / "parts" / TEACHER).glob("*.h5"))[0]
     content = victim.read_bytes()
-    victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    part = next(part for part in Store(copy.latents.dir).parts if part.files[TEACHER].path == victim)
+    place = part.files[TEACHER].sidecar().datasets["pooled"].offset
+    victim.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     with pytest.raises(DataError, match="delete it and run lgd cache-latents"):
-        next(part for part in Store(copy.latents.dir).parts if part.path == victim).array("key")
+        part.array("pooled")
     victim.unlink()
-    store, computed = cache_latents(copy, shards_of(copy), workers=0)
+    store, computed, _ = cache_latents(copy, shards_of(copy), workers=0)
     assert computed == 1 and store.verify() == []
     assert victim.read_bytes() == content, "the same inputs give the same bytes"
 
 
 def test_other_settings_are_refused_with_the_difference(copy, change):
-    with pytest.raises(DataError, match="views: 1 in the store, 8 asked for"):
+    with pytest.raises(DataError, match="teacher.views: 1 in the store, 8 asked for"):
         cache_latents(change(copy, latents={"views": 8}), shards_of(copy), workers=0)
     assert len(parts(copy)) == len(shards_of(copy))
 
 
 def other_teacher(folder, tmp_path, spoil):
     """The teacher with changed weights."""
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config = read_teacher_config(folder)
     weights = load_file(Path(folder) / "model.safetensors")
     spoil(weights)
-    save_model(tmp_path / "teacher", weights, config)
+    facts = {name: getattr(config, name) for name in TeacherConfig.model_fields if name != "weights_sha256"}
+    save_model(tmp_path / "teacher", weights, functools.partial(TeacherConfig, **facts))
     return str(tmp_path / "teacher")
 
 
 def test_another_teacher_is_refused(copy, change, tmp_path):
     folder = other_teacher(copy.teacher.dir, tmp_path, lambda w: w["head.bias"].add_(1))
     config = change(copy, teacher={"dir": folder})
-    with pytest.raises(DataError, match=r"made by another recipe:\n  teacher: \w{64} in the store, \w{64} asked for"):
+    with pytest.raises(
+        DataError, match=r"another recipe:\n  teacher.weights_sha256: \w{64} in the store, \w{64} asked"
+    ):
         cache_latents(config, shards_of(config), workers=0)
-    assert not is_complete(Path(config.latents.dir), shards_of(config)[0], recipe_of(config))
+    assert not is_complete(Path(config.latents.dir), TEACHER, shards_of(config)[0], recipe_of(config))
 
 
 def test_latents_that_are_no_numbers_stop_with_the_key(copy, change, tmp_path):
@@ -191,15 +215,16 @@ def test_the_loss_by_float16_is_measured_and_stored(tissue_run, change, tmp_path
         cache_latents(change(tissue_run, latents={"dir": str(tmp_path / dtype), "dtype": dtype}), shards, workers=0)[0]
         for dtype in ("float16", "float32")
     )
-    for name, numbers in half.document["rounding"].items():
+    for name, lost in rounding_of(half).items():
+        numbers = lost.as_json()
         there, true = (np.concatenate([part.array(name) for part in store.parts]) for store in (half, full))
         error = np.abs(there.astype(np.float64) - true)
         length = np.linalg.norm(true.reshape(len(true), -1).astype(np.float64), axis=1)
         relative = np.linalg.norm(error.reshape(len(true), -1), axis=1) / np.where(length > 0, length, 1)
         assert numbers == {"absolute": pytest.approx(error.max()), "relative": pytest.approx(relative.max())}
         assert 0 <= numbers["relative"] < 2**-10
-    assert half.document["rounding"]["pooled"]["absolute"] > 0
-    assert all(number == 0 for numbers in full.document["rounding"].values() for number in numbers.values())
+    assert rounding_of(half)["pooled"].absolute > 0
+    assert all(number == 0 for lost in rounding_of(full).values() for number in lost.as_json().values())
 
 
 def test_the_bytes_do_not_depend_on_threads_or_shards_in_hand(tissue_run, change, tmp_path):
@@ -208,14 +233,14 @@ def test_the_bytes_do_not_depend_on_threads_or_shards_in_hand(tissue_run, change
     for threads in (1, 3):
         config = change(tissue_run, latents={"dir": str(tmp_path / str(threads))}, data={"threads": threads})
         cache_latents(config, shards, workers=0)
-        contents.append({path.name: path.read_bytes() for path in (tmp_path / str(threads) / "parts").iterdir()})
+        contents.append(contents_of(tmp_path / str(threads)))
     assert contents[0] == contents[1]
 
 
 def test_a_shard_that_is_listed_twice_has_one_part(tissue_run, change, tmp_path):
     config = change(tissue_run, latents={"dir": str(tmp_path / "latents")})
     shard = shards_of(config)[0]
-    store, computed = cache_latents(config, [shard, shard], workers=0)
+    store, computed, _ = cache_latents(config, [shard, shard], workers=0)
     assert computed == len(store.parts) == 1 and store.rows == shard.samples
     assert cache_latents(config, [shard, shard], workers=0)[1] == 0
 
@@ -236,12 +261,12 @@ def test_rows_that_the_teacher_does_not_give_any_more_are_found(copy, tmp_path, 
     out = capsys.readouterr().out
     assert "re-encoded 48 rows" in out and re.search(r"pooled: \S+, \S+ of the row's length", out)
     shard = next(s for s in shards_of(copy) if s.sha256 == store.parts[1].tar_sha256)
-    arrays = {name: np.array(array) for name, array in store.parts[1].mapped().arrays.items()}
+    arrays = {name: np.array(store.parts[1].array(name)) for name in store.parts[1].layout}
     arrays["pooled"][2] += 1
-    with part_writer(store.folder, shard, store.recipe) as writer:
+    with shard_writer(store.folder, shard, store.recipe) as writer:
         writer.add(arrays)
-        writer.rounding = {name: {"absolute": 0.0, "relative": 0.0} for name in store.document["rounding"]}
-    commit(store.folder, store.recipe, shards_of(copy), store.document["sources"])
+        writer.rounding.update(dict.fromkeys(rounding_of(store), Rounding(absolute=0.0, relative=0.0)))
+    commit(store.folder, store.recipe, shards_of(copy), sources=copy.shard_dirs, teacher=copy.teacher.dir)
     shutil.rmtree(store.folder / "index")
     assert main(["verify", str(store.folder)]) == 0
     assert main(["verify", str(store.folder), "--reencode", "48"]) == 1

@@ -32,7 +32,7 @@ def rows_of(store):
     """Slide -> key -> (latent, level)."""
     found = {}
     for part in store.parts:
-        columns = (part.array(name) for name in ("slide", "key", "pooled", "level"))
+        columns = (part.array(name) for name in ("slide", "key", "pooled", "label"))
         for slide, key, pooled, level in zip(*columns, strict=True):
             found.setdefault(slide.decode(), {})[key] = (pooled[0], level)
     return found
@@ -69,7 +69,7 @@ def test_tiles_of_a_patch_have_their_places(tissue, tissue_run, change, tmp_path
         shutil.copytree(tissue / role / "train", root / role / "train")
     build(ShardOptions(layout="bci", root=str(root), out=str(tmp_path / "s"), tile=64, shard_size=7))
     config = change(tissue_run, latents={"dir": str(tmp_path / "l")}, data={"shards": [str(tmp_path / "s")]})
-    store, _ = cache_latents(config, open_shards(tmp_path / "s")[1], workers=0)
+    store = cache_latents(config, open_shards(tmp_path / "s")[1], workers=0).store
     told = export(ExportOptions(store=str(store.folder), out=str(tmp_path / "out"), split="train"))
     assert told and all(row["coords_known"] and row["patches"] == 4 for row in told)
     for row in told:

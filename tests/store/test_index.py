@@ -1,12 +1,13 @@
 import functools
 import io
-import json
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
+from filling import RECIPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,9 +21,9 @@ from lgd.store.faiss_file import cells_of
 from lgd.store.index import build_index, choose
 from lgd.store.latents import Store, commit
 from lgd.store.search import Searcher, problems, unit
-from lgd.store.writer import part_writer
+from lgd.store.writer import shard_writer
 
-RECIPE = {"teacher": "a" * 64}
+SHARD = {"bytes": 1, "idx_sha256": "0" * 64, "extensions": {}, "labels": 4}
 SHARDS = (("train", 150), ("val", 20), ("train", 130))
 KINDS = ("Flat", "IVF10,Flat", "IVF10,SQfp16", "IVF10,SQ8")
 
@@ -41,21 +42,46 @@ def made(tmp_path_factory):
             name=name,
             split=split,
             samples=rows,
-            bytes=1,
             sha256=f"{number:064x}",
-            extensions={},
+            **SHARD,
         )
         vectors = centres[random.integers(0, 20, rows)] + 0.3 * random.standard_normal((rows, 16))
         arrays = {
             "pooled": vectors[:, None].astype(np.float16),
             "key": np.array([f"{number}-{row:03d}" for row in range(rows)], "S8"),
-            "level": random.integers(-1, 4, rows).astype(np.int8),
+            "label": random.integers(0, 4, rows).astype(np.float32),
             "slide": np.array([f"slide-{row // 30}" if row % 7 else "" for row in range(rows)], "S"),
         }
-        with part_writer(folder / "s", shard, RECIPE) as writer:
+        with shard_writer(folder / "s", shard, RECIPE) as writer:
             writer.add(arrays)
         shards.append(shard)
-    return commit(folder / "s", RECIPE, shards, {"shards": [], "teacher": ""})
+    return commit(folder / "s", RECIPE, shards)
+
+
+def shards_of(store):
+    """What stands for the shards of a store."""
+    return [
+        Shard(
+            path=store.folder,
+            name=part.name[:-13],
+            split=part.split,
+            samples=part.rows,
+            sha256=part.tar_sha256,
+            **SHARD,
+        )
+        for part in store.parts
+    ]
+
+
+def build(store, *asked, **options):
+    """Index all shards of a store."""
+    return build_index(store, shards_of(store), *asked, **options)
+
+
+def file_of(store, suffix):
+    """A file of the index."""
+    (path,) = (store.folder / "index" / "teacher").glob(f"*{suffix}")
+    return path
 
 
 @pytest.fixture
@@ -72,7 +98,7 @@ def indexed(made, tmp_path_factory):
         folder = tmp_path_factory.mktemp("indexed") / "s"
         shutil.copytree(made.folder, folder)
         stores[kind] = Store(folder)
-        build_index(stores[kind], kind, ["train"], recall=0.9, seed=0)
+        build(stores[kind], kind, ["train"], recall=0.9, seed=0)
     return stores
 
 
@@ -87,10 +113,10 @@ def gallery(store):
 
 
 def test_flat_answers_are_those_of_brute_force(store):
-    document, new = build_index(store, "auto", ["train"], recall=0.99, seed=0)
-    assert new and (document["factory"], document["rows"], document["nprobe"]) == ("Flat", 280, 0)
-    assert document["recall_at_10"] == 1 and document["queries"] == "20 latents of val"
-    assert "exact search" in document["why"]
+    document, new = build(store, "auto", ["train"], recall=0.99, seed=0)
+    assert new and (document.factory, document.rows, document.nprobe) == ("Flat", 280, 0)
+    assert document.recall_at_10 == 1 and document.queries == "20 latents of val"
+    assert "exact search" in document.why
     searcher = Searcher(store)
     distances, positions = searcher.search(QUERIES, 7)
     assert (distances.dtype, positions.dtype) == (np.float32, np.int64)
@@ -110,12 +136,14 @@ def test_table_and_vectors_are_those_of_the_stored_rows(indexed, kind):
     assert len(searcher.table) == 280
     assert len({(entry["part"], entry["row"]) for entry in searcher.table}) == 280
     for entry in searcher.table:
-        part = store.parts[entry["part"]]
-        for name in ("key", "level", "slide"):
+        part = store.parts[searcher.parts[entry["part"]]]
+        for name in ("key", "label", "slide"):
             assert part.array(name)[entry["row"]] == entry[name]
     positions = np.array([279, 0, 17, 17, 140])
     entries = searcher.table[positions]
-    stored = np.stack([store.parts[entry["part"]].array("pooled")[entry["row"], 0] for entry in entries])
+    stored = np.stack(
+        [store.parts[searcher.parts[entry["part"]]].array("pooled")[entry["row"], 0] for entry in entries]
+    )
     np.testing.assert_allclose(searcher.vectors(positions), unit(stored), atol=0.02 if kind.endswith("8") else 1e-3)
     for wrong in ([280], [-1]):
         with pytest.raises(IndexError, match="positions are 0 to 279"):
@@ -123,7 +151,7 @@ def test_table_and_vectors_are_those_of_the_stored_rows(indexed, kind):
 
 
 def test_a_gallery_is_its_splits_only(store):
-    build_index(store, "auto", ["val"], recall=0.99, seed=0)
+    build(store, "auto", ["val"], recall=0.99, seed=0)
     searcher = Searcher(store)
     assert {bytes(key)[:1] for key in searcher.table["key"]} == {b"1"}
     distances, positions = searcher.search(QUERIES, 50)
@@ -132,8 +160,8 @@ def test_a_gallery_is_its_splits_only(store):
 
 
 def test_without_other_splits_the_queries_are_moved_latents(store):
-    document, _ = build_index(store, "auto", ["train", "val"], recall=0.99, seed=0)
-    assert document["queries"] == "300 latents of the gallery, moved by a tenth of their length"
+    document, _ = build(store, "auto", ["train", "val"], recall=0.99, seed=0)
+    assert document.queries == "300 latents of the gallery, moved by a tenth of their length"
 
 
 def keys_found(store, vectors=QUERIES):
@@ -142,13 +170,13 @@ def keys_found(store, vectors=QUERIES):
 
 
 def test_ivf_probes_until_it_reaches_the_recall(store):
-    few, _ = build_index(store, "IVF10,Flat", ["train"], recall=0.4, seed=0)
-    document, _ = build_index(store, "IVF10,Flat", ["train"], recall=1.0, seed=0)
-    assert document["recall_at_10"] == 1 and few["nprobe"] < document["nprobe"] <= 10
-    assert Searcher(store).index.nprobe == document["nprobe"]
+    few, _ = build(store, "IVF10,Flat", ["train"], recall=0.4, seed=0)
+    document, _ = build(store, "IVF10,Flat", ["train"], recall=1.0, seed=0)
+    assert document.recall_at_10 == 1 and few.nprobe < document.nprobe <= 10
+    assert Searcher(store).index.nprobe == document.nprobe
     held_out = store.parts[1].array("pooled")[:, 0]
     found = keys_found(store, held_out)
-    build_index(store, "Flat", ["train"], recall=0.99, seed=0)
+    build(store, "Flat", ["train"], recall=0.99, seed=0)
     assert overlap(keys_found(store, held_out), found) == 1
 
 
@@ -156,35 +184,35 @@ def test_an_index_below_the_recall_is_refused(store):
     with pytest.raises(
         DataError, match=r"IVF10,SQ8 reaches recall@10 0\.\d+ with all its cells, below latents.recall 1"
     ):
-        build_index(store, "IVF10,SQ8", ["train"], recall=1, seed=0)
-    assert problems(store) == [f"{store.folder / 'index'} holds no index: run lgd build-index"]
+        build(store, "IVF10,SQ8", ["train"], recall=1, seed=0)
+    assert problems(store) == [
+        f"{store.folder}/index/teacher/index.json is missing: there is no index; run lgd build-index"
+    ]
 
 
 @pytest.mark.parametrize("factory", ["Flatt", "IVF", "PQ8", "IVF10", "IVF0,Flat", "IVF10,PQ64x4fsr,RFlat", "Flat\n"])
 def test_a_factory_string_that_is_not_built_is_told(store, factory):
     with pytest.raises(DataError, match="latents.index '.*' is not built: use auto, Flat, or IVFn"):
-        build_index(store, factory, ["train"], recall=0.99, seed=0)
+        build(store, factory, ["train"], recall=0.99, seed=0)
 
 
 def test_more_cells_than_latents_are_told(store):
     with pytest.raises(DataError, match="'IVF1000,Flat' has more cells than there are latents .280.: use auto"):
-        build_index(store, "IVF1000,Flat", ["train"], recall=0.99, seed=0)
+        build(store, "IVF1000,Flat", ["train"], recall=0.99, seed=0)
 
 
 def test_many_empty_cells_are_no_fault(store):
     # More than half: FAISS then writes the others' sizes in another form.
     random = np.random.default_rng(0)
     alike = np.repeat(random.standard_normal((3, 16)), 20, axis=0).astype(np.float16)
-    shard = Shard(
-        path=store.folder, name="train-000009", split="train", samples=60, bytes=1, sha256="9" * 64, extensions={}
-    )
+    shard = Shard(path=store.folder, name="train-000009", split="train", samples=60, sha256="9" * 64, **SHARD)
     keys = np.array([f"{row:03d}" for row in range(60)], "S3")
-    arrays = {"pooled": alike[:, None], "key": keys, "level": np.zeros(60, np.int8), "slide": np.full(60, b"")}
-    with part_writer(store.folder, shard, RECIPE) as writer:
+    arrays = {"pooled": alike[:, None], "key": keys, "label": np.zeros(60, np.float32), "slide": np.full(60, b"")}
+    with shard_writer(store.folder, shard, RECIPE) as writer:
         writer.add(arrays)
-    few = commit(store.folder, RECIPE, [shard], {})
-    document, _ = build_index(few, "IVF40,SQfp16", ["train"], recall=0.01, seed=0)
-    assert problems(few) == [] and document["rows"] == 60
+    few = commit(store.folder, RECIPE, [shard], prune=True)
+    document, _ = build(few, "IVF40,SQfp16", ["train"], recall=0.01, seed=0)
+    assert problems(few) == [] and document.rows == 60
     assert (Searcher(few).search(alike[:1], 60)[1] >= 0).all()
 
 
@@ -236,7 +264,7 @@ def test_a_filter_loses_no_neighbours(opened, kind, k, share, seed):
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_more_neighbours_than_the_probed_cells_hold_are_found(opened, kind):
-    assert opened[kind].document["nprobe"] < 10
+    assert opened[kind].document.nprobe < 10
     assert all(sorted(row) == list(range(280)) for row in opened[kind].search(QUERIES, 280)[1].tolist())
 
 
@@ -244,14 +272,14 @@ def test_groups_and_workers_give_the_same_index(store, monkeypatch):
     digests = set()
     for rows, workers in ((10**6, 0), (1, 0), (1, 2)):
         monkeypatch.setattr(index, "_GROUP_ROWS", rows)
-        document, _ = build_index(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0, workers=workers)
-        digests.add(json.dumps(document["files"]))
-        (store.folder / "index" / "index.json").unlink()
+        document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0, workers=workers)
+        digests.add(f"{document.faiss} {document.table}")
+        (store.folder / "index" / "teacher" / "index.json").unlink()
     disconnect()
     # Ray gives the groups as they come.
     monkeypatch.setattr(index, "map_with", lambda make, groups, **_: map(make(), groups[::-1]))
-    document, _ = build_index(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)
-    assert digests == {json.dumps(document["files"])}
+    document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)
+    assert digests == {f"{document.faiss} {document.table}"}
 
 
 def test_a_store_at_a_url_is_indexed_and_searched_there(s3_server, store, indexed, tmp_path, monkeypatch):
@@ -261,14 +289,19 @@ def test_a_store_at_a_url_is_indexed_and_searched_there(s3_server, store, indexe
         if path.is_file():
             s3_server.upload_file(str(path), "index", f"s/{path.relative_to(store.folder)}")
     there = Store("s3://index/s")
-    assert problems(there) == ["s3://index/s/index holds no index: run lgd build-index"]
-    assert build_index(there, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)[1]
-    assert not build_index(there, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)[1]
+    assert problems(there) == [
+        "s3://index/s/index/teacher/index.json is missing: there is no index; run lgd build-index"
+    ]
+    assert build(there, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)[1]
+    assert not build(there, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)[1]
     assert keys_found(there).tolist() == keys_found(indexed["IVF10,SQfp16"]).tolist()
-    assert build_index(there, "Flat", ["train"], recall=0.9, seed=0)[1]
-    s3_server.put_object(Bucket="index", Key="s/index/faiss.index", Body=b"other")
+    assert build(there, "Flat", ["train"], recall=0.9, seed=0)[1]
+    names = [entry["Key"] for entry in s3_server.list_objects_v2(Bucket="index", Prefix="s/index/")["Contents"]]
+    assert len(names) == 3, "the files of the index before are gone"
+    (name,) = (name for name in names if name.endswith(".faiss"))
+    s3_server.put_object(Bucket="index", Key=name, Body=b"other")
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(DataError, match="faiss.index has 5 bytes instead of"):
+    with pytest.raises(DataError, match="faiss has 5 bytes instead of"):
         Searcher(there)
 
 
@@ -286,35 +319,69 @@ def test_exact_search_in_blocks_is_exact(store, monkeypatch):
 
 def test_an_empty_gallery_is_told(store):
     with pytest.raises(DataError, match="no split test to search, only train, val: set latents.gallery"):
-        build_index(store, "auto", ["test"], recall=0.99, seed=0)
+        build(store, "auto", ["test"], recall=0.99, seed=0)
 
 
 def test_the_same_index_is_reused_and_another_is_built(store):
-    assert build_index(store, "auto", ["train"], recall=0.99, seed=0)[1]
-    assert not build_index(store, "auto", ["train"], recall=0.99, seed=0)[1]
-    assert build_index(store, "auto", ["train", "val"], recall=0.99, seed=0)[1]
-    (store.folder / "index" / "keys.npy").unlink()
-    assert build_index(store, "auto", ["train", "val"], recall=0.99, seed=0)[1]
+    assert build(store, "auto", ["train"], recall=0.99, seed=0)[1]
+    assert not build(store, "auto", ["train"], recall=0.99, seed=0)[1]
+    assert build(store, "auto", ["train", "val"], recall=0.99, seed=0)[1]
+    file_of(store, ".npy").unlink()
+    assert build(store, "auto", ["train", "val"], recall=0.99, seed=0)[1]
     assert problems(store) == []
 
 
-def test_an_index_of_another_state_is_refused(store, made):
-    build_index(store, "auto", ["train"], recall=0.99, seed=0)
-    shards = [
-        Shard(path=store.folder, name=p.name[:-13], split="", samples=0, bytes=0, sha256=p.tar_sha256, extensions={})
-        for p in store.parts[:2]
-    ]
-    smaller = commit(store.folder, RECIPE, shards, {})
+def test_an_index_of_parts_that_are_gone_is_refused(store):
+    build(store, "auto", ["train"], recall=0.99, seed=0)
+    smaller = commit(store.folder, RECIPE, shards_of(store)[:2], prune=True)
     with pytest.raises(DataError, match="was built from another state of the store: run lgd build-index"):
         Searcher(smaller)
 
 
+def test_an_index_stays_when_the_store_grows(store, made):
+    build_index(store, shards_of(store)[2:], "auto", ["train"], recall=0.99, seed=0)
+    before = keys_found(store)
+    smaller = commit(store.folder, RECIPE, shards_of(store)[1:], prune=True)
+    assert keys_found(smaller).tolist() == before.tolist()
+    with shard_writer(store.folder, shards_of(made)[0], RECIPE) as writer:
+        names = ("pooled", "key", "label", "slide")
+        writer.add({name: np.array(made.parts[0].array(name)) for name in names})
+    grown = commit(store.folder, RECIPE, shards_of(made)[:1])
+    assert [part.split for part in grown.parts] == ["val", "train", "train"]
+    assert keys_found(grown).tolist() == before.tolist()
+
+
+def test_an_index_can_be_read_while_it_is_replaced(store):
+    """Readers in threads meet the old index or the new one, never a mixture or a gap."""
+    build(store, "Flat", ["train"], recall=0.9, seed=0)
+    kinds, ended, wrong = [], threading.Event(), []
+
+    def read():
+        while not ended.is_set():
+            try:
+                searcher = Searcher(Store(store.folder))
+                searcher.search(QUERIES, 5)
+                kinds.append(searcher.document.factory)
+            except Exception as error:
+                wrong.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for number in range(12):
+        build(store, ("IVF10,SQfp16", "Flat")[number % 2], ["train"], recall=0.9, seed=0)
+    ended.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong and len(set(kinds)) == 2, (wrong, kinds)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", ["Flat", "IVF10,SQfp16"])
-@pytest.mark.parametrize("name", ["faiss.index", "keys.npy"])
-def test_a_flipped_bit_or_a_lost_byte_is_refused_before_faiss_reads(indexed, kind, name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("suffix", [".faiss", ".npy"])
+def test_a_flipped_bit_or_a_lost_byte_is_refused_before_faiss_reads(indexed, kind, suffix, tmp_path, monkeypatch):
     store = copied(indexed[kind], tmp_path)
-    path = store.folder / "index" / name
+    path = file_of(store, suffix)
     content = bytearray(path.read_bytes())
 
     def no_faiss():
@@ -324,18 +391,18 @@ def test_a_flipped_bit_or_a_lost_byte_is_refused_before_faiss_reads(indexed, kin
     content[len(content) // 2] ^= 4
     for wrong in (content, content[:-1], b""):
         path.write_bytes(wrong)
-        with pytest.raises(DataError, match=f"{name} does not match its digest: run lgd build-index"):
+        with pytest.raises(DataError, match=f"{path.name} does not match its digest: run lgd build-index"):
             Searcher(store)
         assert len(problems(store)) == 1
     path.unlink()
-    with pytest.raises(DataError, match=f"{name} is missing: run lgd build-index"):
+    with pytest.raises(DataError, match="lacks a file that index.json names.*run lgd build-index"):
         Searcher(store)
 
 
 @pytest.mark.faults
 def test_every_flipped_bit_of_the_document_is_noticed(indexed, tmp_path):
     store = copied(indexed["IVF10,SQfp16"], tmp_path)
-    path = store.folder / "index" / "index.json"
+    path = store.folder / "index" / "teacher" / "index.json"
     content, document = path.read_bytes(), read_json(path)
     for bit in range(0, 8 * len(content), 7):
         wrong = bytearray(content)
@@ -351,16 +418,15 @@ def copied(store, tmp_path):
     return Store(tmp_path / "copy")
 
 
-def forge(store, name, content, **changes):
+def forge(store, suffix, content, **changes):
     """Write a file of the index, or change index.json, and make all digests right again."""
-    folder = store.folder / "index"
-    if name:
-        (folder / name).write_bytes(content)
+    folder = store.folder / "index" / "teacher"
     document = {key: value for key, value in read_json(folder / "index.json").items() if key != "digest"} | changes
-    document["files"] = {
-        file: {"bytes": (folder / file).stat().st_size, "xxh3": xxh3(io.BytesIO((folder / file).read_bytes()))}
-        for file in ("faiss.index", "keys.npy")
-    }
+    if suffix:
+        file_of(store, suffix).unlink()
+        digest = xxh3(io.BytesIO(content))
+        (folder / f"{digest}{suffix}").write_bytes(content)
+        document["faiss" if suffix == ".faiss" else "table"] = {"bytes": len(content), "xxh3": digest}
     write_json(folder / "index.json", document | {"digest": digest_of(document)})
 
 
@@ -380,7 +446,11 @@ def forge(store, name, content, **changes):
         {"factory": "Flat"},
         {"factory": "PQ8"},
         {"factory": None},
-        {"format": "lgd-index/1"},
+        {"format": "lgd-index/2"},
+        {"parts": []},
+        {"parts": ["../x"]},
+        {"faiss": {"bytes": 1, "xxh3": "../victim/x"}},
+        {"recall_at_10": float("nan")},
     ],
 )
 def test_a_forged_document_is_refused(indexed, changes, tmp_path):
@@ -394,18 +464,18 @@ def test_a_forged_document_is_refused(indexed, changes, tmp_path):
 @pytest.mark.faults
 def test_a_forged_table_is_refused(indexed, tmp_path):
     store = copied(indexed["Flat"], tmp_path)
-    path = store.folder / "index" / "keys.npy"
-    table = np.load(path)
+    table = np.load(file_of(store, ".npy"))
     wrong = {name: table.copy() for name in ("part", "row")}
     wrong["part"]["part"][5] = 3
     wrong["row"]["row"][-1] = 150
     for array in (*wrong.values(), table[:-1], table["row"], np.array([{}], object)):
-        np.save(path, array, allow_pickle=True)
-        forge(store, "", b"")
-        with pytest.raises(DataError, match=r"keys.npy is not the index that index.json describes"):
+        content = io.BytesIO()
+        np.save(content, array, allow_pickle=True)
+        forge(store, ".npy", content.getvalue())
+        with pytest.raises(DataError, match=r"npy is not the index that index.json describes"):
             Searcher(store)
-    for content in (b"PK\x03\x04", b"", b"\x93NUMPY\x01\x00\xff\xff{"):
-        forge(store, "keys.npy", content)
+    for content in (b"PK\x03\x04", b"\x93NUMPY\x01\x00\xff\xff{"):
+        forge(store, ".npy", content)
         with pytest.raises(DataError, match="run lgd build-index"):
             Searcher(store)
 
@@ -418,10 +488,9 @@ from lgd.files import digest_of, read_json, write_json, xxh3
 from lgd.store.latents import Store
 from lgd.store.search import Searcher
 sys.path.insert(0, sys.argv[1])
-from test_index import QUERIES, forge
+from test_index import QUERIES, file_of, forge
 store, faults, seed = Store(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-path = store.folder / "index" / "faiss.index"
-content, random = path.read_bytes(), np.random.default_rng(seed)
+content, random = file_of(store, ".faiss").read_bytes(), np.random.default_rng(seed)
 refused = answered = 0
 for number in range(faults):
     wrong = bytearray(content)
@@ -431,7 +500,7 @@ for number in range(faults):
         wrong = wrong[:at] + bytes(int(random.integers(0, 2)) * len(wrong))
     else:
         wrong[at % len(wrong)] ^= 1 << int(random.integers(0, 8))
-    forge(store, path.name, wrong)
+    forge(store, ".faiss", bytes(wrong))
     try:
         searcher = Searcher(store)
     except DataError:
@@ -460,10 +529,10 @@ def test_a_forged_index_is_refused_or_harmless(indexed, kind, tmp_path, fault_co
 
 
 def test_an_opened_index_outlives_its_files(store):
-    build_index(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)
+    build(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)
     searcher = Searcher(store)
     before = searcher.search(QUERIES, 10)
-    build_index(store, "Flat", ["val"], recall=0.9, seed=0)
+    build(store, "Flat", ["val"], recall=0.9, seed=0)
     shutil.rmtree(store.folder)
     for array, other in zip(before, searcher.search(QUERIES, 10), strict=True):
         assert np.array_equal(array, other)

@@ -5,16 +5,24 @@ import shutil
 import h5py
 import numpy as np
 import pytest
+from filling import RECIPE
 
 from lgd.data.archive import Shard
 from lgd.errors import DataError
 from lgd.files import digest_of, write_json
-from lgd.store.latents import Rows, Store, commit, read_all
+from lgd.store import parts
+from lgd.store.latents import PATCHES, TEACHER, Rows, Store, commit, read_all
 from lgd.store.sidecar import is_complete, part_name
-from lgd.store.writer import part_writer
+from lgd.store.writer import shard_writer
 
-RECIPE = {"teacher": "a" * 64, "size": 64, "encoder": {"name": "resnet10"}, "views": 1}
-SOURCES = {"shards": [], "teacher": ""}
+
+def recipe_with(**changes):
+    """The recipe with another teacher's."""
+    return RECIPE.model_copy(update={"teacher": RECIPE.teacher.model_copy(update=changes)})
+
+
+def complete(folder, shard, recipe=RECIPE):
+    return [is_complete(folder, layer, shard, recipe) for layer in (PATCHES, TEACHER)]
 
 
 def shard(tmp_path, number=0, samples=3, sha="b" * 64):
@@ -26,7 +34,9 @@ def shard(tmp_path, number=0, samples=3, sha="b" * 64):
         samples=samples,
         bytes=1,
         sha256=sha,
+        idx_sha256="0" * 64,
         extensions={"json": "json", "he": "png", "ihc": "png"},
+        labels=4,
     )
 
 
@@ -35,7 +45,7 @@ def arrays(samples=3, seed=0):
     return {
         "pooled": random.standard_normal((samples, 1, 5)).astype(np.float16),
         "map": random.standard_normal((samples, 1, 5, 2, 2)).astype(np.float16),
-        "level": np.array([0, -1, 3], np.int8)[:samples],
+        "label": np.array([0, 2, 3], np.float32)[:samples],
         "key": np.array([b"a", b"bcd", b"ef"])[:samples],
     }
 
@@ -45,11 +55,11 @@ def store(tmp_path):
     shards = [shard(tmp_path), shard(tmp_path, 1, sha="c" * 64)]
     for number, one in enumerate(shards):
         write_part(tmp_path / "store", one, arrays(seed=number))
-    return commit(tmp_path / "store", RECIPE, shards, SOURCES)
+    return commit(tmp_path / "store", RECIPE, shards)
 
 
 def write_part(folder, shard, arrays):
-    with part_writer(folder, shard, RECIPE) as writer:
+    with shard_writer(folder, shard, RECIPE) as writer:
         writer.add(arrays)
 
 
@@ -88,38 +98,56 @@ def test_maps_are_read_only(store):
 
 
 def test_the_sidecar_agrees_with_hdf5(store):
-    for part in store.parts:
-        datasets = part.sidecar()["datasets"]
-        with h5py.File(part.path) as file:
+    pairs = [(part, one) for part in store.parts for one in part.files.values()]
+    for part, one in pairs:
+        datasets = one.sidecar().datasets
+        with h5py.File(one.path) as file:
             assert set(file) == set(datasets)
             for name, entry in datasets.items():
                 dataset = file[name]
                 assert dataset.chunks is None and dataset.compression is None
-                assert dataset.id.get_offset() == entry["offset"] and list(dataset.shape) == entry["shape"]
+                assert dataset.id.get_offset() == entry.offset and dataset.shape == entry.shape
                 assert np.array_equal(dataset[:], part.array(name))
 
 
+def test_who_reads_pooled_latents_reads_nothing_else(store, monkeypatch):
+    """Bytes whose digest is taken, which is all that the reader itself reads."""
+    read = []
+    digest = parts.xxhash.xxh3_128_hexdigest
+    monkeypatch.setattr(
+        parts.xxhash, "xxh3_128_hexdigest", lambda content: read.append(len(content)) or digest(content)
+    )
+    pooled = read_all(Store(store.folder).parts, "pooled")
+    assert sum(read) == pooled.nbytes
+
+
 def test_another_recipe_is_refused_field_by_field(store):
-    other = RECIPE | {"teacher": "f" * 64, "views": 8, "dtype": "float16"}
+    other = recipe_with(weights_sha256="f" * 64, views=8, dtype="float32")
     with pytest.raises(DataError) as caught:
         Store(store.folder, other)
     message = str(caught.value)
-    assert f"  teacher: {'a' * 64} in the store, {'f' * 64} asked for" in message
-    assert "  views: 1 in the store, 8 asked for" in message
-    assert "  dtype: None in the store, float16 asked for" in message
+    assert f"  teacher.weights_sha256: {'a' * 64} in the store, {'f' * 64} asked for" in message
+    assert "  teacher.views: 1 in the store, 8 asked for" in message
+    assert "  teacher.dtype: float16 in the store, float32 asked for" in message
     assert "size:" not in message and "latents.dir" in message
-    assert Store(store.folder, dict(RECIPE)).rows == 6
+    assert Store(store.folder, RECIPE).rows == 6
 
 
-@pytest.mark.parametrize("place", [0, 700, -1])
+@pytest.mark.parametrize("name", ["label", "key", "pooled", "map"])
 @pytest.mark.faults
-def test_a_flipped_bit_is_found_at_first_use_and_by_verify(store, place):
-    flip_bit(store.parts[1].path, place)
+def test_a_flipped_bit_is_found_at_first_use_and_by_verify(store, name):
+    file = store.parts[1].files[TEACHER if name in ("pooled", "map") else PATCHES]
+    flip_bit(file.path, file.sidecar().datasets[name].offset)
     opened = Store(store.folder)
     assert np.array_equal(opened.parts[0].array("key"), arrays()["key"])
-    with pytest.raises(DataError, match=r"train-000001-c+\.h5 does not match its digest: delete it and run"):
-        opened.parts[1].array("level")
+    with pytest.raises(DataError, match=rf"train-000001-c+\.h5 does not match its digest .dataset {name}.: delete it"):
+        opened.parts[1].array(name)
     assert [problem for problem in opened.verify() if "train-000001" in problem]
+
+
+def test_a_flipped_bit_between_the_datasets_is_found_by_verify(store):
+    flip_bit(store.parts[1].path, 0)
+    assert [problem for problem in Store(store.folder).verify() if "train-000001" in problem]
 
 
 @pytest.mark.faults
@@ -129,7 +157,7 @@ def test_a_truncated_part_is_found(store):
     os.truncate(path, size - 1)
     opened = Store(store.folder)
     with pytest.raises(DataError, match=f"has {size - 1} bytes and not {size}"):
-        opened.parts[0].array("level")
+        opened.parts[0].array("label")
     path.unlink()
     assert f"part {path} is missing: run lgd cache-latents again" in opened.verify()
 
@@ -146,10 +174,10 @@ def test_a_tampered_store_json_is_refused(store):
     path = store.folder / "store.json"
     whole = path.read_text()
     path.write_text(whole.replace('"rows": 3', '"rows": 2', 1))
-    with pytest.raises(DataError, match=r"store\.json cannot be used .it does not match its own digest.: delete it"):
+    with pytest.raises(DataError, match=r"store\.json: its digest is not that of its content.*: delete it"):
         Store(store.folder)
     path.write_text(whole)
-    rewrite(path, lambda document: document["parts"][0].update(digest="0" * 64))
+    rewrite(path, lambda document: document["patches"]["parts"].__setitem__(0, "0" * 64))
     problems = Store(store.folder).verify()
     assert len(problems) == 1 and "train-000000" in problems[0] and "is not the one of store.json" in problems[0]
 
@@ -159,44 +187,58 @@ def test_a_tampered_store_json_is_refused(store):
     [
         (lambda d: d["datasets"]["pooled"].update(offset=d["bytes"]), "dataset 'pooled' of shape .* does not fit"),
         (lambda d: d["datasets"]["pooled"].update(offset=d["datasets"]["map"]["offset"]), "datasets overlap"),
-        (lambda d: d["datasets"]["pooled"].update(offset=-8), "dataset 'pooled' is"),
-        (lambda d: d["datasets"]["pooled"].update(shape=[3, 2**40, 2]), "rows of shape"),
+        (lambda d: d["datasets"]["pooled"].update(offset=-8), "field 'datasets.pooled.offset'"),
+        (lambda d: d["datasets"]["pooled"].update(shape=[3, 2**40, 2]), "field 'datasets.pooled.shape.1'"),
         (lambda d: d["datasets"]["pooled"].update(shape=[3, 2**30, 2**20]), "does not fit the part"),
-        (lambda d: d["datasets"]["pooled"].update(dtype="|O"), "dataset 'pooled' is"),
+        (lambda d: d["datasets"]["pooled"].update(dtype="|O"), "field 'datasets.pooled.dtype'"),
         (lambda d: d["datasets"].pop("key"), "no dataset key"),
         (lambda d: d.update(rows=2), "does not fit"),
-        (lambda d: d.update(name="../train-000000"), "it is of part '../train"),
-        (lambda d: d.update(datasets=[]), "cannot be used"),
+        (lambda d: d.update(name="../train-000000"), "field 'name'"),
+        (lambda d: d.update(name="train-000000"), "is of part train-000000 of teacher"),
+        (lambda d: d.update(layer="patches"), "of patches"),
+        (lambda d: d.update(datasets=[]), "field 'datasets'"),
         (lambda d: d["datasets"]["pooled"].update(shape=[3, 1, 4]), "states other datasets than store.json"),
-        (lambda d: d["datasets"]["pooled"].update(offset=d["datasets"]["pooled"]["offset"] - 2), "HDF5 finds other"),
+        (
+            lambda d: d["datasets"]["pooled"].update(offset=d["datasets"]["pooled"]["offset"] - 2),
+            "does not match its digest .dataset pooled",
+        ),
     ],
 )
 def test_a_forged_sidecar_is_refused(store, change, told):
     """Sidecar and store.json agree with each other and with their digests."""
-    sidecar = rewrite(store.parts[0].path.with_suffix(".json"), change)
-    rewrite(store.folder / "store.json", lambda document: document["parts"][0].update(digest=sidecar["digest"]))
+    sidecar = rewrite(store.parts[0].files[TEACHER].path.with_suffix(".json"), change)
+
+    def agree(document):
+        document["teachers"][TEACHER]["parts"][0] = sidecar["digest"]
+
+    rewrite(store.folder / "store.json", agree)
     part = Store(store.folder).parts[0]
     with pytest.raises(DataError, match=told):
-        part.array("key")
+        part.array("pooled")
     assert len(Store(store.folder).verify()) == 1
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda d: d["parts"][0].update(name="../../etc/passwd"),
-        lambda d: d["parts"][0].update(rows=-3),
-        lambda d: d["parts"][0].update(digest=3),
-        lambda d: d["parts"].append(7),
-        lambda d: d.update(parts=None),
-        lambda d: d["datasets"]["pooled"].update(dtype="|O"),
-        lambda d: d["datasets"]["pooled"].update(shape=[2**60]),
-        lambda d: d.pop("recipe"),
+        lambda d: d["entries"][0].update(name="../../etc/passwd"),
+        lambda d: d["entries"][0].update(rows=-3),
+        lambda d: d["entries"].append(d["entries"][0]),
+        lambda d: d["entries"].append(7),
+        lambda d: d.update(entries=[]),
+        lambda d: d["patches"]["parts"].__setitem__(0, 3),
+        lambda d: d["patches"]["parts"].pop(),
+        lambda d: d["patches"].update(parts=None),
+        lambda d: d["teachers"]["teacher"]["datasets"]["pooled"].update(dtype="|O"),
+        lambda d: d["teachers"]["teacher"]["datasets"]["pooled"].update(shape=[2**60]),
+        lambda d: d["teachers"]["teacher"].pop("recipe"),
+        lambda d: d["teachers"].update({"../x": d["teachers"].pop("teacher")}),
+        lambda d: d["teachers"].update(patches=d["teachers"]["teacher"]),
     ],
 )
 def test_a_forged_store_json_is_refused(store, change):
     rewrite(store.folder / "store.json", change)
-    with pytest.raises(DataError, match=r"store\.json cannot be used .*: delete it"):
+    with pytest.raises(DataError, match=r"store\.json: .*: delete it"):
         Store(store.folder)
 
 
@@ -207,14 +249,14 @@ def test_a_missing_dataset_is_named(store):
 
 def test_a_part_counts_only_with_its_file_recipe_and_tar(store, tmp_path):
     one = shard(tmp_path)
-    assert is_complete(store.folder, one, RECIPE)
-    assert not is_complete(store.folder, one, RECIPE | {"views": 8})
-    assert not is_complete(store.folder, shard(tmp_path, sha="d" * 64), RECIPE)
-    path = store.folder / "parts" / f"{part_name(one)}.h5"
+    assert complete(store.folder, one) == [True, True]
+    assert complete(store.folder, one, recipe_with(views=8)) == [True, False]
+    assert complete(store.folder, shard(tmp_path, sha="d" * 64)) == [False, False]
+    path = store.folder / "parts" / TEACHER / f"{part_name(one)}.h5"
     os.truncate(path, path.stat().st_size - 1)
-    assert not is_complete(store.folder, one, RECIPE)
+    assert complete(store.folder, one) == [True, False]
     path.unlink()
-    assert not is_complete(store.folder, one, RECIPE)
+    assert complete(store.folder, one) == [True, False]
 
 
 @pytest.mark.faults
@@ -225,17 +267,29 @@ def test_a_killed_write_leaves_no_part(tmp_path, monkeypatch):
     monkeypatch.setattr(h5py.File, "flush", broken)
     with pytest.raises(RuntimeError, match="killed"):
         write_part(tmp_path / "store", shard(tmp_path), arrays())
-    assert list((tmp_path / "store" / "parts").iterdir()) == []
-    assert not is_complete(tmp_path / "store", shard(tmp_path), RECIPE)
+    assert not [path for path in (tmp_path / "store" / "parts").rglob("*") if path.is_file()]
+    assert complete(tmp_path / "store", shard(tmp_path)) == [False, False]
 
 
-def test_commit_removes_what_no_shard_has(store, tmp_path):
+def test_a_store_only_grows(store, tmp_path):
+    mine = [shard(tmp_path), shard(tmp_path, 1, sha="c" * 64)]
+    before, digest = [part.name for part in store.parts], store.digest_of(mine)
+    write_part(store.folder, shard(tmp_path, 2, sha="d" * 64), arrays())
+    grown = commit(store.folder, RECIPE, [shard(tmp_path, 2, sha="d" * 64)])
+    assert [part.name for part in grown.parts][:2] == before and grown.rows == 9 and grown.verify() == []
+    assert grown.digest != store.digest and grown.digest_of(mine) == digest
+    assert commit(store.folder, RECIPE, mine).digest == grown.digest
+
+
+def test_what_no_shard_of_the_run_has_is_removed_when_asked(store, tmp_path):
     write_part(store.folder, shard(tmp_path, 2), arrays())
-    (store.folder / "parts" / ".train-000000.h5.1.tmp").write_bytes(b"half")
-    left = commit(store.folder, RECIPE, [shard(tmp_path)], SOURCES)
+    (store.folder / "parts" / PATCHES / ".train-000000.h5.1.tmp").write_bytes(b"half")
+    left = commit(store.folder, RECIPE, [shard(tmp_path)], prune=True)
     assert left.rows == 3 and left.digest != store.digest
     stem = part_name(shard(tmp_path))
-    assert sorted(p.name for p in (store.folder / "parts").iterdir()) == [f"{stem}.h5", f"{stem}.json"]
+    for layer in (PATCHES, TEACHER):
+        names = sorted(path.name for path in (store.folder / "parts" / layer).iterdir())
+        assert names == [f"{stem}.h5", f"{stem}.json"]
 
 
 def test_parts_of_shards_come_in_their_order(store, tmp_path):
@@ -246,9 +300,9 @@ def test_parts_of_shards_come_in_their_order(store, tmp_path):
 
 
 def test_folders_without_a_store_are_refused(tmp_path, store):
-    with pytest.raises(DataError, match=r"no finished feature store .*store\.json is missing"):
+    with pytest.raises(DataError, match=r"store\.json is missing: it is no finished feature store; run lgd"):
         Store(tmp_path)
     shutil.copytree(store.folder, tmp_path / "other")
     (tmp_path / "other" / "store.json").write_text('{"format": "something/9"}')
-    with pytest.raises(DataError, match="format lgd-latents/1"):
+    with pytest.raises(DataError, match="it should be lgd-latents/2"):
         Store(tmp_path / "other")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filling import contents_of
 
 from lgd.cli import main
 from lgd.errors import DataError
@@ -49,33 +50,32 @@ def test_a_store_in_a_bucket_is_the_local_one(remote, small_parts, s3, copies):
     rows = Rows(store.parts_of(shards)).read(list(range(len(shards))), [0] * len(shards), keys)
     assert rows["pooled"].shape[0] == len(shards)
     # Read through copies, checked when they were taken.
-    assert len(list(copies.glob("*.h5"))) == len(store.parts)
-    assert {path.name for path in (Path(local.folder) / "parts").iterdir()} == {
-        name.rpartition("/")[2] for name in names(s3) if "/parts/" in name
-    }
+    assert len(list(copies.glob("*.h5"))) == 2 * len(store.parts)
+    there = {name.partition("/parts/")[2] for name in names(s3) if "/parts/" in name}
+    assert set(contents_of(Path(local.folder))) == there
 
 
-def test_caching_into_a_bucket_goes_on_by_parts_and_removes_the_parts_of_no_shard(remote, change, s3):
+def test_caching_into_a_bucket_goes_on_by_parts_and_removes_others_when_asked(remote, change, s3):
     shards = all_shards(remote)
     assert cache_latents(remote, shards, workers=0)[1] == 0
     victim = sorted(name for name in names(s3) if name.endswith(".json") and "/parts/" in name)[3]
     s3.delete_object(Bucket="stores", Key=victim)
     assert cache_latents(remote, shards, workers=0)[1] == 1
-    fewer, computed = cache_latents(remote, shards[:-2], workers=0)
-    assert computed == 0 and len(fewer.parts) == len(shards) - 2
-    assert sum("/parts/" in name for name in names(s3)) == 2 * len(fewer.parts)
+    fewer, computed, pruned = cache_latents(remote, shards[:-2], workers=0, prune=True)
+    assert (computed, pruned) == (0, 2) and len(fewer.parts) == len(shards) - 2
+    assert sum("/parts/" in name for name in names(s3)) == 4 * len(fewer.parts)
     assert cache_latents(remote, shards, workers=0)[1] == 2
 
 
 def test_another_recipe_is_refused_there_too(remote, change):
-    with pytest.raises(DataError, match="map: 2 in the store, 4 asked for"):
+    with pytest.raises(DataError, match="teacher.map: 2 in the store, 4 asked for"):
         cache_latents(change(remote, latents={"map": 4}), all_shards(remote), workers=0)
 
 
 @pytest.mark.faults
 def test_a_damaged_object_is_named_and_never_kept(remote, s3, copies, capsys):
     part = Store(URL).parts[2]
-    key = f"latents/parts/{part.name}.h5"
+    key = f"latents/parts/teacher/{part.name}.h5"
     whole = s3.get_object(Bucket="stores", Key=key)["Body"].read()
     s3.put_object(Bucket="stores", Key=key, Body=whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
@@ -95,5 +95,5 @@ def test_a_damaged_object_is_named_and_never_kept(remote, s3, copies, capsys):
 
 
 def test_what_is_no_store_is_told(s3, remote):
-    with pytest.raises(DataError, match=r"s3://stores/nothing holds no finished feature store"):
+    with pytest.raises(DataError, match=r"s3://stores/nothing/store.json is missing: it is no finished feature store"):
         Store("s3://stores/nothing")

@@ -113,12 +113,13 @@ def test_a_damaged_one_is_refused_and_named(tmp_path, file):
 
 
 @pytest.mark.parametrize(
-    "state", [{"format": "other/1"}, [], {"format": checkpoint.FORMAT}, {"format": checkpoint.FORMAT, "xxh3": 3}]
+    "state",
+    [{"format": "other/1"}, [], {"format": checkpoint.State.FORMAT}, {"format": checkpoint.State.FORMAT, "xxh3": 3}],
 )
 def test_a_strange_state_is_refused(tmp_path, state):
     path = save(tmp_path, some(1), keep=2)
     (path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(DataError, match=r"state\.json is not a checkpoint of format lgd-checkpoint/1"):
+    with pytest.raises(DataError, match=r"state\.json: .*: delete the folder to go on from an older one"):
         load(path, RUN)
 
 

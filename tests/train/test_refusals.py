@@ -22,7 +22,7 @@ from lgd.errors import DataError
 from lgd.files import read_json
 from lgd.pipeline import all_shards
 from lgd.store.latents import Store, commit
-from lgd.store.writer import part_writer
+from lgd.store.writer import shard_writer
 from lgd.train import checkpoint
 from lgd.train.engine import make_engine
 
@@ -274,9 +274,9 @@ def cut_rows(source: Store, shards, folder: Path) -> None:
     """The same store less the last row of each part, with digests that are all right."""
     short = [dataclasses.replace(shard, samples=shard.samples - 1) for shard in shards]
     for shard, part in zip(short, source.parts_of(shards), strict=True):
-        with part_writer(folder, shard, source.recipe) as writer:
-            writer.add({name: part.array(name)[:-1] for name in source.document["datasets"]})
-    commit(folder, source.recipe, short, source.document["sources"])
+        with shard_writer(folder, shard, source.recipe) as writer:
+            writer.add({name: part.array(name)[:-1] for name in part.layout})
+    commit(folder, source.recipe, short)
 
 
 def test_a_store_that_lacks_rows_of_its_shards_is_refused(train, folder, tissue_run, tmp_path):
