@@ -53,8 +53,12 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
     folder, recipe = place(config.latents.dir), recipe_of(config)
     if not prune and (store := _whole(folder, recipe, shards)):
         return Cached(store, 0, 0)
+    before: set[str] = set()
+    if exists(folder / "store.json"):
+        before = {part.name for part in Store(folder, recipe).parts}
+    else:
+        _require_own(folder)
     with contextlib.nullcontext() if is_remote(folder) else exclusive(folder, "caching"):
-        before = len(Store(folder, recipe).parts) if exists(folder / "store.json") else _require_own(folder)
         missing = _missing(folder, recipe, shards)
         _fill(config, recipe, missing, workers)
         store = commit(
@@ -66,7 +70,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
             versions={name: importlib.metadata.version(name) for name in ("torch", "transformers")},
             prune=prune,
         )
-        return Cached(store, len(missing), max(0, before + len(missing) - len(store.parts)))
+        return Cached(store, len(missing), len(before - {part.name for part in store.parts}))
 
 
 def _whole(folder: Path, recipe: Recipe, shards: Sequence[Shard]) -> Store | None:
@@ -78,15 +82,14 @@ def _whole(folder: Path, recipe: Recipe, shards: Sequence[Shard]) -> Store | Non
     return store if there >= {shard.sha256 for shard in shards} and not _missing(folder, recipe, shards) else None
 
 
-def _require_own(folder: Path) -> int:
-    """Raise `DataError` for a folder that holds what is of no store; else its parts, none."""
+def _require_own(folder: Path) -> None:
+    """Raise `DataError` for a folder that holds what is of no store."""
     # A killed `publish` leaves its temporary file.
     foreign = [name for name in list_folder(folder) if name not in _OURS and not name.endswith(".tmp")]
     if foreign:
         raise DataError(
             f"{folder} holds something else than a feature store ({foreign[0]}): name another folder as latents.dir"
         )
-    return 0
 
 
 def _missing(folder: Path, recipe: Recipe, shards: Sequence[Shard]) -> list[Shard]:

@@ -110,6 +110,10 @@ class Store:
     def verify(self, tell: Any = None) -> list[str]:
         """Every problem of the store's parts, and files that are none; `tell(rows)` hears of each part that is done."""
         problems = []
+        try:
+            SourcesDocument.read(self.folder / "sources.json")
+        except DataError as error:
+            problems.append(str(error))
         for part in self.parts:
             problems += part.problems()
             if tell:
@@ -158,17 +162,13 @@ def commit(
     }
     SourcesDocument(shards=tuple(sorted(set(folders))), teachers={TEACHER: teacher}).write(folder / "sources.json")
     as_document(recipe, sidecars, versions or {}).write(folder / "store.json")
-    if prune:
-        _prune(folder, set(ordered))
-    return Store(folder)
-
-
-def _prune(folder: Path, names: set[str]) -> None:
-    known = {f"{name}{suffix}" for name in names for suffix in (".h5", ".json")}
+    known = {f"{name}{suffix}" for name in ordered for suffix in (".h5", ".json")}
     for layer in (PATCHES, TEACHER):
         for name in list_folder(folder / "parts" / layer):
-            if name not in known:
+            # The caller holds the store's lock: what a killed `publish` left is nobody's.
+            if name.endswith(".tmp") or (prune and name not in known):
                 remove(folder / "parts" / layer / name)
+    return Store(folder)
 
 
 def check_recipe(path: Path, there: Recipe, asked: Recipe) -> None:

@@ -115,7 +115,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         load_student(tmp_path)
     model = student("he-only")
     save_model(tmp_path, model.state_dict(), described(model))
-    with pytest.raises(DataError, match="config.json: field .encoder.: Field required"):
+    with pytest.raises(DataError, match="config.json: field .kind.: should be .teacher."):
         load_teacher(tmp_path)
 
 

@@ -10,7 +10,6 @@ from lgd.cli import main
 from lgd.data.manifest import open_shards
 from lgd.data.shards import ShardOptions, build
 from lgd.errors import ConfigError, DataError
-from lgd.files import digest_of, write_json
 from lgd.store.cache import cache_latents
 from lgd.store.export import ExportOptions, Patch, export, file_name, places
 from lgd.store.latents import Store
@@ -143,10 +142,8 @@ def test_mistakes_are_told(tissue_run, tmp_path):
         export(ExportOptions(**options, split="train,trian"))
     assert not (tmp_path / "out").exists()
     shutil.copytree(tissue_run.latents.dir, tmp_path / "moved")
-    document = json.loads((tmp_path / "moved" / "store.json").read_text())
-    document["sources"]["shards"] = [str(tmp_path / "gone")]
-    del document["digest"]
-    write_json(tmp_path / "moved" / "store.json", document | {"digest": digest_of(document)})
+    sources = Store(tmp_path / "moved").sources.model_copy(update={"shards": (str(tmp_path / "gone"),)})
+    sources.write(tmp_path / "moved" / "sources.json")
     options["store"] = str(tmp_path / "moved")
     with pytest.raises(DataError, match=r"were in .*gone, which is gone: put them back"):
         export(ExportOptions(**options))
