@@ -5,7 +5,8 @@ Everything lies in one temporary folder, which the caller removes.
 
 import functools
 import multiprocessing
-import shutil
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import simplejpeg
 from lgd.bench.measure import Settings
 from lgd.config import LEVEL_NAMES
 from lgd.data.archive import Shard, read_sample
-from lgd.data.image import header
+from lgd.data.image import header, kind
 from lgd.data.pairs import PatchPair, find_pairs
 from lgd.data.sections import draw_pair
 from lgd.data.shards import ShardOptions, build, open_shards
@@ -50,15 +51,15 @@ class Inputs:
 
     @functools.cached_property
     def files(self) -> Path:
-        """A folder in BCI's layout with `pairs` pairs, which are copies of the distinct ones under other keys."""
+        """A folder in BCI's layout with `pairs` pairs: the distinct ones under other keys, each with a comment."""
         root = self.folder / "files"
         for role in ("HE", "IHC"):
             (root / role / "train").mkdir(parents=True)
         for number in range(self.settings.pairs):
             pair = self.pairs[number % len(self.pairs)]
             name = f"{number:05d}_train_{LEVEL_NAMES[pair.label or 0]}.png"
-            shutil.copyfile(pair.he, root / "HE" / "train" / name)
-            shutil.copyfile(pair.ihc, root / "IHC" / "train" / name)
+            for role, path in (("HE", pair.he), ("IHC", pair.ihc)):
+                (root / role / "train" / name).write_bytes(_with_comment(path.read_bytes(), number))
         return root
 
     @functools.cached_property
@@ -90,6 +91,19 @@ class Inputs:
             "pixels": sorted({f"{found.width}x{found.height}" for found in headers}),
             "bytes": {"mean": sum(sizes) / len(sizes), "least": min(sizes), "most": max(sizes)},
         }
+
+
+def _with_comment(content: bytes, number: int) -> bytes:
+    """An image file of the same pixels and other bytes: a shard set takes no file twice."""
+    comment = b"%08d" % number
+    if kind(content) == "jpg":
+        return content[:2] + b"\xff\xfe" + struct.pack(">H", 2 + len(comment)) + comment + content[2:]
+    if kind(content) == "png":
+        chunk = b"tEXtComment\0" + comment
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        # Behind the signature and the header.
+        return content[:33] + chunk + content[33:]
+    return content + comment
 
 
 def draw(root: Path, slides: range, settings: Settings) -> None:

@@ -92,8 +92,8 @@ def tiny_shards(folder: Path) -> list[Shard]:
     for role in ("HE", "IHC"):
         (root / role / "train").mkdir(parents=True)
     for number in range(_PAIRS):
-        content = encode(rng.integers(0, 256, (_SIDE, _SIDE, 3), np.uint8), "jpg")
         for role in ("HE", "IHC"):
+            content = encode(rng.integers(0, 256, (_SIDE, _SIDE, 3), np.uint8), "jpg")
             name = f"{number:05d}_train_{LEVEL_NAMES[number % 4]}.png"
             (root / role / "train" / name).write_bytes(content)
     build(ShardOptions(layout="bci", root=str(root), out=str(folder / "tiny-shards"), shard_size=_SHARD))

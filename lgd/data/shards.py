@@ -35,6 +35,7 @@ from lgd.data.building import (
     reused,
     write_rejected,
 )
+from lgd.data.duplicates import leave_out_duplicates, refuse_spellings
 from lgd.data.image import codecs, decode
 from lgd.data.manifest import (
     HER2,
@@ -275,6 +276,7 @@ def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], lis
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
     root = place(options.root)
     pairs, problems = find_pairs(options.layout, root if is_remote(root) else root.absolute(), options.slides or None)
+    refuse_spellings(pairs, options.slides or (options.root if options.layout == "csv" else ""))
     jobs = [
         CheckJob(start=start, pairs=tuple(pairs[start : start + _CHUNK]), tile=options.tile, threads=options.threads)
         for start in range(0, len(pairs), _CHUNK)
@@ -284,7 +286,8 @@ def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], lis
     )
     sources = [entry for _, found in checked for entry in found if isinstance(entry, Source)]
     more = [entry for _, found in checked for entry in found if isinstance(entry, Problem)]
-    problems = sorted(problems + more, key=Problem.order)
+    sources, shared = leave_out_duplicates(sources, parse_split(options.split))
+    problems = sorted(problems + more + shared, key=Problem.order)
     if problems and (options.on_bad == "stop" or not sources):
         lines = "\n".join(f"  {problem.name}: {problem.reason}" for problem in problems)
         remedy = "leave them out with --on-bad skip" if sources else "no pair is left"

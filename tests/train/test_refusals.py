@@ -124,7 +124,8 @@ def shards_of(tissue, tmp_path):
     def made(*levels):
         rows = ["key,he,ihc,level,split"]
         for level in levels:
-            for he in sorted((tissue / "HE").glob(f"*/*_{'0' if level == '?' else level}.png"))[:4]:
+            found = sorted((tissue / "HE").glob(f"*/*_{'0' if level == '?' else level}.png"))
+            for he in found[4:8] if level == "?" else found[:4]:
                 name = f"k{len(rows)}"
                 shutil.copy(he, tmp_path / f"{name}he.jpg")
                 shutil.copy(tissue / "IHC" / he.parent.name / he.name, tmp_path / f"{name}ihc.jpg")
