@@ -19,6 +19,7 @@ from typing import Any
 
 import lgd
 from lgd.config import Config
+from lgd.data.overlap import refuse_overlaps
 from lgd.data.shards import Shard, ShardOptions, build, open_shards
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.distribute import disconnect
@@ -99,6 +100,7 @@ def cache_latents(config: Config, prune: bool = False) -> None:
     from lgd.store.cache import cache_latents as fill
 
     with stage("latents") as told:
+        refuse_overlaps(config.shard_dirs)
         store, computed, pruned = fill(config, all_shards(config), config.train.workers, prune)
         did = [f"{computed} of {len(store.parts)} parts computed"] if computed else []
         did += [f"{pruned} parts of other shards removed"] if pruned else []
@@ -160,6 +162,7 @@ def evaluate(config: Config) -> str:
     from lgd.store.latents import Store
 
     with stage("report") as told:
+        refuse_overlaps(config.shard_dirs)
         shards = [shard for shard in all_shards(config) if shard.split == config.report.split]
         if not shards:
             splits = sorted({shard.split for shard in all_shards(config)})

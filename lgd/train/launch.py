@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from lgd.config import LEVEL_NAMES, Config
 from lgd.data.manifest import Manifest, count_labels
+from lgd.data.overlap import refuse_overlaps
 from lgd.data.plan import World
 from lgd.data.shards import Shard, open_shards
 from lgd.errors import DataError
@@ -60,6 +61,7 @@ def train_under(config: Config, task: str) -> bool:
     """Train a task where `train.workers` says; returns False when the finished network could be reused."""
     from lgd.distribute import launch
 
+    refuse_overlaps(config.shard_dirs)
     built = TASKS[task](config)
     shards = split_shards(config, "train")
     if not shards:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
+from lgd.data.image import decode, encode
 from lgd.data.manifest import open_shards
 from lgd.data.plan import Plan, World
 from lgd.data.shards import ShardOptions, build
@@ -52,7 +53,9 @@ def unlabelled(tissue, tmp_path_factory):
     for number, path in enumerate(sorted((tissue / "HE" / "test").iterdir())[:4]):
         for folder, image in (("trainA", path), ("trainB", tissue / "IHC" / "test" / path.name)):
             (root / "mist" / folder).mkdir(parents=True, exist_ok=True)
-            shutil.copy(image, root / "mist" / folder / f"free{number}_0_0.jpg")
+            # Turned, since the same images lie on other sides of the other shards.
+            turned = encode(decode(image.read_bytes(), image.name)[::-1], "jpg")
+            (root / "mist" / folder / f"free{number}_0_0.jpg").write_bytes(turned)
     build(ShardOptions(layout="mist", root=str(root / "mist"), out=str(root / "shards")))
     return str(root / "shards")
 

@@ -18,6 +18,7 @@ from lgd.config import Train
 from lgd.data.manifest import open_shards
 from lgd.data.plan import World
 from lgd.data.shards import ShardOptions, build
+from lgd.data.synth import SynthOptions, synthesise
 from lgd.errors import DataError
 from lgd.files import read_json
 from lgd.pipeline import all_shards
@@ -256,12 +257,39 @@ def test_a_full_disk_keeps_the_checkpoints_that_were_saved(train, disk, tmp_path
     assert read_json(folder / "config.json")["weights_sha256"] == weights, "it goes on to the same end"
 
 
+# ---- the shards ----
+
+
+@pytest.fixture
+def leaking(tissue, tissue_run, tmp_path):
+    """The run's shards, and others that have its images on other sides."""
+    out = tmp_path / "leaking"
+    build(ShardOptions(layout="bci", root=str(tissue), out=str(out), mpp=0.46))
+    return [tissue_run.shard_dirs[0], str(out)]
+
+
+@pytest.mark.parametrize("verb", ["train-teacher", "cache-latents", "train", "evaluate", "ablate"])
+def test_shards_that_leak_into_each_other_are_refused_first(leaking, tissue_run, tmp_path, capsys, verb):
+    (tmp_path / "some.yaml").write_text(tissue_run.as_yaml())
+    names = {"teacher.dir": "teacher", "latents.dir": "latents", "student.dir": "student", "report.dir": "report"}
+    folders = [f"--{name}={tmp_path / folder}" for name, folder in names.items()]
+    args = [f"--run.dir={tmp_path / 'run'}", *folders, f"--data.shards={json.dumps(leaking)}"]
+    capsys.readouterr()
+    assert main([verb, "--config", str(tmp_path / "some.yaml"), *args]) == 1
+    assert "lgd: data.shards: an image lies on two sides of the split, as the H&E of " in capsys.readouterr().err
+    assert not any((tmp_path / name).exists() for name in ("run", *names.values()))
+    twice = f"--data.shards={json.dumps([leaking[0], leaking[0]])}"
+    assert main([verb, "--config", str(tmp_path / "some.yaml"), *args[:-1], twice]) == 1
+    assert f"lgd: data.shards: {leaking[0]} is listed twice" in capsys.readouterr().err
+
+
 # ---- the store ----
 
 
-def test_a_store_that_lacks_shards_is_refused_before_training(train, folder, tissue_run, tissue, tmp_path):
+def test_a_store_that_lacks_shards_is_refused_before_training(train, folder, tissue_run, tmp_path):
     more = tmp_path / "more"
-    build(ShardOptions(layout="bci", root=str(tissue), out=str(more), shard_size=6, mpp=0.46))
+    synthesise(SynthOptions(out=str(tmp_path / "tissue"), pairs=16, size=64, slides=4, seed=1, workers=1))
+    build(ShardOptions(layout="bci", root=str(tmp_path / "tissue"), out=str(more), shard_size=6, mpp=0.46))
     shards = json.dumps([tissue_run.shard_dirs[0], str(more)])
     status, message = train("--student.method=lgd", f"--data.shards={shards}")
     assert status == 1
