@@ -11,7 +11,7 @@ errors config tables progress urls files records options remote distribute metri
 stain.deconvolve stain.targets
 data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.manifest data.sources data.patches data.duplicates
-data.building data.shards data.overlap data.verify
+data.building data.shards data.repeats data.overlap data.verify
 data.plan data.stream data.augment
 models.encoder models.description models.export models.teacher models.student models.losses
 store.recipe store.sidecar store.document store.writer store.parts store.latents store.supervision store.cache

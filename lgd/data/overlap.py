@@ -19,6 +19,7 @@ from lgd.data.archive import Shard, read_sample
 from lgd.data.manifest import Manifest, read_manifest
 from lgd.data.meta import PatchMeta
 from lgd.data.patches import read_patches
+from lgd.data.repeats import differs, equal_runs
 from lgd.data.split import canonical_group
 from lgd.errors import DataError
 from lgd.urls import place
@@ -116,15 +117,11 @@ def _refuse_copies(opened: Sequence[Opened]) -> None:
 
 def find_shared(value_n: np.ndarray, folder_n: np.ndarray, side_n: np.ndarray) -> Shared:
     """Values (n,) uint64, of which 0 is none, that lie in more than one folder."""
-    order = np.argsort(value_n)
-    order = order[np.searchsorted(value_n, 1, sorter=order) :]
-    if not len(order):
+    if not len(value_n):
         return Shared([], 0)
-    value_n, folder_n, side_n = value_n[order], folder_n[order], side_n[order]
-    starts = np.flatnonzero(np.append(True, value_n[1:] != value_n[:-1]))
-    ends = np.append(starts[1:], len(order))
-    several = np.minimum.reduceat(folder_n, starts) != np.maximum.reduceat(folder_n, starts)
-    two_sides = np.minimum.reduceat(side_n, starts) != np.maximum.reduceat(side_n, starts)
+    order, starts, ends = equal_runs(value_n)
+    several = differs(folder_n[order], starts) & (value_n[order[starts]] != 0)
+    two_sides = differs(side_n[order], starts)
     leaks = several & two_sides
     runs = zip(starts[leaks].tolist(), ends[leaks].tolist(), strict=True)
     return Shared([order[start:end] for start, end in runs], int((several & ~two_sides).sum()))

@@ -18,14 +18,13 @@ from lgd.data.image import check, codecs
 from lgd.data.manifest import UNKNOWN, Manifest, missing, read_manifest
 from lgd.data.meta import PatchMeta
 from lgd.data.patches import read_patches
+from lgd.data.repeats import SEEN, as_seen, find_repeats, unlike_patches
 from lgd.data.shards import ShardOptions
 from lgd.errors import ConfigError, DataError
 from lgd.files import list_folder
 from lgd.progress import progress
 from lgd.urls import RemoteError, is_remote, place
 
-_SEEN = np.dtype([("key", "<u8"), ("group", "<u8"), ("shard", "<i4"), ("row", "<i4")])
-"""What is kept of each sample: its address, and 64 bits of a digest of its key and group."""
 _MOST = 100
 
 
@@ -41,8 +40,8 @@ def verify(folder: str | Path) -> list[str]:
 
     Checks the manifest's digest and fields, each tar by SHA-256, its index and end, every member's tar header and
     crc32, every KEY.json, every image by digest and full decode, keys and their order, counts of samples and levels,
-    and that no group lies in two splits. Remote shards are read through the cache. At most 100 sentences a shard are
-    given. Takes 24 bytes of memory a sample.
+    patches.npy, that no group lies in two splits, and that no slide has two spellings and no image two uses. Remote
+    shards are read through the cache. At most 100 sentences a shard are given. Takes 100 bytes of memory a sample.
     """
     from multiprocessing.pool import ThreadPool
 
@@ -55,9 +54,15 @@ def verify(folder: str | Path) -> list[str]:
     problems = [problem for found in lost.values() for problem in found]
     problems += [f"{folder / 'manifest.json'}: {reason}" for reason in _wrong_manifest(manifest, shards)]
     problems += _strangers(folder, shards)
-    problems += _wrong_patches(folder, manifest)
+    patches_n = None
+    try:
+        patches_n = read_patches(folder, manifest)
+    except DataError as error:
+        problems.append(str(error))
     counts: collections.Counter[tuple[str, Any]] = collections.Counter()
-    seen, unnamed, last = [np.empty(0, _SEEN)], False, dict.fromkeys(manifest.splits, "")
+    seen, unnamed, last = [np.empty(0, SEEN)], False, dict.fromkeys(manifest.splits, "")
+    tiled, start = manifest.options.tile > 0, 0
+    keeps_files = manifest.options.image == "keep" and not tiled
     total = sum(shard.samples for shard in shards)
     with ThreadPool(os.cpu_count()) as pool, progress(total, "verify", "samples") as bar:
         for number, shard in enumerate(shards):
@@ -68,16 +73,13 @@ def verify(folder: str | Path) -> list[str]:
                 counts[shard.split, meta.label] += 1
                 counts[shard.split, (meta.width, meta.height, meta.mpp)] += 1
                 unnamed = unnamed or meta.slide is None
-            entries = [(_hash(meta.key), _hash(meta.group), number, row) for row, meta in facts]
-            seen.append(np.array(entries, _SEEN))
+            seen.append(as_seen(facts, number, tiled))
+            if patches_n is not None:
+                problems += unlike_patches(shard, facts, patches_n[start : start + shard.samples], keeps_files)
+            start += shard.samples
     if not problems:
         problems = [f"{folder / 'manifest.json'}: {reason}" for reason in _wrong_counts(manifest, counts, unnamed)]
-    every = np.concatenate(seen)
-    return problems + _same_keys(shards, every) + _leaks(shards, every)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return problems + find_repeats(shards, np.concatenate(seen), patches_n)
 
 
 def _strangers(folder: Path, shards: Sequence[Shard]) -> list[str]:
@@ -89,14 +91,6 @@ def _strangers(folder: Path, shards: Sequence[Shard]) -> list[str]:
         return []
     known = {shard.name for shard in shards}
     return [f"{folder / name}: is not in the manifest: remove it" for name in names if name[:-4] not in known]
-
-
-def _wrong_patches(folder: Path, manifest: Manifest) -> list[str]:
-    try:
-        read_patches(folder, manifest)
-    except DataError as error:
-        return [str(error)]
-    return []
 
 
 def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str]:
@@ -198,41 +192,3 @@ def _wrong_counts(manifest: Manifest, counts: collections.Counter[tuple[str, Any
             yield f"split {name} has samples of width, height and mpp {found!r:.200}, but {shapes!r:.200} is stated"
     if manifest.may_leak != unnamed:
         yield f"field may_leak is {manifest.may_leak}, but should be {unnamed}"
-
-
-def _same_keys(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
-    """Keys that occur twice."""
-    order = np.argsort(seen["key"], kind="stable")
-    twice = np.flatnonzero(np.diff(seen["key"][order]) == 0)
-    return [
-        f"{shards[here['shard']].path}, row {here['row']}: key {_named(shards, here, 'key')} is in "
-        f"{shards[before['shard']].path.name}, row {before['row']}, too"
-        for before, here in ((seen[order[place]], seen[order[place + 1]]) for place in twice[:_MOST])
-    ]
-
-
-def _leaks(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
-    """Groups on two sides of the split."""
-    if not len(seen):
-        return []
-    names = sorted({shard.split for shard in shards})
-    of_shard = np.array([names.index(shard.split) for shard in shards], np.int32)
-    order = np.argsort(seen["group"], kind="stable")
-    splits = of_shard[seen["shard"][order]]
-    starts = np.flatnonzero(np.diff(seen["group"][order], prepend=~seen["group"][order[:1]]))
-    # Between two starts lies one group.
-    ends = np.append(starts[1:], len(order))
-    several = np.minimum.reduceat(splits, starts) != np.maximum.reduceat(splits, starts)
-    return [
-        f"group {_named(shards, seen[order[start]], 'group')} lies in the splits "
-        f"{' and '.join(names[split] for split in np.unique(splits[start:end]))}: the set leaks"
-        for start, end in np.column_stack([starts, ends])[several][:_MOST]
-    ]
-
-
-def _named(shards: Sequence[Shard], place: np.void, field: str) -> str:
-    """The key or group of a sample, read again."""
-    shard = shards[place["shard"]]
-    file, index = shard.open()
-    with file:
-        return getattr(read_sample(file, index, int(place["row"]), shard, ())[0], field)
