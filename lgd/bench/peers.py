@@ -78,7 +78,7 @@ class WebDataset(Peer):
         he = f"he.{shards[0].extensions['he']}"
 
         def sample(found: dict[str, Any]) -> tuple[torch.Tensor, int]:
-            return torch.from_numpy(pixels(found[he], size)), json.loads(found["json"])["level"]
+            return torch.from_numpy(pixels(found[he], size)), json.loads(found["json"])["label"]
 
         dataset = webdataset.WebDataset(
             # Each worker takes its own share of the shards.
