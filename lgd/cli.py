@@ -5,42 +5,46 @@ wrong; 2 the command line or the configuration is wrong.
 """
 
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import lgd
 from lgd.errors import ConfigError, DataError
 from lgd.options import make_parser, parse
+from lgd.text import escaped_output, print_lines
 from lgd.verbs import VERBS
 
 
-def usage() -> str:
-    """The list of verbs."""
+def usage() -> list[str]:
+    """The list of verbs, line by line."""
     width = max(map(len, VERBS))
     lines = [f"  {name:{width}}  {text}" for name, (text, _) in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: lgd [--debug] VERB ...",
-            "",
-            "HER2 scoring from H&E alone, taught to hallucinate the latents of a frozen IHC teacher.",
-            "",
-            *lines,
-            "",
-            "lgd VERB --help tells the options of a verb; --debug shows the traceback of an error.",
-        ]
-    )
+    return [
+        "usage: lgd [--debug] VERB ...",
+        "",
+        "HER2 scoring from H&E alone, taught to hallucinate the latents of a frozen IHC teacher.",
+        "",
+        *lines,
+        "",
+        "lgd VERB --help tells the options of a verb; --debug shows the traceback of an error.",
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    with escaped_output():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(args: list[str]) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     if not args or args[0] in ("-h", "--help"):
-        print(usage())
+        print_lines(*usage())
         return 0 if args else 2
     if args[0] == "--version":
-        print(lgd.__version__)
+        print_lines(lgd.__version__)
         return 0
     try:
         _run(args[0], args[1:])
@@ -49,8 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, OSError) as error:
         return _fail(error, 1, debug)
     except KeyboardInterrupt:
-        print("lgd: interrupted", file=sys.stderr)
+        print_lines("lgd: interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        # Python itself would print the message of the error as it is.
+        traceback.print_exc()
+        return 1
     return 0
 
 
@@ -72,6 +80,8 @@ def _run(verb: str, args: list[str]) -> None:
 
 def _fail(error: Exception, status: int, debug: bool) -> int:
     if debug:
-        raise error
-    print(f"lgd: {error}", file=sys.stderr)
+        traceback.print_exception(error)
+        return status
+    first, *more = error.args if isinstance(error, ConfigError | DataError) and error.args else [error]
+    print_lines(f"lgd: {first}", *more, file=sys.stderr)
     return status

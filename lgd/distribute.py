@@ -18,10 +18,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lgd.errors import ConfigError, DataError, Stopped
-from lgd.files import exists, is_remote, place, read_bytes, remove, write_bytes
+from lgd.files import exists, is_remote, place, read_json, remove, write_bytes, write_json
+from lgd.text import print_lines
 
-# Ray Train prints each line twice otherwise, and warns of a default that does not concern us.
-_QUIET = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Ray Train prints each line twice otherwise, and warns of a default that does not concern us. The colours of what
+# workers print would be escaped.
+_QUIET = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_COLOR_PREFIX": "0",
+}
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -189,7 +195,7 @@ def launch(
 
     use_gpu = bool(ray.cluster_resources().get("GPU", 0))
     storage = place(storage) if is_remote(storage) else Path(storage).absolute()
-    note, stop = storage / f"{name}.error.txt", storage / f"{name}.stop"
+    note, stop = storage / f"{name}.error.json", storage / f"{name}.stop"
     for old in (note, stop):
         remove(old)
     _tell_if_busy(workers, "GPU" if use_gpu else "CPU")
@@ -210,7 +216,7 @@ def launch(
         if not exists(note):
             raise _lost(error, max_failures) from error
     if exists(note):
-        raise DataError(read_bytes(note).decode())
+        raise DataError(*read_json(note))
 
 
 def _storage_of(folder: Path) -> dict[str, Any]:
@@ -228,7 +234,7 @@ def _tell_if_busy(workers: int, kind: str) -> None:
 
     free, has = (int(found.get(kind, 0)) for found in (ray.available_resources(), ray.cluster_resources()))
     if free < workers:
-        print(f"waiting for the cluster: {workers} {kind}s are needed, {free} of {has} are free", file=sys.stderr)
+        print_lines(f"waiting for the cluster: {workers} {kind}s are needed, {free} of {has} are free", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -244,7 +250,7 @@ def _stopping_by(stop: Path) -> Iterator[None]:
         write_bytes(stop, b"")
         for one, handler in before.items():
             signal.signal(one, handler)
-        print("stopping: the workers end their step and save a checkpoint", file=sys.stderr, flush=True)
+        print_lines("stopping: the workers end their step and save a checkpoint", file=sys.stderr)
 
     for number in numbers:
         signal.signal(number, ask)
@@ -292,7 +298,7 @@ def _once(function: Callable[[dict[str, Any]], None], note: Path, argument: dict
     try:
         function(argument)
     except (DataError, ConfigError) as error:
-        write_bytes(note, str(error).encode())
+        write_json(note, [str(line) for line in error.args])
         # All workers stop at the same step; where one alone meets an error the others must be ended.
         if not isinstance(error, Stopped):
             raise

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Literal
 import xxhash
 
 from lgd.errors import DataError
+from lgd.text import dump_json
 from lgd.urls import FULL, MissingError, RemoteError, call, is_remote, place, upload
 
 Kind = Literal["file", "folder", "other"]
@@ -131,8 +132,12 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_json(path: str | Path, document: Any) -> None:
-    """Publish a JSON document at `path`."""
-    write_bytes(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    """Publish a strict JSON document at `path`; `DataError` names the field of a number that is not finite."""
+    try:
+        text = dump_json(document, indent=1)
+    except DataError as error:
+        raise DataError(f"{path} cannot be written: {error}") from error
+    write_bytes(path, f"{text}\n".encode())
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -254,14 +259,14 @@ def digest_of(document: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def told_differences(there: dict[str, Any], asked: dict[str, Any], place: str) -> str:
+def told_differences(there: dict[str, Any], asked: dict[str, Any], place: str) -> list[str]:
     """A line for each field, by its dotted name, in which two JSON documents differ; `place` is where `there` is."""
     before, now = _flat(there), _flat(asked)
-    return "\n".join(
+    return [
         f"  {name}: {_short(before.get(name))} {place}, {_short(now.get(name))} asked for"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
-    )
+    ]
 
 
 def _flat(document: dict[str, Any], before: str = "") -> dict[str, Any]:

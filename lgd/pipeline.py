@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -36,11 +37,12 @@ from lgd.files import (
     write_bytes,
     write_json,
 )
+from lgd.text import escape_text, print_lines
 
 
 def say(stage: str, message: str) -> None:
     """One line of progress on standard error."""
-    print(f"[{stage}] {message}", file=sys.stderr, flush=True)
+    print_lines(f"[{stage}] {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -193,7 +195,7 @@ def evaluate(config: Config) -> str:
             queries,
             caveats_of(manifests, student, any(manifest.virtual for manifest in manifests)),
             {
-                "command": f"lgd evaluate --config {config.run.dir}/config.yaml",
+                "command": f"lgd evaluate --config {shlex.quote(f'{config.run.dir}/config.yaml')}",
                 "split": config.report.split,
                 "shards": [manifest.digest for manifest in manifests],
                 "student": scorer.config.weights_sha256,
@@ -223,7 +225,7 @@ def _show(config: Config) -> None:
         with SummaryWriter(folder) as board:
             for name in sorted(name for name in list_folder(report) if name.endswith(".png")):
                 image = np.asarray(Image.open(io.BytesIO(read_bytes(report / name))).convert("RGB"))
-                board.add_image(f"report/{name.removesuffix('.png')}", image, dataformats="HWC")
+                board.add_image(f"report/{escape_text(name.removesuffix('.png'))}", image, dataformats="HWC")
         if is_remote(student):
             upload_folder(folder, student / "tensorboard")
 

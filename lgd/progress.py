@@ -3,6 +3,8 @@
 import sys
 from typing import Any
 
+from lgd.text import escape_text, print_lines
+
 EVERY = 10.0
 """Seconds between two lines of a log, and before the first."""
 
@@ -19,9 +21,9 @@ def progress(total: int, desc: str, unit: str, done: int = 0) -> Any:
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             if self.format_dict["elapsed"] >= EVERY:
-                print(self, file=sys.stderr, flush=True)
+                print_lines(self, file=sys.stderr)
 
-    unit = f" {unit}"
+    desc, unit = escape_text(desc), f" {unit}"
     if sys.stderr.isatty():
         return tqdm(total=total, desc=desc, unit=unit, initial=done)
     return Lines(total=total, desc=desc, unit=unit, initial=done, mininterval=EVERY, ncols=0)

@@ -1,15 +1,62 @@
-"""Rows of results on standard output: as a table or as CSV."""
+"""Rows of results: as a table for a person, or as CSV that a spreadsheet may open.
+
+A spreadsheet takes a cell that begins with `=`, `+`, `-` or `@` for a formula. Such a text (never a number) is written
+with a `'` before it. One with control or unseen characters, blanks at its ends, a formula after a `;` (where that
+separates columns) or a beginning like our escapes is written as `'` and a JSON string. `unescape_cell` undoes both.
+"""
 
 import csv
+import json
+import numbers
+import re
 import sys
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+from lgd.text import UNSEEN, dump_json, escape_text, print_lines
+
+# OWASP's list and its wide and small forms; tab, carriage return and line feed are unseen.
+_FORMULA = "=+@\uff1d\uff0b\uff0d\uff20\ufe62\ufe63\ufe66\ufe6b-"
+_ESCAPED = re.compile(f"'[\"{_FORMULA}]")
+_INNER = re.compile(f"(;[\\s\"']*)([{_FORMULA}])")
+
+WIDEST = 500
+"""Characters of a cell of a table that are shown."""
+
+
+def escape_cell(value: Any) -> Any:
+    """A value as a cell of CSV: numbers and None as they are, and as text what no spreadsheet takes for a formula."""
+    if value is None or isinstance(value, numbers.Number):
+        return value
+    text = str(value)
+    if text != text.strip() or any(pattern.search(text) for pattern in (UNSEEN, _INNER)) or _ESCAPED.match(text):
+        return "'" + _INNER.sub(lambda found: f"{found[1]}\\u{ord(found[2]):04x}", dump_json(text))
+    return f"'{text}" if text and text[0] in _FORMULA else text
+
+
+def unescape_cell(cell: str) -> str:
+    """The text of a cell: exactly what `escape_cell` makes of some text becomes that text, all else stays."""
+    if not _ESCAPED.match(cell):
+        return cell
+    text: Any = cell[1:]
+    if text[0] == '"':
+        try:
+            text = json.loads(text)
+        except ValueError:
+            return cell
+    return text if escape_cell(text) == cell else cell
+
+
+def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a head and rows of cells, escaped."""
+    writer = csv.writer(file, lineterminator="\n")
+    for row in (columns, *rows):
+        writer.writerow(map(escape_cell, row))
 
 
 def print_csv(rows: list[dict[str, Any]]) -> None:
     """Print rows of the same columns as CSV."""
-    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    write_csv(sys.stdout, list(rows[0]), ([row[name] for name in rows[0]] for row in rows))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -18,9 +65,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     def text(value: Any) -> str:
         if value is None:
             return "-"
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
+        return f"{value:.3f}" if isinstance(value, float) else escape_text(value, WIDEST)
 
-    cells = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    cells = [[text(name) for name in rows[0]], *([text(value) for value in row.values()] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    for row in cells:
-        print("  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
+    print_lines(
+        *("  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+    )

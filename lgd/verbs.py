@@ -3,7 +3,7 @@
 A verb adds its arguments to a parser, and gives the function that is then called with what was parsed.
 """
 
-import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from lgd.config import Config
 from lgd.errors import ConfigError, DataError
 from lgd.options import add_config_arguments, add_option_arguments, config_of
 from lgd.tables import print_csv, print_table
+from lgd.text import print_json, print_lines
 
 Run = Callable[[Any, Any], None]
 
@@ -32,7 +33,7 @@ def _synth(parser: Any) -> Run:
         options = _plain(namespace, SynthOptions)
         made = synthesise(options)
         done = "reused" if made.get("reused") else "drew"
-        print(f"{done} {options.pairs} pairs of {made['slides']} slides: {options.out}")
+        print_lines(f"{done} {options.pairs} pairs of {made['slides']} slides: {options.out}")
 
     return run
 
@@ -62,7 +63,7 @@ def _build_shards(parser: Any) -> Run:
         sources = manifest.sources
         left_out = f", {sources.rejected} left out (rejected.csv)" if sources.rejected else ""
         done = "built" if built else "reused, nothing changed"
-        print(f"{done}: {options.out} (from {sources.pairs} pairs{left_out})")
+        print_lines(f"{done}: {options.out} (from {sources.pairs} pairs{left_out})")
 
     return run
 
@@ -82,7 +83,7 @@ def _stage(name: str) -> Callable[[Any], Run]:
             finally:
                 disconnect()
             if table:
-                print(table)
+                print_lines(*table.split("\n"))
 
         return run
 
@@ -98,13 +99,16 @@ def _demo(parser: Any) -> Run:
         from lgd import pipeline
 
         config = config_of(parser, namespace)
-        print("\n" + pipeline.demo(config, namespace.pairs, namespace.size))
+        print_lines("", *pipeline.demo(config, namespace.pairs, namespace.size).split("\n"))
         out = Path(config.run.dir)
-        print("\nHeld-out slides of virtual tissue, which is not tissue: this shows that the parts work together.")
-        print(f"report         {Path(config.report.dir) / 'summary.md'}")
-        print(f"contact sheet  {Path(config.report.dir) / 'queries.png'}")
-        print(f"curves         tensorboard --logdir {out}")
-        print(f"try next       lgd query --config {out / 'config.yaml'} -k 5 {pipeline.tissue_dir(config)}/HE/test")
+        print_lines(
+            "", "Held-out slides of virtual tissue, which is not tissue: this shows that the parts work together."
+        )
+        print_lines(f"report         {Path(config.report.dir) / 'summary.md'}")
+        print_lines(f"contact sheet  {Path(config.report.dir) / 'queries.png'}")
+        print_lines(f"curves         tensorboard --logdir {shlex.quote(str(out))}")
+        asked = shlex.join(["--config", str(out / "config.yaml"), "-k", "5", f"{pipeline.tissue_dir(config)}/HE/test"])
+        print_lines(f"try next       lgd query {asked}")
 
     return run
 
@@ -138,7 +142,7 @@ def _predict(parser: Any) -> Run:
         slides = Path(namespace.slides) if namespace.slides else None
         rows = predict.predict(predict.load_scorer(folder), paths, slides)
         if namespace.json:
-            print(json.dumps(rows, indent=1, ensure_ascii=False))
+            print_json(rows)
             return
         flat = [{**{k: v for k, v in row.items() if k != "probabilities"}, **row["probabilities"]} for row in rows]
         if namespace.csv:
@@ -193,9 +197,9 @@ def _query(parser: Any) -> Run:
         )
         if namespace.sheet:
             sheet.draw_sheet(store, answers, Path(namespace.sheet))
-        print("\n".join(answer.summary(store, answers)), file=sys.stderr)
+        print_lines(*answer.summary(store, answers), file=sys.stderr)
         if namespace.json:
-            print(json.dumps(answer.as_json(answers), indent=1, ensure_ascii=False))
+            print_json(answer.as_json(answers))
         elif namespace.csv:
             print_csv(answer.as_rows(answers))
         else:
@@ -212,7 +216,7 @@ def _export(parser: Any) -> Run:
     def run(parser: Any, namespace: Any) -> None:
         options = _plain(namespace, ExportOptions)
         rows = export(options)
-        print(f"wrote {sum(row['patches'] for row in rows)} latents in {len(rows)} files: {options.out}")
+        print_lines(f"wrote {sum(row['patches'] for row in rows)} latents in {len(rows)} files: {options.out}")
 
     return run
 
@@ -228,11 +232,10 @@ def _verify(parser: Any) -> Run:
 
         folder = place(namespace.folder)
         what, problems, told = check(folder, namespace.reencode, namespace.teacher)
-        for line in told:
-            print(line)
+        print_lines(*told)
         if problems:
-            raise DataError(f"{what} {folder} has {len(problems)} problem(s):\n" + "\n".join(problems))
-        print(f"{what} {folder}: no problems")
+            raise DataError(f"{what} {folder} has {len(problems)} problem(s):", *problems)
+        print_lines(f"{what} {folder}: no problems")
 
     return run
 
@@ -245,7 +248,7 @@ def _doctor(parser: Any) -> Run:
 
         findings = examine(namespace.gpu)
         for finding in findings:
-            print(f"{finding.state:7} {finding.name:13} {finding.detail}")
+            print_lines(f"{finding.state:7} {finding.name:13} {finding.detail}")
         if any(finding.state == "broken" for finding in findings):
             raise DataError("something is broken: see the lines above")
 
@@ -261,7 +264,7 @@ def _ablate(parser: Any) -> Run:
     def run(parser: Any, namespace: Any) -> None:
         from lgd import pipeline
 
-        print(pipeline.ablate(config_of(parser, namespace), _plain(namespace, AblateOptions)))
+        print_lines(*pipeline.ablate(config_of(parser, namespace), _plain(namespace, AblateOptions)).split("\n"))
 
     return run
 
@@ -282,10 +285,10 @@ def _bench(parser: Any) -> Run:
     def run(parser: Any, namespace: Any) -> None:
         document = bench(namespace.name, Settings(**{name: namespace[name] for name in shown}))
         if namespace.json:
-            print(json.dumps(document, indent=1, ensure_ascii=False))
+            print_json(document)
             return
         print_table(rows(document))
-        print(summary(document))
+        print_lines(summary(document))
 
     return run
 

@@ -7,7 +7,7 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-errors config tables progress urls files records options remote distribute metrics
+errors text tables config progress urls files records options remote distribute metrics
 stain.deconvolve stain.targets
 data.meta data.pairs data.tissue data.sections data.synth data.split
 data.image data.index data.archive data.manifest data.sources data.patches data.duplicates
@@ -103,5 +103,30 @@ def test_heavy_packages_are_imported_late():
         for node in tree.body
         for target in imported(node if isinstance(node, ast.Import | ast.ImportFrom) else ast.Pass())
         if target.split(".")[0] in LATE
+    ]
+    assert not wrong
+
+
+def calls(tree: ast.AST, names: set[str]) -> list[ast.Call]:
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+    ]
+
+
+def test_everything_is_printed_by_print_lines():
+    """It escapes text of others; so does `dump_json`."""
+    assert not [name for name, tree in modules().items() if calls(tree, {"print"})]
+
+
+def test_the_lines_of_an_error_are_its_arguments():
+    """A line break within one could be that of a file's name, and is escaped."""
+    wrong = [
+        f"{name}: {part.value!r}"
+        for name, tree in modules().items()
+        for call in calls(tree, {"DataError", "ConfigError"})
+        for part in ast.walk(call)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str) and "\n" in part.value
     ]
     assert not wrong

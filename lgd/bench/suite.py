@@ -15,6 +15,7 @@ from typing import Any
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Settings, machine, pinned, versions
 from lgd.errors import ConfigError
+from lgd.text import print_lines
 
 FORMAT = "lgd-bench/1"
 BENCHMARKS = {
@@ -61,7 +62,7 @@ def bench(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def _tell(line: str) -> None:
-    print(f"[bench] {line}", file=sys.stderr, flush=True)
+    print_lines(f"[bench] {line}", file=sys.stderr)
 
 
 def rows(document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ manifest, published after its tar and its index, so that no finished shard is do
 All of them are gone at the end.
 """
 
-import csv
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from lgd.data.sources import in_threads
 from lgd.errors import DataError
 from lgd.files import is_remote, list_folder, place, publish, remove, write_bytes
 from lgd.records import Document
+from lgd.tables import write_csv
 
 _SHARD = r"[A-Za-z0-9_]+-\d{6}"
 _FILE = rf"({_SHARD}\.(tar|idx)|\.{_SHARD}\.json|manifest\.json|patches\.npy|rejected\.csv|\.building\.json)"
@@ -110,12 +110,12 @@ def begin(out: Path, recipe: Building) -> set[str]:
 def write_rejected(out: Path, problems: Sequence[Problem]) -> None:
     """Publish OUT/rejected.csv: what was left out, and why."""
     with publish(out / "rejected.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["key", "he", "ihc", "reason"])
+        rows = []
         for problem in problems:
             where = problem.he or problem.ihc
             reason = problem.reason if where == problem.name else f"{problem.name}: {problem.reason}"
-            writer.writerow([problem.key, problem.he, problem.ihc, reason])
+            rows.append([problem.key, problem.he, problem.ihc, reason])
+        write_csv(stream, ["key", "he", "ihc", "reason"], rows)
 
 
 def entry_path(tar: Path) -> Path:

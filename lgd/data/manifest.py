@@ -197,7 +197,7 @@ def open_shards(folder: str | Path) -> tuple[Manifest, list[Shard]]:
     if lost:
         problems = [problem for found in lost.values() for problem in found]
         more = [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
-        raise DataError("\n".join(problems[:_MOST] + more))
+        raise DataError(*problems[:_MOST], *more)
     return manifest, shards
 
 

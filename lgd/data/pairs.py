@@ -16,6 +16,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.data.meta import UNPRINTABLE, Origin
 from lgd.errors import DataError
 from lgd.files import Kind, exists, is_remote, list_folder, place, read_bytes
+from lgd.tables import unescape_cell
 from lgd.urls import MissingError
 
 Layout = Literal["bci", "mist", "csv"]
@@ -348,11 +349,11 @@ def _parse_mpp(text: str) -> float:
 
 
 def _read_csv(path: Path, required: tuple[str, ...], allowed: Any) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a CSV with their line numbers; values are stripped of blanks."""
+    """Rows of a CSV with their line numbers; values are stripped of blanks, and of what `write_csv` escaped."""
     try:
         with io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
-            columns = reader.fieldnames or []
+            columns = reader.fieldnames = [unescape_cell(name) for name in reader.fieldnames or []]
             missing = [name for name in required if name not in columns]
             if missing:
                 raise DataError(f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)}): add it")
@@ -364,7 +365,7 @@ def _read_csv(path: Path, required: tuple[str, ...], allowed: Any) -> Iterator[t
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(f"{path}: row {reader.line_num} has not {len(columns)} values: correct it")
-                yield reader.line_num, {name: value.strip() for name, value in row.items()}
+                yield reader.line_num, {name: unescape_cell(value.strip()) for name, value in row.items()}
     except MissingError:
         raise
     except (OSError, UnicodeDecodeError, csv.Error) as error:

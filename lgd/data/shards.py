@@ -289,9 +289,9 @@ def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], lis
     sources, shared = leave_out_duplicates(sources, parse_split(options.split))
     problems = sorted(problems + more + shared, key=Problem.order)
     if problems and (options.on_bad == "stop" or not sources):
-        lines = "\n".join(f"  {problem.name}: {problem.reason}" for problem in problems)
+        lines = [f"  {problem.name}: {problem.reason}" for problem in problems]
         remedy = "leave them out with --on-bad skip" if sources else "no pair is left"
-        raise DataError(f"{options.root}: {len(problems)} problems, {remedy}:\n{lines}")
+        raise DataError(f"{options.root}: {len(problems)} problems, {remedy}:", *lines)
     return sources, problems
 
 

@@ -295,4 +295,4 @@ def _describe(sample: Sample, digests: Sequence[str], width: int, height: int, m
         sha256=Digests(he=digests[0], ihc=digests[1]),
         **pair.origin.as_json(),
     )
-    return json.dumps(meta.as_json(), ensure_ascii=False).encode()
+    return json.dumps(meta.as_json(), ensure_ascii=False, allow_nan=False).encode()

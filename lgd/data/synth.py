@@ -5,7 +5,6 @@ OUT/IHC (the level is the slide's; as in BCI, the `.png` files hold JPEG streams
 OUT/synth.json. The same options give the same bytes with any number of workers.
 """
 
-import csv
 import dataclasses
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ from lgd.data.sections import draw_pair, shortcut_of, slide_level
 from lgd.errors import DataError, require
 from lgd.files import publish, read_json, write_json
 from lgd.progress import progress
+from lgd.tables import write_csv
 
 FORMAT = "lgd-synth/1"
 """Changes whenever the same options would give other bytes."""
@@ -122,10 +122,8 @@ def synthesise(options: SynthOptions) -> dict[str, Any]:
         for split in {task.split for task in tasks}:
             (out / stain / split).mkdir(parents=True)
     rows = sorted(_draw_all(tasks, options.workers or os.cpu_count() or 1), key=lambda row: row["key"])
-    with publish(out / "truth.csv") as temporary, open(temporary, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, TRUTH_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    with publish(out / "truth.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        write_csv(stream, TRUTH_COLUMNS, ([row[name] for name in TRUTH_COLUMNS] for row in rows))
     summary = _summary(out, rows)
     write_json(out / _DONE, {"format": FORMAT, "options": recipe, "summary": summary})
     (out / _BEGUN).unlink()

@@ -30,6 +30,7 @@ from lgd.errors import ConfigError, DataError
 from lgd.files import exists, list_folder, place, read_json, remove, write_bytes, write_json
 from lgd.store.latents import Store, as_levels
 from lgd.store.parts import Part
+from lgd.text import print_lines
 
 FORMAT = "lgd-export/1"
 
@@ -86,7 +87,7 @@ def export(options: ExportOptions) -> list[dict[str, Any]]:
     rows = [_write(out / files[group], group, patches, facts) for group, patches in groups.items()]
     unknown = sum(not row["coords_known"] for row in rows)
     if unknown:
-        print(
+        print_lines(
             f"lgd: of {unknown} of {len(rows)} files the patches' places are unknown: they are laid side by side, "
             "and coords_known is False",
             file=sys.stderr,

@@ -53,6 +53,7 @@ from lgd.store.search import (
     unit,
 )
 from lgd.store.table import write_table
+from lgd.text import print_lines
 
 EXACT_ROWS = 100_000
 TRAIN_ROWS = 40
@@ -208,7 +209,7 @@ def _on_gpu(faiss: Any, index: Any) -> Any:
         moved.search(np.zeros((1, index.d), np.float32), 1)
         return moved
     except RuntimeError as error:
-        print(f"[index] on the CPU, FAISS cannot use the GPU: {str(error).splitlines()[0]}", file=sys.stderr)
+        print_lines(f"[index] on the CPU, FAISS cannot use the GPU: {str(error).splitlines()[0]}", file=sys.stderr)
         return index
 
 

@@ -176,9 +176,9 @@ def check_recipe(path: Path, there: Recipe, asked: Recipe) -> None:
     if there == asked:
         return
     raise DataError(
-        f"{path} was made by another recipe:\n"
-        + told_differences(there.as_json(), asked.as_json(), "in the store")
-        + "\nUse the teacher and settings that made it, name another folder as latents.dir, or delete this one"
+        f"{path} was made by another recipe:",
+        *told_differences(there.as_json(), asked.as_json(), "in the store"),
+        "Use the teacher and settings that made it, name another folder as latents.dir, or delete this one",
     )
 
 

@@ -20,6 +20,7 @@ from lgd.data.plan import Plan, World, eval_numbers, rank_positions
 from lgd.data.stream import Reader, Sample, Samples, in_batches, stream
 from lgd.errors import DataError
 from lgd.store.latents import Rows
+from lgd.text import print_lines
 from lgd.train.targets import Contrast, Queue
 
 
@@ -183,7 +184,7 @@ class Skipped:
     def add(self, mine: dict[int, str], world: World) -> None:
         """Tell and count what is new on any rank; every rank calls this. `DataError` beyond the budget."""
         for error in mine.values():
-            print(f"[data] skipped: {error}", file=sys.stderr, flush=True)
+            print_lines(f"[data] skipped: {error}", file=sys.stderr)
         everyone: list[Any] = [None] * world.size
         dist.all_gather_object(everyone, sorted(mine))
         self.numbers.update(*everyone)

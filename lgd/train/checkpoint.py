@@ -187,13 +187,13 @@ def _checked(path: Path, inputs: dict[str, Any]) -> State:
     """state.json; `DataError` for a checkpoint that is damaged, or of a run with other inputs, with the difference."""
     found = problems(path)
     if found:
-        raise DataError("\n".join(found))
+        raise DataError(*found)
     state = State.read(path / "state.json")
     if state.inputs != inputs:
         raise DataError(
-            f"checkpoint {path} is of another run:\n"
-            + told_differences(state.inputs, inputs, "in the checkpoint")
-            + "\nGo on with the same inputs, name another folder, or start anew with --train.resume never"
+            f"checkpoint {path} is of another run:",
+            *told_differences(state.inputs, inputs, "in the checkpoint"),
+            "Go on with the same inputs, name another folder, or start anew with --train.resume never",
         )
     return state
 

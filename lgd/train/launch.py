@@ -18,6 +18,7 @@ from lgd.data.plan import World
 from lgd.data.shards import Shard, open_shards
 from lgd.errors import DataError
 from lgd.files import digest_of, exists, is_remote, list_folder, place, remove_folder, sha256
+from lgd.text import print_lines
 from lgd.train import checkpoint
 from lgd.train.engine import choose
 from lgd.train.loop import TASKS, split_shards, train
@@ -51,7 +52,7 @@ def check_levels(task: Task, manifests: Sequence[Manifest]) -> None:
     if not seen and task.store is None:
         raise DataError("no patch of the split `train` has a level, and this network learns from levels only")
     if seen and (absent := [name for name in LEVEL_NAMES if not count[name]]):
-        print(
+        print_lines(
             f"the split `train` has no patch of level {', '.join(absent)}: the network will not call any so",
             file=sys.stderr,
         )

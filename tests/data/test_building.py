@@ -12,7 +12,8 @@ import urllib.request
 import pytest
 from test_shards import contents, make_bci
 
-from lgd.data.pairs import find_pairs
+from lgd.data.building import write_rejected
+from lgd.data.pairs import Problem, _read_csv, find_pairs
 from lgd.data.shards import ShardOptions, build
 from lgd.data.sources import CheckJob, check_chunk
 from lgd.errors import DataError
@@ -162,3 +163,11 @@ def test_what_a_build_left_after_its_manifest_is_removed(given, tmp_path):
     write_json("s3://data/strange/.train-000000.json", json.loads("{}"))
     with pytest.raises(DataError, match="already holds something else"):
         build(options(root, "s3://data/strange"))
+
+
+def test_what_was_left_out_is_no_formula_and_reads_back(tmp_path):
+    given = {"key": "-1", "he": "=cmd|'/c calc'!A1.png", "ihc": "'=x\n\x1b[2J.png", "reason": "@a: b"}
+    write_rejected(tmp_path, [Problem(given["he"], given["reason"], given["key"], given["he"], given["ihc"])])
+    text = (tmp_path / "rejected.csv").read_text()
+    assert text.splitlines()[1].startswith("'-1,'=cmd|'/c calc'!A1.png,") and "\x1b" not in text
+    assert [row for _, row in _read_csv(tmp_path / "rejected.csv", required=("key",), allowed=None)] == [given]
