@@ -12,6 +12,7 @@ again, so that the same command goes on where it stopped.
 import dataclasses
 import functools
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +29,10 @@ from lgd.evaluate.caveats import caveats_of
 from lgd.evaluate.colour import COLOUR, HOW, colour_only
 from lgd.evaluate.compare import pooled_latents
 from lgd.evaluate.embeddings import explained_by_levels
-from lgd.evaluate.markdown import markdown, shown
+from lgd.evaluate.markdown import shown
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.files import exists, place, publish, read_json, write_bytes, write_json
+from lgd.markup import code_block, list_items, markdown_table
 from lgd.metrics import Predictions
 from lgd.models.export import read_student_config, read_teacher_config
 from lgd.models.teacher import load_teacher
@@ -158,7 +160,7 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
     document = compare(rows, config.report.bootstrap, config.run.seed) | {
         "caveats": caveats_of(manifests, rows[OURS][0], any(manifest.virtual for manifest in manifests)),
         "explained_by_levels": _explained_by_levels(config, shards, scored),
-        "command": f"lgd ablate --config {config.run.dir}/config.yaml --seeds {options.seeds}"
+        "command": f"lgd ablate --config {shlex.quote(f'{config.run.dir}/config.yaml')} --seeds {options.seeds}"
         + (" --full" if options.full else ""),
         "shards": [manifest.digest for manifest in manifests],
         "teacher": read_teacher_config(config.teacher.dir).weights_sha256,
@@ -290,9 +292,9 @@ def summary(document: dict[str, Any]) -> str:
     lines = [
         f"# LGD-Net, its controls and its parts: {many} seed{'s' * (many > 1)}, {document['patches']} patches of "
         f"{document['groups']} groups\n",
-        *(f"- {caveat}" for caveat in document["caveats"]),
+        *list_items(document["caveats"]),
         "",
-        *markdown(
+        *markdown_table(
             ["", *METRICS.values(), *(f"LGD-Net minus it: {text}" for text in METRICS.values())],
             [
                 [
@@ -312,6 +314,6 @@ def summary(document: dict[str, Any]) -> str:
         + ".\n",
         f"Of what varies in the teacher's latents, its soft levels tell {document['explained_by_levels']:.2f} (R^2 on "
         "these patches): the nearer to 1, the less latents can teach that label distillation does not.\n",
-        f"    {document['command']}\n",
+        f"{code_block(document['command'])}\n",
     ]
     return "\n".join(lines)

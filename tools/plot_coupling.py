@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lgd.ablate import METRICS, OURS, read_table  # noqa: E402
 from lgd.errors import DataError  # noqa: E402
 from lgd.evaluate.figures import gain_curves  # noqa: E402
-from lgd.evaluate.markdown import markdown, shown  # noqa: E402
+from lgd.evaluate.markdown import shown  # noqa: E402
+from lgd.markup import markdown_table  # noqa: E402
+from lgd.text import print_lines  # noqa: E402
 
 
 def run(argv: list[str]) -> int:
@@ -32,7 +34,7 @@ def run(argv: list[str]) -> int:
         try:
             tables[value] = read_table(Path(folder))
         except DataError as error:
-            print(f"plot_coupling: {error}", file=sys.stderr)
+            print_lines(f"plot_coupling: {error}", file=sys.stderr)
             return 1
     gain_curves(tables, asked.metric, asked.out)
     couplings = sorted(tables)
@@ -41,8 +43,8 @@ def run(argv: list[str]) -> int:
         for name in tables[couplings[0]]["rows"]
         if name != OURS and all(name in table["rows"] for table in tables.values())
     ]
-    print("\n".join(markdown([f"LGD-Net minus it, {METRICS[asked.metric]}", *map(str, couplings)], rows)))
-    print(f"drawn: {asked.out}")
+    print_lines(*markdown_table([f"LGD-Net minus it, {METRICS[asked.metric]}", *map(str, couplings)], rows))
+    print_lines(f"drawn: {asked.out}")
     return 0
 
 

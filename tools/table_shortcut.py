@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lgd.ablate import METRICS, read_answers  # noqa: E402
 from lgd.errors import DataError  # noqa: E402
-from lgd.evaluate.markdown import markdown, shown  # noqa: E402
+from lgd.evaluate.markdown import shown  # noqa: E402
 from lgd.evaluate.seeds import difference, mean_of  # noqa: E402
+from lgd.markup import markdown_table  # noqa: E402
+from lgd.text import print_lines  # noqa: E402
 
 
 def run(argv: list[str]) -> int:
@@ -47,9 +49,9 @@ def run(argv: list[str]) -> int:
                     ]
                 )
         except DataError as error:
-            print(f"table_shortcut: {error}", file=sys.stderr)
+            print_lines(f"table_shortcut: {error}", file=sys.stderr)
             return 1
-    print("\n".join(markdown(["", METRICS[asked.metric], "control", "shortcut", "shortcut minus control"], rows)))
+    print_lines(*markdown_table(["", METRICS[asked.metric], "control", "shortcut", "shortcut minus control"], rows))
     return 0
 
 

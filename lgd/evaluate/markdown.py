@@ -5,6 +5,7 @@ from typing import Any
 
 from lgd.config import LEVEL_NAMES
 from lgd.evaluate.ranking import RECALL_AT
+from lgd.markup import list_items, markdown_table
 from lgd.metrics import Interval
 
 GALLERIES = [
@@ -35,9 +36,9 @@ def ways_section(models: Sequence[dict[str, Any]], ways: dict[str, str]) -> list
             rows.append([model["name"], way, *(shown(metrics[name], form) for name in _ANSWERS)])
     return [
         "### Two ways to score a slide\n",
-        *(f"- {way}." for way in ways.values()),
+        *list_items([f"{way}." for way in ways.values()]),
         "",
-        *markdown(["model", "way", *_ANSWERS.values()], rows),
+        *markdown_table(["model", "way", *_ANSWERS.values()], rows),
         "The mean is the headline, whatever this table shows: a way that is chosen on the scored split is no longer "
         "measured by it. The area copies the form of ASCO/CAP's rule with patches for tumour cells and is not that "
         "rule; it gives a level and no probability, and so neither ECE nor AUC. In "
@@ -61,9 +62,9 @@ def robustness_sections(found: dict[str, Any]) -> list[str]:
         "The same patches, changed as another scanner or laboratory would have them: H&E for the students, IHC for the "
         "teacher. Changes are applied at the network's input size, after the shrinking; the strengths were fixed "
         "beforehand.\n",
-        *(f"- {change['name']}: {change['what']}. Strengths: {change['why']}." for change in found["changes"]),
+        *list_items([f"{one['name']}: {one['what']}. Strengths: {one['why']}." for one in found["changes"]]),
         "",
-        *markdown(["model", "change", "accuracy", "kappa", "ECE", "kappa minus that of the unchanged"], rows),
+        *markdown_table(["model", "change", "accuracy", "kappa", "ECE", "kappa minus that of the unchanged"], rows),
     ]
 
 
@@ -92,7 +93,7 @@ def retrieval_sections(found: dict[str, Any]) -> list[str]:
         f"Mean average precision of the {found['at']} nearest of {found['gallery_rows']} training patches, by the "
         "level of the query; a neighbour of the same level is relevant. Chance is the expected value under a random "
         "ranking.\n",
-        *markdown(["vectors", "gallery", *columns], levels),
+        *markdown_table(["vectors", "gallery", *columns], levels),
     ]
     if own:
         first = own[0]["own_pair"]
@@ -100,19 +101,15 @@ def retrieval_sections(found: dict[str, Any]) -> list[str]:
         text += [
             "## Retrieval of the own IHC\n",
             f"{first['queries']} H&E queries, each searching its own pair among {first['gallery']} IHC latents.\n",
-            *markdown(["vectors", "median rank", "mean rank", *_RECALLS.values()], [*ranks, ["by chance", *chance]]),
+            *markdown_table(
+                ["vectors", "median rank", "mean rank", *_RECALLS.values()], [*ranks, ["by chance", *chance]]
+            ),
         ]
-    return [*text, *(f"- {caveat}" for caveat in found["caveats"]), ""]
+    return [*text, *list_items(found["caveats"]), ""]
 
 
 def _recalls(row: dict[str, Any]) -> list[Any]:
     return [row["own_pair"][name] for name in _RECALLS]
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [list(head), ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]
 
 
 def shown(interval: Interval | dict[str, None], form: str = ".3f") -> str:

@@ -19,9 +19,10 @@ from lgd.config import LEVEL_NAMES
 from lgd.evaluate.caveats import found_by_chance, told_by_colour
 from lgd.evaluate.colour import COLOUR, HOW
 from lgd.evaluate.figures import Query, confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
-from lgd.evaluate.markdown import GALLERIES, markdown, retrieval_sections, robustness_sections, shown, ways_section
+from lgd.evaluate.markdown import GALLERIES, retrieval_sections, robustness_sections, shown, ways_section
 from lgd.evaluate.slides import WAYS, both_ways, scores
 from lgd.files import exists, remove, write_bytes, write_json
+from lgd.markup import code_block, escape_markdown, list_items, markdown_table
 from lgd.metrics import Predictions, paired_difference, score_with_intervals
 
 _HEADLINE = {
@@ -136,11 +137,11 @@ def _json_ready(value: Any) -> Any:
 
 def _summary(document: dict[str, Any], pictures: Sequence[str]) -> str:
     models = document["models"]
-    counts = ", ".join(f"{count} of {name}" for name, count in document["levels"].items())
+    counts = ", ".join(f"{count} of {escape_markdown(name)}" for name, count in document["levels"].items())
     text = [
         "# HER2 level from H&E: report\n",
         "## Read this first\n",
-        *(f"- {caveat}" for caveat in document["caveats"]),
+        *list_items(document["caveats"]),
         "",
         f"{document['patches']} patches in {document['groups']} groups; {document['labelled']} have a level "
         f"({counts}). A group is a slide, or a source patch where slides are unknown.\n",
@@ -155,7 +156,7 @@ def _summary(document: dict[str, Any], pictures: Sequence[str]) -> str:
         text += retrieval_sections(document["retrieval"])
     text += [line for name in pictures for line in (f"## {_PICTURES[name]}\n", f"![{_PICTURES[name]}]({name})\n")]
     command = document["provenance"].get("command")
-    text += ["## How to reproduce\n", *([f"    {command}\n"] if command else [])]
+    text += ["## How to reproduce\n", *([f"{code_block(command)}\n"] if command else [])]
     text.append(f"All numbers, and the provenance of model and data, are in `metrics.json` ({len(models)} models).\n")
     return "\n".join(text)
 
@@ -187,7 +188,7 @@ def _score_sections(document: dict[str, Any]) -> list[str]:
             [f"{row['of']} minus {row['minus']}", *(shown(row["metrics"][name], "+.3f") for name in _HEADLINE)]
             for row in document["differences"]
         ]
-        text += markdown(["", *_HEADLINE.values()], rows)
+        text += markdown_table(["", *_HEADLINE.values()], rows)
         text.append(
             "Both models see the same resamples. An interval that holds 0 shows no difference. Of ECE less is better.\n"
         )
@@ -204,4 +205,4 @@ def _scores_table(models: Sequence[dict[str, Any]], level: str, columns: dict[st
         ]
         for model in models
     ]
-    return markdown(["model", unit, *columns.values()], rows)
+    return markdown_table(["model", unit, *columns.values()], rows)

@@ -1,6 +1,5 @@
 """What a person watches: TensorBoard, `log.jsonl`, a bar or lines of progress, and a summary at the end."""
 
-import json
 import math
 import resource
 import shutil
@@ -15,8 +14,10 @@ import torch
 from lgd.config import LEVEL_NAMES
 from lgd.errors import DataError
 from lgd.files import exists, is_remote, read_bytes, upload_folder, write_bytes
+from lgd.markup import markdown_table
 from lgd.metrics import confusion
 from lgd.progress import progress
+from lgd.text import dump_json, escape_text, print_lines
 
 
 class Log:
@@ -44,7 +45,8 @@ class Log:
 
     def step(self, step: int, values: dict[str, float], waited: float) -> None:
         """Record one step; the loss terms, the learning rate and the gradient's norm."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(dump_json({"step": step, **known}) + "\n")
         self.waited += waited
         self.done, self.loss = step, values["loss"]
         for name, value in values.items():
@@ -75,9 +77,9 @@ class Log:
         bar = getattr(self, "bar", None)
         text = f"{self.name}: {line}"
         if bar is not None and sys.stderr.isatty():
-            bar.write(text, file=sys.stderr)
+            bar.write(escape_text(text), file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print_lines(text, file=sys.stderr)
 
     def summary(self) -> None:
         """One line on what this process has done, if it trained at all."""
@@ -120,7 +122,5 @@ def peak_memory() -> int:
 
 def _table(counts_44: np.ndarray) -> str:
     """A confusion matrix in Markdown, a row a true level."""
-    lines = ["| true \\ called | " + " | ".join(LEVEL_NAMES) + " |", "|---" * (len(LEVEL_NAMES) + 1) + "|"]
-    for name, row in zip(LEVEL_NAMES, counts_44.tolist(), strict=True):
-        lines.append(f"| {name} | " + " | ".join(map(str, row)) + " |")
-    return "\n".join(lines)
+    rows = [[name, *map(str, row)] for name, row in zip(LEVEL_NAMES, counts_44.tolist(), strict=True)]
+    return "\n".join(markdown_table(["true / called", *LEVEL_NAMES], rows))

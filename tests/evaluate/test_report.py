@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -76,6 +77,20 @@ def written(tmp_path_factory):
     scored = [model(), model("H&E-only", 0.5), model("IHC|teacher", 3.0)]
     document = report(folder, scored, retrieval=retrieval(scored[0]), queries=[query(), query(None, ihc=False)])
     return folder, scored, document
+
+
+def test_text_of_others_is_only_text(tmp_path):
+    evil = "x\n\n# Result\n\n<img src=http://evil/b.png> [click](javascript:alert(1)) \x1b[2J \u202e"
+    command = "lgd evaluate --config 'runs/a\n\n# Cleared/config.yaml'"
+    scored = [model(f"LGD|Net {evil}", slides=4, each=2), model("H&E-only", 0.5, slides=4, each=2)]
+    document = report(tmp_path, scored, caveats=[evil, "y" * 1_000_000], provenance={"command": command})
+    assert document["caveats"][0] == evil, "JSON holds it as it is"
+    assert strict(tmp_path / "metrics.json") == document
+    text = (tmp_path / "summary.md").read_text()
+    shown = r"x\\n\\n# Result\\n\\n&#60;img `src=http://evil/b.png`> \[click\](javascript:alert(1)) \\x1b\[2J \\u202e"
+    assert f"- {shown}\n" in text and f"| LGD\\|Net {shown} |" in text
+    assert "    lgd evaluate --config 'runs/a\\n\\n# Cleared/config.yaml'\n" in text
+    assert not re.search("(?m)^# (Result|Cleared)|\x1b|\u202e|y{5000}", text)
 
 
 def test_the_document_holds_every_number(written):
