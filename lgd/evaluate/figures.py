@@ -4,6 +4,7 @@ Drawn without pyplot, so without a display or global state, and published as PNG
 and Ito (2008), which colour-blind readers can tell apart; what a colour says is also written or shaped.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,15 @@ from numpy.typing import NDArray
 from lgd.config import LEVEL_NAMES
 from lgd.files import publish
 from lgd.metrics import BINS, Predictions, confidence_bins, confusion, score
+from lgd.text import escape_text
 
 Image = NDArray[np.uint8]
 DPI = 110
 _GREEN, _ORANGE, _RED, _GREY = "#009E73", "#E69F00", "#D55E00", "#999999"
 _LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _MARKERS = "osD^vPX*"
+_WIDEST = 80
+"""Characters of a line that are drawn."""
 # A found level beside the query's: colour and style of the frame, and the words of the caption.
 _SAME, _ONE_OFF = (_GREEN, "-", "same level"), (_ORANGE, "--", "one level off")
 _BEYOND, _UNKNOWN = (_RED, ":", "further off"), (_GREY, "-.", "not comparable")
@@ -77,11 +81,11 @@ def confusion_matrix(predictions: Predictions, path: str | Path, title: str) -> 
         colour = "white" if share[row, column] > 0.55 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=11)
     levels = np.arange(len(LEVEL_NAMES))
-    axes.set_xticks(levels, LEVEL_NAMES)
-    axes.set_yticks(levels, [f"{name}\n(n = {total})" for name, total in zip(LEVEL_NAMES, totals, strict=True)])
+    axes.set_xticks(levels, list(map(_short, LEVEL_NAMES)))
+    axes.set_yticks(levels, [f"{_short(name)}\n(n = {total})" for name, total in zip(LEVEL_NAMES, totals, strict=True)])
     axes.set_xlabel("predicted level")
     axes.set_ylabel("true level")
-    axes.set_title(title, parse_math=False, fontsize=11)
+    axes.set_title(title, fontsize=11)
     figure.colorbar(image, ax=axes, label="share of the true level", fraction=0.046)
     _save(figure, path)
 
@@ -111,8 +115,7 @@ def reliability_diagram(scored: Sequence[Predictions], path: str | Path) -> None
     above.set(xlim=(0, 1), ylim=(-0.03, 1.03), ylabel="share that is right", title="Is the confidence earned?")
     below.set(xlabel="confidence: probability of the predicted level", ylabel="patches", ylim=(0, None))
     below.yaxis.get_major_locator().set_params(integer=True)
-    for text in figure.legend(curves, names, fontsize=9, loc="outside lower center").get_texts():
-        text.set_parse_math(False)
+    figure.legend(curves, names, fontsize=9, loc="outside lower center")
     _save(figure, path)
 
 
@@ -137,13 +140,12 @@ def robustness_curves(found: dict[str, Any], path: str | Path) -> None:
                 bars = np.nan_to_num([value - low, high - value])
                 axes.errorbar(place, value, bars, label=model["name"], linewidth=1, elinewidth=0.8, **style)
         for axes in grid[:, column]:
-            axes.set_xticks(range(len(labels)), labels, fontsize=8)
+            axes.set_xticks(range(len(labels)), list(map(_short, labels)), fontsize=8)
         grid[0, column].set_title(change["name"], fontsize=11)
     grid[0, 0].set(ylabel="accuracy", ylim=(0, 1.03))
     grid[1, 0].set(ylabel="ECE (less is better)", ylim=(0, None))
     names = grid[0, 0].get_legend_handles_labels()
-    for text in figure.legend(*names, fontsize=9, loc="outside lower center").get_texts():
-        text.set_parse_math(False)
+    figure.legend(*names, fontsize=9, loc="outside lower center")
     _save(figure, path)
 
 
@@ -232,7 +234,7 @@ def _panel(axes: Any, image: Image | None, lines: list[str], frame: tuple[str, s
         spine.set_visible(frame is not None)
         if frame is not None:
             spine.set(color=frame[0], linestyle=frame[1], linewidth=4)
-    axes.set_xlabel("\n".join(lines), fontsize=7.5, parse_math=False, labelpad=5)
+    axes.set_xlabel("\n".join(lines), fontsize=7.5, labelpad=5)
 
 
 def _level_name(level: int | None) -> str:
@@ -240,7 +242,8 @@ def _level_name(level: int | None) -> str:
 
 
 def _short(name: str, width: int = 24) -> str:
-    """`name`, with its middle left out where it is too wide for a caption."""
+    """`name`, escaped, with its middle left out where it is too wide for a caption."""
+    name = escape_text(name)
     return name if len(name) <= width else f"{name[: width // 2]}…{name[-width // 2 + 1 :]}"
 
 
@@ -251,5 +254,15 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    with publish(path) as temporary:
+    """Publish a figure. Its texts are drawn as they are: nothing in them is a formula, unseen or endless."""
+    import matplotlib
+    from matplotlib.text import Text
+
+    # Ticks get their texts while they are drawn.
+    with publish(path) as temporary, matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        # A letter that the font lacks is a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+            text.set_text("\n".join(_short(line, _WIDEST) for line in text.get_text().split("\n")))
         figure.savefig(temporary, format="png", dpi=DPI)

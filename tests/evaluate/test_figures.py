@@ -1,0 +1,35 @@
+"""Text of others in the pictures."""
+
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lgd.evaluate.figures import Neighbour, Query, confusion_matrix, contact_sheet, gain_curves, robustness_curves
+from lgd.metrics import Predictions
+
+BROKEN = [r"$\frac{$ & \x", "a\x1b[2J\x07\nb\t", "漢字 \udcff\u202e", "x" * 100_000, ""]
+
+
+@pytest.mark.parametrize("name", BROKEN, ids=range(len(BROKEN)))
+def test_any_text_can_be_drawn(tmp_path, name):
+    level = np.arange(8) % 4
+    scored = Predictions(name=name, keys=["k"] * 8, groups=["g"] * 8, level=level, probability=np.eye(4)[level])
+    part = {"value": 0.5, "low": 0.4, "high": 0.6}
+    metrics = {"accuracy": part, "ece": part}
+    changes = [{"name": name, "at": [{"label": name, "metrics": metrics}]}]
+    robust = {"changes": changes, "models": [{"name": name, "unchanged": metrics, "changes": changes}]}
+    gain = {0.5: {"rows": {name or "row": {"kappa": {"mean": part, "lgd_minus": part}}}}}
+    image = np.zeros((8, 8, 3), np.uint8)
+    found = Neighbour(key=name, slide=name, split=name, level=1, distance=0.1, image=image, duplicate_of=name)
+    query = Query(key=name, slide=name, level=1, predicted=1, he=image, ihc=image, neighbours=[found], vote=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        confusion_matrix(scored, tmp_path / "confusion.png", name)
+        robustness_curves(robust, tmp_path / "robustness.png")
+        gain_curves(gain, "kappa", tmp_path / "gain.png")
+        contact_sheet([query], tmp_path / "sheet.png")
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            assert max(picture.size) < 2000
