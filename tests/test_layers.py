@@ -10,7 +10,7 @@ ORDER = """
 errors text tables markup config progress urls files records options remote distribute metrics
 stain.deconvolve stain.targets
 data.meta data.pairs data.tissue data.sections data.synth data.split
-data.image data.index data.archive data.manifest data.sources data.patches data.duplicates
+data.tags data.image data.index data.archive data.manifest data.sources data.patches data.duplicates
 data.building data.shards data.repeats data.overlap data.verify
 data.plan data.stream data.augment
 models.encoder models.description models.export models.teacher models.student models.losses

@@ -1,7 +1,8 @@
 """Image bytes <-> pixels: the one place that decides what an image file is.
 
 The type is told by the content, never by the name: BCI's `.png` files hold JPEG streams. JPEG, PNG and WebP
-are accepted; every other content raises `DataError`, and so does a truncated or broken stream.
+are accepted; every other content raises `DataError`, and so does a truncated or broken stream, and one of more than
+8 bits a channel, whose lower bits would be lost.
 """
 
 import io
@@ -13,6 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, features
 
+from lgd.data.tags import read_bit_depth, read_orientation, turn_upright
 from lgd.errors import DataError
 
 RESIZE = "scaled JPEG decoding, then antialiased bilinear (1)"
@@ -58,7 +60,8 @@ def header(content: bytes | memoryview, name: str) -> Header:
     """Type and size of an image, without decoding its pixels.
 
     `name` names the image in errors. Raises `DataError` for content that is not a JPEG, PNG or WebP image,
-    for CMYK, 16-bit and animated images, and for more than 100 megapixels.
+    for CMYK, 16-bit and animated images, and for more than 100 megapixels. A JPEG of more than 8 bits is refused when
+    it is decoded.
     """
     if not content:
         raise DataError(f"{name}: is empty: fetch it again")
@@ -85,6 +88,10 @@ def _jpeg_header(content: bytes | memoryview, name: str) -> Header:
 def _pillow_header(content: bytes | memoryview, name: str, extension: str) -> Header:
     try:
         with Image.open(io.BytesIO(content), formats=(extension,)) as image:
+            # Pillow calls 16-bit colour plainly RGB, and gives its upper bytes.
+            depth = read_bit_depth(content, extension)
+            if depth > 8:
+                raise _too_deep(name, depth)
             if image.mode not in _MODES:
                 raise DataError(f"{name}: has pixels of mode {image.mode}: convert it to 8-bit RGB")
             if getattr(image, "n_frames", 1) > 1:
@@ -102,6 +109,13 @@ def _too_large(name: str) -> DataError:
     return DataError(f"{name}: has more than {MAX_PIXELS // 10**6} megapixels: cut it into patches")
 
 
+def _too_deep(name: str, depth: int) -> DataError:
+    return DataError(
+        f"{name}: has {depth} bits a channel, and only 8 would be read: scale its values to 8 bits, so that the "
+        "brightest is near 255, such as by exporting it from a viewer as 8-bit RGB"
+    )
+
+
 def _broken(name: str, error: Exception) -> DataError:
     return DataError(f"{name}: is truncated or broken ({error}): fetch it again")
 
@@ -115,6 +129,8 @@ def decode(
     smallest of its eight scales that is not below `size`; what is left by an antialiased resize. Grey and
     palette images become RGB; transparent pixels are laid on white, the colour of bare glass. `out`, contiguous
     uint8 (size, size, 3), takes the pixels and is returned.
+
+    The pixels are given as they are stored; `decode_upright` turns them as EXIF asks.
 
     Returns (height, width, 3) uint8, writable and contiguous. Raises `DataError` with `name` as `header`
     does, and for truncated or broken content.
@@ -134,12 +150,25 @@ def decode(
                 rgb = _rgb(image)
                 pixels = np.array(rgb if size is None else _resized(rgb, size))
     except _BROKEN as error:
-        raise _broken(name, error) from error
+        depth = read_bit_depth(content, found.extension)
+        raise (_too_deep(name, depth) if depth > 8 else _broken(name, error)) from error
     if out is None:
         return pixels
     if buffer is None:
         out[:] = pixels
     return out
+
+
+def decode_upright(content: bytes | memoryview, name: str, size: int | None = None) -> np.ndarray:
+    """`decode` an image, and turn it as its EXIF orientation says.
+
+    Shards are read by `decode`: their builder refused or turned such images, and no stream pays for looking again.
+    """
+    pixels = decode(content, name, size)
+    extension = kind(content)
+    assert extension is not None, "decoded before"
+    orientation = read_orientation(content, extension)
+    return pixels if orientation == 1 else turn_upright(pixels, orientation)
 
 
 def _scaled(found: Header, side: int) -> tuple[int, int]:

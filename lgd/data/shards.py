@@ -95,7 +95,7 @@ class ShardOptions:
     tile: int = 0
     """Side of the square tiles that patches are cut into, in pixels; 0 keeps whole patches."""
     image: str = "keep"
-    """`keep` the original bytes (tiles become PNG), or re-encode to `png` or `jpeg:QUALITY`."""
+    """`keep` the original bytes (tiles become PNG), or re-encode to `png` or `jpeg:QUALITY`, turned as EXIF says."""
     slides: str = ""
     """CSV (or its url) with the columns key and slide that names the slide of every pair."""
     mpp: float | Literal["unknown"] | None = None
@@ -278,7 +278,13 @@ def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], lis
     pairs, problems = find_pairs(options.layout, root if is_remote(root) else root.absolute(), options.slides or None)
     refuse_spellings(pairs, options.slides or (options.root if options.layout == "csv" else ""))
     jobs = [
-        CheckJob(start=start, pairs=tuple(pairs[start : start + _CHUNK]), tile=options.tile, threads=options.threads)
+        CheckJob(
+            start=start,
+            pairs=tuple(pairs[start : start + _CHUNK]),
+            tile=options.tile,
+            reencode=options.encoding.extension is not None,
+            threads=options.threads,
+        )
         for start in range(0, len(pairs), _CHUNK)
     ]
     checked = sorted(

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.image import check, decode, encode
+from lgd.data.image import Header, check, decode_upright, encode
 from lgd.data.meta import Digests, PatchMeta
 from lgd.data.pairs import PatchPair, Problem
 from lgd.data.split import SplitRule, split_of
+from lgd.data.tags import ORIENTATIONS, read_icc_digest, read_orientation
 from lgd.distribute import ahead
 from lgd.errors import ConfigError, DataError
 from lgd.files import digest_of, read_bytes
@@ -74,6 +75,8 @@ class CheckJob:
     pairs: tuple[PatchPair, ...]
     tile: int
     """Side of the tiles that each must hold at least one of, in pixels; 0 for whole patches."""
+    reencode: bool
+    """Whether images are stored anew, which turns those that EXIF says to turn, rather than as they are."""
     threads: int
 
 
@@ -99,14 +102,16 @@ def _read(path: Path, name: str) -> bytes:
         raise DataError(f"{name}: cannot be read ({error.strerror}): correct it or remove the pair") from error
 
 
-def check_pair(pair: PatchPair, tile: int) -> Source | Problem:
+def check_pair(pair: PatchPair, tile: int, reencode: bool) -> Source | Problem:
     """Read and fully decode both images of a pair; they must be of one size, and hold at least one tile.
+
+    Sizes are those of the upright images. One that is kept as it is must be stored upright.
 
     A remote that cannot be reached says nothing of the pair: that raises `RemoteError`.
     """
     try:
         he, ihc = _read(pair.he, pair.source), _read(pair.ihc, pair.ihc_source)
-        heads = [check(he, pair.source), check(ihc, pair.ihc_source)]
+        heads = [_check_upright(he, pair.source, reencode), _check_upright(ihc, pair.ihc_source, reencode)]
         _, width, height = heads[0]
         if heads[0][1:] != heads[1][1:]:
             raise DataError(
@@ -129,14 +134,29 @@ def check_pair(pair: PatchPair, tile: int) -> Source | Problem:
         height=height,
         extensions=(heads[0].extension, heads[1].extension),
         sha256=(hashlib.sha256(he).hexdigest(), hashlib.sha256(ihc).hexdigest()),
-        icc=(None, None),
+        icc=(read_icc_digest(he, heads[0].extension), read_icc_digest(ihc, heads[1].extension)),
     )
+
+
+def _check_upright(content: bytes, name: str, reencode: bool) -> Header:
+    """Check an image as `check` does; its type, and its size when it is upright."""
+    found = check(content, name)
+    orientation = read_orientation(content, found.extension)
+    if orientation == 1:
+        return found
+    if not reencode:
+        raise DataError(
+            f"{name}: has EXIF orientation {orientation}: viewers show it {ORIENTATIONS[orientation]}, but training "
+            "reads the pixels as they are stored: use --image png or --image jpeg:95, which turn them"
+        )
+    turned = orientation >= 5
+    return Header(found.extension, *((found.height, found.width) if turned else (found.width, found.height)))
 
 
 def check_chunk(job: CheckJob, tick: Callable[[int], Any] = nothing) -> tuple[int, list[Source | Problem]]:
     """The place of a job's first pair, and what was found of each, in order."""
     checked = []
-    for found in in_threads(lambda pair: check_pair(pair, job.tile), job.pairs, job.threads):
+    for found in in_threads(lambda pair: check_pair(pair, job.tile, job.reencode), job.pairs, job.threads):
         checked.append(found)
         tick(1)
     return job.start, checked
@@ -258,7 +278,7 @@ def _members_of(samples: Sequence[Sample], encoding: Encoding, mpp: float | None
         described = (_describe(sample, source.sha256, source.width, source.height, mpp) for sample in samples)
         return [[description, *images] for description in described]
     names = (source.pair.source, source.pair.ihc_source)
-    decoded = [decode(content, name) for content, name in zip(images, names, strict=True)]
+    decoded = [decode_upright(content, name) for content, name in zip(images, names, strict=True)]
     made = []
     for sample in samples:
         tile_h, tile_w = encoding.tile or source.height, encoding.tile or source.width

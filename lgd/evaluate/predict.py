@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.image import decode
+from lgd.data.image import decode_upright
 from lgd.data.pairs import read_slides, safe_key
 from lgd.data.shards import Shard
 from lgd.data.stream import Reader, in_batches, stream
@@ -122,9 +122,9 @@ def find_images(names: Sequence[str]) -> list[Path]:
 
 
 def read_image(path: Path, size: int | None) -> np.ndarray:
-    """One image file as uint8 (H, W, 3), shrunk to size x size unless `size` is None."""
+    """One image file as uint8 (H, W, 3), upright, and shrunk to size x size unless `size` is None."""
     try:
-        return decode(path.read_bytes(), str(path), size)
+        return decode_upright(path.read_bytes(), str(path), size)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 

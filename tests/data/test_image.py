@@ -2,10 +2,11 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from containers import chunk, png, tiff, with_exif
+from PIL import Image, ImageOps
 
 from lgd.data import image as image_module
-from lgd.data.image import check, decode, encode, header
+from lgd.data.image import check, decode, decode_upright, encode, header
 from lgd.errors import DataError
 
 
@@ -91,7 +92,7 @@ def test_a_flipped_bit_in_a_png_is_refused():
         (saved("TIFF"), "is no JPEG"),
         (saved("GIF"), "is no JPEG"),
         (saved("JPEG", Image.new("CMYK", (9, 9))), "is a CMYK JPEG: convert it"),
-        (saved("PNG", Image.fromarray(np.zeros((9, 9), np.uint16))), "mode I;16: convert it to 8-bit RGB"),
+        (saved("PNG", Image.fromarray(np.zeros((9, 9), np.uint16))), "has 16 bits a channel"),
         (saved("PNG", save_all=True, append_images=[Image.new("RGB", (64, 64))]), "animation"),
         (b"\xff\xd8\xff\xe0" + b"\0" * 100, "truncated or broken"),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 100, "truncated or broken"),
@@ -101,6 +102,62 @@ def test_a_flipped_bit_in_a_png_is_refused():
 def test_what_is_no_usable_image_is_refused(content, reason):
     with pytest.raises(DataError, match=f"^a.png: .*{reason}"):
         decode(content, "a.png")
+
+
+@pytest.mark.parametrize("colour", [0, 2, 4, 6])
+def test_16_bits_are_refused_whatever_the_colours(colour):
+    """Pillow gives the upper bytes of all but grey, and calls them RGB: a 12-bit camera's picture is nearly black."""
+    remedy = "^a.png: has 16 bits a channel, and only 8 would be read: scale its values to 8 bits"
+    deep = chunk(b"IHDR", b"\0\0\0\x08\0\0\0\x08\x10" + bytes([colour]) + bytes(3))
+    for content in (png(16, colour), png(8, colour, deep)):
+        for read in (header, decode, decode_upright, check):
+            with pytest.raises(DataError, match=remedy):
+                read(content, "a.png")
+
+
+@pytest.mark.parametrize(
+    "depth, colour", [(1, 0), (2, 0), (4, 0), (1, 3), (2, 3), (4, 3), (8, 0), (8, 2), (8, 4), (8, 6)]
+)
+def test_what_fits_8_bits_is_read(depth, colour):
+    decode(png(depth, colour), "a")
+
+
+def test_few_bits_of_grey_expand_exactly():
+    for depth in (1, 2, 4):
+        values = np.arange(16, dtype=np.uint8).reshape(4, 4) % 2**depth
+        expected = values * (255 // (2**depth - 1))
+        content = saved("PNG", Image.fromarray(expected), bits=depth)
+        assert (decode(content, "a")[..., 0] == expected).all()
+
+
+def test_a_12_bit_jpeg_is_refused():
+    content = KINDS["jpg"].replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc1\x00\x11\x0c")
+    assert content != KINDS["jpg"]
+    with pytest.raises(DataError, match="^a.jpg: has 12 bits a channel"):
+        decode(content, "a.jpg")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_upright_pixels_are_those_of_pillow(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(smooth(48, 96).astype(np.uint8))
+    content = saved(kind, image, exif=exif)
+    expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")).astype(int)
+    upright = decode_upright(content, "a")
+    assert upright.shape == ((96, 48, 3) if orientation >= 5 else (48, 96, 3)) and upright.flags.writeable
+    assert np.abs(upright - expected).max() <= 2
+    small = np.array(Image.fromarray(expected.astype(np.uint8)).resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(decode_upright(content, "a", 32) - small).mean() < 2
+    # The stream's own decoder gives what is stored.
+    assert (decode(content, "a") == decode(saved(kind, image), "a")).all()
+
+
+def test_malformed_exif_turns_nothing():
+    plain = decode(KINDS["jpg"], "a")
+    for content in (b"", b"II*\0\xff\xff\xff\xff", tiff((0x0112, 3, 1, 77))):
+        assert (decode_upright(with_exif(KINDS["jpg"], content), "a") == plain).all()
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

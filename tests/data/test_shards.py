@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import webdataset
+from containers import tiff, with_exif, with_segments
 
 from lgd.data.image import encode
 from lgd.data.manifest import Manifest
@@ -242,6 +243,70 @@ def test_mixed_types_need_re_encoding(tmp_path):
         assert verify(out) == []
         samples = samples_of(out)
         assert (np.abs(decode(samples[3][2], "a").astype(int) - patch(6)).max() == 0) == (image == "png")
+
+
+def turned(content, orientation):
+    return with_exif(content, tiff((0x0112, 3, 1, orientation)))
+
+
+@pytest.fixture
+def photographed(tmp_path):
+    """Three pairs of 32 x 64 pixels, one in its EXIF's way: its H&E turned to the right, its IHC upside down."""
+    root = make_bci(tmp_path / "bci", 3, "png")
+    he, ihc = (root / stain / "train/00001_train_1+.png" for stain in ("HE", "IHC"))
+    he.write_bytes(turned(encode(np.rot90(patch(50, 32, 64)), "jpg"), 6))
+    ihc.write_bytes(turned(encode(patch(51, 32, 64)[::-1, ::-1], "jpg"), 3))
+    return root
+
+
+def test_an_exif_orientation_is_refused_where_the_bytes_are_kept(photographed, tmp_path):
+    remedy = (
+        "HE/train/00001_train_1.*png: has EXIF orientation 6: viewers show it turned by 90 degrees, .*"
+        "use --image png or --image jpeg:95, which turn them"
+    )
+    with pytest.raises(DataError, match=remedy):
+        build(options(photographed, tmp_path / "out"))
+    build(options(photographed, tmp_path / "out", on_bad="skip"))
+    assert len(samples_of(tmp_path / "out")) == 2
+    (photographed / "HE/train/00001_train_1+.png").write_bytes(encode(patch(50, 32, 64), "jpg"))
+    with pytest.raises(DataError, match="IHC/train/00001_train_1.*png: has EXIF orientation 3: .*turned by 180"):
+        build(options(photographed, tmp_path / "again"))
+
+
+@pytest.mark.parametrize("image", ["png", "jpeg:95"])
+def test_an_exif_orientation_is_applied_where_images_are_encoded_anew(photographed, tmp_path, image):
+    build(options(photographed, tmp_path / "out", image=image))
+    assert verify(tmp_path / "out") == []
+    _, meta, he, ihc = samples_of(tmp_path / "out")[1]
+    assert (meta["width"], meta["height"]) == (64, 32)
+    for content, seed in ((he, 50), (ihc, 51)):
+        assert b"Exif" not in content
+        assert np.abs(decode(content, "a").astype(int) - patch(seed, 32, 64)).mean() < 8
+
+
+def test_tiles_are_cut_from_upright_patches(photographed, tmp_path):
+    build(options(photographed, tmp_path / "out", tile=32))
+    tiles = [decode(he, "a") for _, meta, he, _ in samples_of(tmp_path / "out") if meta["key"].startswith("00001")]
+    assert len(tiles) == 2
+    assert np.abs(np.hstack(tiles).astype(int) - patch(50, 32, 64)).mean() < 8
+
+
+def test_a_pair_must_show_the_same_field_once_upright(photographed, tmp_path):
+    ihc = photographed / "IHC/train/00001_train_1+.png"
+    ihc.write_bytes(turned(ihc.read_bytes(), 8))
+    with pytest.raises(DataError, match="HE/.*00001.* is 64 x 32 pixels but its IHC .* is 32 x 64: register"):
+        build(options(photographed, tmp_path / "out", image="png"))
+
+
+def test_colour_profiles_are_recorded(tmp_path):
+    root = make_bci(tmp_path / "bci", 2)
+    path = root / "IHC/train/00001_train_1+.png"
+    path.write_bytes(with_segments(path.read_bytes(), (b"\xe2", b"ICC_PROFILE\0\1\1a profile")))
+    for image in ("keep", "png"):
+        build(options(root, tmp_path / image, image=image))
+        first, second = (meta for _, meta, _, _ in samples_of(tmp_path / image))
+        assert first["icc"] == {"he": None, "ihc": None}
+        assert second["icc"] == {"he": None, "ihc": hashlib.sha256(b"a profile").hexdigest()}
 
 
 def test_tiles_are_cut_without_loss_and_share_a_group(tmp_path):
