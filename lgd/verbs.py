@@ -135,20 +135,21 @@ def _predict(parser: Any) -> Run:
     add_config_arguments(parser)
 
     def run(parser: Any, namespace: Any) -> None:
-        from lgd.evaluate import predict
+        from lgd.evaluate import notes, predict
 
         folder, _ = _model(parser, namespace)
         paths = predict.find_images(namespace.images)
         slides = Path(namespace.slides) if namespace.slides else None
-        rows = predict.predict(predict.load_scorer(folder), paths, slides)
+        predictions = predict.predict_images(predict.load_scorer(folder), paths, slides)
+        for line in notes.count_notes((prediction.notes for prediction in predictions), "images"):
+            print(line, file=sys.stderr)
+        rows = predict.as_rows(predictions)
         if namespace.json:
             print_json(rows)
-            return
-        flat = [{**{k: v for k, v in row.items() if k != "probabilities"}, **row["probabilities"]} for row in rows]
-        if namespace.csv:
-            print_csv(flat)
+        elif namespace.csv:
+            print_csv([predict.as_cells(row) for row in rows])
         else:
-            print_table(flat)
+            print_table([predict.as_cells(row) for row in rows])
 
     return run
 

@@ -8,10 +8,11 @@ JSON, one object a query (`as_json`):
     stored         for a query by key its key, slide, split and level; null for an image
     neighbours     nearest first: key, slide, split, level, distance, duplicate_of
     vote           level, shares (level -> share), entropy_bits, labelled
+    notes          sentences on the image that its reader must know, such as that it looks like no H&E
 
 CSV, one row a neighbour (`as_rows`): image, predicted, rank, key, slide, split, level, distance, duplicate_of, vote,
-vote_share, vote_entropy_bits, vote_labelled, query_key. The columns are the same whatever was asked; new ones will
-come at the end. What is unknown is null, and empty in CSV.
+vote_share, vote_entropy_bits, vote_labelled, query_key, notes. The columns are the same whatever was asked; new ones
+will come at the end. What is unknown is null, and empty in CSV.
 """
 
 import math
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
+from lgd.evaluate.notes import count_notes, join_notes
 from lgd.store.latents import Store
 
 NEAR_DUPLICATE = 0.001
@@ -81,6 +83,8 @@ class Answer:
     """The stored patch whose latent was the query."""
     hits: list[Hit]
     """Nearest first."""
+    notes: Sequence[str] = ()
+    """What a reader must know of the image."""
 
     @property
     def vote(self) -> Vote:
@@ -121,7 +125,7 @@ def near_duplicates(keys: Sequence[str], distance_k: np.ndarray, vectors_kD: np.
 
 
 def summary(store: Store, answers: Sequence[Answer]) -> list[str]:
-    """Lines about all answers together: how many, how many near-duplicates, and keys that several parts have."""
+    """Lines about all answers together: how many, near-duplicates, keys that several parts have, and notes."""
     hits = [hit for answer in answers for hit in answer.hits]
     twins = [hit for hit in hits if hit.duplicate_of]
     lines = [
@@ -135,7 +139,7 @@ def summary(store: Store, answers: Sequence[Answer]) -> list[str]:
     for key, names in parts.items():
         if len(names) > 1:
             lines.append(f"key {key} is in {len(names)} parts ({', '.join(names)}): one answer each, in this order")
-    return lines
+    return lines + count_notes((answer.notes for answer in answers), "queries")
 
 
 def as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
@@ -148,6 +152,7 @@ def as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
             "stored": None if answer.stored is None else _shown(answer.stored),
             "neighbours": [_shown(hit) for hit in answer.hits],
             "vote": asdict(answer.vote),
+            "notes": list(answer.notes),
         }
         for answer in answers
     ]
@@ -168,6 +173,7 @@ def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
             "vote_entropy_bits": said.entropy_bits,
             "vote_labelled": said.labelled,
             "query_key": answer.stored.key if answer.stored else None,
+            "notes": join_notes(answer.notes),
         }
         asked = {"image": answer.image, "predicted": answer.level}
         rows += [asked | {"rank": rank} | _shown(hit) | voted for rank, hit in enumerate(answer.hits, 1)]
@@ -180,10 +186,11 @@ def as_table(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     for answer in answers:
         asked = {"query": answer.name} | ({} if answer.stored else {"predicted": answer.level})
         for rank, hit in enumerate(answer.hits, 1):
-            rows.append(asked | {"rank": str(rank)} | _shown(hit) | {"duplicate_of": hit.duplicate_of or ""})
+            shown = _shown(hit) | {"duplicate_of": hit.duplicate_of or "", "notes": ""}
+            rows.append(asked | {"rank": str(rank)} | shown)
         said = answer.vote
         blank = dict.fromkeys(("slide", "split", "distance", "duplicate_of"), "")
-        fields = {"rank": "vote", "key": _vote_text(said), "level": said.level}
+        fields = {"rank": "vote", "key": _vote_text(said), "level": said.level, "notes": join_notes(answer.notes)}
         rows.append({name: (asked | blank | fields)[name] for name in rows[-1]})
     return rows
 

@@ -4,7 +4,7 @@ import glob
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from lgd.data.pairs import read_slides, safe_key
 from lgd.data.shards import Shard
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.errors import DataError
+from lgd.evaluate.notes import count_notes, join_notes
 from lgd.metrics import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.student import load_student
 from lgd.models.teacher import load_teacher
+from lgd.stain.checks import find_notes
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 NAMES = {"lgd": "LGD-Net", "he-only": "H&E-only", "two-stream": "two streams", "distil": "label distillation"}
@@ -129,18 +131,29 @@ def read_image(path: Path, size: int | None) -> np.ndarray:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def score_files(scorer: Scorer, paths: Sequence[Path], batch: int = 32) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
-    """Score image files; yields each path with its row of what `Scorer.score` gives."""
+class ScoredImage(NamedTuple):
+    """An image file and what the network gave for it."""
+
+    path: Path
+    values: dict[str, np.ndarray]
+    """Its row of each array that `Scorer.score` gives."""
+    notes: list[str]
+
+
+def score_files(scorer: Scorer, paths: Sequence[Path], batch: int = 32) -> Iterator[ScoredImage]:
+    """Score image files, in their order."""
     for start in range(0, len(paths), batch):
         some = paths[start : start + batch]
-        out = scorer.score(np.stack([read_image(path, scorer.config.size) for path in some]))
-        for row, path in enumerate(some):
-            yield path, {name: array[row] for name, array in out.items()}
+        images = [read_image(path, scorer.config.size) for path in some]
+        out = scorer.score(np.stack(images))
+        for row, (path, image_HW3) in enumerate(zip(some, images, strict=True)):
+            values = {name: array[row] for name, array in out.items()}
+            yield ScoredImage(path, values, collect_notes(scorer, image_HW3))
 
 
-def as_row(name: str, probability_4: np.ndarray) -> dict[str, Any]:
-    """A prediction as it is printed: image, level, and the probability of each level."""
-    return {"image": name} | as_level(probability_4)
+def collect_notes(scorer: Scorer, image_HW3: np.ndarray) -> list[str]:
+    """All notes on what a scorer says of one decoded image of its size; each kind of note is added here."""
+    return find_notes(image_HW3) if scorer.role == "he" else []
 
 
 def as_level(probability_4: np.ndarray) -> dict[str, Any]:
@@ -150,11 +163,19 @@ def as_level(probability_4: np.ndarray) -> dict[str, Any]:
     return {"level": LEVEL_NAMES[level], "probabilities": chances}
 
 
-def predict(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None) -> list[dict[str, Any]]:
-    """Rows of `as_row`, one an image, or one a slide: `slide`, its `patches`, and their mean probability.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What is kept of a scored image."""
 
-    `slides` is a CSV with columns key (file name without suffix) and slide.
-    """
+    image: str
+    slide: str | None
+    """Its slide, where rows are to be slides."""
+    probability_4: np.ndarray
+    notes: list[str]
+
+
+def predict_images(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None) -> list[Prediction]:
+    """Score image files; `slides` is a CSV with columns key (file name without suffix) and slide."""
     slide_of = {} if slides is None else read_slides(slides)
     unknown = [path for path in paths if slides is not None and safe_key(path.stem) not in slide_of]
     if unknown:
@@ -162,13 +183,42 @@ def predict(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None) -
             f"{slides} names no slide for {len(unknown)} of {len(paths)} images, the first of them {unknown[0]}: add "
             f"a row {unknown[0].stem},SLIDE"
         )
-    scored = [(path, row["probability"]) for path, row in score_files(scorer, paths)]
-    if slides is None:
-        return [as_row(str(path), probability) for path, probability in scored]
-    by_slide: dict[str, list[np.ndarray]] = {}
-    for path, probability in scored:
-        by_slide.setdefault(slide_of[safe_key(path.stem)], []).append(probability)
     return [
-        {"slide": slide, "patches": len(rows)} | as_level(np.mean(rows, axis=0))
-        for slide, rows in sorted(by_slide.items())
+        Prediction(
+            image=str(scored.path),
+            slide=slide_of.get(safe_key(scored.path.stem)),
+            probability_4=scored.values["probability"],
+            notes=scored.notes,
+        )
+        for scored in score_files(scorer, paths)
     ]
+
+
+def as_rows(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """Rows as they are printed: `image`, or `slide` and its `patches`; `level`, `probabilities`, and `notes`.
+
+    A slide has the mean probability of its patches, and its notes say on how many of them each note is.
+    """
+    if not any(prediction.slide for prediction in predictions):
+        return [{"image": p.image} | as_level(p.probability_4) | {"notes": p.notes} for p in predictions]
+    by_slide: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        assert prediction.slide is not None, prediction.image
+        by_slide.setdefault(prediction.slide, []).append(prediction)
+    return [
+        {"slide": slide, "patches": len(patches)}
+        | as_level(np.mean([patch.probability_4 for patch in patches], axis=0))
+        | {"notes": count_notes((patch.notes for patch in patches), "patches")}
+        for slide, patches in sorted(by_slide.items())
+    ]
+
+
+def as_cells(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `as_rows` for a table or a CSV: a column a probability, the notes in the last one."""
+    plain = {name: value for name, value in row.items() if name not in ("probabilities", "notes")}
+    return plain | row["probabilities"] | {"notes": join_notes(row["notes"])}
+
+
+def predict(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None) -> list[dict[str, Any]]:
+    """Rows of `as_rows`, one an image, or one a slide where `slides` names them."""
+    return as_rows(predict_images(scorer, paths, slides))

@@ -33,6 +33,7 @@ class _Question(NamedTuple):
     prediction: dict[str, Any]
     stored: Stored | None
     vector_D: np.ndarray
+    notes: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -95,8 +96,8 @@ def query(
         # Last, because it takes the longest.
         assert scorer is not None
         asked = [
-            _Question(path, as_level(row["probability"]), None, row["pooled"])
-            for path, row in score_files(scorer, images)
+            _Question(scored.path, as_level(scored.values["probability"]), None, scored.values["pooled"], scored.notes)
+            for scored in score_files(scorer, images)
         ]
     found = _search_all(searcher, store, asked, k, allowed, excluded)
     return [
@@ -106,6 +107,7 @@ def query(
             probabilities=question.prediction.get("probabilities"),
             stored=question.stored,
             hits=hits,
+            notes=question.notes,
         )
         for question, hits in zip(asked, found, strict=True)
     ]

@@ -54,14 +54,23 @@ def answers():
     hits = [hit("2+", key="a", slide="s"), hit(None, key="b", duplicate_of="a"), hit("0", key="c")]
     chances = dict.fromkeys(LEVEL_NAMES, 0.25)
     return [
-        Answer(image=Path("x/he.png"), level="1+", probabilities=chances, stored=None, hits=hits),
+        Answer(
+            image=Path("x/he.png"),
+            level="1+",
+            probabilities=chances,
+            stored=None,
+            hits=hits,
+            notes=["pale", "small"],
+        ),
         Answer(image=None, level=None, probabilities=None, stored=stored, hits=hits[:1]),
     ]
 
 
 def test_the_json_has_the_same_fields_for_images_and_keys(answers):
     image, key = as_json(answers)
-    assert list(image) == list(key) == ["image", "level", "probabilities", "stored", "neighbours", "vote"]
+    fields = ["image", "level", "probabilities", "stored", "neighbours", "vote", "notes"]
+    assert list(image) == list(key) == fields
+    assert (image["notes"], key["notes"]) == (["pale", "small"], [])
     assert (image["image"], image["level"], image["stored"]) == ("x/he.png", "1+", None)
     assert (key["image"], key["level"], key["probabilities"]) == (None, None, None)
     assert key["stored"] == {"key": "q", "slide": "s1", "split": "test", "level": "3+"}
@@ -92,6 +101,7 @@ def test_csv_rows_have_the_columns_that_the_docstring_lists(answers):
     assert [row["rank"] for row in rows] == [1, 2, 3, 1]
     assert [row["query_key"] for row in rows] == [None, None, None, "q"]
     assert [row["vote_share"] for row in rows] == [0.5, 0.5, 0.5, 1.0]
+    assert [row["notes"] for row in rows] == ["pale; small"] * 3 + [""]
     assert rows[0]["image"] == Path("x/he.png") and rows[3]["image"] is None
 
 
@@ -99,4 +109,5 @@ def test_the_table_ends_each_query_with_its_vote(answers):
     (*hits, voted) = as_table(answers[:1])
     assert all(list(row) == list(voted) for row in hits)
     assert (voted["rank"], voted["level"], voted["key"]) == ("vote", "2+", "0 0.50, 2+ 0.50 (1.00 bits)")
+    assert [row["notes"] for row in (*hits, voted)] == ["", "", "", "pale; small"]
     assert "predicted" in voted and "predicted" not in as_table(answers[1:])[0]

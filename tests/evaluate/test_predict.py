@@ -25,6 +25,7 @@ from lgd.evaluate.predict import (
 )
 from lgd.metrics import score
 from lgd.models.student import load_student
+from lgd.stain.checks import NEARLY_BLANK, NO_HE
 from lgd.train.loop import split_shards
 from lgd.train.passes import softmax
 
@@ -65,7 +66,7 @@ def test_what_cannot_be_found_is_named(images, tmp_path):
 def test_a_file_scores_as_the_network_says(scorer, tissue_run, images):
     model, config = load_student(tissue_run.student.dir)
     paths = find_images([str(images)])
-    rows = dict(score_files(scorer, paths, batch=2))
+    rows = {scored.path: scored.values for scored in score_files(scorer, paths, batch=2)}
     assert list(rows) == paths
     for path in paths:
         image = torch.from_numpy(decode(path.read_bytes(), "x", 64))[None].permute(0, 3, 1, 2)
@@ -86,7 +87,7 @@ def test_shards_score_as_their_files(scorer, tissue_run, tissue):
     assert predictions.groups == [sample.meta.group for sample in samples]
     assert pooled.shape == (20, scorer.config.latent_dim)
     files = [tissue / sample.meta.source for sample in samples]
-    rows = [row for _, row in score_files(scorer, files)]
+    rows = [scored.values for scored in score_files(scorer, files)]
     np.testing.assert_allclose(predictions.probability, [row["probability"] for row in rows], atol=1e-5)
     np.testing.assert_allclose(pooled, [row["pooled"] for row in rows], atol=1e-4)
 
@@ -126,13 +127,72 @@ def test_grey_and_large_images_are_scored(scorer, images):
     assert row["level"] in LEVEL_NAMES and sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.fixture
+def odd_images(images, tissue):
+    """The five H&E patches, two IHC patches and a picture of glass."""
+    for number, path in enumerate(sorted((tissue / "IHC" / "train").glob("*_3+.png"))[:2]):
+        shutil.copy(path, images / f"ihc{number}.png")
+    Image.new("RGB", (100, 100), (243, 241, 244)).save(images / "glass.png")
+    return images
+
+
+def test_notes_stand_beside_the_results_which_they_do_not_change(scorer, odd_images):
+    rows = {Path(row["image"]).stem: row for row in predict(scorer, find_images([str(odd_images)]))}
+    notes = {name: row["notes"] for name, row in rows.items()}
+    assert notes == {**{f"p{n}": [] for n in range(5)}, "ihc0": [NO_HE], "ihc1": [NO_HE], "glass": [NEARLY_BLANK]}
+    for name, row in rows.items():
+        (path,) = odd_images.rglob(f"{name}.png")
+        chances = scorer.score(read_image(path, 64)[None])["probability"][0]
+        assert list(row["probabilities"].values()) == pytest.approx(chances.tolist(), abs=1e-4)
+
+
+def test_a_slide_says_how_many_of_its_patches_have_a_note(scorer, odd_images, tmp_path):
+    slides = tmp_path / "slides.csv"
+    slides.write_text("key,slide\n" + "".join(f"p{n},A\n" for n in range(5)) + "ihc0,B\nihc1,B\nglass,B\n")
+    rows = predict(scorer, find_images([str(odd_images)]), slides)
+    assert [list(row) for row in rows] == [["slide", "patches", "level", "probabilities", "notes"]] * 2
+    assert [row["notes"] for row in rows] == [
+        [],
+        [f"1 of 3 patches: {NEARLY_BLANK}", f"2 of 3 patches: {NO_HE}"],
+    ]
+
+
+@pytest.mark.parametrize("form", ["--json", "--csv", ""])
+def test_the_command_counts_the_notes_on_standard_error(tissue_run, odd_images, capsys, form):
+    assert main(["predict", "--model", tissue_run.student.dir, *([form] if form else []), str(odd_images)]) == 0
+    out, err = capsys.readouterr()
+    counts = [f"1 of 8 images: {NEARLY_BLANK}", f"2 of 8 images: {NO_HE}"]
+    assert [line for line in err.splitlines() if " of 8 " in line] == counts
+    assert out.count(NO_HE) == 2 and out.count(NEARLY_BLANK) == 1
+    if form == "--csv":
+        assert {row["notes"] for row in csv.DictReader(io.StringIO(out))} == {"", NO_HE, NEARLY_BLANK}
+
+
+def test_a_teacher_reads_ihc_so_that_it_gets_no_note_for_it(tissue_run, odd_images):
+    teacher = load_scorer(tissue_run.teacher.dir, "teacher")
+    assert [scored.notes for scored in score_files(teacher, [odd_images / "ihc0.png"])] == [[]]
+
+
+def test_an_image_is_scored_upright(scorer, images):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(images / "p0.png") as image:
+        image.save(images / "upright.webp", lossless=True)
+        image.transpose(Image.Transpose.ROTATE_90).save(images / "turned.webp", lossless=True, exif=exif)
+        image.transpose(Image.Transpose.ROTATE_90).save(images / "lying.webp", lossless=True)
+    upright, turned, lying = (read_image(images / f"{name}.webp", 64) for name in ("upright", "turned", "lying"))
+    assert (turned == upright).all() and not (turned == lying).all()
+    rows = predict(scorer, [images / "turned.webp", images / "upright.webp"])
+    assert rows[0]["probabilities"] == rows[1]["probabilities"]
+
+
 def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
     paths = find_images([str(images)])
     slides = tmp_path / "slides.csv"
     # As a spreadsheet writes it: with a byte order mark, and columns that are not asked for.
     slides.write_text("\ufeffkey,slide,note\np0,B,\np1,A,x\np2,B,\np3,A,\np4,B,\nother,C,\n", encoding="utf-8")
     rows = predict(scorer, paths, slides)
-    by_name = {path.stem: row["probability"] for path, row in score_files(scorer, paths)}
+    by_name = {scored.path.stem: scored.values["probability"] for scored in score_files(scorer, paths)}
     assert [(row["slide"], row["patches"]) for row in rows] == [("A", 2), ("B", 3)]
     for row, members in zip(rows, (("p1", "p3"), ("p0", "p2", "p4")), strict=True):
         mean = np.mean([by_name[name] for name in members], axis=0)
@@ -165,14 +225,14 @@ def test_the_command_prints_one_json_document(tissue_run, scorer, images, capsys
     assert main(["predict", "--model", tissue_run.student.dir, "--json", str(images)]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows == predict(scorer, find_images([str(images)]))
-    assert [set(row) for row in rows] == [{"image", "level", "probabilities"}] * 5
+    assert [list(row) for row in rows] == [["image", "level", "probabilities", "notes"]] * 5
 
 
 def test_the_command_prints_a_table_and_csv(tissue_run, images, capsys, tmp_path):
     (tmp_path / "config.yaml").write_text(tissue_run.as_yaml())
     assert main(["predict", "--config", str(tmp_path / "config.yaml"), str(images)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and lines[0].split() == ["image", "level", "0", "1+", "2+", "3+"]
+    assert len(lines) == 6 and lines[0].split() == ["image", "level", "0", "1+", "2+", "3+", "notes"]
     assert main(["predict", "--config", str(tmp_path / "config.yaml"), "--csv", str(images)]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [Path(row["image"]).name for row in rows] == ["p3.png", "p4.png", "p0.png", "p1.png", "p2.png"]

@@ -15,6 +15,7 @@ from lgd.evaluate.predict import find_images, load_scorer, score_files
 from lgd.evaluate.retrieve import check_pair, query
 from lgd.evaluate.sheet import Gallery
 from lgd.files import digest_of, read_json, write_json
+from lgd.stain.checks import NO_HE
 from lgd.store.index import build_index
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
@@ -61,13 +62,28 @@ def test_the_command_answers_as_brute_force_does(tissue_run, scorer, store, imag
     assert main([*command, *map(str, images)]) == 0
     answers = json.loads(capsys.readouterr().out)
     assert [answer["image"] for answer in answers] == [str(path) for path in images]
-    vectors = {str(path): row for path, row in score_files(scorer, images)}
+    vectors = {str(scored.path): scored.values for scored in score_files(scorer, images)}
     for answer in answers:
         row = vectors[answer["image"]]
         assert answer["level"] == LEVEL_NAMES[int(row["probability"].argmax())]
         expected = brute_force(store, row["pooled"].astype(np.float64), 4)
         for found, wanted in zip(answer["neighbours"], expected, strict=True):
             assert found == wanted | {"distance": pytest.approx(wanted["distance"], abs=1e-5), "duplicate_of": None}
+
+
+def test_a_note_on_the_image_stands_in_its_answer_and_is_counted(tissue_run, images, tissue, capsys):
+    ihc = next((tissue / "IHC" / "train").glob("*_3+.png"))
+    command = ["query", "--model", tissue_run.student.dir, "--store", tissue_run.latents.dir, "-k", "2"]
+    for form in (["--json"], ["--csv"], []):
+        assert main([*command, *form, str(images[0]), str(ihc)]) == 0
+        out, err = capsys.readouterr()
+        assert err.splitlines()[-1] == f"1 of 2 queries: {NO_HE}"
+        assert out.count(NO_HE) == (2 if form == ["--csv"] else 1)
+        if form == ["--json"]:
+            assert {answer["image"]: answer["notes"] for answer in json.loads(out)} == {
+                str(images[0]): [],
+                str(ihc): [NO_HE],
+            }
 
 
 def test_more_neighbours_than_there_are_gives_all(scorer, store, images):
