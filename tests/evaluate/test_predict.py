@@ -181,9 +181,11 @@ def test_an_image_is_scored_upright(scorer, images):
         image.transpose(Image.Transpose.ROTATE_90).save(images / "turned.webp", lossless=True, exif=exif)
         image.transpose(Image.Transpose.ROTATE_90).save(images / "lying.webp", lossless=True)
     upright, turned, lying = (read_image(images / f"{name}.webp", 64) for name in ("upright", "turned", "lying"))
-    assert (turned == upright).all() and not (turned == lying).all()
-    rows = predict(scorer, [images / "turned.webp", images / "upright.webp"])
-    assert rows[0]["probabilities"] == rows[1]["probabilities"]
+    # Shrinking rows first or columns first rounds differently.
+    assert np.abs(turned.astype(int) - upright).max() <= 1 < np.abs(turned.astype(int) - lying).max()
+    rows = predict(scorer, [images / f"{name}.webp" for name in ("turned", "upright")])
+    chances = [list(row["probabilities"].values()) for row in rows]
+    assert chances[0] == pytest.approx(chances[1], abs=0.02)
 
 
 def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
