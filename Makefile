@@ -37,7 +37,7 @@ evidence: .venv/installed
 	$(BIN)/lgd synth $(TISSUE)/tissue --pairs 4800 --slides 400 --size 96 --test 0.3 --seed $(SEED) \
 		--coupling $(COUPLING) $(if $(SHORTCUT),--shortcut $(SHORTCUT) --shortcut-in $(SHORTCUT_IN))
 	$(BIN)/lgd build-shards --layout bci --root $(TISSUE)/tissue --out $(TISSUE)/shards \
-		--slides $(TISSUE)/tissue/truth.csv --split keep:0.05 --labelled 24
+		--slides $(TISSUE)/tissue/truth.csv --split keep:0.05 --labelled 24 --mpp 0.46
 	$(BIN)/lgd ablate --config configs/evidence.yaml --run.dir $(EVIDENCE) --data.shards "[$(TISSUE)/shards]" $(ABLATE)
 
 # The same world where the H&E reveals less, and nothing (the null world), with three seeds each.

@@ -25,7 +25,7 @@ from lgd.data.shards import Shard, open_shards
 from lgd.distribute import map_with
 from lgd.errors import DataError, require
 from lgd.evaluate import seeds
-from lgd.evaluate.caveats import caveats_of
+from lgd.evaluate.caveats import ONE_TRAINING, caveats_of
 from lgd.evaluate.colour import COLOUR, HOW, colour_only
 from lgd.evaluate.compare import pooled_latents
 from lgd.evaluate.embeddings import explained_by_levels
@@ -158,7 +158,10 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
         raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
     manifests = [open_shards(place_)[0] for place_ in config.shard_dirs]
     document = compare(rows, config.report.bootstrap, config.run.seed) | {
-        "caveats": caveats_of(manifests, rows[OURS][0], any(manifest.virtual for manifest in manifests)),
+        "caveats": [
+            *([ONE_TRAINING] if options.seeds == 1 else []),
+            *caveats_of(manifests, rows[OURS][0], any(manifest.virtual for manifest in manifests)),
+        ],
         "explained_by_levels": _explained_by_levels(config, shards, scored),
         "command": f"lgd ablate --config {shlex.quote(f'{config.run.dir}/config.yaml')} --seeds {options.seeds}"
         + (" --full" if options.full else ""),

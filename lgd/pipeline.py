@@ -157,8 +157,10 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 def evaluate(config: Config) -> str:
     """Score student, rivals and teacher on the held-out split and write the report; returns its table."""
+    import numpy as np
+
     from lgd.evaluate import compare, report, robustness
-    from lgd.evaluate.caveats import caveats_of
+    from lgd.evaluate.caveats import ONE_TRAINING, UNTAUGHT, caveats_of
     from lgd.evaluate.colour import colour_only
     from lgd.evaluate.predict import load_scorer, score_shards
     from lgd.store.latents import Store
@@ -178,7 +180,12 @@ def evaluate(config: Config) -> str:
             score_shards(one, shards, threads=config.data.threads, vectors=compare.vectors_of(one)) for one in scorers
         ]
         scored = [predictions for predictions, _ in found]
-        student, scorer = scored[0], scorers[0]
+        scorer, first = scorers[0], [ONE_TRAINING]
+        if not scorer.config.training.labelled:
+            # Its levels are none, so there is nothing to compare either.
+            scored = [dataclasses.replace(one, level=np.full_like(one.level, -1)) for one in scored]
+            first = [UNTAUGHT]
+        student = scored[0]
         measured, queries, shifted = None, [], None
         if store is not None:
             measured = compare.measure_run(config, store, all_shards(config), scorers, found, say)
@@ -193,7 +200,7 @@ def evaluate(config: Config) -> str:
             scored,
             measured,
             queries,
-            caveats_of(manifests, student, any(manifest.virtual for manifest in manifests)),
+            [*first, *caveats_of(manifests, student, any(manifest.virtual for manifest in manifests))],
             {
                 "command": f"lgd evaluate --config {shlex.quote(f'{config.run.dir}/config.yaml')}",
                 "split": config.report.split,

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lgd.config import Config
 from lgd.errors import ConfigError, DataError
@@ -63,6 +63,13 @@ def _build_shards(parser: Any) -> Run:
         sources = manifest.sources
         left_out = f", {sources.rejected} left out (rejected.csv)" if sources.rejected else ""
         done = "built" if built else "reused, nothing changed"
+        unscaled = sum(shape.samples for split in manifest.splits.values() for shape in split.shapes if not shape.mpp)
+        if unscaled and options.mpp != "unknown":
+            print_lines(
+                f"{unscaled} patches have no scale: give --mpp X (micrometres per pixel), or --mpp unknown, else no "
+                "network is trained on their labels",
+                file=sys.stderr,
+            )
         print_lines(f"{done}: {options.out} (from {sources.pairs} pairs{left_out})")
 
     return run
@@ -116,6 +123,12 @@ def _demo(parser: Any) -> Run:
 def _images(parser: Any, nargs: str) -> None:
     parser.add_argument("images", nargs=nargs, help="H&E image files, folders or patterns")
     parser.add_argument("--model", default="", help="folder of the student; or give --config")
+    parser.add_argument(
+        "--mpp",
+        type=float | Literal["unknown"] | None,
+        default=None,
+        help="micrometres per pixel of the images, or unknown; by default that of training patches of their size",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
 
 
@@ -140,7 +153,7 @@ def _predict(parser: Any) -> Run:
         folder, _ = _model(parser, namespace)
         paths = predict.find_images(namespace.images)
         slides = Path(namespace.slides) if namespace.slides else None
-        predictions = predict.predict_images(predict.load_scorer(folder), paths, slides)
+        predictions = predict.predict_images(predict.load_scorer(folder), paths, slides, namespace.mpp)
         for line in notes.count_notes((prediction.notes for prediction in predictions), "images"):
             print(line, file=sys.stderr)
         rows = predict.as_rows(predictions)
@@ -195,6 +208,7 @@ def _query(parser: Any) -> Run:
             levels=namespace.level.split(",") if namespace.level else None,
             exclude_same_slide=namespace.exclude_same_slide,
             slides=Path(namespace.slides) if namespace.slides else None,
+            mpp=namespace.mpp,
         )
         if namespace.sheet:
             sheet.draw_sheet(store, answers, Path(namespace.sheet))

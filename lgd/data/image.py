@@ -171,6 +171,18 @@ def decode_upright(content: bytes | memoryview, name: str, size: int | None = No
     return pixels if orientation == 1 else turn_upright(pixels, orientation)
 
 
+def upright_size(content: bytes | memoryview, name: str) -> tuple[int, int]:
+    """Height and width of an image as `decode_upright` gives it; raises as `header` does."""
+    found = header(content, name)
+    turned = read_orientation(content, found.extension) >= 5
+    return (found.width, found.height) if turned else (found.height, found.width)
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pixels (H, W, 3) shrunk or enlarged to (height, width, 3), antialiased as `decode` does it."""
+    return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+
+
 def _scaled(found: Header, side: int) -> tuple[int, int]:
     """Height and width to which libjpeg decodes: the smallest of its eighths of which neither is below `side`."""
     for eighths in range(1, 9):

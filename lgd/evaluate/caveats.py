@@ -12,6 +12,14 @@ from lgd.evaluate.colour import COLOUR
 from lgd.evaluate.markdown import shown
 from lgd.metrics import Predictions
 
+ONE_TRAINING = (
+    "One training of each network stands behind these scores, and another one moves them: no difference between "
+    "networks is shown here. lgd ablate --seeds N trains each several times."
+)
+UNTAUGHT = (
+    "No patch of the training split had a label: the network gives no level, nothing is scored, and what it "
+    "hallucinates is measured by retrieval alone."
+)
 FEW_GROUPS = 10
 """Below this many slides a bootstrap interval means little."""
 FEW_OF_A_LEVEL = 3

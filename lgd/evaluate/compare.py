@@ -86,13 +86,18 @@ def sheet_rows(config: Config, store: Store, shards: Sequence[Shard], scored: Sc
                 key=sample.key,
                 slide=sample.meta.slide,
                 level=None if sample.level < 0 else sample.level,
-                predicted=int(student.probability[row].argmax()),
+                predicted=number_of(student.probability[row]),
                 he=sample.images["he"],
                 ihc=sample.images["ihc"],
                 neighbours=[as_neighbour(hit, images) for hit in hits],
             )
         )
     return queries
+
+
+def number_of(probability_4: np.ndarray) -> int | None:
+    """The number of the most probable level; None where a probability is no number."""
+    return int(probability_4.argmax()) if np.isfinite(probability_4).all() else None
 
 
 def _spread(level_n: np.ndarray, count: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """H&E files -> levels and probabilities, by patch and by slide."""
 
 import glob
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ import torch
 from torch import nn
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.image import decode_upright
+from lgd.data.image import decode_upright, resize, upright_size
 from lgd.data.pairs import read_slides, safe_key
 from lgd.data.shards import Shard
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.errors import DataError
 from lgd.evaluate.notes import count_notes, join_notes
+from lgd.evaluate.scale import Mpp, fit_scale
 from lgd.metrics import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.student import load_student
@@ -27,6 +29,9 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 NAMES = {"lgd": "LGD-Net", "he-only": "H&E-only", "two-stream": "two streams", "distil": "label distillation"}
 """Method of a student -> its row in a table."""
 _READ = ("logits", "pooled", "features")
+NO_NUMBER = "the network gives no number for this image, and so no level: its training diverged"
+NO_LABELS = "the network saw no label in training and gives no level; its latents can be queried"
+VIRTUAL = "the network was trained on virtual tissue only: what it says of real tissue means nothing"
 
 Alter = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 """A change of a batch: uint8 (B, size, size, 3) and the samples' keys -> the same shape and type."""
@@ -53,15 +58,19 @@ class Scorer:
         return self.config.method if isinstance(self.config, StudentConfig) else "teacher"
 
     def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 (B, size, size, 3) -> `probability` (B, 4), `logits`, and where there are such `pooled` (B, D) and
-        `features` (B, C).
+        """uint8 (B, H, W, 3) -> `probability` (B, 4), `logits`, and where there are such `pooled` (B, D) and `features`
+        (B, C). The probabilities of a network that saw no label are NaN.
         """
         with torch.inference_mode():
             image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)
             out = self.model(image_B3HW)
         found = {name: out[name].float().cpu().numpy() for name in _READ if name in out}
         scaled = torch.from_numpy(found["logits"].astype(np.float64)) / self.config.temperature
-        return found | {"probability": torch.softmax(scaled, dim=1).numpy()}
+        probability_B4 = torch.softmax(scaled, dim=1).numpy()
+        if not self.config.training.labelled:
+            # What its head says was never taught.
+            probability_B4 = np.full_like(probability_B4, np.nan)
+        return found | {"probability": probability_B4}
 
 
 def load_scorer(folder: str | Path, kind: str = "student") -> Scorer:
@@ -125,10 +134,27 @@ def find_images(names: Sequence[str]) -> list[Path]:
 
 def read_image(path: Path, size: int | None) -> np.ndarray:
     """One image file as uint8 (H, W, 3), upright, and shrunk to size x size unless `size` is None."""
+    return decode_upright(_read(path), str(path), size)
+
+
+def _read(path: Path) -> bytes:
     try:
-        return decode_upright(path.read_bytes(), str(path), size)
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def read_fitted(scorer: Scorer, path: Path, mpp: Mpp) -> tuple[np.ndarray, list[str]]:
+    """One image file as uint8 (H, W, 3) at the scale of the scorer's training patches, and notes on that."""
+    content, size = _read(path), scorer.config.size
+    height, width = upright_size(content, str(path))
+    try:
+        fit = fit_scale(scorer.config.training.shapes, size, height, width, mpp)
+    except DataError as error:
+        raise DataError(f"{path} {error}") from error
+    if (fit.height, fit.width) == (size, size):
+        return decode_upright(content, str(path), size), fit.notes
+    return resize(decode_upright(content, str(path)), fit.height, fit.width), fit.notes
 
 
 class ScoredImage(NamedTuple):
@@ -140,24 +166,34 @@ class ScoredImage(NamedTuple):
     notes: list[str]
 
 
-def score_files(scorer: Scorer, paths: Sequence[Path], batch: int = 32) -> Iterator[ScoredImage]:
-    """Score image files, in their order."""
+def score_files(scorer: Scorer, paths: Sequence[Path], mpp: Mpp = None, batch: int = 32) -> Iterator[ScoredImage]:
+    """Score image files, in their order; `mpp` is what is known of their scale."""
     for start in range(0, len(paths), batch):
-        some = paths[start : start + batch]
-        images = [read_image(path, scorer.config.size) for path in some]
-        out = scorer.score(np.stack(images))
-        for row, (path, image_HW3) in enumerate(zip(some, images, strict=True)):
-            values = {name: array[row] for name, array in out.items()}
-            yield ScoredImage(path, values, collect_notes(scorer, image_HW3))
+        read = [(path, *read_fitted(scorer, path, mpp)) for path in paths[start : start + batch]]
+        for _, alike in itertools.groupby(read, lambda one: one[1].shape):
+            some = list(alike)
+            out = scorer.score(np.stack([image_HW3 for _, image_HW3, _ in some]))
+            for row, (path, image_HW3, notes) in enumerate(some):
+                values = {name: array[row] for name, array in out.items()}
+                yield ScoredImage(path, values, notes + collect_notes(scorer, image_HW3, values))
 
 
-def collect_notes(scorer: Scorer, image_HW3: np.ndarray) -> list[str]:
-    """All notes on what a scorer says of one decoded image of its size; each kind of note is added here."""
-    return find_notes(image_HW3) if scorer.role == "he" else []
+def collect_notes(scorer: Scorer, image_HW3: np.ndarray, values: dict[str, np.ndarray]) -> list[str]:
+    """All notes on what a scorer says of one decoded image; each kind of note is added here."""
+    notes = find_notes(image_HW3) if scorer.role == "he" else []
+    if not np.isfinite(values["logits"]).all():
+        notes.append(NO_NUMBER)
+    if not scorer.config.training.labelled:
+        notes.append(NO_LABELS)
+    if scorer.config.training.virtual:
+        notes.append(VIRTUAL)
+    return notes
 
 
 def as_level(probability_4: np.ndarray) -> dict[str, Any]:
-    """The most probable level, and the probability of each."""
+    """The most probable level, and the probability of each; None where a probability is no number."""
+    if not np.isfinite(probability_4).all():
+        return {"level": None, "probabilities": dict.fromkeys(LEVEL_NAMES)}
     level = int(np.argmax(probability_4))
     chances = {name: round(float(p), 4) for name, p in zip(LEVEL_NAMES, probability_4, strict=True)}
     return {"level": LEVEL_NAMES[level], "probabilities": chances}
@@ -174,8 +210,13 @@ class Prediction:
     notes: list[str]
 
 
-def predict_images(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None) -> list[Prediction]:
-    """Score image files; `slides` is a CSV with columns key (file name without suffix) and slide."""
+def predict_images(
+    scorer: Scorer, paths: Sequence[Path], slides: Path | None = None, mpp: Mpp = None
+) -> list[Prediction]:
+    """Score image files.
+
+    `slides` is a CSV with columns key (file name without suffix) and slide, `mpp` what is known of the images' scale.
+    """
     slide_of = {} if slides is None else read_slides(slides)
     unknown = [path for path in paths if slides is not None and safe_key(path.stem) not in slide_of]
     if unknown:
@@ -190,7 +231,7 @@ def predict_images(scorer: Scorer, paths: Sequence[Path], slides: Path | None = 
             probability_4=scored.values["probability"],
             notes=scored.notes,
         )
-        for scored in score_files(scorer, paths)
+        for scored in score_files(scorer, paths, mpp)
     ]
 
 
@@ -207,10 +248,16 @@ def as_rows(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
         by_slide.setdefault(prediction.slide, []).append(prediction)
     return [
         {"slide": slide, "patches": len(patches)}
-        | as_level(np.mean([patch.probability_4 for patch in patches], axis=0))
+        | as_level(_mean([patch.probability_4 for patch in patches]))
         | {"notes": count_notes((patch.notes for patch in patches), "patches")}
         for slide, patches in sorted(by_slide.items())
     ]
+
+
+def _mean(probability_n4: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of those that are numbers; NaN where none is."""
+    finite = [probability_4 for probability_4 in probability_n4 if np.isfinite(probability_4).all()]
+    return np.mean(finite, axis=0) if finite else np.full(len(LEVEL_NAMES), np.nan)
 
 
 def as_cells(row: dict[str, Any]) -> dict[str, Any]:
@@ -219,6 +266,6 @@ def as_cells(row: dict[str, Any]) -> dict[str, Any]:
     return plain | row["probabilities"] | {"notes": join_notes(row["notes"])}
 
 
-def predict(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None) -> list[dict[str, Any]]:
+def predict(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None, mpp: Mpp = None) -> list[dict[str, Any]]:
     """Rows of `as_rows`, one an image, or one a slide where `slides` names them."""
-    return as_rows(predict_images(scorer, paths, slides))
+    return as_rows(predict_images(scorer, paths, slides, mpp))

@@ -20,6 +20,7 @@ from lgd.data.pairs import read_slides, safe_key
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import Answer, Hit, Stored, near_duplicates
 from lgd.evaluate.predict import Scorer, as_level, score_files
+from lgd.evaluate.scale import Mpp
 from lgd.store.latents import Store, as_levels
 from lgd.store.search import Searcher
 
@@ -63,6 +64,7 @@ def query(
     levels: Sequence[str] | None = None,
     exclude_same_slide: bool = False,
     slides: Path | None = None,
+    mpp: Mpp = None,
 ) -> list[Answer]:
     """The k nearest stored IHC latents of each H&E image, or of each stored patch of `keys`, which needs no scorer.
 
@@ -97,7 +99,7 @@ def query(
         assert scorer is not None
         asked = [
             _Question(scored.path, as_level(scored.values["probability"]), None, scored.values["pooled"], scored.notes)
-            for scored in score_files(scorer, images)
+            for scored in score_files(scorer, images, mpp)
         ]
     found = _search_all(searcher, store, asked, k, allowed, excluded)
     return [

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lgd.config import LEVEL_NAMES, Config
-from lgd.data.manifest import Manifest, count_labels
+from lgd.data.manifest import UNKNOWN, Manifest, count_labels
 from lgd.data.overlap import refuse_overlaps
 from lgd.data.plan import World
 from lgd.data.shards import Shard, open_shards
@@ -51,11 +51,30 @@ def check_levels(task: Task, manifests: Sequence[Manifest]) -> None:
         )
     if not seen and task.store is None:
         raise DataError("no patch of the split `train` has a level, and this network learns from levels only")
+    if not seen:
+        print_lines(
+            "no patch of the split `train` has a label: the network learns to hallucinate latents and gives no label",
+            file=sys.stderr,
+        )
     if seen and (absent := [name for name in LEVEL_NAMES if not count[name]]):
         print_lines(
             f"the split `train` has no patch of level {', '.join(absent)}: the network will not call any so",
             file=sys.stderr,
         )
+
+
+def check_scales(manifests: Sequence[Manifest], folders: Sequence[str]) -> None:
+    """Raise `DataError` for labelled training patches of unknown scale, unless it was said that nobody knows it."""
+    for manifest, folder in zip(manifests, folders, strict=True):
+        split = manifest.splits.get("train")
+        if split is None or manifest.options.mpp == "unknown" or split.labels[UNKNOWN] == split.samples:
+            continue
+        if unknown := sum(shape.samples for shape in split.shapes if shape.mpp is None):
+            raise DataError(
+                f"{unknown} of {split.samples} training patches of {folder} have no scale, and a network that is "
+                "taught labels on them could never say whether a patch has the scale that it knows: build the set again with "
+                "--mpp X (micrometres per pixel), or with --mpp unknown"
+            )
 
 
 def train_under(config: Config, task: str) -> bool:
@@ -67,7 +86,9 @@ def train_under(config: Config, task: str) -> bool:
     shards = split_shards(config, "train")
     if not shards:
         raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
-    check_levels(built, [open_shards(folder)[0] for folder in config.shard_dirs])
+    manifests = [open_shards(folder)[0] for folder in config.shard_dirs]
+    check_levels(built, manifests)
+    check_scales(manifests, config.shard_dirs)
     shards += split_shards(config, "val")
     if config.train.resume == "auto" and is_finished(built, config, shards):
         return False
