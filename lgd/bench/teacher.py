@@ -43,7 +43,7 @@ def train_teacher(settings: Settings, folder: Path) -> tuple[Path, dict[str, Any
     with contextlib.redirect_stdout(sys.stderr):
         synthesise(SynthOptions(out=str(tissue), pairs=settings.lessons, size=_SIDE, seed=1, workers=settings.workers))
         truth = str(tissue / "truth.csv")
-        build(ShardOptions(layout="bci", root=str(tissue), out=str(shards), split="keep:0.2", slides=truth))
+        build(ShardOptions(layout="bci", root=str(tissue), out=str(shards), split="keep:0.2", slides=truth, mpp=0.46))
         train_under(load_config(overrides=[f"--{name}={value}" for name, value in options.items()]), "teacher")
     model = read_json(run / "teacher" / "config.json")
     return run / "teacher", {

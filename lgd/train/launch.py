@@ -72,8 +72,8 @@ def check_scales(manifests: Sequence[Manifest], folders: Sequence[str]) -> None:
         if unknown := sum(shape.samples for shape in split.shapes if shape.mpp is None):
             raise DataError(
                 f"{unknown} of {split.samples} training patches of {folder} have no scale, and a network that is "
-                "taught labels on them could never say whether a patch has the scale that it knows: build the set again with "
-                "--mpp X (micrometres per pixel), or with --mpp unknown"
+                "taught labels on them could never say whether a patch has the scale that it knows: build the set "
+                "again with --mpp X (micrometres per pixel), or with --mpp unknown"
             )
 
 

@@ -288,7 +288,7 @@ def test_training_ends_when_validation_does_not_become_better(student, monkeypat
 
 
 def test_patience_needs_a_validation_split(student, tissue, tmp_path):
-    build(ShardOptions(layout="bci", root=str(tissue), out=str(tmp_path / "shards")))
+    build(ShardOptions(layout="bci", root=str(tissue), out=str(tmp_path / "shards"), mpp=0.46))
     with pytest.raises(DataError, match=r"train\.patience needs a validation split"):
         train_under(student(data={"shards": [str(tmp_path / "shards")]}, train={"patience": 2}), "student")
 

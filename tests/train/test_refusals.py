@@ -133,7 +133,7 @@ def shards_of(tissue, tmp_path):
                 rows.append(f"{name},{name}he.jpg,{name}ihc.jpg,{'' if level == '?' else level},train")
         (tmp_path / "pairs.csv").write_text("\n".join(rows))
         out = tmp_path / "some"
-        build(ShardOptions(layout="csv", root=str(tmp_path / "pairs.csv"), out=str(out)))
+        build(ShardOptions(layout="csv", root=str(tmp_path / "pairs.csv"), out=str(out), mpp=0.46))
         return out
 
     return made
