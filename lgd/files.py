@@ -24,11 +24,13 @@ import xxhash
 
 from lgd.errors import DataError
 from lgd.text import dump_json
-from lgd.urls import FULL, MissingError, RemoteError, call, is_remote, place, upload
+from lgd.urls import FULL, MissingError, RemoteError, call, fresh_options, is_remote, place, upload
 
 Kind = Literal["file", "folder", "other"]
 
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_HASHED = 1 << 20
+"""Bytes that are hashed at a time."""
 
 
 @contextlib.contextmanager
@@ -140,13 +142,16 @@ def write_json(path: str | Path, document: Any) -> None:
     write_bytes(path, f"{text}\n".encode())
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file; one request for a url. Raises `OSError` for a local file, as `call` does for a url."""
+def read_bytes(path: str | Path, fresh: bool = False) -> bytes:
+    """The content of a file; one request for a url. Raises `OSError` for a local file, as `call` does for a url.
+
+    `fresh`: caches on the way to a url are asked to fetch it anew.
+    """
     at: Any = place(path)
     if is_remote(at):
         # s3fs would ask for the size first, and read large files in pieces.
         options = {"max_concurrency": 1} if at.protocol in ("s3", "s3a") else {}
-        return call(at, "read", at.fs.cat_file, at.path, **options)
+        return call(at, "read", at.fs.cat_file, at.path, **options, **(fresh_options(at) if fresh else {}))
     return at.read_bytes()
 
 
@@ -245,12 +250,14 @@ def xxh3(file: BinaryIO) -> str:
     return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
 
 
-def matches(path: str | Path, digest: str) -> bool:
-    """Whether a local file has this SHA-256 (64 digits) or XXH3-128 (32)."""
-    if len(digest) == 64:
-        return sha256(path) == digest
-    with open(path, "rb") as file:
-        return xxh3(file) == digest
+def matches(file: BinaryIO, digest: str) -> bool:
+    """Whether an open file has this SHA-256 (64 digits) or XXH3-128 (32), wherever and by whomever it is being read."""
+    hasher = hashlib.sha256() if len(digest) == 64 else xxhash.xxh3_128()
+    place = 0
+    while block := os.pread(file.fileno(), _HASHED, place):
+        hasher.update(block)
+        place += len(block)
+    return hasher.hexdigest() == digest
 
 
 def digest_of(document: Any) -> str:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from lgd.errors import DataError
 from lgd.files import digest_of, read_bytes, write_json
+from lgd.urls import is_remote
 
 Value = TypeVar("Value")
 
@@ -84,13 +85,24 @@ class Document(Record):
     def read(cls, path: str | Path) -> Self:
         """The document at `path`; `DataError` names the file, the field and the remedy.
 
-        It is a `MissingDocument` where there is no such file.
+        It is a `MissingDocument` where there is no such file. A wrong one at a url is read once more before it is
+        believed to be wrong.
         """
+        content = cls._content(path)
         try:
-            content = read_bytes(path)
+            return cls.parse(content, str(path))
+        except DataError:
+            if not is_remote(path):
+                raise
+        # It may have been cut or changed on its way.
+        return cls.parse(cls._content(path, fresh=True), str(path))
+
+    @classmethod
+    def _content(cls, path: str | Path, fresh: bool = False) -> bytes:
+        try:
+            return read_bytes(path, fresh)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingDocument(f"{path} is missing: {cls.ABSENT}") from error
-        return cls.parse(content, str(path))
 
     @classmethod
     def parse(cls, content: bytes, name: str) -> Self:

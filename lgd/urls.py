@@ -89,6 +89,8 @@ def call(path: Any, doing: str, function: Callable[..., Result], *args: Any, **o
     for pause in (0.3, 1, None):
         try:
             return function(*args, **options)
+        except DataError:
+            raise
         except Exception as error:  # The client libraries share no base class.
             if isinstance(error, OSError) and error.errno in FULL:
                 raise
@@ -126,6 +128,11 @@ def _explained(path: Any, doing: str, error: Exception, status: int | None) -> D
         return RemoteError(f"{told}: {scheme} urls do not offer that: use s3://, gs:// or a local folder")
     address = " and AWS_ENDPOINT_URL" if scheme == "s3" else ""
     return RemoteError(f"{told} ({type(error).__name__}: {error}): check the url, the network{address}, and try again")
+
+
+def fresh_options(url: Any) -> dict[str, Any]:
+    """What a file system's reading functions take so that caches on the way ask the origin again; S3 has no such."""
+    return {"headers": {"Cache-Control": "no-cache"}} if url.protocol in ("http", "https") else {}
 
 
 def upload(local: Path, url: Any) -> None:

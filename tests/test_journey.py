@@ -141,7 +141,8 @@ def test_pairs_without_levels_are_packed_cached_and_queried(real_data, real_run,
     lgd("build-index", *config)
     capsys.readouterr()
     image = real_data / "mist-multistain" / "HE" / "HER2.png"
-    lgd("query", "--model", run / "student", "--store", tmp_path / "run" / "latents", "--json", "-k", 4, "--mpp", "unknown", image)
+    asked = ["--model", run / "student", "--store", tmp_path / "run" / "latents", "-k", 4, "--mpp", "unknown"]
+    lgd("query", *asked, "--json", image)
     (answer,) = json.loads(capsys.readouterr().out)
     assert {hit["key"] for hit in answer["neighbours"]} == {"ER", "HER2", "Ki67", "PR"}
     assert all(hit["level"] is None for hit in answer["neighbours"])

@@ -7,7 +7,7 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-errors text tables markup config progress urls files records options remote distribute metrics
+errors text tables markup config progress urls files records options download_cache remote distribute metrics
 stain.deconvolve stain.targets stain.checks
 data.meta data.pairs data.tissue data.sections data.synth data.split
 data.tags data.image data.index data.archive data.manifest data.sources data.patches data.duplicates

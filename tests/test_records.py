@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
+from web import Web
 
 from lgd.errors import DataError
 from lgd.files import digest_of
@@ -96,3 +97,19 @@ def test_no_number_is_not_a_number():
         load_json('{"a": NaN}')
     with pytest.raises(ValueError, match="field 'ratio'"):
         Inner.from_json({"counts": {}, "ratio": float("inf")})
+
+
+def test_a_document_that_was_harmed_on_its_way_is_read_once_more():
+    whole = json.dumps(GOOD.document()).encode()
+    flipped, cut = whole.replace(b'"rows": 3', b'"rows": 7'), whole[:-9] + b" " * 9
+    with Web() as web:
+        url, _, _ = web.put("a.json", whole)
+        for harmed in (flipped, cut, bytes(len(whole))):
+            web.faults["a.json"] = [harmed]
+            assert Example.read(url) == GOOD
+        assert web.asked["a.json"] == [None, "no-cache"] * 3
+        web.faults["a.json"] = [flipped, flipped]
+        with pytest.raises(DataError, match="a.json: its digest is not that of its content"):
+            Example.read(url)
+        with pytest.raises(MissingDocument, match="b.json is missing: run lgd example$"):
+            Example.read(f"{web.url}/b.json")

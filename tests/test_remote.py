@@ -1,8 +1,6 @@
-"""The cache of remote files, and http, over the wire against a server on loopback."""
+"""Remote files through the cache, and http, over the wire against a server on loopback."""
 
-import collections
 import hashlib
-import http.server
 import os
 import signal
 import subprocess
@@ -12,67 +10,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from web import Web
 
 from lgd.errors import DataError
 from lgd.files import exists, list_folder, read_bytes, read_json, write_json
-from lgd.remote import fetch, open_file
+from lgd.remote import drop_damaged, fetch, open_checked, open_file
 from lgd.urls import MissingError, RemoteError
-
-
-class Web:
-    """An HTTP server on loopback that counts what it sends, and can misbehave."""
-
-    def __init__(self):
-        self.files: dict[str, bytes] = {}
-        self.sent: collections.Counter[str] = collections.Counter()
-        # Name of a file -> what is done to its answers, one entry an answer: a status, bytes, or seconds to wait.
-        self.faults: dict[str, list] = collections.defaultdict(list)
-        web = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                self.do_GET()
-
-            def do_GET(self):
-                name = self.path.lstrip("/")
-                whole = web.files.get(name)
-                if whole is None:
-                    return self.send_error(404)
-                fault = None
-                if self.command == "GET":
-                    web.sent[name] += 1
-                    fault = web.faults[name].pop(0) if web.faults[name] else None
-                if isinstance(fault, int):
-                    return self.send_error(fault)
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(whole)))
-                self.end_headers()
-                if self.command == "GET":
-                    if isinstance(fault, float):
-                        self.wfile.write(whole[:100])
-                        time.sleep(fault)
-                        whole = whole[100:]
-                    self.wfile.write(fault if isinstance(fault, bytes) else whole)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def put(self, name, content):
-        """Serve a file; its url, digest and size."""
-        self.files[name] = content
-        return f"{self.url}/{name}", hashlib.sha256(content).hexdigest(), len(content)
 
 
 @pytest.fixture
 def web():
-    served = Web()
-    yield served
-    served.server.shutdown()
-    served.server.server_close()
+    with Web() as served:
+        yield served
 
 
 @pytest.fixture
@@ -84,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 
 def copies(cache):
     """What the cache holds, hidden files too, but for the lock that stays."""
-    return sorted(path.name for path in cache.iterdir() if path.name != ".room.lock")
+    return sorted(path.name for path in cache.iterdir() if path.name != ".lgd-room.lock")
 
 
 def test_http_is_read_and_its_errors_are_told(web):
@@ -119,14 +68,8 @@ def test_http_is_read_and_its_errors_are_told(web):
 def test_a_copy_is_checked_kept_and_found_again(web, cache, tmp_path):
     url, digest, size = web.put("a.tar", os.urandom(5000))
     local = fetch(url, digest, size)
-    assert local.read_bytes() == web.files["a.tar"] and copies(cache) == [local.name] == [f"{digest}.tar"]
+    assert local.read_bytes() == web.files["a.tar"] and copies(cache) == [local.name] == [f"lgd-{digest}.tar"]
     assert fetch(url, digest) == fetch(f"{web.url}/moved.tar", digest, size) == local and web.sent["a.tar"] == 1
-    # Without a digest the name tells one content from another.
-    index, _, _ = web.put("a.idx", b"old")
-    first = fetch(index, name="1")
-    web.put("a.idx", b"new")
-    assert fetch(index, name="1") == first and first.read_bytes() == b"old"
-    assert fetch(index, name="2").read_bytes() == b"new" and len(copies(cache)) == 3
     # A copy that was cut is fetched again.
     os.truncate(local, 10)
     assert fetch(url, digest, size).stat().st_size == size
@@ -134,7 +77,80 @@ def test_a_copy_is_checked_kept_and_found_again(web, cache, tmp_path):
     assert fetch(tmp_path / "x", "0" * 64, 1) == tmp_path / "x"
     with pytest.raises(MissingError, match="b.tar is missing"):
         fetch(f"{web.url}/b.tar", "0" * 64)
-    assert len(copies(cache)) == 3
+    assert len(copies(cache)) == 1
+
+
+@pytest.mark.parametrize(
+    "digest",
+    ["../victim/x", "", "0" * 63, "A" * 64, "0" * 64 + "\n", "é" * 32, None, 5, ["0"], b"0" * 64],
+    ids=repr,
+)
+def test_a_digest_that_is_none_is_refused_before_anything_is_asked_or_made(web, cache, tmp_path, digest):
+    url, _, _ = web.put("a.tar", b"content")
+    (tmp_path / "victim").mkdir()
+    for function in (fetch, open_file, lambda url, digest: open_checked(url, digest, None, "")):
+        with pytest.raises(DataError, match=r"a.tar: its digest is stated as .* which is no SHA-256 .*get a whole"):
+            function(url, digest)
+    with pytest.raises(DataError, match="a.tar: its digest is stated as"):
+        fetch(tmp_path / "a.tar", digest)
+    assert not web.sent and not cache.exists() and not list((tmp_path / "victim").iterdir())
+
+
+@pytest.mark.parametrize("size", [-1, "5", "../x", True, 5.0])
+def test_a_size_that_is_none_is_refused(web, cache, size):
+    url, digest, _ = web.put("a.tar", b"content")
+    with pytest.raises(DataError, match="a.tar: its size is stated as .* which is no number of bytes"):
+        fetch(url, digest, size)
+    assert not web.sent and not cache.exists()
+
+
+def test_a_suffix_that_is_not_plain_is_left_out(web, cache):
+    for name in ("a.tar;x", "a.t-r", "a." + "t" * 17, "a..", "a.tar?b=c/../../d."):
+        url, digest, _ = web.put(name, name.encode())
+        assert fetch(url, digest) == cache / f"lgd-{digest}", name
+
+
+def test_a_copy_that_is_damaged_in_the_cache_is_fetched_once_more(web, cache, tmp_path):
+    url, digest, size = web.put("a.tar", os.urandom(5000))
+    with open_checked(url, digest, size, "build it again") as file:
+        assert file.read() == web.files["a.tar"] and not drop_damaged(url, digest, file)
+    local = fetch(url, digest, size)
+    local.write_bytes(bytes(size))
+    with open_file(url, digest, size) as damaged:
+        assert damaged.read() == bytes(size), "its size is right, and whoever opens it does not read all of it"
+        assert drop_damaged(url, digest, damaged) and not local.exists()
+        with open_file(url, digest, size) as again:
+            # The one who reads the old copy must not drop the new one.
+            assert drop_damaged(url, digest, damaged) and again.read() == web.files["a.tar"]
+            assert not drop_damaged(url, digest, again)
+    assert local.exists() and web.sent["a.tar"] == 2
+    local.write_bytes(bytes(size))
+    with open_checked(url, digest, size, "build it again") as file:
+        assert file.read() == web.files["a.tar"]
+    assert web.sent["a.tar"] == 3 and copies(cache) == [local.name]
+    # Nothing is dropped here, and nothing better can be fetched.
+    (tmp_path / "a.tar").write_bytes(bytes(size))
+    with pytest.raises(DataError, match="/a.tar does not match its digest: build it again$"):
+        open_checked(tmp_path / "a.tar", digest, size, "build it again")
+    with open(tmp_path / "a.tar", "rb") as file:
+        assert not drop_damaged(tmp_path / "a.tar", digest, file)
+    with pytest.raises(FileNotFoundError):
+        open_checked(tmp_path / "b.tar", digest, size, "")
+
+
+def test_threads_that_check_one_open_file_do_not_disturb_each_other(web, cache):
+    url, digest, _ = web.put("a.tar", os.urandom(5 << 20))
+    with open_file(url, digest) as file, ThreadPoolExecutor(4) as pool:
+        assert not any(pool.map(lambda _: drop_damaged(url, digest, file), range(16)))
+
+
+def test_a_server_that_sends_more_than_it_stated_does_not_fill_the_disk(web, cache, monkeypatch):
+    monkeypatch.setenv("LGD_CACHE_GB", "0.00001")
+    url, digest, _ = web.put("a.tar", os.urandom(30_000))
+    web.stated["a.tar"] = 100
+    with pytest.raises(DataError, match=r"a.tar sends more bytes than the cache may hold \(10000\)"):
+        fetch(url, digest)
+    assert copies(cache) == [] and web.sent["a.tar"] == 1
 
 
 @pytest.mark.faults
@@ -143,16 +159,17 @@ def test_a_damaged_download_is_tried_once_more(web, cache):
     flipped = bytes([1]) + web.files["a.tar"][1:]
     web.faults["a.tar"] = [flipped]
     assert fetch(url, digest, size).read_bytes() == web.files["a.tar"] and web.sent["a.tar"] == 2
+    assert web.asked["a.tar"] == [None, "no-cache"], "a proxy would send again what it has"
     fetch(url, digest).unlink()
     web.faults["a.tar"] = [flipped, flipped]
-    with pytest.raises(DataError, match="a.tar has another digest than is stated: it was damaged or replaced"):
+    with pytest.raises(DataError, match="a.tar does not match its digest: it was damaged or replaced"):
         fetch(url, digest, size)
     with pytest.raises(DataError, match=f"a.tar has {size} bytes instead of 4"):
         fetch(url, digest, 4)
     # The connection ends before the file does.
     web.faults["a.tar"] = [flipped[:3000]]
     assert fetch(url, digest, size).stat().st_size == size
-    assert copies(cache) == [f"{digest}.tar"]
+    assert copies(cache) == [f"lgd-{digest}.tar"]
 
 
 def test_the_least_recently_used_copies_make_room(web, cache, monkeypatch):
@@ -166,9 +183,9 @@ def test_the_least_recently_used_copies_make_room(web, cache, monkeypatch):
     fetch(*given["a"])
     fetch(*given["d"])
     # c was used least recently; b stays readable when it goes too.
-    assert copies(cache) == sorted(f"{given[name][1]}.tar" for name in "abd")
+    assert copies(cache) == sorted(f"lgd-{given[name][1]}.tar" for name in "abd")
     fetch(*given["c"])
-    assert copies(cache) == sorted(f"{given[name][1]}.tar" for name in "acd")
+    assert copies(cache) == sorted(f"lgd-{given[name][1]}.tar" for name in "acd")
     assert opened.read() == web.files["b.tar"]
     opened.close()
     with pytest.raises(DataError, match=r"e.tar has 20000 bytes, more than .*raise LGD_CACHE_GB.*--shard-size"):
@@ -223,7 +240,7 @@ def test_threads_and_processes_download_a_file_once(web, cache):
     with ThreadPoolExecutor(3) as pool:
         found = set(pool.map(lambda _: str(fetch(url, digest, size)), range(3)))
     found |= {other.communicate(timeout=30)[0].strip() for other in others}
-    assert len(found) == 1 and web.sent["a.tar"] == 1 and copies(cache) == [f"{digest}.tar"]
+    assert len(found) == 1 and web.sent["a.tar"] == 1 and copies(cache) == [f"lgd-{digest}.tar"]
 
 
 @pytest.mark.faults

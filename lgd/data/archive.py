@@ -21,7 +21,7 @@ from lgd.data.index import INDEX, REBUILD, load_index, tiled
 from lgd.data.meta import PatchMeta, parse_meta
 from lgd.errors import DataError
 from lgd.files import publish, sha256
-from lgd.remote import open_file
+from lgd.remote import drop_damaged, open_file
 from lgd.urls import is_remote
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -62,20 +62,28 @@ class Shard:
         end is read.
         """
         index = self.index()
-        try:
-            file = open_file(self.path, self.sha256, self.bytes)
-            size = os.fstat(file.fileno()).st_size
-            end, reason = tiled(index, self.roles, size)
-            if size != self.bytes:
-                reason = f"has {size} bytes, but the manifest says {self.bytes}"
-            elif not reason and os.pread(file.fileno(), size - end, end).strip(b"\0"):
-                reason = "has something behind its last sample that the index does not know"
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be opened ({error.strerror or error}): {REBUILD}") from error
+        file, reason = self._open(index)
+        if reason and drop_damaged(self.path, self.sha256, file):
+            file.close()
+            file, reason = self._open(index)
         if reason:
             file.close()
             raise DataError(f"{self.path}: {reason}: {REBUILD}")
         return file, index
+
+    def _open(self, index: np.ndarray) -> tuple[BinaryIO, str]:
+        """The tar, and what is wrong with it."""
+        try:
+            file = open_file(self.path, self.sha256, self.bytes)
+            size = os.fstat(file.fileno()).st_size
+            if size != self.bytes:
+                return file, f"has {size} bytes, but the manifest says {self.bytes}"
+            end, reason = tiled(index, self.roles, size)
+            if not reason and os.pread(file.fileno(), size - end, end).strip(b"\0"):
+                reason = "has something behind its last sample that the index does not know"
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be opened ({error.strerror or error}): {REBUILD}") from error
+        return file, reason
 
 
 def read_sample(

@@ -20,6 +20,7 @@ from lgd.data.meta import SKIPPED, PatchMeta
 from lgd.data.plan import firsts
 from lgd.errors import DataError
 from lgd.files import is_remote
+from lgd.remote import drop_damaged
 
 Numbers = Sequence[int] | np.ndarray
 
@@ -104,9 +105,9 @@ class Reader:
         """
         shard = int(self.first.searchsorted(number, side="right")) - 1
         row = number - int(self.first[shard])
-        file, index = self.open(shard)
+        opened = self.open(shard)
         try:
-            meta, contents = read_sample(file, index, row, self.shards[shard], self.roles)
+            meta, contents = self._read_members(shard, row, opened)
             images: dict[str, np.ndarray] = {}
             for role, content in contents.items():
                 what = f"{self.shards[shard].path}, row {row}, {meta.key}, {role}"
@@ -128,6 +129,21 @@ class Reader:
             )
         level = -1 if meta.label is None else int(meta.label)
         return Sample(number=number, shard=shard, row=row, key=meta.key, level=level, meta=meta, images=images)
+
+    def _read_members(
+        self, shard: int, row: int, opened: tuple[BinaryIO, np.ndarray]
+    ) -> tuple[PatchMeta, dict[str, memoryview]]:
+        """A sample of a shard that is open; where its copy was damaged in the cache, of the next one."""
+        at = self.shards[shard]
+        try:
+            return read_sample(*opened, row, at, self.roles)
+        except DataError:
+            if not drop_damaged(at.path, at.sha256, opened[0]):
+                raise
+        with self._lock:
+            if self._open.get(shard) is opened:
+                del self._open[shard]
+        return read_sample(*self.open(shard), row, at, self.roles)
 
     def decode(
         self, content: bytes | memoryview, what: str, role: str, out: np.ndarray | None

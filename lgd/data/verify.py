@@ -21,8 +21,9 @@ from lgd.data.patches import read_patches
 from lgd.data.repeats import SEEN, as_seen, find_repeats, unlike_patches
 from lgd.data.shards import ShardOptions
 from lgd.errors import ConfigError, DataError
-from lgd.files import list_folder
+from lgd.files import list_folder, matches
 from lgd.progress import progress
+from lgd.remote import drop_damaged
 from lgd.urls import RemoteError, is_remote, place
 
 _MOST = 100
@@ -122,12 +123,15 @@ def _verify_shard(shard: Shard, pool: Any, bar: Any) -> tuple[list[str], list[Fa
     """Problems of one shard, and the KEY.json and row of each sample that could be read."""
     try:
         file, index = shard.open()
+        if drop_damaged(shard.path, shard.sha256, file):
+            file.close()
+            file, index = shard.open()
     except DataError as error:
         bar.update(shard.samples)
         return [str(error)], []
     problems = []
     with file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:  # type: ignore[arg-type]
+        if not matches(file, shard.sha256):
             problems.append(f"{shard.path}: its sha256 is not the manifest's: it was damaged or replaced")
         facts = []
         for found, meta in pool.imap(lambda row: _verify_sample(shard, file, index, row), range(shard.samples)):

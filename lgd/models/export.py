@@ -14,7 +14,7 @@ from torch import nn
 from lgd.errors import DataError
 from lgd.files import place, publish, remove, sha256
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig
-from lgd.remote import fetch
+from lgd.remote import open_checked
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -57,11 +57,13 @@ def load_weights(folder: str | Path, model: nn.Module, config: ModelConfig) -> N
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = fetch(place(folder) / "model.safetensors", config.weights_sha256)
-    if not path.is_file() or sha256(path) != config.weights_sha256:
-        raise DataError(f"{path} is missing or does not match the digest in config.json: train or copy it again")
+    path, remedy = place(folder) / "model.safetensors", "train or copy it again"
     try:
-        model.load_state_dict(load_file(path))
+        with open_checked(path, config.weights_sha256, None, remedy) as file:
+            # The descriptor names the file that was checked, whatever has taken its place meanwhile.
+            model.load_state_dict(load_file(f"/dev/fd/{file.fileno()}"))
+    except OSError as error:
+        raise DataError(f"{path} is missing or cannot be read ({error.strerror or error}): {remedy}") from error
     except (SafetensorError, RuntimeError) as error:
         # Both were made together, so whoever changed one made the other's digest fit.
         reason = str(error).splitlines()[0]

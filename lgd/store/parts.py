@@ -17,7 +17,7 @@ import xxhash
 
 from lgd.errors import DataError
 from lgd.files import digest_of, xxh3
-from lgd.remote import open_file
+from lgd.remote import drop_damaged, open_file
 from lgd.store.recipe import PATCHES
 from lgd.store.sidecar import REMEDY, Dataset, Layout, Sidecar, read_sidecar
 
@@ -77,15 +77,23 @@ class PartFile:
     def read(self, sidecar: Sidecar, name: str) -> tuple[np.ndarray, memoryview]:
         """A dataset, (rows, ...) read-only, and its bytes; `DataError` for one that is not as its digest says."""
         dataset = sidecar.datasets[name]
-        if self._content is None:
-            self._content = self._map(sidecar)
-        part = self._content[dataset.offset : dataset.offset + dataset.bytes]
+        part = self._read(sidecar, dataset)
         if name not in self._checked:
             if xxhash.xxh3_128_hexdigest(part) != dataset.xxh3:
                 self._content = None
-                raise DataError(f"part {self.path} does not match its digest (dataset {name}): {REMEDY}")
+                with self.open(sidecar) as file:
+                    dropped = drop_damaged(self.path, sidecar.xxh3, file)
+                part = self._read(sidecar, dataset)
+                if not dropped or xxhash.xxh3_128_hexdigest(part) != dataset.xxh3:
+                    self._content = None
+                    raise DataError(f"part {self.path} does not match its digest (dataset {name}): {REMEDY}")
             self._checked.add(name)
         return np.ndarray(dataset.shape, np.dtype(dataset.dtype), part), part
+
+    def _read(self, sidecar: Sidecar, dataset: Dataset) -> memoryview:
+        if self._content is None:
+            self._content = self._map(sidecar)
+        return self._content[dataset.offset : dataset.offset + dataset.bytes]
 
     def _map(self, sidecar: Sidecar) -> memoryview:
         import torch
@@ -110,6 +118,10 @@ class PartFile:
         """What is wrong with the part, or None; reads all of it."""
         try:
             sidecar = self.sidecar()
+            with self.open(sidecar) as file:
+                problem = _file_problem(self.path, file, sidecar)
+                if not problem or not drop_damaged(self.path, sidecar.xxh3, file):
+                    return problem
             with self.open(sidecar) as file:
                 return _file_problem(self.path, file, sidecar)
         except DataError as error:

@@ -21,9 +21,8 @@ from pydantic import Field, model_validator
 
 from lgd.data.meta import Text, Word
 from lgd.errors import DataError
-from lgd.files import xxh3
 from lgd.records import Count, Document, Many, Record, Sha256, Xxh3
-from lgd.remote import open_file
+from lgd.remote import open_checked
 from lgd.store.faiss_file import cells_of, check_file
 from lgd.store.latents import TEACHER, Store
 from lgd.store.parts import Part
@@ -124,10 +123,7 @@ def _numbers(store: Store) -> dict[str, int]:
 def _opened(path: Path, said: IndexFile, read: Callable[[BinaryIO], Any]) -> Any:
     """What `read` makes of a file of the index, which must be as index.json says."""
     try:
-        with open_file(path, said.xxh3, said.bytes) as file:
-            whole = os.fstat(file.fileno()).st_size == said.bytes
-            if not whole or xxh3(file) != said.xxh3:
-                raise DataError(f"{path} does not match its digest: {_REMEDY}")
+        with open_checked(path, said.xxh3, said.bytes, _REMEDY) as file:
             return read(file)
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
         if isinstance(error, DataError | FileNotFoundError):

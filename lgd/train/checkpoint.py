@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, BinaryIO, ClassVar, Self
 
 import torch
 from pydantic import Field, JsonValue, model_validator
@@ -28,22 +28,22 @@ from lgd.files import (
     is_remote,
     list_folder,
     publish,
-    read_bytes,
     remove,
     remove_folder,
     sync,
     temporary_path,
     told_differences,
     upload,
-    write_bytes,
     xxh3,
 )
 from lgd.models.export import write_tensors
 from lgd.records import Count, Document, Many, Record, Xxh3
-from lgd.remote import fetch
+from lgd.remote import open_checked
 from lgd.train.engine import Moments
 
 _TENSORS = ("weights.safetensors", "moments.safetensors")
+_COPIED = 1 << 20
+"""Bytes that are copied at a time."""
 
 
 class BestState(Record):
@@ -176,18 +176,26 @@ def problems(path: Path) -> list[str]:
         state = State.read(path / "state.json")
     except DataError as error:
         return [str(error)]
-    return [
-        f"{path / file} is missing or does not match its digest: delete {path} to go on from an older one"
-        for file in _TENSORS
-        if not (local := fetch(path / file, state.xxh3.of(file))).is_file() or _digest(local) != state.xxh3.of(file)
-    ]
+    found = []
+    for file in _TENSORS:
+        try:
+            _open_tensors(path, file, state).close()
+        except DataError as error:
+            found.append(str(error))
+    return found
 
 
-def _checked(path: Path, inputs: dict[str, Any]) -> State:
-    """state.json; `DataError` for a checkpoint that is damaged, or of a run with other inputs, with the difference."""
-    found = problems(path)
-    if found:
-        raise DataError(*found)
+def _open_tensors(path: Path, file: str, state: State) -> BinaryIO:
+    """A file of a checkpoint; `DataError` for one that is missing or damaged."""
+    remedy = f"delete {path} to go on from an older one"
+    try:
+        return open_checked(path / file, state.xxh3.of(file), None, remedy)
+    except OSError as error:
+        raise DataError(f"{path / file} is missing or cannot be read ({error.strerror or error}): {remedy}") from error
+
+
+def _read_state(path: Path, inputs: dict[str, Any]) -> State:
+    """state.json; `DataError` for one that is damaged, or of a run with other inputs, with the difference."""
     state = State.read(path / "state.json")
     if state.inputs != inputs:
         raise DataError(
@@ -202,9 +210,14 @@ def load(path: Path, inputs: dict[str, Any]) -> Checkpoint:
     """Read a checkpoint; `DataError` for one that is damaged, or of a run with other inputs."""
     from safetensors.torch import load_file
 
-    state = _checked(path, inputs)
+    state = _read_state(path, inputs)
     moments: Moments = {}
-    weights, pairs = (load_file(fetch(path / file, state.xxh3.of(file))) for file in _TENSORS)
+    tensors = []
+    for file in _TENSORS:
+        with _open_tensors(path, file, state) as opened:
+            # The descriptor names the file that was checked, whatever has taken its place meanwhile.
+            tensors.append(load_file(f"/dev/fd/{opened.fileno()}"))
+    weights, pairs = tensors
     for key, tensor in pairs.items():
         parameter, moment = key.rsplit("|", 1)
         moments.setdefault(parameter, {})[moment] = tensor
@@ -242,19 +255,21 @@ def adopt(folder: Path, path: Path, inputs: dict[str, Any]) -> None:
     """
     if not exists(path / "state.json"):
         raise DataError(f"train.resume: {path} is not a complete checkpoint ({path / 'state.json'} is missing)")
-    state = _checked(path, inputs)
+    state = _read_state(path, inputs)
     own = folder / _name(state.step)
-    for other in complete(folder):
-        if other.name > own.name:
-            _remove(other)
-    local = not is_remote(path) and not is_remote(own)
-    if path == own or (local and own.exists() and os.path.samefile(path, own)):
-        return
-    with _publish(own) as temporary:
-        for file in _TENSORS:
-            with publish(temporary / file) as copy:
-                shutil.copyfile(fetch(path / file, state.xxh3.of(file)), copy)
-        write_bytes(temporary / "state.json", read_bytes(path / "state.json"))
+    with contextlib.ExitStack() as stack:
+        opened = {file: stack.enter_context(_open_tensors(path, file, state)) for file in _TENSORS}
+        for other in complete(folder):
+            if other.name > own.name:
+                _remove(other)
+        local = not is_remote(path) and not is_remote(own)
+        if path == own or (local and own.exists() and os.path.samefile(path, own)):
+            return
+        with _publish(own) as temporary:
+            for file, source in opened.items():
+                with publish(temporary / file) as copy, open(copy, "wb") as target:
+                    shutil.copyfileobj(source, target, _COPIED)
+            state.write(temporary / "state.json")
 
 
 @contextlib.contextmanager

@@ -4,11 +4,15 @@ import functools
 import http.server
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from forging import forge, with_content
 
 from lgd.data.archive import read_sample
-from lgd.data.manifest import open_shards
+from lgd.data.manifest import open_shards, read_manifest
+from lgd.data.patches import read_patches
+from lgd.data.stream import Reader
 from lgd.data.verify import verify
 from lgd.errors import DataError
 
@@ -23,7 +27,7 @@ def ours(tissue_config):
         with file:
             for row in range(shard.samples):
                 meta, contents = read_sample(file, index, row, shard, ("he", "ihc"))
-                found.append((meta["key"], meta, bytes(contents["he"]), bytes(contents["ihc"])))
+                found.append((meta.key, meta, bytes(contents["he"]), bytes(contents["ihc"])))
     assert len(found) == 48
     return shards, found
 
@@ -80,7 +84,6 @@ def test_damage_to_a_copy_is_told_with_its_place(served, tmp_path):
 
 @pytest.mark.parametrize("content", [b"junk", "another"])
 def test_a_bad_index_does_not_stay_in_the_cache(served, content):
-    """The manifest holds no digest of it, so that only its content can tell."""
     folder, url = served
     path, other = folder / "train-000000.idx", folder / "test-000000.idx"
     whole = path.read_bytes()
@@ -90,3 +93,58 @@ def test_a_bad_index_does_not_stay_in_the_cache(served, content):
         shard.open()
     path.write_bytes(whole)
     shard.open()[0].close()
+
+
+def damage(path, place):
+    with open(path, "r+b") as stream:
+        stream.seek(place, 2 if place < 0 else 0)
+        byte = stream.read(1)[0]
+        stream.seek(-1, 1)
+        stream.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("suffix, place", [(".tar", 2000), (".tar", -1), (".idx", -1), (".idx", 20), (".npy", -1)])
+def test_a_copy_that_is_damaged_in_the_cache_is_fetched_again(served, ours, suffix, place):
+    folder, url = served
+    shards = open_shards(url)[1]
+    assert verify(url) == []
+    copies = [path for path in (folder.parent / "cache").iterdir() if path.suffix == suffix]
+    for read_all in (False, True):
+        for path in copies:
+            damage(path, place)
+        if read_all:
+            assert verify(url) == []
+            continue
+        reader = Reader(shards, ("he", "ihc"), None)
+        assert [reader.read(number).meta for number in range(reader.total)] == [row[1] for row in ours[1]]
+        read_patches(shards[0].path.parent, read_manifest(url)[0])
+    assert len([path for path in (folder.parent / "cache").iterdir() if path.suffix == suffix]) == len(copies)
+
+
+def test_a_copy_that_is_damaged_while_threads_read_it_is_fetched_once(served, ours):
+    folder, url = served
+    shards = open_shards(url)[1]
+    reader = Reader(shards, ("he", "ihc"), None)
+    for number in reader.first[:-1].tolist():
+        reader.read(number)
+    for path in (folder.parent / "cache").glob("*.tar"):
+        damage(path, 3000)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(reader.read, list(range(reader.total)) * 2))
+    assert [sample.meta for sample in found] == [row[1] for row in ours[1]] * 2
+
+
+def test_a_damaged_sample_of_a_whole_set_is_not_fetched_again_and_again(served):
+    """Its tar is as the manifest says: nothing better can come."""
+    folder, url = served
+    forge(folder, with_content(1, b"no image"))
+    shard = open_shards(url)[1][0]
+    reader = Reader([shard], ("he",), None)
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"{shard.name}.tar.* row 0, .*he: is no jpg image"):
+            reader.read(0)
+    copy = next((folder.parent / "cache").glob(f"*{shard.sha256}*"))
+    before = copy.stat().st_ino
+    with pytest.raises(DataError):
+        reader.read(0)
+    assert copy.stat().st_ino == before

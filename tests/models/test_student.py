@@ -106,7 +106,7 @@ def test_other_weights_are_refused(tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     config = read_student_config(tmp_path)
-    with pytest.raises(DataError, match=r"model\.safetensors is missing or does not match the digest"):
+    with pytest.raises(DataError, match=r"model\.safetensors does not match its digest"):
         load_weights(tmp_path, student_from(config), config)
 
 

@@ -79,7 +79,7 @@ def test_a_damaged_object_is_named_and_never_kept(remote, s3, copies, capsys):
     whole = s3.get_object(Bucket="stores", Key=key)["Body"].read()
     s3.put_object(Bucket="stores", Key=key, Body=whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
-        with pytest.raises(DataError, match=rf"{part.name}\.h5 has another digest than is stated"):
+        with pytest.raises(DataError, match=rf"{part.name}\.h5 does not match its digest"):
             part.array("pooled")
         assert not list(copies.glob("*.h5"))
         assert main(["verify", URL]) == 1

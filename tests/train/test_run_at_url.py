@@ -143,10 +143,10 @@ def test_a_damaged_checkpoint_in_a_bucket_is_named(at_url, s3, monkeypatch, caps
     key = "damaged/student/checkpoints/step-00000002/moments.safetensors"
     whole = s3.get_object(Bucket="runs", Key=key)["Body"].read()
     s3.put_object(Bucket="runs", Key=key, Body=whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(DataError, match=r"moments\.safetensors has another digest than is stated"):
+    with pytest.raises(DataError, match=r"moments\.safetensors does not match its digest"):
         train_under(config, "student")
     assert main(["verify", "s3://runs/damaged/student/checkpoints/step-00000002"]) == 1
-    assert "moments.safetensors has another digest" in capsys.readouterr().err
+    assert "moments.safetensors does not match its digest" in capsys.readouterr().err
     s3.delete_object(Bucket="runs", Key=key)
     assert main(["verify", "s3://runs/damaged/student/checkpoints/step-00000002"]) == 1
     assert "moments.safetensors is missing" in capsys.readouterr().err

@@ -1,0 +1,169 @@
+"""Shards, a store, a model and a checkpoint at s3:// urls, read over a wire that harms them.
+
+Whatever happens, what is read is right, or one error tells that it cannot be read; and when the wire is well again, so
+is what is read, through the same cache.
+"""
+
+import collections
+import functools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import s3fs
+from wire import HARMS, Wire
+
+from lgd.cli import main
+from lgd.data.manifest import open_shards
+from lgd.data.stream import Reader
+from lgd.errors import DataError
+from lgd.evaluate.predict import load_scorer
+from lgd.files import read_json
+from lgd.store.latents import Store
+from lgd.store.search import Searcher
+from lgd.train import checkpoint
+from lgd.urls import place
+
+pytestmark = pytest.mark.faults
+
+
+def read_shards(folder):
+    reader = Reader(open_shards(folder)[1], ("he", "ihc"), None)
+    samples = [reader.read(number) for number in range(reader.total)]
+    return [(s.key, s.meta, *(image.tobytes() for image in s.images.values())) for s in samples]
+
+
+def read_store(folder):
+    store = Store(folder)
+    contents = [{name: part.array(name).tobytes() for name in part.layout} for part in store.parts]
+    found = Searcher(store).search(np.array(store.parts[0].array("pooled")[:4, 0]), 5)
+    return contents, [np.asarray(array).tobytes() for array in found]
+
+
+def read_model(folder):
+    scorer = load_scorer(folder)
+    image_BHW3 = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    return scorer.name, {name: array.tobytes() for name, array in scorer.score(image_BHW3).items()}
+
+
+def read_checkpoint(folder, inputs):
+    found = checkpoint.load(folder, inputs)
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in found.weights.items()}
+    moments = {name: {m: t.numpy().tobytes() for m, t in pair.items()} for name, pair in found.moments.items()}
+    return found.step, found.position, found.skipped, found.best, tensors, moments
+
+
+@pytest.fixture(scope="module")
+def artefacts(tissue_run):
+    """Name -> what reads the artefact, and its folder."""
+    step = checkpoint.complete(Path(tissue_run.student.dir, "checkpoints"))[-1]
+    inputs = read_json(step / "state.json")["inputs"]
+    return {
+        "shards": (read_shards, Path(tissue_run.shard_dirs[0])),
+        "store": (read_store, Path(tissue_run.latents.dir)),
+        "model": (read_model, Path(tissue_run.student.dir)),
+        "checkpoint": (functools.partial(read_checkpoint, inputs=inputs), step),
+    }
+
+
+@pytest.fixture(scope="module")
+def wire(s3_server, artefacts):
+    """A wire to a bucket that holds the artefacts."""
+    s3_server.create_bucket(Bucket="harmed")
+    for name, (_, folder) in artefacts.items():
+        for path in folder.rglob("*"):
+            if path.is_file() and "tensorboard" not in path.parts:
+                s3_server.upload_file(str(path), "harmed", f"{name}/{path.relative_to(folder).as_posix()}")
+    with pytest.MonkeyPatch.context() as patch, Wire(*s3_server.meta.endpoint_url.split("/")[2].split(":")) as wire:
+        patch.setenv("AWS_ENDPOINT_URL", wire.url)
+        # s3fs tries five times by itself; with its library's own tries an error that stays takes minutes.
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield wire
+
+
+def harm_one(wire, dice, harm, requests):
+    """Harm the answer to one of so many requests; in one of three cases also all later ones to the same request."""
+    hit, lasting, harmed = dice.randrange(requests), dice.random() < 1 / 3, []
+
+    def choose(number, request):
+        if number == hit:
+            harmed.append(request)
+            return harm
+        return harm if lasting and request in harmed else ""
+
+    wire.requests.clear()
+    wire.choose, wire.dice = choose, dice
+
+
+def heal(wire):
+    wire.choose = lambda number, request: ""
+
+
+def try_to(read):
+    """What `read` gives, or the error that a user is shown."""
+    try:
+        return read(), ""
+    except DataError as error:
+        assert "s3://harmed" in str(error) and len(str(error)) < 2000, error
+        return None, str(error)
+
+
+@pytest.mark.parametrize("name", ["shards", "store", "model", "checkpoint"])
+def test_a_harmed_wire_gives_the_right_content_or_an_error(wire, artefacts, fault_count, tmp_path, monkeypatch, name):
+    reader, folder = artefacts[name]
+    expected, outcomes = reader(folder), collections.Counter()
+    read = functools.partial(reader, place(f"s3://harmed/{name}"))
+    monkeypatch.setenv("LGD_CACHE", str(tmp_path / "clean"))
+    wire.requests.clear()
+    assert read() == expected
+    requests, count = len(wire.requests), fault_count(100)
+    for number in range(count):
+        monkeypatch.setenv("LGD_CACHE", str(tmp_path / str(number)))
+        harm, dice = HARMS[number % len(HARMS)], random.Random(f"{name} {number}")
+        harm_one(wire, dice, harm, requests)
+        found, error = try_to(read)
+        outcomes[harm, "refused" if error else "right" if found == expected else "WRONG"] += 1
+        heal(wire)
+        if error or found != expected:
+            outcomes["afterwards", "right" if try_to(read)[0] == expected else "POISONED"] += 1
+    print(name, dict(outcomes))
+    assert not [outcome for outcome in outcomes if outcome[1] in ("WRONG", "POISONED")], outcomes
+    assert wire.harmed >= count
+
+
+@pytest.mark.parametrize("name", ["shards", "store", "model", "checkpoint"])
+def test_copies_that_are_damaged_on_the_disk_are_fetched_again(wire, artefacts, tmp_path, monkeypatch, name):
+    reader, folder = artefacts[name]
+    expected = reader(folder)
+    monkeypatch.setenv("LGD_CACHE", str(tmp_path))
+    heal(wire)
+    dice = random.Random(name)
+    for _ in range(3):
+        assert reader(place(f"s3://harmed/{name}")) == expected
+        for path in tmp_path.glob("lgd-*"):
+            content = bytearray(path.read_bytes())
+            # Anywhere, in the middle, and at the end: what is read first and last.
+            for spot in (dice.randrange(len(content)), len(content) // 2, len(content) - 1):
+                content[spot] ^= 1
+            path.write_bytes(content)
+    if name != "model":
+        assert main(["verify", f"s3://harmed/{name}"]) == 0
+
+
+@pytest.mark.parametrize("name", ["shards", "store", "checkpoint"])
+def test_verify_over_a_harmed_wire_ends_with_one_message(wire, fault_count, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setenv("LGD_CACHE", str(tmp_path / "clean"))
+    wire.requests.clear()
+    assert main(["verify", f"s3://harmed/{name}"]) == 0
+    requests = len(wire.requests)
+    for number in range(fault_count(30)):
+        monkeypatch.setenv("LGD_CACHE", str(tmp_path / str(number)))
+        dice = random.Random(f"verify {name} {number}")
+        harm_one(wire, dice, dice.choice(HARMS), requests)
+        capsys.readouterr()
+        status = main(["verify", f"s3://harmed/{name}"])
+        assert status in (0, 1) and (status == 0 or "s3://harmed" in capsys.readouterr().err)
+        heal(wire)
+        assert main(["verify", f"s3://harmed/{name}"]) == 0
