@@ -154,8 +154,7 @@ def _predict(parser: Any) -> Run:
         paths = predict.find_images(namespace.images)
         slides = Path(namespace.slides) if namespace.slides else None
         predictions = predict.predict_images(predict.load_scorer(folder), paths, slides, namespace.mpp)
-        for line in notes.count_notes((prediction.notes for prediction in predictions), "images"):
-            print(line, file=sys.stderr)
+        print_lines(*notes.count_notes((one.notes for one in predictions), "images"), file=sys.stderr)
         rows = predict.as_rows(predictions)
         if namespace.json:
             print_json(rows)

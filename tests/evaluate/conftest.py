@@ -6,14 +6,31 @@ import pytest
 from lgd.data.archive import Shard
 from lgd.store.index import build_index
 from lgd.store.latents import Store, commit
-from lgd.store.writer import part_writer
+from lgd.store.recipe import Recipe, TargetsRecipe, TeacherRecipe
+from lgd.store.writer import shard_writer
 
-RECIPE = {"teacher": "a" * 64}
+RECIPE = Recipe(
+    targets=TargetsRecipe(nuclei_grid=8, membrane_grid=4, dtype="float16", settings={"version": 1}),
+    teacher=TeacherRecipe(
+        source="trained",
+        weights_sha256="a" * 64,
+        encoder={"name": "resnet10"},
+        pool="mean",
+        size=64,
+        mpp=None,
+        resize="none",
+        precision="fp32",
+        views=1,
+        map=2,
+        dtype="float16",
+    ),
+)
+"""Of rows that no teacher made."""
 
 
 @pytest.fixture(scope="session")
 def write_store():
-    """Write and index a store; a part is its split and rows of (key, slide, level, vector)."""
+    """Write and index a store; a part is its split and rows of (key, slide, level, vector), level -1 for unknown."""
 
     def write(folder, parts, gallery=("train",)) -> Store:
         shards = []
@@ -26,21 +43,23 @@ def write_store():
                 samples=len(rows),
                 bytes=1,
                 sha256=f"{number:064x}",
+                idx_sha256="0" * 64,
                 extensions={},
+                labels=4,
             )
             keys, slides, levels, vectors = zip(*rows, strict=True)
-            with part_writer(folder, shard, RECIPE) as writer:
+            with shard_writer(folder, shard, RECIPE) as writer:
                 writer.add(
                     {
                         "pooled": np.array(vectors, np.float16)[:, None],
-                        "level": np.array(levels, np.int8),
+                        "label": np.array([np.nan if level < 0 else level for level in levels], np.float32),
                         "key": np.array(keys, "S"),
                         "slide": np.array(slides, f"S{max(1, *map(len, slides))}"),
                     }
                 )
             shards.append(shard)
-        store = commit(folder, RECIPE, shards, {"shards": [str(folder / "gone")], "teacher": ""})
-        build_index(store, "Flat", list(gallery), recall=0.99, seed=0)
+        store = commit(folder, RECIPE, shards, sources=[str(folder / "gone")])
+        build_index(store, shards, "Flat", list(gallery), recall=0.99, seed=0)
         return store
 
     return write

@@ -12,7 +12,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import as_json, summary
 from lgd.evaluate.retrieve import query
-from lgd.store.latents import Store
+from lgd.store.latents import Store, as_levels
 from lgd.store.search import Searcher
 
 
@@ -49,7 +49,7 @@ def brute_force(store, key_part, row, k, keep=lambda entry: True):
             continue
         for other in range(part.rows):
             there = np.asarray(part.array("pooled")[other, 0], np.float64)
-            entry = (part.split, int(part.array("level")[other]), bytes(part.array("slide")[other]).decode())
+            entry = (part.split, int(as_levels(part.array("label")[other])), bytes(part.array("slide")[other]).decode())
             if (number, other) != (key_part, row) and keep(entry):
                 cosine = there @ vector / np.linalg.norm(there) / np.linalg.norm(vector)
                 found.append((1 - cosine, number, other))
