@@ -1,6 +1,7 @@
 """A module imports only from rows above its own in this list, which is DESIGN's reading order."""
 
 import ast
+import functools
 from pathlib import Path
 
 import lgd
@@ -42,6 +43,7 @@ OWNERS = {
 LATE = {"ray", "faiss", "deepspeed", "h5py", "transformers", "matplotlib", "jsonargparse", "sklearn"}
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     found = {}
     for path in ROOT.rglob("*.py"):
