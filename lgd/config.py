@@ -86,7 +86,8 @@ class Teacher:
     dir: str = ""
     """Folder of the trained teacher; default RUN/teacher."""
     encoder: str = "resnet10"
-    """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny), `hf:HUB_ID` or a local folder."""
+    """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny), `hf:ORG/NAME` or a folder as transformers saves
+    it, with safetensors and preprocessor_config.json; no code of it is run."""
     epochs: float = 20
     """Passes over the training split."""
 

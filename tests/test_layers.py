@@ -14,7 +14,8 @@ data.meta data.pairs data.tissue data.sections data.synth data.split
 data.tags data.image data.index data.archive data.manifest data.sources data.patches data.duplicates
 data.building data.shards data.repeats data.overlap data.verify
 data.plan data.stream data.augment
-models.encoder models.description models.export models.teacher models.student models.losses
+models.spec models.weights models.pretrained models.backbone models.encoder
+models.description models.export models.teacher models.student models.losses
 store.recipe store.sidecar store.document store.writer store.parts store.latents store.supervision store.cache
 store.export store.faiss_file store.table store.search store.exact store.index
 train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.loop train.launch
@@ -35,12 +36,13 @@ OWNERS = {
     "h5py": {"store.parts", "store.writer", "store.export"},
     "webdataset": {"data.archive", "bench.peers"},
     "litdata": {"bench.peers"},
-    "transformers": {"models.encoder"},
+    "transformers": {"models.backbone"},
+    "huggingface_hub": {"models.pretrained"},
     "matplotlib": {"evaluate.figures"},
     "jsonargparse": {"options"},
 }
 # These may not be imported when the module is: `lgd --help` must be quick, and works without them.
-LATE = {"ray", "faiss", "deepspeed", "h5py", "transformers", "matplotlib", "jsonargparse", "sklearn"}
+LATE = {"ray", "faiss", "deepspeed", "h5py", "transformers", "huggingface_hub", "matplotlib", "jsonargparse", "sklearn"}
 
 
 @functools.cache

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
 from lgd.data.manifest import HER2, UNKNOWN, Manifest, Shape, Target, count_labels
 from lgd.data.meta import Text
+from lgd.models.spec import EncoderSpec
 from lgd.records import Count, Document, Line, Many, Record, Sha256
 
 FORMAT = "lgd-model/2"
@@ -86,7 +87,7 @@ class TeacherConfig(ModelConfig):
 
     kind: Literal["teacher"] = "teacher"
     source: Literal["trained", "frozen"]
-    encoder: dict[str, JsonValue]
+    encoder: EncoderSpec
     pool: Literal["cls", "mean", "cls+mean"]
 
 
@@ -97,8 +98,8 @@ class StudentConfig(ModelConfig):
 
     kind: Literal["student"] = "student"
     method: Literal["lgd", "he-only", "two-stream", "distil"]
-    morphology: dict[str, JsonValue]
-    hallucination: dict[str, JsonValue] | None
+    morphology: EncoderSpec
+    hallucination: EncoderSpec | None
     latent_dim: Annotated[int, Field(ge=0, le=65_536)]
     latent_map: Annotated[int, Field(ge=0, le=256)]
     nuclei_grid: Grid

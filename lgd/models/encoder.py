@@ -1,8 +1,8 @@
 """A backbone by name -> feature map, with its own normalisation.
 
-Presets start from random weights and need no download. `hf:HUB_ID` and local folders load pretrained weights
-through transformers' AutoBackbone. A specification is plain JSON, from which the same network is built again
-without the hub.
+Presets start from random weights and need no download. `hf:ORG/NAME` and local folders bring pretrained weights, as
+safetensors, of the architectures in `lgd.models.spec`. From its specification the same network is built again without
+the hub. Nothing of a folder or a specification is run, and its weights become float32 whatever they are stored as.
 
 Nothing here depends on the other images of a batch: presets get GroupNorm, pretrained BatchNorm is frozen.
 """
@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from lgd.errors import ConfigError, DataError
+from lgd.models.backbone import list_fields, load_backbone, new_backbone
+from lgd.models.pretrained import find_folder, find_weights, read_normalisation, read_settings
+from lgd.models.spec import EncoderSpec
 
 # For random weights. On ImageNet's scale a white background is +2.4, and training left its first plateau later
 # (virtual H&E, one seed: 0.39 against 0.55 of the training patches after 10 epochs).
 _FROM_SCRATCH_MEAN, _FROM_SCRATCH_STD = (0.6, 0.6, 0.6), (0.5, 0.5, 0.5)
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "resnet10": {
@@ -44,52 +46,51 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def describe(name: str) -> dict[str, Any]:
-    """The specification of an encoder: everything but its weights, as JSON.
+def describe(name: str) -> EncoderSpec:
+    """The specification of an encoder.
 
-    Raises `ConfigError` for an unknown name and `DataError` when pretrained weights cannot be had.
+    Raises `ConfigError` for an unknown name and `DataError` for one that cannot be had or is not accepted.
     """
+    spec: dict[str, Any] = {"name": name, "pool": "mean", "size": None, "mpp": None, "licence": None}
     if name in PRESETS:
-        return {
-            "name": name,
-            "backbone": PRESETS[name],
-            "batchnorm": "group",
-            "mean": list(_FROM_SCRATCH_MEAN),
-            "std": list(_FROM_SCRATCH_STD),
-        }
+        normalisation = {"mean": _FROM_SCRATCH_MEAN, "std": _FROM_SCRATCH_STD}
+        return EncoderSpec.from_json(spec | {"backbone": PRESETS[name], "batchnorm": "group"} | normalisation)
     if not (name.startswith("hf:") or Path(name).is_dir()):
         raise ConfigError(
-            f"encoder {name!r} is not known: use one of {', '.join(PRESETS)}, hf:HUB_ID or a local folder"
+            f"encoder {name!r} is not known: use one of {', '.join(PRESETS)}, hf:ORG/NAME or a local folder"
         )
-    from transformers import AutoConfig, AutoImageProcessor
-
-    source = name.removeprefix("hf:")
+    folder = find_folder(name)
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise DataError(f"encoder {name}: its configuration cannot be loaded ({error})") from error
-    try:
-        processor = AutoImageProcessor.from_pretrained(source)
-        mean, std = list(processor.image_mean), list(processor.image_std)
-    except (OSError, ValueError):
-        mean, std = list(_IMAGENET_MEAN), list(_IMAGENET_STD)
-    return {"name": name, "backbone": config.to_diff_dict(), "batchnorm": "frozen", "mean": mean, "std": std}
+        settings = read_settings(folder)
+        # Those of the hub are copied when all else has passed.
+        if not name.startswith("hf:"):
+            find_weights(folder)
+        mean, std = read_normalisation(folder)
+        fields = list_fields(settings["model_type"])
+        backbone = {field: value for field, value in settings.items() if field in fields}
+        spec |= {"backbone": backbone, "batchnorm": "frozen", "mean": mean, "std": std}
+        return EncoderSpec.from_json(spec)
+    except ValueError as error:
+        raise DataError(f"encoder {name}: {error}") from error
 
 
 class Encoder(nn.Module):
     """RGB in 0..255 -> the last feature map of a backbone."""
 
-    def __init__(self, spec: dict[str, Any], backbone: nn.Module | None = None) -> None:
-        """Build from a specification; `backbone` brings pretrained weights."""
+    def __init__(self, spec: EncoderSpec, backbone: nn.Module | None = None) -> None:
+        """Build from a specification; `backbone` brings pretrained weights.
+
+        Raises `DataError` for a specification of no network, or of one too large.
+        """
         super().__init__()
         self.spec = spec
-        self.backbone: Any = _from_spec(spec) if backbone is None else backbone
-        if spec["batchnorm"] == "group":
+        self.backbone: Any = _new_backbone(spec) if backbone is None else backbone
+        if spec.batchnorm == "group":
             _batchnorm_to_groupnorm(self.backbone)
         self.mean: torch.Tensor
         self.std: torch.Tensor
-        self.register_buffer("mean", 255 * torch.tensor(spec["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(spec["std"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         self.channels: int = list(self.backbone.channels)[-1]  # type: ignore[arg-type]
 
     def forward(self, rgb_B3HW: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,7 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> "Encoder":
         """Pretrained BatchNorm keeps its statistics, whatever the mode."""
         super().train(mode)
-        if self.spec["batchnorm"] == "frozen":
+        if self.spec.batchnorm == "frozen":
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
@@ -114,32 +115,17 @@ def build_encoder(name: str) -> Encoder:
     if name in PRESETS:
         return Encoder(spec)
     try:
-        return Encoder(spec, _pretrained(name.removeprefix("hf:")))
-    except (OSError, ValueError) as error:
-        raise DataError(f"encoder {name}: its weights cannot be loaded ({error})") from error
+        backbone = load_backbone(spec.backbone, find_weights(find_folder(name, weights=True)))
+    except ValueError as error:
+        raise DataError(f"encoder {name}: {error}") from error
+    return Encoder(spec, backbone)
 
 
-def _pretrained(source: str) -> nn.Module:
-    """A backbone with the weights of a hub id or a local folder; `ValueError` when some of them are not there."""
-    from transformers import AutoBackbone, AutoConfig
-
-    # AutoBackbone.from_pretrained asks the hub even about a local folder (transformers 5.23).
-    with torch.device("meta"):
-        kind: Any = type(AutoBackbone.from_config(AutoConfig.from_pretrained(source)))
-    backbone, found = kind.from_pretrained(source, output_loading_info=True)
-    # A backbone may norm its output where the whole network does not: such norms start as the identity.
-    shapes = backbone.state_dict()
-    lacking = [name for name in found["missing_keys"] if shapes[name].ndim > 1]
-    if lacking:
-        raise ValueError(f"they lack {len(lacking)} of {len(shapes)} tensors, such as {lacking[0]}")
-    return backbone
-
-
-def _from_spec(spec: dict[str, Any]) -> nn.Module:
-    from transformers import AutoBackbone, AutoConfig
-
-    settings = dict(spec["backbone"])
-    return AutoBackbone.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+def _new_backbone(spec: EncoderSpec) -> nn.Module:
+    try:
+        return new_backbone(spec.backbone)
+    except ValueError as error:
+        raise DataError(f"encoder {spec.name}: {error}") from error
 
 
 def _batchnorm_to_groupnorm(module: nn.Module) -> None:

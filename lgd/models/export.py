@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +15,10 @@ from torch import nn
 from lgd.errors import DataError
 from lgd.files import place, publish, remove, sha256
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig
+from lgd.models.weights import compare_shapes, load_tensors, read_shapes, shapes_of
 from lgd.remote import open_checked
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -52,19 +56,24 @@ def read_student_config(folder: str | Path) -> StudentConfig:
     return StudentConfig.read(place(folder) / "config.json")
 
 
-def load_weights(folder: str | Path, model: nn.Module, config: ModelConfig) -> None:
-    """Load and check the weights of a folder into a network; `DataError` for those of another one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def load_weights(folder: str | Path, build: Callable[[], Network], config: ModelConfig) -> Network:
+    """The network that `build` makes, with the checked weights of a folder; `DataError` for those of another one.
 
+    It is drafted first, without memory for its weights, and built only where the file holds those of just this one.
+    """
     path, remedy = place(folder) / "model.safetensors", "train or copy it again"
+    try:
+        with torch.device("meta"):
+            draft = build()
+    except DataError as error:
+        raise DataError(f"{place(folder) / 'config.json'}: {error}: {config.REMEDY}") from error
     try:
         with open_checked(path, config.weights_sha256, None, remedy) as file:
             # The descriptor names the file that was checked, whatever has taken its place meanwhile.
-            model.load_state_dict(load_file(f"/dev/fd/{file.fileno()}"))
+            checked = Path(f"/dev/fd/{file.fileno()}")
+            compare_shapes(path, read_shapes(checked), shapes_of(draft))
+            network = build()
+            network.load_state_dict(load_tensors(checked))
     except OSError as error:
         raise DataError(f"{path} is missing or cannot be read ({error.strerror or error}): {remedy}") from error
-    except (SafetensorError, RuntimeError) as error:
-        # Both were made together, so whoever changed one made the other's digest fit.
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} does not hold the network of its config.json ({reason}): copy it again") from error
+    return network

@@ -117,6 +117,4 @@ def student_from(config: StudentConfig) -> Student:
 def load_student(folder: str | Path) -> tuple[Student, StudentConfig]:
     """The student of a folder in evaluation mode, and its `config.json`."""
     config = read_student_config(folder)
-    student = student_from(config)
-    load_weights(folder, student, config)
-    return student.eval(), config
+    return load_weights(folder, lambda: student_from(config), config).eval(), config

@@ -80,6 +80,4 @@ def new_teacher(encoder: str) -> Teacher:
 def load_teacher(folder: str | Path) -> tuple[Teacher, TeacherConfig]:
     """The frozen teacher of a folder, and its `config.json`."""
     config = read_teacher_config(folder)
-    teacher = Teacher(Encoder(config.encoder))
-    load_weights(folder, teacher, config)
-    return teacher.freeze(), config
+    return load_weights(folder, lambda: Teacher(Encoder(config.encoder)), config).freeze(), config

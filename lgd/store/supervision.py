@@ -45,7 +45,7 @@ def recipe_of(config: Config) -> Recipe:
         teacher=TeacherRecipe(
             source=teacher.source,
             weights_sha256=teacher.weights_sha256,
-            encoder=teacher.encoder,
+            encoder=teacher.encoder.as_json(),
             pool=teacher.pool,
             size=teacher.size,
             mpp=None,

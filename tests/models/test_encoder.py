@@ -1,13 +1,28 @@
+import functools
 import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import change_json, save_network
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
+import lgd
 from lgd.errors import ConfigError, DataError
+from lgd.files import digest_of
+from lgd.models.description import NOT_TRAINED
 from lgd.models.encoder import PRESETS, Encoder, build_encoder
+from lgd.models.export import save_model
+from lgd.models.spec import EncoderSpec
+from lgd.models.student import Student
 
 
 def images(count: int, side: int = 64) -> torch.Tensor:
@@ -54,7 +69,7 @@ def test_an_image_does_not_see_the_rest_of_its_batch(name, saved_resnet):
 def test_specification_and_weights_make_the_same_network(name, saved_resnet, tmp_path):
     encoder = build_encoder(str(saved_resnet) if name == "saved" else name).eval()
     save_file(encoder.state_dict(), tmp_path / "w.safetensors")
-    again = Encoder(json.loads(json.dumps(encoder.spec)))
+    again = Encoder(EncoderSpec.from_json(json.loads(json.dumps(encoder.spec.as_json()))))
     again.load_state_dict(load_file(tmp_path / "w.safetensors"))
     with torch.no_grad():
         assert torch.equal(encoder(images(2)), again.eval()(images(2)))
@@ -66,7 +81,7 @@ def test_a_local_folder_brings_weights_and_normalisation(saved_resnet):
     mine = encoder.backbone.state_dict()
     name = "embedder.embedder.convolution.weight"
     assert torch.equal(mine[name], there[f"resnet.{name}"])
-    assert encoder.spec["mean"] == [0.1, 0.2, 0.3] and encoder.spec["std"] == [0.4, 0.5, 0.6]
+    assert encoder.spec.mean == (0.1, 0.2, 0.3) and encoder.spec.std == (0.4, 0.5, 0.6)
 
     # What the network is given is (rgb / 255 - mean) / std.
     rgb = images(2)
@@ -87,16 +102,158 @@ def test_pretrained_batchnorm_stays_frozen_in_training(saved_resnet):
 def test_unknown_encoders_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="'resnet11' is not known: use one of resnet10"):
         build_encoder("resnet11")
-    with pytest.raises(DataError, match="its configuration cannot be loaded"):
+    with pytest.raises(DataError, match=f"encoder {tmp_path}: config.json is missing"):
         build_encoder(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet", "depths": [1], "hidden_sizes": [8]}))
-    with pytest.raises(DataError, match="its weights cannot be loaded"):
+    with pytest.raises(DataError, match=f"encoder {tmp_path}: model.safetensors is missing"):
         build_encoder(str(tmp_path))
 
 
 def test_weights_of_another_network_are_refused(saved_resnet, tmp_path):
-    config = json.loads((saved_resnet / "config.json").read_text()) | {"depths": [1, 2]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((saved_resnet / "model.safetensors").read_bytes())
-    with pytest.raises(DataError, match="its weights cannot be loaded .they lack 2 of"):
-        build_encoder(str(tmp_path))
+    folder = shutil.copytree(saved_resnet, tmp_path / "copy")
+    change_json(folder / "config.json", depths=[1, 2])
+    with pytest.raises(DataError, match=f"encoder {folder}: its weights do not fit config.json: they hold"):
+        build_encoder(str(folder))
+
+
+@pytest.mark.parametrize(
+    "content", [None, '{"image_mean": [0.1,0.1', "{}", '{"image_mean": [0, 0, 0], "image_std": [0, 0, 0]}']
+)
+def test_without_a_sound_preprocessor_nothing_is_guessed(saved_resnet, tmp_path, content):
+    folder = shutil.copytree(saved_resnet, tmp_path / "copy")
+    (folder / "preprocessor_config.json").unlink()
+    if content is not None:
+        (folder / "preprocessor_config.json").write_text(content)
+    with pytest.raises(DataError, match=f"encoder {folder}: preprocessor_config.json.*: copy it from where"):
+        build_encoder(str(folder))
+
+
+def test_a_network_stored_in_half_precision_is_float32_and_stays_so(tmp_path):
+    encoder = build_encoder(str(save_network(tmp_path, dtype=torch.float16)))
+    again = Encoder(EncoderSpec.from_json(encoder.spec.as_json()))
+    assert not [field for field in encoder.spec.backbone if "dtype" in field]
+    for network in (encoder, again):
+        assert {tensor.dtype for tensor in network.state_dict().values() if tensor.is_floating_point()} == {
+            torch.float32
+        }
+        assert network(images(1)).dtype == torch.float32
+
+
+def test_an_architecture_without_a_feature_map_is_told_in_one_line(tmp_path):
+    folder = save_network(tmp_path, "vit")
+    with pytest.raises(DataError, match="field 'model_type' is 'vit', which is not supported as an encoder") as caught:
+        build_encoder(str(folder))
+    assert "\n" not in str(caught.value) and "Backbone" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+# What a folder may bring beside its weights; the canary appears when any of it runs.
+def _pickle(folder, code):
+    from pickle import dumps
+
+    class Evil:
+        def __reduce__(self):
+            return exec, (code,)
+
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(dumps(Evil()))
+
+
+TRAPS = {
+    "auto_map of an unknown type": lambda folder, code: change_json(
+        folder / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoBackbone": "evil.Model"}
+    ),
+    "auto_map of a known type": lambda folder, code: change_json(
+        folder / "config.json", auto_map={"AutoConfig": "evil.Config", "AutoBackbone": "evil.Model"}
+    ),
+    "auto_map of another repository": lambda folder, code: change_json(
+        folder / "config.json", auto_map={"AutoBackbone": "evil/repo--evil.Model"}
+    ),
+    "auto_map of a preprocessor": lambda folder, code: change_json(
+        folder / "preprocessor_config.json", image_processor_type="Evil", auto_map={"AutoImageProcessor": "evil.Evil"}
+    ),
+    "kernel of the hub": lambda folder, code: change_json(folder / "config.json", attn_implementation="evil/kernel"),
+    "pickled weights": _pickle,
+}
+
+
+@pytest.fixture
+def trap(tiny_dinov2, tmp_path):
+    """A folder with code in it, and the canary that the code would leave."""
+    folder, canary = shutil.copytree(tiny_dinov2, tmp_path / "trap"), tmp_path / "ran"
+    code = f"open({str(canary)!r}, 'w')"
+    (folder / "evil.py").write_text(f"{code}\nclass Config: pass\nclass Model: pass\nclass Evil: pass\n")
+    return folder, code, canary
+
+
+@pytest.mark.parametrize("kind", TRAPS)
+def test_code_in_a_folder_is_refused_and_never_run(kind, trap, monkeypatch):
+    folder, code, canary = trap
+    TRAPS[kind](folder, code)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    with pytest.raises(DataError, match=f"encoder {folder}: .*(never run|never read)"):
+        build_encoder(str(folder))
+    assert not canary.exists()
+
+
+def test_code_and_adapters_that_nothing_names_are_left_alone(trap, tiny_dinov2):
+    folder, code, canary = trap
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil/repo"}))
+    one, other = build_encoder(str(folder)).state_dict(), build_encoder(str(tiny_dinov2)).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in other) and not canary.exists()
+
+
+ASK = """
+import sys
+from lgd.cli import main
+from lgd.models.encoder import build_encoder
+for folder in sys.argv[1:-1]:
+    try:
+        build_encoder(folder)
+    except ValueError as error:
+        print("refused", error)
+print("status", main(["predict", "--model", sys.argv[-1], "image.png"]))
+print("left on standard input:", sys.stdin.readline())
+"""
+
+
+def test_nothing_is_asked_on_a_terminal(trap, tmp_path):
+    """Neither by an encoder's folder nor by a trained model whose own config.json names code."""
+    folder, code, canary = trap
+    TRAPS["auto_map of an unknown type"](folder, code)
+    known = shutil.copytree(folder, tmp_path / "known")
+    change_json(known / "config.json", model_type="dinov2")
+    student = Student(
+        method="he-only", morphology=build_encoder("resnet10"), hallucination=None, latent_dim=0, latent_map=0,
+        nuclei_grid=1, membrane_grid=1,
+    )  # fmt: skip
+    model = tmp_path / "model"
+    facts = NOT_TRAINED | {"size": 64, "teachers": ()}
+    save_model(model, student.state_dict(), functools.partial(student.describe, **facts))
+    document = json.loads((model / "config.json").read_text())
+    names_code = {"model_type": "bert", "name_or_path": str(folder), "auto_map": {"AutoBackbone": "evil.Model"}}
+    document["morphology"]["backbone"] = names_code
+    del document["digest"]
+    (model / "config.json").write_text(json.dumps(document | {"digest": digest_of(document)}))
+    shutil.copy(folder / "evil.py", model)
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+
+    main, terminal = pty.openpty()
+    os.write(main, b"y\n")
+    child = subprocess.Popen(
+        [sys.executable, "-c", ASK, str(folder), str(known), str(model)],
+        stdin=terminal, stdout=terminal, stderr=terminal, cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(lgd.__file__).parents[1])},
+    )  # fmt: skip
+    os.close(terminal)
+    said = b""
+    try:
+        while some := os.read(main, 4096):
+            said += some
+    except OSError:  # Linux says so when the other side is closed.
+        pass
+    assert child.wait(60) == 0, said.decode()
+    text = said.decode().replace("\r\n", "\n")
+    assert text.count("refused encoder") == 2 and "status 1" in text
+    assert f"lgd: {model / 'config.json'}: " in text and "names code" in text.split("refused")[-1]
+    assert "[y/N]" not in text and "left on standard input: y" in text and not canary.exists()

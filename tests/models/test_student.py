@@ -1,10 +1,13 @@
 import functools
+import json
+import time
 
 import pytest
 import torch
 
 from lgd.errors import DataError
-from lgd.models.description import NOT_TRAINED
+from lgd.files import digest_of
+from lgd.models.description import NOT_TRAINED, StudentConfig
 from lgd.models.encoder import build_encoder
 from lgd.models.export import load_weights, read_student_config, save_model
 from lgd.models.student import Student, load_student, student_from
@@ -107,7 +110,39 @@ def test_other_weights_are_refused(tmp_path):
     path.write_bytes(content)
     config = read_student_config(tmp_path)
     with pytest.raises(DataError, match=r"model\.safetensors does not match its digest"):
-        load_weights(tmp_path, student_from(config), config)
+        load_weights(tmp_path, lambda: student_from(config), config)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "problem"),
+    [
+        ({"hidden_sizes": [60_000] * 4}, "field 'morphology.backbone': field 'hidden_sizes' holds 60000"),
+        ({"depths": [1, 1, 1, 3_000_000]}, "field 'morphology.backbone': field 'depths' holds 3000000"),
+        ({"hidden_sizes": [30_000] * 4}, "its network would be larger than any encoder"),
+        ({"hidden_sizes": [9_000] * 4}, "does not hold the weights of the network in config.json"),
+        (
+            {"depths": [1, 1, 1, 2]},
+            "does not hold the weights of the network in config.json: 6 tensors differ, such as",
+        ),
+        ({"auto_map": {"AutoBackbone": "evil.Model"}}, "field 'morphology.backbone': field 'auto_map' names code"),
+        ({"dtype": "float16"}, "field 'dtype' is none of resnet"),
+        ({"model_type": "timm_backbone", "backbone": "hf-hub:evil/repo"}, "field 'model_type' is 'timm_backbone'"),
+        (None, "field 'morphology.backbone'"),
+    ],
+)
+def test_a_network_of_another_kind_than_its_weights_is_refused_before_it_is_built(backbone, problem, tmp_path):
+    """Whoever wrote the folder can make its digest fit."""
+    model = student("he-only")
+    save_model(tmp_path, model.state_dict(), described(model))
+    fields = read_student_config(tmp_path).as_json()
+    spec = fields["morphology"]
+    spec["backbone"] = backbone and spec["backbone"] | backbone
+    document = {"format": StudentConfig.FORMAT, **fields}
+    (tmp_path / "config.json").write_text(json.dumps(document | {"digest": digest_of(document)}))
+    start = time.monotonic()
+    with pytest.raises(DataError, match=f"^{tmp_path}/(config.json: .*|model.safetensors ){problem}"):
+        load_student(tmp_path)
+    assert time.monotonic() - start < 5
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -115,7 +150,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         load_student(tmp_path)
     model = student("he-only")
     save_model(tmp_path, model.state_dict(), described(model))
-    with pytest.raises(DataError, match="config.json: field .kind.: should be .teacher."):
+    with pytest.raises(DataError, match="config.json: field 'kind': should be 'teacher'"):
         load_teacher(tmp_path)
 
 

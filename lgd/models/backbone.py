@@ -1,0 +1,199 @@
+"""Backbones of transformers: built of a specification's fields, and given weights, both only as far as they check.
+
+A network is drafted first, without memory for its weights: that takes at most a second or two for the largest, and
+shows its size and the shapes of its tensors.
+"""
+
+import contextlib
+import functools
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lgd.models.pretrained import shorten
+from lgd.models.spec import list_values, names_layers
+from lgd.models.weights import Shapes, count_numbers, load_tensors, read_shapes, shapes_of
+
+# DINOv3's largest has 6.7 billion.
+_MOST_PARAMETERS = 10_000_000_000
+# A draft's calls of torch: 1.1 billion parameters in 40 layers take 4,000, in about a second.
+_MOST_CALLS = 10_000
+# A backbone may norm its output where the whole network does not: such norms start as the identity.
+_OUTPUT_NORMS = "hidden_states_norms."
+
+
+def new_backbone(settings: dict[str, Any]) -> nn.Module:
+    """A backbone with random weights; `ValueError` where the fields make none, or one too large."""
+    from transformers import AutoBackbone
+
+    draft(json.dumps(settings))
+    return AutoBackbone.from_config(_make_config(settings), trust_remote_code=False)
+
+
+def load_backbone(settings: dict[str, Any], files: list[Path]) -> nn.Module:
+    """A backbone with the weights of safetensors files, in float32; `ValueError` where they are not its own."""
+    stored: Shapes = {}
+    for path in files:
+        stored |= read_shapes(path)
+    kind, shapes = draft(json.dumps(settings))
+    needed = {name: shape for name, shape in shapes.items() if not name.startswith(_OUTPUT_NORMS)}
+    if count_numbers(needed) > count_numbers(stored):
+        raise ValueError(
+            f"its weights do not fit config.json: they hold {count_numbers(stored):,} numbers, the network "
+            f"{count_numbers(needed):,}: use the config.json that came with them"
+        )
+    # Copies: the file may be replaced or cut off while the network lives.
+    tensors = {name: tensor.clone() for path in files for name, tensor in load_tensors(path).items()}
+    with _quiet(), _errors_of_transformers("its weights cannot be loaded"):
+        backbone, found = kind.from_pretrained(
+            None,
+            config=_make_config(settings),
+            state_dict=tensors,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    _check_loaded(backbone, found, needed)
+    return backbone.float()
+
+
+def list_fields(kind: str) -> set[str]:
+    """The fields of an architecture's configuration that its network depends on."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
+
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"field 'model_type' is {kind!r}, which transformers {__version__} lacks: install a newer one")
+    own, general = (inspect.signature(one.__init__).parameters for one in (CONFIG_MAPPING[kind], PreTrainedConfig))
+    names = {name for name in own.keys() - general.keys() if not name.startswith("_")}
+    return names | {"model_type", "out_features", "out_indices"}
+
+
+def _make_config(settings: dict[str, Any]) -> Any:
+    """The configuration of transformers; `ValueError` names a field that it does not know."""
+    from transformers import CONFIG_MAPPING, __version__
+
+    kind = settings["model_type"]
+    strange = sorted(settings.keys() - list_fields(kind))
+    if strange:
+        raise ValueError(f"field {strange[0]!r:.80} is none of {kind} in transformers {__version__}")
+    with _errors_of_transformers("its fields make no network"):
+        return CONFIG_MAPPING[kind](**{field: value for field, value in settings.items() if field != "model_type"})
+
+
+@functools.lru_cache(8)
+def draft(settings: str) -> tuple[Any, Shapes]:
+    """The class and the shapes of a backbone, of settings as JSON, without any memory for its weights.
+
+    Raises `ValueError` where the settings make no network, or one that is too large.
+    """
+    from transformers import AutoBackbone
+
+    fields = json.loads(settings)
+    config, budget = _make_config(fields), _Budget()
+    try:
+        with torch.device("meta"), budget:
+            network = AutoBackbone.from_config(config, trust_remote_code=False)
+        shapes, channels = shapes_of(network), list(network.channels)
+    except Exception as error:
+        if not budget.spent:
+            raise ValueError(f"its fields make no network ({shorten(error)})") from error
+        raise ValueError(f"its network would be larger than any encoder: {_explain_size(fields, budget)}") from error
+    if not channels:
+        raise ValueError("its fields make no network (no feature map is named in 'out_features')")
+    return type(network), shapes
+
+
+def _explain_size(fields: dict[str, Any], budget: "_Budget") -> str:
+    """What made a draft too large."""
+    if budget.parameters <= _MOST_PARAMETERS:
+        return f"by its layers in {', '.join(repr(field) for field in fields if names_layers(field)):.200}"
+    largest = max((n, field) for field, value in fields.items() for n in list_values(field, value) if _is_number(n))
+    return f"more than {_MOST_PARAMETERS:,} parameters; its largest field is {largest[1]!r:.80}, {largest[0]}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class _Budget(TorchFunctionMode):
+    """Stops a draft as soon as the network has become too large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters = self.calls = 0
+
+    @property
+    def spent(self) -> bool:
+        return self.parameters > _MOST_PARAMETERS or self.calls > _MOST_CALLS
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        self.calls += 1
+        # A tensor made of none is new; the others are what a new one is filled with.
+        if isinstance(out, torch.Tensor) and not any(
+            isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())
+        ):
+            self.parameters += out.numel()
+        if self.spent:
+            raise ValueError("the network is too large")
+        return out
+
+
+def _check_loaded(backbone: nn.Module, found: dict[str, Any], needed: Shapes) -> None:
+    """`ValueError` where weights were missing, of another shape, left over, or no numbers."""
+    learnt = {name for name, _ in backbone.named_parameters()} | {name for name in needed if "running_" in name}
+    missing = [name for name in found["missing_keys"] if name in learnt & needed.keys() and "mask_token" not in name]
+    layers = {_mask_numbers(name) for name in needed}
+    beyond = [name for name in found["unexpected_keys"] if _mask_numbers(name) in layers]
+    for names, problem in (
+        (missing, "lack"),
+        ([name for name, *_ in found["mismatched_keys"]], "have other shapes of"),
+        (beyond, "have more layers:"),
+    ):
+        if names:
+            raise ValueError(
+                f"its weights do not fit config.json: they {problem} {len(names)} tensors, such as "
+                f"{min(names)!r:.120}: use the config.json that came with them"
+            )
+    for name, tensor in backbone.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"its weights are damaged: tensor {name!r} holds values that are no finite numbers")
+
+
+def _mask_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+
+
+@contextlib.contextmanager
+def _errors_of_transformers(problem: str) -> Iterator[None]:
+    """Whatever it raises about data becomes a `ValueError` of one line: the types differ by field and version."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{problem} ({shorten(error)})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tables and bars of transformers: what matters in them is raised."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

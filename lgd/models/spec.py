@@ -1,0 +1,155 @@
+"""An encoder's specification: what a model's `config.json` may say of its network, and how far it is believed.
+
+A few bytes of JSON can ask for terabytes, hours, or somebody's Python. So a specification is plain numbers and text
+within the bounds below, of an architecture that LGD knows, before any library sees it.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict, field_validator
+
+from lgd.records import Line, Record
+
+ARCHITECTURES = (
+    "beit",
+    "bit",
+    "convnext",
+    "convnextv2",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_convnext",
+    "dinov3_vit",
+    "focalnet",
+    "pvt_v2",
+    "resnet",
+    "swin",
+    "swinv2",
+)
+"""Architectures of transformers whose feature maps a test compares with those of the whole network."""
+
+# The largest encoders today have 40 layers, widths of 8,192 (DINOv3, 6.7 billion parameters) and images of 4,096 px.
+MOST_LAYERS = 100
+_MOST_SIZE = 32_768
+_MOST_ENTRIES = 256
+
+_MOST_WINDOW = 512
+
+_LAYERS = re.compile(r"(layers|depths?|blocks|stages|levels|convs)$")
+_WINDOWS = re.compile(r"(patch|kernel|window|stride|dilation|padding)")
+_MAY_BE_NEGATIVE = ("out_indices", "semantic_loss_ignore_index")
+_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
+
+Triple = tuple[float, float, float]
+# Of RGB in 0..1: those of 0..255, zeros and tiny deviations would give numbers that no network was trained with.
+_Mean = Annotated[float, Field(ge=0, le=1)]
+_Std = Annotated[float, Field(ge=0.001, le=10)]
+Mean = Annotated[tuple[_Mean, _Mean, _Mean], Strict(False)]
+Std = Annotated[tuple[_Std, _Std, _Std], Strict(False)]
+
+
+class EncoderSpec(Record):
+    """Everything of an encoder but its weights; the same network is built from it again, without the hub."""
+
+    name: Line
+    """As the user named it: a preset, hf:ORG/NAME or a folder."""
+    backbone: dict[str, Any]
+    """The architecture (`model_type`) and the fields of its configuration in transformers."""
+    batchnorm: Literal["group", "frozen"]
+    """Batch norms become group norms, or keep their stored statistics."""
+    mean: Mean
+    std: Std
+    """Of RGB in 0..1, by channel."""
+    pool: Literal["mean"]
+    """How a feature map becomes one vector."""
+    size: Annotated[int, Field(ge=1, le=_MOST_SIZE)] | None
+    """Pixels a side of the images that it was made for."""
+    mpp: Annotated[float, Field(gt=0, le=100)] | None
+    """Micrometres a pixel of the images that it was made for."""
+    licence: Line | None
+
+    @field_validator("backbone")
+    @classmethod
+    def _check_backbone(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        check_sizes(settings)
+        refuse_code(settings)
+        check_architecture(settings)
+        for field, value in settings.items():
+            if isinstance(value, dict):
+                raise ValueError(f"{field!r:.80} is an object: it may be a number, a text or a list of them")
+        return settings
+
+
+def refuse_code(settings: Any) -> None:
+    """`ValueError` where JSON names code, at any depth."""
+    for field, value in _walk_fields(settings):
+        if field in _CODE and value:
+            raise ValueError(
+                f"field {field!r} names code of its own ({value!r:.120}), which is never run: choose an encoder that "
+                "needs none, or take the field out where the architecture is one of transformers' own"
+            )
+        # A name with a slash is a kernel of the hub: compiled code and Python.
+        if "_implementation" in field and isinstance(value, str) and "/" in value:
+            raise ValueError(
+                f"field {field!r:.80} names code of the hub ({value!r:.120}), which is never run: take the field out"
+            )
+
+
+def names_layers(field: str) -> bool:
+    """Whether the numbers of a field say how often a part is repeated."""
+    return bool(_LAYERS.search(field))
+
+
+def check_architecture(settings: dict[str, Any]) -> None:
+    """`ValueError` for an architecture that LGD does not know as an encoder."""
+    kind = settings.get("model_type")
+    if kind not in ARCHITECTURES:
+        problem = "is missing" if kind is None else f"is {kind!r:.80}, which is not supported as an encoder"
+        raise ValueError(f"field 'model_type' {problem}: choose an encoder of {', '.join(ARCHITECTURES)}")
+
+
+def check_sizes(settings: dict[str, Any]) -> None:
+    """`ValueError` where a field asks for an absurd network or is no plain value; objects are passed over."""
+    for field, value in settings.items():
+        if isinstance(value, dict):
+            continue
+        numbers = [number for number in list_values(field, value) if isinstance(number, int | float)]
+        least = -_MOST_SIZE if field in _MAY_BE_NEGATIVE else 0
+        most = MOST_LAYERS if names_layers(field) else _MOST_WINDOW if _WINDOWS.search(field) else _MOST_SIZE
+        for number in numbers:
+            if not least <= number <= most:
+                raise ValueError(f"field {field!r:.80} holds {number!r:.40}: an encoder has {least} to {most} there")
+        if names_layers(field) and sum(numbers) > MOST_LAYERS:
+            raise ValueError(f"field {field!r:.80} states {sum(numbers)} layers: an encoder has {MOST_LAYERS} at most")
+        if field == "num_channels" and value != 3:
+            raise ValueError(f"field {field!r} is {value!r:.80}: an encoder sees RGB, which is 3 channels")
+
+
+def list_values(field: str, value: Any) -> list[Any]:
+    """The plain values of a field, of a list or of a list of lists."""
+    values = [value]
+    for _ in range(3):
+        if not any(isinstance(one, list | tuple) for one in values):
+            break
+        values = [one for some in values for one in (some if isinstance(some, list | tuple) else [some])]
+        if len(values) > _MOST_ENTRIES:
+            raise ValueError(f"field {field!r:.80} has more than {_MOST_ENTRIES} entries")
+    for one in values:
+        if not (one is None or isinstance(one, bool | int | float | str)):
+            raise ValueError(f"field {field!r:.80} is too deeply nested")
+        if isinstance(one, str) and len(one) > _MOST_ENTRIES:
+            raise ValueError(f"field {field!r:.80} has a text of {len(one)} letters")
+    return values
+
+
+def _walk_fields(settings: Any) -> Iterator[tuple[str, Any]]:
+    """Every named field of plain JSON, at any depth."""
+    left = [settings]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            left.extend(value.values())
+        elif isinstance(value, list | tuple):
+            left.extend(value)
