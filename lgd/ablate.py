@@ -12,7 +12,6 @@ again, so that the same command goes on where it stopped.
 import dataclasses
 import functools
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from lgd.markup import code_block, list_items, markdown_table
 from lgd.metrics import Predictions
 from lgd.models.export import read_student_config, read_teacher_config
 from lgd.models.teacher import load_teacher
+from lgd.run_folder import command
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
 
@@ -163,8 +163,7 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
             *caveats_of(manifests, rows[OURS][0], any(manifest.virtual for manifest in manifests)),
         ],
         "explained_by_levels": _explained_by_levels(config, shards, scored),
-        "command": f"lgd ablate --config {shlex.quote(f'{config.run.dir}/config.yaml')} --seeds {options.seeds}"
-        + (" --full" if options.full else ""),
+        "command": f"{command(config, 'ablate')} --seeds {options.seeds}" + (" --full" if options.full else ""),
         "shards": [manifest.digest for manifest in manifests],
         "teacher": read_teacher_config(config.teacher.dir).weights_sha256,
     }

@@ -7,7 +7,6 @@ wrong; 2 the command line or the configuration is wrong.
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 import lgd
 from lgd.errors import ConfigError, DataError
@@ -71,10 +70,6 @@ def _run(verb: str, args: list[str]) -> None:
     text, add = VERBS[verb]
     parser = make_parser(prog=f"lgd {verb}", description=text)
     run = add(parser)
-    if verb == "demo" and "--config" not in args:
-        args = ["--config", str(Path(lgd.__file__).parents[1] / "configs" / "demo.yaml"), *args]
-    if verb == "train":
-        args = [f"--train.{arg[2:]}" if arg.split("=")[0] == "--resume" else arg for arg in args]
     run(parser, parse(parser, args))
 
 

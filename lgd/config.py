@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from lgd.errors import require
+from lgd.plain_yaml import write_yaml
+from lgd.urls import place, place_output
 
 LEVEL_NAMES = ("0", "1+", "2+", "3+")
 
@@ -38,6 +38,9 @@ class Run:
     """Folder of the run; the other folders default to places under it."""
     seed: int = 0
     """Seed of weights, sample order and augmentation."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, f"run.seed is {self.seed}: use 0 to {2**32 - 1}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -295,38 +298,38 @@ class Config:
 
     def resolved(self) -> "Config":
         """The same run with every default folder filled in, and paths absolute: workers have other working folders."""
+        root = _absolute(self.run.dir, "run.dir")
 
-        def absolute(folder: str) -> str:
-            scheme, is_url, rest = folder.partition("://")
-            return f"{scheme}://{rest.rstrip('/')}" if is_url else str(Path(folder).absolute())
-
-        root = absolute(self.run.dir)
-
-        def place(folder: str, name: str) -> str:
-            return absolute(folder) if folder else f"{root}/{name}"
+        def output(folder: str, name: str) -> str:
+            return _absolute(folder, f"{name}.dir") if folder else f"{root}/{name}"
 
         def encoder(name: str) -> str:
-            return str(Path(name).absolute()) if "/" in name and Path(name).is_dir() else name
+            local = name.startswith("~") or ("/" in name and Path(name).is_dir())
+            return _absolute(name) if local else name
 
-        replace, shards = dataclasses.replace, self.data.shards
+        replace, shards, resume = dataclasses.replace, self.data.shards, self.train.resume
         return replace(
             self,
             run=replace(self.run, dir=root),
             data=replace(
                 self.data,
-                shards=[place(folder, "shards") for folder in ([shards] if isinstance(shards, str) else shards)],
+                shards=[
+                    _absolute(folder) if folder else f"{root}/shards"
+                    for folder in ([shards] if isinstance(shards, str) else shards)
+                ],
             ),
             teacher=replace(
-                self.teacher, dir=place(self.teacher.dir, "teacher"), encoder=encoder(self.teacher.encoder)
+                self.teacher, dir=output(self.teacher.dir, "teacher"), encoder=encoder(self.teacher.encoder)
             ),
-            latents=replace(self.latents, dir=place(self.latents.dir, "latents")),
+            latents=replace(self.latents, dir=output(self.latents.dir, "latents")),
             student=replace(
-                self.student, dir=place(self.student.dir, "student"), encoder=encoder(self.student.encoder)
+                self.student, dir=output(self.student.dir, "student"), encoder=encoder(self.student.encoder)
             ),
+            train=replace(self.train, resume=resume if resume in ("auto", "never") else _absolute(resume)),
             report=replace(
                 self.report,
-                dir=place(self.report.dir, "report"),
-                also=[absolute(folder) for folder in self.report.also],
+                dir=output(self.report.dir, "report"),
+                also=[_absolute(folder) for folder in self.report.also],
             ),
         )
 
@@ -337,4 +340,22 @@ class Config:
 
     def as_yaml(self) -> str:
         """The run as YAML that reads back as the same run."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        return write_yaml(dataclasses.asdict(self))
+
+    def as_fields(self) -> dict[str, Any]:
+        """The value of each field by its dotted name."""
+        fields = {
+            f"{section}.{name}": value
+            for section, fields in dataclasses.asdict(self).items()
+            if section != "deepspeed"
+            for name, value in fields.items()
+        }
+        return fields | {"deepspeed": self.deepspeed}
+
+
+def _absolute(folder: str, output: str = "") -> str:
+    """A path that is the same in every working folder, or a url; `output` is the field of what will be written."""
+    scheme, is_url, rest = folder.partition("://")
+    if is_url and scheme != "file":
+        return f"{scheme}://{rest.rstrip('/')}"
+    return str((place_output(folder, output) if output else place(folder)).absolute())

@@ -155,6 +155,18 @@ def read_bytes(path: str | Path, fresh: bool = False) -> bytes:
     return at.read_bytes()
 
 
+def read_first_bytes(path: str | Path, count: int) -> bytes:
+    """The first bytes of a file, at most `count`; raises as `read_bytes`."""
+    at: Any = place(path)
+    if not is_remote(at):
+        with open(at, "rb") as file:
+            return file.read(count)
+    size = call(at, "read", at.fs.info, at.path)["size"]
+    if size is None or size <= count:
+        return read_bytes(at)[:count]
+    return call(at, "read", at.fs.cat_file, at.path, start=0, end=count)
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON document; `DataError` names the file when it is absent or broken."""
     try:

@@ -1,131 +1,123 @@
-"""YAML files with dotted overrides, and command lines -> `Config` and the options of a verb; the owner of jsonargparse.
+"""YAML files with dotted overrides, and command lines -> `Config` and the options of a verb.
 
-Unknown keys fail, and the message names the file and the nearest field.
+Nothing is guessed: an unknown key, an option that is abbreviated and a value of another type fail, in one line that
+names the file and its line or the option, and the nearest field.
 """
 
-import contextlib
+import argparse
 import dataclasses
 import difflib
-import io
-import itertools
-import re
-from collections.abc import Iterable, Sequence
+import functools
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, Literal
 
 from lgd.config import Config
 from lgd.errors import ConfigError
-from lgd.files import read_bytes
+from lgd.files import read_first_bytes
+from lgd.plain_yaml import MOST_BYTES, YamlError, check_text, read_yaml
+
+_SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
 
 
-def make_parser(**options: Any) -> Any:
-    """A jsonargparse parser whose errors become `ConfigError`."""
-    import jsonargparse
+class Namespace(argparse.Namespace):
+    """What was parsed; `namespace["train.batch"]` is given for fields with a dot."""
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
-    return jsonargparse.ArgumentParser(exit_on_error=False, **options)
-
-
-def add_config_arguments(parser: Any) -> None:
-    """Give a parser `--config F` and one dotted option a field."""
-    parser.add_argument("--config", action="config", help="YAML file of the run; see configs/")
-    for section in dataclasses.fields(Config):
-        if section.name == "deepspeed":
-            parser.add_argument("--deepspeed", type=dict[str, Any], default={}, help="passed to DeepSpeed as it is")
-        else:
-            parser.add_class_arguments(section.type, section.name)
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
 
 
-def add_option_arguments(parser: Any, kind: Any, skip: Sequence[str] = ()) -> None:
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are `ConfigError`s, and which knows options by their whole names only."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+    def check_names(self, args: Sequence[str]) -> None:
+        """Raise `ConfigError` for an option that there is not, with the nearest."""
+        known = self._option_string_actions
+        for arg in args:
+            name = arg.partition("=")[0]
+            if arg == "--":
+                return
+            if name.startswith("--") and " " not in name and name not in known:
+                raise ConfigError(f"there is no option {name:.60}{_nearest_option(name, known)}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Given:
+    """A verb and what was given to it on the command line, by field."""
+
+    verb: str = ""
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def make_parser(**options: Any) -> Parser:
+    """A parser for a verb."""
+    return Parser(allow_abbrev=False, **options)
+
+
+def add_config_arguments(parser: Parser, default: str = "", aliases: Mapping[str, str] | None = None) -> None:
+    """Give a parser `--config F` and one dotted option a field.
+
+    `default` is read where no --config is given; `aliases` are further options by field.
+    """
+    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of the run; see configs/")
+    parser.set_defaults(_config=[default] if default else [])
+    for section, kind in _SECTIONS.items():
+        if section == "deepspeed":
+            _add_argument(parser, ["--deepspeed"], kind, "passed to DeepSpeed as it is", dest=section)
+            continue
+        group = parser.add_argument_group(section, kind.__doc__)
+        for option in dataclasses.fields(kind):
+            name = f"{section}.{option.name}"
+            flags = [f"--{name}", *([aliases[name]] if aliases and name in aliases else [])]
+            text = f"{_described(kind)[option.name]} {_default(option)}"
+            _add_argument(group, flags, option.type, text, dest=name)
+
+
+def add_option_arguments(parser: Parser, kind: Any, skip: Sequence[str] = ()) -> None:
     """Give a parser one `--hyphened-option` a field of a dataclass, with the field's docstring as its help."""
-    import docstring_parser
-
-    described = {p.arg_name: p.description for p in docstring_parser.parse_from_object(kind).params}
     for option in dataclasses.fields(kind):
         if option.name in skip:
             continue
-        required = option.default is dataclasses.MISSING
-        parser.add_argument(
-            f"--{option.name.replace('_', '-')}",
-            type=option.type,
-            help=described[option.name],
-            **({"required": True} if required else {"default": option.default}),
-            **({"nargs": "?", "const": True} if option.type is bool else {}),
-        )
+        flags, text = [f"--{option.name.replace('_', '-')}"], _described(kind)[option.name]
+        if option.default is dataclasses.MISSING:
+            _add_argument(parser, flags, option.type, text, required=True)
+        elif option.type is bool:
+            _add_argument(parser, flags, bool, text, default=option.default, nargs="?", const=True)
+        else:
+            _add_argument(parser, flags, option.type, f"{text} {_default(option)}", default=option.default)
 
 
-def parse(parser: Any, args: Sequence[str]) -> Any:
-    """Parse `args`; a mistake raises `ConfigError` that names the file or the option, and the nearest field."""
-    import jsonargparse
-
-    files = [value for name, value in itertools.pairwise(args) if name == "--config"]
-    files += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
-    for file in files:
-        _check_keys(file)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return parser.parse_args(list(args))
-    except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ConfigError(_told(str(error), args, files)) from error
+def _add_argument(parser: Any, flags: list[str], kind: Any, text: str, **options: Any) -> None:
+    """Add an option whose value is read as one of a type, and which is left out of the namespace unless given."""
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    metavar = "{" + ",".join(map(str, choices)) + "}" if choices else flags[0].rpartition(".")[2].strip("-").upper()
+    options = {"default": argparse.SUPPRESS, "metavar": metavar} | options
+    parser.add_argument(*flags, type=functools.partial(_read_argument, kind), help=text.replace("%", "%%"), **options)
 
 
-def _told(message: str, args: Sequence[str], files: Sequence[str]) -> str:
-    """The message of jsonargparse, with the file that it is about or the nearest option."""
-    value = re.fullmatch(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL)
-    if value:
-        given = any(arg.split("=")[0] == f"--{value[1]}" for arg in args)
-        wrong = value[2]
-        kinds = re.findall(r"- Expected an? <class '(\w+)'>", wrong)
-        if kinds:
-            *_, told = wrong.rpartition("Given value: ")
-            wrong = f"{told} is no {' or '.join(kinds).replace('NoneType', 'null')}"
-        return f"{'' if given or not files else ', '.join(files) + ': '}{value[1]}: {wrong}"
-    unknown = re.match(r"unrecognized arguments: --([\w.]+)", message)
-    if unknown:
-        names = [f"{name}.{key}" for name, keys in _known().items() for key in keys]
-        close = difflib.get_close_matches(unknown[1], names, 1)
-        return message + (f", did you mean --{close[0]}?" if close else "")
-    return message
+@functools.cache
+def _described(kind: Any) -> dict[str, str]:
+    """The docstring of each field of a dataclass."""
+    import docstring_parser
+
+    return {p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params}
 
 
-def _check_keys(path: str) -> None:
-    """Raise `ConfigError` for a file that is no YAML of sections and fields of `Config`."""
-    try:
-        document = yaml.safe_load(read_bytes(path).decode())
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read ({error.strerror or error}): name a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML ({error})") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} holds no sections such as `train:`; see the files in configs/")
-    known = _known()
-    for name, content in document.items():
-        if name not in known:
-            raise ConfigError(f"{path}: there is no section {name}{_nearest(str(name), known)}")
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path}: section {name} is {content!r}: give it fields, or remove it")
-        for key in content if name != "deepspeed" else ():
-            if key not in known[name]:
-                raise ConfigError(
-                    f"{path}: there is no field {name}.{key}{_nearest(str(key), known[name], f'{name}.')}"
-                )
+def _default(option: dataclasses.Field[Any]) -> str:
+    made = option.default_factory() if option.default_factory is not dataclasses.MISSING else option.default
+    return "" if made in ("", None) else f"(default: {made if isinstance(made, str) else json.dumps(made)})"
 
 
-def _known() -> dict[str, list[str]]:
-    """The fields of each section; `deepspeed` has none of ours."""
-    kinds: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
-    return {
-        name: [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-        for name, kind in kinds.items()
-    }
-
-
-def _nearest(name: str, known: Iterable[str], before: str = "") -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1)
-    return f", did you mean {before}{close[0]}?" if close else f"; there are {', '.join(before + k for k in known)}"
+def parse(parser: Parser, args: Sequence[str]) -> Namespace:
+    """Parse `args`; a mistake raises `ConfigError` that names the option, and the nearest one."""
+    parser.check_names(args)
+    return parser.parse_args(list(args), Namespace())
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -134,13 +126,138 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises `ConfigError` for an unknown key, a value of the wrong type or a broken cross-field rule.
     """
     parser = make_parser()
-    add_config_arguments(parser)
-    config_args = [] if path is None else ["--config", str(path)]
-    return config_of(parser, parse(parser, [*config_args, *overrides]))
+    add_config_arguments(parser, default="" if path is None else str(path))
+    return config_of(parse(parser, overrides))
 
 
-def config_of(parser: Any, namespace: Any) -> Config:
-    """The resolved `Config` of a namespace that `add_config_arguments`' parser gave."""
-    names = [f.name for f in dataclasses.fields(Config)]
-    instantiated = parser.instantiate(namespace)
-    return Config(**{name: instantiated[name] for name in names}).resolved()
+def config_of(namespace: Namespace) -> Config:
+    """The resolved `Config` of a namespace that `add_config_arguments`' parser gave.
+
+    Later files win over earlier ones, and options over files.
+    """
+    content: dict[str, dict[str, Any]] = {}
+    for file in namespace.config or namespace._config:
+        for name, fields in _read_file(file).items():
+            content[name] = fields if name == "deepspeed" else content.get(name, {}) | fields
+    for name, value in _given_fields(namespace).items():
+        section, _, field = name.partition(".")
+        if isinstance(value, str):
+            try:
+                check_text(value)
+            except YamlError as error:
+                raise ConfigError(f"--{name}: {error}") from error
+        content[section] = content.get(section, {}) | {field: value} if field else value
+    made: dict[str, Any] = {
+        name: fields if name == "deepspeed" else _SECTIONS[name](**fields) for name, fields in content.items()
+    }
+    return Config(**made).resolved()
+
+
+def given_of(namespace: Namespace, verb: str = "") -> Given:
+    """The fields of the run that a command line gave, and the files that it named."""
+    files = {"config": list(namespace.config)} if namespace.config else {}
+    return Given(verb, files | _given_fields(namespace))
+
+
+def _given_fields(namespace: Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(namespace).items() if "." in name or name == "deepspeed"}
+
+
+def _read_file(path: str) -> dict[str, dict[str, Any]]:
+    """The sections and fields of a YAML file; `ConfigError` names it and the line of what `Config` has not."""
+    text = _read_text(path)
+    try:
+        content, lines = read_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"{path}, line {error.line}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no sections such as `train:`; see the files in configs/")
+    for name, fields in content.items():
+        where = f"{path}, line {lines[name]}"
+        if name not in _SECTIONS:
+            raise ConfigError(f"{where}: there is no section {name:.60}{_nearest(name, _SECTIONS)}")
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{where}: section {name} is {fields!r:.60}: give it fields, or remove it")
+        if name == "deepspeed":
+            continue
+        known = {option.name: option.type for option in dataclasses.fields(_SECTIONS[name])}
+        for key, value in fields.items():
+            where = f"{path}, line {lines[f'{name}.{key}']}"
+            if key not in known:
+                raise ConfigError(f"{where}: there is no field {name}.{key:.60}{_nearest(key, known, f'{name}.')}")
+            try:
+                fields[key] = _as_type(known[key], value)
+            except ValueError as error:
+                raise ConfigError(f"{where}: {name}.{key}: {error}") from error
+    return content
+
+
+def _nearest(name: str, known: Iterable[str], before: str = "") -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1)
+    return f", did you mean {before}{close[0]}?" if close else f"; there are {', '.join(before + k for k in known)}"
+
+
+def _nearest_option(name: str, known: Iterable[str]) -> str:
+    known = [option for option in known if option.startswith("--")]
+    longer = [option for option in known if option.startswith(name)]
+    same_field = [option for option in known if option.endswith(f".{name.lstrip('-')}")]
+    close = longer or same_field or difflib.get_close_matches(name, known, 1)
+    return f", did you mean {' or '.join(close[:3])}?" if close else ": see --help"
+
+
+def _read_text(path: str) -> str:
+    try:
+        content = read_first_bytes(path, MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read ({error.strerror or error}): name a YAML file") from error
+    if len(content) > MOST_BYTES:
+        raise ConfigError(f"--config {path} has more than {MOST_BYTES:,} bytes: name a YAML file of a run")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no UTF-8 text: save it as such") from error
+
+
+def _read_argument(kind: Any, text: str) -> Any:
+    """An option's value: text stays as it is where its type allows any, all else is read as YAML."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    is_text = any(one is str or isinstance((typing.get_args(one) or (0,))[0], str) for one in options)
+    has_list = any(typing.get_origin(one) is list for one in options)
+    try:
+        if not is_text or (has_list and text.lstrip().startswith("[")):
+            return _as_type(kind, read_yaml(text).value)
+        return _as_type(kind, text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _as_type(kind: Any, value: Any) -> Any:
+    """A plain value as one of a field's type; `ValueError` says what it should be."""
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        quotes = kind is str and isinstance(value, int | float | None)
+        raise ValueError(f"{value!r:.100} should be {'put in quotes' if quotes else _describe(kind)}") from error
+
+
+@functools.cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _describe(kind: Any) -> str:
+    """A type in words."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(map(_describe, arguments))
+    if typing.get_origin(kind) is list:
+        return "a list of texts, such as [train, val]"
+    words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    return words.get(kind, "null" if kind is type(None) else "a mapping, such as {stage: 1}")

@@ -8,9 +8,6 @@ Each stage takes the run's `Config`, reuses what is still valid and says so on s
 import contextlib
 import dataclasses
 import io
-import platform
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,25 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lgd
 from lgd.config import Config
 from lgd.data.overlap import refuse_overlaps
 from lgd.data.shards import Shard, ShardOptions, build, open_shards
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.distribute import disconnect
-from lgd.doctor import version_of
 from lgd.errors import ConfigError, DataError
-from lgd.files import (
-    exists,
-    is_remote,
-    list_folder,
-    place,
-    read_bytes,
-    read_json,
-    upload_folder,
-    write_bytes,
-    write_json,
-)
+from lgd.files import is_remote, list_folder, place, read_bytes, upload_folder
+from lgd.models.description import ModelConfig
+from lgd.options import Given
+from lgd.run_document import Ablated, Cached, Environment, Evaluated, Indexed, Trained
+from lgd.run_folder import command, note_changes, record
 from lgd.text import escape_text, print_lines
 
 
@@ -54,32 +43,10 @@ def stage(name: str) -> Iterator[dict[str, str]]:
     say(name, f"{told['done']}  ({time.monotonic() - began:.1f} s)")
 
 
-def record(config: Config, name: str, facts: dict[str, Any]) -> None:
-    """Write `config.yaml`, and add what a stage did to `run.json`."""
-    folder = place(config.run.dir)
-    write_bytes(folder / "config.yaml", config.as_yaml().encode())
-    path = folder / "run.json"
-    document = read_json(path) if exists(path) else {}
-    shards = {str(each): open_shards(each)[0].digest for each in config.shard_dirs}
-    write_json(path, document | {"environment": environment(), "shards": shards, name: facts})
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit, host and device of this run."""
-    import torch
-
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(Path(lgd.__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return {
-        "lgd": lgd.__version__,
-        "commit": commit,
-        "python": platform.python_version(),
-        **{name: version_of(name) for name in ("torch", "deepspeed", "ray", "webdataset", "h5py", "transformers")},
-        "host": platform.node(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-    }
+def begin(name: str, verb: str, config: Config) -> None:
+    """Tell on which fields this stage and earlier ones of its run disagree; refuse a run that cannot be recorded."""
+    if note := note_changes(config, verb):
+        say(name, note)
 
 
 def all_shards(config: Config) -> list[Shard]:
@@ -87,34 +54,38 @@ def all_shards(config: Config) -> list[Shard]:
     return [shard for folder in config.shard_dirs for shard in open_shards(folder)[1]]
 
 
-def train_teacher(config: Config) -> None:
+def train_teacher(config: Config, given: Given | None = None) -> None:
     """Train the IHC encoder, or reuse the one of the same shards and settings."""
+    from lgd.models.export import read_teacher_config
     from lgd.train.launch import train_under
 
+    begin("teacher", "train-teacher", config)
     with stage("teacher") as told:
         folder = config.teacher.dir
         told["done"] = f"trained: {folder}" if train_under(config, "teacher") else f"reused, nothing changed: {folder}"
-    record(config, "teacher", _facts(place(folder)))
+    record(config, "train-teacher", _facts(read_teacher_config(folder)), folder, given)
 
 
-def cache_latents(config: Config, prune: bool = False) -> None:
+def cache_latents(config: Config, given: Given | None = None, prune: bool = False) -> None:
     """Fill the feature store: every part that is missing; `prune` removes those of other shards."""
     from lgd.store.cache import cache_latents as fill
 
+    begin("latents", "cache-latents", config)
     with stage("latents") as told:
         refuse_overlaps(config.shard_dirs)
         store, computed, pruned = fill(config, all_shards(config), config.train.workers, prune)
         did = [f"{computed} of {len(store.parts)} parts computed"] if computed else []
         did += [f"{pruned} parts of other shards removed"] if pruned else []
         told["done"] = f"{', '.join(did) or 'reused, nothing changed'}, {store.rows} rows: {store.folder}"
-    record(config, "latents", {"digest": store.digest, "rows": store.rows})
+    record(config, "cache-latents", Cached(digest=store.digest, rows=store.rows), config.latents.dir, given)
 
 
-def build_index(config: Config) -> None:
+def build_index(config: Config, given: Given | None = None) -> None:
     """Build the FAISS index of the store."""
     from lgd.store import index
     from lgd.store.latents import Store
 
+    begin("index", "build-index", config)
     with stage("index") as told:
         store, latents = Store(config.latents.dir), config.latents
         made, new = index.build_index(
@@ -130,32 +101,27 @@ def build_index(config: Config) -> None:
             f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents, "
             f"recall@10 {made.recall_at_10:.3f}: {made.why}"
         )
-    record(
-        config,
-        "index",
-        {"factory": made.factory, "rows": made.rows, "recall_at_10": made.recall_at_10, "digest": made.digest},
-    )
+    facts = Indexed(factory=made.factory, rows=made.rows, recall_at_10=made.recall_at_10, digest=made.digest)
+    record(config, "build-index", facts, config.latents.dir, given)
 
 
-def train_student(config: Config, run: Config | None = None) -> None:
-    """Train the student, or reuse the one of the same shards, teacher, store and settings.
-
-    A baseline is trained as another student of the same `run`, which keeps its own `config.yaml`.
-    """
+def train_student(config: Config, given: Given | None = None) -> None:
+    """Train the student, or reuse the one of the same shards, teacher, store and settings."""
+    from lgd.models.export import read_student_config
     from lgd.train.launch import train_under
 
+    begin(config.student.method, "train", config)
     with stage(config.student.method) as told:
         folder = config.student.dir
         told["done"] = f"trained: {folder}" if train_under(config, "student") else f"reused, nothing changed: {folder}"
-    record(run or config, place(folder).name, _facts(place(folder)))
+    record(config, "train", _facts(read_student_config(folder)), folder, given)
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    made = read_json(folder / "config.json")
-    return {name: made[name] for name in ("weights_sha256", "inputs", "steps", "engine", "workers", "validation")}
+def _facts(made: ModelConfig) -> Trained:
+    return Trained(**{name: getattr(made, name) for name in Trained.model_fields})
 
 
-def evaluate(config: Config) -> str:
+def evaluate(config: Config, given: Given | None = None) -> str:
     """Score student, rivals and teacher on the held-out split and write the report; returns its table."""
     import numpy as np
 
@@ -165,6 +131,7 @@ def evaluate(config: Config) -> str:
     from lgd.evaluate.predict import load_scorer, score_shards
     from lgd.store.latents import Store
 
+    begin("report", "evaluate", config)
     with stage("report") as told:
         refuse_overlaps(config.shard_dirs)
         shards = [shard for shard in all_shards(config) if shard.split == config.report.split]
@@ -202,12 +169,12 @@ def evaluate(config: Config) -> str:
             queries,
             [*first, *caveats_of(manifests, student, any(manifest.virtual for manifest in manifests))],
             {
-                "command": f"lgd evaluate --config {shlex.quote(f'{config.run.dir}/config.yaml')}",
+                "command": command(config, "evaluate"),
                 "split": config.report.split,
                 "shards": [manifest.digest for manifest in manifests],
                 "student": scorer.config.weights_sha256,
                 "seed": config.run.seed,
-                **environment(),
+                **Environment.here().as_json(),
             },
             config.report.bootstrap,
             config.run.seed,
@@ -216,7 +183,8 @@ def evaluate(config: Config) -> str:
         _show(config)
         told["done"] = f"written: {config.report.dir}"
     headline = {model["name"]: model["by_patch"]["metrics"] for model in document["models"]}
-    record(config, "report", {"folder": config.report.dir, "split": config.report.split, "by_patch": headline})
+    facts = Evaluated.from_json({"split": config.report.split, "by_patch": headline})
+    record(config, "evaluate", facts, config.report.dir, given)
     return report.table(scored, config.report.bootstrap, config.run.seed)
 
 
@@ -251,41 +219,42 @@ def _searchable(store: Any) -> bool:
     return True
 
 
-def ablate(config: Config, options: Any) -> str:
+def ablate(config: Config, options: Any, given: Given | None = None) -> str:
     """The table of LGD-Net, its controls and its parts (`lgd.ablate`), after the teacher and the store."""
     from lgd import ablate as harness
 
     try:
-        train_teacher(config)
-        cache_latents(config)
+        train_teacher(config, given)
+        cache_latents(config, given)
         with stage("ablate") as told:
             table = harness.ablate(config, options, say)
             told["done"] = f"written: {config.run.dir}/ablation/ablation.md"
+        facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)
+        record(config, "ablate", facts, f"{config.run.dir}/ablation", given)
     finally:
         disconnect()
     return table
 
 
-def run(config: Config) -> str:
+def run(config: Config, given: Given | None = None) -> str:
     """Every stage from the teacher on, and the baseline in the same harness; returns the report's table."""
     from lgd.store.search import require_faiss
 
     # Before the hours of the stages that come before the index.
     require_faiss()
+    baseline = f"{config.run.dir}/he-only"
+    also = [*config.report.also, *([] if baseline in config.report.also else [baseline])]
+    config = dataclasses.replace(config, report=dataclasses.replace(config.report, also=also))
     try:
-        train_teacher(config)
-        cache_latents(config)
-        build_index(config)
-        train_student(config)
-        baseline = dataclasses.replace(
-            config,
-            student=dataclasses.replace(config.student, method="he-only", dir=f"{config.run.dir}/he-only"),
-        )
-        train_student(baseline, run=config)
+        train_teacher(config, given)
+        cache_latents(config, given)
+        build_index(config, given)
+        train_student(config, given)
+        he_only = dataclasses.replace(config.student, method="he-only", dir=baseline)
+        train_student(dataclasses.replace(config, student=he_only), given)
     finally:
         disconnect()
-    also = [*config.report.also, baseline.student.dir]
-    return evaluate(dataclasses.replace(config, report=dataclasses.replace(config.report, also=also)))
+    return evaluate(config, given)
 
 
 def tissue_dir(config: Config) -> Path:
@@ -293,13 +262,15 @@ def tissue_dir(config: Config) -> Path:
     return Path(config.run.dir) / "tissue"
 
 
-def demo(config: Config, pairs: int, size: int) -> str:
+def demo(config: Config, pairs: int, size: int, given: Given | None = None) -> str:
     """Virtual tissue, shards, and then `run`; returns the report's table."""
     from lgd.store.search import require_faiss
 
     require_faiss()
     if is_remote(config.run.dir):
         raise ConfigError(f"--run.dir {config.run.dir}: the demo draws its tissue there: name a local folder")
+    if len(config.shard_dirs) > 1:
+        raise ConfigError(f"--data.shards names {len(config.shard_dirs)} folders, and the demo builds one: name one")
     tissue, (shards,) = tissue_dir(config), config.shard_dirs
     with stage("synth") as told:
         # Many slides of few patches: what is learnt must hold on other slides, and intervals are over slides.
@@ -319,4 +290,4 @@ def demo(config: Config, pairs: int, size: int) -> str:
             )
         )
         told["done"] = f"{'built' if built else 'reused, nothing changed'}: {shards}"
-    return run(config)
+    return run(config, given)

@@ -4,18 +4,22 @@ A url becomes a `UPath`, which is used like a `pathlib.Path`; `lgd.files` reads 
 """
 
 import errno
+import os
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from lgd.errors import DataError
+from lgd.errors import ConfigError, DataError
 
 Result = TypeVar("Result")
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a full disk, or of a quota or a limit on the size of a file."""
+
+# Ray hands a job's configuration to the process that it starts for the job, and so to all that this starts.
+_OF_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 # fsspec's wrappers around other file systems, and those that are this process or this machine.
 _WRAPPERS = set("blockcache cached filecache simplecache dir generic reference zip tar libarchive asynclocal".split())
@@ -36,9 +40,10 @@ class MissingError(DataError, FileNotFoundError):
 
 
 def place(text: str | Path) -> Path:
-    """A local path as it is, a url as a `UPath` (which is used like a Path).
+    """A local path, with the home of `~` or `~user` before it, or a url as a `UPath` (which is used like a Path).
 
-    Raises `DataError` for a scheme that is unknown, not installed, or a wrapper of another one (`a::b`).
+    Raises `DataError` for a scheme that is unknown, not installed, or a wrapper of another one (`a::b`), and for an
+    unknown user.
     """
     if not isinstance(text, str):
         return text
@@ -46,7 +51,13 @@ def place(text: str | Path) -> Path:
     if not colon:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):
             raise DataError(f"{text}: is neither a path nor a url: for a local path of that name write ./{text}")
-        return Path(text)
+        try:
+            return Path(text).expanduser()
+        except RuntimeError as error:
+            user = text.partition("/")[0]
+            raise DataError(
+                f"{text}: there is no home of {user} here: write the folder out, or ./{text} for that very name"
+            ) from error
     if scheme == "file":
         return Path("/" + rest.removeprefix("localhost").lstrip("/"))
     from fsspec import get_filesystem_class
@@ -74,6 +85,20 @@ def place(text: str | Path) -> Path:
         limits = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
         options["client_kwargs"] = {"timeout": limits, "trust_env": True}
     return cast(Path, UPath(text.rstrip("/"), **options))
+
+
+def place_output(text: str, option: str) -> Path:
+    """`place` of what will be written, which `option` named.
+
+    Raises `ConfigError` for a relative path in a job of Ray: the folder that it is relative to goes with the job.
+    """
+    path = place(text)
+    if isinstance(path, Path) and not path.is_absolute() and _OF_A_JOB in os.environ:
+        raise ConfigError(
+            f"{option} is {text}, and a job of Ray works in a copy of your folder that is deleted with all that is "
+            "written there: give the whole path of a folder that all nodes share, or a url such as s3://BUCKET/FOLDER"
+        )
+    return path
 
 
 def is_remote(path: str | Path) -> bool:

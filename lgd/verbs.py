@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import lgd
 from lgd.config import Config
 from lgd.errors import ConfigError, DataError
-from lgd.options import add_config_arguments, add_option_arguments, config_of
+from lgd.options import add_config_arguments, add_option_arguments, config_of, given_of
 from lgd.tables import print_csv, print_table
 from lgd.text import print_json, print_lines
+from lgd.urls import place, place_output
 
 Run = Callable[[Any, Any], None]
 
@@ -75,18 +77,27 @@ def _build_shards(parser: Any) -> Run:
     return run
 
 
-def _stage(name: str) -> Callable[[Any], Run]:
-    """A verb that runs one stage of the pipeline."""
+def _stage(
+    verb: str, aliases: dict[str, str] | None = None, flags: dict[str, str] | None = None
+) -> Callable[[Any], Run]:
+    """A verb that runs one stage of the pipeline; `flags` are options of its own, with their help."""
+    name = "train_student" if verb == "train" else verb.replace("-", "_")
 
     def add(parser: Any) -> Run:
-        add_config_arguments(parser)
+        for flag, text in (flags or {}).items():
+            parser.add_argument(f"--{flag}", action="store_true", help=text)
+        add_config_arguments(parser, aliases=aliases)
 
         def run(parser: Any, namespace: Any) -> None:
+            config = config_of(namespace)
             from lgd import pipeline
             from lgd.distribute import disconnect
+            from lgd.run_folder import explain_overrides
 
             try:
-                table = getattr(pipeline, name)(config_of(parser, namespace))
+                with explain_overrides(config):
+                    own = {flag: namespace[flag] for flag in flags or ()}
+                    table = getattr(pipeline, name)(config, given_of(namespace, verb), **own)
             finally:
                 disconnect()
             if table:
@@ -100,13 +111,16 @@ def _stage(name: str) -> Callable[[Any], Run]:
 def _demo(parser: Any) -> Run:
     parser.add_argument("--pairs", type=int, default=720, help="patch pairs of virtual tissue")
     parser.add_argument("--size", type=int, default=192, help="their side in pixels")
-    add_config_arguments(parser)
+    add_config_arguments(parser, default=str(Path(lgd.__file__).parents[1] / "configs" / "demo.yaml"))
 
     def run(parser: Any, namespace: Any) -> None:
+        config = config_of(namespace)
         from lgd import pipeline
+        from lgd.run_folder import command, explain_overrides
 
-        config = config_of(parser, namespace)
-        print_lines("", *pipeline.demo(config, namespace.pairs, namespace.size).split("\n"))
+        with explain_overrides(config):
+            table = pipeline.demo(config, namespace.pairs, namespace.size, given_of(namespace, "demo"))
+        print_lines("", *table.split("\n"))
         out = Path(config.run.dir)
         print_lines(
             "", "Held-out slides of virtual tissue, which is not tissue: this shows that the parts work together."
@@ -114,8 +128,10 @@ def _demo(parser: Any) -> Run:
         print_lines(f"report         {Path(config.report.dir) / 'summary.md'}")
         print_lines(f"contact sheet  {Path(config.report.dir) / 'queries.png'}")
         print_lines(f"curves         tensorboard --logdir {shlex.quote(str(out))}")
-        asked = shlex.join(["--config", str(out / "config.yaml"), "-k", "5", f"{pipeline.tissue_dir(config)}/HE/test"])
-        print_lines(f"try next       lgd query {asked}")
+        # Other students hallucinate no latents to query with.
+        verb, more = ("query", " -k 5") if config.student.method == "lgd" else ("predict", "")
+        images = shlex.quote(f"{pipeline.tissue_dir(config)}/HE/test")
+        print_lines(f"try next       {command(config, verb, ('latents.dir', 'student.dir'))}{more} {images}")
 
     return run
 
@@ -132,9 +148,9 @@ def _images(parser: Any, nargs: str) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
 
 
-def _model(parser: Any, namespace: Any) -> tuple[str, Config | None]:
+def _model(namespace: Any) -> tuple[str, Config | None]:
     """The student's folder, from --model or --config."""
-    config = config_of(parser, namespace) if namespace.config else None
+    config = config_of(namespace) if namespace.config else None
     folder = namespace.model or (config.student.dir if config else "")
     if not folder:
         raise ConfigError("name the student: --model DIR, or --config F of its run")
@@ -148,12 +164,14 @@ def _predict(parser: Any) -> Run:
     add_config_arguments(parser)
 
     def run(parser: Any, namespace: Any) -> None:
+        folder, config = _model(namespace)
+        slides = place(namespace.slides) if namespace.slides else None
         from lgd.evaluate import notes, predict
+        from lgd.run_folder import explain_overrides
 
-        folder, _ = _model(parser, namespace)
         paths = predict.find_images(namespace.images)
-        slides = Path(namespace.slides) if namespace.slides else None
-        predictions = predict.predict_images(predict.load_scorer(folder), paths, slides, namespace.mpp)
+        with explain_overrides(config):
+            predictions = predict.predict_images(predict.load_scorer(folder), paths, slides, namespace.mpp)
         print_lines(*notes.count_notes((one.notes for one in predictions), "images"), file=sys.stderr)
         rows = predict.as_rows(predictions)
         if namespace.json:
@@ -184,33 +202,36 @@ def _query(parser: Any) -> Run:
     add_config_arguments(parser)
 
     def run(parser: Any, namespace: Any) -> None:
+        config = config_of(namespace) if namespace.config else None
+        drawn = place_output(namespace.sheet, "--sheet") if namespace.sheet else None
         from lgd.evaluate import answer, predict, retrieve, sheet
+        from lgd.run_folder import explain_overrides
         from lgd.store.latents import Store
 
-        config = config_of(parser, namespace) if namespace.config else None
         store_folder = namespace.store or (config.latents.dir if config else "")
         if not store_folder:
             raise ConfigError("name the feature store: --store DIR, or --config F of its run")
-        # Keys are answered from the store alone.
-        scorer = predict.load_scorer(_model(parser, namespace)[0]) if namespace.images else None
-        store = Store(store_folder)
-        images = predict.find_images(namespace.images)
-        if namespace.sheet:
-            sheet.check_sheet(len(images) + len(namespace.key), namespace.k)
-        answers = retrieve.query(
-            scorer,
-            store,
-            images,
-            namespace.k,
-            keys=namespace.key,
-            splits=namespace.split.split(",") if namespace.split else None,
-            levels=namespace.level.split(",") if namespace.level else None,
-            exclude_same_slide=namespace.exclude_same_slide,
-            slides=Path(namespace.slides) if namespace.slides else None,
-            mpp=namespace.mpp,
-        )
-        if namespace.sheet:
-            sheet.draw_sheet(store, answers, Path(namespace.sheet))
+        with explain_overrides(config):
+            # Keys are answered from the store alone.
+            scorer = predict.load_scorer(_model(namespace)[0]) if namespace.images else None
+            store = Store(store_folder)
+            images = predict.find_images(namespace.images)
+            if drawn:
+                sheet.check_sheet(len(images) + len(namespace.key), namespace.k)
+            answers = retrieve.query(
+                scorer,
+                store,
+                images,
+                namespace.k,
+                keys=namespace.key,
+                splits=namespace.split.split(",") if namespace.split else None,
+                levels=namespace.level.split(",") if namespace.level else None,
+                exclude_same_slide=namespace.exclude_same_slide,
+                slides=place(namespace.slides) if namespace.slides else None,
+                mpp=namespace.mpp,
+            )
+        if drawn:
+            sheet.draw_sheet(store, answers, drawn)
         print_lines(*answer.summary(store, answers), file=sys.stderr)
         if namespace.json:
             print_json(answer.as_json(answers))
@@ -242,7 +263,6 @@ def _verify(parser: Any) -> Run:
 
     def run(parser: Any, namespace: Any) -> None:
         from lgd.check import check
-        from lgd.files import place
 
         folder = place(namespace.folder)
         what, problems, told = check(folder, namespace.reencode, namespace.teacher)
@@ -276,9 +296,13 @@ def _ablate(parser: Any) -> Run:
     add_config_arguments(parser)
 
     def run(parser: Any, namespace: Any) -> None:
+        config, options = config_of(namespace), _plain(namespace, AblateOptions)
         from lgd import pipeline
+        from lgd.run_folder import explain_overrides
 
-        print_lines(*pipeline.ablate(config_of(parser, namespace), _plain(namespace, AblateOptions)).split("\n"))
+        with explain_overrides(config):
+            table = pipeline.ablate(config, options, given_of(namespace, "ablate"))
+        print_lines(*table.split("\n"))
 
     return run
 
@@ -311,10 +335,13 @@ VERBS: dict[str, tuple[str, Callable[[Any], Run]]] = {
     "demo": ("the whole pipeline on virtual tissue, on this machine, in minutes", _demo),
     "synth": ("draw virtual tissue in the BCI layout, with a truth.csv", _synth),
     "build-shards": ("pack paired patches into WebDataset shards", _build_shards),
-    "train-teacher": ("train the IHC encoder and freeze it", _stage("train_teacher")),
-    "cache-latents": ("fill the feature store with latents and domain targets", _stage("cache_latents")),
-    "build-index": ("build the FAISS index and measure its recall", _stage("build_index")),
-    "train": ("train the H&E student", _stage("train_student")),
+    "train-teacher": ("train the IHC encoder and freeze it", _stage("train-teacher")),
+    "cache-latents": (
+        "fill the feature store with latents and domain targets",
+        _stage("cache-latents", flags={"prune": "remove the parts of shards that this run does not have"}),
+    ),
+    "build-index": ("build the FAISS index and measure its recall", _stage("build-index")),
+    "train": ("train the H&E student", _stage("train", {"train.resume": "--resume"})),
     "evaluate": ("score the held-out split and write the report", _stage("evaluate")),
     "predict": ("HER2 level and probabilities of H&E images", _predict),
     "query": ("the nearest IHC latents of H&E images or of stored patches", _query),

@@ -174,13 +174,20 @@ def test_the_readme_s_commands_elsewhere_are_runs():
         assert (ROOT / name).is_file(), name
 
 
-def test_a_failing_job_fails_with_one_message(head, tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [
+        ("{tmp_path}/nothing", "holds no finished shard set; run lgd build-shards"),
+        ("runs/nothing", "run.dir is runs/nothing, and a job of Ray works in a copy of your folder that is deleted"),
+    ],
+)
+def test_a_failing_job_fails_with_one_message(head, tmp_path, folder, told):
     address, env, ray = head
     command = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable, "-m", "lgd"]
-    command += ["cache-latents", "--run.dir", str(tmp_path / "nothing")]
+    command += ["cache-latents", "--run.dir", folder.format(tmp_path=tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode != 0
-    assert "holds no finished shard set; run lgd build-shards" in done.stdout + done.stderr
+    assert told in done.stdout + done.stderr
 
 
 def test_without_the_token_nobody_gets_in(head):

@@ -11,6 +11,7 @@ import pytest
 from lgd.cli import main
 from lgd.files import read_json
 from lgd.options import load_config
+from lgd.run_document import RunDocument
 from lgd.store.latents import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,8 +58,14 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
     summary = (tmp_path / "demo" / "report" / "summary.md").read_text()
     assert "The tissue is virtual" in summary
     assert list((tmp_path / "demo").rglob("events.out.tfevents*"))
-    run = read_json(tmp_path / "demo" / "run.json")
-    assert {"environment", "teacher", "latents", "index", "student", "he-only", "report"} <= run.keys()
+    made = RunDocument.read(tmp_path / "demo" / "run.json").stages
+    assert {*made} == {"train-teacher", "cache-latents", "build-index", "train", "evaluate"}
+    assert [Path(one.folder).name for one in made["train"]] == ["student", "he-only"]
+    assert {one.verb for all_of_a_name in made.values() for one in all_of_a_name} == {"demo"}
+    kept = (tmp_path / "demo" / "config.yaml").read_bytes()
+    (try_next,) = re.findall(r"^try next +lgd (.*)$", first.out, re.MULTILINE)
+    lgd(*shlex.split(try_next))
+    capsys.readouterr()
 
     weights = (tmp_path / "demo" / "student" / "model.safetensors").stat().st_mtime_ns
     lgd(*args)
@@ -75,6 +82,21 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
         lgd(*(here.get(arg, arg.replace("runs/demo", str(tmp_path / "demo"))) for arg in command))
     told = capsys.readouterr().out
     assert "vote" in told and "re-encoded 16 rows" in told and "latents: no problems" in told
+
+    # Whatever else is trained and scored in it, the run stays what it was, and its other verbs work.
+    other = str(tmp_path / "demo" / "he-only again")
+    mine = ["--config", str(tmp_path / "demo" / "config.yaml")]
+    lgd("train", *mine, "--student.method", "he-only", "--student.dir", other, "--train.keep", "1")
+    lgd(*shlex.split(try_next))
+    assert (tmp_path / "demo" / "config.yaml").read_bytes() == kept
+    # And so does what a demo with other folders says.
+    moved = str(tmp_path / "a student")
+    capsys.readouterr()
+    lgd(*args, "--student.dir", moved, "--report.split", "train", "--report.queries", "0")
+    (try_next,) = re.findall(r"^try next +lgd (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert f"--student.dir '{moved}'" in try_next
+    lgd(*shlex.split(try_next))
+    assert (tmp_path / "demo" / "config.yaml").read_bytes() == kept
 
     # Another learning rate is another network: the finished one is not overwritten unasked.
     assert main([*args, "--train.lr", "0.002"]) == 1

@@ -8,7 +8,8 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-errors text tables markup config progress urls files records options download_cache remote distribute metrics
+errors text tables markup plain_yaml urls config progress files records options download_cache remote
+distribute metrics
 stain.deconvolve stain.targets stain.checks
 data.meta data.pairs data.tissue data.sections data.synth data.split
 data.tags data.image data.index data.archive data.manifest data.sources data.patches data.duplicates
@@ -22,7 +23,7 @@ train.targets train.batch train.tasks train.engine train.checkpoint train.passes
 evaluate.notes evaluate.scale evaluate.predict evaluate.colour evaluate.robustness evaluate.figures
 evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
 evaluate.compare evaluate.markdown evaluate.caveats evaluate.slides evaluate.report evaluate.seeds
-doctor check ablate pipeline
+doctor check run_document run_folder ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query
 bench.training bench.engine bench.cached bench.scale bench.staining bench.efficiency bench.suite
@@ -39,10 +40,10 @@ OWNERS = {
     "transformers": {"models.backbone"},
     "huggingface_hub": {"models.pretrained"},
     "matplotlib": {"evaluate.figures"},
-    "jsonargparse": {"options"},
 }
 # These may not be imported when the module is: `lgd --help` must be quick, and works without them.
-LATE = {"ray", "faiss", "deepspeed", "h5py", "transformers", "huggingface_hub", "matplotlib", "jsonargparse", "sklearn"}
+LATE = {"ray", "faiss", "deepspeed", "h5py", "transformers", "huggingface_hub", "matplotlib", "docstring_parser"}
+LATE |= {"sklearn"}
 
 
 @functools.cache

@@ -7,7 +7,6 @@ rate and bytes of the formats that a shard set can be built in.
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,7 +172,7 @@ def _subjects(settings: Settings, inputs: Inputs) -> list[PatchPair]:
 
 def _teacher(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> tuple[Teacher, dict[str, Any]]:
     if settings.teacher:
-        return load_teacher(Path(settings.teacher))[0], {"folder": settings.teacher}
+        return load_teacher(settings.teacher)[0], {"folder": settings.teacher}
     tell("training a teacher on virtual tissue")
     folder, facts = train_teacher(settings, inputs.folder)
     return load_teacher(folder)[0], facts

@@ -15,9 +15,10 @@ from lgd.data.meta import Text
 from lgd.data.pairs import Problem
 from lgd.data.sources import in_threads
 from lgd.errors import DataError
-from lgd.files import is_remote, list_folder, place, publish, remove, write_bytes
+from lgd.files import is_remote, list_folder, publish, remove, write_bytes
 from lgd.records import Document
 from lgd.tables import write_csv
+from lgd.urls import place_output
 
 _SHARD = r"[A-Za-z0-9_]+-\d{6}"
 _FILE = rf"({_SHARD}\.(tar|idx)|\.{_SHARD}\.json|manifest\.json|patches\.npy|rejected\.csv|\.building\.json)"
@@ -56,7 +57,7 @@ def open_target(text: str) -> Path:
 
     Nothing of the user's is ever overwritten.
     """
-    out: Any = place(text)
+    out: Any = place_output(text, "--out")
     if not is_remote(out):
         out = out.absolute()
         if out.exists() and not out.is_dir():

@@ -21,10 +21,11 @@ import simplejpeg
 
 from lgd.config import LEVEL_NAMES
 from lgd.data.sections import draw_pair, shortcut_of, slide_level
-from lgd.errors import DataError, require
+from lgd.errors import ConfigError, DataError, require
 from lgd.files import publish, read_json, write_json
 from lgd.progress import progress
 from lgd.tables import write_csv
+from lgd.urls import is_remote, place_output
 
 FORMAT = "lgd-synth/1"
 """Changes whenever the same options would give other bytes."""
@@ -113,7 +114,10 @@ def synthesise(options: SynthOptions) -> dict[str, Any]:
     the images, and `reused`: True where a complete set with the same options was there. Raises `DataError` where
     `out` holds anything else, or a set with other options. One that was interrupted is redone from scratch.
     """
-    out, recipe = Path(options.out), _recipe(options)
+    out, recipe = place_output(options.out, "OUT"), _recipe(options)
+    if is_remote(out):
+        raise ConfigError(f"OUT is {out}: virtual tissue is drawn into a local folder: name one")
+    options = dataclasses.replace(options, out=str(out))
     if (out / _DONE).exists():
         return {"out": str(out), **_reuse(out, recipe), "reused": True}
     _claim(out, recipe)

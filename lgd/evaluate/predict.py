@@ -24,6 +24,7 @@ from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.student import load_student
 from lgd.models.teacher import load_teacher
 from lgd.stain.checks import find_notes
+from lgd.urls import place
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 NAMES = {"lgd": "LGD-Net", "he-only": "H&E-only", "two-stream": "two streams", "distil": "label distillation"}
@@ -46,6 +47,8 @@ class Scorer:
     device: str
     role: str
     """The image that it reads: he or ihc."""
+    folder: str = ""
+    """Where it lies."""
 
     @property
     def name(self) -> str:
@@ -77,7 +80,8 @@ def load_scorer(folder: str | Path, kind: str = "student") -> Scorer:
     """The student, or the teacher, of a folder, on the GPU where there is one."""
     model, config = load_student(folder) if kind == "student" else load_teacher(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Scorer(model=model.to(device), config=config, device=device, role="he" if kind == "student" else "ihc")
+    role = "he" if kind == "student" else "ihc"
+    return Scorer(model=model.to(device), config=config, device=device, role=role, folder=str(folder))
 
 
 def score_shards(
@@ -116,7 +120,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
     """Files of a list of files, folders (searched deep) and glob patterns, sorted and each once."""
     found: set[Path] = set()
     for name in names:
-        path = Path(name)
+        path = place(name)
         if path.is_dir():
             inside = {p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file()}
             if not inside:
@@ -125,7 +129,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
         elif path.is_file():
             found.add(path)
         else:
-            matching = {Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file()}
+            matching = {Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()}
             if not matching:
                 raise DataError(f"{name} is no file, no folder, and no pattern that matches files")
             found |= matching

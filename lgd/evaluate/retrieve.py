@@ -44,7 +44,10 @@ class _Question(NamedTuple):
 def check_pair(scorer: Scorer, store: Store) -> None:
     """Raise `DataError` unless the student hallucinates the latents of the teacher that made the store."""
     if scorer.method != "lgd":
-        raise DataError(f"this student hallucinates no latents (method {scorer.method}): query with one of method lgd")
+        raise DataError(
+            f"the student {scorer.folder} hallucinates no latents (method {scorer.method}): query with one of method "
+            "lgd"
+        )
     there, asked = store.recipe.teacher.weights_sha256, scorer.config.teacher_sha256 or ""
     if there != asked:
         raise DataError(

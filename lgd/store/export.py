@@ -31,6 +31,7 @@ from lgd.files import exists, list_folder, place, read_json, remove, write_bytes
 from lgd.store.latents import Store, as_levels
 from lgd.store.parts import Part
 from lgd.text import print_lines
+from lgd.urls import place_output
 
 FORMAT = "lgd-export/1"
 
@@ -70,7 +71,7 @@ def export(options: ExportOptions) -> list[dict[str, Any]]:
     Raises `ConfigError` for a split that the store does not have, and `DataError` where the shards are gone or the
     folder holds something else.
     """
-    store, out = Store(options.store), place(options.out)
+    store, out = Store(options.store), place_output(options.out, "--out")
     splits = sorted({part.split for part in store.parts})
     asked = options.split.split(",") if options.split else splits
     for split in asked:

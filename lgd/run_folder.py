@@ -1,0 +1,202 @@
+"""The folder of a run: what was asked for, and what came of it.
+
+    RUN/config.yaml   the run as its first finished stage had it; never overwritten, so that `--config RUN/config.yaml`
+                      means the same run for ever
+    RUN/run.json      for each stage what it was given, in which fields it differs from config.yaml, where it ran, on
+                      which shards, and what it made (`lgd-run/1`)
+
+Stages may end at the same time: run.json is changed under a lock, for which others wait. A url has no locks, so there
+two stages that end in the same second may leave the record of one.
+"""
+
+import contextlib
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lgd.config import Config
+from lgd.data.shards import open_shards
+from lgd.errors import ConfigError, DataError, Stopped
+from lgd.files import exists, is_remote, place, write_bytes
+from lgd.options import Given, load_config
+from lgd.records import MissingDocument
+from lgd.run_document import Environment, Facts, RunDocument, Stage
+
+_CONFIG, _RUN = "config.yaml", "run.json"
+# Seconds: a record takes milliseconds, but a shared disk may stall.
+_PATIENCE = 120
+_MOST = 3
+"""Fields that a note names, and makers that an error does."""
+
+_TRAINING = (
+    *("run.seed", "data.shards", "data.size", "data.lanes", "data.on_bad", "data.augment"),
+    *("data.stain_jitter", "data.light_jitter", "deepspeed", "train."),
+)
+_USED = {
+    "train-teacher": (*_TRAINING, "teacher."),
+    "cache-latents": ("data.shards", "data.size", "teacher.dir", "latents."),
+    "build-index": ("run.seed", "latents.dir", "latents.index", "latents.gallery", "latents.recall"),
+    "train": (*_TRAINING, "teacher.dir", "latents.dir", "student."),
+}
+"""Fields on which the result of a stage depends; `train.` stands for all of its section."""
+_UNUSED = {
+    *("train.workers", "train.engine", "train.compile", "train.resume", "train.checkpoint_every", "train.keep"),
+    *("train.max_failures", "latents.batch"),
+}
+"""But not on these."""
+_EARLIER = {
+    "cache-latents": ("train-teacher",),
+    "build-index": ("cache-latents",),
+    "train": ("train-teacher", "cache-latents"),
+    "evaluate": ("train-teacher", "cache-latents", "build-index", "train"),
+}
+_FOLDERS = {
+    "train-teacher": "teacher.dir",
+    "cache-latents": "latents.dir",
+    "build-index": "latents.dir",
+    "train": "student.dir",
+}
+"""Stage -> the field that names what it makes."""
+
+
+def record(config: Config, stage: str, facts: Facts, folder: str = "", given: Given | None = None) -> None:
+    """Write config.yaml if there is none, and add to run.json what a stage made in `folder` (the run's by default)."""
+    at, given = place(config.run.dir), given or Given()
+    shards = {str(each): open_shards(each)[0].digest for each in config.shard_dirs}
+    here = Environment.here()
+    with _locked(at):
+        if not exists(at / _CONFIG):
+            write_bytes(at / _CONFIG, config.as_yaml().encode())
+        entry = Stage(
+            folder=folder or config.run.dir,
+            verb=given.verb,
+            given=dict(given.fields),
+            differing=_differing(config),
+            environment=here,
+            shards=shards,
+            facts=facts,
+        )
+        stages = _read_stages(config)
+        others = tuple(one for one in stages.get(stage, ()) if one.folder != entry.folder)
+        RunDocument(stages=stages | {stage: (*others, entry)}).write(at / _RUN)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, which is made; at a url there is none."""
+    if is_remote(folder):
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{_RUN}.lock", timeout=_PATIENCE)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise DataError(f"{lock.lock_file} is held by another process for {_PATIENCE} s: end it, try again") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read_stages(config: Config) -> dict[str, tuple[Stage, ...]]:
+    try:
+        return dict(RunDocument.read(place(config.run.dir) / _RUN).stages)
+    except MissingDocument:
+        return {}
+
+
+def _kept_fields(config: Config) -> dict[str, Any]:
+    """The fields of config.yaml, or of `config` where there is none yet."""
+    path = place(config.run.dir) / _CONFIG
+    if not exists(path):
+        return config.as_fields()
+    try:
+        return load_config(str(path)).as_fields()
+    except ConfigError as error:
+        raise ConfigError(f"{error}; it is what this run's earlier stages had: correct it or move it away") from error
+
+
+def _differing(config: Config) -> dict[str, Any]:
+    kept = _kept_fields(config)
+    return {name: value for name, value in config.as_fields().items() if value != kept[name]}
+
+
+def note_changes(config: Config, stage: str) -> str:
+    """A note on the fields that earlier stages used with another value, or nothing.
+
+    Raises `DataError` or `ConfigError` for a run.json or config.yaml that cannot be read: better now than after hours.
+    """
+    stages, kept, now = _read_stages(config), _kept_fields(config), config.as_fields()
+    changes: dict[str, str] = {}
+    for earlier in _EARLIER.get(stage, ()):
+        entries, folder = stages.get(earlier, ()), _FOLDERS[earlier]
+        own = [entry for entry in entries if entry.folder == now[folder]]
+        # Of what was made elsewhere only that is of interest.
+        names = [name for name in now if _is_used(name, earlier)] if own else [folder]
+        for entry in (own or entries)[-1:]:
+            before = kept | entry.differing
+            for name in names:
+                if now[name] != before[name]:
+                    values = f"{_as_text(now[name]):.80} and was {_as_text(before[name]):.80} for {earlier}"
+                    changes.setdefault(name, f"{name} is {values}")
+    if not changes:
+        return ""
+    more = [f"and {len(changes) - _MOST} more"] if len(changes) > _MOST else []
+    return f"note: {', '.join([*list(changes.values())[:_MOST], *more])}; run.json tells each stage's values"
+
+
+def _is_used(name: str, stage: str) -> bool:
+    return name not in _UNUSED and any(name == one or (one[-1] == "." and name.startswith(one)) for one in _USED[stage])
+
+
+@contextlib.contextmanager
+def explain_overrides(config: Config | None) -> Iterator[None]:
+    """Add to a `DataError` about a folder of the run which options made what lies there, or made it elsewhere."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except DataError as error:
+        hints = list(_hints(config, str(error))) if config else []
+        if not hints:
+            raise
+        raise type(error)(f"{error} ({'; '.join(hints)})") from error
+
+
+def _hints(config: Config, message: str) -> Iterator[str]:
+    try:
+        stages = _read_stages(config)
+    except DataError:
+        return
+    for stage, field in _FOLDERS.items():
+        folder = config.as_fields()[field]
+        if folder not in message:
+            continue
+        section = field.partition(".")[0]
+        for entry in stages.get(stage, ())[-_MOST:]:
+            typed = {name: value for name, value in entry.given.items() if name.startswith(f"{section}.")}
+            command = f"`lgd {entry.verb or stage}{_as_options(typed)}` of this run"
+            if entry.folder != folder:
+                yield f"{command} made one in {entry.folder}: give --{field} {shlex.quote(entry.folder)}"
+            elif typed:
+                yield f"{command} made what it holds"
+
+
+def command(config: Config, verb: str, only: Sequence[str] = ()) -> str:
+    """The command line that gives a verb this very run, or of it the fields `only`."""
+    differing = {name: value for name, value in _differing(config).items() if not only or name in only}
+    path = str(place(config.run.dir) / _CONFIG)
+    return f"lgd {verb} --config {shlex.quote(path)}{_as_options(differing)}"
+
+
+def _as_options(fields: dict[str, Any]) -> str:
+    return "".join(f" --{name} {shlex.quote(_as_text(value))}" for name, value in fields.items())
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
