@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lgd.errors import DataError
+from lgd.locks import hold_lock, try_lock
 from lgd.urls import FULL
 
 DIGEST = "[0-9a-f]{64}|[0-9a-f]{32}"
@@ -29,6 +30,8 @@ DIGEST = "[0-9a-f]{64}|[0-9a-f]{32}"
 _SUFFIX = r"\.[A-Za-z0-9]{1,16}"
 _COPY = re.compile(rf"lgd-(?:{DIGEST})(?:{_SUFFIX})?")
 _TEMPORARY = re.compile(rf"\.(?P<copy>{_COPY.pattern})\.(?P<size>[0-9]+)\.tmp")
+
+_LOCK_REMEDY = "name a folder on a disk of the node's own in LGD_CACHE"
 
 
 def open_cache() -> tuple[Path, int]:
@@ -77,29 +80,18 @@ def explain_errors(folder: Path, url: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def lock_copy(copy: Path) -> Iterator[None]:
+def lock_copy(copy: Path) -> contextlib.AbstractContextManager[None]:
     """The lock of one copy, for whoever adds or drops it."""
-    from filelock import FileLock
-
-    lock = _lock_path(copy)
-    with FileLock(lock):
-        try:
-            yield
-        finally:
-            # Whoever waits for a removed lock file sees that, and makes a new one.
-            lock.unlink(missing_ok=True)
+    return hold_lock(_lock_path(copy), "downloading", remedy=_LOCK_REMEDY)
 
 
 def _lock_path(copy: Path) -> Path:
     return copy.with_name(f".{copy.name}.lock")
 
 
-def lock_room(folder: Path) -> contextlib.AbstractContextManager[object]:
+def lock_room(folder: Path) -> contextlib.AbstractContextManager[None]:
     """The lock of the cache's folder as a whole; held for moments only."""
-    from filelock import FileLock
-
-    return FileLock(folder / ".lgd-room.lock", poll_interval=0.01)
+    return hold_lock(folder / ".lgd-room.lock", "making room", remedy=_LOCK_REMEDY)
 
 
 def open_copy(copy: Path, size: int | None) -> BinaryIO | None:
@@ -164,14 +156,12 @@ def _evict(folder: Path, limit: int) -> bool:
 
 def _abandoned(temporary: os.DirEntry[str], match: re.Match[str]) -> bool:
     """Remove what a killed download left: nobody holds its lock."""
-    from filelock import FileLock, Timeout
-
     path = Path(temporary.path)
     lock = _lock_path(path.with_name(match["copy"]))
-    try:
-        with FileLock(lock, timeout=0):
-            path.unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
-    except Timeout:
+    descriptor = try_lock(lock, _LOCK_REMEDY)
+    if descriptor is None:
         return False
+    path.unlink(missing_ok=True)
+    lock.unlink(missing_ok=True)
+    os.close(descriptor)
     return True

@@ -15,7 +15,6 @@ import re
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -45,13 +44,13 @@ def publish(path: str | Path, name_of: Callable[[Path], str] | None = None) -> I
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
             temporary = Path(folder) / path.name
-            with _told(temporary):
+            with explain_write_errors(temporary):
                 yield temporary
             upload(temporary, path.with_name(name_of(temporary)) if name_of else path)
         return
     temporary = temporary_path(path)
     try:
-        with _told(path):
+        with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
@@ -68,7 +67,8 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk and of a folder that may not be written to into `DataError`."""
     try:
         yield
     except OSError as error:
@@ -82,40 +82,6 @@ def _told(path: Path) -> Iterator[None]:
                 f"{path} cannot be written ({os.strerror(error.errno)}): get write access, or name another folder"
             ) from error
         raise
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path, doing: str) -> Iterator[None]:
-    """Let one process at a time work on a local folder, `doing` so; `DataError` tells who does it already.
-
-    The lock is the kernel's: it goes with the process that holds it, however that ends, so none is ever stale. Across
-    nodes it holds where the file system has locks (NFS 4, Lustre with -o flock, GPFS).
-    """
-    from filelock import FileLock, Timeout
-
-    owner = folder / ".owner.json"
-    with _told(folder / ".lock"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise DataError(f"{folder}: {_told_owner(owner)}: wait until it is done, or end it") from error
-    try:
-        write_json(owner, {"doing": doing, "pid": os.getpid(), "host": platform.node(), "since": time.time()})
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
-
-
-def _told_owner(path: Path) -> str:
-    # Whoever took the lock a moment ago has not written its name yet, and one that was killed left another's.
-    with contextlib.suppress(DataError, KeyError, TypeError):
-        owner = read_json(path)
-        minutes = (time.time() - owner["since"]) / 60
-        return f"process {owner['pid']} on {owner['host']} is {owner['doing']} there, for {minutes:.1f} minutes"
-    return "another process works there"
 
 
 def sync(path: str | Path) -> None:

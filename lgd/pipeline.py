@@ -22,6 +22,7 @@ from lgd.data.synth import SynthOptions, synthesise
 from lgd.distribute import disconnect
 from lgd.errors import ConfigError, DataError
 from lgd.files import is_remote, list_folder, place, read_bytes, upload_folder
+from lgd.locks import exclusive
 from lgd.models.description import ModelConfig
 from lgd.options import Given
 from lgd.run_document import Ablated, Cached, Environment, Evaluated, Indexed, Trained
@@ -54,15 +55,15 @@ def all_shards(config: Config) -> list[Shard]:
     return [shard for folder in config.shard_dirs for shard in open_shards(folder)[1]]
 
 
-def train_teacher(config: Config, given: Given | None = None) -> None:
-    """Train the IHC encoder, or reuse the one of the same shards and settings."""
+def train_teacher(config: Config, given: Given | None = None, overwrite: bool | None = None) -> None:
+    """Train the IHC encoder, or reuse the one of the same shards and settings (`overwrite`: see `train_under`)."""
     from lgd.models.export import read_teacher_config
     from lgd.train.launch import train_under
 
     begin("teacher", "train-teacher", config)
     with stage("teacher") as told:
-        folder = config.teacher.dir
-        told["done"] = f"trained: {folder}" if train_under(config, "teacher") else f"reused, nothing changed: {folder}"
+        folder, trained = config.teacher.dir, train_under(config, "teacher", overwrite)
+        told["done"] = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
     record(config, "train-teacher", _facts(read_teacher_config(folder)), folder, given)
 
 
@@ -105,15 +106,17 @@ def build_index(config: Config, given: Given | None = None) -> None:
     record(config, "build-index", facts, config.latents.dir, given)
 
 
-def train_student(config: Config, given: Given | None = None) -> None:
-    """Train the student, or reuse the one of the same shards, teacher, store and settings."""
+def train_student(config: Config, given: Given | None = None, overwrite: bool | None = None) -> None:
+    """Train the student, or reuse the one of the same shards, teacher, store and settings (`overwrite`: see
+    `train_under`).
+    """
     from lgd.models.export import read_student_config
     from lgd.train.launch import train_under
 
     begin(config.student.method, "train", config)
     with stage(config.student.method) as told:
-        folder = config.student.dir
-        told["done"] = f"trained: {folder}" if train_under(config, "student") else f"reused, nothing changed: {folder}"
+        folder, trained = config.student.dir, train_under(config, "student", overwrite)
+        told["done"] = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
     record(config, "train", _facts(read_student_config(folder)), folder, given)
 
 
@@ -132,7 +135,8 @@ def evaluate(config: Config, given: Given | None = None) -> str:
     from lgd.store.latents import Store
 
     begin("report", "evaluate", config)
-    with stage("report") as told:
+    # Asked for before the scoring, which can take hours.
+    with stage("report") as told, exclusive(config.report.dir, "evaluating"):
         refuse_overlaps(config.shard_dirs)
         shards = [shard for shard in all_shards(config) if shard.split == config.report.split]
         if not shards:
@@ -226,7 +230,7 @@ def ablate(config: Config, options: Any, given: Given | None = None) -> str:
     try:
         train_teacher(config, given)
         cache_latents(config, given)
-        with stage("ablate") as told:
+        with stage("ablate") as told, exclusive(place(config.run.dir) / "ablation", "comparing methods"):
             table = harness.ablate(config, options, say)
             told["done"] = f"written: {config.run.dir}/ablation/ablation.md"
         facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)

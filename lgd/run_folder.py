@@ -20,13 +20,12 @@ from lgd.config import Config
 from lgd.data.shards import open_shards
 from lgd.errors import ConfigError, DataError, Stopped
 from lgd.files import exists, is_remote, place, write_bytes
+from lgd.locks import hold_lock
 from lgd.options import Given, load_config
 from lgd.records import MissingDocument
 from lgd.run_document import Environment, Facts, RunDocument, Stage
 
 _CONFIG, _RUN = "config.yaml", "run.json"
-# Seconds: a record takes milliseconds, but a shared disk may stall.
-_PATIENCE = 120
 _MOST = 3
 """Fields that a note names, and makers that an error does."""
 
@@ -83,24 +82,9 @@ def record(config: Config, stage: str, facts: Facts, folder: str = "", given: Gi
         RunDocument(stages=stages | {stage: (*others, entry)}).write(at / _RUN)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which is made; at a url there is none."""
-    if is_remote(folder):
-        yield
-        return
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".{_RUN}.lock", timeout=_PATIENCE)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise DataError(f"{lock.lock_file} is held by another process for {_PATIENCE} s: end it, try again") from error
-    try:
-        yield
-    finally:
-        lock.release()
+def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock of a run's folder, which is made; at a url there is none."""
+    return contextlib.nullcontext() if is_remote(folder) else hold_lock(folder / f".{_RUN}.lock", "recording a stage")
 
 
 def _read_stages(config: Config) -> dict[str, tuple[Stage, ...]]:

@@ -331,17 +331,19 @@ def _bench(parser: Any) -> Run:
     return run
 
 
+_OVERWRITE = {"overwrite": "replace a finished network of other inputs"}
+
 VERBS: dict[str, tuple[str, Callable[[Any], Run]]] = {
     "demo": ("the whole pipeline on virtual tissue, on this machine, in minutes", _demo),
     "synth": ("draw virtual tissue in the BCI layout, with a truth.csv", _synth),
     "build-shards": ("pack paired patches into WebDataset shards", _build_shards),
-    "train-teacher": ("train the IHC encoder and freeze it", _stage("train-teacher")),
+    "train-teacher": ("train the IHC encoder and freeze it", _stage("train-teacher", flags=_OVERWRITE)),
     "cache-latents": (
         "fill the feature store with latents and domain targets",
         _stage("cache-latents", flags={"prune": "remove the parts of shards that this run does not have"}),
     ),
     "build-index": ("build the FAISS index and measure its recall", _stage("build-index")),
-    "train": ("train the H&E student", _stage("train", {"train.resume": "--resume"})),
+    "train": ("train the H&E student", _stage("train", {"train.resume": "--resume"}, _OVERWRITE)),
     "evaluate": ("score the held-out split and write the report", _stage("evaluate")),
     "predict": ("HER2 level and probabilities of H&E images", _predict),
     "query": ("the nearest IHC latents of H&E images or of stored patches", _query),

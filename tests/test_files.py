@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lgd.errors import DataError
-from lgd.files import digest_of, exclusive, list_folder, publish, read_json, sha256, write_bytes, write_json
+from lgd.files import digest_of, list_folder, publish, read_json, sha256, write_bytes, write_json
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -79,21 +79,3 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
         assert "a.bin cannot be written, no space is left" in done.stdout, done.stderr
         assert list(tmp_path.iterdir()) == []
-
-
-def test_one_process_at_a_time_works_on_a_folder(tmp_path):
-    code = (
-        "import sys, lgd.files as f\n"
-        f"with f.exclusive(f.Path({str(tmp_path / 'x')!r}), 'digging'):\n"
-        "    print('in', flush=True); input()\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        told = rf"process {process.pid} on .* is digging there, for 0.\d minutes: wait until it is done, or end it"
-        with pytest.raises(DataError, match=told), exclusive(tmp_path / "x", "digging"):
-            pytest.fail("two are in")
-        process.kill()
-        process.wait()
-    with exclusive(tmp_path / "x", "digging"):
-        assert (tmp_path / "x" / ".owner.json").exists()
-    assert [path.name for path in (tmp_path / "x").iterdir()] == [".lock"]

@@ -3,7 +3,6 @@
 `lgd cache-latents` and tools/cache_teacher_latents.py run `cache_latents`, which leaves a store (`lgd.store.latents`).
 """
 
-import contextlib
 import functools
 import importlib.metadata
 import itertools
@@ -20,7 +19,8 @@ from lgd.config import Config
 from lgd.data.archive import Shard
 from lgd.data.stream import Sample
 from lgd.errors import DataError
-from lgd.files import exclusive, exists, is_remote, list_folder, place
+from lgd.files import exists, list_folder, place
+from lgd.locks import LOCK, exclusive
 from lgd.progress import progress
 from lgd.store.latents import Store, commit
 from lgd.store.recipe import PATCHES, TEACHER, Recipe
@@ -31,7 +31,7 @@ from lgd.store.writer import shard_writer
 SHARDS_AT_ONCE = 2
 """Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""
 
-_OURS = {"store.json", "sources.json", "parts", "index", ".lock", ".owner.json"}
+_OURS = {"store.json", "sources.json", "parts", "index", LOCK}
 
 
 class Cached(NamedTuple):
@@ -58,7 +58,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
         before = {part.name for part in Store(folder, recipe).parts}
     else:
         _require_own(folder)
-    with contextlib.nullcontext() if is_remote(folder) else exclusive(folder, "caching"):
+    with exclusive(folder, "caching latents"):
         missing = _missing(folder, recipe, shards)
         _fill(config, recipe, missing, workers)
         store = commit(

@@ -4,7 +4,7 @@ DIR/store.json                    recipes, layers and the list of parts; written
 DIR/sources.json                  where the shards and the teacher were
 DIR/parts/LAYER/NAME.{h5,json}    one part a shard and layer (`lgd.store.parts`): `patches`, and one a teacher
 DIR/index/TEACHER/                what queries search (`lgd.store.index`)
-DIR/.lock .owner.json             while `lgd cache-latents` runs, or after it was killed
+DIR/.lgd.lock                     while `lgd cache-latents` runs, or after it was killed
 """
 
 import contextlib

@@ -21,6 +21,7 @@ from torch import nn
 from lgd.config import Train
 from lgd.data.plan import World
 from lgd.errors import ConfigError, DataError
+from lgd.locks import LOCK, hold_lock
 
 Moments = dict[str, dict[str, torch.Tensor]]
 """Parameter name -> AdamW's `exp_avg` and `exp_avg_sq`, float32."""
@@ -85,14 +86,13 @@ def build_extension() -> None:
     of ours, where a lock of the kernel's tells that nobody builds.
     """
     from deepspeed.ops.op_builder import ShareMemCommBuilder
-    from filelock import FileLock
 
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         made_for = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
         os.environ["TORCH_EXTENSIONS_DIR"] = str(Path("~/.cache/lgd-extensions").expanduser() / made_for)
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lgd.lock"):
+    remedy = "name a folder on a disk of the node's own in TORCH_EXTENSIONS_DIR"
+    with hold_lock(folder / LOCK, "compiling", remedy=remedy):
         (folder / ShareMemCommBuilder.NAME / "lock").unlink(missing_ok=True)
         ShareMemCommBuilder().load(verbose=False)
 

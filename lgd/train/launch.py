@@ -18,9 +18,11 @@ from lgd.data.plan import World
 from lgd.data.shards import Shard, open_shards
 from lgd.errors import DataError
 from lgd.files import digest_of, exists, is_remote, list_folder, place, remove_folder, sha256
+from lgd.locks import LOCK, exclusive
 from lgd.text import print_lines
 from lgd.train import checkpoint
 from lgd.train.engine import choose
+from lgd.train.finished import discard_checkpoints, read_finished, refuse_finished
 from lgd.train.loop import TASKS, split_shards, train
 from lgd.train.tasks import Task, inputs_of
 
@@ -29,7 +31,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def refuse_strangers(task: Task) -> None:
     """Raise `DataError` when the task's folder holds what training did not write."""
-    ours = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl"}
+    ours = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl", LOCK}
     there = set(list_folder(task.folder)) - ours
     # A killed `publish` leaves its temporary file.
     strangers = sorted(name for name in there if not (name.startswith(".") and name.endswith(".tmp")))
@@ -77,10 +79,12 @@ def check_scales(manifests: Sequence[Manifest], folders: Sequence[str]) -> None:
             )
 
 
-def train_under(config: Config, task: str) -> bool:
-    """Train a task where `train.workers` says; returns False when the finished network could be reused."""
-    from lgd.distribute import launch
+def train_under(config: Config, task: str, overwrite: bool | None = None) -> bool:
+    """Train a task where `train.workers` says; returns False when the finished network could be reused.
 
+    `overwrite` allows to replace a finished network; None stands for a command that has no such option. Raises
+    `DataError` where it would be replaced otherwise, and while another process trains in the same local folder.
+    """
     refuse_overlaps(config.shard_dirs)
     built = TASKS[task](config)
     shards = split_shards(config, "train")
@@ -90,27 +94,50 @@ def train_under(config: Config, task: str) -> bool:
     check_levels(built, manifests)
     check_scales(manifests, config.shard_dirs)
     shards += split_shards(config, "val")
-    if config.train.resume == "auto" and is_finished(built, config, shards):
+    if _is_reused(built, config, shards, overwrite):
         return False
-    refuse_strangers(built)
+    # Here, and not in the workers, which Ray may restart. Under torchrun one process stands for all.
+    first = os.environ.get("RANK", "0") == "0"
+    with exclusive(built.folder, "training") if first else contextlib.nullcontext():
+        if _is_reused(built, config, shards, overwrite):
+            return False
+        _train_locked(built, config, shards, task, overwrite, first)
+    return True
+
+
+def _is_reused(task: Task, config: Config, shards: list[Shard], overwrite: bool | None) -> bool:
+    """Whether nothing is to be done: the same command again changes nothing."""
+    anew = config.train.resume == "never" or (config.train.resume != "auto" and overwrite)
+    return not anew and is_finished(task, config, shards)
+
+
+def _train_locked(
+    task: Task, config: Config, shards: list[Shard], name: str, overwrite: bool | None, first: bool
+) -> None:
+    from lgd.distribute import launch
+
+    refuse_strangers(task)
+    inputs = inputs_of(task, config, shards)
+    refuse_finished(task, inputs, is_finished(task, config, shards), overwrite)
     engine = choose(config.train.engine)
     # Once, here: a worker that Ray restarts must go on from its own checkpoints. Under torchrun one process does it,
     # before the others can be past the meeting with it.
-    if config.train.resume != "auto" and os.environ.get("RANK", "0") == "0":
+    if first:
+        if overwrite:
+            discard_checkpoints(task, inputs)
         if config.train.resume == "never":
-            remove_folder(built.folder / "checkpoints")
-        else:
-            inputs = inputs_of(built, config, shards)
-            checkpoint.adopt(built.folder / "checkpoints", place(config.train.resume), inputs)
+            remove_folder(task.folder / "checkpoints")
+        elif config.train.resume != "auto":
+            checkpoint.adopt(task.folder / "checkpoints", place(config.train.resume), inputs)
     launch(
         worker,
-        {"config": config, "task": task, "engine": engine},
+        {"config": config, "task": name, "engine": engine},
         workers=config.train.workers,
         max_failures=config.train.max_failures,
         storage=place(config.run.dir) / "ray",
-        name=built.folder.name,
+        # Folders of one name may be trained in at a time, as those of a seed.
+        name=f"{task.folder.name}-{digest_of(str(task.folder))[:8]}",
     )
-    return True
 
 
 def is_finished(task: Task, config: Config, shards: list[Shard]) -> bool:
@@ -118,9 +145,11 @@ def is_finished(task: Task, config: Config, shards: list[Shard]) -> bool:
     path, weights = task.folder / "config.json", task.folder / "model.safetensors"
     if not exists(path) or not exists(weights):
         return False
-    made, inputs = task.read_config(), digest_of(inputs_of(task, config, shards))
+    made, inputs = read_finished(task), digest_of(inputs_of(task, config, shards))
+    if made is None or made.inputs != inputs:
+        return False
     # Whoever loads remote weights compares their digest; here it would cost a download.
-    return made.inputs == inputs and (is_remote(weights) or made.weights_sha256 == sha256(weights))
+    return is_remote(weights) or made.weights_sha256 == sha256(weights)
 
 
 def worker(argument: dict[str, Any]) -> None:

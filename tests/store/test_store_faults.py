@@ -22,6 +22,7 @@ from filling import contents_of
 from lgd.cli import main
 from lgd.errors import DataError
 from lgd.files import digest_of, read_json, write_json, xxh3
+from lgd.locks import LOCK, read_owner
 from lgd.pipeline import all_shards as shards_of
 from lgd.store.cache import cache_latents
 from lgd.store.index import build_index
@@ -122,22 +123,21 @@ def test_a_second_cacher_is_refused_and_told_who_is_at_work(small_parts, change,
     (tmp_path / "config.yaml").write_text(config.as_yaml())
     process = forks.Process(target=fill, args=(config,))
     process.start()
-    while not (tmp_path / "latents" / ".owner.json").exists():
+    while read_owner(tmp_path / "latents" / LOCK) is None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGSTOP)
     try:
         assert main(["cache-latents", "--config", str(tmp_path / "config.yaml")]) == 1
         told = capsys.readouterr().err
-        assert re.search(rf"latents: process {process.pid} on \S+ is caching there, for 0\.\d minutes: wait", told), (
-            told
-        )
+        who = rf"latents: process {process.pid} on \S+ is caching latents there, for 0\.\d minutes: wait"
+        assert re.search(who, told), told
     finally:
         process.kill()
         process.join()
     # Its lock went with it; its name still lies there.
-    assert (tmp_path / "latents" / ".owner.json").exists()
+    assert (tmp_path / "latents" / LOCK).exists()
     assert main(["cache-latents", "--config", str(tmp_path / "config.yaml")]) == 0
-    assert Store(config.latents.dir).verify() == [] and not (tmp_path / "latents" / ".owner.json").exists()
+    assert Store(config.latents.dir).verify() == [] and not (tmp_path / "latents" / LOCK).exists()
 
 
 def test_ctrl_c_ends_caching_soon_and_the_same_command_goes_on(small_parts, change, tmp_path):
@@ -207,7 +207,7 @@ def test_a_read_only_folder_is_told(small_parts, change, disk):
     whole = victim.read_bytes()
     victim.unlink()
     disk("ro")
-    with pytest.raises(DataError, match=r"latents/\.lock cannot be written .Read-only file system.: get write access"):
+    with pytest.raises(DataError, match=r"latents/\.lgd\.lock cannot be written .Read-only file system.: get write"):
         cache_latents(config, shards_of(config), workers=0)
     disk("rw")
     victim.write_bytes(whole)
@@ -240,7 +240,7 @@ def test_every_flipped_bit_is_found_and_its_file_named(indexed, fault_count):
     use(indexed)
     assert Store(indexed).verify() == [] and problems(Store(indexed)) == []
     dice = random.Random(0)
-    files = sorted(path for path in indexed.rglob("*") if path.is_file() and path.name != ".lock")
+    files = sorted(path for path in indexed.rglob("*") if path.is_file())
     kinds = [
         [p for p in files if p.match(pattern)]
         for pattern in ("parts/*/*.h5", "parts/*/*.json", "index/teacher/*", "latents/s*.json")

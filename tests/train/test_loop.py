@@ -173,11 +173,11 @@ def test_a_finished_network_is_reused_until_something_that_matters_changes(stude
         "task.encoder": change(config, student={"encoder": "resnet18"}),
         "data.lanes": change(config, data={"lanes": 3}),
     }.items():
-        with pytest.raises(DataError, match=f"  {field}: .* in the checkpoint, .* asked for"):
+        with pytest.raises(DataError, match=f"  {field}: .* in the folder, .* asked for"):
             train_under(other, "student")
     assert read_json(Path(config.student.dir) / "config.json") == made
 
-    assert train_under(change(config, run={"seed": 1}, train={"resume": "never"}), "student")
+    assert train_under(change(config, run={"seed": 1}), "student", overwrite=True)
     new = read_json(Path(config.student.dir) / "config.json")
     assert new["inputs"] != made["inputs"] and new["weights_sha256"] != made["weights_sha256"]
 

@@ -160,7 +160,7 @@ def test_the_baselines_learn_what_they_are_told_and_nothing_else(lgd):
         assert train_under(config, "student")
         assert set(log_of(config.student.dir)[-1]) == expected | {"step", "loss", "lr", "grad_norm", "skipped"}
         assert not train_under(config, "student"), "it is finished"
-    with pytest.raises(DataError, match="distil_temperature: 2.0 in the checkpoint, 3.0 asked for"):
+    with pytest.raises(DataError, match="distil_temperature: 2.0 in the folder, 3.0 asked for"):
         train_under(lgd("distil", method="distil", epochs=0.5, distil_weight=1.0, distil_temperature=3.0), "student")
     assert not train_under(lgd("two-stream", method="two-stream", epochs=0.5, distil_temperature=3.0), "student")
 
@@ -177,7 +177,7 @@ def test_shuffled_pairs_are_another_run(lgd):
     own = lgd("own", epochs=0.5)
     assert train_under(own, "student")
     for pairs in ("shuffled", "within-level"):
-        with pytest.raises(DataError, match=f"pairs: None in the checkpoint, {pairs} asked for"):
+        with pytest.raises(DataError, match=f"pairs: None in the folder, {pairs} asked for"):
             train_under(lgd("own", epochs=0.5, pairs=pairs), "student")
         other = lgd(pairs, epochs=0.5, pairs=pairs)
         assert train_under(other, "student")

@@ -115,8 +115,8 @@ def test_a_stopped_run_goes_on_from_its_bucket_and_another_run_from_its_checkpoi
         resume = {"resume": f"{folder}/checkpoints/step-00000002", "keep": 9}
         taken = at_url(name, student={"dir": target}, train=resume)
         # Twice: the second time it is there already.
-        for _ in range(2):
-            assert train_under(taken, "student")
+        for overwrite in (None, True):
+            assert train_under(taken, "student", overwrite)
             assert digest(target) == digest(tissue_run.student.dir)
     # What a killed upload has left has no state.json, and is removed by the next save.
     for file in ("weights.safetensors", "moments.safetensors"):
@@ -129,7 +129,7 @@ def test_a_stopped_run_goes_on_from_its_bucket_and_another_run_from_its_checkpoi
     assert checkpoint.problems(checkpoint.complete(launch.place(f"{folder}/checkpoints"))[-1]) == []
     assert main(["verify", f"{folder}/checkpoints/step-00000005"]) == 0
     assert not train_under(config, "student"), "it is finished"
-    with pytest.raises(DataError, match=r"of another run:\n(.|\n)*train\.lr: 0\.001 in the checkpoint, 0\.5 asked for"):
+    with pytest.raises(DataError, match=r"of other inputs:\n(.|\n)*train\.lr: 0\.001 in the folder, 0\.5 asked for"):
         train_under(at_url("stopped", train={"lr": 0.5}), "student")
 
 

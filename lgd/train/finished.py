@@ -1,0 +1,68 @@
+"""The finished network in a task's folder: it is replaced only where that was asked for."""
+
+import contextlib
+from typing import Any
+
+from lgd.errors import DataError
+from lgd.files import digest_of, exists, remove_folder, told_differences
+from lgd.models.description import ModelConfig
+from lgd.train import checkpoint
+from lgd.train.tasks import Task
+from lgd.urls import RemoteError
+
+
+def read_finished(task: Task) -> ModelConfig | None:
+    """What is said of the network in a task's folder; None where there is none, or nothing that can be read."""
+    try:
+        return task.read_config()
+    except RemoteError:
+        raise
+    except DataError:
+        return None
+
+
+def refuse_finished(task: Task, inputs: dict[str, Any], is_same: bool, overwrite: bool | None) -> None:
+    """Raise `DataError`, with the difference and the remedy, for a finished network that training would replace.
+
+    `is_same` says that it is whole and of these very inputs; `overwrite` allows to replace it, None stands for a
+    command that has no such option.
+    """
+    if overwrite or not exists(task.folder / "config.json") or not exists(task.folder / "model.safetensors"):
+        return
+    kind, made = task.field.partition(".")[0], read_finished(task)
+    if made is None:
+        problem = f"what cannot be read as a {kind}, so nobody knows whether it is needed: "
+    elif is_same:
+        problem = f"the {kind} of this very run, finished: "
+    elif made.inputs != digest_of(inputs):
+        problem = f"a finished {kind} of other inputs:\n{_format_diff(task, made.inputs, inputs)}\n"
+    else:
+        # Its weights are damaged.
+        return
+    remedy = f"give --overwrite to replace it, or name another folder as {task.field}"
+    if overwrite is None:
+        remedy = f"remove {task.folder}, or name another folder as run.dir"
+    raise DataError(f"{task.folder} holds {problem}{remedy}")
+
+
+def discard_checkpoints(task: Task, inputs: dict[str, Any]) -> None:
+    """Remove the checkpoints of a finished network that is to be replaced; those of other trainings stay."""
+    made = read_finished(task)
+    if made and made.inputs != digest_of(inputs) and _inputs_of(task, made.inputs) is not None:
+        remove_folder(task.folder / "checkpoints")
+
+
+def _inputs_of(task: Task, digest: str) -> dict[str, Any] | None:
+    """The inputs of this digest, as the newest checkpoint of their training tells them."""
+    for path in checkpoint.complete(task.folder / "checkpoints")[-1:]:
+        with contextlib.suppress(DataError):
+            inputs = checkpoint.State.read(path / "state.json").inputs
+            return inputs if digest_of(inputs) == digest else None
+    return None
+
+
+def _format_diff(task: Task, digest: str, inputs: dict[str, Any]) -> str:
+    made = _inputs_of(task, digest)
+    if made is None:
+        return f"  its checkpoints, which would tell the difference, are not in {task.folder / 'checkpoints'}"
+    return "\n".join(told_differences(made, inputs, "in the folder"))
