@@ -23,7 +23,7 @@ import xxhash
 
 from lgd.errors import DataError
 from lgd.text import dump_json
-from lgd.urls import FULL, MissingError, RemoteError, call, fresh_options, is_remote, place, upload
+from lgd.urls import FULL, MissingError, RemoteError, call, create, fresh_options, is_remote, place, upload
 
 Kind = Literal["file", "folder", "other"]
 
@@ -101,11 +101,26 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 def write_json(path: str | Path, document: Any) -> None:
     """Publish a strict JSON document at `path`; `DataError` names the field of a number that is not finite."""
+    write_bytes(path, _encode(path, document))
+
+
+def create_json(path: str | Path, document: Any) -> bool:
+    """Publish a JSON document at `path`, unless there is one at that url already; whether it is this one.
+
+    Not every store can do that at once; one that cannot replaces it. A local folder should be locked by the caller.
+    """
+    at: Any = place(path)
+    if not is_remote(at):
+        write_json(at, document)
+        return True
+    return create(at, _encode(at, document))
+
+
+def _encode(path: str | Path, document: Any) -> bytes:
     try:
-        text = dump_json(document, indent=1)
+        return f"{dump_json(document, indent=1)}\n".encode()
     except DataError as error:
         raise DataError(f"{path} cannot be written: {error}") from error
-    write_bytes(path, f"{text}\n".encode())
 
 
 def read_bytes(path: str | Path, fresh: bool = False) -> bytes:

@@ -20,7 +20,7 @@ from lgd.data.image import kind
 from lgd.data.index import INDEX, REBUILD, load_index, tiled
 from lgd.data.meta import PatchMeta, parse_meta
 from lgd.errors import DataError
-from lgd.files import publish, sha256
+from lgd.files import publish
 from lgd.remote import drop_damaged, open_file
 from lgd.urls import is_remote
 
@@ -195,14 +195,13 @@ def write_archive(path: Path, samples: Iterable[tuple[str, Sequence[bytes]]], ex
     suffixes = [extension if role == "json" else f"{role}.{extension}" for role, extension in extensions.items()]
     crcs: list[int] = []
     with publish(path) as temporary:
-        with open(temporary, "wb") as stream:
-            writer = webdataset.TarWriter(stream, user="lgd", group="lgd", mtime=0, encoder=False)
+        form = {"user": "lgd", "group": "lgd", "mtime": 0, "encoder": False}
+        with open(temporary, "wb") as stream, webdataset.TarWriter(stream, **form) as writer:
             for key, contents in samples:
                 for suffix, content in zip(suffixes, contents, strict=True):
                     # One call a member: of one call's members the writer keeps the alphabetical order.
                     writer.write({"__key__": key, suffix: content})
                     crcs.append(crc32(content))
-            writer.close()
         # Read back rather than computed, so that the index cannot disagree with the tar.
         places = [(member.offset_data, member.size) for member in tar_members(temporary)]
     rows = [(*place, crc) for place, crc in zip(places, crcs, strict=True)]
@@ -218,19 +217,3 @@ def tar_members(path: Path) -> list[tarfile.TarInfo]:
             return tar.getmembers()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{path}: is no readable tar ({error}): {REBUILD}") from error
-
-
-def is_whole(path: Path, samples: int, roles: tuple[str, ...]) -> bool:
-    """Whether a tar and its index are both there and agree, and every member has its crc32."""
-    idx = path.with_suffix(".idx")
-    try:
-        index = load_index(idx, samples, len(roles), sha256(idx))
-        headers = [(member.offset_data, member.size) for member in tar_members(path)]
-        if tiled(index, roles, path.stat().st_size)[1] or headers != index[["offset", "length"]].reshape(-1).tolist():
-            return False
-        with open(path, "rb") as stream:
-            for entry in index.flat:
-                read_member(stream.fileno(), entry, path.name)
-    except (OSError, DataError):
-        return False
-    return True

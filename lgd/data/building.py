@@ -1,8 +1,9 @@
 """The folder that a build of shards writes to: what may lie in it, how an interrupted build goes on, how it ends.
 
-OUT/.building.json tells what is being built. Where OUT is a url, OUT/.{split}-{000000}.json is a shard's entry of the
-manifest, published after its tar and its index, so that no finished shard is downloaded to find out that it is whole.
-All of them are gone at the end.
+OUT/.building.json tells what is being built, and OUT/.{split}-{000000}.json is a shard's entry of the manifest, which
+is published after its tar and its index: a shard is taken over only if its entry is of the same build. All of them are
+gone at the end. One build at a time works in a local folder (`lgd.locks`). A url has no lock: there the first
+.building.json stays, where the store can do that, and a build that finds another one stops.
 """
 
 import re
@@ -15,10 +16,11 @@ from lgd.data.meta import Text
 from lgd.data.pairs import Problem
 from lgd.data.sources import in_threads
 from lgd.errors import DataError
-from lgd.files import is_remote, list_folder, publish, remove, write_bytes
-from lgd.records import Document
+from lgd.files import create_json, list_folder, publish, remove, sha256, write_bytes
+from lgd.locks import LOCK
+from lgd.records import Document, MissingDocument, Sha256
 from lgd.tables import write_csv
-from lgd.urls import place_output
+from lgd.urls import RemoteError, is_remote, place_output
 
 _SHARD = r"[A-Za-z0-9_]+-\d{6}"
 _FILE = rf"({_SHARD}\.(tar|idx)|\.{_SHARD}\.json|manifest\.json|patches\.npy|rejected\.csv|\.building\.json)"
@@ -26,6 +28,7 @@ _OURS = re.compile(_FILE)
 # What lgd.files.publish leaves behind when it is killed.
 _LEFTOVER = re.compile(rf"\.{_FILE}\.[A-Za-z0-9-]+\.tmp")
 _REMOVALS = 16
+_MARKER = ".building.json"
 _ANEW = "remove the folder, and build the set again"
 
 
@@ -43,12 +46,14 @@ class Building(Document):
 
 
 class BuiltShard(Document):
-    """OUT/.{split}-{000000}.json at a url: a shard that is there whole."""
+    """OUT/.{split}-{000000}.json: a shard that is there whole."""
 
     FORMAT: ClassVar[str] = "lgd-built-shard/2"
     ABSENT: ClassVar[str] = _ANEW
     REMEDY: ClassVar[str] = _ANEW
 
+    building: Sha256
+    """Digest of the build that it is of."""
     entry: Entry
 
 
@@ -64,9 +69,9 @@ def open_target(text: str) -> Path:
             raise DataError(f"{out} is no folder: give --out an empty or new one")
     elif out.protocol in ("http", "https"):
         raise DataError(f"{out} cannot be written to: give --out a folder, or a url such as s3://")
-    names = [name for name in list_folder(out) if not _LEFTOVER.fullmatch(name)]
+    names = [name for name in list_folder(out) if name != LOCK and not _LEFTOVER.fullmatch(name)]
     strangers = [name for name in names if not _OURS.fullmatch(name)]
-    if not strangers and not {"manifest.json", ".building.json"} & set(names):
+    if not strangers and not {"manifest.json", _MARKER} & set(names):
         strangers = names
     if strangers:
         raise DataError(
@@ -95,17 +100,29 @@ def reused(out: Path, recipe: Building) -> Manifest:
 
 def begin(out: Path, recipe: Building) -> set[str]:
     """Mark OUT as being built from this recipe, or see that an interrupted build was of the same; what lies there."""
-    marker = out / ".building.json"
+    marker = out / _MARKER
     names = set(list_folder(out))
-    if marker.name in names and Building.read(marker) != recipe:
-        raise DataError(
-            f"{out} holds an interrupted build of something else (other options, sources or codecs): "
-            "remove it, or give --out another folder"
-        )
+    if _MARKER in names or not create_json(marker, recipe.document()):
+        if Building.read(marker) != recipe:
+            raise DataError(
+                f"{out} holds an unfinished build of something else (other options, sources or codecs): "
+                "remove it, or give --out another folder"
+            )
     _remove(out, filter(_LEFTOVER.fullmatch, names))
-    if marker.name not in names:
-        recipe.write(marker)
     return names
+
+
+def require_marker(out: Path, building: str) -> None:
+    """Raise `DataError` unless OUT is still being built by this build, which has this digest."""
+    try:
+        if Building.read(out / _MARKER).digest == building:
+            return
+    except MissingDocument:
+        pass
+    raise DataError(
+        f"{out} is not being built by this command any more ({out / _MARKER} is gone, or of other options): let the "
+        "other build end, or give --out another folder"
+    )
 
 
 def write_rejected(out: Path, problems: Sequence[Problem]) -> None:
@@ -119,21 +136,44 @@ def write_rejected(out: Path, problems: Sequence[Problem]) -> None:
         write_csv(stream, ["key", "he", "ihc", "reason"], rows)
 
 
-def entry_path(tar: Path) -> Path:
-    """Where the entry of a remote shard lies until the manifest is there."""
+def _entry_path(tar: Path) -> Path:
     return tar.with_name(f".{tar.stem}.json")
 
 
-def is_finished(tar: Path, names: set[str]) -> bool:
-    """Whether a remote shard, its index and its entry are among the names that lie in OUT."""
-    return {tar.name, tar.with_suffix(".idx").name, entry_path(tar).name} <= names
+def write_entry(tar: Path, building: str, entry: Entry) -> None:
+    """Tell that this build has published a shard and its index."""
+    require_marker(tar.parent, building)
+    BuiltShard(building=building, entry=entry).write(_entry_path(tar))
+
+
+def has_entry(tar: Path, names: set[str]) -> bool:
+    """Whether a shard, its index and its entry are among the names that lie in OUT."""
+    return {tar.name, tar.with_suffix(".idx").name, _entry_path(tar).name} <= names
+
+
+def read_entry(tar: Path, building: str) -> Entry | None:
+    """The entry of a shard that this build finished before it was interrupted; None for any other.
+
+    Of a local one the digests are compared; one behind a url appeared whole, and is not downloaded.
+    """
+    try:
+        built = BuiltShard.read(_entry_path(tar))
+    except RemoteError:
+        raise
+    except DataError:
+        return None
+    entry, idx = built.entry, tar.with_suffix(".idx")
+    same = built.building == building and entry.file == tar.name
+    if same and not is_remote(tar):
+        same = sha256(tar) == entry.sha256 and sha256(idx) == entry.idx_sha256
+    return entry if same else None
 
 
 def finish(out: Path) -> None:
     """Remove what only an unfinished build needs; its marker last."""
     names = list_folder(out)
     _remove(out, (name for name in names if re.fullmatch(rf"\.{_SHARD}\.json", name)))
-    _remove(out, {".building.json"} & names.keys())
+    _remove(out, {_MARKER} & names.keys())
 
 
 def _remove(out: Path, names: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ A killed build goes on where it stopped (`lgd.data.building`). Pairs may lie beh
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -23,16 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lgd.data.archive import INDEX, Shard, is_whole, read_member, write_archive
+from lgd.data.archive import INDEX, Shard, read_member, write_archive
 from lgd.data.building import (
     Building,
-    BuiltShard,
     begin,
-    entry_path,
     finish,
-    is_finished,
+    has_entry,
     open_target,
+    read_entry,
+    require_marker,
     reused,
+    write_entry,
     write_rejected,
 )
 from lgd.data.duplicates import leave_out_duplicates, refuse_spellings
@@ -68,6 +70,7 @@ from lgd.data.sources import (
 from lgd.data.split import SPLITS, parse_split
 from lgd.errors import DataError, require
 from lgd.files import digest_of, exists, is_remote, place, sha256, upload, write_bytes
+from lgd.locks import exclusive
 from lgd.progress import progress
 
 __all__ = ["INDEX", "Shard", "ShardOptions", "build", "decode", "open_shards", "read_member"]
@@ -150,8 +153,10 @@ class ShardJob:
     extensions: dict[str, str]
     mpp: float | None
     threads: int
-    finished: bool
-    """Whether an interrupted build left it at its url, with its entry."""
+    building: str
+    """Digest of the build that it is of."""
+    left: bool
+    """Whether an interrupted build left it, with its entry."""
 
 
 Tick = Callable[[int], Any]
@@ -163,26 +168,34 @@ def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> tuple[Manif
 
     `map_jobs(function, jobs)` applies a function to every job, in any order and in any process; by default
     here. Raises `DataError` with the full list of unusable pairs, or for an OUT that holds something else, and
-    `ConfigError` for a split that these pairs do not have. One build at a time may write to OUT.
+    `ConfigError` for a split that these pairs do not have; while another process builds in a local OUT, `TakenError`
+    tells of it.
     """
     out = open_target(options.out)
-    sources, problems = _usable(options, map_jobs or map)
+    # A finished set is only read, and may lie where nothing can be written.
+    finished = exists(out / "manifest.json")
+    with contextlib.nullcontext() if finished else exclusive(out, "building shards"):
+        return _build(options, map_jobs or map, out, finished)
+
+
+def _build(options: ShardOptions, map_jobs: MapJobs, out: Path, finished: bool) -> tuple[Manifest, bool]:
+    sources, problems = _usable(options, map_jobs)
     rule = parse_split(options.split)
     samples = hide_levels(assign(sources, rule, options.salt, options.tile), options.labelled, options.salt)
     kept = options.encoding.extension
     he, ihc = (kept, kept) if kept else same_types(sources)
     extensions = Extensions.from_json({"hes": None, "he": he, "ihc": ihc})
     recipe = _recipe(options, sources, len(problems))
-    if exists(out / "manifest.json"):
+    if finished or exists(out / "manifest.json"):
         return reused(out, recipe), False
     names = begin(out, recipe)
     if problems:
         write_rejected(out, problems)
 
     of_split = _by_split(samples)
-    jobs = _jobs(options, of_split, extensions, out, names)
+    jobs = _jobs(options, of_split, extensions, out, names, recipe.digest)
     what = "build tiles" if options.tile else "build pairs"
-    entries = list(_with_progress(what, write_shard, jobs, len(samples), options, map_jobs or map))
+    entries = list(_with_progress(what, write_shard, jobs, len(samples), options, map_jobs))
     patches = as_patches([sample for some in of_split.values() for sample in some])
     write_bytes(out / FILE, patches)
     manifest = Manifest(
@@ -199,6 +212,7 @@ def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> tuple[Manif
         caveats=tuple(caveats(samples, rule)),
         splits={name: _describe_split(options, name, some, entries) for name, some in of_split.items()},
     )
+    require_marker(out, recipe.digest)
     manifest.write(out / "manifest.json")
     finish(out)
     return manifest, True
@@ -232,9 +246,14 @@ def _by_split(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def _jobs(
-    options: ShardOptions, of_split: dict[str, list[Sample]], extensions: Extensions, out: Path, names: set[str]
+    options: ShardOptions,
+    of_split: dict[str, list[Sample]],
+    extensions: Extensions,
+    out: Path,
+    names: set[str],
+    building: str,
 ) -> list[ShardJob]:
-    """One job a shard."""
+    """One job a shard; `names` lie in OUT."""
     jobs = []
     for name, samples in of_split.items():
         for start in range(0, len(samples), options.shard_size):
@@ -246,7 +265,8 @@ def _jobs(
                 extensions=extensions.by_role(),
                 mpp=options.known_mpp,
                 threads=options.threads,
-                finished=is_remote(out) and is_finished(path, names),
+                building=building,
+                left=has_entry(path, names),
             )
             jobs.append(job)
     return jobs
@@ -318,29 +338,28 @@ def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> 
 
 
 def write_shard(job: ShardJob, tick: Tick = nothing) -> Entry:
-    """Write one tar and its index, unless an interrupted build left both whole; return its manifest entry.
+    """Write one tar and its index, unless this build left both before it was interrupted; return its manifest entry.
 
     For a url they are written here first; the entry is published last. `tick(n)` is told of n pairs more.
     """
-    if job.finished:
+    entry = read_entry(job.path, job.building) if job.left else None
+    if entry:
         tick(len(job.samples))
-        return BuiltShard.read(entry_path(job.path)).entry
-    if not is_remote(job.path):
-        return _write_here(job, job.path, tick)
-    with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
-        local = Path(folder) / job.path.name
-        entry = _write_here(job, local, tick)
-        for suffix in (".tar", ".idx"):
-            upload(local.with_suffix(suffix), job.path.with_suffix(suffix))
-    BuiltShard(entry=entry).write(entry_path(job.path))
+        return entry
+    if is_remote(job.path):
+        with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
+            local = Path(folder) / job.path.name
+            entry = _write_here(job, local, tick)
+            for suffix in (".tar", ".idx"):
+                upload(local.with_suffix(suffix), job.path.with_suffix(suffix))
+    else:
+        entry = _write_here(job, job.path, tick)
+    write_entry(job.path, job.building, entry)
     return entry
 
 
 def _write_here(job: ShardJob, path: Path, tick: Tick) -> Entry:
-    if is_whole(path, len(job.samples), tuple(job.extensions)):
-        tick(len(job.samples))
-    else:
-        write_archive(path, _contents(job, tick), job.extensions)
+    write_archive(path, _contents(job, tick), job.extensions)
     return Entry(
         file=path.name,
         samples=len(job.samples),
@@ -356,3 +375,5 @@ def _contents(job: ShardJob, tick: Tick) -> Iterator[tuple[str, list[bytes]]]:
     for sample, contents in zip(job.samples, made, strict=True):
         yield sample.key, contents
         tick(1)
+    # Before the tar appears: a worker may outlive its command.
+    require_marker(job.path.parent, job.building)

@@ -31,7 +31,7 @@ def refuse_finished(task: Task, inputs: dict[str, Any], is_same: bool, overwrite
         return
     kind, made = task.field.partition(".")[0], read_finished(task)
     if made is None:
-        problem = f"what cannot be read as a {kind}, so nobody knows whether it is needed: "
+        problem = f"what cannot be read as a {kind}: "
     elif is_same:
         problem = f"the {kind} of this very run, finished: "
     elif made.inputs != digest_of(inputs):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from lgd.data.archive import is_whole, read_sample
+from lgd.data.archive import read_sample
 from lgd.data.image import decode, encode
 from lgd.data.manifest import open_shards
 from lgd.data.shards import ShardOptions, build
@@ -91,22 +91,3 @@ def test_a_student_reads_each_sample_at_once_and_stops_before_the_ihc(shards, mo
         assert reads[0][0] == int(index[1, 0]["offset"]) - 512
         assert reads[-1][1] == ends[2 if "ihc" in roles else 1 if roles else 0]
     file.close()
-
-
-@pytest.mark.parametrize("place", [0, 100, 520, -1, None])
-def test_a_damaged_shard_of_an_interrupted_build_is_not_whole(shards, tmp_path, place):
-    """A name, a mode and a content that changed, a cut end, and a lost index."""
-    path = tmp_path / "train-000000.tar"
-    path.with_suffix(".idx").write_bytes(shards[0].path.with_suffix(".idx").read_bytes())
-    content = bytearray(shards[0].path.read_bytes())
-    path.write_bytes(content)
-    samples, roles = shards[0].samples, shards[0].roles
-    assert is_whole(path, samples, roles) and not is_whole(path, samples + 1, roles)
-    if place is None:
-        path.with_suffix(".idx").unlink()
-    elif place == -1:
-        path.write_bytes(content[:place])
-    else:
-        content[place] ^= 1
-        path.write_bytes(content)
-    assert not is_whole(path, samples, roles)

@@ -175,7 +175,7 @@ def test_a_killed_build_goes_on(built, tmp_path):
     damaged[600] ^= 1
     (out / "train-000001.tar").write_bytes(damaged)
     untouched = (out / "train-000000.tar").stat().st_mtime_ns
-    with pytest.raises(DataError, match="interrupted build of something else"):
+    with pytest.raises(DataError, match="unfinished build of something else"):
         build(options(root, out, mpp=0.5))
     assert build(options(root, out, mpp=0.46)) == (manifest, True)
     assert contents(out) == contents(whole)
