@@ -71,7 +71,7 @@ def load_weights(folder: str | Path, build: Callable[[], Network], config: Model
         with open_checked(path, config.weights_sha256, None, remedy) as file:
             # The descriptor names the file that was checked, whatever has taken its place meanwhile.
             checked = Path(f"/dev/fd/{file.fileno()}")
-            compare_shapes(path, read_shapes(checked), shapes_of(draft))
+            compare_shapes(path, read_shapes(checked, name=path), shapes_of(draft))
             network = build()
             network.load_state_dict(load_tensors(checked))
     except OSError as error:

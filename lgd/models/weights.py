@@ -16,27 +16,31 @@ _QUANTISED = ("F4", "F6_", "F8_", "I8", "U8")
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read_shapes(path: Path) -> Shapes:
-    """The shapes of a file's tensors; `DataError` where it is no whole safetensors file, or not of plain numbers."""
+def read_shapes(path: Path, *, name: Path | None = None) -> Shapes:
+    """The shapes of a file's tensors; `DataError` where it is no whole safetensors file, or not of plain numbers.
+
+    `name` names the file in errors.
+    """
     from safetensors import SafetensorError, safe_open
 
+    name = name or path
     if not path.is_file():
-        raise DataError(f"{path} is missing: copy it again")
+        raise DataError(f"{name} is missing: copy it again")
     with open(path, "rb") as file:
         head = int.from_bytes(file.read(8), "little")
     if head > _MOST_HEAD:
-        raise DataError(f"{path} is no safetensors file, or damaged (its head states {head} bytes): copy it again")
+        raise DataError(f"{name} is no safetensors file, or damaged (its head states {head} bytes): copy it again")
     shapes: Shapes = {}
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                shapes[name] = tuple(part.get_shape())
+            for tensor in file.keys():  # noqa: SIM118
+                part = file.get_slice(tensor)
+                shapes[tensor] = tuple(part.get_shape())
                 kind = part.get_dtype()
                 if kind.startswith(_QUANTISED):
-                    raise DataError(f"{path}: tensor {name!r:.120} is quantised ({kind}): use float weights")
+                    raise DataError(f"{name}: tensor {tensor!r:.120} is quantised ({kind}): use float weights")
     except SafetensorError as error:
-        raise DataError(f"{path} is no safetensors file, or cut off ({error}): copy it again") from error
+        raise DataError(f"{name} is no safetensors file, or cut off ({error}): copy it again") from error
     return shapes
 
 

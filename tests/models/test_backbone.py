@@ -117,7 +117,6 @@ ODD = [
     {"hidden_size": None},
     {"num_attention_heads": 0},
     {"hidden_act": "evil"},
-    {"hidden_act": ["gelu"]},
     {"out_features": ["stage9"]},
     {"out_features": []},
     {"out_indices": [7]},
@@ -153,12 +152,12 @@ LARGE = [
 def test_networks_too_large_are_refused_before_any_memory_is_taken(kind, fields, field):
     new_backbone({"model_type": kind, **TINY[kind]})  # imports are not counted
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=f"larger than any encoder: more than 10,000,000,000 .* is {field}"):
         new_backbone({"model_type": kind, **fields})
-    seconds, (_, peak) = time.monotonic() - start, tracemalloc.get_traced_memory()
+    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seconds < 3 and peak < 20_000_000
+    assert seconds < 1 and peak < 20_000_000
 
 
 def test_the_largest_encoder_of_today_is_drafted():

@@ -104,10 +104,10 @@ BOMBS = [
 @pytest.mark.parametrize("fields", BOMBS, ids=lambda fields: str(fields)[:40])
 def test_absurd_networks_are_refused_by_the_name_of_the_field_at_once(fields):
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=f"field 'backbone': .*'{next(iter(fields))}'") as caught:
         spec_of(**fields)
-    seconds, (_, peak) = time.monotonic() - start, tracemalloc.get_traced_memory()
+    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds < 1 and peak < 10_000_000 and len(str(caught.value)) < 400
 
