@@ -17,7 +17,7 @@ from lgd.evaluate.sheet import Gallery
 from lgd.files import digest_of, read_json, write_json
 from lgd.stain.checks import NO_HE
 from lgd.store.index import build_index
-from lgd.store.latents import Store
+from lgd.store.latents import Store, as_levels
 from lgd.train.launch import train_under
 
 
@@ -50,7 +50,7 @@ def brute_force(store, vector, k):
                     "key": part.array("key")[row].decode(),
                     "slide": part.array("slide")[row].decode(),
                     "split": "train",
-                    "level": LEVEL_NAMES[part.array("level")[row]],
+                    "level": LEVEL_NAMES[as_levels(part.array("label")[row])],
                     "distance": 1 - cosine,
                 }
             )
@@ -77,13 +77,11 @@ def test_a_note_on_the_image_stands_in_its_answer_and_is_counted(tissue_run, ima
     for form in (["--json"], ["--csv"], []):
         assert main([*command, *form, str(images[0]), str(ihc)]) == 0
         out, err = capsys.readouterr()
-        assert err.splitlines()[-1] == f"1 of 2 queries: {NO_HE}"
+        assert f"1 of 2 queries: {NO_HE}" in err.splitlines()
         assert out.count(NO_HE) == (2 if form == ["--csv"] else 1)
         if form == ["--json"]:
-            assert {answer["image"]: answer["notes"] for answer in json.loads(out)} == {
-                str(images[0]): [],
-                str(ihc): [NO_HE],
-            }
+            notes = {answer["image"]: answer["notes"] for answer in json.loads(out)}
+            assert {image: NO_HE in some for image, some in notes.items()} == {str(images[0]): False, str(ihc): True}
 
 
 def test_more_neighbours_than_there_are_gives_all(scorer, store, images):
@@ -145,8 +143,8 @@ def test_a_store_without_an_index_is_told(tissue_run, scorer, images, tmp_path):
 def test_shards_that_moved_are_told_where_pictures_are_asked_for(tissue_run, tmp_path):
     shutil.copytree(tissue_run.latents.dir, tmp_path / "latents")
     store = Store(tmp_path / "latents")
-    sources = store.sources.model_copy(update={"shards": (str(tmp_path / "gone"),)})
-    sources.write(tmp_path / "latents" / "sources.json")
+    moved = store.sources.as_json() | {"shards": [str(tmp_path / "gone")]}
+    type(store.sources).from_json(moved).write(tmp_path / "latents" / "sources.json")
     with pytest.raises(DataError, match="gone, which is gone: put them back, or query without --sheet"):
         Gallery(store, 64)
 
@@ -203,7 +201,8 @@ def test_verify_knows_checkpoints_and_says_what_it_does_not_know(tissue_run, tmp
 def test_a_gallery_of_all_splits_finds_the_held_out_pair_too(tissue_run, scorer, images, tmp_path):
     shutil.copytree(tissue_run.latents.dir, tmp_path / "latents")
     whole = Store(tmp_path / "latents")
-    build_index(whole, "Flat", ["train", "val", "test"], recall=0.99, seed=0)
+    shards = open_shards(tissue_run.shard_dirs[0])[1]
+    build_index(whole, shards, "Flat", ["train", "val", "test"], recall=0.99, seed=0)
     (answer,) = query(scorer, whole, find_images([str(images[0])]), 48)
     assert {hit.split for hit in answer.hits} == {"train", "val", "test"}
     assert images[0].stem in {hit.key for hit in answer.hits}

@@ -183,7 +183,7 @@ def test_filters_that_leave_nothing(tmp_path, write_store):
 
 def test_an_index_of_another_state_is_told(tmp_path, write_store):
     write_store(tmp_path / "s", [("train", [("a", "s1", 0, [1, 0]), ("b", "s1", 1, [0, 1])])])
-    index = tmp_path / "s" / "index"
+    index = tmp_path / "s" / "index" / "teacher"
     kept = {path.name: path.read_bytes() for path in index.iterdir()}
     store = write_store(tmp_path / "s", [("train", [("a", "s1", 0, [1, 0]), ("b", "s1", 1, [1, 1])])])
     for name, content in kept.items():
