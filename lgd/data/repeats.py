@@ -48,7 +48,9 @@ def unlike_patches(
             digests = meta.sha256.as_json().items()
             stated |= {role: int.from_bytes(bytes.fromhex(digest or "")[:8], "little") for role, digest in digests}
         if wrong := [name for name, value in stated.items() if patches_n[row][name] != value]:
-            return [f"{shard.path}, row {row}, {meta.key}: {' and '.join(wrong)} in patches.npy is of another sample"]
+            return [
+                f"{shard.path}, row {row}, {meta.key}: its row of patches.npy is another sample's ({', '.join(wrong)})"
+            ]
     return []
 
 

@@ -235,7 +235,11 @@ def test_shards_of_one_size_that_changed_places_are_found_by_verify(out):
             problem.startswith(f"{out}/train-00000{number}.idx does not match its digest") for problem in problems
         )
         agree(out, f"train-00000{number}")
-    assert verify(out) == [f"{out}/train-000001.tar, row 0: key p0 is not sorted, it follows p5"]
+    assert verify(out) == [
+        f"{out}/train-000000.tar, row 0, p3: its row of patches.npy is another sample's (group, he, ihc)",
+        f"{out}/train-000001.tar, row 0: key p0 is not sorted, it follows p5",
+        f"{out}/train-000001.tar, row 0, p0: its row of patches.npy is another sample's (group, he, ihc)",
+    ]
 
 
 @pytest.mark.parametrize(

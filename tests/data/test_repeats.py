@@ -87,7 +87,7 @@ def one_file(stain, key, shard, row, other_stain, other, other_shard, other_row)
 def test_what_a_set_holds_twice_is_found(out, row, name, changes, told):
     images = {stain: virtual("png", changes[stain]) for stain in ("he", "ihc") if stain in changes}
     forge_sample(out, row, name, **{**changes, **images})
-    assert any("in patches.npy is of another sample" in problem for problem in verify(out))
+    assert any("its row of patches.npy is another sample's" in problem for problem in verify(out))
     repatch(out)
     assert sorted(verify(out)) == told
 
@@ -97,11 +97,11 @@ def test_patches_that_are_not_of_the_set_are_found(out):
     table["group"][1] = table["he"][3] = 5
     write_patches(out, table)
     assert verify(out) == [
-        f"{out}/train-000000.tar, row 1, p1: group in patches.npy is of another sample",
-        f"{out}/test-000000.tar, row 0, p3: he in patches.npy is of another sample",
+        f"{out}/train-000000.tar, row 1, p1: its row of patches.npy is another sample's (group)",
+        f"{out}/test-000000.tar, row 0, p3: its row of patches.npy is another sample's (he)",
     ]
     (out / FILE).write_bytes(b"")
-    assert len(verify(out)) == 1 and "patches.npy is not the manifest's" in verify(out)[0]
+    assert len(verify(out)) == 1 and "patches.npy has 0 bytes instead of" in verify(out)[0]
 
 
 @pytest.mark.parametrize("options", [{"tile": 24}, {"image": "jpeg:90"}])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lgd.cli import main
 from lgd.data.augment import d4
+from lgd.data.image import decode, encode
 from lgd.data.manifest import open_shards
 from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
@@ -103,11 +104,11 @@ def test_a_second_call_computes_nothing(copy):
 
 
 def test_a_changed_shard_redoes_its_own_part_only(copy, change, tissue, tmp_path):
-    """Another slide name in one patch's facts changes the bytes of one shard."""
+    """One patch that is turned changes the bytes of one shard."""
     root = tmp_path / "bci"
     shutil.copytree(tissue, root)
     first = sorted((root / "HE").rglob("*.png"))[0]
-    first.write_bytes(sorted((root / "HE").rglob("*.png"))[1].read_bytes())
+    first.write_bytes(encode(decode(first.read_bytes(), first.name)[::-1], "jpg"))
     split = {"slides": str(root / "truth.csv"), "split": "group:0.5,0.25,0.25"}
     build(ShardOptions(layout="bci", root=str(root), out=str(tmp_path / "s"), shard_size=8, mpp=0.46, **split))
     config = change(copy, data={"shards": [str(tmp_path / "s")]})
