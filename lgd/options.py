@@ -11,7 +11,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,9 @@ from lgd.config import Config
 from lgd.errors import ConfigError
 from lgd.files import read_first_bytes
 from lgd.plain_yaml import MOST_BYTES, YamlError, check_text, read_yaml
+from lgd.text import escape_text
 
+_UNIONS = (types.UnionType, typing.Union)
 _SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
 
 
@@ -34,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are `ConfigError`s, and which knows options by their whole names only."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(message)
+        raise ConfigError(escape_text(message, 1000))
 
     def check_names(self, args: Sequence[str]) -> None:
         """Raise `ConfigError` for an option that there is not, with the nearest."""
@@ -44,7 +46,7 @@ class Parser(argparse.ArgumentParser):
             if arg == "--":
                 return
             if name.startswith("--") and " " not in name and name not in known:
-                raise ConfigError(f"there is no option {name:.60}{_nearest_option(name, known)}")
+                raise ConfigError(f"there is no option {escape_text(name, 60)}{_nearest_option(name, known)}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ def _add_argument(parser: Any, flags: list[str], kind: Any, text: str, **options
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     metavar = "{" + ",".join(map(str, choices)) + "}" if choices else flags[0].rpartition(".")[2].strip("-").upper()
     options = {"default": argparse.SUPPRESS, "metavar": metavar} | options
-    parser.add_argument(*flags, type=functools.partial(_read_argument, kind), help=text.replace("%", "%%"), **options)
+    parser.add_argument(*flags, type=typed(kind), help=text.replace("%", "%%"), **options)
 
 
 @functools.cache
@@ -126,8 +128,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises `ConfigError` for an unknown key, a value of the wrong type or a broken cross-field rule.
     """
     parser = make_parser()
-    add_config_arguments(parser, default="" if path is None else str(path))
-    return config_of(parse(parser, overrides))
+    add_config_arguments(parser)
+    return config_of(parse(parser, [*([] if path is None else [f"--config={path}"]), *overrides]))
 
 
 def config_of(namespace: Namespace) -> Config:
@@ -165,7 +167,7 @@ def _given_fields(namespace: Namespace) -> dict[str, Any]:
 
 def _read_file(path: str) -> dict[str, dict[str, Any]]:
     """The sections and fields of a YAML file; `ConfigError` names it and the line of what `Config` has not."""
-    text = _read_text(path)
+    text, path = _read_text(path), escape_text(path)
     try:
         content, lines = read_yaml(text)
     except YamlError as error:
@@ -207,27 +209,34 @@ def _nearest_option(name: str, known: Iterable[str]) -> str:
 
 
 def _read_text(path: str) -> str:
+    name = escape_text(path)
     try:
+        check_text(path)
         content = read_first_bytes(path, MOST_BYTES + 1)
+    except YamlError as error:
+        raise ConfigError(f"--config {name}: {error}") from error
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read ({error.strerror or error}): name a YAML file") from error
+        raise ConfigError(f"--config {name} cannot be read ({error.strerror or error}): name a YAML file") from error
     if len(content) > MOST_BYTES:
-        raise ConfigError(f"--config {path} has more than {MOST_BYTES:,} bytes: name a YAML file of a run")
+        raise ConfigError(f"--config {name} has more than {MOST_BYTES:,} bytes: name a YAML file of a run")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no UTF-8 text: save it as such") from error
+        raise ConfigError(f"{name} is no UTF-8 text: save it as such") from error
+
+
+def typed(kind: Any) -> Callable[[str], Any]:
+    """An argparse type: text stays as it is where `kind` allows any, all else is read as YAML of that kind."""
+    return functools.partial(_read_argument, kind)
 
 
 def _read_argument(kind: Any, text: str) -> Any:
-    """An option's value: text stays as it is where its type allows any, all else is read as YAML."""
-    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-    is_text = any(one is str or isinstance((typing.get_args(one) or (0,))[0], str) for one in options)
-    has_list = any(typing.get_origin(one) is list for one in options)
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
+    words = [word for one in kinds if typing.get_origin(one) is Literal for word in typing.get_args(one)]
+    is_list = any(typing.get_origin(one) is list for one in kinds) and text.lstrip().startswith("[")
+    is_text = str in kinds or (words and all(isinstance(word, str) for word in words) and len(kinds) == 1)
     try:
-        if not is_text or (has_list and text.lstrip().startswith("[")):
-            return _as_type(kind, read_yaml(text).value)
-        return _as_type(kind, text)
+        return _as_type(kind, text if text in words or (is_text and not is_list) else read_yaml(text).value)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -255,7 +264,7 @@ def _describe(kind: Any) -> str:
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+    if typing.get_origin(kind) in _UNIONS:
         return " or ".join(map(_describe, arguments))
     if typing.get_origin(kind) is list:
         return "a list of texts, such as [train, val]"

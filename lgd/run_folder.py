@@ -149,7 +149,7 @@ def explain_overrides(config: Config | None) -> Iterator[None]:
         hints = list(_hints(config, str(error))) if config else []
         if not hints:
             raise
-        raise type(error)(f"{error} ({'; '.join(hints)})") from error
+        raise type(error)(*error.args[:-1], f"{error.args[-1]} ({'; '.join(hints)})") from error
 
 
 def _hints(config: Config, message: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import lgd
 from lgd.config import Config
 from lgd.errors import ConfigError, DataError
-from lgd.options import add_config_arguments, add_option_arguments, config_of, given_of
+from lgd.options import add_config_arguments, add_option_arguments, config_of, given_of, typed
 from lgd.tables import print_csv, print_table
 from lgd.text import print_json, print_lines
 from lgd.urls import place, place_output
@@ -141,7 +141,7 @@ def _images(parser: Any, nargs: str) -> None:
     parser.add_argument("--model", default="", help="folder of the student; or give --config")
     parser.add_argument(
         "--mpp",
-        type=float | Literal["unknown"] | None,
+        type=typed(float | Literal["unknown"] | None),
         default=None,
         help="micrometres per pixel of the images, or unknown; by default that of training patches of their size",
     )
