@@ -155,10 +155,10 @@ def config_of(namespace: Namespace) -> Config:
     return Config(**made).resolved()
 
 
-def given_of(namespace: Namespace, verb: str = "") -> Given:
-    """The fields of the run that a command line gave, and the files that it named."""
+def given_of(namespace: Namespace, verb: str = "", **own: Any) -> Given:
+    """The fields of the run that a command line gave, the files that it named, and the verb's `own` options."""
     files = {"config": list(namespace.config)} if namespace.config else {}
-    return Given(verb, files | _given_fields(namespace))
+    return Given(verb, files | {name: value for name, value in own.items() if value} | _given_fields(namespace))
 
 
 def _given_fields(namespace: Namespace) -> dict[str, Any]:

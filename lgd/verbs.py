@@ -97,7 +97,7 @@ def _stage(
             try:
                 with explain_overrides(config):
                     own = {flag: namespace[flag] for flag in flags or ()}
-                    table = getattr(pipeline, name)(config, given_of(namespace, verb), **own)
+                    table = getattr(pipeline, name)(config, given_of(namespace, verb, **own), **own)
             finally:
                 disconnect()
             if table:

@@ -152,12 +152,13 @@ def test_options_win_over_files_and_later_files_over_earlier(tmp_path):
     assert (config.data.size, config.data.threads, config.data.lanes, config.deepspeed) == (96, 3, 7, {"x": 1})
     parser = make_parser()
     add_config_arguments(parser)
-    given = given_of(parse(parser, args), "train")
+    given = given_of(parse(parser, args), "train", overwrite=True, prune=False)
     assert given.verb == "train"
     assert given.fields == {
         "config": [f"{tmp_path}/a.yaml", f"{tmp_path}/b.yaml"],
         "data.lanes": 7,
         "train.resume": "never",
+        "overwrite": True,
     }
 
 
