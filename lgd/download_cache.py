@@ -27,11 +27,10 @@ from lgd.urls import FULL
 DIGEST = "[0-9a-f]{64}|[0-9a-f]{32}"
 """SHA-256 or XXH3-128."""
 
+_REMEDY = "name a folder on a disk of the node's own in LGD_CACHE"
 _SUFFIX = r"\.[A-Za-z0-9]{1,16}"
 _COPY = re.compile(rf"lgd-(?:{DIGEST})(?:{_SUFFIX})?")
 _TEMPORARY = re.compile(rf"\.(?P<copy>{_COPY.pattern})\.(?P<size>[0-9]+)\.tmp")
-
-_LOCK_REMEDY = "name a folder on a disk of the node's own in LGD_CACHE"
 
 
 def open_cache() -> tuple[Path, int]:
@@ -80,18 +79,20 @@ def explain_errors(folder: Path, url: Path) -> Iterator[None]:
         ) from error
 
 
-def lock_copy(copy: Path) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def lock_copy(copy: Path) -> Iterator[None]:
     """The lock of one copy, for whoever adds or drops it."""
-    return hold_lock(_lock_path(copy), "downloading", remedy=_LOCK_REMEDY)
+    with hold_lock(_lock_path(copy), "downloading", remedy=_REMEDY):
+        yield
 
 
 def _lock_path(copy: Path) -> Path:
     return copy.with_name(f".{copy.name}.lock")
 
 
-def lock_room(folder: Path) -> contextlib.AbstractContextManager[None]:
+def lock_room(folder: Path) -> contextlib.AbstractContextManager[object]:
     """The lock of the cache's folder as a whole; held for moments only."""
-    return hold_lock(folder / ".lgd-room.lock", "making room", remedy=_LOCK_REMEDY)
+    return hold_lock(folder / ".lgd-room.lock", "making room", remedy=_REMEDY)
 
 
 def open_copy(copy: Path, size: int | None) -> BinaryIO | None:
@@ -158,7 +159,7 @@ def _abandoned(temporary: os.DirEntry[str], match: re.Match[str]) -> bool:
     """Remove what a killed download left: nobody holds its lock."""
     path = Path(temporary.path)
     lock = _lock_path(path.with_name(match["copy"]))
-    descriptor = try_lock(lock, _LOCK_REMEDY)
+    descriptor = try_lock(lock, _REMEDY)
     if descriptor is None:
         return False
     path.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from pydantic import Field
 from lgd.errors import DataError
 from lgd.files import explain_write_errors
 from lgd.records import Count, Line, Record, load_json
+from lgd.text import print_lines
 from lgd.urls import is_remote, place
 
 LOCK = ".lgd.lock"
@@ -124,7 +125,7 @@ def _acquire(path: Path, wait: bool, remedy: str) -> int:
             raise TakenError(f"{path.parent}: {_explain_taken(path, owner)}")
         if wait and waited > _QUIET_WAIT and not noted:
             noted = True
-            print(f"waiting for {path.parent}: {_explain_taken(path, owner)}", file=sys.stderr, flush=True)
+            print_lines(f"waiting for {path.parent}: {_explain_taken(path, owner)}", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 

@@ -107,8 +107,9 @@ def build_index(config: Config, given: Given | None = None) -> None:
 
 
 def train_student(config: Config, given: Given | None = None, overwrite: bool | None = None) -> None:
-    """Train the student, or reuse the one of the same shards, teacher, store and settings (`overwrite`: see
-    `train_under`).
+    """Train the student, or reuse the one of the same shards, teacher, store and settings.
+
+    `overwrite`: see `train_under`.
     """
     from lgd.models.export import read_student_config
     from lgd.train.launch import train_under
@@ -135,7 +136,7 @@ def evaluate(config: Config, given: Given | None = None) -> str:
     from lgd.store.latents import Store
 
     begin("report", "evaluate", config)
-    # Asked for before the scoring, which can take hours.
+    # Locked before the scoring, which can take hours.
     with stage("report") as told, exclusive(config.report.dir, "evaluating"):
         refuse_overlaps(config.shard_dirs)
         shards = [shard for shard in all_shards(config) if shard.split == config.report.split]

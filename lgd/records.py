@@ -73,6 +73,12 @@ class Document(Record):
         """SHA-256 of format and fields, in canonical JSON."""
         return digest_of({"format": self.FORMAT, **self.as_json()})
 
+    def model_copy(self, **changes: Any) -> Self:
+        """A changed copy, with a digest of its own."""
+        copy = super().model_copy(**changes)
+        copy.__dict__.pop("digest", None)
+        return copy
+
     def document(self) -> dict[str, Any]:
         """What lies on disk."""
         return {"format": self.FORMAT, **self.as_json(), "digest": self.digest}

@@ -82,9 +82,14 @@ def record(config: Config, stage: str, facts: Facts, folder: str = "", given: Gi
         RunDocument(stages=stages | {stage: (*others, entry)}).write(at / _RUN)
 
 
-def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """The lock of a run's folder, which is made; at a url there is none."""
-    return contextlib.nullcontext() if is_remote(folder) else hold_lock(folder / f".{_RUN}.lock", "recording a stage")
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, which is made; at a url there is none."""
+    if is_remote(folder):
+        yield
+        return
+    with hold_lock(folder / f".{_RUN}.lock", "recording a stage"):
+        yield
 
 
 def _read_stages(config: Config) -> dict[str, tuple[Stage, ...]]:
@@ -149,7 +154,8 @@ def explain_overrides(config: Config | None) -> Iterator[None]:
         hints = list(_hints(config, str(error))) if config else []
         if not hints:
             raise
-        raise type(error)(*error.args[:-1], f"{error.args[-1]} ({'; '.join(hints)})") from error
+        *lines, last = map(str, error.args or (error,))
+        raise type(error)(*lines, f"{last} ({'; '.join(hints)})") from error
 
 
 def _hints(config: Config, message: str) -> Iterator[str]:

@@ -44,6 +44,10 @@ def test_what_was_written_reads_back(tmp_path):
     assert list(json.loads((tmp_path / "a.json").read_text()))[0] == "format"
 
 
+def test_a_changed_copy_has_another_digest():
+    assert GOOD.digest != GOOD.model_copy(update={"rows": 4}).digest
+
+
 def test_a_missing_document_is_told_with_what_to_run(tmp_path):
     with pytest.raises(MissingDocument, match="a.json is missing: run lgd example$"):
         Example.read(tmp_path / "a.json")

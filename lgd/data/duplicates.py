@@ -41,7 +41,9 @@ def refuse_spellings(pairs: Sequence[PatchPair], where: str) -> None:
     slides = "a slide is" if len(several) == 1 else f"{len(several)} slides are"
     raise DataError(
         f"{slides} written in more than one way: write it in one way {column}, or rename one where they are different "
-        "slides:\n" + "\n".join(lines + more)
+        "slides:",
+        *lines,
+        *more,
     )
 
 

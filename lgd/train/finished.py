@@ -30,19 +30,17 @@ def refuse_finished(task: Task, inputs: dict[str, Any], is_same: bool, overwrite
     if overwrite or not exists(task.folder / "config.json") or not exists(task.folder / "model.safetensors"):
         return
     kind, made = task.field.partition(".")[0], read_finished(task)
-    if made is None:
-        problem = f"what cannot be read as a {kind}: "
-    elif is_same:
-        problem = f"the {kind} of this very run, finished: "
-    elif made.inputs != digest_of(inputs):
-        problem = f"a finished {kind} of other inputs:\n{_format_diff(task, made.inputs, inputs)}\n"
-    else:
-        # Its weights are damaged.
-        return
     remedy = f"give --overwrite to replace it, or name another folder as {task.field}"
     if overwrite is None:
         remedy = f"remove {task.folder}, or name another folder as run.dir"
-    raise DataError(f"{task.folder} holds {problem}{remedy}")
+    if made is None:
+        raise DataError(f"{task.folder} holds what cannot be read as a {kind}: {remedy}")
+    if is_same:
+        raise DataError(f"{task.folder} holds the {kind} of this very run, finished: {remedy}")
+    # Of the same inputs it is damaged.
+    if made.inputs != digest_of(inputs):
+        difference = _format_diff(task, made.inputs, inputs)
+        raise DataError(f"{task.folder} holds a finished {kind} of other inputs:", *difference, remedy)
 
 
 def discard_checkpoints(task: Task, inputs: dict[str, Any]) -> None:
@@ -61,8 +59,8 @@ def _inputs_of(task: Task, digest: str) -> dict[str, Any] | None:
     return None
 
 
-def _format_diff(task: Task, digest: str, inputs: dict[str, Any]) -> str:
+def _format_diff(task: Task, digest: str, inputs: dict[str, Any]) -> list[str]:
     made = _inputs_of(task, digest)
     if made is None:
-        return f"  its checkpoints, which would tell the difference, are not in {task.folder / 'checkpoints'}"
-    return "\n".join(told_differences(made, inputs, "in the folder"))
+        return [f"  its checkpoints, which would tell the difference, are not in {task.folder / 'checkpoints'}"]
+    return told_differences(made, inputs, "in the folder")
