@@ -14,10 +14,11 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from lgd.config import Config
 from lgd.data.shards import Shard, open_shards
@@ -30,20 +31,56 @@ from lgd.evaluate.compare import pooled_latents
 from lgd.evaluate.embeddings import explained_by_levels
 from lgd.evaluate.markdown import shown
 from lgd.evaluate.predict import load_scorer, score_shards
-from lgd.files import exists, place, publish, read_json, write_bytes, write_json
+from lgd.files import exists, place, publish, write_bytes
 from lgd.markup import code_block, list_items, markdown_table
 from lgd.metrics import Predictions
 from lgd.models.export import read_student_config, read_teacher_config
 from lgd.models.teacher import load_teacher
+from lgd.records import Count, Document, Line, Many, Record, Sha256
 from lgd.run_folder import command
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
 
-FORMAT = "lgd-ablation/1"
 METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accuracy": "accuracy"}
 OURS, LEAST, MOST = "LGD-Net", "H&E only", "IHC teacher"
 ONCE = {MOST: "teacher.npz", COLOUR: "colour-only.npz"}
 """The rows of one training, whatever the number of seeds, and where their answers are kept."""
+
+
+class Estimate(Record):
+    """A value with its 95 % interval; None where there is none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Compared(Record):
+    """A metric of a row of the table."""
+
+    mean: Estimate
+    lgd_minus: Estimate | None
+
+
+class AblationDocument(Document):
+    """ablation.json."""
+
+    FORMAT: ClassVar[str] = "lgd-ablation/2"
+    ABSENT: ClassVar[str] = "run lgd ablate first"
+    REMEDY: ClassVar[str] = "run lgd ablate again"
+
+    seeds: Annotated[int, Field(ge=1)]
+    resamples: Annotated[int, Field(ge=1)]
+    patches: Count
+    groups: Count
+    rows: dict[Line, dict[Line, Compared]]
+    gap_closed: dict[Line, Estimate]
+    caveats: Many[Line]
+    explained_by_levels: float | None
+    command: Line
+    shards: Many[Sha256]
+    teacher: Sha256
+
 
 CORE: dict[str, dict[str, Any]] = {
     LEAST: {"method": "he-only"},
@@ -167,7 +204,7 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
         "shards": [manifest.digest for manifest in manifests],
         "teacher": read_teacher_config(config.teacher.dir).weights_sha256,
     }
-    write_json(folder / "ablation.json", document)
+    AblationDocument.from_json(document).write(folder / "ablation.json")
     text = summary(document)
     write_bytes(folder / "ablation.md", text.encode())
     return text
@@ -236,15 +273,7 @@ def _kept(at: Path, name: str) -> tuple[Predictions, str]:
 
 def read_table(run: Path) -> dict[str, Any]:
     """What `ablate` left of a run: its ablation.json; `DataError` where there is none."""
-    path = run / "ablation" / "ablation.json"
-    remedy = f"run lgd ablate --run.dir {run} first"
-    try:
-        table = read_json(path)
-    except DataError as error:
-        raise DataError(f"{error}: {remedy}") from error
-    if table.get("format") != FORMAT:
-        raise DataError(f"{path} is no table of lgd ablate (format {table.get('format')!r}): {remedy}")
-    return dict(table)
+    return AblationDocument.read(run / "ablation" / "ablation.json").as_json()
 
 
 def read_answers(run: Path) -> dict[str, list[Predictions]]:
@@ -262,7 +291,6 @@ def compare(rows: dict[str, list[Predictions]], resamples: int, seed: int) -> di
     """Scores of each row, its difference to LGD-Net, and the share of the gap to the teacher that LGD-Net closes."""
     ours = rows[OURS]
     return {
-        "format": FORMAT,
         "seeds": len(ours),
         "resamples": resamples,
         "patches": int((ours[0].level >= 0).sum()),

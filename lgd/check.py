@@ -1,14 +1,17 @@
 """What lies in a folder or at a url, and everything that is wrong with it: `lgd verify`."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lgd.errors import ConfigError, DataError
 from lgd.files import exists
 from lgd.progress import progress
+from lgd.urls import place
 
 
 def check(folder: Path, reencode: int = 0, teacher: str = "") -> tuple[str, list[str], list[str]]:
-    """What lies in `folder` (a shard folder, a feature store, a checkpoint), its problems, and what else to tell.
+    """What lies in `folder` (a shard folder, a feature store, a checkpoint, a network, a run), its problems, and what
+    else to tell.
 
     `reencode`: rows of a store whose teacher and targets are run again; `teacher`: where it is, if not where it was.
     Raises `DataError` for a folder of something else, and `ConfigError` for `reencode` of anything but a store.
@@ -25,8 +28,13 @@ def check(folder: Path, reencode: int = 0, teacher: str = "") -> tuple[str, list
         from lgd.train.checkpoint import problems
 
         return "checkpoint", problems(folder), []
+    if exists(folder / "run.json") or exists(folder / "config.yaml"):
+        return "run", *_check_run(folder)
+    if exists(folder / "config.json"):
+        return _check_network(folder)
     raise DataError(
-        f"{folder} is no shard folder (manifest.json), no feature store (store.json) and no checkpoint (state.json)"
+        f"{folder} is no shard folder (manifest.json), no feature store (store.json), no checkpoint (state.json), no "
+        "trained network (config.json) and no run (run.json)"
     )
 
 
@@ -52,3 +60,48 @@ def _check_store(folder: Path, reencode: int, teacher: str) -> tuple[list[str], 
         for name, numbers in found.differences.items()
     ]
     return found.problems(store), told
+
+
+def _check_network(folder: Path) -> tuple[str, list[str], list[str]]:
+    """A teacher or a student, which is built and given its weights, and its checkpoints."""
+    from lgd.models.description import TeacherConfig, read_kind
+    from lgd.models.student import load_student
+    from lgd.models.teacher import load_teacher
+    from lgd.train import checkpoint
+
+    kind = read_kind(folder / "config.json")
+    load: Callable[[Path], object] = load_teacher if kind is TeacherConfig else load_student
+    problems = []
+    try:
+        load(folder)
+    except DataError as error:
+        problems.append(str(error))
+    for path in checkpoint.complete(folder / "checkpoints"):
+        problems += checkpoint.problems(path)
+    return "teacher" if kind is TeacherConfig else "student", problems, []
+
+
+def _check_run(folder: Path) -> tuple[list[str], list[str]]:
+    """Everything that a run's stages made, and what they were made of."""
+    problems, told = [], []
+    for path in _folders_of_run(folder):
+        try:
+            what, found, _ = check(path)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        problems += found
+        told.append(f"{what} {path}: {f'{len(found)} problem(s)' if found else 'no problems'}")
+    return problems, told
+
+
+def _folders_of_run(folder: Path) -> Iterator[Path]:
+    """Shards, teacher, store and networks of a run, each once."""
+    from lgd.options import load_config
+    from lgd.run_document import RunDocument
+
+    config = load_config(folder / "config.yaml")
+    stages = RunDocument.read(folder / "run.json").stages
+    made = [stage.folder for name in ("train-teacher", "cache-latents", "train") for stage in stages.get(name, ())]
+    for path in dict.fromkeys([*config.shard_dirs, *made]):
+        yield place(path)

@@ -257,7 +257,7 @@ def _export(parser: Any) -> Run:
 
 
 def _verify(parser: Any) -> Run:
-    parser.add_argument("folder", help="a shard folder, a feature store (or the url of one) or a checkpoint")
+    parser.add_argument("folder", help="a run, shards, a feature store, a trained network or a checkpoint")
     parser.add_argument("--reencode", type=int, default=0, help="rows of a store to run the teacher on again")
     parser.add_argument("--teacher", default="", help="folder of the teacher, if it is not where it was")
 
@@ -348,7 +348,7 @@ VERBS: dict[str, tuple[str, Callable[[Any], Run]]] = {
     "predict": ("HER2 level and probabilities of H&E images", _predict),
     "query": ("the nearest IHC latents of H&E images or of stored patches", _query),
     "export-latents": ("write a store's latents in TRIDENT's HDF5 layout, for other tools", _export),
-    "verify": ("check a shard folder, a feature store or a checkpoint end to end", _verify),
+    "verify": ("check a run, or its shards, store, networks or checkpoints, end to end", _verify),
     "ablate": ("LGD-Net beside its controls and without its parts, over several seeds", _ablate),
     "doctor": ("what this machine has and lacks", _doctor),
     "bench": ("how fast the parts are, as ratios against a bare loop or a peer", _bench),

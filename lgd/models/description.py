@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lgd.data.manifest import HER2, UNKNOWN, Manifest, Shape, Target, count_labels
 from lgd.data.meta import Text
+from lgd.errors import DataError
+from lgd.files import read_json
 from lgd.models.spec import EncoderSpec
 from lgd.records import Count, Document, Line, Many, Record, Sha256
 
@@ -111,6 +114,16 @@ class StudentConfig(ModelConfig):
     def teacher_sha256(self) -> str | None:
         """Weights of the teacher that it was taught by."""
         return self.teachers[0].weights_sha256 if self.teachers else None
+
+
+def read_kind(path: Path) -> type[ModelConfig]:
+    """Whether a config.json describes a teacher or a student; `DataError` where it describes neither."""
+    found = read_json(path)
+    kinds: dict[str, type[ModelConfig]] = {"teacher": TeacherConfig, "student": StudentConfig}
+    kind = found.get("kind") if isinstance(found, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        raise DataError(f"{path}: field kind is {kind!r:.80}, and should be teacher or student: {_COPY}")
+    return kinds[kind]
 
 
 def describe_training(manifests: Sequence[Manifest]) -> Training:

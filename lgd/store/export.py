@@ -20,24 +20,37 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from lgd.data.manifest import open_shards
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
-from lgd.files import exists, list_folder, place, read_json, remove, write_bytes, write_json
+from lgd.files import exists, list_folder, place, remove, write_bytes
+from lgd.records import Document, Line, Many, Sha256
 from lgd.store.latents import Store, as_levels
 from lgd.store.parts import Part
 from lgd.text import print_lines
 from lgd.urls import place_output
 
-FORMAT = "lgd-export/1"
-
 _SAFE = re.compile("[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,99}")
 """A slide's name that may be a file's as it is."""
 _TILE = re.compile(r"(.+)_y(\d+)_x(\d+)")
+
+
+class ExportDocument(Document):
+    """export.json."""
+
+    FORMAT: ClassVar[str] = "lgd-export/2"
+    ABSENT: ClassVar[str] = "it is no export"
+    REMEDY: ClassVar[str] = "name another folder as --out"
+
+    store: Sha256
+    teacher: Sha256
+    splits: Line
+    files: Many[Annotated[str, Field(pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,99}\.h5$")]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +97,7 @@ def export(options: ExportOptions) -> list[dict[str, Any]]:
     for stale in _claimed(out, files.values()):
         remove(out / stale)
     facts = {"store": store.digest, "teacher": store.recipe.teacher.weights_sha256, "splits": ",".join(asked)}
-    write_json(out / "export.json", {"format": FORMAT, **facts, "files": sorted(files.values())})
+    ExportDocument(files=tuple(sorted(files.values())), **facts).write(out / "export.json")  # type: ignore[arg-type]
     rows = [_write(out / files[group], group, patches, facts) for group, patches in groups.items()]
     unknown = sum(not row["coords_known"] for row in rows)
     if unknown:
@@ -133,14 +146,8 @@ def _claimed(out: Path, files: Iterable[str]) -> list[str]:
     there = [name for name in list_folder(out) if not (name.startswith(".") and name.endswith(".tmp"))]
     ours: set[str] = set()
     if "export.json" in there:
-        try:
-            document = read_json(out / "export.json")
-            if document["format"] != FORMAT:
-                raise ValueError(f"field format is {document['format']!r:.80}")
-            # An export.json from elsewhere must not have other files removed.
-            ours = {name for name in document["files"] if name.endswith(".h5") and _SAFE.fullmatch(name[:-3])}
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{out / 'export.json'} is of no export ({error}): name another folder as --out") from error
+        # An export.json from elsewhere must not have other files removed.
+        ours = set(ExportDocument.read(out / "export.json").files)
     strangers = [name for name in there if name not in ours and name != "export.json"]
     if strangers:
         raise DataError(f"{out} holds something else than an export ({strangers[0]}): name another folder as --out")

@@ -10,8 +10,9 @@ from lgd.cli import main
 from lgd.data.manifest import open_shards
 from lgd.data.shards import ShardOptions, build
 from lgd.errors import ConfigError, DataError
+from lgd.files import digest_of
 from lgd.store.cache import cache_latents
-from lgd.store.export import ExportOptions, Patch, export, file_name, places
+from lgd.store.export import ExportDocument, ExportOptions, Patch, export, file_name, places
 from lgd.store.latents import Store
 
 
@@ -128,12 +129,13 @@ def test_an_export_json_from_elsewhere_removes_nothing(tissue_run, tmp_path):
     out, kept = tmp_path / "out", tmp_path / "kept.h5"
     out.mkdir()
     kept.write_bytes(b"years of work")
-    (out / "export.json").write_text(json.dumps({"format": "lgd-export/1", "files": ["../kept.h5", "a/b.h5"]}))
-    export(ExportOptions(store=tissue_run.latents.dir, out=str(out)))
-    assert kept.read_bytes() == b"years of work"
-    (out / "export.json").write_text("{}")
-    with pytest.raises(DataError, match=r"export\.json is of no export"):
-        export(ExportOptions(store=tissue_run.latents.dir, out=str(out)))
+    facts = {"format": ExportDocument.FORMAT, "store": "0" * 64, "teacher": "0" * 64, "splits": "train"}
+    forged = facts | {"files": ["../kept.h5", "a/b.h5"]}
+    for content in (json.dumps(forged | {"digest": digest_of(forged)}), "{}"):
+        (out / "export.json").write_text(content)
+        with pytest.raises(DataError, match=r"export\.json: field .*: name another folder as --out"):
+            export(ExportOptions(store=tissue_run.latents.dir, out=str(out)))
+        assert kept.read_bytes() == b"years of work"
 
 
 def test_mistakes_are_told(tissue_run, tmp_path):
