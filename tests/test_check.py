@@ -1,6 +1,7 @@
 """`lgd verify` of networks and whole runs; of shards, stores and checkpoints their own tests tell."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from lgd.check import check
 from lgd.errors import DataError
 from lgd.files import digest_of
+from lgd.models.export import read_student_config
+from lgd.train.checkpoint import State
 
 
 @pytest.fixture
@@ -52,24 +55,15 @@ def test_an_odd_field_of_a_network_is_named(student, field, value):
     path = student / "config.json"
     fields = {name: old for name, old in json.loads(path.read_text()).items() if name != "digest"} | {field: value}
     path.write_text(json.dumps(fields | {"digest": digest_of(fields)}))
-    with pytest.raises(DataError, match=f"config.json.*{field}") if field == "kind" else _nothing():
+    try:
         _, problems, _ = check(student)
-        assert len(problems) == 1 and "config.json" in problems[0] and field in problems[0]
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
+    except DataError as error:
+        problems = [str(error)]
+    assert len(problems) == 1 and "config.json" in problems[0] and field in problems[0]
 
 
 @pytest.mark.faults
 def test_every_flipped_bit_of_a_network_s_and_a_checkpoint_s_document_is_caught(student, fault_count):
-    import random
-
-    from lgd.models.export import read_student_config
-    from lgd.train.checkpoint import State
-
     dice = random.Random(0)
     state = next(student.glob("checkpoints/*/state.json"))
     for path, read in (

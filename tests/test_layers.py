@@ -24,7 +24,7 @@ train.launch
 evaluate.notes evaluate.scale evaluate.predict evaluate.colour evaluate.robustness evaluate.figures
 evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
 evaluate.compare evaluate.markdown evaluate.caveats evaluate.slides evaluate.report evaluate.seeds
-doctor check run_document run_folder ablate pipeline
+doctor run_document run_folder check ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query
 bench.training bench.engine bench.cached bench.scale bench.staining bench.efficiency bench.suite

@@ -6,6 +6,7 @@ parts in hand as caching has.
 """
 
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,25 +46,27 @@ def writing(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tup
     batches = list(_added(max(1, round(settings.part_mb * 1e6 / row))))
     rows = sum(len(batch["key"]) for batch in batches)
     shards = [shard_of(folder, number, rows) for number in range(_PARTS)]
-    parts = [folder / "parts" / layer / f"{part_name(shard)}.h5" for shard in shards for layer in (PATCHES, TEACHER)]
-    raws = [folder / f"raw-{number}" for number in range(_PARTS)]
+    layers = (PATCHES, TEACHER)
+    parts = [[folder / "parts" / layer / f"{part_name(shard)}.h5" for layer in layers] for shard in shards]
+    raws = [[folder / f"raw-{number}-{layer}" for layer in layers] for number in range(_PARTS)]
 
     def write_part(shard: Shard) -> None:
         with shard_writer(folder, shard, RECIPE) as writer:
             for batch in batches:
                 writer.add(batch)
 
-    def write_raw(path: Path) -> None:
-        with open(path, "wb", buffering=0) as file:
-            file.write(content)
-            os.fsync(file.fileno())
+    def write_raw(paths: Sequence[Path]) -> None:
+        for path, content in zip(paths, contents, strict=True):
+            with open(path, "wb", buffering=0) as file:
+                file.write(content)
+                os.fsync(file.fileno())
 
     def in_hand(write: Callable[[Any], None], files: Sequence[Any]) -> Rate:
         def work() -> int:
             # As caching has them.
             with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
                 list(pool.map(write, files))
-            return len(files) * len(content)
+            return len(files) * sum(map(len, contents))
 
         return timed(work)
 
@@ -77,32 +80,34 @@ def writing(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tup
         # Memory that has long been free costs a virtual machine's host faults, up to three times the time of a raw
         # write: both sides find memory that was freed just now.
         bare()
-        for raw in raws:
+        for raw in itertools.chain.from_iterable(raws):
             raw.unlink()
         rate = side()
         for file in files:
             file.unlink()
         return rate
 
-    content = b""
+    contents: list[bytes] = []
     ours()
-    content = parts[0].read_bytes()
+    contents = [path.read_bytes() for path in parts[0]]
     bare()
-    assert all(raw.stat().st_size == part.stat().st_size for raw, part in zip(raws, parts, strict=True))
+    written, copied = list(itertools.chain.from_iterable(parts)), list(itertools.chain.from_iterable(raws))
+    assert all(raw.stat().st_size == part.stat().st_size for raw, part in zip(copied, written, strict=True))
+    size = sum(map(len, contents))
     ratio = alternate(
         "store-write",
-        f"parts of {len(content) / 1e6:.0f} MB, {SHARDS_AT_ONCE} in hand, hashed and flushed / raw write + fsync",
+        f"parts of {size / 1e6:.0f} MB a shard, {SHARDS_AT_ONCE} in hand, hashed and flushed / raw write + fsync",
         0.85,
-        lambda: removed(ours, [*parts, *(part.with_suffix(".json") for part in parts)]),
-        lambda: removed(bare, raws),
+        lambda: removed(ours, [*written, *(part.with_suffix(".json") for part in written)]),
+        lambda: removed(bare, copied),
         settings.rounds,
         tell,
     )
     facts = {
         "parts_a_round": _PARTS,
         "rows_a_part": rows,
-        "bytes_a_part": len(content),
-        "ms_a_part_alone": alone(raws[0], content),
+        "bytes_a_part": size,
+        "ms_a_part_alone": alone(copied[0], b"".join(contents)),
     }
     return ratio, facts
 
