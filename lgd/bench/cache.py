@@ -7,7 +7,6 @@ and writes nothing. Whole patches and tiles of a quarter of their side are measu
 
 import functools
 import itertools
-import json
 import queue
 import shutil
 import threading
@@ -34,7 +33,8 @@ from lgd.models.teacher import load_teacher, new_teacher
 from lgd.options import load_config
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.cache import SHARDS_AT_ONCE, Cacher
-from lgd.store.sidecar import part_name
+from lgd.store.recipe import PATCHES, TEACHER
+from lgd.store.sidecar import part_name, read_sidecar
 from lgd.store.supervision import recipe_of
 
 MARK = 0.95
@@ -162,15 +162,16 @@ def compare(bare: Bare, shards: Sequence[Shard]) -> int:
     """Compare the parts that were cached last with the bare loop's rows, bit for bit; returns how many rows."""
     batches = iter(bare.batches)
     for shard in shards:
-        folder = Path(bare.config.latents.dir) / "parts"
-        name = part_name(shard)
-        datasets = json.loads((folder / f"{name}.json").read_text())["datasets"]
-        whole = (folder / f"{name}.h5").read_bytes()
         found = [bare.rows(next(batches)) for _ in range(0, shard.samples, BATCH)]
+        there: dict[str, np.ndarray] = {}
+        for layer in (PATCHES, TEACHER):
+            folder, name = Path(bare.config.latents.dir) / "parts" / layer, part_name(shard)
+            whole = (folder / f"{name}.h5").read_bytes()
+            for field, entry in read_sidecar(folder, name).datasets.items():
+                there[field] = np.ndarray(entry.shape, entry.dtype, whole, entry.offset)
         for field in found[0]:
-            entry, wanted = datasets[field], np.concatenate([rows[field] for rows in found])
-            there = np.ndarray(entry["shape"], entry["dtype"], whole, entry["offset"])
-            assert np.array_equal(there, wanted), f"{shard.name}: {field} is not what the bare loop computes"
+            wanted = np.concatenate([rows[field] for rows in found])
+            assert np.array_equal(there[field], wanted), f"{shard.name}: {field} is not what the bare loop computes"
     return sum(shard.samples for shard in shards)
 
 

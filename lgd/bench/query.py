@@ -194,7 +194,7 @@ def _filters(searcher: Searcher, exact: Any, order_n: np.ndarray, queries_nD: np
     faiss = import_faiss()
     found = {}
     slide = searcher.table["slide"][0]
-    for name, allowed in (("a level", searcher.table["level"] == 1), ("a slide", searcher.table["slide"] == slide)):
+    for name, allowed in (("a level", searcher.table["label"] == 1), ("a slide", searcher.table["slide"] == slide)):
         k = min(10, int(allowed.sum()))
         if k == 0:
             continue

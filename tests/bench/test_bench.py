@@ -17,6 +17,7 @@ from lgd.bench.measure import Rate, Ratio, Settings, alternate, cpu_seconds, pin
 from lgd.bench.suite import BENCHMARKS, bench, rows, summary
 from lgd.cli import main
 from lgd.errors import ConfigError, DataError
+from lgd.store.search import IndexDocument
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,7 @@ def test_cpu_time_counts_living_children():
 
 
 def test_the_drawn_latents_are_clustered_and_their_store_is_whole(tmp_path):
-    store = query.make_store(tmp_path, 450)
+    store, _ = query.make_store(tmp_path, 450)
     assert store.verify() == [] and {part.split: part.rows for part in store.parts} == {"train": 450, "val": 1000}
     pooled = store.parts[0].array("pooled")[:, 0].astype(np.float64)
     assert [len(np.unique(store.parts[number].array("slide"))) for number in (0, 1)] == [3, 5]
@@ -229,7 +230,7 @@ def test_the_recall_is_the_best_at_the_speed():
 
 def test_the_extrapolation_follows_its_rules():
     document = {"rows": 10**6, "factory": "IVF4000,SQfp16", "seconds": {"train": 100.0, "add": 50.0}}
-    rows = query.extrapolation(document, 60)["rows"]
+    rows = query.extrapolation(IndexDocument.model_construct(**document), 60)["rows"]
     assert [row["rows"] for row in rows] == [10**power for power in range(3, 10)]
     million = rows[3]
     assert million["factory"] == "IVF4000,SQfp16" and million["build_hours"] == pytest.approx(150 / 3600)
