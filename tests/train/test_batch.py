@@ -30,7 +30,7 @@ def eight_views(tissue_run, change, tmp_path_factory):
     latents = {"dir": str(tmp_path_factory.mktemp("views")), "views": 8}
     config = change(tissue_run, latents=latents)
     shards = [shard for shard in open_shards(config.shard_dirs[0])[1] if shard.split == "train"]
-    store, _ = cache_latents(config, shards, workers=0)
+    store = cache_latents(config, shards, workers=0).store
     return config, Reader(shards, ("he",), 64), Rows(store.parts_of(shards))
 
 
