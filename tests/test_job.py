@@ -177,7 +177,7 @@ def test_the_readme_s_commands_elsewhere_are_runs():
 @pytest.mark.parametrize(
     ("folder", "told"),
     [
-        ("{tmp_path}/nothing", "holds no finished shard set; run lgd build-shards"),
+        ("{tmp_path}/nothing", "it is no finished shard set; run lgd build-shards"),
         ("runs/nothing", "run.dir is runs/nothing, and a job of Ray works in a copy of your folder that is deleted"),
     ],
 )

@@ -9,7 +9,7 @@ from lgd.errors import DataError
 from lgd.evaluate import compare
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.evaluate.ranking import average_precision, own_ranks
-from lgd.store.latents import Store, read_all
+from lgd.store.latents import Store, as_levels, read_all
 from lgd.train.launch import train_under
 from lgd.train.loop import split_shards
 
@@ -56,7 +56,7 @@ def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers):
     predictions, pooled = scored[0]
     ranks = own_ranks(pooled, own, np.arange(20))
     assert found["embeddings"][0]["own_pair"]["median_rank"] == np.median(ranks)
-    levels = read_all(train, "level").astype(np.int64)
+    levels = as_levels(read_all(train, "label"))
     for row, vectors in ((0, pooled), (3, own)):
         precision, chance = average_precision(vectors, predictions.level, gallery, levels, 10)
         overall = found["embeddings"][row]["by_level"]["overall"]
