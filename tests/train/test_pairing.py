@@ -14,7 +14,7 @@ from lgd.data.plan import Plan, World
 from lgd.data.stream import Reader
 from lgd.errors import DataError
 from lgd.models.teacher import load_teacher
-from lgd.store.latents import Store, read_all
+from lgd.store.latents import Store, as_levels, read_all
 from lgd.train.batch import training_batches
 from lgd.train.launch import train_under
 from lgd.train.log import Log
@@ -68,7 +68,7 @@ def test_a_partner_gives_all_but_the_nuclei(parts, pairs):
     for name in plain:
         assert np.array_equal(found[name], plain[name] if name == "nuclei" else plain[name][source_n]), name
     if pairs == "within-level":
-        level_n = read_all(parts, "level")
+        level_n = as_levels(read_all(parts, "label"))
         assert np.array_equal(level_n[source_n], level_n)
 
 
@@ -82,7 +82,7 @@ def test_the_queue_is_what_the_plan_took_last_wherever_a_run_goes_on(parts, size
         _, expected = plan.samples(np.arange(max(0, end - size), end))
         assert taken.number_Q.tolist() == expected.tolist()
         assert np.array_equal(taken.pooled_QD.numpy(), all_nD[expected])
-        assert taken.level_Q.tolist() == read_all(parts, "level")[expected].tolist()
+        assert taken.level_Q.tolist() == as_levels(read_all(parts, "label"))[expected].tolist()
         fresh = Queue(targets, plan, size, turn=False).contrast(np.array([3]), end)
         assert all(torch.equal(one, two) for one, two in zip(taken, fresh, strict=True))
 
@@ -112,7 +112,7 @@ def test_the_contrast_leaves_out_the_same_level_and_the_same_sample(lgd, parts):
     pooled_nD = torch.from_numpy(read_all(parts, "pooled")[:, 0].astype(np.float32))
     teacher, _ = load_teacher(task.config.teacher.dir)
     said_n = teacher.head(pooled_nD + teacher.pooled_mean).argmax(dim=1)
-    level_n = torch.from_numpy(read_all(parts, "level").astype(np.int64))
+    level_n = torch.from_numpy(as_levels(read_all(parts, "label")))
     hidden_n = torch.where(torch.arange(len(level_n)) % 3 == 0, -1, level_n)
     number = torch.arange(len(level_n))
     contrast = Contrast(number[:6], hidden_n[:6], pooled_nD, number, hidden_n)
