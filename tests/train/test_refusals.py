@@ -334,7 +334,7 @@ def test_resume_from_what_is_no_checkpoint(train, folder, tmp_path):
         folder / "checkpoints": "is not a complete checkpoint",
         tmp_path / "gone": "is not a complete checkpoint",
         broken: "state.json is not valid JSON",
-        strange: "state.json is not a checkpoint of format",
+        strange: "state.json: field format is 'other/1'",
     }
     before = contents(folder)
     for path, told in cases.items():
