@@ -91,7 +91,8 @@ def test_a_scored_training_split_is_no_gallery(tissue_run, change, scorers):
 
 def test_a_rival_of_another_teacher_has_no_row(tissue_run, scorers):
     student, _, teacher = scorers
-    stranger = dataclasses.replace(student, config=student.config.model_copy(update={"teacher_sha256": "f" * 64}))
+    teachers = (student.config.teachers[0].model_copy(update={"weights_sha256": "f" * 64}),)
+    stranger = dataclasses.replace(student, config=student.config.model_copy(update={"teachers": teachers}))
     found, _, _ = measured(tissue_run, [student, stranger, teacher])
     assert len(found["embeddings"]) == 2
     with pytest.raises(DataError, match="made by another teacher"):
