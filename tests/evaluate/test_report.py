@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from lgd.config import LEVEL_NAMES
+from lgd.data.manifest import Manifest, Split
 from lgd.errors import DataError
 from lgd.evaluate.caveats import caveats_of
 from lgd.evaluate.colour import COLOUR, HOW
@@ -225,8 +226,9 @@ def test_models_of_different_patches_are_not_compared(tmp_path):
 
 
 def manifest(layout="csv", may_leak=False, caveats=(), levels=None):
-    splits = {} if levels is None else {"train": {"levels": levels}}
-    return {"layout": layout, "may_leak": may_leak, "caveats": list(caveats), "splits": splits}
+    """Only what caveats are computed from."""
+    splits = {} if levels is None else {"train": Split.model_construct(labels=levels)}
+    return Manifest.model_construct(layout=layout, may_leak=may_leak, caveats=tuple(caveats), splits=splits)
 
 
 @pytest.mark.parametrize(
