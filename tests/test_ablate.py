@@ -188,5 +188,5 @@ def test_the_fall_by_a_shortcut_is_paired_with_its_control(run, tmp_path, capsys
         assert line.count(f"| {row['kappa']['mean']['value']:.3f} [") == 2
         assert line.endswith("| +0.000 [+0.000, +0.000] |")
     done = subprocess.run([*tool, f"0.2={run.run.dir},{tmp_path}"], capture_output=True, text=True)
-    assert done.returncode == 1 and "ablation.json is missing: run lgd ablate --run.dir" in done.stderr
+    assert done.returncode == 1 and "ablation.json is missing: run lgd ablate" in done.stderr
     assert subprocess.run([*tool, str(run.run.dir)], capture_output=True).returncode == 2
