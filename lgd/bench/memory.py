@@ -8,6 +8,7 @@ told apart: they are page cache, which the kernel takes back.
 
 import gc
 import multiprocessing
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -44,6 +45,12 @@ def private_bytes(kinds: tuple[str, ...] = ("Private_Clean", "Private_Dirty")) -
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kinds))
 
 
+def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def opened(folder: Path, parts: int) -> dict[str, Any]:
     """What a store of so many parts of tiny rows takes when all are open and rows of all have been read."""
     for name, count in (("warm", 4), ("store", parts)):
@@ -52,9 +59,8 @@ def opened(folder: Path, parts: int) -> dict[str, Any]:
             with shard_writer(folder / name, shard, RECIPE) as writer:
                 writer.add(random_rows(number * PART, PART, rng, dim=8))
         commit(folder / name, RECIPE, shards)
-    # A process of its own: here memory that something else has freed would be taken again and not be seen.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        more = pool.submit(_taken, folder).result()
+    # Here memory that something else has freed would be taken again and not be seen.
+    more = run_alone(_taken, folder)
     return {
         "parts": parts,
         "rows_a_part": PART,
@@ -147,7 +153,13 @@ def slope(readings_n2: np.ndarray) -> tuple[float, float]:
 
 
 def plan_at_scale(shards: int, samples: int, batch: int = 1024) -> dict[str, Any]:
-    """Seconds and bytes of the plan of `shards` shards of `samples` samples, begun in the middle of an epoch."""
+    """Seconds and bytes of the plan of `shards` shards of `samples` samples, begun in the middle of an epoch.
+
+    To be run in a process of its own (`run_alone`), which has no other thread.
+    """
+    # Before Python 3.12.9 and 3.13.2, `tracemalloc.stop` beside a thread that allocates without the GIL, as zlib's
+    # functions do, ends the process with a segmentation fault.
+    assert threading.active_count() == 1, "tracemalloc is not safe beside other threads"
     sizes = [samples] * shards
     found: dict[str, Any] = {"samples": shards * samples, "shards": shards, "lanes": Data().lanes, "batch": batch}
     for world in (World(), World(rank=31, size=64)):
@@ -192,7 +204,7 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     if _ROLLUP.exists():
         tell(f"opening a store of {settings.opened} parts")
         rows = opened(inputs.folder / "tiny-store", settings.opened)
-    plan = plan_at_scale(settings.plan_shards, 10_000)
+    plan = run_alone(plan_at_scale, settings.plan_shards, 10_000)
     ours = plan["rank 0 of 1"]
     tell(
         f"plan of {plan['samples']:.0e} samples: {ours['seconds_to_build']:.3f} s, first batch after "

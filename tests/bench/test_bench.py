@@ -2,6 +2,8 @@
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -198,9 +200,6 @@ def test_the_steady_rate_leaves_out_both_ends_and_takes_every_batch():
 
 
 def test_cpu_time_counts_living_children():
-    import subprocess
-    import sys
-
     before = cpu_seconds()
     code = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
@@ -282,9 +281,36 @@ def test_private_memory_and_its_slope():
 
 
 def test_the_plans_memory_does_not_grow_with_the_samples():
-    few, many = (memory.plan_at_scale(200, samples)["rank 0 of 1"] for samples in (1000, 4000))
+    few, many = (memory.run_alone(memory.plan_at_scale, 200, samples)["rank 0 of 1"] for samples in (1000, 4000))
     # Of 64 lanes one shard each is known by its rows, and those are 4 bytes a row.
     assert many["bytes"] - few["bytes"] < 2 * 64 * 3000 * 8
+
+
+BESIDE_THREADS = """
+import os, sys, threading, zlib
+from lgd.bench import memory
+
+def compress():
+    while True:
+        zlib.decompress(zlib.compress(noise, 1))
+
+noise = os.urandom(20_000)
+for _ in range(3):
+    threading.Thread(target=compress, daemon=True).start()
+memory._begun = lambda *_: {}
+sys.setswitchinterval(1e-5)
+for _ in range(100_000):
+    try:
+        memory.plan_at_scale(1, 1)
+    except AssertionError:
+        sys.exit(3)
+"""
+
+
+def test_memory_is_not_traced_beside_threads():
+    """Tracing while others allocate without the GIL ended this process with a segmentation fault within seconds."""
+    done = subprocess.run([sys.executable, "-c", BESIDE_THREADS], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 3, done.stderr[-2000:]
 
 
 def test_the_command_prints_a_table(tissue, capsys):
