@@ -90,7 +90,8 @@ def in_threads(function: Callable[[Argument], Result], arguments: Iterable[Argum
     try:
         yield from ahead(pool, function, arguments, 2 * threads)
     finally:
-        pool.shutdown(cancel_futures=True)
+        # As in `lgd.data.stream`: whatever thread collects what was abandoned must not wait.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read(path: Path, name: str) -> bytes:

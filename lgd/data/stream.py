@@ -193,7 +193,9 @@ def stream(
         while waiting:
             yield first()
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Nobody waits: garbage collection may close an abandoned stream in any thread, also in one of the pool, or in
+        # one that holds a lock which the pool's threads want. They own the arrays that they still write to.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _fetched_ahead(reader: Reader, batches: Iterable[Numbers]) -> Iterator[Numbers]:
@@ -219,7 +221,7 @@ def _fetched_ahead(reader: Reader, batches: Iterable[Numbers]) -> Iterator[Numbe
                 yield waiting.popleft()
         yield from waiting
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def in_batches(numbers: Sequence[int], batch: int) -> list[Sequence[int]]:

@@ -1,5 +1,6 @@
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -112,6 +113,27 @@ def test_threads_ranks_and_cuts_do_not_change_what_is_read(tissue_config, seed, 
         found[rank::world] = [row.key for samples in batches for row in samples.rows]
     assert found == alone
     reader.close()
+
+
+def test_an_abandoned_stream_waits_for_no_thread(shards):
+    """Garbage collection may close it in a thread that holds what the reading threads wait for."""
+    wait = threading.Event()
+
+    class Slow(Reader):
+        def open(self, shard):
+            assert shard == 0 or wait.wait(60)
+            return super().open(shard)
+
+    reader = Slow(shards, ("he",), 64)
+    batches = stream(reader, in_batches(range(reader.total), 4), threads=2, prefetch=2)
+    assert next(batches).rows[0].number == 0
+    closing = threading.Thread(target=batches.close)
+    closing.start()
+    closing.join(30)
+    waited = closing.is_alive()
+    wait.set()
+    closing.join()
+    assert not waited
 
 
 def test_a_bad_sample_can_be_skipped_and_says_why(shards):
