@@ -213,7 +213,7 @@ def _file_problem(path: Path, file: BinaryIO, sidecar: Sidecar) -> str | None:
         if _digest_at(file, dataset) != dataset.xxh3:
             return f"part {path} does not match its digest (dataset {name})"
     try:
-        found = _described_by_hdf5(f"/dev/fd/{file.fileno()}", sidecar.datasets)
+        found = _described_by_hdf5(file, sidecar.datasets)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         return f"part {path} is no HDF5 file of ours ({error})"
     if found != sidecar.datasets:
@@ -228,12 +228,13 @@ def _digest_at(file: BinaryIO, dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _described_by_hdf5(path: str, stated: Mapping[str, Dataset]) -> dict[str, Dataset]:
+def _described_by_hdf5(content: BinaryIO, stated: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """The datasets of an HDF5 file as a sidecar states them; `ValueError` for anything but plain contiguous ones."""
     import h5py
 
     found = {}
-    with h5py.File(path, "r") as file:
+    # By a name, /dev/fd/N too, HDF5 does not open a file that was replaced or evicted meanwhile.
+    with h5py.File(content, "r") as file:
         for name in file:
             link = file.get(name, getlink=True)
             if not isinstance(link, h5py.HardLink):

@@ -162,6 +162,15 @@ def test_a_truncated_part_is_found(store):
     assert f"part {path} is missing: run lgd cache-latents again" in opened.verify()
 
 
+def test_a_part_that_is_replaced_while_it_is_verified_is_sound(store):
+    """Or evicted from the cache of remote files: HDF5 opens no file by a name that it has not any more."""
+    part = store.parts[0].files[PATCHES]
+    sidecar = part.sidecar()
+    with part.open(sidecar) as file:
+        part.path.unlink()
+        assert parts._file_problem(part.path, file, sidecar) is None
+
+
 def rewrite(path, change):
     """Change a store.json or a sidecar, and make its digest right again."""
     document = json.loads(path.read_text())
