@@ -325,7 +325,10 @@ def _publish(folder: Path, suffix: str, write: Callable[[Path], None]) -> IndexF
 
 
 def _write(index: Any, path: Path, kind: tuple[str, int, int, int]) -> None:
-    import_faiss().write_index(index, str(path))
+    faiss = import_faiss()
+    with open(path, "wb") as file:
+        # Of a full disk FAISS's own writer tells in a text only.
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
     with open(path, "rb") as file:
         # Another release of FAISS may write other bytes, which no search would take.
         check_file(file, *kind)

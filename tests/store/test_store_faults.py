@@ -199,6 +199,47 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(small_parts, change
     assert computed == len(shards_of(config)) - len(kept) and store.verify() == []
 
 
+FULL = """
+import os, sys
+from pathlib import Path
+from lgd.errors import DataError
+from lgd.options import load_config
+from lgd.pipeline import all_shards
+from lgd.store.index import build_index
+from lgd.store.latents import Store
+config = load_config(sys.argv[1])
+folder = Path(config.latents.dir)
+for kilobytes in range(0, 200, 4):
+    disk = os.statvfs(folder)
+    with open(folder.parent / "ballast", "wb") as ballast:
+        os.posix_fallocate(ballast.fileno(), 0, disk.f_bavail * disk.f_bsize - 1024 * kilobytes)
+    try:
+        build_index(Store(folder), all_shards(config), "auto", ["train"], recall=0.99, seed=0)
+    except DataError as error:
+        print(error)
+    else:
+        break
+    finally:
+        os.unlink(folder.parent / "ballast")
+"""
+
+
+def test_an_index_on_a_full_disk_is_told_and_leaves_nothing_half_written(small_parts, change, disk):
+    """With room for nothing at first, and then for 4 kB more each time: it is full at every step of the way."""
+    folder = disk("size=50m") / "latents"
+    shutil.copytree(small_parts.latents.dir, folder)
+    config = change(small_parts, latents={"dir": str(folder)})
+    (folder.parent.parent / "config.yaml").write_text(config.as_yaml())
+    # A process of its own: one that writes through a map dies of a full disk.
+    command = [sys.executable, "-c", FULL, str(folder.parent.parent / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert all(str(folder / "index") in line and "no space is left" in line for line in told), told
+    assert {suffix for line in told for suffix in (".faiss", ".npy") if suffix in line} == {".faiss", ".npy"}
+    assert problems(Store(folder)) == [] and not list(folder.rglob("*.tmp"))
+
+
 def test_a_read_only_folder_is_told(small_parts, change, disk):
     folder = disk("size=50m") / "latents"
     shutil.copytree(small_parts.latents.dir, folder)
