@@ -19,16 +19,29 @@ ABLATE ?= --seeds 5 --jobs 2
 demo: .venv/installed
 	$(BIN)/lgd demo
 
+# Where a signal ends pytest, the test that ran and the stacks of all threads are printed last, beside what Ray logged of
+# workers that crashed.
+define PYTEST
+@log=$$(mktemp); began=$$(date +%s); \
+PYTHONFAULTHANDLER=1 LGD_CRASH_LOG=$$log $(BIN)/python -m pytest $(1); status=$$?; \
+if [ $$status -gt 128 ]; then \
+	echo "pytest was ended by SIG$$(kill -l $$status) in"; cat $$log; \
+	find $${RAY_TMPDIR:-/tmp}/ray -name '*.err' -newermt @$$began 2>/dev/null | \
+		xargs -r grep -A 40 'Fatal Python error'; \
+fi >&2; rm $$log; exit $$status
+endef
+
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(call PYTEST)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+faults: export LGD_FAULTS = all
 faults: .venv/installed-dev
-	LGD_FAULTS=all $(BIN)/python -m pytest -m faults
+	$(call PYTEST,-m faults)
 
 bench: .venv/installed
 	$(BIN)/lgd bench

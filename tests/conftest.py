@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import faulthandler
 import os
 import signal
 import urllib.request
@@ -19,6 +20,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A background job of a shell ignores Ctrl-C, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# `make test` prints this file where a signal ended pytest. It is no other process's that a test starts.
+_crash_log = open(os.environ.pop("LGD_CRASH_LOG"), "w") if "LGD_CRASH_LOG" in os.environ else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure() -> None:
+    """Have the stacks of a crash written to the log; pytest has chosen standard error for them before."""
+    if _crash_log:
+        faulthandler.enable(_crash_log)
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Keep the name of the test that begins."""
+    if _crash_log:
+        _crash_log.seek(0)
+        _crash_log.truncate()
+        print(nodeid, file=_crash_log, flush=True)
+
 
 _DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data"
 
