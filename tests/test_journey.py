@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -98,11 +99,12 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
     lgd(*shlex.split(try_next))
     assert (tmp_path / "demo" / "config.yaml").read_bytes() == kept
 
-    # Another learning rate is another network: the finished one is not overwritten unasked.
+    # Another learning rate is another network: the finished one is not overwritten.
     assert main([*args, "--train.lr", "0.002"]) == 1
-    assert "--train.resume never" in capsys.readouterr().err
-    # Asked to, it is; but the latents of the old teacher are not passed off as those of the new one.
-    assert main([*args, "--train.lr", "0.002", "--train.resume", "never"]) == 1
+    assert f"remove {tmp_path}/demo/teacher, or name another folder as run.dir" in capsys.readouterr().err
+    # Where it is removed, the latents of the old teacher are not passed off as those of the new one.
+    shutil.rmtree(tmp_path / "demo" / "teacher")
+    assert main([*args, "--train.lr", "0.002"]) == 1
     again = capsys.readouterr().err
     assert "[shards] reused" in again and "[teacher] trained" in again
     assert "another recipe" in again and "teacher:" in again and "delete this one" in again
