@@ -91,7 +91,7 @@ class Teacher:
     encoder: str = "resnet10"
     """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny), `hf:ORG/NAME` or a folder as transformers saves
     it, with safetensors and preprocessor_config.json; no code of it is run."""
-    epochs: float = 20
+    epochs: float = 20.0
     """Passes over the training split."""
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class Student:
     """Backbone of the morphology stream; see teacher.encoder."""
     hallucination: Literal["own", "shared"] = "own"
     """The hallucination stream has its own encoder, started from the teacher's weights, or shares the trunk."""
-    epochs: float = 20
+    epochs: float = 20.0
     """Passes over the training split."""
     hallucination_loss: Literal["smooth-l1", "cosine"] = "smooth-l1"
     """Distance between hallucinated and cached latents, both normalised."""

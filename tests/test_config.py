@@ -6,6 +6,7 @@ import pytest
 from lgd.cli import main
 from lgd.config import Config
 from lgd.errors import ConfigError
+from lgd.files import digest_of
 from lgd.options import load_config
 from lgd.plain_yaml import read_yaml
 
@@ -130,3 +131,9 @@ def test_a_run_at_a_url_without_a_bucket_is_refused(folder, capsys):
     assert main(["train", "--config", str(CONFIGS[0].with_name("demo.yaml")), f"--run.dir={folder}"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("lgd: s3://") and "names no bucket or host: write s3://NAME/FOLDER" in error
+
+
+def test_a_run_of_defaults_depends_on_the_same_numbers_when_it_is_read_back(tmp_path):
+    """20 and 20.0 are equal, and have other digests."""
+    kept = load(tmp_path, load_config().as_yaml())
+    assert digest_of(kept.as_fields()) == digest_of(load_config().as_fields())
