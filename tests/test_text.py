@@ -156,7 +156,7 @@ def test_a_number_that_is_none_is_named(tmp_path, capsys):
         (HOSTILE,),
         ("verify", HOSTILE),
         ("--debug", "verify", HOSTILE),
-        ("train", "--train.batch", HOSTILE.replace("\udcff", "")),
+        ("train", "--train.batch", "owned\u202e\u2066\u200b\n"),
         ("train", "--config", HOSTILE),
         ("build-shards", "--layout", "bci", "--root", HOSTILE, "--out", "o"),
     ],
