@@ -179,3 +179,16 @@ def test_an_address_without_a_cluster_is_told(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(DataError, match="RAY_ADDRESS=127.0.0.1:1 .*--workers"):
         distribute.connect(1, "--workers")
+
+
+def test_the_error_of_a_worker_keeps_its_lines(tmp_path):
+    """A line break within one is that of a name, and is escaped where it is printed."""
+    note = tmp_path / "train.error.json"
+
+    def fail(argument):
+        raise DataError("2 problems:", "a\nb", "é")
+
+    with pytest.raises(DataError):
+        distribute._once(fail, note, {})
+    assert read_json(note) == ["2 problems:", "a\nb", "é"]
+    distribute._once(fail, note, {})
