@@ -41,6 +41,8 @@ _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _GONE = {errno.ENOENT, errno.ESTALE}
 _NO_FILE = {errno.ELOOP, errno.ENXIO, errno.EISDIR}
 _LONGEST_PAUSE, _LONGEST_NAME = 0.05, 10_000
+# More often than others can remove a folder in between; /proc takes no file however often it is asked.
+_LOST_FOLDERS = 100
 # Whoever took a lock a moment ago has not written its name yet.
 _NAMING = 1.0
 _QUIET_WAIT = 30.0
@@ -134,8 +136,7 @@ def try_lock(path: Path, remedy: str = DEFAULT_REMEDY) -> int | None:
     """The open and locked file `path`, or None while another holds it; close it to give the lock back."""
     with contextlib.ExitStack() as opened:
         try:
-            # NFS locks only what is open for writing. A link might lead to a file of somebody else's.
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            descriptor = _open(path, remedy)
             opened.callback(os.close, descriptor)
             if not _lock(descriptor) or not _is_at(descriptor, path):
                 return None
@@ -153,6 +154,17 @@ def try_lock(path: Path, remedy: str = DEFAULT_REMEDY) -> int | None:
             ) from error
         opened.pop_all()
     return descriptor
+
+
+def _open(path: Path, remedy: str) -> int:
+    """Make or open the file of a lock, whose folder others may remove and make again at any moment."""
+    for _ in range(_LOST_FOLDERS):
+        try:
+            # NFS locks only what is open for writing. A link might lead to a file of somebody else's.
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    raise DataError(f"{path.parent} cannot hold locks, no file can be made there: {remedy}")
 
 
 def _lock(descriptor: int) -> bool:

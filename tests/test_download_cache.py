@@ -78,7 +78,7 @@ def test_a_cache_in_a_folder_of_the_users_costs_him_nothing(web, home):
     assert [copy.exists() for copy in copies] == [False, False, True]
     after = everything(home)
     assert {path: after[path] for path in before} == before
-    assert {path.name for path in after.keys() - before.keys()} == {copies[-1].name, ".lgd-room.lock"}
+    assert {path.name for path in after.keys() - before.keys()} == {copies[-1].name}
 
 
 @pytest.mark.parametrize("name", [f"lgd-{'6' * 64}.tar", f"lgd-{'7' * 64}.tar", f"lgd-{'8' * 64}"])
@@ -96,7 +96,7 @@ def test_a_link_in_the_place_of_a_download_is_not_written_through(web, tmp_path,
     monkeypatch.setenv("LGD_CACHE", str(tmp_path / "cache"))
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "cache" / name).symlink_to(tmp_path / "victim")
-    with pytest.raises(DataError, match="cannot hold a copy of .*a.tar"):
+    with pytest.raises(DataError, match="cannot hold a copy of .*a.tar|is no plain file"):
         fetch(web.put("a.tar", b"content")[0], "7" * 64)
     assert (tmp_path / "victim").read_text() == "precious"
 
@@ -114,7 +114,7 @@ def test_a_cache_that_cannot_be_is_told(web, tmp_path, monkeypatch):
         str(tmp_path / "file"): "cannot be made",
         "~nobody-here/cache": "cannot be made .*name another folder in LGD_CACHE",
         "s3://bucket/cache": "set it to a folder on a disk",
-        "/proc": "cannot hold a copy of .*name another folder in LGD_CACHE",
+        "/proc": "no file can be made there: name a folder .* in LGD_CACHE",
     }.items():
         monkeypatch.setenv("LGD_CACHE", value)
         with pytest.raises(DataError, match=reason):

@@ -185,6 +185,12 @@ def test_a_file_in_the_way_is_told(tmp_path):
             pytest.fail("there is no folder")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="only Linux has such a folder")
+def test_a_folder_that_takes_no_files_is_told():
+    with pytest.raises(DataError, match="/proc cannot hold locks, no file can be made there"), exclusive("/proc", "x"):
+        pytest.fail("there is no lock")
+
+
 def test_a_url_has_no_lock():
     with exclusive("s3://data/x", "digging"), exclusive("s3://data/x", "digging"):
         pass
