@@ -210,7 +210,7 @@ def work():
 for number in sys.argv[2:]:
     # Of several filters the last one answers.
     flockless.break_flock(int(number))
-    for do in (work, lambda: fetch(sys.argv[1], name="1")):
+    for do in (work, lambda: fetch(sys.argv[1], "0" * 64)):
         try: do()
         except DataError as error: print(error)
 """
