@@ -5,10 +5,12 @@ OUT/IHC (the level is the slide's; as in BCI, the `.png` files hold JPEG streams
 OUT/synth.json. The same options give the same bytes with any number of workers.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +25,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.data.sections import draw_pair, shortcut_of, slide_level
 from lgd.errors import ConfigError, DataError, require
 from lgd.files import publish, read_json, write_json
+from lgd.locks import LOCK, exclusive
 from lgd.progress import progress
 from lgd.tables import write_csv
 from lgd.urls import is_remote, place_output
@@ -99,7 +102,6 @@ class SynthOptions:
 class _Task:
     """One pair to draw."""
 
-    out: str
     key: str
     slide: int
     patch: int
@@ -107,31 +109,50 @@ class _Task:
     options: SynthOptions
 
 
+_Drawn = tuple[dict[str, Any], dict[str, bytes]]
+"""A row of the truth, and the files' content by stain."""
+
+
 def synthesise(options: SynthOptions) -> dict[str, Any]:
     """Draw the set, or find it already drawn; return its summary.
 
     The summary holds out, pairs, slides, train, test, levels (pairs by level name), discordant (pairs), bytes of
     the images, and `reused`: True where a complete set with the same options was there. Raises `DataError` where
-    `out` holds anything else, or a set with other options. One that was interrupted is redone from scratch.
+    `out` holds anything else, or a set with other options, and while another process draws there. One that was
+    interrupted is redone from scratch.
     """
     out, recipe = place_output(options.out, "OUT"), _recipe(options)
     if is_remote(out):
         raise ConfigError(f"OUT is {out}: virtual tissue is drawn into a local folder: name one")
     options = dataclasses.replace(options, out=str(out))
-    if (out / _DONE).exists():
-        return {"out": str(out), **_reuse(out, recipe), "reused": True}
+    # A finished set is only read, and may lie where nothing can be written.
+    finished = (out / _DONE).exists()
+    with contextlib.nullcontext() if finished else exclusive(out, "drawing virtual tissue"):
+        if finished or (out / _DONE).exists():
+            return {"out": str(out), **_reuse(out, recipe), "reused": True}
+        return {"out": str(out), **_draw_set(out, options, recipe), "reused": False}
+
+
+def _draw_set(out: Path, options: SynthOptions, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Draw the set into a folder that nobody else works on; returns its summary."""
     _claim(out, recipe)
     tasks = _plan(options)
     for stain in ("HE", "IHC"):
         for split in {task.split for task in tasks}:
             (out / stain / split).mkdir(parents=True)
-    rows = sorted(_draw_all(tasks, options.workers or os.cpu_count() or 1), key=lambda row: row["key"])
+    rows = []
+    for task, (row, streams) in zip(tasks, _draw_all(tasks, options.workers or os.cpu_count() or 1), strict=True):
+        # Written here and not where it was drawn: a process that draws may outlive this one, and its lock.
+        for stain, content in streams.items():
+            (out / stain / task.split / f"{task.key}.png").write_bytes(content)
+        rows.append(row)
+    rows.sort(key=lambda row: row["key"])
     with publish(out / "truth.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         write_csv(stream, TRUTH_COLUMNS, ([row[name] for name in TRUTH_COLUMNS] for row in rows))
     summary = _summary(out, rows)
     write_json(out / _DONE, {"format": FORMAT, "options": recipe, "summary": summary})
     (out / _BEGUN).unlink()
-    return {"out": str(out), **summary, "reused": False}
+    return summary
 
 
 def _recipe(options: SynthOptions) -> dict[str, Any]:
@@ -172,7 +193,7 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
     if (out / _BEGUN).exists():
         for stain in ("HE", "IHC"):
             shutil.rmtree(out / stain, ignore_errors=True)
-    elif any(out.iterdir()):
+    elif any(path.name != LOCK for path in out.iterdir()):
         raise DataError(f"{out} is not empty and holds no virtual tissue: choose a new folder")
     write_json(out / _BEGUN, {"format": FORMAT, "options": recipe})
 
@@ -187,12 +208,12 @@ def _plan(options: SynthOptions) -> list[_Task]:
         slide, patch = position % slides, position // slides
         split = "test" if slide >= slides - held_out else "train"
         key = f"{number:05d}_{split}_{LEVEL_NAMES[slide_level(options.seed, slide)]}"
-        tasks.append(_Task(options.out, key, slide, patch, split, options))
+        tasks.append(_Task(key, slide, patch, split, options))
     return tasks
 
 
-def _draw_all(tasks: list[_Task], workers: int) -> Iterator[dict[str, Any]]:
-    """Draw every task; gives its rows of the truth in the tasks' order."""
+def _draw_all(tasks: list[_Task], workers: int) -> Iterator[_Drawn]:
+    """Draw every task, in the tasks' order."""
     bar = progress(len(tasks), "virtual tissue", "pairs")
     with bar:
         if workers == 1:
@@ -202,25 +223,39 @@ def _draw_all(tasks: list[_Task], workers: int) -> Iterator[dict[str, Any]]:
             return
         # Spawned, because a fork of a process with threads (torch, Ray) can hang.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
-            for row in pool.map(_draw, tasks, chunksize=4):
-                yield row
+        with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_end_with_parent) as pool:
+            for drawn in pool.map(_draw, tasks, chunksize=4):
+                yield drawn
                 bar.update()
 
 
-def _draw(task: _Task) -> dict[str, Any]:
-    """Draw one pair, write its two files, and give its row of the truth."""
+def _end_with_parent() -> None:
+    """End this process when its parent does, however that ends: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _draw(task: _Task) -> _Drawn:
+    """Draw one pair."""
     options = task.options
     told = {}
     if options.shortcut is not None:
         name = {"stain": "strength", "background": "glass"}[options.shortcut_in]
         told[name] = shortcut_of(options.seed, task.slide, options.shortcut if task.split == "train" else 0.0)
     he, ihc, truth = draw_pair(options.seed, task.slide, task.patch, options.size, options.coupling, **told)
-    for stain, image in (("HE", he), ("IHC", ihc)):
-        stream = simplejpeg.encode_jpeg(image, quality=_QUALITY, colorsubsampling="420")
-        (Path(task.out) / stain / task.split / f"{task.key}.png").write_bytes(stream)
+    streams = {
+        stain: simplejpeg.encode_jpeg(image, quality=_QUALITY, colorsubsampling="420")
+        for stain, image in (("HE", he), ("IHC", ihc))
+    }
     slide = f"slide-{task.slide:04d}"
-    return {"key": task.key, "slide": slide, "split": task.split, **truth, "coupling": options.coupling}
+    row = {"key": task.key, "slide": slide, "split": task.split, **truth, "coupling": options.coupling}
+    return row, streams
 
 
 def _images(out: Path) -> list[Path]:

@@ -29,6 +29,7 @@ from lgd.data.manifest import open_shards
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
 from lgd.files import exists, list_folder, place, remove, write_bytes
+from lgd.locks import LOCK, exclusive
 from lgd.records import Document, Line, Many, Sha256
 from lgd.store.latents import Store, as_levels
 from lgd.store.parts import Part
@@ -82,7 +83,7 @@ def export(options: ExportOptions) -> list[dict[str, Any]]:
     """Write a file a slide; returns file, slide, patches and whether their places are known, of each.
 
     Raises `ConfigError` for a split that the store does not have, and `DataError` where the shards are gone or the
-    folder holds something else.
+    folder holds something else, and while another process exports into a local one.
     """
     store, out = Store(options.store), place_output(options.out, "--out")
     splits = sorted({part.split for part in store.parts})
@@ -90,6 +91,11 @@ def export(options: ExportOptions) -> list[dict[str, Any]]:
     for split in asked:
         if split not in splits:
             raise ConfigError(f"--split: the store has no split {split!r}, only {', '.join(splits)}")
+    with exclusive(out, "exporting latents"):
+        return _export(store, out, asked)
+
+
+def _export(store: Store, out: Path, asked: Sequence[str]) -> list[dict[str, Any]]:
     groups: dict[str, list[Patch]] = {}
     for patch in patches_of(store, asked):
         groups.setdefault(patch.group, []).append(patch)
@@ -143,7 +149,7 @@ def file_name(group: str) -> str:
 
 def _claimed(out: Path, files: Iterable[str]) -> list[str]:
     """Files of an earlier export that are none of this one; `DataError` where the folder holds anything else."""
-    there = [name for name in list_folder(out) if not (name.startswith(".") and name.endswith(".tmp"))]
+    there = [name for name in list_folder(out) if name != LOCK and not (name[0] == "." and name.endswith(".tmp"))]
     ours: set[str] = set()
     if "export.json" in there:
         # An export.json from elsewhere must not have other files removed.

@@ -39,6 +39,7 @@ from lgd.data.archive import Shard
 from lgd.distribute import map_with
 from lgd.errors import DataError
 from lgd.files import is_remote, list_folder, publish, remove, xxh3
+from lgd.locks import exclusive
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of, check_file, code_bytes
 from lgd.store.latents import TEACHER, Store
@@ -78,7 +79,7 @@ def build_index(
 
     `factory` is auto or one of `lgd.store.faiss_file.KINDS`. The store may lie at a url. `workers` of Ray add the
     latents; 0 does it here. Raises `DataError` when the gallery is empty, and when the index misses `recall` even with
-    all cells probed.
+    all cells probed, and while another process builds it in a local store.
     """
     folder = index_folder(store)
     parts = list(dict.fromkeys(store.parts_of(shards)))
@@ -91,10 +92,24 @@ def build_index(
         )
     digests = tuple(part.digest(TEACHER) for part in indexed)
     asked = {"asked": factory, "gallery": tuple(gallery), "target": recall, "parts": digests}
-    if not problems(store):
-        there = read_document(store)
-        if all(getattr(there, name) == value for name, value in asked.items()):
+    if there := _find(store, asked):
+        return there, False
+    with exclusive(folder, "building an index"):
+        if there := _find(store, asked):
             return there, False
+        return _publish_index(store, parts, indexed, asked, seed, workers), True
+
+
+def _find(store: Store, asked: dict[str, Any]) -> IndexDocument | None:
+    """The index that is there, if it is whole and the one that is asked for."""
+    there = None if problems(store) else read_document(store)
+    return there if there and all(getattr(there, name) == value for name, value in asked.items()) else None
+
+
+def _publish_index(
+    store: Store, parts: Sequence[Part], indexed: Sequence[Part], asked: dict[str, Any], seed: int, workers: int
+) -> IndexDocument:
+    folder, factory, gallery, recall = index_folder(store), asked["asked"], list(asked["gallery"]), asked["target"]
     latents = Latents(indexed)
     chosen, why = choose(latents.rows, latents.dim, _memory()) if factory == "auto" else (factory, "as asked for")
     _check_factory(chosen, latents.rows)
@@ -114,10 +129,7 @@ def build_index(
         queries=described,
         faiss=_publish(folder, ".faiss", lambda path: _write(index, path, kind)),
         table=_publish(folder, ".npy", lambda path: write_table(path, latents.parts, order_n)),
-        asked=factory,
-        gallery=tuple(gallery),
-        target=recall,
-        parts=digests,
+        **asked,
         trained_on=told["trained_on"],
         seconds=told["seconds"],
     )
@@ -127,7 +139,7 @@ def build_index(
     for name in list_folder(folder):
         if re.fullmatch(r"[0-9a-f]{32}\.(faiss|npy)", name) and name not in named:
             remove(folder / name)
-    return document, True
+    return document
 
 
 def choose(rows: int, dim: int, memory: int) -> tuple[str, str]:

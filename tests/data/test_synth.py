@@ -1,5 +1,10 @@
 import csv
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,7 @@ from lgd.data.sections import draw_pair, grade_of, shortcut_of, slide_level
 from lgd.data.synth import TRUTH_COLUMNS, SynthOptions, synthesise
 from lgd.data.tissue import MPP
 from lgd.errors import ConfigError, DataError
+from lgd.locks import LOCK, TakenError, exclusive
 
 _DAB = np.linalg.inv([(0.650, 0.704, 0.286), (0.268, 0.570, 0.776), (0.6, -0.55, 0.25)])[:, 1]
 
@@ -245,3 +251,36 @@ def test_with_coupling_chromatin_grows_with_the_level():
 def test_grade_follows_the_level_only_as_far_as_coupled(slide, patch, level):
     assert grade_of(0, slide, patch, level, 0.0) == grade_of(0, slide, patch, 0, 0.0)
     assert grade_of(0, slide, patch, level, 1.0) >= grade_of(0, slide, patch, 0, 1.0)
+
+
+def test_one_process_at_a_time_draws_into_a_folder(drawn, tmp_path):
+    out, summary = drawn
+    options = SynthOptions(out=str(tmp_path / "set"), pairs=2, size=64, workers=1)
+    with exclusive(tmp_path / "set", "drawing virtual tissue"):
+        with pytest.raises(TakenError, match=rf"process {os.getpid()} on .* is drawing virtual tissue there"):
+            synthesise(options)
+    assert not synthesise(options)["reused"] and not (tmp_path / "set" / LOCK).exists()
+    with exclusive(out, "drawing virtual tissue"):
+        assert synthesise(SynthOptions(out=str(out), pairs=16, size=64, slides=8)) == summary | {"reused": True}
+
+
+def test_nothing_is_drawn_after_a_killed_command_and_no_process_is_left(tmp_path):
+    code = (
+        "import sys\n"
+        "from lgd.data.synth import SynthOptions, synthesise\n"
+        "if __name__ == '__main__': synthesise(SynthOptions(out=sys.argv[1], pairs=4000, size=64, workers=2))\n"
+    )
+    (tmp_path / "draw.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(tmp_path / "draw.py"), str(tmp_path / "set")]
+    # The pipe ends when the last process that has it does.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as process:
+        while process.poll() is None and len(list((tmp_path / "set").glob("HE/*/*"))) < 8:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+        left = _digests(tmp_path / "set")
+        process.stderr.read()
+    assert _digests(tmp_path / "set") == left
+    assert len(left) < 2000

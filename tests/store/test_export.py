@@ -11,6 +11,7 @@ from lgd.data.manifest import open_shards
 from lgd.data.shards import ShardOptions, build
 from lgd.errors import ConfigError, DataError
 from lgd.files import digest_of
+from lgd.locks import LOCK, TakenError, exclusive
 from lgd.store.cache import cache_latents
 from lgd.store.export import ExportDocument, ExportOptions, Patch, export, file_name, places
 from lgd.store.latents import Store
@@ -157,3 +158,16 @@ def test_the_command(tissue_run, tmp_path, capsys):
     assert main(args) == 0
     out, err = capsys.readouterr()
     assert out.startswith("wrote 28 latents in ") and "coords_known is False" in err
+
+
+def test_one_process_at_a_time_exports_into_a_folder(exported, tissue_run):
+    _, out, _ = exported
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with exclusive(out, "exporting latents"):
+        with pytest.raises(TakenError, match=r"is exporting latents there, .*: wait until it is done, or end it"):
+            export(ExportOptions(store=tissue_run.latents.dir, out=str(out), split="test"))
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != LOCK} == before
+    # What a killed export left of its lock is ours.
+    (out / LOCK).write_text("{}")
+    export(ExportOptions(store=tissue_run.latents.dir, out=str(out)))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before

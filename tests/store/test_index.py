@@ -15,12 +15,13 @@ from lgd.data.archive import Shard
 from lgd.distribute import disconnect
 from lgd.errors import DataError
 from lgd.files import digest_of, read_json, write_json, xxh3
+from lgd.locks import TakenError, exclusive
 from lgd.store import exact, index, search
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of
 from lgd.store.index import build_index, choose
 from lgd.store.latents import Store, commit
-from lgd.store.search import Searcher, problems, unit
+from lgd.store.search import Searcher, index_folder, problems, unit
 from lgd.store.writer import shard_writer
 
 SHARD = {"bytes": 1, "idx_sha256": "0" * 64, "extensions": {}, "labels": 4}
@@ -329,6 +330,16 @@ def test_the_same_index_is_reused_and_another_is_built(store):
     file_of(store, ".npy").unlink()
     assert build(store, "auto", ["train", "val"], recall=0.99, seed=0)[1]
     assert problems(store) == []
+
+
+def test_one_process_at_a_time_builds_an_index(store):
+    asked = {"gallery": ["train"], "recall": 0.99, "seed": 0}
+    first, _ = build(store, "auto", **asked)
+    with exclusive(index_folder(store), "building an index"):
+        assert build(store, "auto", **asked) == (first, False), "what is there is only read"
+        with pytest.raises(TakenError, match=r"is building an index there, .*: wait until it is done, or end it"):
+            build(store, "IVF10,Flat", **asked)
+    assert build(store, "IVF10,Flat", **asked)[1]
 
 
 def test_an_index_of_parts_that_are_gone_is_refused(store):
