@@ -23,6 +23,8 @@ pytestmark = pytest.mark.faults
 
 PRELOADED = ["pytest", "torch", "transformers", "h5py", "sklearn.metrics", "matplotlib.pyplot", "lgd.pipeline"]
 PRELOADED += ["torch.utils.tensorboard", "lgd.train.launch", "lgd.evaluate.report", "lgd.evaluate.compare"]
+# What the first step of a training imports, in ten seconds.
+PRELOADED += ["torch._dynamo", "transformers.modeling_utils", "transformers.models.resnet.modeling_resnet"]
 
 
 class Kind(NamedTuple):

@@ -6,6 +6,7 @@ gone at the end. One build at a time works in a local folder (`lgd.locks`). A ur
 .building.json stays, where the store can do that, and a build that finds another one stops.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from lgd.data.pairs import Problem
 from lgd.data.sources import in_threads
 from lgd.errors import DataError
 from lgd.files import create_json, list_folder, publish, remove, sha256, write_bytes
-from lgd.locks import LOCK
+from lgd.locks import LOCK, exclusive
 from lgd.records import Document, MissingDocument, Sha256
 from lgd.tables import write_csv
 from lgd.urls import RemoteError, is_remote, place_output
@@ -95,6 +96,10 @@ def reused(out: Path, recipe: Building) -> Manifest:
             "give --out another folder"
         )
     finish(out)
+    # What a build that was killed at its very end has left; whoever is alive keeps it.
+    if LOCK in list_folder(out):
+        with contextlib.suppress(DataError, OSError), exclusive(out, "reusing shards"):
+            pass
     return manifest
 
 

@@ -102,6 +102,9 @@ def test_a_name_that_a_killed_build_left_in_its_lock_is_nothing(root, alone, tmp
     out.mkdir()
     (out / LOCK).write_text('{"doing": "building shards", "pid": 1, "host": "h", "since": 0.0}')
     assert build(options(root, out, **alone[0].options))[1] and contents(out) == alone[0].files
+    # A build that is killed at its very end leaves a finished set.
+    (out / LOCK).write_text("{}")
+    assert not build(options(root, out, **alone[0].options))[1] and contents(out) == alone[0].files
 
 
 # ---- what is taken over ----
