@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import simplejpeg
@@ -24,14 +24,13 @@ import simplejpeg
 from lgd.config import LEVEL_NAMES
 from lgd.data.sections import draw_pair, shortcut_of, slide_level
 from lgd.errors import ConfigError, DataError, require
-from lgd.files import publish, read_json, write_json
+from lgd.files import publish
 from lgd.locks import LOCK, exclusive
 from lgd.progress import progress
+from lgd.records import Count, Document, Line, Record
 from lgd.tables import write_csv
 from lgd.urls import is_remote, place_output
 
-FORMAT = "lgd-synth/1"
-"""Changes whenever the same options would give other bytes."""
 TRUTH_COLUMNS = (
     "key",
     "slide",
@@ -47,7 +46,7 @@ TRUTH_COLUMNS = (
     "coupling",
 )
 _QUALITY = 92
-_DONE, _BEGUN = "synth.json", "synth.begun.json"
+_DONE, _BEGUN = "synth.json", ".synth-begun"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +97,31 @@ class SynthOptions:
         return self.slides or min(self.pairs, max(8, -(-self.pairs // 8)))
 
 
+class Summary(Record):
+    """What was drawn: pairs, also by folder and by level name, and bytes of the images."""
+
+    pairs: Count
+    slides: Count
+    train: Count
+    test: Count
+    levels: dict[Line, Count]
+    discordant: Count
+    bytes: Count
+
+
+class Drawing(Document):
+    """OUT/synth.json, written last."""
+
+    # Its number rises whenever the same options would give other bytes.
+    FORMAT: ClassVar[str] = "lgd-synth/2"
+    ABSENT: ClassVar[str] = "run lgd synth"
+    REMEDY: ClassVar[str] = "choose another folder, or delete this one"
+
+    options: dict[Line, int | float | Line | None]
+    """Those that decide about the bytes."""
+    summary: Summary
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     """One pair to draw."""
@@ -129,13 +153,13 @@ def synthesise(options: SynthOptions) -> dict[str, Any]:
     finished = (out / _DONE).exists()
     with contextlib.nullcontext() if finished else exclusive(out, "drawing virtual tissue"):
         if finished or (out / _DONE).exists():
-            return {"out": str(out), **_reuse(out, recipe), "reused": True}
-        return {"out": str(out), **_draw_set(out, options, recipe), "reused": False}
+            return {"out": str(out), **_reuse(out, recipe).as_json(), "reused": True}
+        return {"out": str(out), **_draw_set(out, options, recipe).as_json(), "reused": False}
 
 
-def _draw_set(out: Path, options: SynthOptions, recipe: dict[str, Any]) -> dict[str, Any]:
+def _draw_set(out: Path, options: SynthOptions, recipe: dict[str, Any]) -> Summary:
     """Draw the set into a folder that nobody else works on; returns its summary."""
-    _claim(out, recipe)
+    _claim(out)
     tasks = _plan(options)
     for stain in ("HE", "IHC"):
         for split in {task.split for task in tasks}:
@@ -150,7 +174,7 @@ def _draw_set(out: Path, options: SynthOptions, recipe: dict[str, Any]) -> dict[
     with publish(out / "truth.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         write_csv(stream, TRUTH_COLUMNS, ([row[name] for name in TRUTH_COLUMNS] for row in rows))
     summary = _summary(out, rows)
-    write_json(out / _DONE, {"format": FORMAT, "options": recipe, "summary": summary})
+    Drawing(options=recipe, summary=summary).write(out / _DONE)
     (out / _BEGUN).unlink()
     return summary
 
@@ -159,35 +183,29 @@ def _recipe(options: SynthOptions) -> dict[str, Any]:
     """The options that decide about the bytes."""
     recipe = dataclasses.asdict(options) | {"slides": options.slide_count}
     del recipe["out"], recipe["workers"]
-    if options.shortcut is None:
-        # As it was before there were any.
-        del recipe["shortcut"]
-    if options.shortcut is None or options.shortcut_in == "stain":
-        del recipe["shortcut_in"]
     return recipe
 
 
-def _reuse(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+def _reuse(out: Path, recipe: dict[str, Any]) -> Summary:
     """The summary of a complete set, when it was made with this recipe and is still whole."""
-    done = read_json(out / _DONE)
-    if done.get("format") != FORMAT:
-        raise DataError(f"{out / _DONE}: format is {done.get('format')!r}, not {FORMAT}: choose another folder")
-    was = done["options"]
-    differing = [f"{name} {was.get(name)} (now {now})" for name, now in recipe.items() if was.get(name) != now]
+    made = Drawing.read(out / _DONE)
+    differing = [
+        f"{name} {made.options.get(name)} (now {now})" for name, now in recipe.items() if made.options.get(name) != now
+    ]
     if differing:
         raise DataError(
             f"{out} holds virtual tissue made with {', '.join(differing)}: choose another folder, or delete it"
         )
     found = sum(path.stat().st_size for path in _images(out))
-    if found != done["summary"]["bytes"] or not (out / "truth.csv").exists():
+    if found != made.summary.bytes or not (out / "truth.csv").exists():
         raise DataError(
             f"{out} is not as it was made (its images hold {found} bytes, not "
-            f"{done['summary']['bytes']}, or truth.csv is gone): delete it and draw it again"
+            f"{made.summary.bytes}, or truth.csv is gone): delete it and draw it again"
         )
-    return done["summary"]
+    return made.summary
 
 
-def _claim(out: Path, recipe: dict[str, Any]) -> None:
+def _claim(out: Path) -> None:
     """Make `out` ours and empty, or refuse it."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / _BEGUN).exists():
@@ -195,7 +213,7 @@ def _claim(out: Path, recipe: dict[str, Any]) -> None:
             shutil.rmtree(out / stain, ignore_errors=True)
     elif any(path.name != LOCK for path in out.iterdir()):
         raise DataError(f"{out} is not empty and holds no virtual tissue: choose a new folder")
-    write_json(out / _BEGUN, {"format": FORMAT, "options": recipe})
+    (out / _BEGUN).touch()
 
 
 def _plan(options: SynthOptions) -> list[_Task]:
@@ -262,14 +280,14 @@ def _images(out: Path) -> list[Path]:
     return sorted(path for stain in ("HE", "IHC") for path in (out / stain).glob("*/*.png"))
 
 
-def _summary(out: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(out: Path, rows: list[dict[str, Any]]) -> Summary:
     splits, levels = (Counter(row[column] for row in rows) for column in ("split", "level"))
-    return {
-        "pairs": len(rows),
-        "slides": len({row["slide"] for row in rows}),
-        "train": splits["train"],
-        "test": splits["test"],
-        "levels": {name: levels[level] for level, name in enumerate(LEVEL_NAMES)},
-        "discordant": sum(row["discordant"] for row in rows),
-        "bytes": sum(path.stat().st_size for path in _images(out)),
-    }
+    return Summary(
+        pairs=len(rows),
+        slides=len({row["slide"] for row in rows}),
+        train=splits["train"],
+        test=splits["test"],
+        levels={name: levels[level] for level, name in enumerate(LEVEL_NAMES)},
+        discordant=sum(row["discordant"] for row in rows),
+        bytes=sum(path.stat().st_size for path in _images(out)),
+    )

@@ -11,7 +11,7 @@ a source patch where slides are unknown.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from lgd.evaluate.colour import COLOUR, HOW
 from lgd.evaluate.figures import Query, confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
 from lgd.evaluate.markdown import GALLERIES, retrieval_sections, robustness_sections, shown, ways_section
 from lgd.evaluate.slides import WAYS, both_ways, scores
-from lgd.files import exists, remove, write_bytes, write_json
+from lgd.files import exists, remove, write_bytes
 from lgd.markup import code_block, escape_markdown, list_items, markdown_table
 from lgd.metrics import Predictions, paired_difference, score_with_intervals
+from lgd.records import Count, Document, Many
 
 _HEADLINE = {
     "accuracy": "accuracy",
@@ -40,6 +41,29 @@ _PICTURES = {
     "robustness.png": "Robustness: accuracy and calibration as images change",
     "queries.png": "Contact sheet: H&E queries, their own IHC, and the known IHCs that they resemble",
 }
+
+
+class Numbers(Document):
+    """metrics.json; null stands where a number is undefined."""
+
+    FORMAT: ClassVar[str] = "lgd-report/2"
+    ABSENT: ClassVar[str] = "run lgd evaluate"
+    REMEDY: ClassVar[str] = "run lgd evaluate again"
+
+    caveats: Many[str]
+    provenance: dict[str, Any]
+    resamples: Count
+    seed: Count
+    patches: Count
+    labelled: Count
+    groups: Count
+    levels: dict[str, Count]
+    always_the_commonest_level: float | None
+    slide_rules: dict[str, str]
+    models: Many[dict[str, Any]]
+    differences: Many[dict[str, Any]]
+    retrieval: dict[str, Any] | None
+    robustness: dict[str, Any] | None
 
 
 def write_report(
@@ -66,25 +90,23 @@ def write_report(
     common = int(np.bincount(labels).argmax()) if len(labels) else None
     models = [_model(predictions, resamples, seed) for predictions in scored]
     differences = [_differences(student, other, resamples, seed) for other in scored[1:]]
-    document = _json_ready(
-        {
-            "format": "lgd-report/1",
-            "caveats": [*caveats, *told_by_colour(models, differences), *found_by_chance(retrieval)],
-            "provenance": provenance,
-            "resamples": resamples,
-            "seed": seed,
-            "patches": len(student.keys),
-            "labelled": len(labels),
-            "groups": len(groups),
-            "levels": {name: int((labels == level).sum()) for level, name in enumerate(LEVEL_NAMES)},
-            "always_the_commonest_level": None if common is None else float((labels == common).mean()),
-            "slide_rules": WAYS,
-            "models": models,
-            "differences": differences,
-            "retrieval": None if retrieval is None else {"caveats": GALLERIES, **retrieval},
-            "robustness": robustness,
-        }
-    )
+    found = {
+        "caveats": [*caveats, *told_by_colour(models, differences), *found_by_chance(retrieval)],
+        "provenance": provenance,
+        "resamples": resamples,
+        "seed": seed,
+        "patches": len(student.keys),
+        "labelled": len(labels),
+        "groups": len(groups),
+        "levels": {name: int((labels == level).sum()) for level, name in enumerate(LEVEL_NAMES)},
+        "always_the_commonest_level": None if common is None else float((labels == common).mean()),
+        "slide_rules": WAYS,
+        "models": models,
+        "differences": differences,
+        "retrieval": None if retrieval is None else {"caveats": GALLERIES, **retrieval},
+        "robustness": robustness,
+    }
+    numbers = Numbers.from_json(_json_ready(found))
     # A picture of an earlier report would pass for one of this.
     for name in _PICTURES:
         remove(folder / name)
@@ -95,7 +117,8 @@ def write_report(
             robustness_curves(robustness, folder / "robustness.png")
     if queries:
         contact_sheet(queries, folder / "queries.png")
-    write_json(folder / "metrics.json", document)
+    numbers.write(folder / "metrics.json")
+    document = numbers.document()
     pictures = [name for name in _PICTURES if exists(folder / name)]
     write_bytes(folder / "summary.md", _summary(document, pictures).encode())
     return document

@@ -93,7 +93,7 @@ def test_interrupted_set_is_redone_and_a_damaged_one_refused(tmp_path):
     options = SynthOptions(out=str(tmp_path / "set"), pairs=2, size=64, workers=1)
     synthesise(options)
     whole = _digests(tmp_path / "set")
-    (tmp_path / "set" / "synth.json").rename(tmp_path / "set" / "synth.begun.json")
+    (tmp_path / "set" / "synth.json").rename(tmp_path / "set" / ".synth-begun")
     stale = tmp_path / "set" / "HE" / "train" / "99999_train_0.png"
     stale.write_bytes(b"half")
     assert not synthesise(options)["reused"]
