@@ -166,13 +166,19 @@ def _predict(parser: Any) -> Run:
     def run(parser: Any, namespace: Any) -> None:
         folder, config = _model(namespace)
         slides = place(namespace.slides) if namespace.slides else None
-        from lgd.evaluate import notes, predict
+        from lgd.evaluate import images, notes, predict
         from lgd.run_folder import explain_overrides
 
-        paths = predict.find_images(namespace.images)
+        found = images.find_images(namespace.images)
         with explain_overrides(config):
-            predictions = predict.predict_images(predict.load_scorer(folder), paths, slides, namespace.mpp)
-        print_lines(*notes.count_notes((one.notes for one in predictions), "images"), file=sys.stderr)
+            scorer = predict.load_scorer(folder)
+            predictions = predict.predict_images(scorer, found.paths, slides, namespace.mpp, keep_going=True)
+        unread = [one for one in predictions if one.probability_4 is None]
+        problems = predict.problems_of(unread, len(predictions))
+        if len(unread) == len(predictions):
+            raise DataError(*problems)
+        scored = (one.notes for one in predictions if one.probability_4 is not None)
+        print_lines(*found.notes, *notes.count_notes(scored, "images"), file=sys.stderr)
         rows = predict.as_rows(predictions)
         if namespace.json:
             print_json(rows)
@@ -180,6 +186,8 @@ def _predict(parser: Any) -> Run:
             print_csv([predict.as_cells(row) for row in rows])
         else:
             print_table([predict.as_cells(row) for row in rows])
+        if problems:
+            raise DataError(*problems)
 
     return run
 
@@ -204,7 +212,7 @@ def _query(parser: Any) -> Run:
     def run(parser: Any, namespace: Any) -> None:
         config = config_of(namespace) if namespace.config else None
         drawn = place_output(namespace.sheet, "--sheet") if namespace.sheet else None
-        from lgd.evaluate import answer, predict, retrieve, sheet
+        from lgd.evaluate import answer, images, predict, retrieve, sheet
         from lgd.run_folder import explain_overrides
         from lgd.store.latents import Store
 
@@ -215,13 +223,14 @@ def _query(parser: Any) -> Run:
             # Keys are answered from the store alone.
             scorer = predict.load_scorer(_model(namespace)[0]) if namespace.images else None
             store = Store(store_folder)
-            images = predict.find_images(namespace.images)
+            found = images.find_images(namespace.images)
             if drawn:
-                sheet.check_sheet(len(images) + len(namespace.key), namespace.k)
+                sheet.check_sheet(len(found.paths) + len(namespace.key), namespace.k)
+            unread: list[predict.ScoredImage] = []
             answers = retrieve.query(
                 scorer,
                 store,
-                images,
+                found.paths,
                 namespace.k,
                 keys=namespace.key,
                 splits=namespace.split.split(",") if namespace.split else None,
@@ -229,16 +238,22 @@ def _query(parser: Any) -> Run:
                 exclude_same_slide=namespace.exclude_same_slide,
                 slides=place(namespace.slides) if namespace.slides else None,
                 mpp=namespace.mpp,
+                unread=unread,
             )
+        problems = predict.problems_of(unread, len(found.paths))
+        if not answers:
+            raise DataError(*problems)
         if drawn:
             sheet.draw_sheet(store, answers, drawn)
-        print_lines(*answer.summary(store, answers), file=sys.stderr)
+        print_lines(*found.notes, *answer.summary(store, answers), file=sys.stderr)
         if namespace.json:
             print_json(answer.as_json(answers))
         elif namespace.csv:
             print_csv(answer.as_rows(answers))
         else:
             print_table(answer.as_table(answers))
+        if problems:
+            raise DataError(*problems)
 
     return run
 

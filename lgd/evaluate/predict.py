@@ -29,6 +29,8 @@ from lgd.urls import place
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 NAMES = {"lgd": "LGD-Net", "he-only": "H&E-only", "two-stream": "two streams", "distil": "label distillation"}
 """Method of a student -> its row in a table."""
+_MOST = 20
+"""Files that a message lists."""
 _READ = ("logits", "pooled", "features")
 NO_NUMBER = "the network gives no number for this image, and so no level: its training diverged"
 NO_LABELS = "the network saw no label in training and gives no level; its latents can be queried"
@@ -166,20 +168,45 @@ class ScoredImage(NamedTuple):
 
     path: Path
     values: dict[str, np.ndarray]
-    """Its row of each array that `Scorer.score` gives."""
+    """Its row of each array that `Scorer.score` gives; none where the file cannot be used."""
+    notes: list[str]
+    """What a reader must know; or why the file cannot be used."""
+
+
+def score_files(
+    scorer: Scorer, paths: Sequence[Path], mpp: Mpp = None, batch: int = 32, keep_going: bool = False
+) -> Iterator[ScoredImage]:
+    """Score image files, in their order; `mpp` is what is known of their scale.
+
+    A file that cannot be used raises `DataError`, or comes without values to who keeps going.
+    """
+    for start in range(0, len(paths), batch):
+        read = [_try_to_read(scorer, path, mpp, keep_going) for path in paths[start : start + batch]]
+        for shape, alike in itertools.groupby(read, lambda one: None if one.image_HW3 is None else one.image_HW3.shape):
+            some = list(alike)
+            if shape is None:
+                yield from (ScoredImage(one.path, {}, one.notes) for one in some)
+                continue
+            out = scorer.score(np.stack([one.image_HW3 for one in some]))
+            for row, one in enumerate(some):
+                values = {name: array[row] for name, array in out.items()}
+                yield ScoredImage(one.path, values, one.notes + collect_notes(scorer, one.image_HW3, values))
+
+
+class _Read(NamedTuple):
+    path: Path
+    image_HW3: Any
+    """None where the file cannot be used."""
     notes: list[str]
 
 
-def score_files(scorer: Scorer, paths: Sequence[Path], mpp: Mpp = None, batch: int = 32) -> Iterator[ScoredImage]:
-    """Score image files, in their order; `mpp` is what is known of their scale."""
-    for start in range(0, len(paths), batch):
-        read = [(path, *read_fitted(scorer, path, mpp)) for path in paths[start : start + batch]]
-        for _, alike in itertools.groupby(read, lambda one: one[1].shape):
-            some = list(alike)
-            out = scorer.score(np.stack([image_HW3 for _, image_HW3, _ in some]))
-            for row, (path, image_HW3, notes) in enumerate(some):
-                values = {name: array[row] for name, array in out.items()}
-                yield ScoredImage(path, values, notes + collect_notes(scorer, image_HW3, values))
+def _try_to_read(scorer: Scorer, path: Path, mpp: Mpp, keep_going: bool) -> _Read:
+    try:
+        return _Read(path, *read_fitted(scorer, path, mpp))
+    except DataError as error:
+        if not keep_going:
+            raise
+        return _Read(path, None, [str(error).removeprefix(str(path)).lstrip(": ")])
 
 
 def collect_notes(scorer: Scorer, image_HW3: np.ndarray, values: dict[str, np.ndarray]) -> list[str]:
@@ -194,9 +221,9 @@ def collect_notes(scorer: Scorer, image_HW3: np.ndarray, values: dict[str, np.nd
     return notes
 
 
-def as_level(probability_4: np.ndarray) -> dict[str, Any]:
-    """The most probable level, and the probability of each; None where a probability is no number."""
-    if not np.isfinite(probability_4).all():
+def as_level(probability_4: np.ndarray | None) -> dict[str, Any]:
+    """The most probable level, and the probability of each; None where there is none, or one is no number."""
+    if probability_4 is None or not np.isfinite(probability_4).all():
         return {"level": None, "probabilities": dict.fromkeys(LEVEL_NAMES)}
     level = int(np.argmax(probability_4))
     chances = {name: round(float(p), 4) for name, p in zip(LEVEL_NAMES, probability_4, strict=True)}
@@ -207,36 +234,65 @@ def as_level(probability_4: np.ndarray) -> dict[str, Any]:
 class Prediction:
     """What is kept of a scored image."""
 
-    image: str
+    path: Path
     slide: str | None
     """Its slide, where rows are to be slides."""
-    probability_4: np.ndarray
+    probability_4: np.ndarray | None
+    """None where the file cannot be used."""
     notes: list[str]
 
 
-def predict_images(
-    scorer: Scorer, paths: Sequence[Path], slides: Path | None = None, mpp: Mpp = None
-) -> list[Prediction]:
-    """Score image files.
+def problems_of(unread: Sequence[ScoredImage | Prediction], total: int) -> list[str]:
+    """The message on files that could not be used; none where all could."""
+    if not unread:
+        return []
+    lines = [f"  {one.path}: {'; '.join(one.notes)}" for one in unread[:_MOST]]
+    more = [f"  and {len(unread) - _MOST} more"] if len(unread) > _MOST else []
+    return [f"{len(unread)} of {total} images have no answer:", *lines, *more]
 
-    `slides` is a CSV with columns key (file name without suffix) and slide, `mpp` what is known of the images' scale.
+
+def predict_images(
+    scorer: Scorer, paths: Sequence[Path], slides: Path | None = None, mpp: Mpp = None, keep_going: bool = False
+) -> list[Prediction]:
+    """Score image files; see `score_files`.
+
+    `slides` is a CSV with columns key (file name without suffix) and slide. Two images of one name are refused then.
     """
-    slide_of = {} if slides is None else read_slides(slides)
-    unknown = [path for path in paths if slides is not None and safe_key(path.stem) not in slide_of]
+    slide_of = {} if slides is None else slides_of_images(slides, paths)
+    return [
+        Prediction(
+            path=scored.path,
+            slide=slide_of.get(safe_key(scored.path.stem)),
+            probability_4=scored.values.get("probability"),
+            notes=scored.notes,
+        )
+        for scored in score_files(scorer, paths, mpp, keep_going=keep_going)
+    ]
+
+
+def slides_of_images(slides: Path, paths: Sequence[Path]) -> dict[str, str]:
+    """Key -> slide of a CSV which names one for each image; `DataError` where it does not, or for equal names."""
+    require_names(slides, paths)
+    slide_of = read_slides(slides)
+    unknown = [path for path in paths if safe_key(path.stem) not in slide_of]
     if unknown:
         raise DataError(
             f"{slides} names no slide for {len(unknown)} of {len(paths)} images, the first of them {unknown[0]}: add "
             f"a row {unknown[0].stem},SLIDE"
         )
-    return [
-        Prediction(
-            image=str(scored.path),
-            slide=slide_of.get(safe_key(scored.path.stem)),
-            probability_4=scored.values["probability"],
-            notes=scored.notes,
-        )
-        for scored in score_files(scorer, paths, mpp)
-    ]
+    return slide_of
+
+
+def require_names(slides: Path, paths: Sequence[Path]) -> None:
+    """Raise `DataError` where a CSV of slides cannot tell two images apart."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        first = seen.setdefault(safe_key(path.stem), path)
+        if first != path:
+            raise DataError(
+                f"{slides} tells slides by file name, and {first} and {path} have the same: rename one, or ask for the "
+                "slides one at a time"
+            )
 
 
 def as_rows(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
@@ -245,10 +301,10 @@ def as_rows(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     A slide has the mean probability of its patches, and its notes say on how many of them each note is.
     """
     if not any(prediction.slide for prediction in predictions):
-        return [{"image": p.image} | as_level(p.probability_4) | {"notes": p.notes} for p in predictions]
+        return [{"image": str(p.path)} | as_level(p.probability_4) | {"notes": p.notes} for p in predictions]
     by_slide: dict[str, list[Prediction]] = {}
     for prediction in predictions:
-        assert prediction.slide is not None, prediction.image
+        assert prediction.slide is not None, prediction.path
         by_slide.setdefault(prediction.slide, []).append(prediction)
     return [
         {"slide": slide, "patches": len(patches)}
@@ -258,10 +314,10 @@ def as_rows(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     ]
 
 
-def _mean(probability_n4: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean of those that are numbers; NaN where none is."""
-    finite = [probability_4 for probability_4 in probability_n4 if np.isfinite(probability_4).all()]
-    return np.mean(finite, axis=0) if finite else np.full(len(LEVEL_NAMES), np.nan)
+def _mean(probability_n4: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The mean of those that are numbers; None where none is."""
+    finite = [one for one in probability_n4 if one is not None and np.isfinite(one).all()]
+    return np.mean(finite, axis=0) if finite else None
 
 
 def as_cells(row: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.data.pairs import read_slides, safe_key
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import Answer, Hit, Stored, near_duplicates
-from lgd.evaluate.predict import Scorer, as_level, score_files
+from lgd.evaluate.predict import ScoredImage, Scorer, as_level, require_names, score_files
 from lgd.evaluate.scale import Mpp
 from lgd.store.latents import Store, as_levels
 from lgd.store.search import Searcher
@@ -68,13 +68,15 @@ def query(
     exclude_same_slide: bool = False,
     slides: Path | None = None,
     mpp: Mpp = None,
+    unread: list[ScoredImage] | None = None,
 ) -> list[Answer]:
     """The k nearest stored IHC latents of each H&E image, or of each stored patch of `keys`, which needs no scorer.
 
     A stored patch is left out of its own answer; of a key that several parts have, each patch is a query of its own.
     `splits` and `levels` (0, 1+, 2+, 3+) narrow what is searched. `exclude_same_slide` leaves out patches of the
     query's slide, and those whose slide is unknown, since they may be of it. The slide of a query is that of `slides`,
-    a CSV with columns key (file name without suffix) and slide, or else that of the stored patch of this key.
+    a CSV with columns key (file name without suffix) and slide, or else that of the stored patch of this key. Images
+    that cannot be used have no answer where there is a list for them, `unread`.
 
     Raises `ConfigError` for what cannot be asked, and `DataError` for a store without a fitting index, a student of
     another teacher, an image that cannot be read, an unknown key or slide, and filters that leave nothing.
@@ -95,15 +97,25 @@ def query(
     allowed = _allowed(searcher, store, splits, levels)
     asked = [] if images else _by_key(store, keys)
     excluded = None
+    if slides:
+        require_names(slides, images)
     if exclude_same_slide:
         excluded = _slides_of(store, [safe_key(path.stem) for path in images] or [q.name for q in asked], slides)
     if images:
         # Last, because it takes the longest.
         assert scorer is not None
+        scored = list(score_files(scorer, images, mpp, keep_going=unread is not None))
+        if unread is not None:
+            unread += [one for one in scored if not one.values]
+        if excluded is not None:
+            excluded = [slides for one, slides in zip(scored, excluded, strict=True) if one.values]
         asked = [
-            _Question(scored.path, as_level(scored.values["probability"]), None, scored.values["pooled"], scored.notes)
-            for scored in score_files(scorer, images, mpp)
+            _Question(one.path, as_level(one.values["probability"]), None, one.values["pooled"], one.notes)
+            for one in scored
+            if one.values
         ]
+        if not asked:
+            return []
     found = _search_all(searcher, store, asked, k, allowed, excluded)
     return [
         Answer(

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from lgd.config import LEVEL_NAMES
 from lgd.data.image import decode
 from lgd.data.stream import Reader
 from lgd.errors import DataError
+from lgd.evaluate.images import find_images
 from lgd.evaluate.predict import (
-    find_images,
     load_scorer,
     predict,
     read_image,
@@ -46,26 +47,53 @@ def images(tissue, tmp_path):
 
 def test_files_folders_and_patterns_are_found_once_and_sorted(images):
     everything = sorted(images.rglob("*.png"))
-    assert find_images([str(images)]) == everything and len(everything) == 5
-    assert find_images([str(images / "*.png")]) == everything[-3:]
-    assert find_images([str(images / "**" / "*.png")]) == everything
-    assert find_images([str(images / "p1.png"), str(images), str(images / "p?.png")]) == everything
+    assert find_images([str(images)]).paths == everything and len(everything) == 5
+    assert find_images([str(images / "*.png")]).paths == everything[-3:]
+    assert find_images([str(images / "**" / "*.png")]).paths == everything
+    assert find_images([str(images / "p1.png"), str(images), str(images / "p?.png")]).paths == everything
     (images / "notes.txt").write_text("no image")
-    assert find_images([str(images)]) == everything
-    assert find_images([str(images / "notes.txt")]) == [images / "notes.txt"], "who names a file means it"
+    assert find_images([str(images)]).paths == everything
+    assert find_images([str(images / "notes.txt")]).paths == [images / "notes.txt"], "who names a file means it"
 
 
 def test_what_cannot_be_found_is_named(images, tmp_path):
     with pytest.raises(DataError, match="p9.png is no file, no folder, and no pattern"):
         find_images([str(images / "p9.png")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no .jpeg, .jpg, .png, .webp files"):
+    with pytest.raises(DataError, match="empty holds no JPEG, PNG or WebP file$"):
         find_images([str(tmp_path / "empty")])
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    with pytest.raises(DataError, match="empty holds no JPEG, PNG or WebP file, only .*notes.txt$"):
+        find_images([str(tmp_path / "empty")])
+
+
+def test_a_folder_is_read_as_people_have_them(images, tmp_path):
+    """Copies of viewers and systems are nobody's; links are followed; what is left out is told."""
+    everything = find_images([str(images)]).paths
+    for name in (".ipynb_checkpoints/p0-checkpoint.png", "._p0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (images / name).parent.mkdir(exist_ok=True)
+        shutil.copy(images / "p0.png", images / name)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(images / "p0.png", tmp_path / "elsewhere" / "scan")
+    (images / "slide4").symlink_to(tmp_path / "elsewhere")
+    (images / "slide4" / "back").symlink_to(images)
+    assert find_images([str(images)]) == (sorted([*everything, images / "slide4" / "scan"]), [])
+    (images / "c.tif").write_bytes(b"II*\0")
+    (images / "again.png").symlink_to("p0.png")
+    (images / "gone.png").symlink_to("nowhere.png")
+    found = find_images([str(images), f"{images}/deep/../p1.png"])
+    expected = [path for path in everything if path.name != "p0.png"]
+    expected += [images / name for name in ("again.png", "gone.png", "slide4/scan")]
+    assert sorted(map(os.path.abspath, found.paths)) == sorted(map(str, expected))
+    assert found.notes == [
+        f"left out 1 files that are no JPEG, PNG or WebP: {images}/c.tif",
+        f"left out 1 further names of the same files: {images}/p0.png",
+    ]
 
 
 def test_a_file_scores_as_the_network_says(scorer, tissue_run, images):
     model, config = load_student(tissue_run.student.dir)
-    paths = find_images([str(images)])
+    paths = find_images([str(images)]).paths
     rows = {scored.path: scored.values for scored in score_files(scorer, paths, batch=2)}
     assert list(rows) == paths
     for path in paths:
@@ -116,7 +144,7 @@ def test_what_is_no_image_is_named(scorer, images):
     bad = images / "text.png"
     bad.write_text("these are words")
     with pytest.raises(DataError, match=r"text\.png: is no JPEG, PNG or WebP image .*convert or remove it"):
-        predict(scorer, find_images([str(images)]))
+        predict(scorer, find_images([str(images)]).paths)
     with pytest.raises(DataError, match=r"gone\.png cannot be read .No such file"):
         read_image(images / "gone.png", 64)
 
@@ -142,7 +170,7 @@ def of_the_patch(notes):
 
 
 def test_notes_stand_beside_the_results_which_they_do_not_change(scorer, odd_images):
-    rows = {Path(row["image"]).stem: row for row in predict(scorer, find_images([str(odd_images)]))}
+    rows = {Path(row["image"]).stem: row for row in predict(scorer, find_images([str(odd_images)]).paths)}
     notes = {name: of_the_patch(row["notes"]) for name, row in rows.items()}
     assert notes == {**{f"p{n}": [] for n in range(5)}, "ihc0": [NO_HE], "ihc1": [NO_HE], "glass": [NEARLY_BLANK]}
     for name, row in rows.items():
@@ -154,7 +182,7 @@ def test_notes_stand_beside_the_results_which_they_do_not_change(scorer, odd_ima
 def test_a_slide_says_how_many_of_its_patches_have_a_note(scorer, odd_images, tmp_path):
     slides = tmp_path / "slides.csv"
     slides.write_text("key,slide\n" + "".join(f"p{n},A\n" for n in range(5)) + "ihc0,B\nihc1,B\nglass,B\n")
-    rows = predict(scorer, find_images([str(odd_images)]), slides)
+    rows = predict(scorer, find_images([str(odd_images)]).paths, slides)
     assert [list(row) for row in rows] == [["slide", "patches", "level", "probabilities", "notes"]] * 2
     assert [of_the_patch(row["notes"]) for row in rows] == [
         [],
@@ -196,7 +224,7 @@ def test_an_image_is_scored_upright(scorer, images):
 
 
 def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
-    paths = find_images([str(images)])
+    paths = find_images([str(images)]).paths
     slides = tmp_path / "slides.csv"
     # As a spreadsheet writes it: with a byte order mark, and columns that are not asked for.
     slides.write_text("\ufeffkey,slide,note\np0,B,\np1,A,x\np2,B,\np3,A,\np4,B,\nother,C,\n", encoding="utf-8")
@@ -222,7 +250,15 @@ def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
 def test_a_wrong_list_of_slides_is_told(scorer, images, tmp_path, text, told):
     (tmp_path / "slides.csv").write_text(text)
     with pytest.raises(DataError, match=told):
-        predict(scorer, find_images([str(images)]), tmp_path / "slides.csv")
+        predict(scorer, find_images([str(images)]).paths, tmp_path / "slides.csv")
+
+
+def test_a_list_of_slides_cannot_tell_equal_names_apart(scorer, images, tmp_path):
+    shutil.copy(images / "p1.png", images / "deep" / "p0.png")
+    (tmp_path / "slides.csv").write_text("key,slide\n" + "".join(f"p{n},A\n" for n in range(5)))
+    with pytest.raises(DataError, match="slides.csv tells slides by file name, and .*p0.png and .*p0.png have"):
+        predict(scorer, find_images([str(images)]).paths, tmp_path / "slides.csv")
+    assert len(predict(scorer, find_images([str(images)]).paths)) == 6
 
 
 def test_a_missing_list_of_slides_is_told(tmp_path):
@@ -233,7 +269,7 @@ def test_a_missing_list_of_slides_is_told(tmp_path):
 def test_the_command_prints_one_json_document(tissue_run, scorer, images, capsys):
     assert main(["predict", "--model", tissue_run.student.dir, "--json", str(images)]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert rows == predict(scorer, find_images([str(images)]))
+    assert rows == predict(scorer, find_images([str(images)]).paths)
     assert [list(row) for row in rows] == [["image", "level", "probabilities", "notes"]] * 5
 
 
@@ -246,6 +282,40 @@ def test_the_command_prints_a_table_and_csv(tissue_run, images, capsys, tmp_path
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [Path(row["image"]).name for row in rows] == ["p3.png", "p4.png", "p0.png", "p1.png", "p2.png"]
     assert all(float(row["3+"]) <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("form", ["--json", "--csv", ""])
+def test_a_bad_file_costs_its_own_row(tissue_run, images, capsys, form, tmp_path):
+    command = ["predict", "--model", tissue_run.student.dir, *([form] if form else []), str(images)]
+    assert main(command) == 0
+    whole = capsys.readouterr().out
+    (images / "p1.png").write_bytes((images / "p1.png").read_bytes()[:500])
+    (images / "p2.png").write_text("words")
+    (images / "z.png").symlink_to("nowhere")
+    assert main(command) == 1
+    told = capsys.readouterr()
+    lines = told.err.splitlines()
+    (head,) = [number for number, line in enumerate(lines) if "3 of 6 images have no answer" in line]
+    assert lines[head] == "lgd: 3 of 6 images have no answer:" and len(lines[head:]) == 4
+    for line, words in zip(
+        lines[head + 1 :], ("p1.png: is truncated", "p2.png: is no JPEG", "z.png: cannot be read"), strict=True
+    ):
+        assert line.startswith(f"  {images}/{words}")
+    if form == "--json":
+        rows, before = json.loads(told.out), {row["image"]: row for row in json.loads(whole)}
+        assert len(rows) == 6
+        for row in rows:
+            if Path(row["image"]).name in ("p1.png", "p2.png", "z.png"):
+                assert row["level"] is None and set(row["probabilities"].values()) == {None} and len(row["notes"]) == 1
+            else:
+                assert row == before[row["image"]]
+    (tmp_path / "slides.csv").write_text("key,slide\n" + "".join(f"p{n},{'AB'[n % 2]}\n" for n in range(5)))
+    for name in ("p0.png", "deep/p4.png"):
+        (images / name).write_text("words")
+    (images / "z.png").unlink()
+    (images / "deep" / "p3.png").unlink()
+    assert main([*command, "--slides", str(tmp_path / "slides.csv")]) == 1
+    assert "lgd: 4 of 4 images have no answer:" in capsys.readouterr().err
 
 
 def test_the_command_fails_with_one_message(tissue_run, images, capsys, tmp_path):
@@ -264,6 +334,6 @@ def test_a_teacher_is_no_student(tissue_run, images, capsys):
 
 def test_real_patches_are_scored_whatever_their_names_say(scorer, real_data):
     """BCI's `.png` files hold JPEG streams of 1024 pixels; the level means nothing here."""
-    rows = predict(scorer, find_images([str(real_data / "bci-native" / "HE")]), mpp="unknown")
+    rows = predict(scorer, find_images([str(real_data / "bci-native" / "HE")]).paths, mpp="unknown")
     assert [Path(row["image"]).suffix for row in rows] == [".png", ".png"]
     assert rows[0]["probabilities"] != rows[1]["probabilities"]

@@ -1,0 +1,98 @@
+"""Names as a user gives them -> the image files that they mean."""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lgd.data.image import kind
+from lgd.errors import DataError
+from lgd.urls import place
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_SYSTEM = {"thumbs.db", "desktop.ini"}
+_MOST = 5
+"""Names that a message lists."""
+
+
+class Found(NamedTuple):
+    """What lies under some names."""
+
+    paths: list[Path]
+    """The image files, sorted, each once."""
+    notes: list[str]
+    """What was left out."""
+
+
+def find_images(names: Sequence[str]) -> Found:
+    """The image files of a list of files, folders and glob patterns; `DataError` for a name that means none.
+
+    A file that is named is taken. In folders, which are searched deep and through links, a file is taken when its name
+    or its content is that of a JPEG, PNG or WebP; all others are noted, but for hidden ones. Of several names of one
+    file the first is taken.
+    """
+    named: list[Path] = []
+    others: list[Path] = []
+    for name in names:
+        path = place(name)
+        if path.is_dir():
+            inside = sorted(_files(path))
+            images = [one for one in inside if _is_image(one)]
+            if not images:
+                raise DataError(f"{path} holds no JPEG, PNG or WebP file{_listed(inside, ', only ')}")
+            named += images
+            others += [one for one in inside if one not in set(images)]
+        elif path.is_file():
+            named.append(path)
+        else:
+            matching = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+            if not matching:
+                raise DataError(f"{name} is no file, no folder, and no pattern that matches files")
+            named += matching
+    taken: dict[str, Path] = {}
+    again: dict[str, Path] = {}
+    for path in sorted(named):
+        first = taken.setdefault(os.path.realpath(path), path)
+        if os.path.abspath(first) != os.path.abspath(path):
+            again[os.path.abspath(path)] = path
+    notes = []
+    if others:
+        notes.append(f"left out {len(others)} files that are no JPEG, PNG or WebP{_listed(others)}")
+    if again:
+        notes.append(f"left out {len(again)} further names of the same files{_listed(list(again.values()))}")
+    return Found(list(taken.values()), notes)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files of a folder, deep and through links, without hidden ones and those of the system."""
+    entered = {os.path.realpath(folder)}
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror})") from error
+
+    for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        inside = []
+        for name in sorted(folders):
+            target = os.path.realpath(os.path.join(at, name))
+            # A link may lead back to where it lies.
+            if not name.startswith(".") and target not in entered:
+                entered.add(target)
+                inside.append(name)
+        folders[:] = inside
+        yield from (Path(at, name) for name in files if not name.startswith(".") and name.lower() not in _SYSTEM)
+
+
+def _is_image(path: Path) -> bool:
+    if path.suffix.lower() in _SUFFIXES:
+        return True
+    try:
+        with open(path, "rb") as stream:
+            return path.is_file() and kind(stream.read(12)) is not None
+    except OSError:
+        return False
+
+
+def _listed(paths: Sequence[Path], before: str = ": ") -> str:
+    more = f" and {len(paths) - _MOST} more" if len(paths) > _MOST else ""
+    return f"{before}{', '.join(map(str, paths[:_MOST]))}{more}" if paths else ""
