@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import xxhash
 
+from lgd.config import LEVEL_NAMES
 from lgd.errors import DataError
 from lgd.files import digest_of, xxh3
 from lgd.remote import drop_damaged, open_file
@@ -87,8 +88,14 @@ class PartFile:
                 if not dropped or xxhash.xxh3_128_hexdigest(part) != dataset.xxh3:
                     self._content = None
                     raise DataError(f"part {self.path} does not match its digest (dataset {name}): {REMEDY}")
+        array: np.ndarray = np.ndarray(dataset.shape, np.dtype(dataset.dtype), part)
+        if name not in self._checked:
+            try:
+                check_rows(name, array)
+            except ValueError as error:
+                raise DataError(f"part {self.path}: {error}: {REMEDY}") from error
             self._checked.add(name)
-        return np.ndarray(dataset.shape, np.dtype(dataset.dtype), part), part
+        return array, part
 
     def _read(self, sidecar: Sidecar, dataset: Dataset) -> memoryview:
         if self._content is None:
@@ -194,6 +201,17 @@ class Part:
         return [problem for file in self.files.values() if (problem := file.problem())]
 
 
+def check_rows(name: str, rows_n: np.ndarray) -> None:
+    """Raise `ValueError` where keys or slides are no text, or labels no levels; other datasets may hold anything."""
+    if name in ("key", "slide"):
+        try:
+            b"\n".join(rows_n.tolist()).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"a {name} is not UTF-8") from error
+    elif name == "label" and not (np.isnan(rows_n) | np.isin(rows_n, range(len(LEVEL_NAMES)))).all():
+        raise ValueError(f"a label is none of 0 to {len(LEVEL_NAMES) - 1}")
+
+
 def _keep_open(part: Part) -> None:
     with _mapping:
         _open.append(part)
@@ -218,6 +236,13 @@ def _file_problem(path: Path, file: BinaryIO, sidecar: Sidecar) -> str | None:
         return f"part {path} is no HDF5 file of ours ({error})"
     if found != sidecar.datasets:
         return f"part {path}: HDF5 finds other datasets in it than its sidecar states"
+    for name in sorted({"key", "slide", "label"} & sidecar.datasets.keys()):
+        dataset = sidecar.datasets[name]
+        rows = np.frombuffer(os.pread(file.fileno(), dataset.bytes, dataset.offset), dataset.dtype)
+        try:
+            check_rows(name, rows)
+        except ValueError as error:
+            return f"part {path}: {error}"
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lgd.store.parts import Part
+from lgd.store.parts import Part, check_rows
 
 _BLOCK = 1_000_000
 """Rows that are looked at together."""
@@ -76,4 +76,6 @@ def read_table(file: BinaryIO, rows: int, parts: Sequence[Part]) -> np.ndarray:
         part_n, row_n = table["part"][first : first + _BLOCK], table["row"][first : first + _BLOCK]
         if part_n.max() >= len(parts) or (row_n >= rows_of_part[part_n]).any():
             raise ValueError("it names rows that the parts do not have")
+        for name in ("key", "slide", "label"):
+            check_rows(name, table[name][first : first + _BLOCK])
     return table

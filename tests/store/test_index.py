@@ -1,5 +1,6 @@
 import functools
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from lgd.data.archive import Shard
 from lgd.distribute import disconnect
 from lgd.errors import DataError
-from lgd.files import digest_of, read_json, write_json, xxh3
+from lgd.files import digest_of, read_json, xxh3
 from lgd.locks import TakenError, exclusive
 from lgd.store import exact, index, search
 from lgd.store.exact import Latents, nearest, overlap
@@ -440,7 +441,7 @@ def forge(store, suffix, content, **changes):
         digest = xxh3(io.BytesIO(content))
         (folder / f"{digest}{suffix}").write_bytes(content)
         document["faiss" if suffix == ".faiss" else "table"] = {"bytes": len(content), "xxh3": digest}
-    write_json(folder / "index.json", document | {"digest": digest_of(document)})
+    (folder / "index.json").write_text(json.dumps(document | {"digest": digest_of(document)}))
 
 
 @pytest.mark.faults
@@ -481,6 +482,10 @@ def test_a_forged_table_is_refused(indexed, tmp_path):
     wrong = {name: table.copy() for name in ("part", "row")}
     wrong["part"]["part"][5] = 3
     wrong["row"]["row"][-1] = 150
+    for name, value in {"key": b"\xff\xfe", "slide": b"\xff", "label": 99, "more": np.inf, "less": 1.5}.items():
+        column = name if name in table.dtype.names else "label"
+        wrong[name] = table.copy()
+        wrong[name][column][7] = value
     for array in (*wrong.values(), table[:-1], table["row"], np.array([{}], object)):
         content = io.BytesIO()
         np.save(content, array, allow_pickle=True)

@@ -442,10 +442,43 @@ def test_a_hostile_hdf5_file_is_refused_before_use(copy_of, tmp_path, forge, nam
     agree(folder, sidecar)
 
     # Rows are bytes of the file at a place; HDF5, which would follow a link out of it, is not asked for them.
-    assert SECRET[:6] not in Store(folder).parts[0].array(name).tobytes()
+    try:
+        assert SECRET[:6] not in Store(folder).parts[0].array(name).tobytes()
+    except DataError as error:
+        assert f"{path}: a {name} is not UTF-8" in str(error)
     told = "".join(Store(folder).verify())
     assert f"part {path} is no HDF5 file of ours" in told or "HDF5 finds other datasets" in told
     assert "SECRET" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("key", b"\xff\xfe", "a key is not UTF-8"),
+        ("slide", b"\xff", "a slide is not UTF-8"),
+        ("label", np.float32(99).tobytes(), "a label is none of 0 to 3"),
+        ("label", np.float32(np.inf).tobytes(), "a label is none of 0 to 3"),
+        ("label", np.float32(-1).tobytes(), "a label is none of 0 to 3"),
+        ("label", np.float32(1.5).tobytes(), "a label is none of 0 to 3"),
+    ],
+)
+def test_forged_rows_that_make_no_sense_are_refused(copy_of, capsys, name, value, told):
+    folder = Path(copy_of.latents.dir)
+    path = Store(folder).parts[0].files[PATCHES].path
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    content, entry = bytearray(path.read_bytes()), sidecar["datasets"][name]
+    size = math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize
+    content[entry["offset"] : entry["offset"] + len(value)] = value
+    path.write_bytes(content)
+    entry["xxh3"] = xxh3(io.BytesIO(content[entry["offset"] : entry["offset"] + size]))
+    agree(folder, sidecar | {"xxh3": xxh3(io.BytesIO(content))})
+    with pytest.raises(DataError, match=f"part {path}: {told}: "):
+        Store(folder).parts[0].array(name)
+    assert told in "".join(Store(folder).verify())
+    assert main(["query", "--store", str(folder), "--key", "k"]) == 1
+    # The slides that it writes are those of the shards.
+    written = main(["export-latents", "--store", str(folder), "--out", str(folder.parent / "out")])
+    assert written == (name != "slide") and "Traceback" not in capsys.readouterr().err
 
 
 def test_a_declared_size_of_terabytes_is_refused_by_the_sidecar(copy_of):
