@@ -248,8 +248,9 @@ def load_best(folder: Path, best: Best, inputs: dict[str, Any]) -> Checkpoint:
     return load(folder / _name(best.step), inputs)
 
 
-def adopt(folder: Path, path: Path, inputs: dict[str, Any]) -> None:
-    """Make the checkpoint at `path` the newest one under `folder`: later ones are removed, a foreign one is copied.
+def adopt(folder: Path, path: Path, inputs: dict[str, Any], alone: bool = False) -> None:
+    """Make the checkpoint at `path` the newest one under `folder`, or the only one if `alone`: later ones (all others)
+    are removed, a foreign one is copied.
 
     Raises `DataError`, and changes nothing, for one that is incomplete, damaged, or of a run with other inputs.
     """
@@ -260,7 +261,7 @@ def adopt(folder: Path, path: Path, inputs: dict[str, Any]) -> None:
     with contextlib.ExitStack() as stack:
         opened = {file: stack.enter_context(_open_tensors(path, file, state)) for file in _TENSORS}
         for other in complete(folder):
-            if other.name > own.name:
+            if other.name > own.name or (alone and other != path):
                 _remove(other)
         local = not is_remote(path) and not is_remote(own)
         if path == own or (local and own.exists() and os.path.samefile(path, own)):

@@ -4,7 +4,7 @@ import contextlib
 from typing import Any
 
 from lgd.errors import DataError
-from lgd.files import digest_of, exists, remove_folder, told_differences
+from lgd.files import digest_of, exists, told_differences
 from lgd.models.description import ModelConfig
 from lgd.train import checkpoint
 from lgd.train.tasks import Task
@@ -43,11 +43,10 @@ def refuse_finished(task: Task, inputs: dict[str, Any], is_same: bool, overwrite
         raise DataError(f"{task.folder} holds a finished {kind} of other inputs:", *difference, remedy)
 
 
-def discard_checkpoints(task: Task, inputs: dict[str, Any]) -> None:
-    """Remove the checkpoints of a finished network that is to be replaced; those of other trainings stay."""
+def keeps_others(task: Task, inputs: dict[str, Any]) -> bool:
+    """Whether the checkpoints in the folder are those of its finished network, which is of other inputs."""
     made = read_finished(task)
-    if made and made.inputs != digest_of(inputs) and _inputs_of(task, made.inputs) is not None:
-        remove_folder(task.folder / "checkpoints")
+    return made is not None and made.inputs != digest_of(inputs) and _inputs_of(task, made.inputs) is not None
 
 
 def _inputs_of(task: Task, digest: str) -> dict[str, Any] | None:

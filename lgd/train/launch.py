@@ -22,7 +22,7 @@ from lgd.locks import LOCK, exclusive
 from lgd.text import print_lines
 from lgd.train import checkpoint
 from lgd.train.engine import choose
-from lgd.train.finished import discard_checkpoints, read_finished, refuse_finished
+from lgd.train.finished import keeps_others, read_finished, refuse_finished
 from lgd.train.loop import TASKS, split_shards, train
 from lgd.train.tasks import Task, inputs_of
 
@@ -123,12 +123,12 @@ def _train_locked(
     # Once, here: a worker that Ray restarts must go on from its own checkpoints. Under torchrun one process does it,
     # before the others can be past the meeting with it.
     if first:
-        if overwrite:
-            discard_checkpoints(task, inputs)
-        if config.train.resume == "never":
-            remove_folder(task.folder / "checkpoints")
-        elif config.train.resume != "auto":
-            checkpoint.adopt(task.folder / "checkpoints", place(config.train.resume), inputs)
+        folder, resume = task.folder / "checkpoints", config.train.resume
+        replaced = bool(overwrite) and keeps_others(task, inputs)
+        if resume not in ("auto", "never"):
+            checkpoint.adopt(folder, place(resume), inputs, alone=replaced)
+        elif replaced or resume == "never":
+            remove_folder(folder)
     launch(
         worker,
         {"config": config, "task": name, "engine": engine},

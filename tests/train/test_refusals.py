@@ -338,7 +338,7 @@ def test_resume_from_what_is_no_checkpoint(train, folder, tmp_path):
     }
     before = contents(folder)
     for path, told in cases.items():
-        status, message = train(f"--train.resume={path}")
+        status, message = train(f"--train.resume={path}", "--overwrite")
         assert status == 1 and str(path) in message and told in message, path
         assert contents(folder) == before, path
 
@@ -352,7 +352,7 @@ def test_resume_from_a_damaged_checkpoint_loses_nothing(train, folder, tmp_path)
     content[len(content) // 2] ^= 1
     (damaged / "weights.safetensors").write_bytes(content)
     before = contents(folder)
-    status, message = train(f"--train.resume={damaged}", "--train.keep=3")
+    status, message = train(f"--train.resume={damaged}", "--train.keep=3", "--overwrite")
     assert status == 1
     assert f"{damaged / 'weights.safetensors'} does not match its digest" in message
     assert contents(folder) == before and newest.is_dir()
@@ -365,9 +365,15 @@ def test_resume_from_a_checkpoint_of_another_run_loses_nothing(train, folder, tm
     assert train(*made)[0] == 0
     strange = checkpoint.complete(other / "checkpoints")[0]
     before = contents(folder)
-    status, message = train(f"--train.resume={strange}", "--train.keep=3")
+    status, message = train(f"--train.resume={strange}", "--train.keep=3", "--overwrite")
     assert status == 1
     assert str(strange.name) in message and "another run" in message or "other shards" in message
     assert {name for name in before if "checkpoints" in name} == {
         name for name in contents(folder) if "checkpoints" in name
     }
+    # Nor do the old ones go where a network of other inputs is to take their place.
+    status, message = train("--train.resume=gone", "--overwrite", "--student.epochs=0.4", "--run.seed=8")
+    assert status == 1 and "gone is not a complete checkpoint" in message and contents(folder) == before
+    adopted = [f"--train.resume={strange}", "--overwrite", "--student.epochs=0.4", "--run.seed=7"]
+    assert train(*adopted, "--train.checkpoint_every=1", "--train.keep=3")[0] == 0
+    assert read_json(folder / "config.json")["weights_sha256"] == read_json(other / "config.json")["weights_sha256"]
