@@ -37,6 +37,7 @@ from lgd.metrics import Predictions
 from lgd.models.export import read_student_config, read_teacher_config
 from lgd.models.teacher import load_teacher
 from lgd.records import Count, Document, Line, Many, Record, Sha256
+from lgd.run_document import Estimate
 from lgd.run_folder import command
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
@@ -45,14 +46,6 @@ METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accurac
 OURS, LEAST, MOST = "LGD-Net", "H&E only", "IHC teacher"
 ONCE = {MOST: "teacher.npz", COLOUR: "colour-only.npz"}
 """The rows of one training, whatever the number of seeds, and where their answers are kept."""
-
-
-class Estimate(Record):
-    """A value with its 95 % interval; None where there is none."""
-
-    value: float | None
-    low: float | None
-    high: float | None
 
 
 class Compared(Record):

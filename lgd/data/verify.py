@@ -20,6 +20,7 @@ from lgd.data.meta import PatchMeta
 from lgd.data.patches import read_patches
 from lgd.data.repeats import SEEN, as_seen, find_repeats, unlike_patches
 from lgd.data.shards import ShardOptions
+from lgd.data.tags import read_orientation
 from lgd.errors import ConfigError, DataError
 from lgd.files import list_folder, matches
 from lgd.progress import progress
@@ -170,6 +171,8 @@ def _verify_sample(shard: Shard, file: BinaryIO, index: np.ndarray, row: int) ->
                 f"{where}, {role}: is {found.extension} of {found.width} x {found.height} pixels, but "
                 f"{meta.width} x {meta.height} is stated"
             )
+        if (orientation := read_orientation(content, found.extension)) != 1:
+            problems.append(f"{where}, {role}: has EXIF orientation {orientation}, and shards hold upright images")
     return problems, Fact(row, meta)
 
 

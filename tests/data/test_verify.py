@@ -1,4 +1,5 @@
 import functools
+import hashlib
 import http.server
 import io
 import json
@@ -10,6 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lgd.data.archive import INDEX
 from lgd.data.image import encode
@@ -81,6 +83,19 @@ def meta_with(**changes):
         return [(members[0][0], json.dumps(meta).encode()), *members[1:]]
 
     return change
+
+
+def turned(members):
+    """The first H&E with an EXIF orientation, and all digests right."""
+    name, content = members[1]
+    with Image.open(io.BytesIO(content)) as image, io.BytesIO() as stream:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(stream, "png", exif=exif)
+        content = stream.getvalue()
+    meta = json.loads(members[0][1])
+    meta["sha256"]["he"] = hashlib.sha256(content).hexdigest()
+    return [(members[0][0], json.dumps(meta).encode()), (name, content), *members[2:]]
 
 
 def test_a_whole_set_has_no_problems(whole, out):
@@ -169,6 +184,7 @@ def test_a_shard_that_the_manifest_does_not_know(out):
         (meta_with(split="test"), "field split is 'test', but the shard is of train"),
         (meta_with(group="S9"), "slide and group"),
         (meta_with(width=9), "is png of 8 x 8 pixels, but 9 x 8 is stated"),
+        (turned, "row 0, he0, he: has EXIF orientation 6, and shards hold upright images"),
         (meta_with(slide="S3", group="S3"), "group S3 lies in the splits test and train: the set leaks"),
     ],
 )
