@@ -19,16 +19,16 @@ ABLATE ?= --seeds 5 --jobs 2
 demo: .venv/installed
 	$(BIN)/lgd demo
 
-# Where a signal ends pytest, the test that ran and the stacks of all threads are printed last, beside what Ray logged of
-# workers that crashed.
+# Two processes, each with whole files of tests. Of one that crashes the test and the stacks of all threads are printed last,
+# beside what Ray logged of workers that crashed.
 define PYTEST
-@log=$$(mktemp); began=$$(date +%s); \
-PYTHONFAULTHANDLER=1 LGD_CRASH_LOG=$$log $(BIN)/python -m pytest $(1); status=$$?; \
-if [ $$status -gt 128 ]; then \
-	echo "pytest was ended by SIG$$(kill -l $$status) in"; cat $$log; \
+@logs=$$(mktemp -d); began=$$(date +%s); \
+PYTHONFAULTHANDLER=1 LGD_CRASH_LOGS=$$logs $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(1); status=$$?; \
+if [ $$status -ne 0 ]; then \
+	for log in $$(grep -ls 'Fatal Python error' $$logs/*); do echo "pytest crashed in"; cat $$log; done; \
 	find $${RAY_TMPDIR:-/tmp}/ray -name '*.err' -newermt @$$began 2>/dev/null | \
 		xargs -r grep -A 40 'Fatal Python error'; \
-fi >&2; rm $$log; exit $$status
+fi >&2; rm -r $$logs; exit $$status
 endef
 
 test: .venv/installed-dev

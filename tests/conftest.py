@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -21,14 +21,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# `make test` prints this file where a signal ended pytest. It is no other process's that a test starts.
-_crash_log = open(os.environ.pop("LGD_CRASH_LOG"), "w") if "LGD_CRASH_LOG" in os.environ else None
+# `make test` prints what the processes of pytest that crash leave in this folder. It is no other process's that a test
+# starts.
+_CRASH_LOGS = os.environ.pop("LGD_CRASH_LOGS", "")
+_crash_log: TextIO | None = None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist the folder."""
+    node.workerinput["crash_logs"] = _CRASH_LOGS
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_configure() -> None:
-    """Have the stacks of a crash written to the log; pytest has chosen standard error for them before."""
-    if _crash_log:
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the stacks of a crash written to a log; pytest has chosen standard error for them before."""
+    global _crash_log
+    folder = getattr(config, "workerinput", {}).get("crash_logs", _CRASH_LOGS)
+    if folder:
+        _crash_log = open(Path(folder) / str(os.getpid()), "w")
         faulthandler.enable(_crash_log)
 
 
