@@ -24,9 +24,10 @@ from lgd.locks import hold_lock
 from lgd.options import Given, load_config
 from lgd.records import MissingDocument
 from lgd.run_document import Environment, Facts, RunDocument, Stage
+from lgd.text import escape_text
 
 _CONFIG, _RUN = "config.yaml", "run.json"
-_MOST = 3
+_MOST, _LONGEST = 3, 300
 """Fields that a note names, and makers that an error does."""
 
 _TRAINING = (
@@ -131,8 +132,8 @@ def note_changes(config: Config, stage: str) -> str:
             before = kept | entry.differing
             for name in names:
                 if now[name] != before[name]:
-                    values = f"{_as_text(now[name]):.80} and was {_as_text(before[name]):.80} for {earlier}"
-                    changes.setdefault(name, f"{name} is {values}")
+                    is_now, was = (escape_text(_as_text(fields[name]), _LONGEST) for fields in (now, before))
+                    changes.setdefault(name, f"{name} is {is_now} and was {was} for {earlier}")
     if not changes:
         return ""
     more = [f"and {len(changes) - _MOST} more"] if len(changes) > _MOST else []

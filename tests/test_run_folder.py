@@ -118,6 +118,9 @@ def test_a_stage_tells_in_which_fields_earlier_ones_had_other_values(config, cha
         f"note: teacher.dir is /elsewhere and was {config.teacher.dir} for train-teacher; run.json tells each stage's "
         "values"
     )
+    # A long one is cut in its middle, and says so.
+    far = change(config, teacher={"dir": f"/{'x' * 5000}/teacher"})
+    assert re.search(r"teacher.dir is /x+ \[... \d+ characters ...\] x+/teacher and was", note_changes(far, "train"))
     many = change(config, train={"lr": 0.5, "clip": 2.0, "batch": 4, "warmup": 0.0}, run={"seed": 3})
     assert "and 3 more; run.json" in note_changes(many, "train")
 
