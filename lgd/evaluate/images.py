@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lgd.data.image import kind
-from lgd.errors import DataError
-from lgd.urls import place
+from lgd.errors import ConfigError, DataError
+from lgd.urls import is_remote, place
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _SYSTEM = {"thumbs.db", "desktop.ini"}
@@ -26,16 +26,18 @@ class Found(NamedTuple):
 
 
 def find_images(names: Sequence[str]) -> Found:
-    """The image files of a list of files, folders and glob patterns; `DataError` for a name that means none.
+    """The image files of a list of files, folders and glob patterns.
 
     A file that is named is taken. In folders, which are searched deep and through links, a file is taken when its name
     or its content is that of a JPEG, PNG or WebP; all others are noted, but for hidden ones. Of several names of one
-    file the first is taken.
+    file the first is taken. Raises `DataError` for a name that means none, and `ConfigError` for a url.
     """
     named: list[Path] = []
     others: list[Path] = []
     for name in names:
         path = place(name)
+        if is_remote(path):
+            raise ConfigError(f"{name}: images are read from local files only: fetch it first")
         if path.is_dir():
             inside = sorted(_files(path))
             images = [one for one in inside if _is_image(one)]

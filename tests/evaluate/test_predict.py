@@ -14,7 +14,7 @@ from lgd.cli import main
 from lgd.config import LEVEL_NAMES
 from lgd.data.image import decode
 from lgd.data.stream import Reader
-from lgd.errors import DataError
+from lgd.errors import ConfigError, DataError
 from lgd.evaluate.images import find_images
 from lgd.evaluate.predict import (
     load_scorer,
@@ -65,6 +65,12 @@ def test_what_cannot_be_found_is_named(images, tmp_path):
     (tmp_path / "empty" / "notes.txt").write_text("no image")
     with pytest.raises(DataError, match="empty holds no JPEG, PNG or WebP file, only .*notes.txt$"):
         find_images([str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/patches", "http://127.0.0.1:1/p.png"])
+def test_images_at_urls_are_refused(url):
+    with pytest.raises(ConfigError, match=f"^{url}: images are read from local files only"):
+        find_images([url])
 
 
 def test_a_folder_is_read_as_people_have_them(images, tmp_path):
