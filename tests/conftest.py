@@ -1,10 +1,12 @@
 """Fixtures shared by all tests."""
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -135,6 +137,13 @@ def fault_count() -> Callable[[int], int]:
     """`fault_count(300)`: how many of so many faults to try; a tenth, unless LGD_FAULTS is `all` (`make faults`)."""
     share = 1 if os.environ.get("LGD_FAULTS") == "all" else 10
     return lambda number: -(-number // share)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Callable[..., Any]]:
+    """`alone(function, *arguments)`: what a function gives in another process, which has no other thread."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 @pytest.fixture(scope="module")
