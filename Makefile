@@ -23,7 +23,8 @@ demo: .venv/installed
 # beside what Ray logged of workers that crashed.
 define PYTEST
 @logs=$$(mktemp -d); began=$$(date +%s); \
-PYTHONFAULTHANDLER=1 LGD_CRASH_LOGS=$$logs $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(1); status=$$?; \
+PYTHONFAULTHANDLER=1 LGD_CRASH_LOGS=$$logs $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	--max-worker-restart 0 $(1); status=$$?; \
 if [ $$status -ne 0 ]; then \
 	for log in $$(grep -ls 'Fatal Python error' $$logs/*); do echo "pytest crashed in"; cat $$log; done; \
 	find $${RAY_TMPDIR:-/tmp}/ray -name '*.err' -newermt @$$began 2>/dev/null | \

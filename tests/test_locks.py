@@ -191,9 +191,10 @@ def test_a_folder_that_takes_no_files_is_told():
         pytest.fail("there is no lock")
 
 
-def test_a_url_has_no_lock():
+def test_a_url_has_no_lock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with exclusive("s3://data/x", "digging"), exclusive("s3://data/x", "digging"):
-        pass
+        assert not list(tmp_path.iterdir())
 
 
 NO_LOCKS = """

@@ -39,12 +39,13 @@ def find_images(names: Sequence[str]) -> Found:
         if is_remote(path):
             raise ConfigError(f"{name}: images are read from local files only: fetch it first")
         if path.is_dir():
-            inside = sorted(_files(path))
-            images = [one for one in inside if _is_image(one)]
-            if not images:
-                raise DataError(f"{path} holds no JPEG, PNG or WebP file{_listed(inside, ', only ')}")
-            named += images
-            others += [one for one in inside if one not in set(images)]
+            inside: dict[bool, list[Path]] = {True: [], False: []}
+            for file in sorted(_files(path)):
+                inside[_is_image(file)].append(file)
+            if not inside[True]:
+                raise DataError(f"{path} holds no JPEG, PNG or WebP file{_listed(inside[False], ', only ')}")
+            named += inside[True]
+            others += inside[False]
         elif path.is_file():
             named.append(path)
         else:
@@ -86,13 +87,15 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    if path.suffix.lower() in _SUFFIXES:
-        return True
+    named = path.suffix.lower() in _SUFFIXES
+    if not path.is_file():
+        # A link to nowhere is told as an image that cannot be read; a pipe would be waited for.
+        return named and not path.exists()
     try:
         with open(path, "rb") as stream:
-            return path.is_file() and kind(stream.read(12)) is not None
+            return named or kind(stream.read(12)) is not None
     except OSError:
-        return False
+        return named
 
 
 def _listed(paths: Sequence[Path], before: str = ": ") -> str:

@@ -1,6 +1,5 @@
 """H&E files -> levels and probabilities, by patch and by slide."""
 
-import glob
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,7 @@ from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.student import load_student
 from lgd.models.teacher import load_teacher
 from lgd.stain.checks import find_notes
-from lgd.urls import place
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 NAMES = {"lgd": "LGD-Net", "he-only": "H&E-only", "two-stream": "two streams", "distil": "label distillation"}
 """Method of a student -> its row in a table."""
 _MOST = 20
@@ -116,26 +113,6 @@ def score_shards(
     )
     vectors_nD = np.concatenate([f[vectors] for f in found]) if vectors in found[0] else None
     return predictions, vectors_nD
-
-
-def find_images(names: Sequence[str]) -> list[Path]:
-    """Files of a list of files, folders (searched deep) and glob patterns, sorted and each once."""
-    found: set[Path] = set()
-    for name in names:
-        path = place(name)
-        if path.is_dir():
-            inside = {p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file()}
-            if not inside:
-                raise DataError(f"{path} holds no {', '.join(sorted(_SUFFIXES))} files")
-            found |= inside
-        elif path.is_file():
-            found.add(path)
-        else:
-            matching = {Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()}
-            if not matching:
-                raise DataError(f"{name} is no file, no folder, and no pattern that matches files")
-            found |= matching
-    return sorted(found)
 
 
 def read_image(path: Path, size: int | None) -> np.ndarray:

@@ -88,14 +88,12 @@ class PartFile:
                 if not dropped or xxhash.xxh3_128_hexdigest(part) != dataset.xxh3:
                     self._content = None
                     raise DataError(f"part {self.path} does not match its digest (dataset {name}): {REMEDY}")
-        array: np.ndarray = np.ndarray(dataset.shape, np.dtype(dataset.dtype), part)
-        if name not in self._checked:
             try:
-                check_rows(name, array)
+                check_rows(name, dataset.rows(part))
             except ValueError as error:
                 raise DataError(f"part {self.path}: {error}: {REMEDY}") from error
             self._checked.add(name)
-        return array, part
+        return dataset.rows(part), part
 
     def _read(self, sidecar: Sidecar, dataset: Dataset) -> memoryview:
         if self._content is None:
@@ -238,9 +236,8 @@ def _file_problem(path: Path, file: BinaryIO, sidecar: Sidecar) -> str | None:
         return f"part {path}: HDF5 finds other datasets in it than its sidecar states"
     for name in sorted({"key", "slide", "label"} & sidecar.datasets.keys()):
         dataset = sidecar.datasets[name]
-        rows = np.frombuffer(os.pread(file.fileno(), dataset.bytes, dataset.offset), dataset.dtype)
         try:
-            check_rows(name, rows)
+            check_rows(name, dataset.rows(memoryview(os.pread(file.fileno(), dataset.bytes, dataset.offset))))
         except ValueError as error:
             return f"part {path}: {error}"
     return None

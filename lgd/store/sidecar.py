@@ -49,6 +49,10 @@ class Dataset(Record):
         """Bytes that it takes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
+    def rows(self, content: memoryview) -> np.ndarray:
+        """Its bytes as rows, (rows, ...)."""
+        return np.ndarray(self.shape, np.dtype(self.dtype), content)
+
     @property
     def layout(self) -> Layout:
         """What is alike in all parts of a store."""

@@ -119,7 +119,8 @@ def test_16_bits_are_refused_whatever_the_colours(colour):
     "depth, colour", [(1, 0), (2, 0), (4, 0), (1, 3), (2, 3), (4, 3), (8, 0), (8, 2), (8, 4), (8, 6)]
 )
 def test_what_fits_8_bits_is_read(depth, colour):
-    decode(png(depth, colour), "a")
+    pixels = decode(png(depth, colour), "a")
+    assert pixels.shape[2] == 3 and pixels.dtype == np.uint8
 
 
 def test_few_bits_of_grey_expand_exactly():

@@ -157,6 +157,8 @@ def test_other_images_and_slides_with_the_same_64_bits_are_no_leak(make, tmp_pat
     Manifest(**{name: getattr(manifest, name) for name in Manifest.model_fields} | {"patches": patches}).write(
         tmp_path / "b" / "manifest.json"
     )
+    first = [read_patches(tmp_path / name, read_manifest(tmp_path / name)[0])[0] for name in "ab"]
+    assert first[0] == first[1], "they look alike until the shards are read"
     refuse_overlaps([a, b])
 
 

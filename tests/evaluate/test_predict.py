@@ -85,6 +85,7 @@ def test_a_folder_is_read_as_people_have_them(images, tmp_path):
     (images / "slide4" / "back").symlink_to(images)
     assert find_images([str(images)]) == (sorted([*everything, images / "slide4" / "scan"]), [])
     (images / "c.tif").write_bytes(b"II*\0")
+    os.mkfifo(images / "pipe.png")
     (images / "again.png").symlink_to("p0.png")
     (images / "gone.png").symlink_to("nowhere.png")
     found = find_images([str(images), f"{images}/deep/../p1.png"])
@@ -92,7 +93,7 @@ def test_a_folder_is_read_as_people_have_them(images, tmp_path):
     expected += [images / name for name in ("again.png", "gone.png", "slide4/scan")]
     assert sorted(map(os.path.abspath, found.paths)) == sorted(map(str, expected))
     assert found.notes == [
-        f"left out 1 files that are no JPEG, PNG or WebP: {images}/c.tif",
+        f"left out 2 files that are no JPEG, PNG or WebP: {images}/c.tif, {images}/pipe.png",
         f"left out 1 further names of the same files: {images}/p0.png",
     ]
 
