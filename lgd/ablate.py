@@ -21,7 +21,8 @@ import torch
 from pydantic import Field
 
 from lgd.config import Config
-from lgd.data.shards import Shard, open_shards
+from lgd.data.archive import Shard
+from lgd.data.shard_set import ShardSet
 from lgd.distribute import map_with
 from lgd.errors import DataError, require
 from lgd.evaluate import seeds
@@ -155,30 +156,27 @@ def jobs_of(config: Config, options: AblateOptions) -> list[Job]:
     return jobs
 
 
-def work(shards: Sequence[Shard], job: Job) -> tuple[Job, bool]:
+def work(shards: ShardSet, job: Job) -> tuple[Job, bool]:
     """Train and score a network; returns False where it could be reused."""
-    trained = train_under(job.run, "student")
-    answers(job.folder, "student", shards, job.run, job.name)
+    trained = train_under(job.run, "student", shards=shards)
+    answers(job.folder, "student", shards.of_split(job.run.report.split), job.run, job.name)
     return job, trained
 
 
-def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], None]) -> str:
+def ablate(config: Config, shards: ShardSet, options: AblateOptions, say: Callable[[str, str], None]) -> str:
     """Train, score and compare; returns the table. The teacher and the store must be there.
 
     Raises `DataError` where the report's split has no labelled patch.
     """
-    shards = [shard for folder in config.shard_dirs for shard in open_shards(folder)[1]]
-    scored = [shard for shard in shards if shard.split == config.report.split]
-    if not scored:
-        splits = ", ".join(sorted({shard.split for shard in shards}))
-        raise DataError(f"report.split {config.report.split!r} has no patches; the shards have {splits}")
+    scored = shards.require_split(config.report.split, "report.split")
     folder = place(config.run.dir) / "ablation"
     jobs = jobs_of(config, options)
-    worker = functools.partial(work, scored)
+    worker = functools.partial(work, shards)
     for job, trained in map_with(lambda: worker, jobs, workers=options.jobs, what="--jobs"):
         say("ablate", f"{job.name}, seed {job.number}: {'trained' if trained else 'reused, nothing changed'}")
     rows: dict[str, list[Predictions]] = {}
-    if colour := colour_only(shards, config.report.split, config.data.threads):
+    training = shards.of_split("train") if config.report.split != "train" else []
+    if colour := colour_only(training, scored, config.data.threads):
         _keep(folder / ONCE[COLOUR], colour, "")
         rows[COLOUR] = [colour]
     for job in jobs:
@@ -186,15 +184,14 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
     rows[MOST] = [answers(place(config.teacher.dir), "teacher", scored, config, MOST, folder / ONCE[MOST])]
     if not (rows[OURS][0].level >= 0).any():
         raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
-    manifests = [open_shards(place_)[0] for place_ in config.shard_dirs]
     document = compare(rows, config.report.bootstrap, config.run.seed) | {
         "caveats": [
             *([ONE_TRAINING] if options.seeds == 1 else []),
-            *caveats_of(manifests, rows[OURS][0], any(manifest.virtual for manifest in manifests)),
+            *caveats_of(shards, rows[OURS][0]),
         ],
-        "explained_by_levels": _explained_by_levels(config, shards, scored),
+        "explained_by_levels": _explained_by_levels(config, shards),
         "command": f"{command(config, 'ablate')} --seeds {options.seeds}" + (" --full" if options.full else ""),
-        "shards": [manifest.digest for manifest in manifests],
+        "shards": list(shards.digests),
         "teacher": read_teacher_config(config.teacher.dir).weights_sha256,
     }
     AblationDocument.from_json(document).write(folder / "ablation.json")
@@ -203,18 +200,17 @@ def ablate(config: Config, options: AblateOptions, say: Callable[[str, str], Non
     return text
 
 
-def _explained_by_levels(config: Config, shards: Sequence[Shard], scored: Sequence[Shard]) -> float:
+def _explained_by_levels(config: Config, shards: ShardSet) -> float:
     """The share of what varies in the teacher's latents of the scored split that its soft levels tell."""
     teacher, _ = load_teacher(config.teacher.dir)
     store, temperature = Store(config.latents.dir), config.student.distil_temperature
-    training = [shard for shard in shards if shard.split == "train"]
 
     def both(some: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
         latents_nD = pooled_latents(store, some)
         logits_n4 = teacher.levels_of(torch.from_numpy(latents_nD).float())
         return latents_nD, (logits_n4 / temperature).softmax(dim=1).double().numpy()
 
-    return explained_by_levels(*both(training), *both(scored))
+    return explained_by_levels(*both(shards.of_split("train")), *both(shards.of_split(config.report.split)))
 
 
 def slug(name: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lgd.config import Config
-from lgd.data.shards import open_shards
+from lgd.data.shard_set import ShardSet
 from lgd.errors import ConfigError, DataError, Stopped
 from lgd.files import exists, is_remote, place, write_bytes
 from lgd.locks import hold_lock
@@ -61,21 +61,20 @@ _FOLDERS = {
 """Stage -> the field that names what it makes."""
 
 
-def record(config: Config, stage: str, facts: Facts, folder: str = "", given: Given | None = None) -> None:
-    """Write config.yaml if there is none, and add to run.json what a stage made in `folder` (the run's by default)."""
+def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: str, given: Given | None = None) -> None:
+    """Write config.yaml if there is none, and add to run.json what a stage made in `folder`."""
     at, given = place(config.run.dir), given or Given()
-    shards = {str(each): open_shards(each)[0].digest for each in config.shard_dirs}
     here = Environment.here()
     with _locked(at):
         if not exists(at / _CONFIG):
             write_bytes(at / _CONFIG, config.as_yaml().encode())
         entry = Stage(
-            folder=folder or config.run.dir,
+            folder=folder,
             verb=given.verb,
             given=dict(given.fields),
             differing=_differing(config),
             environment=here,
-            shards=shards,
+            shards=dict(zip(config.shard_dirs, shards.digests, strict=True)),
             facts=facts,
         )
         stages = _read_stages(config)

@@ -108,14 +108,14 @@ def tissue_config(tissue: Path) -> Config:
 @pytest.fixture(scope="session")
 def tissue_run(tissue_config: Config) -> Config:
     """A run with a trained teacher, a filled store, an index and a trained student. No test may change its folder."""
+    from lgd.data.shard_set import ShardSet
     from lgd.store.cache import cache_latents
     from lgd.store.index import build_index
     from lgd.train.launch import train_under
-    from lgd.train.loop import split_shards
 
     config = tissue_config
     train_under(config, "teacher")
-    shards = [shard for split in ("train", "val", "test") for shard in split_shards(config, split)]
+    shards = ShardSet.open(config.shard_dirs).shards
     store = cache_latents(config, shards, workers=0).store
     build_index(store, shards, "auto", ["train"], recall=0.99, seed=0)
     train_under(config, "student")

@@ -15,7 +15,8 @@ from PIL import Image
 from lgd import ablate
 from lgd.ablate import CORE, MOST, OURS, PARTS, AblateOptions, slug, variants
 from lgd.cli import main
-from lgd.data.shards import ShardOptions, build, open_shards
+from lgd.data.shard_set import ShardFolder
+from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError
 from lgd.evaluate.colour import COLOUR
@@ -143,7 +144,7 @@ def test_levels_are_hidden_by_whole_slides_in_train_only(tissue, tmp_path):
     assert hidden > 0 and few.splits["test"].labels == whole.splits["test"].labels
 
     def levels(folder, split):
-        shards = [shard for shard in open_shards(str(folder))[1] if shard.split == split]
+        shards = [shard for shard in ShardFolder.open(str(folder)).shards if shard.split == split]
         reader = Reader(shards, (), None)
         return [(s.meta.slide, s.level, s.meta.label) for s in map(reader.read, range(reader.total))]
 

@@ -15,7 +15,7 @@ import s3fs
 from wire import HARMS, Wire
 
 from lgd.cli import main
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder, ShardSet
 from lgd.data.stream import Reader
 from lgd.errors import DataError
 from lgd.evaluate.predict import load_scorer
@@ -25,14 +25,13 @@ from lgd.store.index import build_index
 from lgd.store.latents import Store
 from lgd.store.search import Searcher
 from lgd.train import checkpoint
-from lgd.train.loop import split_shards
 from lgd.urls import place
 
 pytestmark = pytest.mark.faults
 
 
 def read_shards(folder):
-    reader = Reader(open_shards(folder)[1][:2], ("he", "ihc"), None)
+    reader = Reader(ShardFolder.open(folder).shards[:2], ("he", "ihc"), None)
     samples = [reader.read(number) for number in range(reader.total)]
     return [(s.key, s.meta, *(image.tobytes() for image in s.images.values())) for s in samples]
 
@@ -61,7 +60,7 @@ def read_checkpoint(folder, inputs):
 def store(tissue_run, change, tmp_path_factory):
     """The folder of a store of two shards, with an index."""
     config = change(tissue_run, latents={"dir": str(tmp_path_factory.mktemp("store") / "latents")})
-    shards = [split_shards(config, split)[0] for split in ("train", "val")]
+    shards = [ShardSet.open(config.shard_dirs).of_split(split)[0] for split in ("train", "val")]
     build_index(cache_latents(config, shards, workers=0).store, shards, "auto", ["train"], recall=0.99, seed=0)
     return Path(config.latents.dir)
 

@@ -24,7 +24,7 @@ from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
 from lgd.config import Config
 from lgd.data.archive import Shard, read_sample
 from lgd.data.image import decode
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import ShardOptions, build
 from lgd.distribute import map_with
 from lgd.models.description import NOT_TRAINED
@@ -184,7 +184,7 @@ def measured(
     name: str, settings: Settings, teacher: Path, shards: Path, out: Path, tell: Callable[[str], Any]
 ) -> tuple[Ratio, dict[str, Any]]:
     """The ratio over one shard set, and its facts."""
-    config, opened = config_for(settings, teacher, shards, out), open_shards(shards)[1]
+    config, opened = config_for(settings, teacher, shards, out), ShardFolder.open(shards).shards
     product, bare = Product(config, opened), Bare(config, patches_of(opened))
     head = _head(settings)
     count = sum(shard.samples for shard in opened) - 2 * head

@@ -18,7 +18,8 @@ from lgd.data.archive import Shard, read_sample
 from lgd.data.image import header, kind
 from lgd.data.pairs import PatchPair, find_pairs
 from lgd.data.sections import draw_pair
-from lgd.data.shards import ShardOptions, build, open_shards
+from lgd.data.shard_set import ShardFolder
+from lgd.data.shards import ShardOptions, build
 from lgd.errors import DataError
 
 _DRAWN = 16
@@ -69,7 +70,7 @@ class Inputs:
         out = self.folder / "shards"
         size = -(-self.settings.pairs // count)
         build(ShardOptions(layout="bci", root=str(self.files), out=str(out), shard_size=size))
-        return open_shards(out)[1]
+        return list(ShardFolder.open(out).shards)
 
     def sample_contents(self) -> list[bytes]:
         """The H&E bytes of every sample of the shards, in the order of the sample numbers."""

@@ -22,9 +22,11 @@ from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Ratio, Settings
 from lgd.bench.store import PART, RECIPE, random_rows, shard_of
 from lgd.config import LEVEL_NAMES, Data
+from lgd.data.archive import Shard
 from lgd.data.image import encode
 from lgd.data.plan import Plan, World, rank_positions
-from lgd.data.shards import Shard, ShardOptions, build, open_shards
+from lgd.data.shard_set import ShardFolder
+from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
 from lgd.store.latents import Rows, Store, commit
 from lgd.store.writer import shard_writer
@@ -103,7 +105,7 @@ def tiny_shards(folder: Path) -> list[Shard]:
             name = f"{number:05d}_train_{LEVEL_NAMES[number % 4]}.png"
             (root / role / "train" / name).write_bytes(content)
     build(ShardOptions(layout="bci", root=str(root), out=str(folder / "tiny-shards"), shard_size=_SHARD))
-    return open_shards(folder / "tiny-shards")[1]
+    return list(ShardFolder.open(folder / "tiny-shards").shards)
 
 
 def readings(shards: list[Shard], seconds: float, threads: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Ratio, Settings
 from lgd.bench.memory import private_bytes
 from lgd.bench.store import RECIPE
-from lgd.data.shards import Shard
+from lgd.data.archive import Shard
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of, code_bytes
 from lgd.store.index import build_index, choose

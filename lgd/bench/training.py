@@ -21,6 +21,7 @@ from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Rate, Settings, cpu_seconds
 from lgd.config import Config
 from lgd.data.plan import Plan, World
+from lgd.data.shard_set import ShardSet
 from lgd.data.stream import Reader
 from lgd.models.description import NOT_TRAINED
 from lgd.models.export import save_model
@@ -32,7 +33,6 @@ from lgd.train import loop
 from lgd.train.batch import Skipped, Step, training_batches
 from lgd.train.engine import make_engine
 from lgd.train.log import Log
-from lgd.train.loop import split_shards
 from lgd.train.tasks import StudentTask, Task
 
 HEAD = 3
@@ -76,7 +76,7 @@ def prepare(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> C
         teacher = new_teacher(settings.model)
         describe = functools.partial(teacher.describe, size=settings.size, **NOT_TRAINED)
         save_model(folder / "teacher", dict(teacher.state_dict()), describe)
-    shards = split_shards(config, "train")
+    shards = ShardSet.open(config.shard_dirs).of_split("train")
     tell(f"caching the latents of {sum(shard.samples for shard in shards)} pairs")
     cache_latents(with_data(config, threads=settings.workers), shards, workers=0)
     return config
@@ -107,7 +107,7 @@ class Streamed:
 
     def __init__(self, config: Config, task: StudentTask, world: World, roles: tuple[str, ...] = ("he",)) -> None:
         self.config, self.world = config, world
-        shards = split_shards(config, "train")
+        shards = ShardSet.open(config.shard_dirs).of_split("train")
         self.reader = Reader(shards, roles, config.data.size)
         assert task.store is not None
         self.rows = Rows(task.store.parts_of(shards))

@@ -19,7 +19,7 @@ import numpy as np
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
 from lgd.bench.store import RECIPE, random_rows, shard_of
-from lgd.data.shards import Shard
+from lgd.data.archive import Shard
 from lgd.files import sync
 from lgd.store.cache import SHARDS_AT_ONCE
 from lgd.store.recipe import PATCHES, TEACHER

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lgd.data.manifest import Entry, Manifest, Options, Sources, open_shards
+from lgd.data.manifest import Entry, Manifest, Options, Sources
 from lgd.data.meta import Text
 from lgd.data.pairs import Problem
+from lgd.data.shard_set import ShardFolder
 from lgd.data.sources import in_threads
 from lgd.errors import DataError
 from lgd.files import create_json, list_folder, publish, remove, sha256, write_bytes
@@ -88,7 +89,7 @@ def open_target(text: str) -> Path:
 
 def reused(out: Path, recipe: Building) -> Manifest:
     """The manifest of a finished OUT, if it is of this set; versions of codecs may have moved on since."""
-    manifest, _ = open_shards(out)
+    manifest = ShardFolder.open(out).manifest
     differing = [name for name in ("layout", "options", "sources") if getattr(manifest, name) != getattr(recipe, name)]
     if differing:
         raise DataError(

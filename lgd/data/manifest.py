@@ -1,7 +1,5 @@
 """manifest.json: what a shard set holds, from where, how many, and the digests of its files; it is not trusted."""
 
-import os
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -11,15 +9,12 @@ from lgd.config import LEVEL_NAMES
 from lgd.data.archive import Shard
 from lgd.data.index import REBUILD, ROLES
 from lgd.data.meta import Mpp, Pixels, Text, Word
-from lgd.errors import DataError
 from lgd.records import Count, Document, Line, Many, Record, Sha256
-from lgd.urls import is_remote, place
 
 FORMAT = "lgd-shards/2"
 UNKNOWN = "unknown"
 """Where the samples without a label are counted; and the `--mpp` of who knows that there is none."""
 
-_MOST = 20
 _BLOCK = 512
 
 
@@ -184,52 +179,3 @@ class Manifest(Document):
             for name, split in self.splits.items()
             for entry in split.shards
         ]
-
-
-def open_shards(folder: str | Path) -> tuple[Manifest, list[Shard]]:
-    """The manifest of a shard folder, which may be a url, and its shards in the manifest's order.
-
-    Raises `DataError` when the manifest is missing, malformed, edited or of another format, and names shard
-    files that are missing or have another size than the manifest says; those of a url are checked when fetched.
-    """
-    manifest, shards = read_manifest(folder)
-    lost = {} if is_remote(place(folder)) else missing(place(folder), shards)
-    if lost:
-        problems = [problem for found in lost.values() for problem in found]
-        more = [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
-        raise DataError(*problems[:_MOST], *more)
-    return manifest, shards
-
-
-def read_manifest(folder: str | Path) -> tuple[Manifest, list[Shard]]:
-    """The manifest of a shard folder, and the shards that it names; `DataError` as `open_shards`."""
-    path = place(folder) / "manifest.json"
-    manifest = Manifest.read(path)
-    if manifest.target != HER2:
-        raise DataError(f"{path}: field target is {manifest.target.name!r}, and this version of lgd learns HER2 only")
-    return manifest, manifest.shards(path.parent)
-
-
-def count_labels(manifests: Iterable[Manifest], split: str) -> dict[str, int]:
-    """Samples of each class, and of `unknown`, in one split of shard sets."""
-    total = dict.fromkeys((*LEVEL_NAMES, UNKNOWN), 0)
-    for manifest in manifests:
-        if split in manifest.splits:
-            for name, count in manifest.splits[split].labels.items():
-                total[name] += count
-    return total
-
-
-def missing(folder: Path, shards: Sequence[Shard]) -> dict[str, list[str]]:
-    """Shard name -> one sentence for each of its local files that is missing or has not the manifest's size."""
-    # One listing is quicker than asking for 2e5 files by name.
-    found = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-    problems = {}
-    for shard in shards:
-        tar, idx = f"{shard.name}.tar", f"{shard.name}.idx"
-        wrong = [f"{folder / file} is missing: {REBUILD}" for file in (tar, idx) if file not in found]
-        if found.get(tar, shard.bytes) != shard.bytes:
-            wrong.append(f"{shard.path} has {found[tar]} bytes, but the manifest says {shard.bytes}: {REBUILD}")
-        if wrong:
-            problems[shard.name] = wrong
-    return problems

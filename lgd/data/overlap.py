@@ -1,29 +1,27 @@
 """What the shard folders of one run share: a slide or an image on two sides of the split makes its scores worthless.
 
-`refuse_overlaps(config.shard_dirs)` is called before anything is trained, cached or scored. It reads the manifest and
+`open_disjoint(config.shard_dirs)` opens them for whatever trains, caches or scores. It reads the manifest and
 `patches.npy` of each folder, and no shard unless there is something to refuse.
 """
 
-import functools
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lgd.data.archive import Shard, read_sample
-from lgd.data.manifest import Manifest, read_manifest
+from lgd.data.archive import read_sample
 from lgd.data.meta import PatchMeta
 from lgd.data.patches import read_patches
 from lgd.data.repeats import differs, equal_runs
+from lgd.data.shard_set import ShardFolder, ShardSet
 from lgd.data.split import canonical_group
 from lgd.errors import DataError
 from lgd.text import print_lines
-from lgd.urls import place
 
 _STAINS = ("he", "ihc")
 _NAMES = {"he": "H&E", "ihc": "IHC"}
@@ -42,24 +40,11 @@ class Shared(NamedTuple):
     """How many lie on one side."""
 
 
-class Opened(NamedTuple):
-    """One shard folder."""
-
-    folder: Path
-    manifest: Manifest
-    shards: list[Shard]
-
-    @property
-    def keeps_files(self) -> bool:
-        """Whether its images are the files that it was built from, so that KEY.json has their digests."""
-        return self.manifest.options.image == "keep" and not self.manifest.options.tile
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
     """A patch of one of the folders, by its KEY.json."""
 
-    opened: Opened
+    opened: ShardFolder
     meta: PatchMeta
     stain: str
     """he or ihc, where an image is meant."""
@@ -68,19 +53,19 @@ class Place:
         return f"{self.meta.key} ({self.meta.split} of {self.opened.folder})"
 
 
-def refuse_overlaps(folders: Sequence[str | Path]) -> None:
-    """Raise `DataError` where folders hold one set twice, or one slide or image on two sides of the split.
+def open_disjoint(folders: Iterable[str | Path]) -> ShardSet:
+    """Open shard folders that share no slide and no image on two sides of the split.
 
-    Slides and images that folders share on one side are told on standard error. The same sets are compared once in a
-    process.
+    Raises `DataError` where they do, or hold one set twice, and as `ShardSet.open`. A note names slides and images that
+    folders share on one side.
     """
-    if len(folders) > 1:
-        _compare_once(tuple((str(folder), read_manifest(folder)[0].digest) for folder in folders))
+    shards = ShardSet.open(folders)
+    if len(shards.folders) > 1:
+        _refuse_overlaps(shards.folders)
+    return shards
 
 
-@functools.lru_cache
-def _compare_once(sets: tuple[tuple[str, str], ...]) -> None:
-    opened = [Opened(place(folder), *read_manifest(folder)) for folder, _ in sets]
+def _refuse_overlaps(opened: Sequence[ShardFolder]) -> None:
     _refuse_copies(opened)
     tables = [read_patches(one.folder, one.manifest) for one in opened]
     table_n = np.concatenate(tables)
@@ -107,10 +92,11 @@ def _compare_once(sets: tuple[tuple[str, str], ...]) -> None:
         )
 
 
-def _refuse_copies(opened: Sequence[Opened]) -> None:
+def _refuse_copies(opened: Sequence[ShardFolder]) -> None:
     first: dict[str, Path] = {}
-    for folder, manifest, _ in opened:
-        other = first.setdefault(manifest.digest, folder)
+    for one in opened:
+        folder = one.folder
+        other = first.setdefault(one.manifest.digest, folder)
         if other is not folder:
             same = "is listed twice" if other == folder else f"holds the same set as {other}"
             raise DataError(f"data.shards: {folder} {same}, and each patch would count twice: remove it from the list")
@@ -139,7 +125,7 @@ def _opposed(places: np.ndarray, folder_n: np.ndarray, side_n: np.ndarray) -> tu
     )
 
 
-def _read_place(opened: Sequence[Opened], number: int) -> Place:
+def _read_place(opened: Sequence[ShardFolder], number: int) -> Place:
     """The patch of a place: its row in all tables, one behind the other, and behind them once more for its IHC."""
     stain, row = divmod(number, sum(shard.samples for one in opened for shard in one.shards))
     for one in opened:

@@ -50,7 +50,6 @@ from lgd.data.manifest import (
     Shape,
     Sources,
     Split,
-    open_shards,
 )
 from lgd.data.pairs import Layout, Problem, find_pairs
 from lgd.data.patches import FILE, as_patches
@@ -73,7 +72,7 @@ from lgd.files import digest_of, exists, is_remote, place, sha256, upload, write
 from lgd.locks import exclusive
 from lgd.progress import progress
 
-__all__ = ["INDEX", "Shard", "ShardOptions", "build", "decode", "open_shards", "read_member"]
+__all__ = ["INDEX", "Shard", "ShardOptions", "build", "decode", "read_member"]
 
 # Pairs that a worker checks at a time.
 _CHUNK = 64

@@ -15,17 +15,18 @@ import numpy as np
 
 from lgd.data.archive import Shard, read_sample
 from lgd.data.image import check, codecs
-from lgd.data.manifest import UNKNOWN, Manifest, missing, read_manifest
+from lgd.data.manifest import UNKNOWN, Manifest
 from lgd.data.meta import PatchMeta
 from lgd.data.patches import read_patches
 from lgd.data.repeats import SEEN, as_seen, find_repeats, unlike_patches
+from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import ShardOptions
 from lgd.data.tags import read_orientation
 from lgd.errors import ConfigError, DataError
 from lgd.files import list_folder, matches
 from lgd.progress import progress
 from lgd.remote import drop_damaged
-from lgd.urls import RemoteError, is_remote, place
+from lgd.urls import RemoteError
 
 _MOST = 100
 
@@ -48,11 +49,10 @@ def verify(folder: str | Path) -> list[str]:
     from multiprocessing.pool import ThreadPool
 
     try:
-        folder = place(folder)
-        manifest, shards = read_manifest(folder)
+        opened = ShardFolder.read(folder)
     except DataError as error:
         return str(error).splitlines()
-    lost = {} if is_remote(folder) else missing(folder, shards)
+    folder, manifest, shards, lost = opened.folder, opened.manifest, opened.shards, opened.find_missing()
     problems = [problem for found in lost.values() for problem in found]
     problems += [f"{folder / 'manifest.json'}: {reason}" for reason in _wrong_manifest(manifest, shards)]
     problems += _strangers(folder, shards)
@@ -64,7 +64,6 @@ def verify(folder: str | Path) -> list[str]:
     counts: collections.Counter[tuple[str, Any]] = collections.Counter()
     seen, unnamed, last = [np.empty(0, SEEN)], False, dict.fromkeys(manifest.splits, "")
     tiled, start = manifest.options.tile > 0, 0
-    keeps_files = manifest.options.image == "keep" and not tiled
     total = sum(shard.samples for shard in shards)
     with ThreadPool(os.cpu_count()) as pool, progress(total, "verify", "samples") as bar:
         for number, shard in enumerate(shards):
@@ -77,7 +76,7 @@ def verify(folder: str | Path) -> list[str]:
                 unnamed = unnamed or meta.slide is None
             seen.append(as_seen(facts, number, tiled))
             if patches_n is not None:
-                problems += unlike_patches(shard, facts, patches_n[start : start + shard.samples], keeps_files)
+                problems += unlike_patches(shard, facts, patches_n[start : start + shard.samples], opened.keeps_files)
             start += shard.samples
     if not problems:
         problems = [f"{folder / 'manifest.json'}: {reason}" for reason in _wrong_counts(manifest, counts, unnamed)]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.manifest import Manifest, count_labels
+from lgd.data.shard_set import ShardSet
 from lgd.evaluate.colour import COLOUR
 from lgd.evaluate.markdown import shown
 from lgd.metrics import Predictions
@@ -28,39 +28,36 @@ FEW_LEVEL_0 = 50
 """Below this many patches of level 0 its sensitivity and AUC mean little."""
 
 
-def caveats_of(manifests: Sequence[Manifest], predictions: Predictions, virtual: bool) -> list[str]:
-    """What a reader must know before believing a score of `predictions`, most serious first.
-
-    `manifests` are those of the shard folders; `virtual` says that their tissue is synthetic.
-    """
-    known = predictions.labelled()
+def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:
+    """What a reader must know before believing a score of `predictions` on a run's shards, most serious first."""
+    known, virtual = predictions.labelled(), shards.some_virtual
+    is_bci = any(manifest.layout == "bci" for manifest in shards.manifests)
     found = []
     if virtual:
         found.append("The tissue is virtual: drawn by a program. Nothing here says anything about real tissue.")
-    if any(manifest.may_leak for manifest in manifests):
+    if shards.may_leak:
         found.append(
             "Slides are unknown, so the split may leak: patches of one slide can be in training and in this split, "
             "and recognising the slide then passes for scoring HER2. The intervals treat the patches of a slide as "
             "independent and are too narrow."
         )
-    of_slides = any(manifest.layout == "bci" for manifest in manifests) or _share_levels(known)
-    if len(known.keys) and of_slides and not virtual:
+    if len(known.keys) and (is_bci or _share_levels(known)) and not virtual:
         found.append(
             "A level is that of the whole slide, not of the patch: a patch can look unlike its level, and its score "
             "cannot be checked against the brown on it."
         )
-    if any(manifest.layout == "bci" for manifest in manifests) and not virtual:
+    if is_bci and not virtual:
         found.append(
             "BCI's background is grey in some images and white in others, a shortcut that a network can learn, and "
             "its two stains are neighbouring sections that are registered only approximately."
         )
-    taught = count_labels(manifests, "train")
+    taught = shards.count_labels("train")
     if any(taught[name] for name in LEVEL_NAMES) and (untaught := [name for name in LEVEL_NAMES if not taught[name]]):
         found.append(f"No patch of level {', '.join(untaught)} was in training: the networks cannot call any so.")
     found += _caveats_of_counts(known)
     if unlabelled := len(predictions.keys) - len(known.keys):
         found.append(f"{unlabelled} of {len(predictions.keys)} patches have no level and are not scored.")
-    found += [caveat for manifest in manifests for caveat in manifest.caveats]
+    found += [caveat for manifest in shards.manifests for caveat in manifest.caveats]
     found.append(
         "This is an independent design of what the abstract of LGD-Net (arXiv:2602.17793) states: no number here is "
         "the paper's. It is for research and not for diagnosis."

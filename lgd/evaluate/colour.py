@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.shards import Shard
+from lgd.data.archive import Shard
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.metrics import Floats, Ints, Predictions
 from lgd.stain.deconvolve import rgb_to_od
@@ -37,17 +37,16 @@ class _Colours(NamedTuple):
     colour_n9: Floats
 
 
-def colour_only(shards: Sequence[Shard], split: str, threads: int) -> Predictions | None:
-    """Fit on the labelled patches of the training split, and score all of `split` in the order of the shards.
+def colour_only(training: Sequence[Shard], scored: Sequence[Shard], threads: int) -> Predictions | None:
+    """Fit on the labelled patches of some shards, and score all patches of others in their order.
 
-    None where `split` is the training split itself, or this has labels of fewer than two levels: nothing can be fitted.
+    None where training has labels of fewer than two levels: nothing can be fitted.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    training = [shard for shard in shards if shard.split == "train"]
-    if split == "train" or not training:
+    if not training:
         return None
     known = _colours(training, threads, _FIT_ROWS)
     labelled_n = known.level_n >= 0
@@ -55,7 +54,7 @@ def colour_only(shards: Sequence[Shard], split: str, threads: int) -> Prediction
         return None
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     model.fit(known.colour_n9[labelled_n], known.level_n[labelled_n])
-    found = _colours([shard for shard in shards if shard.split == split], threads)
+    found = _colours(scored, threads)
     probability_n4 = np.zeros((len(found.keys), len(LEVEL_NAMES)))
     probability_n4[:, model.classes_] = model.predict_proba(found.colour_n9)
     return Predictions(

@@ -5,12 +5,14 @@ sought. The latents of both are in the store already; a network of H&E alone sco
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lgd.config import Config
-from lgd.data.shards import Shard
+from lgd.data.archive import Shard
+from lgd.data.shard_set import ShardSet
 from lgd.data.stream import Reader
 from lgd.evaluate.embeddings import he_only, measure, of_ihc
 from lgd.evaluate.figures import Query
@@ -21,7 +23,22 @@ from lgd.metrics import Predictions
 from lgd.store.latents import Store, read_all, read_levels
 from lgd.store.search import Searcher
 
-Scored = tuple[Predictions, np.ndarray | None]
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Network:
+    """A network, and what it gave on the report's split."""
+
+    scorer: Scorer
+    predictions: Predictions
+    vectors_nD: np.ndarray
+    """Hallucinated or true latents, or the features of H&E alone."""
+
+
+def score_network(scorer: Scorer, shards: Sequence[Shard], threads: int) -> Network:
+    """Score every sample once."""
+    predictions, vectors_nD = score_shards(scorer, shards, threads=threads, vectors=vectors_of(scorer))
+    assert vectors_nD is not None, "every network has vectors"
+    return Network(scorer=scorer, predictions=predictions, vectors_nD=vectors_nD)
 
 
 def vectors_of(scorer: Scorer) -> str:
@@ -29,28 +46,27 @@ def vectors_of(scorer: Scorer) -> str:
     return "pooled" if scorer.method in ("lgd", "teacher") else "features"
 
 
-def measure_run(
+def measure_retrieval(
     config: Config,
     store: Store,
+    training: Sequence[Shard],
     shards: Sequence[Shard],
-    scorers: Sequence[Scorer],
-    scored: Sequence[Scored],
+    student: Network,
+    rivals: Sequence[Network],
     say: Callable[[str, str], None],
 ) -> dict[str, Any]:
-    """The measures of each network; `scored` is what `score_shards` gave for each on the report's split.
+    """The measures of each network, and of the teacher's own latents.
 
-    The first is the student, the last the teacher. Students of other teachers have no row: their latents do not
-    compare with the store's. Where the training split itself is scored, it is no gallery: queries would find
-    themselves.
+    `shards` were scored; `training` is the gallery that levels are looked up in. Students of other teachers have no
+    row: their latents do not compare with the store's.
     """
-    check_pair(scorers[0], store)
-    training = [shard for shard in shards if shard.split == "train" and config.report.split != "train"]
-    own_nD = pooled_latents(store, [shard for shard in shards if shard.split == config.report.split])
+    check_pair(student.scorer, store)
+    own_nD = pooled_latents(store, shards)
     latents_mD = pooled_latents(store, training) if training else own_nD[:0]
     level_m = read_levels(store.parts_of(training)) if training else np.empty(0, np.int64)
     embeddings = []
-    for scorer, (predictions, vectors_nD) in zip(scorers[:-1], scored[:-1], strict=True):
-        assert vectors_nD is not None, "every student has vectors"
+    for network in (student, *rivals):
+        scorer, predictions, vectors_nD = network.scorer, network.predictions, network.vectors_nD
         if scorer.method == "he-only" and training:
             patches = sum(shard.samples for shard in training)
             say("report", f"{scorer.name}: scoring {patches} training patches, the gallery of its own features")
@@ -62,7 +78,7 @@ def measure_run(
             embeddings.append(of_ihc(name, vectors_nD, latents_mD, own_nD))
     # What no hallucination can be expected to pass; its own pair would be the query itself.
     embeddings.append(of_ihc("IHC teacher, true latents", own_nD, latents_mD, None))
-    return measure(embeddings, scored[0][0], level_m, config.report.bootstrap, config.run.seed)
+    return measure(embeddings, student.predictions, level_m, config.report.bootstrap, config.run.seed)
 
 
 def pooled_latents(store: Store, shards: Sequence[Shard]) -> np.ndarray:
@@ -70,13 +86,13 @@ def pooled_latents(store: Store, shards: Sequence[Shard]) -> np.ndarray:
     return read_all(store.parts_of(shards), "pooled")[:, 0].astype(np.float64)
 
 
-def sheet_rows(config: Config, store: Store, shards: Sequence[Shard], scored: Scored) -> list[Query]:
+def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network) -> list[Query]:
     """The rows of the contact sheet: some queries of the scored split, and what they find in the index."""
-    student, pooled_nD = scored
-    assert pooled_nD is not None, "LGD-Net has latents"
-    rows = _spread(student.level, config.report.queries)
-    found = search(Searcher(store), store, pooled_nD[rows], 4) if len(rows) else []
-    images, reader = Gallery(store, 256), Reader(shards, ("he", "ihc"), 256)
+    predictions = student.predictions
+    rows = _spread(predictions.level, config.report.queries)
+    found = search(Searcher(store), store, student.vectors_nD[rows], 4) if len(rows) else []
+    images = Gallery(store, 256, known=shards.folders)
+    reader = Reader(shards.of_split(config.report.split), ("he", "ihc"), 256)
 
     queries = []
     for row, hits in zip(rows, found, strict=True):
@@ -86,7 +102,7 @@ def sheet_rows(config: Config, store: Store, shards: Sequence[Shard], scored: Sc
                 key=sample.key,
                 slide=sample.meta.slide,
                 level=None if sample.level < 0 else sample.level,
-                predicted=number_of(student.probability[row]),
+                predicted=number_of(predictions.probability[row]),
                 he=sample.images["he"],
                 ihc=sample.images["ihc"],
                 neighbours=[as_neighbour(hit, images) for hit in hits],

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lgd.config import LEVEL_NAMES
+from lgd.data.archive import Shard
 from lgd.data.image import decode_upright, resize, upright_size
 from lgd.data.pairs import read_slides, safe_key
-from lgd.data.shards import Shard
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.errors import DataError
 from lgd.evaluate.notes import count_notes, join_notes

@@ -1,14 +1,16 @@
 """Numbers -> the report: `metrics.json`, `summary.md`, and pictures (`confusion.png`, `reliability.png`,
 `robustness.png`, `queries.png`) of what was measured.
 
-    document = write_report(folder, [student, he_only, teacher], ...)
-    print(table([student, he_only, teacher], resamples, seed))
+    document = write_report(folder, evaluation)
+    print(format_table(evaluation))
 
 A score never stands without its interval and its caveats. `summary.md` is written last. A group is a slide, or
 a source patch where slides are unknown.
 """
 
+import io
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,13 +20,15 @@ import numpy as np
 from lgd.config import LEVEL_NAMES
 from lgd.evaluate.caveats import found_by_chance, told_by_colour
 from lgd.evaluate.colour import COLOUR, HOW
-from lgd.evaluate.figures import Query, confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
+from lgd.evaluate.evaluation import Evaluation
+from lgd.evaluate.figures import confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
 from lgd.evaluate.markdown import GALLERIES, retrieval_sections, robustness_sections, shown, ways_section
 from lgd.evaluate.slides import WAYS, both_ways, scores
-from lgd.files import exists, remove, write_bytes
+from lgd.files import exists, is_remote, list_folder, read_bytes, remove, upload_folder, write_bytes
 from lgd.markup import code_block, escape_markdown, list_items, markdown_table
 from lgd.metrics import Predictions, paired_difference, score_with_intervals
 from lgd.records import Count, Document, Many
+from lgd.text import escape_text
 
 _HEADLINE = {
     "accuracy": "accuracy",
@@ -66,33 +70,21 @@ class Numbers(Document):
     robustness: dict[str, Any] | None
 
 
-def write_report(
-    folder: Path,
-    scored: Sequence[Predictions],
-    retrieval: dict[str, Any] | None,
-    queries: Sequence[Query],
-    caveats: Sequence[str],
-    provenance: dict[str, Any],
-    resamples: int,
-    seed: int,
-    robustness: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+def write_report(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
     """Write the report of one split into `folder` and return what `metrics.json` holds (None for undefined).
 
-    `scored` holds at least one model; the first is the student, and every other one is compared to it.
-    `retrieval` is what `lgd.evaluate.embeddings.measure` gave, `robustness` what `lgd.evaluate.robustness.measure`
-    did. `provenance` may be any JSON; its `command` is shown as the way to reproduce the report. Raises `DataError`
-    where models were scored on different patches.
+    Raises `DataError` where models were scored on different patches.
     """
-    student = scored[0]
+    student, scored, retrieval = evaluation.student, evaluation.rows, evaluation.retrieval
+    resamples, seed = evaluation.resamples, evaluation.seed
     groups = set(student.groups)
     labels = student.level[student.level >= 0]
     common = int(np.bincount(labels).argmax()) if len(labels) else None
     models = [_model(predictions, resamples, seed) for predictions in scored]
-    differences = [_differences(student, other, resamples, seed) for other in scored[1:]]
+    differences = [_differences(student, other, resamples, seed) for other in evaluation.others]
     found = {
-        "caveats": [*caveats, *told_by_colour(models, differences), *found_by_chance(retrieval)],
-        "provenance": provenance,
+        "caveats": [*evaluation.caveats, *told_by_colour(models, differences), *found_by_chance(retrieval)],
+        "provenance": evaluation.provenance,
         "resamples": resamples,
         "seed": seed,
         "patches": len(student.keys),
@@ -104,7 +96,7 @@ def write_report(
         "models": models,
         "differences": differences,
         "retrieval": None if retrieval is None else {"caveats": GALLERIES, **retrieval},
-        "robustness": robustness,
+        "robustness": evaluation.robustness,
     }
     numbers = Numbers.from_json(_json_ready(found))
     # A picture of an earlier report would pass for one of this.
@@ -113,10 +105,10 @@ def write_report(
     if len(labels):
         confusion_matrix(student, folder / "confusion.png", f"{student.name}: {len(labels)} patches")
         reliability_diagram(scored, folder / "reliability.png")
-        if robustness is not None:
-            robustness_curves(robustness, folder / "robustness.png")
-    if queries:
-        contact_sheet(queries, folder / "queries.png")
+        if evaluation.robustness is not None:
+            robustness_curves(evaluation.robustness, folder / "robustness.png")
+    if evaluation.queries:
+        contact_sheet(evaluation.queries, folder / "queries.png")
     numbers.write(folder / "metrics.json")
     document = numbers.document()
     pictures = [name for name in _PICTURES if exists(folder / name)]
@@ -124,13 +116,28 @@ def write_report(
     return document
 
 
-def table(scored: Sequence[Predictions], resamples: int, seed: int) -> str:
+def show_pictures(report: Path, student: Path) -> None:
+    """Put the report's pictures beside the student's curves in TensorBoard."""
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory(prefix="lgd-") as temporary:
+        folder = Path(temporary) if is_remote(student) else student / "tensorboard"
+        with SummaryWriter(folder) as board:
+            for name in sorted(name for name in list_folder(report) if name.endswith(".png")):
+                image = np.asarray(Image.open(io.BytesIO(read_bytes(report / name))).convert("RGB"))
+                board.add_image(f"report/{escape_text(name.removesuffix('.png'))}", image, dataformats="HWC")
+        if is_remote(student):
+            upload_folder(folder, student / "tensorboard")
+
+
+def format_table(evaluation: Evaluation) -> str:
     """Accuracy, kappa and macro-F1 of each model, with 95 % intervals, as text of fixed width."""
     names = ("accuracy", "kappa", "macro_f1")
     rows = [["model", "patches", "groups", "accuracy", "kappa", "macro-F1"]]
-    for predictions in scored:
+    for predictions in evaluation.rows:
         known = predictions.labelled()
-        scores = score_with_intervals(known, resamples, seed)
+        scores = score_with_intervals(known, evaluation.resamples, evaluation.seed)
         counts = [str(len(known.keys)), str(len(set(known.groups)))]
         rows.append([known.name, *counts, *(shown(_json_ready(scores[name])) for name in names)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -1,6 +1,6 @@
 """Robustness: every network scored again on images as another scanner or laboratory would have made them.
 
-    found = measure(config, scorers, clean, shards, say)
+    found = measure(config, networks, shards, say)
 
 `found` goes into `metrics.json`, the table of `summary.md` and `robustness.png`. Every change is applied to what the
 scorer gets, the decoded uint8 image of the network's input size: after the shrinking, where a real scanner's change
@@ -25,10 +25,11 @@ import numpy as np
 import torch
 
 from lgd.config import Config
+from lgd.data.archive import Shard
 from lgd.data.augment import draw
 from lgd.data.image import decode, encode
-from lgd.data.shards import Shard
-from lgd.evaluate.predict import Scorer, score_shards
+from lgd.evaluate.compare import Network
+from lgd.evaluate.predict import score_shards
 from lgd.metrics import Interval, Predictions, paired_difference, score_with_intervals
 from lgd.stain.deconvolve import H_DAB, H_E, rgb_to_od
 from lgd.stain.targets import estimate_white
@@ -173,20 +174,17 @@ CHANGES = (
 
 
 def measure(
-    config: Config,
-    scorers: Sequence[Scorer],
-    clean: Sequence[Predictions],
-    shards: Sequence[Shard],
-    say: Callable[[str, str], None],
+    config: Config, networks: Sequence[Network], shards: Sequence[Shard], say: Callable[[str, str], None]
 ) -> dict[str, Any]:
     """`MEASURES` of each network under each change, and their paired difference to the unchanged images.
 
-    `clean` is what `score_shards` gave for each network on the unchanged images of `shards`. One more pass over the
-    split a network and strength, which `say` tells.
+    `networks` were scored on the unchanged images of `shards`. One more pass over the split a network and strength,
+    which `say` tells.
     """
     resamples, seed, threads = config.report.bootstrap, config.run.seed, config.data.threads
     models = []
-    for scorer, before in zip(scorers, clean, strict=True):
+    for network in networks:
+        scorer, before = network.scorer, network.predictions
         changes = []
         for change in CHANGES:
             say("report", f"{scorer.name}: scoring the split under change of {change.name}")

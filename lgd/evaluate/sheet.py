@@ -6,14 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.archive import Shard
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import Answer, Hit, Stored, Vote
 from lgd.evaluate.figures import Neighbour, Query, contact_sheet
 from lgd.evaluate.predict import read_image
-from lgd.files import is_remote, place
 from lgd.store.latents import Store
 
 MOST_QUERIES, MOST_NEIGHBOURS = 100, 30
@@ -23,15 +21,12 @@ MOST_QUERIES, MOST_NEIGHBOURS = 100, 30
 class Gallery:
     """The images behind a store, for pictures: it finds the shards where they were when the store was made."""
 
-    def __init__(self, store: Store, size: int, roles: Sequence[str] = ("ihc",)) -> None:
+    def __init__(
+        self, store: Store, size: int, roles: Sequence[str] = ("ihc",), known: Sequence[ShardFolder] = ()
+    ) -> None:
+        """`known`: shard folders that are open already."""
         self.store = store
-        shards: dict[str, Shard] = {}
-        for folder in store.sources.shards:
-            if not is_remote(place(folder)) and not Path(folder).is_dir():
-                raise DataError(
-                    f"the shards of this store were in {folder}, which is gone: put them back, or query without --sheet"
-                )
-            shards |= {shard.sha256: shard for shard in open_shards(folder)[1]}
+        shards = store.open_sources(known, otherwise=", or query without --sheet")
         self.parts = [part for part in store.parts if part.tar_sha256 in shards]
         self.reader = Reader([shards[part.tar_sha256] for part in self.parts], roles, size)
 

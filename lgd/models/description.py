@@ -1,14 +1,14 @@
 """config.json of a model's folder: how the network is built, what it was trained on, and what it may be used for."""
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lgd.data.manifest import HER2, UNKNOWN, Manifest, Shape, Target, count_labels
+from lgd.data.manifest import HER2, UNKNOWN, Shape, Target
 from lgd.data.meta import Text
+from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError
 from lgd.files import read_json
 from lgd.models.spec import EncoderSpec
@@ -126,22 +126,22 @@ def read_kind(path: Path) -> type[ModelConfig]:
     return kinds[kind]
 
 
-def describe_training(manifests: Sequence[Manifest]) -> Training:
-    """What the split `train` of some shard sets holds."""
+def describe_training(shards: ShardSet) -> Training:
+    """What the split `train` of a run's shards holds."""
     shapes: Counter[tuple[int, int, float | None]] = Counter()
-    for manifest in manifests:
+    for manifest in shards.manifests:
         for shape in manifest.splits["train"].shapes if "train" in manifest.splits else ():
             shapes[shape.width, shape.height, shape.mpp] += shape.samples
     commonest = sorted(shapes.items(), key=lambda item: (-item[1], *item[0][:2], item[0][2] or 0))
     return Training(
-        target=manifests[0].target,
+        target=shards.manifests[0].target,
         marker=None,
-        labels=count_labels(manifests, "train"),
+        labels=shards.count_labels("train"),
         shapes=tuple(
             Shape(width=width, height=height, mpp=mpp, samples=count) for (width, height, mpp), count in commonest
         ),
-        virtual=all(manifest.virtual for manifest in manifests),
-        shards=tuple(manifest.digest for manifest in manifests),
+        virtual=shards.all_virtual,
+        shards=shards.digests,
     )
 
 

@@ -25,10 +25,9 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from lgd.data.manifest import open_shards
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
-from lgd.files import exists, list_folder, place, remove, write_bytes
+from lgd.files import list_folder, remove, write_bytes
 from lgd.locks import LOCK, exclusive
 from lgd.records import Document, Line, Many, Sha256
 from lgd.store.latents import Store, as_levels
@@ -117,11 +116,7 @@ def _export(store: Store, out: Path, asked: Sequence[str]) -> list[dict[str, Any
 
 def patches_of(store: Store, splits: Sequence[str]) -> Iterator[Patch]:
     """The rows of some splits, in the store's order, with what their shards say of them."""
-    folders = store.sources.shards
-    lost = [folder for folder in folders if not exists(place(folder))]
-    if lost:
-        raise DataError(f"the shards of {store.folder} were in {lost[0]}, which is gone: put them back")
-    shards = {shard.sha256: shard for folder in folders for shard in open_shards(folder)[1]}
+    shards = store.open_sources()
     for part in store.parts:
         if part.split not in splits:
             continue

@@ -17,7 +17,6 @@ import numpy as np
 from lgd.config import Config
 from lgd.data.archive import Shard
 from lgd.data.image import RESIZE, decode
-from lgd.data.manifest import open_shards
 from lgd.data.stream import Reader, Sample, in_batches
 from lgd.errors import DataError
 from lgd.models.export import read_teacher_config
@@ -176,11 +175,11 @@ def reencoded(store: Store, count: int, teacher: str = "", seed: int = 0) -> Ree
 
     Raises `DataError` when the shards, or the teacher, are not where they were; `teacher` names another folder of it.
     """
-    folders = store.sources.shards
-    of_tar = {shard.sha256: shard for folder in folders for shard in open_shards(folder)[1]}
-    lost = [part.name for part in store.parts if part.tar_sha256 not in of_tar]
-    if lost:
-        raise DataError(f"the shards in {', '.join(folders)} changed since {store.folder} was made ({lost[0]})")
+    of_tar = store.open_sources()
+    changed = [part.name for part in store.parts if part.tar_sha256 not in of_tar]
+    if changed:
+        folders = ", ".join(store.sources.shards)
+        raise DataError(f"the shards in {folders} changed since {store.folder} was made ({changed[0]})")
     supervision = Supervision(teacher or store.sources.teachers[TEACHER], store.recipe)
     reader = supervision.reader([of_tar[part.tar_sha256] for part in store.parts])
     numbers_n = np.sort(np.random.default_rng(seed).choice(reader.total, min(count, reader.total), replace=False))

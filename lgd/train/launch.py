@@ -5,17 +5,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lgd.config import LEVEL_NAMES, Config
-from lgd.data.manifest import UNKNOWN, Manifest, count_labels
-from lgd.data.overlap import refuse_overlaps
+from lgd.data.manifest import UNKNOWN
+from lgd.data.overlap import open_disjoint
 from lgd.data.plan import World
-from lgd.data.shards import Shard, open_shards
+from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError
 from lgd.files import digest_of, exists, is_remote, list_folder, place, remove_folder, sha256
 from lgd.locks import LOCK, exclusive
@@ -23,7 +23,7 @@ from lgd.text import print_lines
 from lgd.train import checkpoint
 from lgd.train.engine import choose
 from lgd.train.finished import keeps_others, read_finished, refuse_finished
-from lgd.train.loop import TASKS, split_shards, train
+from lgd.train.loop import TASKS, train
 from lgd.train.tasks import Task, inputs_of
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -42,9 +42,9 @@ def refuse_strangers(task: Task) -> None:
         )
 
 
-def check_levels(task: Task, manifests: Sequence[Manifest]) -> None:
+def check_levels(task: Task, shards: ShardSet) -> None:
     """Tell of levels that training never sees; `DataError` where it sees one only, or none and has nothing else."""
-    count = count_labels(manifests, "train")
+    count = shards.count_labels("train")
     seen = [name for name in LEVEL_NAMES if count[name]]
     if len(seen) == 1:
         raise DataError(
@@ -65,35 +65,33 @@ def check_levels(task: Task, manifests: Sequence[Manifest]) -> None:
         )
 
 
-def check_scales(manifests: Sequence[Manifest], folders: Sequence[str]) -> None:
+def check_scales(shards: ShardSet) -> None:
     """Raise `DataError` for labelled training patches of unknown scale, unless it was said that nobody knows it."""
-    for manifest, folder in zip(manifests, folders, strict=True):
-        split = manifest.splits.get("train")
+    for opened in shards.folders:
+        manifest, split = opened.manifest, opened.manifest.splits.get("train")
         if split is None or manifest.options.mpp == "unknown" or split.labels[UNKNOWN] == split.samples:
             continue
         if unknown := sum(shape.samples for shape in split.shapes if shape.mpp is None):
             raise DataError(
-                f"{unknown} of {split.samples} training patches of {folder} have no scale, and a network that is "
-                "taught labels on them could never say whether a patch has the scale that it knows: build the set "
+                f"{unknown} of {split.samples} training patches of {opened.folder} have no scale, and a network that "
+                "is taught labels on them could never say whether a patch has the scale that it knows: build the set "
                 "again with --mpp X (micrometres per pixel), or with --mpp unknown"
             )
 
 
-def train_under(config: Config, task: str, overwrite: bool | None = None) -> bool:
+def train_under(config: Config, task: str, overwrite: bool | None = None, shards: ShardSet | None = None) -> bool:
     """Train a task where `train.workers` says; returns False when the finished network could be reused.
 
-    `overwrite` allows to replace a finished network; None stands for a command that has no such option. Raises
-    `DataError` where it would be replaced otherwise, and while another process trains in the same local folder.
+    `overwrite` allows to replace a finished network; None stands for a command that has no such option. `shards` are
+    those of the run, opened here where they are not given. Raises `DataError` where a network would be replaced
+    otherwise, and while another process trains in the same local folder.
     """
-    refuse_overlaps(config.shard_dirs)
+    shards = shards or open_disjoint(config.shard_dirs)
     built = TASKS[task](config)
-    shards = split_shards(config, "train")
-    if not shards:
+    if not shards.of_split("train"):
         raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
-    manifests = [open_shards(folder)[0] for folder in config.shard_dirs]
-    check_levels(built, manifests)
-    check_scales(manifests, config.shard_dirs)
-    shards += split_shards(config, "val")
+    check_levels(built, shards)
+    check_scales(shards)
     if _is_reused(built, config, shards, overwrite):
         return False
     # Here, and not in the workers, which Ray may restart. Under torchrun one process stands for all.
@@ -105,15 +103,13 @@ def train_under(config: Config, task: str, overwrite: bool | None = None) -> boo
     return True
 
 
-def _is_reused(task: Task, config: Config, shards: list[Shard], overwrite: bool | None) -> bool:
+def _is_reused(task: Task, config: Config, shards: ShardSet, overwrite: bool | None) -> bool:
     """Whether nothing is to be done: the same command again changes nothing."""
     anew = config.train.resume == "never" or (config.train.resume != "auto" and overwrite)
     return not anew and is_finished(task, config, shards)
 
 
-def _train_locked(
-    task: Task, config: Config, shards: list[Shard], name: str, overwrite: bool | None, first: bool
-) -> None:
+def _train_locked(task: Task, config: Config, shards: ShardSet, name: str, overwrite: bool | None, first: bool) -> None:
     from lgd.distribute import launch
 
     refuse_strangers(task)
@@ -131,7 +127,7 @@ def _train_locked(
             remove_folder(folder)
     launch(
         worker,
-        {"config": config, "task": name, "engine": engine},
+        {"config": config, "shards": shards, "task": name, "engine": engine},
         workers=config.train.workers,
         max_failures=config.train.max_failures,
         storage=place(config.run.dir) / "ray",
@@ -140,7 +136,7 @@ def _train_locked(
     )
 
 
-def is_finished(task: Task, config: Config, shards: list[Shard]) -> bool:
+def is_finished(task: Task, config: Config, shards: ShardSet) -> bool:
     """Whether the task's folder holds the network that this run would train."""
     path, weights = task.folder / "config.json", task.folder / "model.safetensors"
     if not exists(path) or not exists(weights):
@@ -155,14 +151,15 @@ def is_finished(task: Task, config: Config, shards: list[Shard]) -> bool:
 def worker(argument: dict[str, Any]) -> None:
     """What each training process runs.
 
-    `argument` has `config`, `task` (teacher or student), `engine`, and under Ray `stop`, the file that asks to end.
+    `argument` has `config`, `shards`, `task` (teacher or student), `engine`, and under Ray
+    `stop`, the file that asks to end.
     """
     config: Config = argument["config"]
     world = join_world()
     torch.manual_seed(config.run.seed)
     # One rank is enough: at each step all agree on whether any of them was asked to stop.
     with stop_flag(argument.get("stop") if world.rank == 0 else None) as stop:
-        train(config, TASKS[argument["task"]](config), world, argument["engine"], stop)
+        train(config, argument["shards"], TASKS[argument["task"]](config), world, argument["engine"], stop)
 
 
 def join_world() -> World:

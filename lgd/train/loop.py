@@ -19,7 +19,7 @@ import torch.distributed as dist
 import lgd
 from lgd.config import Config
 from lgd.data.plan import Plan, World
-from lgd.data.shards import Shard, open_shards
+from lgd.data.shard_set import ShardSet
 from lgd.data.stream import Reader
 from lgd.errors import DataError, Stopped
 from lgd.files import digest_of
@@ -37,17 +37,12 @@ from lgd.train.tasks import StudentTask, Task, TeacherTask, augment, inputs_of
 TASKS: dict[str, Any] = {"teacher": TeacherTask, "student": StudentTask}
 
 
-def split_shards(config: Config, split: str) -> list[Shard]:
-    """The shards of a split, over all shard folders of a run, in the order of their addresses."""
-    return [shard for folder in config.shard_dirs for shard in open_shards(folder)[1] if shard.split == split]
-
-
-def train(config: Config, task: Task, world: World, engine_name: str, stop: threading.Event) -> None:
+def train(config: Config, shards: ShardSet, task: Task, world: World, engine_name: str, stop: threading.Event) -> None:
     """Train a task to its end, from its newest checkpoint if there is one, and export the network.
 
     `stop` asks to save a checkpoint and to end; every rank reads it at each step.
     """
-    training = Training(config, task, world, engine_name, stop)
+    training = Training(config, shards, task, world, engine_name, stop)
     try:
         training.run()
     finally:
@@ -57,7 +52,9 @@ def train(config: Config, task: Task, world: World, engine_name: str, stop: thre
 class Training:
     """The run of a task in one of its processes."""
 
-    def __init__(self, config: Config, task: Task, world: World, engine_name: str, stop: threading.Event) -> None:
+    def __init__(
+        self, config: Config, shard_set: ShardSet, task: Task, world: World, engine_name: str, stop: threading.Event
+    ) -> None:
         settings = config.train
         if settings.batch % (world.size * settings.accumulate):
             raise DataError(
@@ -65,10 +62,11 @@ class Training:
                 f"{settings.accumulate}: use a multiple of {world.size * settings.accumulate}"
             )
         self.config, self.task, self.world, self.stop = config, task, world, stop
-        self.shards, self.held_out = split_shards(config, "train"), split_shards(config, "val")
+        self.shard_set = shard_set
+        self.shards, self.held_out = shard_set.of_split("train"), shard_set.of_split("val")
         if settings.patience and not self.held_out:
             raise DataError("train.patience needs a validation split, and the shards have no split `val`")
-        self.inputs = inputs_of(task, config, [*self.shards, *self.held_out])
+        self.inputs = inputs_of(task, config, shard_set)
         self.reader = Reader(self.shards, (task.role,), config.data.size)
         self.plan = Plan(self.reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
         self.steps = max(1, math.ceil(task.epochs * self.plan.total / settings.batch))
@@ -213,7 +211,7 @@ class Training:
                 self.task.describe,
                 self.engine.model,
                 size=self.config.data.size,
-                training=describe_training([open_shards(folder)[0] for folder in self.config.shard_dirs]),
+                training=describe_training(self.shard_set),
                 licence=None,
                 temperature=temperature,
                 validation={name: value for name, value in scores.items() if math.isfinite(value)},

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from lgd.config import Config
+from lgd.data.archive import Shard
 from lgd.data.plan import World
-from lgd.data.shards import Shard
 from lgd.data.stream import Reader
 from lgd.metrics import score
 from lgd.train.batch import Batch, evaluation_batches

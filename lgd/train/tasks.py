@@ -1,6 +1,5 @@
 """What is trained: a model, how its batch is prepared, and its losses. One class a task, the same loop for all."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ from torch import nn
 from lgd.config import Config
 from lgd.data.augment import d4, d4_grid, draw, light_jitter, stain_jitter
 from lgd.data.plan import ORDER
-from lgd.data.shards import Shard
+from lgd.data.shard_set import ShardSet
 from lgd.files import digest_of, place
 from lgd.models import losses
 from lgd.models.description import ModelConfig, TeacherRef
@@ -240,19 +239,19 @@ class StudentTask:
         }
 
 
-def inputs_of(task: Task, config: Config, shards: Sequence[Shard]) -> dict[str, Any]:
+def inputs_of(task: Task, config: Config, shards: ShardSet) -> dict[str, Any]:
     """All that a trained network depends on; where it runs (workers, threads, engine) is not part of it."""
     train = config.train
     without = {"workers", "engine", "compile", "resume", "checkpoint_every", "keep", "max_failures"}
     if not train.patience:
         without |= {"evaluate_every", "patience", "metric"}
     splits: dict[str, list[str]] = {}
-    for shard in shards:
+    for shard in [*shards.of_split("train"), *shards.of_split("val")]:
         splits.setdefault(shard.split, []).append(shard.sha256)
     stored = {}
     if task.store is not None:
         # Not the whole store: what else it holds does not concern this network.
-        stored = {"store": task.store.digest_of([shard for shard in shards if shard.split == "train"])}
+        stored = {"store": task.store.digest_of(shards.of_split("train"))}
     return {
         "task": task.inputs() | stored,
         "role": task.role,

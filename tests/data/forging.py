@@ -12,7 +12,7 @@ from PIL import Image
 
 from lgd.data.archive import INDEX
 from lgd.data.image import encode
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
 from lgd.data.verify import verify
@@ -51,7 +51,7 @@ def make(folder, contents):
 
 
 def read_all(out):
-    reader = Reader(open_shards(out)[1], ("he", "ihc"), 32)
+    reader = Reader(ShardFolder.open(out).shards, ("he", "ihc"), 32)
     return [reader.read(number) for number in range(reader.total)]
 
 

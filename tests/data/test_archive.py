@@ -9,7 +9,7 @@ import webdataset
 
 from lgd.data.archive import read_sample
 from lgd.data.image import decode, encode
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import ShardOptions, build
 
 
@@ -27,7 +27,7 @@ def shards(request, tmp_path_factory):
         rows.append(f"he{number}.png,ihc{number}.png,key+{number},{facts},{'train' if number < 6 else 'test'}")
     (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
     build(ShardOptions(layout="csv", root=str(folder), out=str(folder / "out"), shard_size=3))
-    return open_shards(folder / "out")[1]
+    return ShardFolder.open(folder / "out").shards
 
 
 def ours(shard):

@@ -10,8 +10,8 @@ import pytest
 from forging import forge, with_content
 
 from lgd.data.archive import read_sample
-from lgd.data.manifest import open_shards, read_manifest
 from lgd.data.patches import read_patches
+from lgd.data.shard_set import ShardFolder
 from lgd.data.stream import Reader
 from lgd.data.verify import verify
 from lgd.errors import DataError
@@ -20,7 +20,7 @@ from lgd.errors import DataError
 @pytest.fixture(scope="module")
 def ours(tissue_config):
     """Shards of 48 pairs, and what we read from them: [(key, KEY.json, H&E bytes, IHC bytes)]."""
-    shards = open_shards(tissue_config.shard_dirs[0])[1]
+    shards = ShardFolder.open(tissue_config.shard_dirs[0]).shards
     found = []
     for shard in shards:
         file, index = shard.open()
@@ -53,7 +53,7 @@ def served(tissue_config, tmp_path, monkeypatch):
 
 def test_a_url_is_read_and_verified_through_the_cache(served, ours):
     folder, url = served
-    shards = open_shards(url)[1]
+    shards = ShardFolder.open(url).shards
     file, index = shards[0].open()
     with file:
         meta, contents = read_sample(file, index, 0, shards[0], ("he",))
@@ -70,7 +70,7 @@ def test_a_url_is_read_and_verified_through_the_cache(served, ours):
 
 def test_damage_to_a_copy_is_told_with_its_place(served, tmp_path):
     _, url = served
-    shard = open_shards(url)[1][0]
+    shard = ShardFolder.open(url).shards[0]
     file, index = shard.open()
     content = bytearray(open(file.name, "rb").read())
     content[int(index["offset"][0, 1]) + 9] ^= 1
@@ -88,7 +88,7 @@ def test_a_bad_index_does_not_stay_in_the_cache(served, content):
     path, other = folder / "train-000000.idx", folder / "test-000000.idx"
     whole = path.read_bytes()
     path.write_bytes(other.read_bytes()[:-48] + bytes(48) if content == "another" else content)
-    shard = open_shards(url)[1][0]
+    shard = ShardFolder.open(url).shards[0]
     with pytest.raises(DataError, match="train-000000"):
         shard.open()
     path.write_bytes(whole)
@@ -106,7 +106,7 @@ def damage(path, place):
 @pytest.mark.parametrize("suffix, place", [(".tar", 2000), (".tar", -1), (".idx", -1), (".idx", 20), (".npy", -1)])
 def test_a_copy_that_is_damaged_in_the_cache_is_fetched_again(served, ours, suffix, place):
     folder, url = served
-    shards = open_shards(url)[1]
+    shards = ShardFolder.open(url).shards
     assert verify(url) == []
     copies = [path for path in (folder.parent / "cache").iterdir() if path.suffix == suffix]
     for read_all in (False, True):
@@ -117,13 +117,13 @@ def test_a_copy_that_is_damaged_in_the_cache_is_fetched_again(served, ours, suff
             continue
         reader = Reader(shards, ("he", "ihc"), None)
         assert [reader.read(number).meta for number in range(reader.total)] == [row[1] for row in ours[1]]
-        read_patches(shards[0].path.parent, read_manifest(url)[0])
+        read_patches(shards[0].path.parent, ShardFolder.read(url).manifest)
     assert len([path for path in (folder.parent / "cache").iterdir() if path.suffix == suffix]) == len(copies)
 
 
 def test_a_copy_that_is_damaged_while_threads_read_it_is_fetched_once(served, ours):
     folder, url = served
-    shards = open_shards(url)[1]
+    shards = ShardFolder.open(url).shards
     reader = Reader(shards, ("he", "ihc"), None)
     for number in reader.first[:-1].tolist():
         reader.read(number)
@@ -138,7 +138,7 @@ def test_a_damaged_sample_of_a_whole_set_is_not_fetched_again_and_again(served):
     """Its tar is as the manifest says: nothing better can come."""
     folder, url = served
     forge(folder, with_content(1, b"no image"))
-    shard = open_shards(url)[1][0]
+    shard = ShardFolder.open(url).shards[0]
     reader = Reader([shard], ("he",), None)
     for _ in range(2):
         with pytest.raises(DataError, match=rf"{shard.name}.tar.* row 0, .*he: is no jpg image"):

@@ -14,7 +14,8 @@ from lgd.data.archive import read_sample
 from lgd.data.duplicates import leave_out_duplicates
 from lgd.data.image import encode
 from lgd.data.pairs import PatchPair
-from lgd.data.shards import ShardOptions, build, open_shards
+from lgd.data.shard_set import ShardFolder
+from lgd.data.shards import ShardOptions, build
 from lgd.data.sources import Source
 from lgd.data.split import parse_split
 from lgd.data.verify import verify
@@ -52,7 +53,7 @@ def rejected(folder):
 
 def keys(folder):
     found = []
-    for shard in open_shards(folder)[1]:
+    for shard in ShardFolder.open(folder).shards:
         file, index = shard.open()
         with file:
             found += [read_sample(file, index, row, shard, ())[0].key for row in range(len(index))]

@@ -22,7 +22,7 @@ from forging import (
 )
 
 from lgd.data.archive import INDEX
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder
 from lgd.data.stream import Reader
 from lgd.data.verify import verify
 from lgd.errors import DataError
@@ -65,7 +65,7 @@ def test_sets_are_whole_until_they_are_damaged(wholes, out):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_bit_in_an_image_is_caught(copy, kind, fault_count):
     out, dice = copy(kind), random.Random(kind)
-    shards = open_shards(out)[1]
+    shards = ShardFolder.open(out).shards
     reader = Reader(shards, ("he", "ihc"), 32)
     for _ in range(fault_count(100)):
         whole = reader.read(dice.randrange(reader.total))
@@ -95,7 +95,7 @@ def flip(path, place, bit):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_tar_is_caught(copy, kind, fault_count):
     out, dice = copy(kind), random.Random(kind)
-    shards = open_shards(out)[1]
+    shards = ShardFolder.open(out).shards
     path, whole, manifest = shards[0].path, shards[0].path.read_bytes(), (out / "manifest.json").read_bytes()
     edges = [int(place) + shift for place in shards[0].index()["offset"].flat for shift in (-512, 0)]
     edges += [0, 1, len(whole) - 10240, len(whole) - 1024, len(whole) - 512, len(whole) - 1]
@@ -131,7 +131,7 @@ def test_a_cut_index_is_caught(out, fault_count):
 @pytest.mark.parametrize("suffix", ["tar", "idx"])
 @pytest.mark.parametrize("spoil", [os.unlink, lambda path: (path.unlink(), path.mkdir())], ids=["missing", "folder"])
 def test_a_missing_file_is_caught(out, suffix, spoil):
-    shards = open_shards(out)[1]
+    shards = ShardFolder.open(out).shards
     spoil(out / f"{FIRST}.{suffix}")
     assert_refused(out, f"{FIRST}.{suffix} is missing")
     # And where it goes missing after the run has begun.
@@ -282,5 +282,5 @@ def test_an_edited_manifest_is_caught(out, fault_count):
         place = dice.choice(digits)
         path.write_text(whole[:place] + str((int(whole[place]) + dice.randrange(1, 10)) % 10) + whole[place + 1 :])
         with pytest.raises(DataError, match="manifest"):
-            open_shards(out)
+            ShardFolder.open(out)
         assert "manifest" in verify(out)[0]

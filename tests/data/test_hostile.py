@@ -30,7 +30,7 @@ from forging import (
 from PIL import Image
 
 from lgd.data.image import EXTENSIONS, decode
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder
 from lgd.data.verify import verify
 from lgd.errors import DataError
 from lgd.files import digest_of
@@ -245,7 +245,7 @@ def test_a_json_bomb_is_refused(out, bomb, field):
 
 
 def test_a_count_of_samples_takes_no_memory_by_itself(out):
-    shard = open_shards(out)[1][0]
+    shard = ShardFolder.open(out).shards[0]
     with pytest.raises(DataError, match=rf"{FIRST}\.idx is no index of {1 << 60} samples"):
         dataclasses.replace(shard, samples=1 << 60).open()
 

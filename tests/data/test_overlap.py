@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgd.data.image import encode
-from lgd.data.manifest import File, Manifest, read_manifest
-from lgd.data.overlap import find_shared, refuse_overlaps
+from lgd.data.manifest import File, Manifest
+from lgd.data.overlap import find_shared, open_disjoint
 from lgd.data.patches import FILE, read_patches
+from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import ShardOptions, build
 from lgd.errors import DataError
 
@@ -45,8 +46,8 @@ A = [("a0", 0, 1, "train", "S1"), ("a1", 2, 3, "train", "S1"), ("a2", 4, 5, "tra
 def test_sets_that_share_nothing_pass_in_silence(make, capsys):
     folders = [make("a", *A), make("b", ("b0", 10, 11, "train", "S4"), ("b1", 12, 13, "val", "S10"))]
     capsys.readouterr()
-    refuse_overlaps(folders)
-    refuse_overlaps(folders[:1])
+    open_disjoint(folders)
+    open_disjoint(folders[:1])
     assert capsys.readouterr().err == ""
 
 
@@ -74,33 +75,33 @@ def test_sets_that_share_nothing_pass_in_silence(make, capsys):
 def test_an_image_or_slide_on_two_sides_is_refused(make, row, told, image):
     folders = {"a": make("a", *A), "b": make("b", ("other", 30, 31, "train", "S8"), row, image=image)}
     if not told:
-        refuse_overlaps(list(folders.values()))
+        open_disjoint(list(folders.values()))
         return
     with pytest.raises(DataError) as caught:
-        refuse_overlaps(list(folders.values()))
+        open_disjoint(list(folders.values()))
     assert told.format(**folders) in str(caught.value) and str(caught.value).startswith("data.shards: a")
     with pytest.raises(DataError):
-        refuse_overlaps(list(folders.values())[::-1])
+        open_disjoint(list(folders.values())[::-1])
 
 
 def test_patches_of_unknown_slides_are_known_by_their_keys(make):
     """One patch, encoded twice."""
     folders = [make(name, ("k", number, 9, split, "")) for name, number, split in (("a", 1, "train"), ("b", 2, "test"))]
     with pytest.raises(DataError, match="a patch of an unknown slide, 'k', lies on two sides of the split, with k "):
-        refuse_overlaps([make("c", ("k", 3, 8, "test", "")), folders[0]])
+        open_disjoint([make("c", ("k", 3, 8, "test", "")), folders[0]])
 
 
 def test_tiles_are_compared_by_what_they_were_cut_from(make):
     whole, tiles = make("a", *A), make("b", ("b", 0, 21, "test", "S9"), tile=4)
     with pytest.raises(DataError, match=r"the H&E of a0 \(train of .* and the H&E of b_y0_x0 \(test of "):
-        refuse_overlaps([whole, tiles])
+        open_disjoint([whole, tiles])
 
 
 def test_what_lies_on_one_side_is_told_once(make, capsys):
     folders = [make("a", *A), make("b", ("b", 0, 1, "train", "S2"), ("c", 6, 20, "test", "S7"))]
     capsys.readouterr()
     for _ in range(3):
-        refuse_overlaps(folders)
+        open_disjoint(folders)
     assert capsys.readouterr().err == (
         "data.shards: its folders share, on one side of the split, images: 3 (each counts twice), slides: 1\n"
     )
@@ -114,10 +115,10 @@ def test_a_set_that_is_listed_twice_is_refused(make, tmp_path):
         with pytest.raises(
             DataError, match=r"^data\.shards: .* (is listed twice|holds the same set as .*a), .* remove it"
         ):
-            refuse_overlaps([a, b, twice])
+            open_disjoint([a, b, twice])
     for twice in (tmp_path / "copy", tmp_path / "link"):
         with pytest.raises(DataError, match=rf"^data\.shards: {twice} holds the same set as {a}, and each patch would"):
-            refuse_overlaps([a, b, twice])
+            open_disjoint([a, b, twice])
 
 
 def test_behind_a_url_no_shard_is_read_unless_it_is_named(make, tmp_path, monkeypatch, capsys):
@@ -134,12 +135,12 @@ def test_behind_a_url_no_shard_is_read_unless_it_is_named(make, tmp_path, monkey
     thread.start()
     try:
         urls = [f"http://127.0.0.1:{server.server_port}/{name}" for name in "abc"]
-        refuse_overlaps(urls[:2])
+        open_disjoint(urls[:2])
         assert {path.rsplit("/")[-1] for path in asked} == {"manifest.json", "patches.npy"}
         with pytest.raises(
             DataError, match=rf"the H&E of b \(test of {urls[1]}\) and the H&E of b \(train of {urls[2]}\)"
         ):
-            refuse_overlaps(urls)
+            open_disjoint(urls)
     finally:
         server.shutdown()
         thread.join()
@@ -148,18 +149,18 @@ def test_behind_a_url_no_shard_is_read_unless_it_is_named(make, tmp_path, monkey
 
 def test_other_images_and_slides_with_the_same_64_bits_are_no_leak(make, tmp_path):
     a, b = make("a", *A), make("b", ("b", 20, 21, "test", "S9"))
-    manifest, _ = read_manifest(b)
+    manifest = ShardFolder.read(b).manifest
     table = read_patches(tmp_path / "b", manifest).copy()
-    table[0] = read_patches(tmp_path / "a", read_manifest(a)[0])[0]
+    table[0] = read_patches(tmp_path / "a", ShardFolder.read(a).manifest)[0]
     np.save(tmp_path / "b" / FILE, table)
     content = (tmp_path / "b" / FILE).read_bytes()
     patches = File(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     Manifest(**{name: getattr(manifest, name) for name in Manifest.model_fields} | {"patches": patches}).write(
         tmp_path / "b" / "manifest.json"
     )
-    first = [read_patches(tmp_path / name, read_manifest(tmp_path / name)[0])[0] for name in "ab"]
+    first = [read_patches(tmp_path / name, ShardFolder.read(tmp_path / name).manifest)[0] for name in "ab"]
     assert first[0] == first[1], "they look alike until the shards are read"
-    refuse_overlaps([a, b])
+    open_disjoint([a, b])
 
 
 rows = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(0, 2)), max_size=20)

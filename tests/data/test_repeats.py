@@ -10,9 +10,9 @@ import pytest
 from forging import forge, make, remanifest, virtual
 
 from lgd.data.archive import read_sample
-from lgd.data.manifest import open_shards
 from lgd.data.patches import FILE, PATCHES
 from lgd.data.repeats import SEEN, find_repeats, hash_64
+from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import ShardOptions, build
 from lgd.data.split import canonical_group
 from lgd.data.verify import verify
@@ -42,7 +42,7 @@ def forge_sample(out, row, name, he=None, ihc=None, **facts):
 def repatch(out):
     """Let patches.npy tell the truth about the samples."""
     rows = []
-    for shard in open_shards(out)[1]:
+    for shard in ShardFolder.open(out).shards:
         file, index = shard.open()
         with file:
             for row in range(shard.samples):

@@ -14,7 +14,8 @@ from containers import tiff, with_exif, with_segments
 from lgd.data.image import encode
 from lgd.data.manifest import Manifest
 from lgd.data.meta import Origin
-from lgd.data.shards import INDEX, ShardOptions, build, decode, open_shards, read_member
+from lgd.data.shard_set import ShardFolder
+from lgd.data.shards import INDEX, ShardOptions, build, decode, read_member
 from lgd.data.sources import CheckJob
 from lgd.data.verify import verify
 from lgd.errors import ConfigError, DataError
@@ -48,7 +49,7 @@ def options(root, out, **changes):
 def samples_of(folder):
     """Every sample as the offset index gives it: [(shard name, meta, he bytes, ihc bytes)]."""
     read = []
-    for shard in open_shards(folder)[1]:
+    for shard in ShardFolder.open(folder).shards:
         index = shard.index()
         with open(shard.path, "rb") as stream:
             for row in index:
@@ -72,7 +73,7 @@ def built(tmp_path_factory):
 def test_the_set_holds_the_original_bytes_and_facts(built):
     root, out, manifest = built
     assert Manifest.read(out / "manifest.json") == manifest
-    assert [shard.name for shard in open_shards(out)[1]] == [
+    assert [shard.name for shard in ShardFolder.open(out).shards] == [
         "train-000000",
         "train-000001",
         "train-000002",
@@ -111,7 +112,7 @@ def test_the_set_holds_the_original_bytes_and_facts(built):
 
 def test_plain_webdataset_reads_the_same_pairs(built):
     _, out, _ = built
-    for shard in open_shards(out)[1]:
+    for shard in ShardFolder.open(out).shards:
         mine = [entry for entry in samples_of(out) if entry[0] == shard.name]
         theirs = list(webdataset.WebDataset(str(shard.path), shardshuffle=False))
         assert len(theirs) == len(mine) == shard.samples
@@ -121,7 +122,7 @@ def test_plain_webdataset_reads_the_same_pairs(built):
 
 
 def test_the_index_is_a_plain_npy(built):
-    shard = open_shards(built[1])[1][0]
+    shard = ShardFolder.open(built[1]).shards[0]
     with open(shard.path.with_suffix(".idx"), "rb") as stream:
         index = np.load(stream, allow_pickle=False)
     assert index.dtype == INDEX and index.shape == (3, 3) and shard.roles == ("json", "he", "ihc")
@@ -169,7 +170,7 @@ def test_a_killed_build_goes_on(built, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build(options(root, out, mpp=0.46), killed_after_two)
     with pytest.raises(DataError, match="no finished shard set"):
-        open_shards(out)
+        ShardFolder.open(out)
     (out / ".train-000002.tar.123.tmp").write_bytes(b"half")
     damaged = bytearray((out / "train-000001.tar").read_bytes())
     damaged[600] ^= 1
@@ -395,7 +396,7 @@ def test_an_incomplete_set_is_refused(built, tmp_path, spoil, reason):
     shutil.copytree(built[1], out)
     spoil(out)
     with pytest.raises(DataError, match=reason):
-        open_shards(out)
+        ShardFolder.open(out)
     assert any(reason in problem for problem in verify(out))
 
 
@@ -407,7 +408,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(built, tmp_path):
     manifest["digest"] = digest_of({name: value for name, value in manifest.items() if name != "digest"})
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="field file is '../train-000000.tar' instead of train-000000.tar"):
-        open_shards(out)
+        ShardFolder.open(out)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04"])
@@ -416,12 +417,12 @@ def test_a_broken_index_is_refused(built, tmp_path, content):
     shutil.copytree(built[1], tmp_path / "out")
     (tmp_path / "out/train-000000.idx").write_bytes(content)
     with pytest.raises(DataError, match="train-000000.idx"):
-        open_shards(tmp_path / "out")[1][0].index()
+        ShardFolder.open(tmp_path / "out").shards[0].index()
 
 
 @pytest.mark.faults
 def test_every_flipped_bit_in_a_member_is_found(built, tmp_path):
-    shard = open_shards(built[1])[1][0]
+    shard = ShardFolder.open(built[1]).shards[0]
     whole, index = shard.path.read_bytes(), shard.index()
     dice = random.Random(0)
     for trial in range(60):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgd.data.image import decode
-from lgd.data.manifest import open_shards
 from lgd.data.plan import Plan, World, rank_positions
+from lgd.data.shard_set import ShardFolder
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.errors import DataError
 
@@ -19,7 +19,7 @@ def shards(tissue_config, tmp_path):
     """A copy of the shards, to damage."""
     folder = tmp_path / "shards"
     shutil.copytree(tissue_config.shard_dirs[0], folder)
-    return open_shards(folder)[1]
+    return ShardFolder.open(folder).shards
 
 
 ORDER = np.random.default_rng(0).permutation(48)
@@ -102,7 +102,7 @@ def test_only_so_many_shards_stay_open(shards, monkeypatch):
 )
 def test_threads_ranks_and_cuts_do_not_change_what_is_read(tissue_config, seed, lanes, world, threads, prefetch, cut):
     """The plan's order, read by as many ranks, against the same in one thread."""
-    reader = Reader(open_shards(tissue_config.shard_dirs[0])[1], ())
+    reader = Reader(ShardFolder.open(tissue_config.shard_dirs[0]).shards, ())
     plan = Plan(reader.sizes, seed=seed, lanes=lanes)
     alone = [reader.read(int(number)).key for number in plan.samples(np.arange(cut, cut + 2 * world))[1]]
     found = [""] * (2 * world)

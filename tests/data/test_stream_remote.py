@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.errors import DataError
 from lgd.files import read_json
@@ -30,8 +30,8 @@ def cached(tmp_path):
 
 def test_samples_of_a_url_are_those_of_the_files(bucket, tissue_config, tmp_path):
     url, client = bucket
-    here = Reader(open_shards(tissue_config.shard_dirs[0])[1], ("he", "ihc"), 64)
-    shards = open_shards(url)[1]
+    here = Reader(ShardFolder.open(tissue_config.shard_dirs[0]).shards, ("he", "ihc"), 64)
+    shards = ShardFolder.open(url).shards
     numbers = np.random.default_rng(0).permutation(here.total)
     found = list(stream(Reader(shards, ("he", "ihc"), 64), in_batches(numbers, 7), threads=3))
     assert [row.number for samples in found for row in samples.rows] == numbers.tolist()
@@ -50,7 +50,7 @@ def test_samples_of_a_url_are_those_of_the_files(bucket, tissue_config, tmp_path
 
 def test_shards_are_fetched_before_they_are_needed(bucket, tmp_path):
     url, _ = bucket
-    shards = open_shards(url)[1]
+    shards = ShardFolder.open(url).shards
     batches = stream(Reader(shards, ("he",), 64), in_batches(range(48), 4), threads=1, prefetch=0)
     next(batches)
     deadline = time.monotonic() + 20
@@ -63,7 +63,7 @@ def test_shards_are_fetched_before_they_are_needed(bucket, tmp_path):
 @pytest.mark.faults
 def test_a_shard_that_is_gone_or_damaged_is_named(bucket, tissue_config):
     url, client = bucket
-    shards = open_shards(url)[1]
+    shards = ShardFolder.open(url).shards
     name, _, folder = url.removeprefix("s3://").partition("/")
     tar = (Path(tissue_config.shard_dirs[0]) / f"{shards[0].name}.tar").read_bytes()
     client.put_object(Bucket=name, Key=f"{folder}/{shards[0].name}.tar", Body=tar[:-1] + b"\1")

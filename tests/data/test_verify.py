@@ -15,7 +15,7 @@ from PIL import Image
 
 from lgd.data.archive import INDEX
 from lgd.data.image import encode
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import ShardOptions, build
 from lgd.data.verify import verify
 from lgd.files import digest_of, sha256
@@ -204,7 +204,7 @@ def test_a_key_in_two_shards_is_found(out):
 
 
 def test_a_gap_between_members_is_found_even_where_the_index_allows_for_it(out):
-    shard = open_shards(out)[1][0]
+    shard = ShardFolder.open(out).shards[0]
     content, index = shard.path.read_bytes(), shard.index().copy()
     end = int(index["offset"][0, 1]) - 512
     header = tarfile.TarInfo("a.txt").tobuf(tarfile.USTAR_FORMAT)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from lgd.data.shards import ShardOptions, build, open_shards
+from lgd.data.shard_set import ShardFolder
+from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.evaluate.colour import COLOUR, colour_only
@@ -14,7 +15,7 @@ from lgd.metrics import score
 
 
 def shards_of(folder, split):
-    return [shard for shard in open_shards(str(folder))[1] if shard.split == split]
+    return [shard for shard in ShardFolder.open(str(folder)).shards if shard.split == split]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def shortcut(tmp_path_factory):
 def test_it_shows_a_shortcut_where_patches_share_it_and_fails_where_they_do_not(shortcut):
     kappa = {}
     for split in ("val", "test"):
-        found = colour_only(open_shards(str(shortcut))[1], split, threads=1)
+        found = colour_only(shards_of(shortcut, "train"), shards_of(shortcut, split), threads=1)
         assert found.name == COLOUR and np.allclose(found.probability.sum(1), 1)
         kappa[split] = score(found.level, found.probability)["kappa"]
     assert kappa["val"] > 0.8 and kappa["test"] < 0.4
@@ -49,8 +50,7 @@ def test_shape_tells_it_nothing(shortcut, tmp_path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(change(pixels)), quality=100))
         build(ShardOptions(layout="bci", root=str(tmp_path / name), out=str(tmp_path / f"{name}-shards"), split="keep"))
-        shards = [*training, *shards_of(tmp_path / f"{name}-shards", "test")]
-        return colour_only(shards, "test", threads=1).probability
+        return colour_only(training, shards_of(tmp_path / f"{name}-shards", "test"), threads=1).probability
 
     plain, turned = built("plain", lambda image: image), built("turned", lambda image: image[::-1, ::-1])
     assert np.abs(plain - turned).max() < 0.02 < np.abs(plain - plain[::-1]).max()
@@ -68,7 +68,7 @@ def test_a_level_that_training_lacks_is_never_called(shortcut, tmp_path):
     (shortcut.parent / "pairs.csv").write_text("\n".join(rows) + "\n")
     build(ShardOptions(layout="csv", root=str(shortcut.parent), out=str(tmp_path / "shards"), split="keep"))
     scored = shards_of(tmp_path / "shards", "test")
-    found = colour_only([*shards_of(tmp_path / "shards", "train"), *scored], "test", threads=1)
+    found = colour_only(shards_of(tmp_path / "shards", "train"), scored, threads=1)
     assert (found.probability[:, 1:3] == 0).all() and (found.probability[:, [0, 3]] > 0).all()
     reader = Reader(scored, ())
     samples = [reader.read(row) for row in range(reader.total)]
@@ -84,5 +84,4 @@ def test_nothing_is_fitted_on_one_level_or_none(shortcut, tmp_path):
             shutil.copy(path, tmp_path / "one" / stain / "train")
     build(ShardOptions(layout="bci", root=str(tmp_path / "one"), out=str(tmp_path / "shards"), split="keep"))
     for training in ([], shards_of(tmp_path / "shards", "train")):
-        assert colour_only([*training, *shards_of(shortcut, "test")], "test", threads=1) is None
-    assert colour_only(shards_of(shortcut, "train"), "train", threads=1) is None
+        assert colour_only(training, shards_of(shortcut, "test"), threads=1) is None

@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError
 from lgd.evaluate import compare
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.evaluate.ranking import average_precision, own_ranks
 from lgd.store.latents import Store, as_levels, read_all
 from lgd.train.launch import train_under
-from lgd.train.loop import split_shards
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,16 @@ def he_only(tissue_run, change, tmp_path_factory):
 
 
 def measured(config, scorers):
-    shards = [shard for split in ("train", "val", "test") for shard in split_shards(config, split)]
-    scored = [
-        score_shards(one, split_shards(config, config.report.split), threads=1, vectors=compare.vectors_of(one))
-        for one in scorers
-    ]
+    shards = ShardSet.open(config.shard_dirs)
+    training = shards.of_split("train") if config.report.split != "train" else []
+    split = shards.of_split(config.report.split)
+    scored = [compare.score_network(one, split, threads=1) for one in scorers]
     said = []
     store = Store(config.latents.dir)
-    return compare.measure_run(config, store, shards, scorers, scored, lambda *line: said.append(line)), said, scored
+    found = compare.measure_retrieval(
+        config, store, training, split, scored[0], scored[1:-1], lambda *line: said.append(line)
+    )
+    return found, said, scored
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers):
     store = Store(tissue_run.latents.dir)
     train, test = ([part for part in store.parts if part.split == split] for split in ("train", "test"))
     gallery, own = read_all(train, "pooled")[:, 0], read_all(test, "pooled")[:, 0]
-    predictions, pooled = scored[0]
+    predictions, pooled = scored[0].predictions, scored[0].vectors_nD
     ranks = own_ranks(pooled, own, np.arange(20))
     assert found["embeddings"][0]["own_pair"]["median_rank"] == np.median(ranks)
     levels = as_levels(read_all(train, "label"))
@@ -63,13 +65,14 @@ def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers):
         assert overall["value"] == pytest.approx(np.nanmean(precision))
         assert overall["chance"] == pytest.approx(np.nanmean(chance))
     # The teacher reads the IHC itself, and scoring it gives what the store holds.
-    np.testing.assert_allclose(scored[2][1], own, atol=2e-3)
+    np.testing.assert_allclose(scored[2].vectors_nD, own, atol=2e-3)
 
 
 def test_features_of_he_alone_are_what_its_head_reads(scorers, tissue_run):
     baseline = scorers[1]
-    _, features = score_shards(baseline, split_shards(tissue_run, "val"), threads=1, vectors="features")
-    predictions, none = score_shards(baseline, split_shards(tissue_run, "val"), threads=1)
+    shards = ShardSet.open(tissue_run.shard_dirs).of_split("val")
+    _, features = score_shards(baseline, shards, threads=1, vectors="features")
+    predictions, none = score_shards(baseline, shards, threads=1)
     weight, bias = (p.detach().numpy() for p in (baseline.model.head.weight, baseline.model.head.bias))
     logits = (features @ weight.T + bias) / baseline.config.temperature
     odds = np.exp(logits - logits.max(1, keepdims=True))
@@ -100,10 +103,10 @@ def test_a_rival_of_another_teacher_has_no_row(tissue_run, scorers):
 
 
 def test_the_sheet_takes_the_levels_in_turn(tissue_run, scorers, change):
-    config, shards = change(tissue_run, report={"queries": 4}), split_shards(tissue_run, "test")
+    config, shards = change(tissue_run, report={"queries": 4}), ShardSet.open(tissue_run.shard_dirs)
     store = Store(config.latents.dir)
-    scored = score_shards(scorers[0], shards, threads=1)
+    scored = compare.score_network(scorers[0], shards.of_split("test"), threads=1)
     rows = compare.sheet_rows(config, store, shards, scored)
-    assert {row.level for row in rows} == set(scored[0].level.tolist()) and len(rows) == 4
+    assert {row.level for row in rows} == set(scored.predictions.level.tolist()) and len(rows) == 4
     assert all(len(row.neighbours) == 4 and {hit.split for hit in row.neighbours} == {"train"} for row in rows)
     assert compare.sheet_rows(change(config, report={"queries": 0}), store, shards, scored) == []

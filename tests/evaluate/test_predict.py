@@ -13,6 +13,7 @@ from PIL import Image
 from lgd.cli import main
 from lgd.config import LEVEL_NAMES
 from lgd.data.image import decode
+from lgd.data.shard_set import ShardSet
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.images import find_images
@@ -27,7 +28,6 @@ from lgd.evaluate.predict import (
 from lgd.metrics import score
 from lgd.models.student import load_student
 from lgd.stain.checks import NEARLY_BLANK, NO_HE
-from lgd.train.loop import split_shards
 from lgd.train.passes import softmax
 
 
@@ -113,7 +113,7 @@ def test_a_file_scores_as_the_network_says(scorer, tissue_run, images):
 
 
 def test_shards_score_as_their_files(scorer, tissue_run, tissue):
-    shards = split_shards(tissue_run, "test")
+    shards = ShardSet.open(tissue_run.shard_dirs).of_split("test")
     predictions, pooled = score_shards(scorer, shards, threads=2, batch=7)
     reader = Reader(shards, ())
     samples = [reader.read(number) for number in range(reader.total)]
@@ -129,8 +129,8 @@ def test_shards_score_as_their_files(scorer, tissue_run, tissue):
 
 def test_the_teacher_reads_the_ihc(tissue_run):
     teacher = load_scorer(tissue_run.teacher.dir, "teacher")
-    predictions, pooled = score_shards(teacher, split_shards(tissue_run, "val"), threads=1)
-    reader = Reader(split_shards(tissue_run, "val"), ("he", "ihc"), 64)
+    predictions, pooled = score_shards(teacher, ShardSet.open(tissue_run.shard_dirs).of_split("val"), threads=1)
+    reader = Reader(ShardSet.open(tissue_run.shard_dirs).of_split("val"), ("he", "ihc"), 64)
     one = reader.read(2)
     row = teacher.score(one.images["ihc"][None])
     np.testing.assert_allclose(predictions.probability[2], row["probability"][0], atol=1e-5)
@@ -139,7 +139,7 @@ def test_the_teacher_reads_the_ihc(tissue_run):
 
 
 def test_training_wrote_the_scores_of_the_exported_network(scorer, tissue_run):
-    predictions, _ = score_shards(scorer, split_shards(tissue_run, "val"), threads=1)
+    predictions, _ = score_shards(scorer, ShardSet.open(tissue_run.shard_dirs).of_split("val"), threads=1)
     # Without the temperature, as during training.
     chances = softmax(np.log(predictions.probability), 1 / scorer.config.temperature)
     again = score(predictions.level, chances)

@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,12 +8,14 @@ from PIL import Image
 
 from lgd.config import LEVEL_NAMES
 from lgd.data.manifest import Manifest, Split
+from lgd.data.shard_set import ShardFolder, ShardSet
 from lgd.errors import DataError
 from lgd.evaluate.caveats import caveats_of
 from lgd.evaluate.colour import COLOUR, HOW
 from lgd.evaluate.embeddings import measure, of_ihc
+from lgd.evaluate.evaluation import Evaluation
 from lgd.evaluate.figures import Neighbour, Query, confusion_matrix, contact_sheet
-from lgd.evaluate.report import table, write_report
+from lgd.evaluate.report import format_table, write_report
 from lgd.metrics import METRICS, Predictions, paired_difference, score
 
 
@@ -43,16 +46,18 @@ def query(level=2, ihc=True):
     )
 
 
-def report(folder, scored, **changed):
+def evaluation(scored, **changed):
     options = {
-        "retrieval": None,
-        "queries": [],
         "caveats": ["Mind this."],
         "provenance": {"command": "lgd evaluate --config c.yaml", "model": "abc"},
         "resamples": 40,
         "seed": 0,
     } | changed
-    return write_report(folder, scored, **options)
+    return Evaluation(student=scored[0], others=scored[1:], **options)
+
+
+def report(folder, scored, **changed):
+    return write_report(folder, evaluation(scored, **changed))
 
 
 def strict(path):
@@ -169,7 +174,7 @@ def test_the_summary_says_what_a_reader_needs(written):
 
 def test_the_table_is_aligned_and_agrees(written):
     _, scored, document = written
-    head, *rows = table(scored, 40, 0).splitlines()
+    head, *rows = format_table(evaluation(scored)).splitlines()
     assert [row.split("  ")[0] for row in rows] == ["LGD-Net", "H&E-only", "IHC|teacher"]
     kappa = document["models"][0]["by_patch"]["metrics"]["kappa"]
     assert rows[0][head.index("kappa") :].startswith("{value:.3f} [{low:.3f}, {high:.3f}]".format(**kappa))
@@ -187,7 +192,7 @@ def test_an_unlabelled_split_gets_no_scores(tmp_path):
     assert "Scores by" not in text
     assert not (tmp_path / "confusion.png").exists()
     assert "(queries.png)" in text
-    assert "–" in table([unlabelled], 10, 0)
+    assert "–" in format_table(evaluation([unlabelled], resamples=10))
 
 
 @pytest.mark.filterwarnings("error")
@@ -225,47 +230,52 @@ def test_models_of_different_patches_are_not_compared(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def manifest(layout="csv", may_leak=False, caveats=(), levels=None):
+def manifest(layout="csv", may_leak=False, caveats=(), levels=None, virtual=False):
     """Only what caveats are computed from."""
     splits = {} if levels is None else {"train": Split.model_construct(labels=levels)}
-    return Manifest.model_construct(layout=layout, may_leak=may_leak, caveats=tuple(caveats), splits=splits)
+    return Manifest.model_construct(
+        layout=layout, may_leak=may_leak, caveats=tuple(caveats), splits=splits, virtual=virtual
+    )
+
+
+def shard_set(manifests):
+    return ShardSet(tuple(ShardFolder(Path("shards"), manifest, ()) for manifest in manifests))
 
 
 @pytest.mark.parametrize(
-    ("words", "manifests", "predictions", "virtual"),
+    ("words", "manifests", "predictions"),
     [
-        ("may leak", [manifest(), manifest(may_leak=True)], model(), False),
-        ("of the whole slide", [manifest("bci")], model(level=[0, 1], groups=["a", "b"]), False),
-        ("of the whole slide", [manifest()], model(), False),
-        ("virtual", [manifest("bci")], model(), True),
-        ("Patches of level 0 that are scored: only 15", [manifest()], model(), False),
-        ("only 8. The intervals mean little", [manifest()], model(slides=8), False),
-        ("very few slides or source patches: 2+ (2), 3+ (2)", [manifest()], model(slides=10), False),
-        ("No patch of level 0, 3+", [manifest()], model(level=[1, 2] * 5), False),
-        ("1 of 3 patches have no level", [manifest()], model(level=[1, 2, -1]), False),
-        ("nothing to score", [manifest("mist")], model(level=[-1] * 3), False),
-        ("background is grey", [manifest("bci")], model(), False),
+        ("may leak", [manifest(), manifest(may_leak=True)], model()),
+        ("of the whole slide", [manifest("bci")], model(level=[0, 1], groups=["a", "b"])),
+        ("of the whole slide", [manifest()], model()),
+        ("virtual", [manifest("bci", virtual=True)], model()),
+        ("Patches of level 0 that are scored: only 15", [manifest()], model()),
+        ("only 8. The intervals mean little", [manifest()], model(slides=8)),
+        ("very few slides or source patches: 2+ (2), 3+ (2)", [manifest()], model(slides=10)),
+        ("No patch of level 0, 3+", [manifest()], model(level=[1, 2] * 5)),
+        ("1 of 3 patches have no level", [manifest()], model(level=[1, 2, -1])),
+        ("nothing to score", [manifest("mist")], model(level=[-1] * 3)),
+        ("background is grey", [manifest("bci")], model()),
         (
             "No patch of level 0, 2+ was in training",
             [manifest(levels={"1+": 3}), manifest(levels={"3+": 1})],
             model(),
-            False,
         ),
-        ("From the shards.", [manifest(caveats=["From the shards."])] * 2, model(), False),
-        ("independent design", [], model(), False),
+        ("From the shards.", [manifest(caveats=["From the shards."])] * 2, model()),
+        ("independent design", [], model()),
     ],
 )
-def test_caveats_are_computed(words, manifests, predictions, virtual):
-    found = caveats_of(manifests, predictions, virtual)
+def test_caveats_are_computed(words, manifests, predictions):
+    found = caveats_of(shard_set(manifests), predictions)
     assert sum(words in caveat for caveat in found) == 1, found
 
 
 def test_a_sound_split_has_no_caveat_but_the_design():
     sound = model(slides=80, each=5)
-    found = caveats_of([manifest()], sound, False)
+    found = caveats_of(shard_set([manifest()]), sound)
     assert [caveat.split(" is ")[0] for caveat in found] == ["A level", "This"]
     varied = model(level=np.arange(400) % 4, each=5)
-    assert len(caveats_of([manifest()], varied, False)) == 1
+    assert len(caveats_of(shard_set([manifest()]), varied)) == 1
 
 
 def test_the_confusion_matrix_takes_absent_levels_and_any_title(tmp_path):

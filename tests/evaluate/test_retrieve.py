@@ -8,7 +8,7 @@ from PIL import Image
 
 from lgd.cli import main
 from lgd.config import LEVEL_NAMES
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.images import find_images
@@ -100,7 +100,7 @@ def test_the_part_and_row_of_a_hit_are_its_address(scorer, store, images):
 
 def test_the_picture_of_a_hit_is_its_ihc(scorer, store, images, tissue_run):
     hit = query(scorer, store, images[:1], 1)[0].hits[0]
-    reader = Reader(open_shards(tissue_run.shard_dirs[0])[1], ("ihc",), 64)
+    reader = Reader(ShardFolder.open(tissue_run.shard_dirs[0]).shards, ("ihc",), 64)
     sample = next(s for s in map(reader.read, range(48)) if s.key == hit.key)
     assert np.array_equal(Gallery(store, 64).image(hit), sample.images["ihc"])
 
@@ -221,7 +221,7 @@ def test_verify_knows_checkpoints_and_says_what_it_does_not_know(tissue_run, tmp
 def test_a_gallery_of_all_splits_finds_the_held_out_pair_too(tissue_run, scorer, images, tmp_path):
     shutil.copytree(tissue_run.latents.dir, tmp_path / "latents")
     whole = Store(tmp_path / "latents")
-    shards = open_shards(tissue_run.shard_dirs[0])[1]
+    shards = ShardFolder.open(tissue_run.shard_dirs[0]).shards
     build_index(whole, shards, "Flat", ["train", "val", "test"], recall=0.99, seed=0)
     (answer,) = query(scorer, whole, find_images([str(images[0])]).paths, 48)
     assert {hit.split for hit in answer.hits} == {"train", "val", "test"}

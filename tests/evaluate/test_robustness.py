@@ -9,13 +9,13 @@ from PIL import Image
 
 from lgd import pipeline
 from lgd.data.image import decode, encode
+from lgd.data.shard_set import ShardSet
 from lgd.evaluate import robustness
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.evaluate.robustness import CHANGES, Change, altered
 from lgd.metrics import paired_difference
 from lgd.stain.deconvolve import H_DAB, H_E, mix, od_to_rgb, rgb_to_od, unmix
 from lgd.stain.targets import estimate_white
-from lgd.train.loop import split_shards
 
 EVERY = [(change, strength) for change in CHANGES for strength in change.strengths]
 KEYS = [f"patch-{number}" for number in range(7)]
@@ -141,7 +141,8 @@ def test_jpeg_goes_through_the_codec_and_blur_is_gaussian():
 
 
 def test_scoring_changed_images_is_scoring_them_changed(tissue_run):
-    teacher, shards = load_scorer(tissue_run.teacher.dir, "teacher"), split_shards(tissue_run, "val")
+    teacher = load_scorer(tissue_run.teacher.dir, "teacher")
+    shards = ShardSet.open(tissue_run.shard_dirs).of_split("val")
 
     def dark(image_BHW3, keys):
         assert len(keys) == len(image_BHW3)
@@ -194,7 +195,7 @@ def test_the_report_holds_every_model_change_and_strength(written):
 def test_a_number_of_the_report_is_worked_out_again(written):
     config, folder = written
     found = json.loads((folder / "metrics.json").read_text())["robustness"]
-    teacher, shards = load_scorer(config.teacher.dir, "teacher"), split_shards(config, "test")
+    teacher, shards = load_scorer(config.teacher.dir, "teacher"), ShardSet.open(config.shard_dirs).of_split("test")
     before, _ = score_shards(teacher, shards, threads=1)
     after, _ = score_shards(
         teacher,

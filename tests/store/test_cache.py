@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lgd.cli import main
 from lgd.data.augment import d4
 from lgd.data.image import decode, encode
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
 from lgd.errors import DataError
@@ -30,7 +30,7 @@ from lgd.store.writer import shard_writer
 
 
 def shards_of(config):
-    return [shard for folder in config.shard_dirs for shard in open_shards(folder)[1]]
+    return [shard for folder in config.shard_dirs for shard in ShardFolder.open(folder).shards]
 
 
 def rounding_of(store):

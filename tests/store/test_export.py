@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lgd.cli import main
-from lgd.data.manifest import open_shards
+from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import ShardOptions, build
 from lgd.errors import ConfigError, DataError
 from lgd.files import digest_of
@@ -70,7 +70,7 @@ def test_tiles_of_a_patch_have_their_places(tissue, tissue_run, change, tmp_path
         shutil.copytree(tissue / role / "train", root / role / "train")
     build(ShardOptions(layout="bci", root=str(root), out=str(tmp_path / "s"), tile=64, shard_size=7))
     config = change(tissue_run, latents={"dir": str(tmp_path / "l")}, data={"shards": [str(tmp_path / "s")]})
-    store = cache_latents(config, open_shards(tmp_path / "s")[1], workers=0).store
+    store = cache_latents(config, ShardFolder.open(tmp_path / "s").shards, workers=0).store
     told = export(ExportOptions(store=str(store.folder), out=str(tmp_path / "out"), split="train"))
     assert told and all(row["coords_known"] and row["patches"] == 4 for row in told)
     for row in told:

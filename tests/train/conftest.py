@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from lgd.data.shard_set import ShardSet
 from lgd.store.cache import cache_latents
 from lgd.train.launch import train_under
-from lgd.train.loop import split_shards
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +29,9 @@ def long_run(tissue, tissue_config, change, tmp_path_factory):
         train={"lr": 1e-4, "evaluate_every": 100},
     )
     train_under(config, "teacher")
-    shards = split_shards(config, "train")
+    shards = ShardSet.open(config.shard_dirs).of_split("train")
     assert len(shards) >= 6
-    cache_latents(config, [*shards, *split_shards(config, "val")], workers=0)
+    cache_latents(config, [*shards, *ShardSet.open(config.shard_dirs).of_split("val")], workers=0)
     epochs = 200 * config.train.batch / sum(shard.samples for shard in shards)
     return change(config, student={"dir": str(folder / "student"), "epochs": epochs})
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lgd.data.augment import d4, d4_grid
-from lgd.data.manifest import open_shards
 from lgd.data.plan import Plan, World
+from lgd.data.shard_set import ShardFolder
 from lgd.data.stream import Reader, stream
 from lgd.errors import DataError
 from lgd.store.cache import cache_latents
@@ -20,7 +20,7 @@ TARGETS = ("pooled", "map", "nuclei", "membrane")
 @pytest.fixture(scope="module")
 def joined(tissue_run):
     """The training shards' reader (H&E) and their parts."""
-    shards = [shard for shard in open_shards(tissue_run.shard_dirs[0])[1] if shard.split == "train"]
+    shards = [shard for shard in ShardFolder.open(tissue_run.shard_dirs[0]).shards if shard.split == "train"]
     return Reader(shards, ("he",), 64), Rows(Store(tissue_run.latents.dir).parts_of(shards))
 
 
@@ -29,7 +29,7 @@ def eight_views(tissue_run, change, tmp_path_factory):
     """The same with all eight views stored."""
     latents = {"dir": str(tmp_path_factory.mktemp("views")), "views": 8}
     config = change(tissue_run, latents=latents)
-    shards = [shard for shard in open_shards(config.shard_dirs[0])[1] if shard.split == "train"]
+    shards = [shard for shard in ShardFolder.open(config.shard_dirs[0]).shards if shard.split == "train"]
     store = cache_latents(config, shards, workers=0).store
     return config, Reader(shards, ("he",), 64), Rows(store.parts_of(shards))
 

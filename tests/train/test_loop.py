@@ -18,8 +18,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from lgd.data.image import decode, encode
-from lgd.data.manifest import open_shards
 from lgd.data.plan import Plan, World
+from lgd.data.shard_set import ShardFolder, ShardSet
 from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
 from lgd.errors import DataError
@@ -31,7 +31,7 @@ from lgd.train.batch import Batch
 from lgd.train.engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
 from lgd.train.log import Log
-from lgd.train.loop import learning_rate, split_shards
+from lgd.train.loop import learning_rate
 from lgd.train.tasks import StudentTask
 
 
@@ -89,7 +89,7 @@ def test_the_first_loss_is_the_mean_over_labelled_samples(student, unlabelled):
     assert train_under(config, "student")
     torch.manual_seed(5)
     model = StudentTask(config).build()
-    reader = Reader(split_shards(config, "train"), ("he",), 64)
+    reader = Reader(ShardSet.open(config.shard_dirs).of_split("train"), ("he",), 64)
     samples = [reader.read(number) for number in range(24)]
     assert sum(sample.level < 0 for sample in samples) == 4
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_unlabelled_pairs_teach_the_hallucination(student, unlabelled, tmp_path)
         student={"method": "lgd", "epochs": 20, "warmup": 0.0},
         train={"batch": 4, "lr": 3e-3},
     )
-    cache_latents(config, split_shards(config, "train"), workers=0)
+    cache_latents(config, ShardSet.open(config.shard_dirs).of_split("train"), workers=0)
     assert train_under(config, "student")
     log = log_of(config.student.dir)
     assert all(line["level"] == 0 for line in log)
@@ -127,7 +127,7 @@ def test_unlabelled_pairs_teach_the_hallucination(student, unlabelled, tmp_path)
 
 
 def test_latents_are_centred_on_the_training_split(tissue_run):
-    shards = split_shards(tissue_run, "train")
+    shards = ShardSet.open(tissue_run.shard_dirs).of_split("train")
     parts = Store(tissue_run.latents.dir).parts_of(shards)
     pooled = read_all(parts, "pooled").astype(np.float64)
     assert np.abs(pooled.mean(axis=(0, 1))).max() < 1e-3 < pooled.std()
@@ -151,7 +151,7 @@ def test_a_loss_that_is_no_number_stops_with_step_and_keys(student):
         train_under(config, "student")
     assert not (Path(config.student.dir) / "config.json").exists()
     plan = Plan((8, 8, 4), seed=0, lanes=64)
-    reader = Reader(split_shards(config, "train"), (), 64)
+    reader = Reader(ShardSet.open(config.shard_dirs).of_split("train"), (), 64)
     second = [reader.read(int(n)).key for n in plan.samples(np.arange(8, 16))[1]]
     assert ", ".join(second[:4]) in str(caught.value)
     assert len(log_of(config.student.dir)) == 1, "what was logged before is kept"
@@ -371,7 +371,7 @@ def damaged(tissue_run, tmp_path):
     def made(bad, role):
         folder = tmp_path / f"bad-{role}-{bad}"
         shutil.copytree(tissue_run.shard_dirs[0], folder)
-        for shard in open_shards(folder)[1][:bad]:
+        for shard in ShardFolder.open(folder).shards[:bad]:
             entry = shard.open()[1][3, shard.roles.index(role)]
             with open(shard.path, "r+b") as file:
                 file.seek(int(entry["offset"]) + int(entry["length"]) // 2)
@@ -422,7 +422,7 @@ def test_a_skipped_sample_has_no_loss(student, damaged):
     assert train_under(config, "student")
     torch.manual_seed(config.run.seed)
     model = StudentTask(config).build()
-    reader = Reader(split_shards(config, "train"), ("he",), 64)
+    reader = Reader(ShardSet.open(config.shard_dirs).of_split("train"), ("he",), 64)
     samples = [reader.read(number) for number in range(20) if number != 3]
     with torch.no_grad():
         logits = model(torch.from_numpy(np.stack([s.images["he"] for s in samples])).permute(0, 3, 1, 2))["logits"]
@@ -486,7 +486,7 @@ def test_a_seed_gives_the_same_bytes_again(tissue_run, change, tmp_path):
         config = change(tissue_run, run={"dir": str(tmp_path / name), "seed": seed}, **folders)
         config = change(config, teacher={"epochs": 1.0}, student={"epochs": 1.0, "contrast_weight": 0.1})
         assert train_under(config, "teacher")
-        cache_latents(config, [shard for split in ("train", "val") for shard in split_shards(config, split)], workers=0)
+        cache_latents(config, ShardSet.open(config.shard_dirs).shards, workers=0)
         assert train_under(config, "student")
         weights = [(Path(folders[part]["dir"]) / "model.safetensors").read_bytes() for part in ("teacher", "student")]
         return [*weights, Store(folders["latents"]["dir"]).digest, log_of(folders["student"]["dir"])]

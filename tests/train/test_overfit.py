@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from lgd.data.shard_set import ShardSet
 from lgd.data.shards import ShardOptions, build
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.store.cache import cache_latents
 from lgd.train.launch import train_under
-from lgd.train.loop import split_shards
 
 
 @pytest.mark.parametrize("hallucination", ["own", "shared"])
@@ -23,7 +23,7 @@ def test_sixteen_real_pairs_are_learnt_without_error(real_data, tissue_config, c
         student={"dir": str(tmp_path / "student"), "epochs": 100.0, "hallucination": hallucination},
         train={"batch": 8, "lr": 3e-3, "warmup": 0.2, "evaluate_every": 10_000},
     )
-    shards = split_shards(config, "train")
+    shards = ShardSet.open(config.shard_dirs).of_split("train")
     assert sum(shard.samples for shard in shards) == 16
     assert train_under(config, "teacher")
     cache_latents(config, shards, workers=0)

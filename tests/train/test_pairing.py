@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loop import assert_same_curve, log_of
 
-from lgd.data.manifest import open_shards
 from lgd.data.plan import Plan, World
+from lgd.data.shard_set import ShardFolder
 from lgd.data.stream import Reader
 from lgd.errors import DataError
 from lgd.models.teacher import load_teacher
@@ -24,7 +24,7 @@ from lgd.train.tasks import StudentTask
 
 @pytest.fixture(scope="module")
 def shards(tissue_run):
-    return [shard for shard in open_shards(tissue_run.shard_dirs[0])[1] if shard.split == "train"]
+    return [shard for shard in ShardFolder.open(tissue_run.shard_dirs[0]).shards if shard.split == "train"]
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from torch import nn
 
 from lgd.cli import main
 from lgd.config import Train
-from lgd.data.manifest import open_shards
 from lgd.data.plan import World
+from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import ShardOptions, build
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.errors import DataError
@@ -293,7 +293,7 @@ def test_a_store_that_lacks_shards_is_refused_before_training(train, folder, tis
     shards = json.dumps([tissue_run.shard_dirs[0], str(more)])
     status, message = train("--student.method=lgd", f"--data.shards={shards}")
     assert status == 1
-    lacking = [shard for shard in open_shards(more)[1] if shard.split == "train"]
+    lacking = [shard for shard in ShardFolder.open(more).shards if shard.split == "train"]
     assert f"the feature store {tissue_run.latents.dir} lacks {len(lacking)} of" in message
     assert str(lacking[0].path) in message and message.endswith("run lgd cache-latents")
     assert not (folder / "checkpoints").exists() and not (folder / "config.json").exists()

@@ -24,12 +24,12 @@ from test_loop import AfterReads, log_of
 from torch.multiprocessing.spawn import spawn
 
 from lgd.data.plan import Plan
+from lgd.data.shard_set import ShardSet
 from lgd.errors import Stopped
 from lgd.files import digest_of, read_json, write_json, xxh3
 from lgd.train import checkpoint, launch, loop
 from lgd.train.engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
-from lgd.train.loop import split_shards
 
 pytestmark = pytest.mark.faults
 
@@ -88,7 +88,8 @@ def assert_each_sample_once(folder, config):
                 del taken[position]
             taken.setdefault(position, (size, {}))[1][rank] = samples
     assert sorted(taken) == list(range(BATCH, STEPS * BATCH + 1, BATCH))
-    plan = Plan([shard.samples for shard in split_shards(config, "train")], seed=config.run.seed, lanes=64)
+    shards = ShardSet.open(config.shard_dirs).of_split("train")
+    plan = Plan([shard.samples for shard in shards], seed=config.run.seed, lanes=64)
     epochs = {}
     for position, (size, by_rank) in taken.items():
         assert sorted(by_rank) == list(range(size))

@@ -1,0 +1,140 @@
+"""Shard folders, opened once and handed down.
+
+    shards = ShardSet.open(config.shard_dirs)
+    shards.of_split("train")
+
+What a run reads of its manifests is read here; nothing downstream opens a manifest again.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lgd.config import LEVEL_NAMES
+from lgd.data.archive import Shard
+from lgd.data.index import REBUILD
+from lgd.data.manifest import HER2, UNKNOWN, Manifest
+from lgd.errors import DataError
+from lgd.urls import is_remote, place
+
+_MOST = 20
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFolder:
+    """One shard folder or url: its manifest, and its shards in the manifest's order."""
+
+    folder: Path
+    manifest: Manifest
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "ShardFolder":
+        """Read the manifest alone; `DataError` where it is missing, malformed, edited or of another format."""
+        folder = place(folder)
+        path = folder / "manifest.json"
+        manifest = Manifest.read(path)
+        if manifest.target != HER2:
+            raise DataError(
+                f"{path}: field target is {manifest.target.name!r}, and this version of lgd learns HER2 only"
+            )
+        return cls(folder, manifest, tuple(manifest.shards(folder)))
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "ShardFolder":
+        """`read`, and see that the shard files are there.
+
+        `DataError` names those that are missing or have another size than the manifest says; those of a url are
+        checked when they are fetched.
+        """
+        opened = cls.read(folder)
+        problems = [problem for found in opened.find_missing().values() for problem in found]
+        if problems:
+            more = [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
+            raise DataError(*problems[:_MOST], *more)
+        return opened
+
+    def find_missing(self) -> dict[str, list[str]]:
+        """Shard name -> one sentence for each of its local files that is missing or has not the manifest's size."""
+        if is_remote(self.folder):
+            return {}
+        # One listing is quicker than asking for 2e5 files by name.
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
+        problems = {}
+        for shard in self.shards:
+            tar, idx = f"{shard.name}.tar", f"{shard.name}.idx"
+            wrong = [f"{self.folder / file} is missing: {REBUILD}" for file in (tar, idx) if file not in sizes]
+            if sizes.get(tar, shard.bytes) != shard.bytes:
+                wrong.append(f"{shard.path} has {sizes[tar]} bytes, but the manifest says {shard.bytes}: {REBUILD}")
+            if wrong:
+                problems[shard.name] = wrong
+        return problems
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether its images are the files that it was built from, so that KEY.json has their digests."""
+        return self.manifest.options.image == "keep" and not self.manifest.options.tile
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSet:
+    """All shard folders of a run, in the order in which it names them."""
+
+    folders: tuple[ShardFolder, ...]
+
+    @classmethod
+    def open(cls, folders: Iterable[str | Path]) -> "ShardSet":
+        """Open each folder or url; `DataError` as `ShardFolder.open`."""
+        return cls(tuple(map(ShardFolder.open, folders)))
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All shards, folder by folder."""
+        return [shard for one in self.folders for shard in one.shards]
+
+    def of_split(self, split: str) -> list[Shard]:
+        """The shards of a split; none where no folder has it."""
+        return [shard for shard in self.shards if shard.split == split]
+
+    def require_split(self, split: str, field: str) -> list[Shard]:
+        """The shards of a split that `field` names; `DataError` where no folder has it."""
+        shards = self.of_split(split)
+        if not shards:
+            names = ", ".join(sorted({shard.split for shard in self.shards}))
+            raise DataError(f"{field} {split!r} has no patches; the shards have {names}")
+        return shards
+
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        """The manifest of each folder."""
+        return tuple(one.manifest for one in self.folders)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The digest of each folder's manifest."""
+        return tuple(manifest.digest for manifest in self.manifests)
+
+    def count_labels(self, split: str) -> dict[str, int]:
+        """Samples of each class, and of `unknown`, in one split."""
+        total = dict.fromkeys((*LEVEL_NAMES, UNKNOWN), 0)
+        for manifest in self.manifests:
+            if split in manifest.splits:
+                for name, count in manifest.splits[split].labels.items():
+                    total[name] += count
+        return total
+
+    @property
+    def some_virtual(self) -> bool:
+        """Whether a folder holds tissue that a program drew."""
+        return any(manifest.virtual for manifest in self.manifests)
+
+    @property
+    def all_virtual(self) -> bool:
+        """Whether all tissue was drawn by a program."""
+        return all(manifest.virtual for manifest in self.manifests)
+
+    @property
+    def may_leak(self) -> bool:
+        """Whether slides of a folder are unknown, so that one may lie on two sides of the split."""
+        return any(manifest.may_leak for manifest in self.manifests)

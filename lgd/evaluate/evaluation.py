@@ -1,0 +1,110 @@
+"""Everything that a report is made of: `lgd evaluate` measures it here, and `lgd.evaluate.report` writes it down."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lgd.config import Config
+from lgd.data.shard_set import ShardSet
+from lgd.evaluate import compare, robustness
+from lgd.evaluate.caveats import ONE_TRAINING, UNTAUGHT, caveats_of
+from lgd.evaluate.colour import colour_only
+from lgd.evaluate.figures import Query
+from lgd.evaluate.predict import load_scorer
+from lgd.metrics import Predictions
+from lgd.store.latents import Store
+from lgd.store.search import faiss_problem, read_document
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Evaluation:
+    """What was measured on one split."""
+
+    student: Predictions
+    others: Sequence[Predictions] = ()
+    """What the student is compared with: further students, stain and background alone, the teacher."""
+    retrieval: dict[str, Any] | None = None
+    """What `lgd.evaluate.embeddings.measure` gave."""
+    queries: Sequence[Query] = ()
+    """Rows of the contact sheet."""
+    robustness: dict[str, Any] | None = None
+    """What `lgd.evaluate.robustness.measure` gave."""
+    caveats: Sequence[str]
+    provenance: dict[str, Any]
+    """Any JSON; its `command` is shown as the way to reproduce the report."""
+    resamples: int
+    seed: int
+
+    @property
+    def rows(self) -> list[Predictions]:
+        """The models of the report's tables, in their order."""
+        return [self.student, *self.others]
+
+
+def evaluate(
+    config: Config, shards: ShardSet, provenance: dict[str, Any], say: Callable[[str, str], None]
+) -> Evaluation:
+    """Score the student, `report.also` and the teacher on the report's split.
+
+    `provenance` is what is known before the scoring. Raises `DataError` for a split without patches, and for a student
+    and a store that do not belong together.
+    """
+    split = shards.require_split(config.report.split, "report.split")
+    # Where the training split itself is scored it is no gallery: queries would find themselves.
+    training = shards.of_split("train") if config.report.split != "train" else []
+    scorers = [load_scorer(folder) for folder in (config.student.dir, *config.report.also)]
+    # Opened before the scoring, which can take hours.
+    store = Store(config.latents.dir) if scorers[0].method == "lgd" else None
+    has_sheet = store is not None and config.report.queries > 0 and _is_searchable(store, say)
+    networks = [
+        compare.score_network(scorer, split, config.data.threads)
+        for scorer in (*scorers, load_scorer(config.teacher.dir, "teacher"))
+    ]
+    student, *rivals, teacher = networks
+    labelled = student.scorer.config.training.labelled
+    if not labelled:
+        # Its levels are none, so there is nothing to compare either.
+        student, *rivals, teacher = map(_without_levels, networks)
+    retrieval = queries = shifted = None
+    if store is not None:
+        retrieval = compare.measure_retrieval(config, store, training, split, student, rivals, say)
+        queries = compare.sheet_rows(config, store, shards, student) if has_sheet else None
+    if config.report.robustness:
+        shifted = robustness.measure(config, [student, *rivals, teacher], split, say)
+    colour = colour_only(training, split, config.data.threads)
+    return Evaluation(
+        student=student.predictions,
+        others=[*(one.predictions for one in rivals), *([colour] if colour else []), teacher.predictions],
+        retrieval=retrieval,
+        queries=queries or (),
+        robustness=shifted,
+        caveats=[ONE_TRAINING if labelled else UNTAUGHT, *caveats_of(shards, student.predictions)],
+        provenance={
+            "split": config.report.split,
+            "shards": list(shards.digests),
+            "student": student.scorer.config.weights_sha256,
+            "seed": config.run.seed,
+            **provenance,
+        },
+        resamples=config.report.bootstrap,
+        seed=config.run.seed,
+    )
+
+
+def _without_levels(network: compare.Network) -> compare.Network:
+    predictions = network.predictions
+    unknown = dataclasses.replace(predictions, level=np.full_like(predictions.level, -1))
+    return dataclasses.replace(network, predictions=unknown)
+
+
+def _is_searchable(store: Store, say: Callable[[str, str], None]) -> bool:
+    """Whether the index of a store can be searched: not without FAISS; `DataError` without an index."""
+    problem = faiss_problem()
+    if problem:
+        say("report", f"the contact sheet is left out: {problem}")
+        return False
+    read_document(store)
+    return True
