@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from lgd import pipeline
+from lgd.data.shard_set import ShardSet
 from lgd.data.shards import ShardOptions, build
 from lgd.errors import DataError
 from lgd.files import read_json, sha256
 from lgd.locks import LOCK
-from lgd.pipeline import all_shards
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Store
 
@@ -156,7 +156,7 @@ def test_of_two_stages_one_works_and_the_other_is_told(forks, kinds, fault_count
         assert kind.read(kind.runs[winner]) == kind.alone[winner]
         loser = kind.runs[1 - winner]
         if name == "store":
-            assert cache_latents(loser, all_shards(loser), workers=0).computed > 0
+            assert cache_latents(loser, ShardSet.open(loser.shard_dirs).shards, workers=0).computed > 0
             assert read_store(loser.latents.dir) == sum(kind.alone)
         elif name != "report":
             with pytest.raises(DataError, match="of other inputs"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from filling import contents_of
 
-from lgd.pipeline import all_shards
+from lgd.data.shard_set import ShardSet
 from lgd.store.cache import cache_latents
 
 
@@ -19,7 +19,7 @@ def small_parts(tissue, tissue_run, change, tmp_path_factory):
     split = {"slides": str(tissue / "truth.csv"), "split": "group:0.5,0.25,0.25"}
     build(ShardOptions(layout="bci", root=str(tissue), out=str(folder / "shards"), shard_size=2, mpp=0.46, **split))
     config = change(tissue_run, data={"shards": [str(folder / "shards")]}, latents={"dir": str(folder / "latents")})
-    cache_latents(config, all_shards(config), workers=0)
+    cache_latents(config, ShardSet.open(config.shard_dirs).shards, workers=0)
     return config
 
 

@@ -20,10 +20,10 @@ import pytest
 from filling import contents_of
 
 from lgd.cli import main
+from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError
 from lgd.files import digest_of, read_json, write_json, xxh3
 from lgd.locks import LOCK, read_owner
-from lgd.pipeline import all_shards as shards_of
 from lgd.store.cache import cache_latents
 from lgd.store.index import build_index
 from lgd.store.latents import Store
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.faults
 
 def fill(config):
     os.setpgid(0, 0)
-    cache_latents(config, shards_of(config), workers=0)
+    cache_latents(config, ShardSet.open(config.shard_dirs).shards, workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +77,15 @@ def test_caching_that_is_killed_goes_on_with_the_unfinished_parts(
             kills += 1
             kept.append(len(committed))
         finished = (folder / "store.json").exists()
-        store, computed, _ = cache_latents(config, shards_of(config), workers=0)
-        assert computed == (0 if finished else len(shards_of(config)) - len(committed))
+        store, computed, _ = cache_latents(config, ShardSet.open(config.shard_dirs).shards, workers=0)
+        assert computed == (0 if finished else len(ShardSet.open(config.shard_dirs).shards) - len(committed))
         assert committed.items() <= committed_parts(folder, contents).items()
         assert contents_of(folder) == contents
         assert store.digest == Store(small_parts.latents.dir).digest and store.verify() == []
         rounds += 1
         shutil.rmtree(folder)
     # The moments were spread over the run, or the test shows little.
-    assert any(0 < parts < len(shards_of(small_parts)) for parts in kept), kept
+    assert any(0 < parts < len(ShardSet.open(small_parts.shard_dirs).shards) for parts in kept), kept
 
 
 def fill_and_wait(forks, config, seconds, parts=None):
@@ -195,16 +195,16 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(small_parts, change
     assert not (folder / "store.json").exists() and not list(folder.rglob("*.tmp"))
     kept = committed_parts(folder, contents)
     disk("size=50m")
-    store, computed, _ = cache_latents(config, shards_of(config), workers=0)
-    assert computed == len(shards_of(config)) - len(kept) and store.verify() == []
+    store, computed, _ = cache_latents(config, ShardSet.open(config.shard_dirs).shards, workers=0)
+    assert computed == len(ShardSet.open(config.shard_dirs).shards) - len(kept) and store.verify() == []
 
 
 FULL = """
 import os, sys
 from pathlib import Path
+from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError
 from lgd.options import load_config
-from lgd.pipeline import all_shards
 from lgd.store.index import build_index
 from lgd.store.latents import Store
 config = load_config(sys.argv[1])
@@ -214,7 +214,7 @@ for kilobytes in range(0, 200, 4):
     with open(folder.parent / "ballast", "wb") as ballast:
         os.posix_fallocate(ballast.fileno(), 0, disk.f_bavail * disk.f_bsize - 1024 * kilobytes)
     try:
-        build_index(Store(folder), all_shards(config), "auto", ["train"], recall=0.99, seed=0)
+        build_index(Store(folder), ShardSet.open(config.shard_dirs).shards, "auto", ["train"], recall=0.99, seed=0)
     except DataError as error:
         print(error)
     else:
@@ -249,12 +249,12 @@ def test_a_read_only_folder_is_told(small_parts, change, disk):
     victim.unlink()
     disk("ro")
     with pytest.raises(DataError, match=r"latents/\.lgd\.lock cannot be written .Read-only file system.: get write"):
-        cache_latents(config, shards_of(config), workers=0)
+        cache_latents(config, ShardSet.open(config.shard_dirs).shards, workers=0)
     disk("rw")
     victim.write_bytes(whole)
     disk("ro")
     # What is complete is used from where it may not be written.
-    assert cache_latents(config, shards_of(config), workers=0)[1] == 0
+    assert cache_latents(config, ShardSet.open(config.shard_dirs).shards, workers=0)[1] == 0
 
 
 # ---- damage ----
@@ -262,7 +262,9 @@ def test_a_read_only_folder_is_told(small_parts, change, disk):
 
 @pytest.fixture
 def indexed(copy_of):
-    build_index(Store(copy_of.latents.dir), shards_of(copy_of), "auto", ["train"], recall=0.99, seed=0)
+    build_index(
+        Store(copy_of.latents.dir), ShardSet.open(copy_of.shard_dirs).shards, "auto", ["train"], recall=0.99, seed=0
+    )
     return Path(copy_of.latents.dir)
 
 
@@ -345,7 +347,7 @@ def swap(one, other):
 
 def test_a_damaged_sidecar_is_not_taken_for_finished_work(copy_of, fault_count):
     folder, recipe, dice = Path(copy_of.latents.dir), recipe_of(copy_of), random.Random(1)
-    shards = shards_of(copy_of)
+    shards = ShardSet.open(copy_of.shard_dirs).shards
     before = contents_of(folder)
     for _ in range(fault_count(50)):
         shard = dice.choice(shards)

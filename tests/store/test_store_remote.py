@@ -7,8 +7,8 @@ import pytest
 from filling import contents_of
 
 from lgd.cli import main
+from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError
-from lgd.pipeline import all_shards
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Rows, Store
 
@@ -25,7 +25,9 @@ def s3(s3_server):
 def remote(s3, small_parts, change):
     """The run of `small_parts` with its store in a bucket."""
     config = change(small_parts, latents={"dir": URL})
-    assert cache_latents(config, all_shards(config), workers=0)[1] == len(all_shards(config))
+    assert cache_latents(config, ShardSet.open(config.shard_dirs).shards, workers=0)[1] == len(
+        ShardSet.open(config.shard_dirs).shards
+    )
     return config
 
 
@@ -45,7 +47,7 @@ def test_a_store_in_a_bucket_is_the_local_one(remote, small_parts, s3, copies):
     assert store.digest == local.digest and store.verify() == []
     for part, other in zip(store.parts, local.parts, strict=True):
         assert np.array_equal(part.array("pooled"), other.array("pooled"))
-    shards = all_shards(remote)
+    shards = ShardSet.open(remote.shard_dirs).shards
     keys = [part.array("key")[0].decode() for part in store.parts_of(shards)]
     rows = Rows(store.parts_of(shards)).read(list(range(len(shards))), [0] * len(shards), keys)
     assert rows["pooled"].shape[0] == len(shards)
@@ -56,7 +58,7 @@ def test_a_store_in_a_bucket_is_the_local_one(remote, small_parts, s3, copies):
 
 
 def test_caching_into_a_bucket_goes_on_by_parts_and_removes_others_when_asked(remote, change, s3):
-    shards = all_shards(remote)
+    shards = ShardSet.open(remote.shard_dirs).shards
     assert cache_latents(remote, shards, workers=0)[1] == 0
     victim = sorted(name for name in names(s3) if name.endswith(".json") and "/parts/" in name)[3]
     s3.delete_object(Bucket="stores", Key=victim)
@@ -69,7 +71,7 @@ def test_caching_into_a_bucket_goes_on_by_parts_and_removes_others_when_asked(re
 
 def test_another_recipe_is_refused_there_too(remote, change):
     with pytest.raises(DataError, match="teacher.map: 2 in the store, 4 asked for"):
-        cache_latents(change(remote, latents={"map": 4}), all_shards(remote), workers=0)
+        cache_latents(change(remote, latents={"map": 4}), ShardSet.open(remote.shard_dirs).shards, workers=0)
 
 
 @pytest.mark.faults

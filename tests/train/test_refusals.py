@@ -16,12 +16,11 @@ from torch import nn
 from lgd.cli import main
 from lgd.config import Train
 from lgd.data.plan import World
-from lgd.data.shard_set import ShardFolder
+from lgd.data.shard_set import ShardFolder, ShardSet
 from lgd.data.shards import ShardOptions, build
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.errors import DataError
 from lgd.files import read_json
-from lgd.pipeline import all_shards
 from lgd.store.latents import Store, commit
 from lgd.store.writer import shard_writer
 from lgd.train import checkpoint
@@ -309,7 +308,7 @@ def cut_rows(source: Store, shards, folder: Path) -> None:
 
 
 def test_a_store_that_lacks_rows_of_its_shards_is_refused(train, folder, tissue_run, tmp_path):
-    cut_rows(Store(tissue_run.latents.dir), all_shards(tissue_run), tmp_path / "short")
+    cut_rows(Store(tissue_run.latents.dir), ShardSet.open(tissue_run.shard_dirs).shards, tmp_path / "short")
     status, message = train("--student.method=lgd", f"--latents.dir={tmp_path / 'short'}")
     assert status == 1
     assert str(tmp_path / "short") in message and "rows" in message and "lgd cache-latents" in message
