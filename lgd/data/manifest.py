@@ -81,7 +81,7 @@ class Entry(Record):
 
     file: Line
     samples: Annotated[int, Field(ge=1, lt=2**40)]
-    bytes: Annotated[int, Field(ge=1, lt=2**53)]
+    bytes: Count
     sha256: Sha256
     idx_sha256: Sha256
 
