@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lgd.errors import require
+from lgd.extensions import is_python
 from lgd.plain_yaml import write_yaml
 from lgd.urls import place, place_output
 
@@ -138,9 +139,9 @@ class Student:
 
     dir: str = ""
     """Folder of the trained student; default RUN/student."""
-    method: Literal["lgd", "he-only", "two-stream", "distil"] = "lgd"
-    """LGD-Net, or a baseline: one stream and two streams that are taught the level only, or two streams that are also
-    taught the levels that the teacher gives, and no latents (label-only distillation)."""
+    method: str = "lgd"
+    """LGD-Net, a baseline (an unknown name lists them), or a class outside LGD as `python:package.module:name`, whose
+    module is imported."""
     encoder: str = "resnet10"
     """Backbone of the morphology stream; see teacher.encoder."""
     hallucination: Literal["own", "shared"] = "own"
@@ -158,11 +159,11 @@ class Student:
     contrast_temperature: float = 0.07
     """Its temperature."""
     distil_weight: float = 0.0
-    """Weight of the loss to the teacher's soft levels, for the methods lgd and distil; 0 leaves it out."""
+    """Weight of the loss to the teacher's soft levels, for LGD-Net and label distillation; 0 leaves it out."""
     distil_temperature: float = 2.0
     """Temperature that softens them."""
     pairs: Literal["own", "shuffled", "within-level"] = "own"
-    """A control, for method lgd: latents and membranes of another pair, of any level or of the same."""
+    """A control, for LGD-Net: latents and membranes of another pair, of any level or of the same."""
     warmup: float = 0.1
     """Share of the steps over which the weights of both hallucination losses rise from 0."""
     nuclei_weight: float = 0.1
@@ -176,10 +177,6 @@ class Student:
             require(weight >= 0, f"student.{name}_weight is {weight}: use 0 or more")
         for name in ("contrast_temperature", "distil_temperature", "contrast_queue"):
             require(getattr(self, name) > 0, f"student.{name} is {getattr(self, name)}: use more than 0")
-        require(
-            self.method != "distil" or self.distil_weight > 0,
-            "student.method is distil and student.distil_weight is 0: nothing would be distilled; set it to 1",
-        )
         require(self.epochs > 0, f"student.epochs is {self.epochs}: use more than 0")
         require(0 <= self.warmup <= 1, f"student.warmup is {self.warmup}: use a share of the steps, 0 to 1")
 
@@ -332,6 +329,11 @@ class Config:
                 also=[_absolute(folder) for folder in self.report.also],
             ),
         )
+
+    @property
+    def code(self) -> frozenset[str]:
+        """The code outside LGD that the run names: it may be imported."""
+        return frozenset(filter(is_python, (self.student.method, self.student.encoder, self.teacher.encoder)))
 
     @property
     def shard_dirs(self) -> list[str]:

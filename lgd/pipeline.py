@@ -11,7 +11,7 @@ import io
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,13 @@ def stage(name: str) -> Iterator[dict[str, str]]:
 
 
 def begin(name: str, verb: str, config: Config) -> None:
-    """Tell on which fields this stage and earlier ones of its run disagree; refuse a run that cannot be recorded."""
+    """Tell on which fields this stage and earlier ones of its run disagree.
+
+    Refuses a run whose method is not known, and one that cannot be recorded.
+    """
+    from lgd.models.methods import find_method
+
+    find_method(config.student.method)(config)
     if note := note_changes(config, verb):
         say(name, note)
 
@@ -125,8 +131,11 @@ def _facts(made: ModelConfig) -> Trained:
     return Trained(**{name: getattr(made, name) for name in Trained.model_fields})
 
 
-def evaluate(config: Config, given: Given | None = None) -> str:
-    """Score student, rivals and teacher on the held-out split and write the report; returns its table."""
+def evaluate(config: Config, given: Given | None = None, code: Collection[str] = ()) -> str:
+    """Score student, rivals and teacher on the held-out split and write the report; returns its table.
+
+    `code` is what they may run of code outside LGD, beside what the run names.
+    """
     import numpy as np
 
     from lgd.evaluate import compare, report, robustness
@@ -143,11 +152,13 @@ def evaluate(config: Config, given: Given | None = None) -> str:
         if not shards:
             splits = sorted({shard.split for shard in all_shards(config)})
             raise DataError(f"report.split {config.report.split!r} has no patches; the shards have {', '.join(splits)}")
-        scorers = [load_scorer(folder) for folder in (config.student.dir, *config.report.also)]
+        code = {*code, *config.code}
+        scorers = [load_scorer(folder, code=code) for folder in (config.student.dir, *config.report.also)]
         # Asked before the scoring, which can take hours.
-        store = Store(config.latents.dir) if scorers[0].method == "lgd" else None
+        method = scorers[0].method
+        store = Store(config.latents.dir) if method and method.retrieves_by == "latents" else None
         sheet = store is not None and config.report.queries > 0 and _searchable(store)
-        scorers.append(load_scorer(config.teacher.dir, "teacher"))
+        scorers.append(load_scorer(config.teacher.dir, "teacher", code))
         found = [
             score_shards(one, shards, threads=config.data.threads, vectors=compare.vectors_of(one)) for one in scorers
         ]
@@ -243,11 +254,12 @@ def ablate(config: Config, options: Any, given: Given | None = None) -> str:
 
 def run(config: Config, given: Given | None = None) -> str:
     """Every stage from the teacher on, and the baseline in the same harness; returns the report's table."""
+    from lgd.models.methods import BASELINE
     from lgd.store.search import require_faiss
 
     # Before the hours of the stages that come before the index.
     require_faiss()
-    baseline = f"{config.run.dir}/he-only"
+    baseline = f"{config.run.dir}/{BASELINE}"
     also = [*config.report.also, *([] if baseline in config.report.also else [baseline])]
     config = dataclasses.replace(config, report=dataclasses.replace(config.report, also=also))
     try:
@@ -255,8 +267,8 @@ def run(config: Config, given: Given | None = None) -> str:
         cache_latents(config, given)
         build_index(config, given)
         train_student(config, given)
-        he_only = dataclasses.replace(config.student, method="he-only", dir=baseline)
-        train_student(dataclasses.replace(config, student=he_only), given)
+        student = dataclasses.replace(config.student, method=BASELINE, dir=baseline)
+        train_student(dataclasses.replace(config, student=student), given)
     finally:
         disconnect()
     return evaluate(config, given)

@@ -19,9 +19,10 @@ from lgd.data.augment import drawn_views
 from lgd.data.plan import Plan, World, eval_numbers, rank_positions
 from lgd.data.stream import Reader, Sample, Samples, in_batches, stream
 from lgd.errors import DataError
+from lgd.models.losses import Negatives
 from lgd.store.latents import Rows
 from lgd.text import print_lines
-from lgd.train.targets import Contrast, Queue
+from lgd.train.targets import Queue
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +47,7 @@ class Batch:
     """Role -> uint8 (B, 3, H, W)."""
     stored: dict[str, torch.Tensor]
     """`pooled` (B, D), `map` (B, D, m, m), `nuclei` (B, g, g), `membrane` (B, k, k, 3), float32."""
-    contrast: Contrast | None = None
+    negatives: Negatives | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -65,7 +66,7 @@ class Batch:
             level_B=self.level_B.to(device),
             images=move(self.images),
             stored=move(self.stored),
-            contrast=self.contrast and Contrast(*(tensor.to(device) for tensor in self.contrast)),
+            negatives=self.negatives and Negatives(*(tensor.to(device) for tensor in self.negatives)),
         )
 
     def labelled(self) -> "Batch":
@@ -145,7 +146,7 @@ def training_batches(
 ) -> Iterator[Step]:
     """This rank's share of `steps` steps from position `start` on.
 
-    `batch` is the global one; with a `queue` each batch has its contrast. `skip` marks samples that cannot be read
+    `batch` is the global one; with a `queue` each batch has its negatives. `skip` marks samples that cannot be read
     instead of raising `DataError`.
     """
     epochs: collections.deque[np.ndarray] = collections.deque()
@@ -166,7 +167,7 @@ def training_batches(
             for samples in itertools.islice(batches, accumulate)
         ]
         if queue:
-            micro = [replace(one, contrast=queue.contrast(one.number_B, position + batch)) for one in micro]
+            micro = [replace(one, negatives=queue.negatives(one.number_B, position + batch)) for one in micro]
         yield Step(micro, position + batch)
 
 

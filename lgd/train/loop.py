@@ -109,14 +109,14 @@ class Training:
         self._export()
 
     def _batches(self) -> Iterator[Step]:
-        config, student, targets, queue = self.config, self.config.student, None, None
+        config, targets, queue = self.config, None, None
         turn = config.data.augment != "none"
-        if self.task.store:
-            parts = self.task.store.parts_of(self.shards)
-            targets = Targets(parts, student.pairs if student.method == "lgd" else "own", config.run.seed)
-            if student.method == "lgd" and student.contrast_weight:
+        if isinstance(self.task, StudentTask) and self.task.store:
+            parts, method = self.task.store.parts_of(self.shards), self.task.method
+            targets = Targets(parts, method.pairs, config.run.seed, method.needs)
+            if method.queue:
                 # Of one stored view the latents are not turned with the image.
-                queue = Queue(targets, self.plan, student.contrast_queue, turn)
+                queue = Queue(targets, self.plan, method.queue, turn)
         return training_batches(
             self.reader,
             self.plan,
