@@ -44,6 +44,24 @@ class Run:
         require(0 <= self.seed < 2**32, f"run.seed is {self.seed}: use 0 to {2**32 - 1}")
 
 
+@dataclass(frozen=True, slots=True)
+class OnBad:
+    """What training does at samples that cannot be read: `stop`, or `skip:N`."""
+
+    skips: int = 0
+    """Samples that it may leave out."""
+
+    @classmethod
+    def parse(cls, text: str) -> "OnBad":
+        """Read it as it is written; `ValueError` for another form."""
+        if re.fullmatch(r"stop|skip:[1-9]\d{0,8}", text) is None:
+            raise ValueError(f"{text!r:.100}: use stop, or skip:N to leave out up to N samples")
+        return cls(int(text.partition(":")[2] or 0))
+
+    def __str__(self) -> str:
+        return f"skip:{self.skips}" if self.skips else "stop"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
     """The shards and how they are read."""
@@ -56,7 +74,7 @@ class Data:
     """Threads that read and decode, in each worker."""
     lanes: int = 64
     """Shards that a batch is mixed from at a time: at least train.batch; the order of samples depends on it."""
-    on_bad: str = "stop"
+    on_bad: OnBad = OnBad()
     """Training stops at a sample that cannot be read, or `skip:N` leaves out up to N, each told and counted."""
     augment: Literal["none", "d4", "d4+stain"] = "d4+stain"
     """Training augmentation that keeps a cached target valid: turns and flips, and jitter of stain and light."""
@@ -70,17 +88,8 @@ class Data:
         require(self.size >= 32, f"data.size is {self.size}: use at least 32 pixels")
         require(self.threads >= 1, f"data.threads is {self.threads}: use at least 1")
         require(self.lanes >= 1, f"data.lanes is {self.lanes}: use at least 1")
-        require(
-            re.fullmatch(r"stop|skip:[1-9]\d{0,8}", self.on_bad) is not None,
-            f"data.on_bad is {self.on_bad!r}: use stop, or skip:N to leave out up to N samples",
-        )
         require(0 <= self.stain_jitter < 0.5, f"data.stain_jitter is {self.stain_jitter}: use 0 to 0.5")
         require(0 <= self.light_jitter <= 1, f"data.light_jitter is {self.light_jitter}: use 0 to 1")
-
-    @property
-    def skips(self) -> int:
-        """Bad samples that training may skip."""
-        return int(self.on_bad.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +100,8 @@ class Teacher:
     """Folder of the trained teacher; default RUN/teacher."""
     encoder: str = "resnet10"
     """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny), `hf:ORG/NAME` or a folder as transformers saves
-    it, with safetensors and preprocessor_config.json; no code of it is run."""
+    it, with safetensors and preprocessor_config.json, of which no code is run; or code outside LGD as
+    `python:package.module:factory` (see lgd/models/encoder.py), which is imported."""
     epochs: float = 20.0
     """Passes over the training split."""
 
@@ -342,13 +352,19 @@ class Config:
 
     def as_yaml(self) -> str:
         """The run as YAML that reads back as the same run."""
-        return write_yaml(dataclasses.asdict(self))
+        return write_yaml(self._as_sections())
+
+    def _as_sections(self) -> dict[str, dict[str, Any]]:
+        """The plain values of each field, by section."""
+        sections = dataclasses.asdict(self)
+        sections["data"]["on_bad"] = str(self.data.on_bad)
+        return sections
 
     def as_fields(self) -> dict[str, Any]:
         """The value of each field by its dotted name."""
         fields = {
             f"{section}.{name}": value
-            for section, fields in dataclasses.asdict(self).items()
+            for section, fields in self._as_sections().items()
             if section != "deepspeed"
             for name, value in fields.items()
         }

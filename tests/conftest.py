@@ -111,7 +111,7 @@ def tissue_run(tissue_config: Config) -> Config:
     from lgd.store.cache import cache_latents
     from lgd.store.index import build_index
     from lgd.train.launch import train_under
-    from lgd.train.loop import split_shards
+    from lgd.train.prepare import split_shards
 
     config = tissue_config
     train_under(config, "teacher")

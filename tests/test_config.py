@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lgd.cli import main
-from lgd.config import Config
+from lgd.config import Config, Data, OnBad
 from lgd.errors import ConfigError
 from lgd.files import digest_of
 from lgd.options import load_config
@@ -88,7 +88,7 @@ def test_folders_default_to_places_under_the_run(tmp_path):
 
 @pytest.mark.parametrize("value", ["stop", "skip:3"])
 def test_bad_samples_meet_a_named_policy(value):
-    assert load_config(overrides=[f"--data.on_bad={value}"]).data.skips == {"stop": 0, "skip:3": 3}[value]
+    assert load_config(overrides=[f"--data.on_bad={value}"]).data.on_bad == {"stop": OnBad(), "skip:3": OnBad(3)}[value]
 
 
 @pytest.mark.parametrize("value", ["skip", "skip:0", "skip:-1", "go"])
@@ -97,12 +97,21 @@ def test_a_policy_without_a_budget_is_refused(value):
         load_config(overrides=[f"--data.on_bad={value}"])
 
 
+@pytest.mark.parametrize("policy", [OnBad(), OnBad(3)])
+def test_a_policy_is_written_as_it_is_read(policy):
+    assert OnBad.parse(str(policy)) == policy
+    config = Config(data=Data(on_bad=policy))
+    assert config.as_fields()["data.on_bad"] == str(policy) and f"on_bad: {policy}\n" in config.as_yaml()
+
+
 def test_yaml_reads_back_as_the_same_run(tmp_path):
     config = load(
         tmp_path, "data:\n  shards: [/a, /b]\ntrain:\n  lr: 0.3\ndeepspeed:\n  zero_optimization: {stage: 1}\n"
     )
     assert load(tmp_path, config.as_yaml()) == config
-    assert read_yaml(config.as_yaml()).value == dataclasses.asdict(config)
+    fields = dataclasses.asdict(config)
+    fields["data"]["on_bad"] = "stop"
+    assert read_yaml(config.as_yaml()).value == fields
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -25,7 +25,7 @@ from lgd.store.index import build_index
 from lgd.store.latents import Store
 from lgd.store.search import Searcher
 from lgd.train import checkpoint
-from lgd.train.loop import split_shards
+from lgd.train.prepare import split_shards
 from lgd.urls import place
 
 pytestmark = pytest.mark.faults

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lgd.data.augment import drawn_views
-from lgd.data.plan import Plan, firsts
+from lgd.data.plan import Plan, offsets
 from lgd.models.losses import Negatives
 from lgd.store.latents import SUPERVISION, Rows, read_levels
 from lgd.store.parts import Part
@@ -39,7 +39,7 @@ class Targets(Rows):
     ) -> None:
         """`parts`: of each shard; `pairs`: own, shuffled or within-level."""
         super().__init__(parts, datasets)
-        self.first = firsts([part.rows for part in parts])
+        self.first = offsets([part.rows for part in parts])
         self._partner_n = None
         if pairs != "own":
             self._partner_n = partners(read_levels(parts), pairs == "within-level", seed)

@@ -1,7 +1,6 @@
 """What is trained: a model, how its batch is prepared, and its losses. One class a task, the same loop for all."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +8,6 @@ import torch
 from torch import nn
 
 from lgd.config import Config
-from lgd.data.augment import d4, d4_grid, draw, light_jitter, stain_jitter
 from lgd.data.plan import ORDER
 from lgd.data.shards import Shard
 from lgd.files import digest_of, place
@@ -20,7 +18,6 @@ from lgd.models.methods import find_method
 from lgd.models.teacher import new_teacher
 from lgd.store.latents import TEACHER, Store
 from lgd.store.supervision import recipe_of
-from lgd.train.batch import Batch
 
 
 class Task(Protocol):
@@ -59,28 +56,6 @@ class Task(Protocol):
     def weights(self, progress: float) -> dict[str, float]:
         """Weight of each term at a share of the steps, 0 to 1."""
         ...
-
-
-def augment(batch: Batch, role: str, config: Config) -> tuple[torch.Tensor, Batch]:
-    """The turned and jittered images of a role, and the batch with grids and maps turned alike.
-
-    With eight cached views the latents of the right view are in the batch already; with one, the map is turned,
-    which is approximate since a network is not exactly equivariant.
-    """
-    image = d4(batch.images[role], batch.view_B)
-    if config.data.augment == "d4+stain" and role == "he":
-        u_B6 = draw(config.run.seed, batch.epoch_B, batch.number_B, "stain", 6)
-        image = stain_jitter(image.float(), u_B6, config.data.stain_jitter)
-        if config.data.light_jitter:
-            u_B2 = draw(config.run.seed, batch.epoch_B, batch.number_B, "light", 2)
-            image = light_jitter(image, u_B2, config.data.light_jitter)
-    stored = dict(batch.stored)
-    if config.latents.views == 1 and "map" in stored:
-        stored["map"] = d4(stored["map"], batch.view_B)
-    for name in ("nuclei", "membrane"):
-        if name in stored:
-            stored[name] = d4_grid(stored[name], batch.view_B)
-    return image, replace(batch, stored=stored)
 
 
 class TeacherTask:

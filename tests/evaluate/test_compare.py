@@ -11,7 +11,7 @@ from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.evaluate.ranking import average_precision, own_ranks
 from lgd.store.latents import Store, as_levels, read_all
 from lgd.train.launch import train_under
-from lgd.train.loop import split_shards
+from lgd.train.prepare import split_shards
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ from lgd.evaluate.predict import (
 from lgd.metrics import score
 from lgd.models.methods import load_student
 from lgd.stain.checks import NEARLY_BLANK, NO_HE
-from lgd.train.loop import split_shards
 from lgd.train.passes import softmax
+from lgd.train.prepare import split_shards
 
 
 @pytest.fixture(scope="module")

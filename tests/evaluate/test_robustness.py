@@ -15,7 +15,7 @@ from lgd.evaluate.robustness import CHANGES, Change, altered
 from lgd.metrics import paired_difference
 from lgd.stain.deconvolve import H_DAB, H_E, mix, od_to_rgb, rgb_to_od, unmix
 from lgd.stain.targets import estimate_white
-from lgd.train.loop import split_shards
+from lgd.train.prepare import split_shards
 
 EVERY = [(change, strength) for change in CHANGES for strength in change.strengths]
 KEYS = [f"patch-{number}" for number in range(7)]

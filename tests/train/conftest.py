@@ -6,7 +6,7 @@ import pytest
 
 from lgd.store.cache import cache_latents
 from lgd.train.launch import train_under
-from lgd.train.loop import split_shards
+from lgd.train.prepare import split_shards
 
 
 @pytest.fixture(scope="session")

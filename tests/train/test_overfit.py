@@ -7,7 +7,7 @@ from lgd.data.shards import ShardOptions, build
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.store.cache import cache_latents
 from lgd.train.launch import train_under
-from lgd.train.loop import split_shards
+from lgd.train.prepare import split_shards
 
 
 @pytest.mark.parametrize("hallucination", ["own", "shared"])
