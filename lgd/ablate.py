@@ -12,7 +12,7 @@ again, so that the same command goes on where it stopped.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -36,6 +36,7 @@ from lgd.files import exists, place, publish, write_bytes
 from lgd.markup import code_block, list_items, markdown_table
 from lgd.metrics import Predictions
 from lgd.models.export import read_student_config, read_teacher_config
+from lgd.models.methods import BASELINE, METHODS, PROPOSED, find_method
 from lgd.models.teacher import load_teacher
 from lgd.records import Count, Document, Line, Many, Record, Sha256
 from lgd.run_document import Estimate
@@ -44,7 +45,7 @@ from lgd.store.latents import Store
 from lgd.train.launch import train_under
 
 METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accuracy": "accuracy"}
-OURS, LEAST, MOST = "LGD-Net", "H&E only", "IHC teacher"
+OURS, LEAST, MOST = METHODS[PROPOSED].title, METHODS[BASELINE].title, "IHC teacher"
 ONCE = {MOST: "teacher.npz", COLOUR: "colour-only.npz"}
 """The rows of one training, whatever the number of seeds, and where their answers are kept."""
 
@@ -76,26 +77,6 @@ class AblationDocument(Document):
     teacher: Sha256
 
 
-CORE: dict[str, dict[str, Any]] = {
-    LEAST: {"method": "he-only"},
-    "two streams": {"method": "two-stream"},
-    "label distillation": {"method": "distil"},
-    OURS: {"method": "lgd"},
-}
-"""The comparison that decides, by its row in the table: what differs from the run's `student:`."""
-PARTS: dict[str, dict[str, Any]] = {
-    "without hallucination": {"method": "lgd", "hallucination_weight": 0.0, "contrast_weight": 0.0},
-    "without contrast": {"method": "lgd", "contrast_weight": 0.0},
-    "without soft levels": {"method": "lgd", "distil_weight": 0.0},
-    "without nuclei": {"method": "lgd", "nuclei_weight": 0.0},
-    "without membranes": {"method": "lgd", "membrane_weight": 0.0},
-    "one trunk": {"method": "lgd", "hallucination": "shared"},
-    "pairs shuffled": {"method": "lgd", "pairs": "shuffled"},
-    "shuffled within a level": {"method": "lgd", "pairs": "within-level"},
-}
-"""LGD-Net with a part off, and taught with the latents of other pairs."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AblateOptions:
     """What `lgd ablate` is asked for."""
@@ -114,14 +95,21 @@ class AblateOptions:
 
 
 def variants(config: Config, full: bool) -> dict[str, Config]:
-    """The run of each row of the table, without those that are LGD-Net itself, as where no contrast is on."""
-    own = dataclasses.replace(config.student, method="lgd", dir="")
+    """The run of each row of the table: each method, also the run's own, and with `full` their controls.
+
+    Left out are those that are LGD-Net itself, as where no contrast is on.
+    """
+    proposed = dataclasses.replace(config.student, method=PROPOSED, dir="")
     made: dict[str, Config] = {}
-    for name, fields in (CORE | (PARTS if full else {})).items():
-        if fields["method"] == "distil":
-            fields = fields | {"distil_weight": own.distil_weight or 1.0}
-        student = dataclasses.replace(own, **fields)
-        if name == OURS or student != own:
+    methods = {name: find_method(name) for name in dict.fromkeys([*METHODS, config.student.method])}
+    rows: list[tuple[str, str, Mapping[str, Any]]] = [
+        (kind.title, method, kind.row_fields(config)) for method, kind in methods.items()
+    ]
+    if full:
+        rows += [(row, method, fields) for method, kind in methods.items() for row, fields in kind.controls.items()]
+    for name, method, fields in rows:
+        student = dataclasses.replace(proposed, method=method, **fields)
+        if name == OURS or student != proposed:
             made[name] = dataclasses.replace(config, student=student)
     return made
 
@@ -202,7 +190,7 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions, say: Callab
 
 def _explained_by_levels(config: Config, shards: ShardSet) -> float:
     """The share of what varies in the teacher's latents of the scored split that its soft levels tell."""
-    teacher, _ = load_teacher(config.teacher.dir)
+    teacher, _ = load_teacher(config.teacher.dir, config.code)
     store, temperature = Store(config.latents.dir), config.student.distil_temperature
 
     def both(some: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
@@ -230,7 +218,7 @@ def answers(
         kept, kept_stamp = _kept(at, name)
         if kept_stamp == stamp:
             return kept
-    found, _ = score_shards(load_scorer(folder, kind), shards, threads=config.data.threads)
+    found, _ = score_shards(load_scorer(folder, kind, config.code), shards, threads=config.data.threads)
     found = dataclasses.replace(found, name=name)
     _keep(at, found, stamp)
     return found
@@ -328,7 +316,7 @@ def summary(document: dict[str, Any]) -> str:
         f"{document['resamples']} resamples of groups and seeds, drawn jointly; a difference whose interval holds 0 "
         "shows nothing.\n",
         *([f"{HOW}\n"] if COLOUR in document["rows"] else []),
-        "Share of the gap between H&E only and the IHC teacher that LGD-Net closes: "
+        f"Share of the gap between {LEAST} and the {MOST} that {OURS} closes: "
         + ", ".join(f"{METRICS[name]} {shown(found, '.2f')}" for name, found in document["gap_closed"].items())
         + ".\n",
         f"Of what varies in the teacher's latents, its soft levels tell {document['explained_by_levels']:.2f} (R^2 on "

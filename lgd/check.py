@@ -1,6 +1,6 @@
 """What lies in a folder or at a url, and everything that is wrong with it: `lgd verify`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from lgd.errors import ConfigError, DataError
@@ -9,15 +9,18 @@ from lgd.progress import progress
 from lgd.urls import place
 
 
-def check(folder: Path, reencode: int = 0, teacher: str = "") -> tuple[str, list[str], list[str]]:
+def check(
+    folder: Path, reencode: int = 0, teacher: str = "", code: Collection[str] = ()
+) -> tuple[str, list[str], list[str]]:
     """What lies in `folder` (a shard folder, a feature store, a checkpoint, a network, a run), its problems, and what
     else to tell.
 
-    `reencode`: rows of a store whose teacher and targets are run again; `teacher`: where it is, if not where it was.
+    `reencode`: rows of a store whose teacher and targets are run again; `teacher`: where it is, if not where it was;
+    `code`: what networks may run of code outside LGD.
     Raises `DataError` for a folder of something else, and `ConfigError` for `reencode` of anything but a store.
     """
     if exists(folder / "store.json"):
-        return "feature store", *_check_store(folder, reencode, teacher)
+        return "feature store", *_check_store(folder, reencode, teacher, code)
     if reencode:
         raise ConfigError(f"--reencode is for feature stores, and {folder} is none (store.json is missing)")
     if exists(folder / "manifest.json"):
@@ -29,16 +32,16 @@ def check(folder: Path, reencode: int = 0, teacher: str = "") -> tuple[str, list
 
         return "checkpoint", problems(folder), []
     if exists(folder / "run.json") or exists(folder / "config.yaml"):
-        return "run", *_check_run(folder)
+        return "run", *_check_run(folder, code)
     if exists(folder / "config.json"):
-        return _check_network(folder)
+        return _check_network(folder, code)
     raise DataError(
         f"{folder} is no shard folder (manifest.json), no feature store (store.json), no checkpoint (state.json), no "
         "trained network (config.json) and no run (run.json)"
     )
 
 
-def _check_store(folder: Path, reencode: int, teacher: str) -> tuple[list[str], list[str]]:
+def _check_store(folder: Path, reencode: int, teacher: str, code: Collection[str]) -> tuple[list[str], list[str]]:
     from lgd.store.latents import Store
     from lgd.store.search import index_folder
     from lgd.store.search import problems as index_problems
@@ -52,7 +55,7 @@ def _check_store(folder: Path, reencode: int, teacher: str) -> tuple[list[str], 
         return problems, []
     from lgd.store.supervision import reencoded
 
-    found = reencoded(store, reencode, teacher)
+    found = reencoded(store, reencode, teacher, code=code)
     told = [f"re-encoded {found.rows} rows, largest difference to what is stored:"]
     told += [
         f"  {name}: {numbers['absolute']:.2g}, {numbers['relative']:.2g} of the row's length (at most "
@@ -62,18 +65,18 @@ def _check_store(folder: Path, reencode: int, teacher: str) -> tuple[list[str], 
     return found.problems(store), told
 
 
-def _check_network(folder: Path) -> tuple[str, list[str], list[str]]:
+def _check_network(folder: Path, code: Collection[str]) -> tuple[str, list[str], list[str]]:
     """A teacher or a student, which is built and given its weights, and its checkpoints."""
     from lgd.models.description import TeacherConfig, read_kind
-    from lgd.models.student import load_student
+    from lgd.models.methods import load_student
     from lgd.models.teacher import load_teacher
     from lgd.train import checkpoint
 
     kind = read_kind(folder / "config.json")
-    load: Callable[[Path], object] = load_teacher if kind is TeacherConfig else load_student
+    load: Callable[[Path, Collection[str]], object] = load_teacher if kind is TeacherConfig else load_student
     problems = []
     try:
-        load(folder)
+        load(folder, code)
     except DataError as error:
         problems.append(str(error))
     for path in checkpoint.complete(folder / "checkpoints"):
@@ -81,12 +84,12 @@ def _check_network(folder: Path) -> tuple[str, list[str], list[str]]:
     return "teacher" if kind is TeacherConfig else "student", problems, []
 
 
-def _check_run(folder: Path) -> tuple[list[str], list[str]]:
+def _check_run(folder: Path, code: Collection[str]) -> tuple[list[str], list[str]]:
     """Everything that a run's stages made, and what they were made of."""
     problems, told = [], []
     for path in _folders_of_run(folder):
         try:
-            what, found, _ = check(path)
+            what, found, _ = check(path, code=code)
         except DataError as error:
             problems.append(str(error))
             continue

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lgd.errors import require
+from lgd.extensions import is_python
 from lgd.plain_yaml import write_yaml
 from lgd.urls import place, place_output
 
@@ -43,6 +44,24 @@ class Run:
         require(0 <= self.seed < 2**32, f"run.seed is {self.seed}: use 0 to {2**32 - 1}")
 
 
+@dataclass(frozen=True, slots=True)
+class OnBad:
+    """What training does at samples that cannot be read: `stop`, or `skip:N`."""
+
+    skips: int = 0
+    """Samples that it may leave out."""
+
+    @classmethod
+    def parse(cls, text: str) -> "OnBad":
+        """Read it as it is written; `ValueError` for another form."""
+        if re.fullmatch(r"stop|skip:[1-9]\d{0,8}", text) is None:
+            raise ValueError(f"{text!r:.100}: use stop, or skip:N to leave out up to N samples")
+        return cls(int(text.partition(":")[2] or 0))
+
+    def __str__(self) -> str:
+        return f"skip:{self.skips}" if self.skips else "stop"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
     """The shards and how they are read."""
@@ -55,7 +74,7 @@ class Data:
     """Threads that read and decode, in each worker."""
     lanes: int = 64
     """Shards that a batch is mixed from at a time: at least train.batch; the order of samples depends on it."""
-    on_bad: str = "stop"
+    on_bad: OnBad = OnBad()
     """Training stops at a sample that cannot be read, or `skip:N` leaves out up to N, each told and counted."""
     augment: Literal["none", "d4", "d4+stain"] = "d4+stain"
     """Training augmentation that keeps a cached target valid: turns and flips, and jitter of stain and light."""
@@ -69,17 +88,8 @@ class Data:
         require(self.size >= 32, f"data.size is {self.size}: use at least 32 pixels")
         require(self.threads >= 1, f"data.threads is {self.threads}: use at least 1")
         require(self.lanes >= 1, f"data.lanes is {self.lanes}: use at least 1")
-        require(
-            re.fullmatch(r"stop|skip:[1-9]\d{0,8}", self.on_bad) is not None,
-            f"data.on_bad is {self.on_bad!r}: use stop, or skip:N to leave out up to N samples",
-        )
         require(0 <= self.stain_jitter < 0.5, f"data.stain_jitter is {self.stain_jitter}: use 0 to 0.5")
         require(0 <= self.light_jitter <= 1, f"data.light_jitter is {self.light_jitter}: use 0 to 1")
-
-    @property
-    def skips(self) -> int:
-        """Bad samples that training may skip."""
-        return int(self.on_bad.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +100,8 @@ class Teacher:
     """Folder of the trained teacher; default RUN/teacher."""
     encoder: str = "resnet10"
     """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny), `hf:ORG/NAME` or a folder as transformers saves
-    it, with safetensors and preprocessor_config.json; no code of it is run."""
+    it, with safetensors and preprocessor_config.json, of which no code is run; or code outside LGD as
+    `python:package.module:factory` (see lgd/models/encoder.py), which is imported."""
     epochs: float = 20.0
     """Passes over the training split."""
 
@@ -138,9 +149,9 @@ class Student:
 
     dir: str = ""
     """Folder of the trained student; default RUN/student."""
-    method: Literal["lgd", "he-only", "two-stream", "distil"] = "lgd"
-    """LGD-Net, or a baseline: one stream and two streams that are taught the level only, or two streams that are also
-    taught the levels that the teacher gives, and no latents (label-only distillation)."""
+    method: str = "lgd"
+    """LGD-Net, a baseline (an unknown name lists them), or a class outside LGD as `python:package.module:name`, whose
+    module is imported."""
     encoder: str = "resnet10"
     """Backbone of the morphology stream; see teacher.encoder."""
     hallucination: Literal["own", "shared"] = "own"
@@ -158,11 +169,11 @@ class Student:
     contrast_temperature: float = 0.07
     """Its temperature."""
     distil_weight: float = 0.0
-    """Weight of the loss to the teacher's soft levels, for the methods lgd and distil; 0 leaves it out."""
+    """Weight of the loss to the teacher's soft levels, for LGD-Net and label distillation; 0 leaves it out."""
     distil_temperature: float = 2.0
     """Temperature that softens them."""
     pairs: Literal["own", "shuffled", "within-level"] = "own"
-    """A control, for method lgd: latents and membranes of another pair, of any level or of the same."""
+    """A control, for LGD-Net: latents and membranes of another pair, of any level or of the same."""
     warmup: float = 0.1
     """Share of the steps over which the weights of both hallucination losses rise from 0."""
     nuclei_weight: float = 0.1
@@ -176,10 +187,6 @@ class Student:
             require(weight >= 0, f"student.{name}_weight is {weight}: use 0 or more")
         for name in ("contrast_temperature", "distil_temperature", "contrast_queue"):
             require(getattr(self, name) > 0, f"student.{name} is {getattr(self, name)}: use more than 0")
-        require(
-            self.method != "distil" or self.distil_weight > 0,
-            "student.method is distil and student.distil_weight is 0: nothing would be distilled; set it to 1",
-        )
         require(self.epochs > 0, f"student.epochs is {self.epochs}: use more than 0")
         require(0 <= self.warmup <= 1, f"student.warmup is {self.warmup}: use a share of the steps, 0 to 1")
 
@@ -334,19 +341,30 @@ class Config:
         )
 
     @property
+    def code(self) -> frozenset[str]:
+        """The code outside LGD that the run names: it may be imported."""
+        return frozenset(filter(is_python, (self.student.method, self.student.encoder, self.teacher.encoder)))
+
+    @property
     def shard_dirs(self) -> list[str]:
         """The shard folders or urls, in the order of their addresses."""
         return self.data.shards if isinstance(self.data.shards, list) else [self.data.shards]
 
     def as_yaml(self) -> str:
         """The run as YAML that reads back as the same run."""
-        return write_yaml(dataclasses.asdict(self))
+        return write_yaml(self._as_sections())
+
+    def _as_sections(self) -> dict[str, dict[str, Any]]:
+        """The plain values of each field, by section."""
+        sections = dataclasses.asdict(self)
+        sections["data"]["on_bad"] = str(self.data.on_bad)
+        return sections
 
     def as_fields(self) -> dict[str, Any]:
         """The value of each field by its dotted name."""
         fields = {
             f"{section}.{name}": value
-            for section, fields in dataclasses.asdict(self).items()
+            for section, fields in self._as_sections().items()
             if section != "deepspeed"
             for name, value in fields.items()
         }

@@ -259,7 +259,7 @@ def digest_of(document: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def told_differences(there: dict[str, Any], asked: dict[str, Any], place: str) -> list[str]:
+def format_diff(there: dict[str, Any], asked: dict[str, Any], place: str) -> list[str]:
     """A line for each field, by its dotted name, in which two JSON documents differ; `place` is where `there` is."""
     before, now = _flat(there), _flat(asked)
     return [

@@ -113,6 +113,7 @@ def _described(kind: Any) -> dict[str, str]:
 
 def _default(option: dataclasses.Field[Any]) -> str:
     made = option.default_factory() if option.default_factory is not dataclasses.MISSING else option.default
+    made = str(made) if hasattr(made, "parse") else made
     return "" if made in ("", None) else f"(default: {made if isinstance(made, str) else json.dumps(made)})"
 
 
@@ -158,7 +159,10 @@ def config_of(namespace: Namespace) -> Config:
 def given_of(namespace: Namespace, verb: str = "", **own: Any) -> Given:
     """The fields of the run that a command line gave, the files that it named, and the verb's `own` options."""
     files = {"config": list(namespace.config)} if namespace.config else {}
-    return Given(verb, files | {name: value for name, value in own.items() if value} | _given_fields(namespace))
+    fields = {
+        name: str(value) if hasattr(value, "parse") else value for name, value in _given_fields(namespace).items()
+    }
+    return Given(verb, files | {name: value for name, value in own.items() if value} | fields)
 
 
 def _given_fields(namespace: Namespace) -> dict[str, Any]:
@@ -242,9 +246,11 @@ def _read_argument(kind: Any, text: str) -> Any:
 
 
 def _as_type(kind: Any, value: Any) -> Any:
-    """A plain value as one of a field's type; `ValueError` says what it should be."""
+    """A plain value as one of a field's type, which may `parse` a text; `ValueError` says what it should be."""
     from pydantic import ValidationError
 
+    if hasattr(kind, "parse"):
+        return kind.parse(str(value))
     try:
         return _adapter(kind).validate_python(value)
     except ValidationError as error:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,13 @@ def stage(name: str) -> Iterator[dict[str, str]]:
 
 
 def begin(name: str, verb: str, config: Config) -> None:
-    """Tell on which fields this stage and earlier ones of its run disagree; refuse a run that cannot be recorded."""
+    """Tell on which fields this stage and earlier ones of its run disagree.
+
+    Refuses a run whose method is not known, and one that cannot be recorded.
+    """
+    from lgd.models.methods import find_method
+
+    find_method(config.student.method)(config)
     if note := note_changes(config, verb):
         say(name, note)
 
@@ -128,8 +134,13 @@ def _facts(made: ModelConfig) -> Trained:
     return Trained(**{name: getattr(made, name) for name in Trained.model_fields})
 
 
-def evaluate(config: Config, given: Given | None = None, shards: ShardSet | None = None) -> str:
-    """Score student, rivals and teacher on the held-out split and write the report; returns its table."""
+def evaluate(
+    config: Config, given: Given | None = None, code: Collection[str] = (), shards: ShardSet | None = None
+) -> str:
+    """Score student, rivals and teacher on the held-out split and write the report; returns its table.
+
+    `code` is what they may run of code outside LGD, beside what the run names.
+    """
     from lgd.evaluate import evaluation, report
 
     begin("report", "evaluate", config)
@@ -137,7 +148,7 @@ def evaluate(config: Config, given: Given | None = None, shards: ShardSet | None
     with stage("report") as told, exclusive(config.report.dir, "evaluating"):
         shards = shards or open_disjoint(config.shard_dirs)
         provenance = {"command": command(config, "evaluate"), **Environment.here().as_json()}
-        measured = evaluation.evaluate(config, shards, provenance, say)
+        measured = evaluation.evaluate(config, shards, provenance, {*code, *config.code}, say)
         document = report.write_report(place(config.report.dir), measured)
         report.show_pictures(place(config.report.dir), place(config.student.dir))
         told["done"] = f"written: {config.report.dir}"
@@ -167,11 +178,12 @@ def ablate(config: Config, options: Any, given: Given | None = None) -> str:
 
 def run(config: Config, given: Given | None = None) -> str:
     """Every stage from the teacher on, and the baseline in the same harness; returns the report's table."""
+    from lgd.models.methods import BASELINE
     from lgd.store.search import require_faiss
 
     # Before the hours of the stages that come before the index.
     require_faiss()
-    baseline = f"{config.run.dir}/he-only"
+    baseline = f"{config.run.dir}/{BASELINE}"
     also = [*config.report.also, *([] if baseline in config.report.also else [baseline])]
     config = dataclasses.replace(config, report=dataclasses.replace(config.report, also=also))
     shards = open_disjoint(config.shard_dirs)
@@ -180,11 +192,11 @@ def run(config: Config, given: Given | None = None) -> str:
         cache_latents(config, given, shards=shards)
         build_index(config, given, shards=shards)
         train_student(config, given, shards=shards)
-        he_only = dataclasses.replace(config.student, method="he-only", dir=baseline)
-        train_student(dataclasses.replace(config, student=he_only), given, shards=shards)
+        student = dataclasses.replace(config.student, method=BASELINE, dir=baseline)
+        train_student(dataclasses.replace(config, student=student), given, shards=shards)
     finally:
         disconnect()
-    return evaluate(config, given, shards)
+    return evaluate(config, given, shards=shards)
 
 
 def tissue_dir(config: Config) -> Path:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lgd
 from lgd.config import Config
 from lgd.errors import ConfigError, DataError
+from lgd.extensions import FORM
 from lgd.options import add_config_arguments, add_option_arguments, config_of, given_of, typed
 from lgd.tables import print_csv, print_table
 from lgd.text import print_json, print_lines
@@ -78,14 +79,19 @@ def _build_shards(parser: Any) -> Run:
 
 
 def _stage(
-    verb: str, aliases: dict[str, str] | None = None, flags: dict[str, str] | None = None
+    verb: str, aliases: dict[str, str] | None = None, flags: dict[str, str] | None = None, loads: bool = False
 ) -> Callable[[Any], Run]:
-    """A verb that runs one stage of the pipeline; `flags` are options of its own, with their help."""
+    """A verb that runs one stage of the pipeline; `flags` are options of its own, with their help.
+
+    `loads`: it loads models that the run need not have made, and takes `--code`.
+    """
     name = "train_student" if verb == "train" else verb.replace("-", "_")
 
     def add(parser: Any) -> Run:
         for flag, text in (flags or {}).items():
             parser.add_argument(f"--{flag}", action="store_true", help=text)
+        if loads:
+            _code(parser)
         add_config_arguments(parser, aliases=aliases)
 
         def run(parser: Any, namespace: Any) -> None:
@@ -96,7 +102,7 @@ def _stage(
 
             try:
                 with explain_overrides(config):
-                    own = {flag: namespace[flag] for flag in flags or ()}
+                    own = {name: namespace[name] for name in [*(flags or ()), *(["code"] if loads else [])]}
                     table = getattr(pipeline, name)(config, given_of(namespace, verb, **own), **own)
             finally:
                 disconnect()
@@ -128,8 +134,11 @@ def _demo(parser: Any) -> Run:
         print_lines(f"report         {Path(config.report.dir) / 'summary.md'}")
         print_lines(f"contact sheet  {Path(config.report.dir) / 'queries.png'}")
         print_lines(f"curves         tensorboard --logdir {shlex.quote(str(out))}")
+        from lgd.models.methods import find_method
+
         # Other students hallucinate no latents to query with.
-        verb, more = ("query", " -k 5") if config.student.method == "lgd" else ("predict", "")
+        by_latents = find_method(config.student.method).retrieves_by == "latents"
+        verb, more = ("query", " -k 5") if by_latents else ("predict", "")
         images = shlex.quote(f"{pipeline.tissue_dir(config)}/HE/test")
         print_lines(f"try next       {command(config, verb, ('latents.dir', 'student.dir'))}{more} {images}")
 
@@ -146,6 +155,13 @@ def _images(parser: Any, nargs: str) -> None:
         help="micrometres per pixel of the images, or unknown; by default that of training patches of their size",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    _code(parser)
+
+
+def _code(parser: Any) -> None:
+    parser.add_argument(
+        "--code", action="append", default=[], metavar="NAME", help=f"code outside LGD that a model may run, as {FORM}"
+    )
 
 
 def _model(namespace: Any) -> tuple[str, Config | None]:
@@ -155,6 +171,11 @@ def _model(namespace: Any) -> tuple[str, Config | None]:
     if not folder:
         raise ConfigError("name the student: --model DIR, or --config F of its run")
     return folder, config
+
+
+def _named_code(namespace: Any, config: Config | None) -> frozenset[str]:
+    """The code outside LGD that the user named."""
+    return frozenset(namespace.code) | (config.code if config else frozenset())
 
 
 def _predict(parser: Any) -> Run:
@@ -171,7 +192,7 @@ def _predict(parser: Any) -> Run:
 
         found = images.find_images(namespace.images)
         with explain_overrides(config):
-            scorer = predict.load_scorer(folder)
+            scorer = predict.load_scorer(folder, code=_named_code(namespace, config))
             predictions = predict.predict_images(scorer, found.paths, slides, namespace.mpp, keep_going=True)
         unread = [one for one in predictions if one.probability_4 is None]
         problems = predict.problems_of(unread, len(predictions))
@@ -221,7 +242,8 @@ def _query(parser: Any) -> Run:
             raise ConfigError("name the feature store: --store DIR, or --config F of its run")
         with explain_overrides(config):
             # Keys are answered from the store alone.
-            scorer = predict.load_scorer(_model(namespace)[0]) if namespace.images else None
+            code = _named_code(namespace, config)
+            scorer = predict.load_scorer(_model(namespace)[0], code=code) if namespace.images else None
             store = Store(store_folder)
             found = images.find_images(namespace.images)
             if drawn:
@@ -275,12 +297,13 @@ def _verify(parser: Any) -> Run:
     parser.add_argument("folder", help="a run, shards, a feature store, a trained network or a checkpoint")
     parser.add_argument("--reencode", type=int, default=0, help="rows of a store to run the teacher on again")
     parser.add_argument("--teacher", default="", help="folder of the teacher, if it is not where it was")
+    _code(parser)
 
     def run(parser: Any, namespace: Any) -> None:
         from lgd.check import check
 
         folder = place(namespace.folder)
-        what, problems, told = check(folder, namespace.reencode, namespace.teacher)
+        what, problems, told = check(folder, namespace.reencode, namespace.teacher, namespace.code)
         print_lines(*told)
         if problems:
             raise DataError(f"{what} {folder} has {len(problems)} problem(s):", *problems)
@@ -359,7 +382,7 @@ VERBS: dict[str, tuple[str, Callable[[Any], Run]]] = {
     ),
     "build-index": ("build the FAISS index and measure its recall", _stage("build-index")),
     "train": ("train the H&E student", _stage("train", {"train.resume": "--resume"}, _OVERWRITE)),
-    "evaluate": ("score the held-out split and write the report", _stage("evaluate")),
+    "evaluate": ("score the held-out split and write the report", _stage("evaluate", loads=True)),
     "predict": ("HER2 level and probabilities of H&E images", _predict),
     "query": ("the nearest IHC latents of H&E images or of stored patches", _query),
     "export-latents": ("write a store's latents in TRIDENT's HDF5 layout, for other tools", _export),

@@ -13,7 +13,7 @@ import ray
 from PIL import Image
 
 from lgd import ablate
-from lgd.ablate import CORE, MOST, OURS, PARTS, AblateOptions, slug, variants
+from lgd.ablate import MOST, OURS, AblateOptions, slug, variants
 from lgd.cli import main
 from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import ShardOptions, build
@@ -21,7 +21,11 @@ from lgd.data.stream import Reader
 from lgd.errors import ConfigError
 from lgd.evaluate.colour import COLOUR
 from lgd.files import read_json
+from lgd.models.methods import METHODS, PROPOSED
 from lgd.options import add_option_arguments, make_parser, parse
+
+CORE = ["H&E-only", "two streams", "label distillation", "LGD-Net"]
+CONTROLS = METHODS[PROPOSED].controls
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +103,18 @@ def test_answers_of_another_network_are_not_taken(run, tmp_path, capsys, monkeyp
 def test_the_rows_differ_in_one_thing_each(run, change):
     plain = variants(run, full=True)
     off = {"without contrast", "without soft levels"}
-    assert list(plain) == [name for name in [*CORE, *PARTS] if name not in off], "none of them is on"
+    assert list(plain) == [name for name in [*CORE, *CONTROLS] if name not in off], "none of them is on"
     assert plain["label distillation"].student.distil_weight == 1
     contrasted = variants(change(run, student={"contrast_weight": 0.1, "distil_weight": 0.5}), full=True)
     assert contrasted["label distillation"].student.distil_weight == 0.5
-    assert list(contrasted) == [*CORE, *PARTS]
+    assert list(contrasted) == [*CORE, *CONTROLS]
     own = contrasted[OURS].student
     for name, made in contrasted.items():
         differing = {field for field in own.__dataclass_fields__ if getattr(made.student, field) != getattr(own, field)}
-        assert differing == {field for field, value in (CORE | PARTS)[name].items() if value != getattr(own, field)}
+        if name in CONTROLS:
+            assert differing == {field for field, value in CONTROLS[name].items() if value != getattr(own, field)}
+        else:
+            assert differing == ({"method"} if name != OURS else set())
         assert replace(made, student=own) == contrasted[OURS]
         assert name == OURS or differing
     assert list(variants(run, full=False)) == [*CORE]

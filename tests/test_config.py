@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lgd.cli import main
-from lgd.config import Config
+from lgd.config import Config, Data, OnBad
 from lgd.errors import ConfigError
 from lgd.files import digest_of
 from lgd.options import load_config
@@ -26,14 +26,12 @@ def load(tmp_path, text, *overrides):
         ("studnt:\n  epochs: 3\n", "some.yaml, line 1: there is no section studnt, did you mean student?"),
         ("data:\n  qqqq: 64\n", "data.threads"),
         ("data: 3\n", "section data is 3"),
-        ("student: {method: distil}\n", "student.distil_weight is 0: nothing would be distilled"),
         ("train:\n", "section train is None"),
         ("[1, 2]\n", "holds no sections"),
         ("data: [\n", "some.yaml, line 2: no valid YAML"),
         ("data:\n  size: !!python/name:os.getcwd\n", "some.yaml, line 2: tags (!) are not read"),
         ("data:\n  size: big\n", "some.yaml, line 2: data.size: 'big' should be a whole number"),
         ("latents:\n  views: 2\n", "some.yaml, line 2: latents.views: 2 should be one of 1, 8"),
-        ("student:\n  method: magic\n", "some.yaml, line 2: student.method: 'magic' should be one of lgd, he-only"),
         ("data:\n  size: 8\n", "data.size is 8"),
         ("teacher:\n  epochs: 0\n", "teacher.epochs is 0"),
         ("student:\n  nuclei_weight: -1\n", "student.nuclei_weight is -1"),
@@ -90,7 +88,7 @@ def test_folders_default_to_places_under_the_run(tmp_path):
 
 @pytest.mark.parametrize("value", ["stop", "skip:3"])
 def test_bad_samples_meet_a_named_policy(value):
-    assert load_config(overrides=[f"--data.on_bad={value}"]).data.skips == {"stop": 0, "skip:3": 3}[value]
+    assert load_config(overrides=[f"--data.on_bad={value}"]).data.on_bad == {"stop": OnBad(), "skip:3": OnBad(3)}[value]
 
 
 @pytest.mark.parametrize("value", ["skip", "skip:0", "skip:-1", "go"])
@@ -99,12 +97,21 @@ def test_a_policy_without_a_budget_is_refused(value):
         load_config(overrides=[f"--data.on_bad={value}"])
 
 
+@pytest.mark.parametrize("policy", [OnBad(), OnBad(3)])
+def test_a_policy_is_written_as_it_is_read(policy):
+    assert OnBad.parse(str(policy)) == policy
+    config = Config(data=Data(on_bad=policy))
+    assert config.as_fields()["data.on_bad"] == str(policy) and f"on_bad: {policy}\n" in config.as_yaml()
+
+
 def test_yaml_reads_back_as_the_same_run(tmp_path):
     config = load(
         tmp_path, "data:\n  shards: [/a, /b]\ntrain:\n  lr: 0.3\ndeepspeed:\n  zero_optimization: {stage: 1}\n"
     )
     assert load(tmp_path, config.as_yaml()) == config
-    assert read_yaml(config.as_yaml()).value == dataclasses.asdict(config)
+    fields = dataclasses.asdict(config)
+    fields["data"]["on_bad"] = "stop"
+    assert read_yaml(config.as_yaml()).value == fields
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -8,7 +8,7 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-errors text tables markup plain_yaml urls config progress files records locks options download_cache remote
+errors extensions text tables markup plain_yaml urls config progress files records locks options download_cache remote
 distribute metrics
 stain.deconvolve stain.targets stain.checks
 data.meta data.pairs data.tissue data.sections data.synth data.split
@@ -16,11 +16,11 @@ data.tags data.image data.index data.archive data.manifest data.sources data.pat
 data.building data.shards data.repeats data.overlap data.verify
 data.plan data.stream data.augment
 models.spec models.weights models.pretrained models.backbone models.encoder
-models.description models.export models.teacher models.student models.losses
+models.description models.export models.teacher models.student models.losses models.methods
 store.recipe store.sidecar store.document store.writer store.parts store.latents store.supervision store.cache
 store.export store.faiss_file store.table store.search store.exact store.index
-train.targets train.batch train.tasks train.engine train.checkpoint train.finished train.passes train.log train.loop
-train.launch
+train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.prepare train.finished
+train.loop train.launch
 evaluate.notes evaluate.images evaluate.scale evaluate.predict evaluate.colour evaluate.robustness evaluate.figures
 evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
 evaluate.compare evaluate.markdown evaluate.caveats evaluate.slides evaluate.report evaluate.seeds

@@ -193,7 +193,7 @@ def test_a_run_keeps_answering_after_other_students_were_trained_in_it(run, tiss
     # Where a student is not what or where config.yaml says, the option that made it so is told.
     assert main(["query", *kept, "--student.dir", he_only, images]) == 1
     error = capsys.readouterr().err
-    assert f"the student {he_only} hallucinates no latents (method he-only)" in error
+    assert f"the student {he_only} hallucinates no latents (H&E-only)" in error
     assert (
         f"`lgd train --student.method he-only --student.dir {he_only} --student.epochs 1.0` of this run made" in error
     )

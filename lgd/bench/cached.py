@@ -235,10 +235,10 @@ class Sides:
 
     def check(self) -> float:
         """Compare the loss curves of both sides, from the same weights; returns the largest relative difference."""
-        training = self.training
-        run = (training.config, training.task, training.world, training.task.build())
+        learner = self.training.learner
+        run = (learner.config, learner.task, learner.world, learner.task.build())
         ours_n, theirs_n = (curve(*run, side.steps(COMPARED)) for side in (self.streamed, self.taught))
-        return check_curves(ours_n, theirs_n, training.config)
+        return check_curves(ours_n, theirs_n, learner.config)
 
     def in_memory(self) -> Rate:
         """The student's step alone."""

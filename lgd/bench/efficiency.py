@@ -36,7 +36,8 @@ from lgd.data.image import decode
 from lgd.evaluate.predict import Scorer
 from lgd.models.description import NOT_TRAINED
 from lgd.models.encoder import build_encoder
-from lgd.models.student import Student
+from lgd.models.methods import PROPOSED
+from lgd.models.student import HallucinatingStudent, Student
 from lgd.models.teacher import Teacher, new_teacher
 
 MARK = 1.0
@@ -47,8 +48,7 @@ _STATUS, _PEAK_STARTS_ANEW = Path("/proc/self/status"), Path("/proc/self/clear_r
 def networks(settings: Settings) -> tuple[Student, Teacher]:
     """The full LGD-Net, both encoders `--model`, and the teacher on it; the sizes of the config's defaults."""
     latents, teacher = Latents(), new_teacher(settings.model)
-    student = Student(
-        method="lgd",
+    student = HallucinatingStudent(
         morphology=build_encoder(settings.model),
         hallucination=build_encoder(settings.model),
         latent_dim=teacher.dim,
@@ -143,7 +143,7 @@ def _run(settings: Settings, inputs: Inputs, device: str, tell: Callable[[str], 
     student, teacher = networks(settings)
     ours = Scorer(
         model=student.to(device),
-        config=student.describe(weights_sha256="0" * 64, size=size, teachers=(), **NOT_TRAINED),
+        config=student.describe(method=PROPOSED, weights_sha256="0" * 64, size=size, teachers=(), **NOT_TRAINED),
         device=device,
         role="he",
     )

@@ -17,7 +17,7 @@ from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Outcome, Rate, Settings, alternate, timed
 from lgd.config import Data
 from lgd.data.archive import Shard
-from lgd.data.plan import Plan, firsts
+from lgd.data.plan import Plan, offsets
 from lgd.store.latents import SUPERVISION, TEACHER, Rows, Store, commit
 from lgd.store.parts import Part
 from lgd.store.recipe import Recipe, TargetsRecipe, TeacherRecipe
@@ -152,7 +152,7 @@ class Mapped:
 
 def addresses(numbers_n: np.ndarray, parts: Sequence[Part]) -> list[Address]:
     """Part, row and key of sample numbers, in whole batches."""
-    first_P1 = firsts([part.rows for part in parts])
+    first_P1 = offsets([part.rows for part in parts])
     keys = [part.array("key") for part in parts]
     found = []
     for start in range(0, len(numbers_n) - min(BATCH, len(numbers_n)) + 1, BATCH):

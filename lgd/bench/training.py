@@ -7,7 +7,6 @@ Everything lies in the inputs' folder, and is made once for all of them.
 import functools
 import itertools
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -29,10 +28,11 @@ from lgd.models.teacher import new_teacher
 from lgd.options import load_config
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Rows
-from lgd.train import loop
 from lgd.train.batch import Skipped, Step, training_batches
 from lgd.train.engine import make_engine
 from lgd.train.log import Log
+from lgd.train.loop import take_step
+from lgd.train.prepare import Learner
 from lgd.train.tasks import StudentTask, Task
 
 HEAD = 3
@@ -133,16 +133,22 @@ class Streamed:
         return [Step([one.to(self.world.device) for one in step.micro], step.position) for step in self.steps(count)]
 
 
-class Training(loop.Training):
-    """Training without validation and checkpoints, over the steps that it is given."""
+class Training:
+    """The steps of training and their log, without validation and checkpoints, over the batches that it is given."""
 
     def __init__(
         self, config: Config, task: Task, world: World, model: torch.nn.Module, engine: str, name: str = ""
     ) -> None:
         """`name`: folder of the log, where it is not the engine's."""
-        self.config, self.task, self.world, self.stop = config, task, world, threading.Event()
-        self.steps, self.done, self.skipped = STEPS, 0, Skipped(config.data, [])
-        self.engine = make_engine(engine, model.train(), config.train, config.deepspeed, world)
+        self.learner = Learner(
+            config=config,
+            task=task,
+            world=world,
+            engine=make_engine(engine, model.train(), config.train, config.deepspeed, world),
+            steps=STEPS,
+            skipped=Skipped(config.data),
+        )
+        self.done = 0
         self.log = Log(task.folder / (name or engine), 0, STEPS, config.train.batch) if world.rank == 0 else None
         if self.log:
             # It would stand between the lines of the rounds.
@@ -150,10 +156,15 @@ class Training(loop.Training):
 
     def losses(self, steps: Iterable[Step]) -> Iterator[float]:
         """Train; gives the loss of each step."""
-        for number, (micro, _), waited in loop.timed(self.done, iter(steps)):
-            loss, _ = self.step(number, micro, waited)
-            self.done = number + 1
-            yield loss
+        began = time.perf_counter()
+        for micro, _ in steps:
+            waited = time.perf_counter() - began
+            values, _ = take_step(self.learner, self.done, micro, stop=False)
+            self.done += 1
+            if self.log:
+                self.log.step(self.done, values, waited)
+            yield values["loss"]
+            began = time.perf_counter()
 
     def close(self) -> None:
         """Close the log."""

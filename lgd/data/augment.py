@@ -12,11 +12,13 @@ Shapes: B batch, C channels, H and W pixels.
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lgd.config import Data
 from lgd.data.plan import GOLDEN, splitmix64
 from lgd.stain.deconvolve import H_E, rgb_to_od
 
@@ -98,6 +100,31 @@ def light_jitter(rgb_B3HW: Tensor, u_B2: Tensor | np.ndarray, sigma: float) -> T
     """
     gain_B1 = torch.exp(sigma * _normal(u_B2))
     return (rgb_B3HW * gain_B1[:, :, None, None].to(rgb_B3HW.device, torch.float32)).clamp(0.0, 255.0)
+
+
+def jitter_he(rgb_B3HW: Tensor, epoch_B: np.ndarray, sample_B: np.ndarray, data: Data, seed: int) -> Tensor:
+    """The stain and light of H&E images changed as `data` says; without that they come back as they are."""
+    if data.augment != "d4+stain":
+        return rgb_B3HW
+    rgb_B3HW = stain_jitter(rgb_B3HW.float(), draw(seed, epoch_B, sample_B, "stain", 6), data.stain_jitter)
+    if data.light_jitter:
+        rgb_B3HW = light_jitter(rgb_B3HW, draw(seed, epoch_B, sample_B, "light", 2), data.light_jitter)
+    return rgb_B3HW
+
+
+def turn_stored(stored: Mapping[str, Tensor], k_B: Tensor, views: int) -> dict[str, Tensor]:
+    """The stored grids and maps of images that are turned by `k_B`.
+
+    With eight cached views the map is that of the right view already; with one it is turned, which is approximate since
+    a network is not exactly equivariant.
+    """
+    turned = dict(stored)
+    if views == 1 and "map" in turned:
+        turned["map"] = d4(turned["map"], k_B)
+    for name in ("nuclei", "membrane"):
+        if name in turned:
+            turned[name] = d4_grid(turned[name], k_B)
+    return turned
 
 
 def _normal(u_B2n: Tensor | np.ndarray) -> Tensor:

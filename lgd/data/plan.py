@@ -60,13 +60,13 @@ class Plan:
     def __init__(self, sizes: Sequence[int], *, seed: int, lanes: int) -> None:
         """`sizes`: samples in each shard; `seed` and `lanes` as in the module's text."""
         self.sizes_S = np.asarray(sizes, np.int64)
-        self.first_S1 = firsts(self.sizes_S)
+        self.first_S1 = offsets(self.sizes_S)
         self.total = int(self.first_S1[-1])
         """Samples in one epoch."""
         self.seed = seed
         self.lanes = lanes
         self._line_S = _permutation(len(self.sizes_S), seed, "shards")
-        self._line_S1 = firsts(self.sizes_S[self._line_S])
+        self._line_S1 = offsets(self.sizes_S[self._line_S])
         self._places_L = _spread(lanes)
         # A lane is in one shard at a time, and in two epochs at their border.
         self._run = functools.lru_cache(maxsize=2 * lanes)(self._new_run)
@@ -110,7 +110,7 @@ class Plan:
         return _permutation(int(self.sizes_S[shard]), self.seed, f"rows {epoch} {shard}").astype(np.int32)
 
 
-def firsts(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+def offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
     """The number of each shard's first sample, and the total: int64 (S + 1,)."""
     return np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
 

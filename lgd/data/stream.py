@@ -17,7 +17,7 @@ import numpy as np
 from lgd.data.archive import Shard, read_sample
 from lgd.data.image import decode
 from lgd.data.meta import SKIPPED, PatchMeta
-from lgd.data.plan import firsts
+from lgd.data.plan import offsets
 from lgd.errors import DataError
 from lgd.files import is_remote
 from lgd.remote import drop_damaged
@@ -67,7 +67,7 @@ class Reader:
         """`roles`: images to decode; `size`: side to shrink them to, or None for native resolution."""
         self.shards = list(shards)
         self.sizes = [shard.samples for shard in self.shards]
-        self.first = firsts(self.sizes)
+        self.first = offsets(self.sizes)
         self.total = int(self.first[-1])
         self.roles = tuple(roles)
         for shard in self.shards:

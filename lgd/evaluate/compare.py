@@ -43,7 +43,7 @@ def score_network(scorer: Scorer, shards: Sequence[Shard], threads: int) -> Netw
 
 def vectors_of(scorer: Scorer) -> str:
     """Which vectors a network is compared by: hallucinated or true latents, or the features of H&E alone."""
-    return "pooled" if scorer.method in ("lgd", "teacher") else "features"
+    return "pooled" if scorer.method is None or scorer.method.retrieves_by == "latents" else "features"
 
 
 def measure_retrieval(
@@ -67,13 +67,14 @@ def measure_retrieval(
     embeddings = []
     for network in (student, *rivals):
         scorer, predictions, vectors_nD = network.scorer, network.predictions, network.vectors_nD
-        if scorer.method == "he-only" and training:
+        by = scorer.method and scorer.method.retrieves_by
+        if by == "features" and training:
             patches = sum(shard.samples for shard in training)
             say("report", f"{scorer.name}: scoring {patches} training patches, the gallery of its own features")
             train, train_mC = score_shards(scorer, training, threads=config.data.threads, vectors="features")
             assert train_mC is not None
             embeddings += he_only(predictions.name, vectors_nD, train_mC, train, latents_mD, own_nD)
-        elif scorer.method == "lgd" and scorer.config.teacher_sha256 == store.recipe.teacher.weights_sha256:
+        elif by == "latents" and scorer.config.teacher_sha256 == store.recipe.teacher.weights_sha256:
             name = f"{predictions.name}, hallucinated latents"
             embeddings.append(of_ihc(name, vectors_nD, latents_mD, own_nD))
     # What no hallucination can be expected to pass; its own pair would be the query itself.

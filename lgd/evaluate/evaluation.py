@@ -1,7 +1,7 @@
 """Everything that a report is made of: `lgd evaluate` measures it here, and `lgd.evaluate.report` writes it down."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,23 +45,28 @@ class Evaluation:
 
 
 def evaluate(
-    config: Config, shards: ShardSet, provenance: dict[str, Any], say: Callable[[str, str], None]
+    config: Config,
+    shards: ShardSet,
+    provenance: dict[str, Any],
+    code: Collection[str],
+    say: Callable[[str, str], None],
 ) -> Evaluation:
     """Score the student, `report.also` and the teacher on the report's split.
 
-    `provenance` is what is known before the scoring. Raises `DataError` for a split without patches, and for a student
-    and a store that do not belong together.
+    `provenance` is what is known before the scoring; `code` is what the networks may run of code outside LGD. Raises
+    `DataError` for a split without patches, and for a student and a store that do not belong together.
     """
     split = shards.require_split(config.report.split, "report.split")
     # Where the training split itself is scored it is no gallery: queries would find themselves.
     training = shards.of_split("train") if config.report.split != "train" else []
-    scorers = [load_scorer(folder) for folder in (config.student.dir, *config.report.also)]
+    scorers = [load_scorer(folder, code=code) for folder in (config.student.dir, *config.report.also)]
     # Opened before the scoring, which can take hours.
-    store = Store(config.latents.dir) if scorers[0].method == "lgd" else None
+    method = scorers[0].method
+    store = Store(config.latents.dir) if method and method.retrieves_by == "latents" else None
     has_sheet = store is not None and config.report.queries > 0 and _is_searchable(store, say)
     networks = [
         compare.score_network(scorer, split, config.data.threads)
-        for scorer in (*scorers, load_scorer(config.teacher.dir, "teacher"))
+        for scorer in (*scorers, load_scorer(config.teacher.dir, "teacher", code))
     ]
     student, *rivals, teacher = networks
     labelled = student.scorer.config.training.labelled

@@ -1,7 +1,7 @@
 """H&E files -> levels and probabilities, by patch and by slide."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,10 @@ from lgd.evaluate.notes import count_notes, join_notes
 from lgd.evaluate.scale import Mpp, fit_scale
 from lgd.metrics import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
-from lgd.models.student import load_student
+from lgd.models.methods import Method, find_method, load_student
 from lgd.models.teacher import load_teacher
 from lgd.stain.checks import find_notes
 
-NAMES = {"lgd": "LGD-Net", "he-only": "H&E-only", "two-stream": "two streams", "distil": "label distillation"}
-"""Method of a student -> its row in a table."""
 _MOST = 20
 """Files that a message lists."""
 _READ = ("logits", "pooled", "features")
@@ -52,12 +50,12 @@ class Scorer:
     @property
     def name(self) -> str:
         """Its row in a table."""
-        return NAMES.get(self.method, "IHC teacher")
+        return "IHC teacher" if self.method is None else self.method.title
 
     @property
-    def method(self) -> str:
-        """The student's method, or `teacher`."""
-        return self.config.method if isinstance(self.config, StudentConfig) else "teacher"
+    def method(self) -> type[Method] | None:
+        """The student's method; None of a teacher."""
+        return find_method(self.config.method) if isinstance(self.config, StudentConfig) else None
 
     def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 (B, H, W, 3) -> `probability` (B, 4), `logits`, and where there are such `pooled` (B, D) and `features`
@@ -75,9 +73,9 @@ class Scorer:
         return found | {"probability": probability_B4}
 
 
-def load_scorer(folder: str | Path, kind: str = "student") -> Scorer:
-    """The student, or the teacher, of a folder, on the GPU where there is one."""
-    model, config = load_student(folder) if kind == "student" else load_teacher(folder)
+def load_scorer(folder: str | Path, kind: str = "student", code: Collection[str] = ()) -> Scorer:
+    """The student, or the teacher, of a folder, on the GPU where there is one; `code` outside LGD that it may run."""
+    model, config = load_student(folder, code) if kind == "student" else load_teacher(folder, code)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     role = "he" if kind == "student" else "ihc"
     return Scorer(model=model.to(device), config=config, device=device, role=role, folder=str(folder))

@@ -21,6 +21,7 @@ from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import Answer, Hit, Stored, near_duplicates
 from lgd.evaluate.predict import ScoredImage, Scorer, as_level, require_names, score_files
 from lgd.evaluate.scale import Mpp
+from lgd.models.methods import METHODS, PROPOSED
 from lgd.store.latents import Store, as_levels
 from lgd.store.search import Searcher
 
@@ -43,10 +44,10 @@ class _Question(NamedTuple):
 
 def check_pair(scorer: Scorer, store: Store) -> None:
     """Raise `DataError` unless the student hallucinates the latents of the teacher that made the store."""
-    if scorer.method != "lgd":
+    if scorer.method is None or scorer.method.retrieves_by != "latents":
         raise DataError(
-            f"the student {scorer.folder} hallucinates no latents (method {scorer.method}): query with one of method "
-            "lgd"
+            f"the student {scorer.folder} hallucinates no latents ({scorer.name}): query with one that does, such as "
+            f"{METHODS[PROPOSED].title}"
         )
     there, asked = store.recipe.teacher.weights_sha256, scorer.config.teacher_sha256 or ""
     if there != asked:

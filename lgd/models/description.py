@@ -82,6 +82,11 @@ class ModelConfig(Document):
         """Weights of the teacher whose latents the network hallucinates, if it does."""
         return None
 
+    @property
+    def named(self) -> dict[str, str]:
+        """By field, each name that may be one of code outside LGD."""
+        return {}
+
 
 class TeacherConfig(ModelConfig):
     """A teacher's folder."""
@@ -93,6 +98,10 @@ class TeacherConfig(ModelConfig):
     encoder: EncoderSpec
     pool: Literal["cls", "mean", "cls+mean"]
 
+    @property
+    def named(self) -> dict[str, str]:
+        return {"encoder": self.encoder.name}
+
 
 class StudentConfig(ModelConfig):
     """A student's folder."""
@@ -100,7 +109,8 @@ class StudentConfig(ModelConfig):
     ABSENT: ClassVar[str] = "it holds no trained student; run lgd train first"
 
     kind: Literal["student"] = "student"
-    method: Literal["lgd", "he-only", "two-stream", "distil"]
+    method: Line
+    """Its name in `lgd.models.methods`."""
     morphology: EncoderSpec
     hallucination: EncoderSpec | None
     latent_dim: Annotated[int, Field(ge=0, le=65_536)]
@@ -114,6 +124,11 @@ class StudentConfig(ModelConfig):
     def teacher_sha256(self) -> str | None:
         """Weights of the teacher that it was taught by."""
         return self.teachers[0].weights_sha256 if self.teachers else None
+
+    @property
+    def named(self) -> dict[str, str]:
+        own = {} if self.hallucination is None else {"hallucination": self.hallucination.name}
+        return {"method": self.method, "morphology": self.morphology.name, **own}
 
 
 def read_kind(path: Path) -> type[ModelConfig]:

@@ -4,16 +4,24 @@ Presets start from random weights and need no download. `hf:ORG/NAME` and local 
 safetensors, of the architectures in `lgd.models.spec`. From its specification the same network is built again without
 the hub. Nothing of a folder or a specification is run, and its weights become float32 whatever they are stored as.
 
-Nothing here depends on the other images of a batch: presets get GroupNorm, pretrained BatchNorm is frozen.
+`python:package.module:factory` is code outside LGD: called without arguments, `factory` gives a network (`nn.Module`)
+that maps RGB, float32 (B, 3, H, W) in 0..255, to a feature map (B, channels, h, w), with the number of its `channels`,
+int, as an attribute. It normalises by itself. It is also called for networks whose weights are loaded then, once on the
+device "meta".
+
+Nothing here depends on the other images of a batch: presets get GroupNorm, other BatchNorm is frozen.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from lgd.errors import ConfigError, DataError
+from lgd.extensions import is_python, load_object
 from lgd.models.backbone import list_fields, load_backbone, new_backbone
 from lgd.models.pretrained import find_folder, find_weights, read_normalisation, read_settings
 from lgd.models.spec import EncoderSpec
@@ -46,21 +54,83 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def describe(name: str) -> EncoderSpec:
-    """The specification of an encoder.
+class Kind:
+    """A kind of encoders, which a name leads to."""
 
-    Raises `ConfigError` for an unknown name and `DataError` for one that cannot be had or is not accepted.
-    """
-    spec: dict[str, Any] = {"name": name, "pool": "mean", "size": None, "mpp": None, "licence": None}
-    if name in PRESETS:
-        normalisation = {"mean": _FROM_SCRATCH_MEAN, "std": _FROM_SCRATCH_STD}
-        return EncoderSpec.from_json(spec | {"backbone": PRESETS[name], "batchnorm": "group"} | normalisation)
-    if not (name.startswith("hf:") or Path(name).is_dir()):
-        raise ConfigError(
-            f"encoder {name!r} is not known: use one of {', '.join(PRESETS)}, hf:ORG/NAME or a local folder"
-        )
-    folder = find_folder(name)
-    try:
+    form: ClassVar[str]
+    """How such encoders are named."""
+
+    @classmethod
+    def matches(cls, name: str) -> bool:
+        """Whether a name is one of this kind."""
+        raise NotImplementedError
+
+    @classmethod
+    def describe(cls, name: str) -> EncoderSpec:
+        """The specification of an encoder; `ValueError` for one that is not accepted."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, spec: EncoderSpec) -> nn.Module:
+        """The network with the weights that it comes with; `ValueError` where they are not its own."""
+        raise NotImplementedError
+
+
+class Preset(Kind):
+    """An architecture with random weights."""
+
+    form = ", ".join(PRESETS)
+
+    @classmethod
+    def matches(cls, name: str) -> bool:
+        return name in PRESETS
+
+    @classmethod
+    def describe(cls, name: str) -> EncoderSpec:
+        backbone = {"backbone": PRESETS[name], "batchnorm": "group"}
+        return _make_spec(name, **backbone, mean=_FROM_SCRATCH_MEAN, std=_FROM_SCRATCH_STD)
+
+    @classmethod
+    def load(cls, spec: EncoderSpec) -> nn.Module:
+        return new_backbone(spec.backbone)
+
+
+class Outside(Kind):
+    """Code outside LGD."""
+
+    form = "python:package.module:factory"
+
+    @classmethod
+    def matches(cls, name: str) -> bool:
+        return is_python(name)
+
+    @classmethod
+    def describe(cls, name: str) -> EncoderSpec:
+        return _make_spec(name, backbone={}, batchnorm="frozen", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+    @classmethod
+    def load(cls, spec: EncoderSpec) -> nn.Module:
+        network = load_object(spec.name, "the encoder")()
+        if not isinstance(network, nn.Module) or not isinstance(getattr(network, "channels", None), int):
+            raise ConfigError(
+                f"encoder {spec.name} gives a {type(network).__name__}, and should give a torch.nn.Module with the "
+                "number of its channels as `channels`, which maps (B, 3, H, W) in 0..255 to (B, channels, h, w)"
+            )
+        return network
+
+
+class Pretrained(Kind):
+    """A folder as transformers saves it, or a repository of the hub."""
+
+    form = "hf:ORG/NAME or a local folder"
+
+    @classmethod
+    def matches(cls, name: str) -> bool:
+        return name.startswith("hf:") or Path(name).is_dir()
+
+    @classmethod
+    def describe(cls, name: str) -> EncoderSpec:
+        folder = find_folder(name)
         settings = read_settings(folder)
         # Those of the hub are copied when all else has passed.
         if not name.startswith("hf:"):
@@ -68,10 +138,37 @@ def describe(name: str) -> EncoderSpec:
         mean, std = read_normalisation(folder)
         fields = list_fields(settings["model_type"])
         backbone = {field: value for field, value in settings.items() if field in fields}
-        spec |= {"backbone": backbone, "batchnorm": "frozen", "mean": mean, "std": std}
-        return EncoderSpec.from_json(spec)
-    except ValueError as error:
-        raise DataError(f"encoder {name}: {error}") from error
+        return _make_spec(name, backbone=backbone, batchnorm="frozen", mean=mean, std=std)
+
+    @classmethod
+    def load(cls, spec: EncoderSpec) -> nn.Module:
+        return load_backbone(spec.backbone, find_weights(find_folder(spec.name, weights=True)))
+
+
+KINDS: tuple[type[Kind], ...] = (Preset, Outside, Pretrained)
+"""The kinds of encoders; the first that matches a name has it."""
+
+
+def _make_spec(name: str, **fields: Any) -> EncoderSpec:
+    return EncoderSpec.from_json({"name": name, "pool": "mean", "size": None, "mpp": None, "licence": None} | fields)
+
+
+def find_kind(name: str) -> type[Kind]:
+    """The kind of an encoder; `ConfigError` for a name of none."""
+    for kind in KINDS:
+        if kind.matches(name):
+            return kind
+    raise ConfigError(f"encoder {name!r} is not known: use one of {', '.join(kind.form for kind in KINDS)}")
+
+
+def describe(name: str) -> EncoderSpec:
+    """The specification of an encoder.
+
+    Raises `ConfigError` for an unknown name and `DataError` for one that cannot be had or is not accepted.
+    """
+    kind = find_kind(name)
+    with _naming(name):
+        return kind.describe(name)
 
 
 class Encoder(nn.Module):
@@ -85,16 +182,23 @@ class Encoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.backbone: Any = _new_backbone(spec) if backbone is None else backbone
+        self.is_outside = is_python(spec.name)
         if spec.batchnorm == "group":
             _batchnorm_to_groupnorm(self.backbone)
         self.mean: torch.Tensor
         self.std: torch.Tensor
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
-        self.channels: int = list(self.backbone.channels)[-1]  # type: ignore[arg-type]
+        self.channels: int = self.backbone.channels if self.is_outside else list(self.backbone.channels)[-1]
 
     def forward(self, rgb_B3HW: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in 0..255, any dtype -> (B, channels, h, w)."""
+        if self.is_outside:
+            map_BCHW = self.backbone(rgb_B3HW.float())
+            if map_BCHW.ndim != 4 or map_BCHW.shape[1] != self.channels:
+                shape = tuple(map_BCHW.shape)
+                raise ConfigError(f"encoder {self.spec.name} gives {shape}, and should give (B, {self.channels}, h, w)")
+            return map_BCHW
         dtype = next(self.backbone.parameters()).dtype
         normal_B3HW = (rgb_B3HW.float() - self.mean.float()) / self.std.float()
         return self.backbone(normal_B3HW.to(dtype)).feature_maps[-1]
@@ -112,20 +216,27 @@ class Encoder(nn.Module):
 def build_encoder(name: str) -> Encoder:
     """An encoder with its pretrained weights, or with random ones for a preset."""
     spec = describe(name)
-    if name in PRESETS:
-        return Encoder(spec)
-    try:
-        backbone = load_backbone(spec.backbone, find_weights(find_folder(name, weights=True)))
-    except ValueError as error:
-        raise DataError(f"encoder {name}: {error}") from error
-    return Encoder(spec, backbone)
+    with _naming(name):
+        return Encoder(spec, find_kind(name).load(spec))
 
 
 def _new_backbone(spec: EncoderSpec) -> nn.Module:
+    """The network of a specification, whose weights are loaded then."""
+    with _naming(spec.name):
+        # Where it came from may be gone.
+        return Outside.load(spec) if is_python(spec.name) else new_backbone(spec.backbone)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """A `ValueError` becomes a `DataError` that names the encoder."""
     try:
-        return new_backbone(spec.backbone)
+        yield
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise DataError(f"encoder {spec.name}: {error}") from error
+        start = f"encoder {name}: "
+        raise DataError(f"{start}{str(error).removeprefix(start)}") from error
 
 
 def _batchnorm_to_groupnorm(module: nn.Module) -> None:

@@ -5,7 +5,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lgd.errors import DataError
+from lgd.extensions import refuse_unnamed
 from lgd.files import place, publish, remove, sha256
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig
 from lgd.models.weights import compare_shapes, load_tensors, read_shapes, shapes_of
@@ -56,12 +57,16 @@ def read_student_config(folder: str | Path) -> StudentConfig:
     return StudentConfig.read(place(folder) / "config.json")
 
 
-def load_weights(folder: str | Path, build: Callable[[], Network], config: ModelConfig) -> Network:
+def load_weights(
+    folder: str | Path, build: Callable[[], Network], config: ModelConfig, code: Collection[str] = ()
+) -> Network:
     """The network that `build` makes, with the checked weights of a folder; `DataError` for those of another one.
 
-    It is drafted first, without memory for its weights, and built only where the file holds those of just this one.
+    Nothing is built where `config` names code that is not in `code`. It is drafted first, without memory for its
+    weights, and built only where the file holds those of just this one.
     """
     path, remedy = place(folder) / "model.safetensors", "train or copy it again"
+    refuse_unnamed(place(folder) / "config.json", config.named, code)
     try:
         with torch.device("meta"):
             draft = build()

@@ -3,8 +3,50 @@
 None assumes that H&E and IHC are aligned to the pixel.
 """
 
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
 import torch
 from torch.nn import functional as F
+
+Terms = dict[str, torch.Tensor]
+"""Loss term -> value of each sample (B,). `level` counts labelled samples only, all others count every sample."""
+
+
+class Negatives(NamedTuple):
+    """The latents that a contrastive loss tells those of a batch apart from."""
+
+    source_B: torch.Tensor
+    """int64: number of the sample whose latents are taught."""
+    level_B: torch.Tensor
+    """int64: its level, -1 where unknown."""
+    pooled_QD: torch.Tensor
+    """float32: the teacher's latents in the queue."""
+    number_Q: torch.Tensor
+    """int64: the numbers of their samples."""
+    level_Q: torch.Tensor
+    """int64: their levels."""
+
+
+class Lesson(Protocol):
+    """What losses are computed from, beside what the network gives; a batch of training is one."""
+
+    @property
+    def level_B(self) -> torch.Tensor:
+        """int64: 0 to 3, or -1 for unknown."""
+        ...
+
+    @property
+    def stored(self) -> Mapping[str, torch.Tensor]:
+        """`pooled` (B, D), `map` (B, D, m, m), `nuclei` (B, g, g) and `membrane` (B, k, k, 3), float32: what the method
+        needs of them.
+        """
+        ...
+
+    @property
+    def negatives(self) -> Negatives | None:
+        """None without a queue."""
+        ...
 
 
 def level_loss(logits_BK: torch.Tensor, level_B: torch.Tensor) -> torch.Tensor:
@@ -47,9 +89,9 @@ def contrast_loss(
 
 def distillation_loss(logits_BK: torch.Tensor, teacher_BK: torch.Tensor, temperature: float) -> torch.Tensor:
     """T^2 KL(teacher's softened levels || the student's), (B,), both from logits divided by T (Hinton et al. 2015)."""
-    ours = F.log_softmax(logits_BK.float() / temperature, dim=1)
-    theirs = F.log_softmax(teacher_BK.float() / temperature, dim=1)
-    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1)
+    student = F.log_softmax(logits_BK.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_BK.float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
 
 
 def grid_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

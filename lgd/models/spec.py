@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, field_validator
+from pydantic import Field, Strict, ValidationInfo, field_validator
 
+from lgd.extensions import is_python
 from lgd.records import Line, Record
 
 ARCHITECTURES = (
@@ -53,9 +54,9 @@ class EncoderSpec(Record):
     """Everything of an encoder but its weights; the same network is built from it again, without the hub."""
 
     name: Line
-    """As the user named it: a preset, hf:ORG/NAME or a folder."""
+    """As the user named it: a preset, hf:ORG/NAME, a folder, or code outside LGD."""
     backbone: dict[str, Any]
-    """The architecture (`model_type`) and the fields of its configuration in transformers."""
+    """The architecture (`model_type`) and the fields of its configuration in transformers; empty for code."""
     batchnorm: Literal["group", "frozen"]
     """Batch norms become group norms, or keep their stored statistics."""
     mean: Mean
@@ -71,7 +72,11 @@ class EncoderSpec(Record):
 
     @field_validator("backbone")
     @classmethod
-    def _check_backbone(cls, settings: dict[str, Any]) -> dict[str, Any]:
+    def _check_backbone(cls, settings: dict[str, Any], known: ValidationInfo) -> dict[str, Any]:
+        if is_python(known.data.get("name", "")):
+            if settings:
+                raise ValueError("it should be empty, since the encoder is code of its own")
+            return settings
         check_sizes(settings)
         refuse_code(settings)
         check_architecture(settings)

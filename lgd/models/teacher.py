@@ -1,19 +1,23 @@
 """The IHC teacher: trained once on the level, then frozen; its latents are what the student hallucinates."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lgd.config import LEVEL_NAMES
+from lgd.errors import DataError
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder, build_encoder
 from lgd.models.export import load_weights, read_teacher_config
 
 
 class Teacher(nn.Module):
-    """IHC -> latent map, pooled latent and level."""
+    """IHC -> latent map, pooled latent and level; its encoder was trained here."""
+
+    source: Literal["trained", "frozen"] = "trained"
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -69,7 +73,7 @@ class Teacher(nn.Module):
 
     def describe(self, **facts: Any) -> TeacherConfig:
         """What `load_teacher` needs beside the weights, with the facts of its training."""
-        return TeacherConfig(source="trained", encoder=self.encoder.spec, pool="mean", **facts)
+        return TeacherConfig(source=self.source, encoder=self.encoder.spec, pool="mean", **facts)
 
 
 def new_teacher(encoder: str) -> Teacher:
@@ -77,7 +81,17 @@ def new_teacher(encoder: str) -> Teacher:
     return Teacher(build_encoder(encoder))
 
 
-def load_teacher(folder: str | Path) -> tuple[Teacher, TeacherConfig]:
-    """The frozen teacher of a folder, and its `config.json`."""
+TEACHERS: dict[str, type[Teacher]] = {"trained": Teacher}
+"""The kinds of teachers, by `source` in config.json."""
+
+
+def load_teacher(folder: str | Path, code: Collection[str] = ()) -> tuple[Teacher, TeacherConfig]:
+    """The frozen teacher of a folder, and its `config.json`.
+
+    Raises `DataError` for what cannot be read, and for code that it names and `code`, what the user named, lacks.
+    """
     config = read_teacher_config(folder)
-    return load_weights(folder, lambda: Teacher(Encoder(config.encoder)), config).freeze(), config
+    if config.source not in TEACHERS:
+        raise DataError(f"{folder}: field source is {config.source}, which this version of lgd cannot load")
+    kind = TEACHERS[config.source]
+    return load_weights(folder, lambda: kind(Encoder(config.encoder)), config, code).freeze(), config

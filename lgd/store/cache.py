@@ -122,7 +122,7 @@ class Cacher:
     def __init__(self, config: Config, recipe: Recipe, tick: Callable[[int], Any] | None = None) -> None:
         """`tick(n)` is told of n patches more."""
         self.config, self.recipe, self.tick = config, recipe, tick or (lambda done: None)
-        self.supervision = Supervision(config.teacher.dir, recipe)
+        self.supervision = Supervision(config.teacher.dir, recipe, config.code)
         self._pool = ThreadPoolExecutor(config.data.threads, thread_name_prefix="lgd-prepare")
         self._turn = threading.Lock()
         self._counting, self._stopping = threading.Lock(), threading.Event()

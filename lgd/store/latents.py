@@ -18,7 +18,7 @@ import numpy as np
 from lgd.data.archive import Shard
 from lgd.data.shard_set import ShardFolder
 from lgd.errors import DataError
-from lgd.files import digest_of, list_folder, place, remove, told_differences
+from lgd.files import digest_of, format_diff, list_folder, place, remove
 from lgd.records import MissingDocument
 from lgd.store.document import SourcesDocument, StoreDocument, as_document
 from lgd.store.parts import Part, PartFile
@@ -196,7 +196,7 @@ def check_recipe(path: Path, there: Recipe, asked: Recipe) -> None:
         return
     raise DataError(
         f"{path} was made by another recipe:",
-        *told_differences(there.as_json(), asked.as_json(), "in the store"),
+        *format_diff(there.as_json(), asked.as_json(), "in the store"),
         "Use the teacher and settings that made it, name another folder as latents.dir, or delete this one",
     )
 

@@ -7,7 +7,7 @@ native resolution, before any shrinking: a 1+ membrane is 1.4 px wide at 0.46 um
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,8 +60,11 @@ def recipe_of(config: Config) -> Recipe:
 class Supervision:
     """The teacher, loaded once, and the domain targets: what a recipe makes of samples."""
 
-    def __init__(self, folder: str, recipe: Recipe) -> None:
-        """`folder` is the teacher's; raises `DataError` for another teacher, or arithmetic that is not had here."""
+    def __init__(self, folder: str, recipe: Recipe, code: Collection[str] = ()) -> None:
+        """`folder` is the teacher's, and `code` outside LGD what it may run.
+
+        Raises `DataError` for another teacher, and for a precision that this device does not support.
+        """
         import torch
 
         from lgd.models.teacher import load_teacher
@@ -70,7 +73,7 @@ class Supervision:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if recipe.teacher.precision == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported(False)):
             raise DataError("latents.precision is bf16, but there is no GPU here that has it: set it to fp32")
-        teacher, config = load_teacher(folder)
+        teacher, config = load_teacher(folder, code)
         if config.weights_sha256 != recipe.teacher.weights_sha256:
             raise DataError(f"{folder} holds another teacher than the one that made the store: name that by --teacher")
         self.teacher = teacher.to(self.device)
@@ -170,7 +173,7 @@ class Reencoded:
         ]
 
 
-def reencoded(store: Store, count: int, teacher: str = "", seed: int = 0) -> Reencoded:
+def reencoded(store: Store, count: int, teacher: str = "", seed: int = 0, code: Collection[str] = ()) -> Reencoded:
     """Run teacher and targets again on `count` rows, drawn over the whole store, and compare them with what is stored.
 
     Raises `DataError` when the shards, or the teacher, are not where they were; `teacher` names another folder of it.
@@ -180,7 +183,7 @@ def reencoded(store: Store, count: int, teacher: str = "", seed: int = 0) -> Ree
     if changed:
         folders = ", ".join(store.sources.shards)
         raise DataError(f"the shards in {folders} changed since {store.folder} was made ({changed[0]})")
-    supervision = Supervision(teacher or store.sources.teachers[TEACHER], store.recipe)
+    supervision = Supervision(teacher or store.sources.teachers[TEACHER], store.recipe, code)
     reader = supervision.reader([of_tar[part.tar_sha256] for part in store.parts])
     numbers_n = np.sort(np.random.default_rng(seed).choice(reader.total, min(count, reader.total), replace=False))
     found: dict[str, dict[str, float]] = {}

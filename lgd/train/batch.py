@@ -19,9 +19,10 @@ from lgd.data.augment import drawn_views
 from lgd.data.plan import Plan, World, eval_numbers, rank_positions
 from lgd.data.stream import Reader, Sample, Samples, in_batches, stream
 from lgd.errors import DataError
+from lgd.models.losses import Negatives
 from lgd.store.latents import Rows
 from lgd.text import print_lines
-from lgd.train.targets import Contrast, Queue
+from lgd.train.targets import Queue
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +43,15 @@ class Batch:
     """bool: false for a sample that could not be read and is skipped; its image is black and it has no loss."""
     level_B: torch.Tensor
     """int64: 0 to 3, or -1 for unknown."""
+    label_count: int
+    """Samples whose level is known."""
+    valid_count: int
+    """Samples that are valid, also those that `drop_unlabelled` left out."""
     images: dict[str, torch.Tensor]
     """Role -> uint8 (B, 3, H, W)."""
     stored: dict[str, torch.Tensor]
     """`pooled` (B, D), `map` (B, D, m, m), `nuclei` (B, g, g), `membrane` (B, k, k, 3), float32."""
-    contrast: Contrast | None = None
+    negatives: Negatives | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -65,10 +70,10 @@ class Batch:
             level_B=self.level_B.to(device),
             images=move(self.images),
             stored=move(self.stored),
-            contrast=self.contrast and Contrast(*(tensor.to(device) for tensor in self.contrast)),
+            negatives=self.negatives and Negatives(*(tensor.to(device) for tensor in self.negatives)),
         )
 
-    def labelled(self) -> "Batch":
+    def drop_unlabelled(self) -> "Batch":
         """The samples whose level is known, for a loss that has no other use; one sample where none is."""
         rows = np.flatnonzero(self.level_B >= 0)
         if len(rows) == len(self):
@@ -92,6 +97,8 @@ def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int
     """One batch of samples, with their rows of the store where one is given."""
     rows = samples.rows
     number_B = np.array([sample.number for sample in rows], np.int64)
+    valid_B = torch.tensor([not sample.error for sample in rows])
+    level_B = torch.tensor([sample.level for sample in rows])
     view_B = drawn_views(seed, epoch_B, number_B) if turn else np.zeros(len(rows), np.int64)
     return Batch(
         keys=[sample.key for sample in rows],
@@ -100,8 +107,11 @@ def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int
         number_B=number_B,
         epoch_B=epoch_B,
         view_B=torch.from_numpy(view_B),
-        valid_B=torch.tensor([not sample.error for sample in rows]),
-        level_B=torch.tensor([sample.level for sample in rows]),
+        valid_B=valid_B,
+        level_B=level_B,
+        # Here, where no device has to be waited for.
+        label_count=int((level_B >= 0).sum()),
+        valid_count=int(valid_B.sum()),
         # A view: the pixels stay as they were decoded, which torch calls channels-last.
         images={role: torch.from_numpy(image).permute(0, 3, 1, 2) for role, image in samples.images.items()},
         stored={} if store is None else _stored(rows, store, view_B),
@@ -142,11 +152,12 @@ def training_batches(
     turn: bool,
     skip: bool = False,
     queue: Queue | None = None,
+    labels_only: bool = False,
 ) -> Iterator[Step]:
-    """This rank's share of `steps` steps from position `start` on.
+    """This rank's share of `steps` steps from position `start` on, on its device.
 
-    `batch` is the global one; with a `queue` each batch has its contrast. `skip` marks samples that cannot be read
-    instead of raising `DataError`.
+    `batch` is the global one; with a `queue` each batch has its negatives. `skip` marks samples that cannot be read
+    instead of raising `DataError`. `labels_only` leaves out samples of unknown level.
     """
     epochs: collections.deque[np.ndarray] = collections.deque()
     positions = range(start, start + steps * batch, batch)
@@ -166,29 +177,31 @@ def training_batches(
             for samples in itertools.islice(batches, accumulate)
         ]
         if queue:
-            micro = [replace(one, contrast=queue.contrast(one.number_B, position + batch)) for one in micro]
-        yield Step(micro, position + batch)
+            micro = [replace(one, negatives=queue.negatives(one.number_B, position + batch)) for one in micro]
+        if labels_only:
+            micro = [one.drop_unlabelled() for one in micro]
+        yield Step([one.to(world.device) for one in micro], position + batch)
 
 
 class Skipped:
     """The samples that could not be read and were skipped, against the budget of `data.on_bad`; alike on every rank."""
 
-    def __init__(self, data: Data, numbers: Sequence[int]) -> None:
-        """`numbers`: those of the samples that were skipped before the run went on."""
-        self.data, self.numbers = data, set(numbers)
-
-    def new(self, micro: Sequence[Batch]) -> dict[int, str]:
-        """What this rank skips in a step for the first time: the samples' numbers and why."""
-        return {n: error for batch in micro for n, error in batch.errors.items() if n not in self.numbers}
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.numbers: set[int] = set()
+        """Of the samples that were skipped so far."""
 
     def add(self, mine: dict[int, str], world: World) -> None:
-        """Tell and count what is new on any rank; every rank calls this. `DataError` beyond the budget."""
+        """Count what a step skips for the first time on any rank, and tell this rank's numbers and why.
+
+        Every rank calls this; `DataError` beyond the budget.
+        """
         for error in mine.values():
             print_lines(f"[data] skipped: {error}", file=sys.stderr)
         everyone: list[Any] = [None] * world.size
         dist.all_gather_object(everyone, sorted(mine))
         self.numbers.update(*everyone)
-        if len(self.numbers) > self.data.skips:
+        if len(self.numbers) > self.data.on_bad.skips:
             raise DataError(
                 f"{len(self.numbers)} bad samples were skipped, more than data.on_bad {self.data.on_bad} allows: each "
                 "is told above; lgd verify checks the shards"

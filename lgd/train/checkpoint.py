@@ -25,6 +25,7 @@ from pydantic import Field, JsonValue, model_validator
 from lgd.errors import DataError
 from lgd.files import (
     exists,
+    format_diff,
     is_remote,
     list_folder,
     publish,
@@ -32,7 +33,6 @@ from lgd.files import (
     remove_folder,
     sync,
     temporary_path,
-    told_differences,
     upload,
     xxh3,
 )
@@ -200,7 +200,7 @@ def _read_state(path: Path, inputs: dict[str, Any]) -> State:
     if state.inputs != inputs:
         raise DataError(
             f"checkpoint {path} is of another run:",
-            *told_differences(state.inputs, inputs, "in the checkpoint"),
+            *format_diff(state.inputs, inputs, "in the checkpoint"),
             "Go on with the same inputs, name another folder, or start anew with --train.resume never",
         )
     return state

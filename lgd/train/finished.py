@@ -1,14 +1,60 @@
-"""The finished network in a task's folder: it is replaced only where that was asked for."""
+"""The finished network in a task's folder: how it gets there, and that it is replaced only where that was asked for."""
 
 import contextlib
+import functools
+import math
+import platform
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+import lgd
 from lgd.errors import DataError
-from lgd.files import digest_of, exists, told_differences
-from lgd.models.description import ModelConfig
+from lgd.files import digest_of, exists, format_diff
+from lgd.metrics import fit_temperature
+from lgd.models.description import ModelConfig, describe_training
+from lgd.models.export import save_model
 from lgd.train import checkpoint
+from lgd.train.passes import validate
+from lgd.train.prepare import Prepared
 from lgd.train.tasks import Task
 from lgd.urls import RemoteError
+
+
+def export(run: Prepared, step: int) -> None:
+    """Score the validation split, fit the temperature on it, and publish the network as it is after `step`."""
+    learner, log = run.learner, run.log
+    config, world, engine = learner.config, learner.world, learner.engine
+    temperature = 1.0
+    scores: dict[str, float] = {}
+    if held_out := run.shards.of_split("val"):
+        logits, levels, scores = validate(engine, learner.task, held_out, config, world)
+        if len(levels):
+            temperature = fit_temperature(levels, logits)
+        if log:
+            log.validation(step, scores, logits, levels)
+    weights, _ = engine.state()
+    if log:
+        describe = functools.partial(
+            learner.task.describe,
+            engine.model,
+            size=config.data.size,
+            training=describe_training(run.shards),
+            licence=None,
+            temperature=temperature,
+            validation={name: value for name, value in scores.items() if math.isfinite(value)},
+            inputs=digest_of(run.inputs),
+            steps=learner.steps,
+            epochs=learner.task.epochs,
+            skipped=len(learner.skipped.numbers),
+            engine=engine.name,
+            workers=world.size,
+            versions={"lgd": lgd.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        )
+        save_model(learner.task.folder, weights, describe)
+        log.summary()
+    dist.barrier()
 
 
 def read_finished(task: Task) -> ModelConfig | None:
@@ -62,4 +108,4 @@ def _format_diff(task: Task, digest: str, inputs: dict[str, Any]) -> list[str]:
     made = _inputs_of(task, digest)
     if made is None:
         return [f"  its checkpoints, which would tell the difference, are not in {task.folder / 'checkpoints'}"]
-    return told_differences(made, inputs, "in the folder")
+    return format_diff(made, inputs, "in the folder")

@@ -29,15 +29,15 @@ from lgd.train.tasks import Task, inputs_of
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def refuse_strangers(task: Task) -> None:
+def require_own_folder(task: Task) -> None:
     """Raise `DataError` when the task's folder holds what training did not write."""
     ours = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl", LOCK}
     there = set(list_folder(task.folder)) - ours
     # A killed `publish` leaves its temporary file.
-    strangers = sorted(name for name in there if not (name.startswith(".") and name.endswith(".tmp")))
-    if strangers:
+    foreign = sorted(name for name in there if not (name.startswith(".") and name.endswith(".tmp")))
+    if foreign:
         raise DataError(
-            f"{task.folder} already holds something else ({', '.join(strangers[:3])}): name another folder as "
+            f"{task.folder} already holds something else ({', '.join(foreign[:3])}): name another folder as "
             f"{task.field}"
         )
 
@@ -112,7 +112,7 @@ def _is_reused(task: Task, config: Config, shards: ShardSet, overwrite: bool | N
 def _train_locked(task: Task, config: Config, shards: ShardSet, name: str, overwrite: bool | None, first: bool) -> None:
     from lgd.distribute import launch
 
-    refuse_strangers(task)
+    require_own_folder(task)
     inputs = inputs_of(task, config, shards)
     refuse_finished(task, inputs, is_finished(task, config, shards), overwrite)
     engine = choose(config.train.engine)

@@ -18,7 +18,7 @@ from lgd.train.engine import Engine
 from lgd.train.tasks import Task
 
 
-def passes(
+def forward_split(
     engine: Engine, role: str, shards: list[Shard], config: Config, world: World, skip: bool = False
 ) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
     """One pass without gradients over this rank's share of the shards: each batch, and what the network gives.
@@ -46,7 +46,7 @@ def validate(
     """Logits (n, 4) and levels (n,) of all labelled samples of the shards, on every rank, and their scores."""
     mine = [
         (out["logits"].float().cpu().numpy(), one.level_B.numpy())
-        for one, out in passes(engine, task.role, shards, config, world)
+        for one, out in forward_split(engine, task.role, shards, config, world)
     ]
     gathered: list[Any] = [None] * world.size
     dist.all_gather_object(gathered, mine)
@@ -61,7 +61,7 @@ def centre_latents(engine: Engine, shards: list[Shard], config: Config, world: W
     """Put the origin of the teacher's latents at their mean over the training split, skipping what training skipped."""
     dim = engine.model.dim
     sums = torch.zeros(2 * dim + 1, dtype=torch.float64, device=world.device)
-    for batch, out in passes(engine, "ihc", shards, config, world, skip=config.data.skips > 0):
+    for batch, out in forward_split(engine, "ihc", shards, config, world, skip=config.data.on_bad.skips > 0):
         ones = out["pooled"].new_ones(len(batch), 1)
         rows = torch.cat([out["pooled"], out["map"].mean(dim=(2, 3)), ones], dim=1)
         sums += rows[batch.valid_B.to(rows.device)].double().sum(dim=0)

@@ -1,4 +1,4 @@
-"""Which of the teacher's latents a sample is taught with, and which it is told apart from.
+"""Which of the teacher's latents a sample is taught with, and which are its negatives.
 
 The teacher is frozen and its latents are stored, so the queue of a contrastive loss needs no memory of its own: it is
 what the plan took last, read from the store. It is alike on every rank, whatever their number, and a run that goes on
@@ -6,30 +6,15 @@ has it at once.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from lgd.data.augment import drawn_views
-from lgd.data.plan import Plan, firsts
-from lgd.store.latents import Rows, read_levels
+from lgd.data.plan import Plan, offsets
+from lgd.models.losses import Negatives
+from lgd.store.latents import SUPERVISION, Rows, read_levels
 from lgd.store.parts import Part
-
-
-class Contrast(NamedTuple):
-    """What the hallucinated latents of a batch are told apart from."""
-
-    source_B: torch.Tensor
-    """int64: number of the sample whose latents are taught."""
-    level_B: torch.Tensor
-    """int64: its level, -1 where unknown."""
-    pooled_QD: torch.Tensor
-    """float32: the teacher's latents in the queue."""
-    number_Q: torch.Tensor
-    """int64: the numbers of their samples."""
-    level_Q: torch.Tensor
-    """int64: their levels."""
 
 
 def partners(level_n: np.ndarray, within: bool, seed: int) -> np.ndarray:
@@ -49,10 +34,12 @@ def partners(level_n: np.ndarray, within: bool, seed: int) -> np.ndarray:
 class Targets(Rows):
     """The supervision of samples; of pairs that are not own, all is a partner's but the nuclei, which the H&E has."""
 
-    def __init__(self, parts: Sequence[Part], pairs: str = "own", seed: int = 0) -> None:
+    def __init__(
+        self, parts: Sequence[Part], pairs: str = "own", seed: int = 0, datasets: Sequence[str] = SUPERVISION
+    ) -> None:
         """`parts`: of each shard; `pairs`: own, shuffled or within-level."""
-        super().__init__(parts)
-        self.first = firsts([part.rows for part in parts])
+        super().__init__(parts, datasets)
+        self.first = offsets([part.rows for part in parts])
         self._partner_n = None
         if pairs != "own":
             self._partner_n = partners(read_levels(parts), pairs == "within-level", seed)
@@ -75,7 +62,7 @@ class Targets(Rows):
         source_n = self.source(self.first[list(part_n)] + np.asarray(row_n))
         other_n, other_row_n = self.address(source_n)
         other = super().read(other_n, other_row_n, [None] * len(source_n), view_n)
-        return other | {"nuclei": own["nuclei"]}
+        return other | {name: own[name] for name in ("nuclei",) if name in own}
 
     def address(self, number_n: np.ndarray) -> tuple[list[int], list[int]]:
         """The part and the row of samples."""
@@ -95,7 +82,7 @@ class Queue:
         self._pooled_QD: np.ndarray | None = None
         self._number_Q = np.empty(0, np.int64)
 
-    def contrast(self, number_B: np.ndarray, end: int) -> Contrast:
+    def negatives(self, number_B: np.ndarray, end: int) -> Negatives:
         """For samples of a step: the queue up to the plan's position `end`, behind that step.
 
         Positions may not go back.
@@ -103,7 +90,7 @@ class Queue:
         self._take(end)
         source_B = self.targets.source(number_B)
         assert self._pooled_QD is not None
-        return Contrast(
+        return Negatives(
             source_B=torch.from_numpy(source_B),
             level_B=torch.from_numpy(self._level_n[source_B]),
             pooled_QD=torch.from_numpy(self._pooled_QD),

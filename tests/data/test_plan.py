@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.data.plan import ORDER, Plan, World, eval_numbers, firsts, rank_positions
+from lgd.data.plan import ORDER, Plan, World, eval_numbers, offsets, rank_positions
 
 GOLDEN = ("lgd-order/1", [2, 1, 0, 3, 11, 7, 10, 4, 8, 6, 9, 5])
 
@@ -70,7 +70,7 @@ def test_evaluation_sees_each_sample_once_and_no_rank_waits_for_more_than_one(si
 @given(sizes=sizes_of)
 def test_firsts_count_through_the_shards(sizes):
     naive = [sum(sizes[:shard]) for shard in range(len(sizes) + 1)]
-    assert firsts(sizes).tolist() == naive
+    assert offsets(sizes).tolist() == naive
 
 
 def test_orders_differ_by_seed_epoch_and_lanes():
@@ -130,7 +130,7 @@ def test_a_node_reads_its_share_of_the_shards_and_keeps_it(world):
     """Where the world divides the lanes. It reads exactly its samples; here whole shards count, as they are fetched."""
     sizes = np.random.default_rng(1).integers(80, 100, 24 * world)
     plan = Plan(sizes, seed=3, lanes=64)
-    first = firsts(sizes)
+    first = offsets(sizes)
     for rank in range(world):
         shards = []
         for epoch in range(2):

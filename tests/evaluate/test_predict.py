@@ -26,7 +26,7 @@ from lgd.evaluate.predict import (
     score_shards,
 )
 from lgd.metrics import score
-from lgd.models.student import load_student
+from lgd.models.methods import load_student
 from lgd.stain.checks import NEARLY_BLANK, NO_HE
 from lgd.train.passes import softmax
 

@@ -135,11 +135,11 @@ def test_a_bad_file_costs_its_own_answer(tissue_run, images, capsys, tmp_path, s
 def test_a_student_without_hallucination_is_refused(tissue_run, change, store, tmp_path, images, capsys):
     config = change(tissue_run, student={"dir": str(tmp_path / "he"), "method": "he-only", "epochs": 0.1})
     train_under(config, "student")
-    with pytest.raises(DataError, match="hallucinates no latents .method he-only."):
+    with pytest.raises(DataError, match="hallucinates no latents .H&E-only."):
         check_pair(load_scorer(config.student.dir), store)
     command = ["query", "--model", config.student.dir, "--store", tissue_run.latents.dir]
     assert main([*command, str(images[0])]) == 1
-    assert "method he-only" in capsys.readouterr().err
+    assert "H&E-only" in capsys.readouterr().err
 
 
 def test_a_student_of_another_teacher_is_refused(tissue_run, store, tmp_path):

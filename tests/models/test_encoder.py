@@ -224,11 +224,11 @@ def test_nothing_is_asked_on_a_terminal(trap, tmp_path):
     known = shutil.copytree(folder, tmp_path / "known")
     change_json(known / "config.json", model_type="dinov2")
     student = Student(
-        method="he-only", morphology=build_encoder("resnet10"), hallucination=None, latent_dim=0, latent_map=0,
+        morphology=build_encoder("resnet10"), hallucination=None, latent_dim=0, latent_map=0,
         nuclei_grid=1, membrane_grid=1,
     )  # fmt: skip
     model = tmp_path / "model"
-    facts = NOT_TRAINED | {"size": 64, "teachers": ()}
+    facts = NOT_TRAINED | {"method": "he-only", "size": 64, "teachers": ()}
     save_model(model, student.state_dict(), functools.partial(student.describe, **facts))
     document = json.loads((model / "config.json").read_text())
     names_code = {"model_type": "bert", "name_or_path": str(folder), "auto_map": {"AutoBackbone": "evil.Model"}}

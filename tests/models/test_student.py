@@ -10,15 +10,15 @@ from lgd.files import digest_of, sha256
 from lgd.models.description import NOT_TRAINED, StudentConfig
 from lgd.models.encoder import build_encoder
 from lgd.models.export import load_weights, read_student_config, save_model
-from lgd.models.student import Student, load_student, student_from
+from lgd.models.methods import METHODS, load_student, student_from
+from lgd.models.student import Student
 from lgd.models.teacher import load_teacher, new_teacher
 
 
 def student(method="lgd", own=True, latent_map=2, dim=24) -> Student:
     torch.manual_seed(0)
     hallucination = build_encoder("resnet10") if own and method != "he-only" else None
-    return Student(
-        method=method,
+    return METHODS[method].network(
         morphology=build_encoder("resnet10"),
         hallucination=hallucination,
         latent_dim=dim,
@@ -50,9 +50,9 @@ def test_lgd_gives_levels_latents_and_grids(own):
     assert ((out["gate"] > 0) & (out["gate"] < 1)).all()
 
 
-def described(model):
+def described(model, method="he-only"):
     """What is said of a student that was not trained."""
-    return functools.partial(model.describe, size=64, teachers=(), **NOT_TRAINED)
+    return functools.partial(model.describe, method=method, size=64, teachers=(), **NOT_TRAINED)
 
 
 def test_the_map_is_left_out_where_none_is_cached():
@@ -67,7 +67,7 @@ def test_the_baselines_of_two_streams_are_the_same_network_without_what_they_are
     assert {name: p.shape for name, p in names.items()} == {
         name: p.shape for name, p in all_names.items() if not name.startswith(("nuclei_head", "membrane_head"))
     }
-    same = student_from(described(model)(weights_sha256="0" * 64))
+    same = student_from(described(model, method)(weights_sha256="0" * 64))
     same.load_state_dict(model.state_dict())
     assert torch.equal(same(IMAGES)["logits"], model(IMAGES)["logits"])
 
@@ -92,7 +92,7 @@ def test_every_weight_learns(own):
 @pytest.mark.parametrize(("method", "own"), [("lgd", True), ("lgd", False), ("he-only", False)])
 def test_a_folder_gives_the_same_student_again(method, own, tmp_path):
     model = student(method, own).eval()
-    save_model(tmp_path, model.state_dict(), described(model))
+    save_model(tmp_path, model.state_dict(), described(model, method))
     again, config = load_student(tmp_path)
     assert not again.training and config.method == method
     with torch.no_grad():

@@ -12,7 +12,7 @@ from lgd.errors import DataError
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Rows, Store
 from lgd.train.batch import collate, evaluation_batches, training_batches
-from lgd.train.tasks import augment
+from lgd.train.loop import augment
 
 TARGETS = ("pooled", "map", "nuclei", "membrane")
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
+from lgd.config import OnBad
 from lgd.data.image import decode, encode
 from lgd.data.plan import Plan, World
 from lgd.data.shard_set import ShardFolder, ShardSet
@@ -310,10 +311,10 @@ def poisoned(real, step):
     """`backward` that leaves a NaN in a gradient at a step."""
     calls = iter(range(1000))
 
-    def backward(engine, *args):
-        terms = real(engine, *args)
+    def backward(learner, *args):
+        terms = real(learner, *args)
         if next(calls) == step:
-            next(engine.model.parameters()).grad.view(-1)[0] = math.nan
+            next(learner.engine.model.parameters()).grad.view(-1)[0] = math.nan
         return terms
 
     return backward
@@ -388,13 +389,13 @@ def test_bad_samples_stop_training_or_are_skipped_told_and_counted(student, dama
     shards = damaged(2, "he")
     with pytest.raises(DataError, match=r"train-00000\d\.tar, row 3, .*he: its crc32"):
         train_under(student("stops", data={"shards": shards}), "student")
-    few = student("few", data={"shards": shards, "on_bad": "skip:1"})
+    few = student("few", data={"shards": shards, "on_bad": OnBad(1)})
     with pytest.raises(DataError, match=r"2 bad samples were skipped, more than data\.on_bad skip:1 allows"):
         train_under(few, "student")
     assert not (Path(few.student.dir) / "config.json").exists()
     capfd.readouterr()
 
-    config = student("skips", data={"shards": shards, "on_bad": "skip:2"}, student={"epochs": 3})
+    config = student("skips", data={"shards": shards, "on_bad": OnBad(2)}, student={"epochs": 3})
     assert train_under(config, "student")
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[data] skipped")]
     assert len(told) == 2 and all(f"train-00000{n}.tar, row 3" in "".join(told) for n in (0, 1))
@@ -404,7 +405,7 @@ def test_bad_samples_stop_training_or_are_skipped_told_and_counted(student, dama
 
 @pytest.mark.faults
 def test_a_sample_is_skipped_once_however_often_the_run_goes_on(student, damaged, monkeypatch):
-    config = student(data={"shards": damaged(2, "he"), "on_bad": "skip:2"}, student={"epochs": 4})
+    config = student(data={"shards": damaged(2, "he"), "on_bad": OnBad(2)}, student={"epochs": 4})
     with monkeypatch.context() as patched:
         patched.setattr(launch, "stop_flag", lambda _: contextlib.nullcontext(AfterReads(4)))
         with pytest.raises(DataError, match="stopped after step 4"):
@@ -418,7 +419,7 @@ def test_a_sample_is_skipped_once_however_often_the_run_goes_on(student, damaged
 def test_a_skipped_sample_has_no_loss(student, damaged):
     """The first step's loss is the mean over the samples that could be read."""
     shards = damaged(1, "he")
-    config = student(data={"shards": shards, "augment": "none", "on_bad": "skip:1"}, train={"batch": 20})
+    config = student(data={"shards": shards, "augment": "none", "on_bad": OnBad(1)}, train={"batch": 20})
     assert train_under(config, "student")
     torch.manual_seed(config.run.seed)
     model = StudentTask(config).build()
@@ -437,7 +438,7 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
         change(
             tissue_run,
             teacher={"dir": str(tmp_path / f"teacher{size}")},
-            data={"shards": [*shards, unlabelled], "on_bad": "skip:1"},
+            data={"shards": [*shards, unlabelled], "on_bad": OnBad(1)},
             train={"batch": 12, "accumulate": 2, "evaluate_every": 2},
         )
         for size in (1, 2)

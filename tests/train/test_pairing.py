@@ -13,13 +13,14 @@ from lgd.data.plan import Plan, World
 from lgd.data.shard_set import ShardFolder
 from lgd.data.stream import Reader
 from lgd.errors import DataError
+from lgd.models.losses import Negatives
+from lgd.models.methods import Distil, LgdNet
 from lgd.models.teacher import load_teacher
 from lgd.store.latents import Store, as_levels, read_all
 from lgd.train.batch import training_batches
 from lgd.train.launch import train_under
 from lgd.train.log import Log
-from lgd.train.targets import Contrast, Queue, Targets, partners
-from lgd.train.tasks import StudentTask
+from lgd.train.targets import Queue, Targets, partners
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +79,12 @@ def test_the_queue_is_what_the_plan_took_last_wherever_a_run_goes_on(parts, size
     targets, all_nD = Targets(parts), read_all(parts, "pooled")[:, 0].astype(np.float32)
     through = Queue(targets, plan, size, turn=False)
     for end in range(8, 64, 8):
-        taken = through.contrast(np.array([3]), end)
+        taken = through.negatives(np.array([3]), end)
         _, expected = plan.samples(np.arange(max(0, end - size), end))
         assert taken.number_Q.tolist() == expected.tolist()
         assert np.array_equal(taken.pooled_QD.numpy(), all_nD[expected])
         assert taken.level_Q.tolist() == as_levels(read_all(parts, "label"))[expected].tolist()
-        fresh = Queue(targets, plan, size, turn=False).contrast(np.array([3]), end)
+        fresh = Queue(targets, plan, size, turn=False).negatives(np.array([3]), end)
         assert all(torch.equal(one, two) for one, two in zip(taken, fresh, strict=True))
 
 
@@ -101,22 +102,22 @@ def test_ranks_and_micro_batches_have_the_same_queue(parts, shards):
     for rank in (0, 1):
         for one, part in zip(whole, steps(World(rank=rank, size=2), 2), strict=True):
             for batch in part.micro:
-                assert torch.equal(batch.contrast.pooled_QD, one.micro[0].contrast.pooled_QD)
-                assert batch.contrast.source_B.tolist() == batch.number_B.tolist()
-                assert batch.contrast.level_B.tolist() == batch.level_B.tolist()
+                assert torch.equal(batch.negatives.pooled_QD, one.micro[0].negatives.pooled_QD)
+                assert batch.negatives.source_B.tolist() == batch.number_B.tolist()
+                assert batch.negatives.level_B.tolist() == batch.level_B.tolist()
 
 
 def test_the_contrast_leaves_out_the_same_level_and_the_same_sample(lgd, parts):
     """Where a level is unknown the teacher's stands for it."""
-    task = StudentTask(lgd("masks", contrast_weight=0.1))
+    method = LgdNet(lgd("masks", contrast_weight=0.1))
     pooled_nD = torch.from_numpy(read_all(parts, "pooled")[:, 0].astype(np.float32))
-    teacher, _ = load_teacher(task.config.teacher.dir)
+    teacher, _ = load_teacher(method.config.teacher.dir)
     said_n = teacher.head(pooled_nD + teacher.pooled_mean).argmax(dim=1)
     level_n = torch.from_numpy(as_levels(read_all(parts, "label")))
     hidden_n = torch.where(torch.arange(len(level_n)) % 3 == 0, -1, level_n)
     number = torch.arange(len(level_n))
-    contrast = Contrast(number[:6], hidden_n[:6], pooled_nD, number, hidden_n)
-    allowed = task._others(contrast, pooled_nD[:6])
+    negatives = Negatives(number[:6], hidden_n[:6], pooled_nD, number, hidden_n)
+    allowed = method.negative_mask(negatives, pooled_nD[:6])
     known = [int(said) if hidden < 0 else int(hidden) for said, hidden in zip(said_n, hidden_n, strict=True)]
     assert len(set(known)) > 1
     for b in range(6):
@@ -166,11 +167,11 @@ def test_the_baselines_learn_what_they_are_told_and_nothing_else(lgd):
 
 
 def test_soft_levels_are_the_teachers(lgd, parts):
-    task = StudentTask(lgd("soft", method="distil", distil_weight=1.0))
-    teacher, _ = load_teacher(task.config.teacher.dir)
+    method = Distil(lgd("soft", method="distil", distil_weight=1.0))
+    teacher, _ = load_teacher(method.config.teacher.dir)
     pooled_nD = torch.from_numpy(read_all(parts, "pooled")[:, 0].astype(np.float32))
     naive = torch.stack([teacher.head(row + teacher.pooled_mean) for row in pooled_nD])
-    torch.testing.assert_close(task._levels_of(pooled_nD), naive, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(method.soft_levels(pooled_nD), naive, rtol=1e-5, atol=1e-5)
 
 
 def test_shuffled_pairs_are_another_run(lgd):

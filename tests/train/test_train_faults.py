@@ -27,7 +27,7 @@ from lgd.data.plan import Plan
 from lgd.data.shard_set import ShardSet
 from lgd.errors import Stopped
 from lgd.files import digest_of, read_json, write_json, xxh3
-from lgd.train import checkpoint, launch, loop
+from lgd.train import checkpoint, launch, prepare
 from lgd.train.engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
 
@@ -48,7 +48,7 @@ def worker_that_records(folder):
     """What trains in a worker, and notes the samples: a file for each attempt of a rank, a line for each step."""
 
     def work(argument):
-        real = loop.training_batches
+        real = prepare.training_batches
 
         def batches(*args, world, **rest):
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -59,11 +59,11 @@ def worker_that_records(folder):
                     file.write(json.dumps([step.position, taken]) + "\n")
                     yield step
 
-        loop.training_batches = batches
+        prepare.training_batches = batches
         try:
             worker(argument)
         finally:
-            loop.training_batches = real
+            prepare.training_batches = real
 
     return work
 

@@ -1,0 +1,129 @@
+"""What a training needs before its first step: shards, order, network, engine."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lgd.config import Config
+from lgd.data.plan import Plan, World
+from lgd.data.shard_set import ShardSet
+from lgd.data.stream import Reader
+from lgd.errors import DataError
+from lgd.train.batch import Skipped, Step, training_batches
+from lgd.train.engine import Engine, deepspeed_problem, make_engine
+from lgd.train.log import Log
+from lgd.train.targets import Queue, Targets
+from lgd.train.tasks import StudentTask, Task, inputs_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learner:
+    """A network with all that one step changes it by (`lgd.train.loop.take_step`)."""
+
+    config: Config
+    task: Task
+    world: World
+    engine: Engine
+    steps: int
+    """Those of the whole training: the schedules of learning rate and weights count on them."""
+    skipped: Skipped
+
+
+@dataclass(kw_only=True, slots=True)
+class Prepared:
+    """A training in one of its processes."""
+
+    learner: Learner
+    shards: ShardSet
+    inputs: dict[str, Any]
+    """All that the result depends on (`lgd.train.tasks.inputs_of`)."""
+    reader: Reader
+    plan: Plan
+    every: int
+    """Steps between validations."""
+    log: Log | None = None
+    """Of rank 0, once it is open."""
+
+    def open_log(self, start: int) -> None:
+        """Open the log of rank 0, of the steps after `start`, and note what may be unexpected."""
+        learner = self.learner
+        if learner.world.rank:
+            return
+        settings, lanes = learner.config.train, learner.config.data.lanes
+        self.log = Log(learner.task.folder, start, learner.steps, settings.batch)
+        if settings.engine == "auto" and (lacking := deepspeed_problem()):
+            self.log.tell(f"{lacking}: training uses the torch engine")
+        if 1.5 * lanes < min(settings.batch, len(self.shards.of_split("train"))):
+            self.log.tell(
+                f"data.lanes {lanes} is far below train.batch {settings.batch}: batches are mixed less than by a full "
+                "shuffle; lanes near the batch, in a multiple of the workers, mix them fully"
+            )
+
+    def batches(self, position: int, steps: int) -> Iterator[Step]:
+        """This rank's share of so many steps from the plan's `position` on, on its device."""
+        config, task, targets, queue = self.learner.config, self.learner.task, None, None
+        turn = config.data.augment != "none"
+        if isinstance(task, StudentTask) and task.store:
+            method = task.method
+            parts = task.store.parts_of(self.shards.of_split("train"))
+            targets = Targets(parts, method.pairs, config.run.seed, method.needs)
+            if method.queue:
+                # Of one stored view the latents are not turned with the image.
+                queue = Queue(targets, self.plan, method.queue, turn)
+        return training_batches(
+            self.reader,
+            self.plan,
+            targets,
+            start=position,
+            steps=steps,
+            batch=config.train.batch,
+            accumulate=config.train.accumulate,
+            world=self.learner.world,
+            threads=config.data.threads,
+            turn=turn,
+            skip=config.data.on_bad.skips > 0,
+            queue=queue,
+            # Without a store levels alone teach: an unlabelled patch would cost as much, and its loss is 0.
+            labels_only=task.store is None,
+        )
+
+    def close(self) -> None:
+        """Close files; what was logged so far is on the disk."""
+        if self.log:
+            self.log.close()
+        self.reader.close()
+
+
+def prepare(config: Config, shards: ShardSet, task: Task, world: World, engine: str) -> Prepared:
+    """Open what training reads, and build the network and its engine.
+
+    Raises `DataError` for a batch that the workers do not divide, and for early stopping without a validation split.
+    """
+    settings = config.train
+    if settings.batch % (world.size * settings.accumulate):
+        raise DataError(
+            f"train.batch {settings.batch} does not divide into {world.size} workers x train.accumulate "
+            f"{settings.accumulate}: use a multiple of {world.size * settings.accumulate}"
+        )
+    if settings.patience and not shards.of_split("val"):
+        raise DataError("train.patience needs a validation split, and the shards have no split `val`")
+    inputs = inputs_of(task, config, shards)
+    reader = Reader(shards.of_split("train"), (task.role,), config.data.size)
+    plan = Plan(reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
+    learner = Learner(
+        config=config,
+        task=task,
+        world=world,
+        engine=make_engine(engine, task.build().train(), settings, config.deepspeed, world),
+        steps=max(1, math.ceil(task.epochs * plan.total / settings.batch)),
+        skipped=Skipped(config.data),
+    )
+    return Prepared(
+        learner=learner,
+        shards=shards,
+        inputs=inputs,
+        reader=reader,
+        plan=plan,
+        every=settings.evaluate_every or math.ceil(plan.total / settings.batch),
+    )

@@ -1,0 +1,61 @@
+"""A method and an encoder as a user writes them, in a file outside the package.
+
+PYTHONPATH=tests/examples lgd train --student.method python:mine:Focal --student.encoder python:mine:tiny ...
+"""
+
+import torch
+from torch import nn
+
+from lgd.models.losses import Lesson, Terms
+from lgd.models.methods import LgdNet
+from lgd.models.student import HallucinatingStudent, Outputs
+
+
+class Deeper(HallucinatingStudent):
+    """LGD-Net's network with one layer more before its latents."""
+
+    def __init__(self, *, latent_dim: int, **others) -> None:
+        super().__init__(latent_dim=latent_dim, **others)
+        self.to_latent.append(nn.Linear(latent_dim, latent_dim))
+
+
+class Focal(LgdNet):
+    """LGD-Net with a focal loss of the level (Lin et al. 2017)."""
+
+    title = "focal LGD-Net"
+    network = Deeper
+    controls = {}
+
+    def losses(self, out: Outputs, batch: Lesson) -> Terms:
+        terms = super().losses(out, batch)
+        return terms | {"level": (1 - torch.exp(-terms["level"])) ** 2 * terms["level"]}
+
+
+class Tiny(nn.Module):
+    """Three convolutions."""
+
+    channels = 24
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=4, padding=1),
+            nn.GELU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(16, self.channels, 3, stride=2, padding=1),
+        )
+
+    def forward(self, rgb_B3HW: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in 0..255 -> (B, 24, h, w)."""
+        return self.layers(rgb_B3HW / 127.5 - 1)
+
+
+def tiny() -> Tiny:
+    """The encoder, as LGD asks for it."""
+    return Tiny()
+
+
+def not_an_encoder() -> str:
+    """What LGD must refuse."""
+    return "resnet10"

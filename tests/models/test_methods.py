@@ -1,0 +1,73 @@
+import ast
+from pathlib import Path
+
+import pytest
+
+import lgd
+from lgd.config import Config, Student
+from lgd.errors import ConfigError, DataError
+from lgd.models.description import NOT_TRAINED
+from lgd.models.encoder import build_encoder
+from lgd.models.export import save_model
+from lgd.models.methods import BASELINE, METHODS, PROPOSED, Method, find_method, load_student
+from lgd.models.student import Student as Network
+
+ROOT = Path(lgd.__file__).parent
+
+
+def test_every_method_is_found_by_its_name():
+    for name, method in METHODS.items():
+        assert find_method(name) is method and issubclass(method, Method)
+    assert len({method.title for method in METHODS.values()}) == len(METHODS)
+    assert {BASELINE, PROPOSED} <= METHODS.keys()
+    assert Student().method == PROPOSED, "the default"
+
+
+@pytest.mark.parametrize("name", ["magic", "", "LGD", "lgd "])
+def test_an_unknown_method_is_refused_with_those_that_there_are(name):
+    with pytest.raises(
+        ConfigError, match=r"use one of he-only, two-stream, distil, lgd, or python:package.module:name"
+    ):
+        find_method(name)
+
+
+def test_a_model_of_an_unknown_method_is_refused(tmp_path):
+    sizes = {"latent_dim": 0, "latent_map": 0, "nuclei_grid": 1, "membrane_grid": 1}
+    model = Network(morphology=build_encoder("resnet10"), hallucination=None, **sizes)
+    facts = NOT_TRAINED | {"method": "magic", "size": 64, "teachers": ()}
+    save_model(tmp_path, model.state_dict(), lambda **digests: model.describe(**facts, **digests))
+    with pytest.raises(DataError, match="config.json: field method is 'magic', which this version of lgd lacks"):
+        load_student(tmp_path)
+
+
+def test_distillation_of_nothing_is_refused():
+    for name, method in METHODS.items():
+        config = Config(student=Student(method=name))
+        if method.row_fields(config):
+            with pytest.raises(ConfigError, match="student.distil_weight is 0: nothing would be distilled"):
+                method(config)
+        else:
+            method(config)
+
+
+def test_no_other_module_names_a_method():
+    """But for the default of `student.method`, and the package's own name."""
+    named = {}
+    for path in ROOT.rglob("*.py"):
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        if found := set(METHODS) & {text for text in texts if isinstance(text, str)}:
+            named[path.relative_to(ROOT).as_posix()] = found
+    assert {"he-only", "two-stream"}.isdisjoint(set().union(*(v for k, v in named.items() if k != "models/methods.py")))
+    assert named.pop("models/methods.py") == set(METHODS)
+    # Fields are named `distil_weight` and `distil_temperature`.
+    assert named.pop("config.py") == {"lgd", "distil"}
+    assert all(found == {"lgd"} for found in named.values())
+    compared = [
+        f"{path}:{node.lineno}"
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare)
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and part.value in METHODS
+    ]
+    assert not compared
