@@ -102,6 +102,10 @@ def variants(config: Config, full: bool) -> dict[str, Config]:
     proposed = dataclasses.replace(config.student, method=PROPOSED, dir="")
     made: dict[str, Config] = {}
     methods = {name: find_method(name) for name in dict.fromkeys([*METHODS, config.student.method])}
+    titles = [kind.title for kind in methods.values()]
+    require(
+        len({*titles}) == len(titles), f"two methods are called {titles[-1]!r:.80}: give {[*methods][-1]} another title"
+    )
     rows: list[tuple[str, str, Mapping[str, Any]]] = [
         (kind.title, method, kind.row_fields(config)) for method, kind in methods.items()
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lgd.ablate import variants
 from lgd.cli import main
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.predict import load_scorer
@@ -55,7 +56,7 @@ def test_they_go_through_every_verb(run, tissue, capsys):
     capsys.readouterr()
     assert main(["evaluate", "--config", file]) == 0
     assert "focal LGD-Net" in capsys.readouterr().out
-    report = read_json(Path(config.report.dir) / "report.json")
+    report = read_json(Path(config.report.dir) / "metrics.json")
     assert "focal LGD-Net, hallucinated latents" in json.dumps(report)
 
     assert main(["ablate", "--config", file, "--seeds", "1"]) == 0
@@ -168,6 +169,13 @@ def test_a_class_of_something_else_is_no_method():
     for name in (ENCODER, "python:mine:Tiny", "python:lgd.models.methods:Method"):
         with pytest.raises(ConfigError, match=f"student.method is {name}, which is no method"):
             find_method(name)
+
+
+def test_two_methods_of_one_title_are_not_compared(tissue_run, change, tmp_path, monkeypatch):
+    (tmp_path / "twin.py").write_text("from lgd.models.methods import LgdNet\nclass Twin(LgdNet):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="two methods are called 'LGD-Net': give python:twin:Twin another title"):
+        variants(change(tissue_run, student={"method": "python:twin:Twin"}), full=False)
 
 
 def test_what_gives_no_network_is_no_encoder():

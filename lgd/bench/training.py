@@ -28,7 +28,7 @@ from lgd.models.teacher import new_teacher
 from lgd.options import load_config
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Rows
-from lgd.train.batch import Skipped, Step, training_batches
+from lgd.train.batch import Skipped, Step, augment, training_batches
 from lgd.train.engine import make_engine
 from lgd.train.log import Log
 from lgd.train.loop import take_step
@@ -159,7 +159,8 @@ class Training:
         began = time.perf_counter()
         for micro, _ in steps:
             waited = time.perf_counter() - began
-            values, _ = take_step(self.learner, self.done, micro, stop=False)
+            augmented = [augment(batch, self.learner.task.role, self.learner.config) for batch in micro]
+            values, _ = take_step(self.learner, self.done, augmented, stop=False)
             self.done += 1
             if self.log:
                 self.log.step(self.done, values, waited)

@@ -189,7 +189,8 @@ class Encoder(nn.Module):
         self.std: torch.Tensor
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
-        self.channels: int = self.backbone.channels if self.is_outside else list(self.backbone.channels)[-1]
+        channels: Any = self.backbone.channels
+        self.channels: int = channels if self.is_outside else list(channels)[-1]
 
     def forward(self, rgb_B3HW: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in 0..255, any dtype -> (B, channels, h, w)."""

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lgd.config import Data
-from lgd.data.augment import drawn_views
+from lgd.config import Config, Data
+from lgd.data.augment import d4, drawn_views, jitter_he, turn_stored
 from lgd.data.plan import Plan, World, eval_numbers, rank_positions
 from lgd.data.stream import Reader, Sample, Samples, in_batches, stream
 from lgd.errors import DataError
@@ -48,7 +48,7 @@ class Batch:
     valid_count: int
     """Samples that are valid, also those that `drop_unlabelled` left out."""
     images: dict[str, torch.Tensor]
-    """Role -> uint8 (B, 3, H, W)."""
+    """Role -> (B, 3, H, W) in 0..255, uint8 as decoded or float32."""
     stored: dict[str, torch.Tensor]
     """`pooled` (B, D), `map` (B, D, m, m), `nuclei` (B, g, g), `membrane` (B, k, k, 3), float32."""
     negatives: Negatives | None = None
@@ -127,6 +127,15 @@ def _stored(samples: Sequence[Sample], rows: Rows, view_B: np.ndarray) -> dict[s
         view_B.tolist(),
     )
     return {name: torch.from_numpy(array.astype(np.float32)) for name, array in read.items()}
+
+
+def augment(batch: Batch, role: str, config: Config) -> Batch:
+    """The batch with the images of a role turned and jittered, and grids and maps turned alike."""
+    image = d4(batch.images[role], batch.view_B)
+    if role == "he":
+        image = jitter_he(image, batch.epoch_B, batch.number_B, config.data, config.run.seed)
+    stored = turn_stored(batch.stored, batch.view_B, config.latents.views)
+    return replace(batch, images=batch.images | {role: image}, stored=stored)
 
 
 class Step(NamedTuple):

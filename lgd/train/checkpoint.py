@@ -42,8 +42,6 @@ from lgd.remote import open_checked
 from lgd.train.engine import Moments
 
 _TENSORS = ("weights.safetensors", "moments.safetensors")
-_COPIED = 1 << 20
-"""Bytes that are copied at a time."""
 
 
 class BestState(Record):
@@ -130,7 +128,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for file, tensors in zip(_TENSORS, (checkpoint.weights, flat), strict=True):
             with publish(temporary / file) as written:
                 write_tensors(written, tensors)
-                digests[file] = _digest(written)
+                with open(written, "rb") as content:
+                    digests[file] = xxh3(content)
         state = State(
             step=checkpoint.step,
             position=checkpoint.position,
@@ -157,11 +156,6 @@ def prune(folder: Path, best: Best, keep: int) -> None:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return xxh3(file)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -269,7 +263,7 @@ def adopt(folder: Path, path: Path, inputs: dict[str, Any], alone: bool = False)
         with _publish(own) as temporary:
             for file, source in opened.items():
                 with publish(temporary / file) as copy, open(copy, "wb") as target:
-                    shutil.copyfileobj(source, target, _COPIED)
+                    shutil.copyfileobj(source, target, 1 << 20)
             state.write(temporary / "state.json")
 
 

@@ -9,14 +9,12 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lgd.config import Config
-from lgd.data.augment import d4, jitter_he, turn_stored
 from lgd.data.plan import World
 from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError, Stopped
@@ -124,7 +122,7 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
 
 
 def take_step(learner: Learner, step: int, micro: list[Batch], stop: bool) -> tuple[dict[str, float], bool]:
-    """One update, which `step` others came before.
+    """One update, which `step` others came before; the batches are augmented, and on this rank's device.
 
     Returns what is logged of it (the global loss terms before it, learning rate, gradient norm, skipped samples), and
     whether any rank was asked to stop. Every rank calls this; `DataError` for a loss or a gradient that is no number.
@@ -162,8 +160,7 @@ def backward(
     weights = task.weights(progress)
     sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(micro):
-        image, batch = augment(batch, task.role, learner.config)
-        values = task.losses(engine.forward(image), batch)
+        values = task.losses(engine.forward(batch.images[task.role]), batch)
         if number == 0:
             wait_for_counts()
             labelled, valid = counts.clamp(min=1)
@@ -191,14 +188,6 @@ def _add_up(values: torch.Tensor, world: World) -> Callable[[], Any]:
     return dist.all_reduce(values, async_op=True).wait
 
 
-def augment(batch: Batch, role: str, config: Config) -> tuple[torch.Tensor, Batch]:
-    """The turned and jittered images of a role, and the batch with grids and maps turned alike."""
-    image = d4(batch.images[role], batch.view_B)
-    if role == "he":
-        image = jitter_he(image, batch.epoch_B, batch.number_B, config.data, config.run.seed)
-    return image, replace(batch, stored=turn_stored(batch.stored, batch.view_B, config.latents.views))
-
-
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of a step's random draws on a rank."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "little") >> 1
@@ -214,9 +203,9 @@ def not_finite(learner: Learner, micro: list[Batch]) -> str:
     task, world, keys = learner.task, learner.world, []
     with torch.no_grad():
         for batch in micro:
-            image, turned = augment(batch, task.role, learner.config)
-            values = torch.stack(list(task.losses(learner.engine.forward(image), turned).values()))
-            wrong_B = (~torch.isfinite(values)).any(dim=0) & turned.valid_B
+            out = learner.engine.forward(batch.images[task.role])
+            values = torch.stack(list(task.losses(out, batch).values()))
+            wrong_B = (~torch.isfinite(values)).any(dim=0) & batch.valid_B
             keys += [key for key, wrong in zip(batch.keys, wrong_B.tolist(), strict=True) if wrong]
     everyone: list[Any] = [None] * world.size
     dist.all_gather_object(everyone, keys[:4])

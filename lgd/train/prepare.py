@@ -10,7 +10,7 @@ from lgd.data.plan import Plan, World
 from lgd.data.shard_set import ShardSet
 from lgd.data.stream import Reader
 from lgd.errors import DataError
-from lgd.train.batch import Skipped, Step, training_batches
+from lgd.train.batch import Skipped, Step, augment, training_batches
 from lgd.train.engine import Engine, deepspeed_problem, make_engine
 from lgd.train.log import Log
 from lgd.train.targets import Queue, Targets
@@ -61,7 +61,7 @@ class Prepared:
             )
 
     def batches(self, position: int, steps: int) -> Iterator[Step]:
-        """This rank's share of so many steps from the plan's `position` on, on its device."""
+        """This rank's share of so many steps from the plan's `position` on, augmented on its device."""
         config, task, targets, queue = self.learner.config, self.learner.task, None, None
         turn = config.data.augment != "none"
         if isinstance(task, StudentTask) and task.store:
@@ -71,7 +71,7 @@ class Prepared:
             if method.queue:
                 # Of one stored view the latents are not turned with the image.
                 queue = Queue(targets, self.plan, method.queue, turn)
-        return training_batches(
+        steps_read = training_batches(
             self.reader,
             self.plan,
             targets,
@@ -87,6 +87,8 @@ class Prepared:
             # Without a store levels alone teach: an unlabelled patch would cost as much, and its loss is 0.
             labels_only=task.store is None,
         )
+        for micro, after in steps_read:
+            yield Step([augment(batch, task.role, config) for batch in micro], after)
 
     def close(self) -> None:
         """Close files; what was logged so far is on the disk."""

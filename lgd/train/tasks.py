@@ -62,7 +62,7 @@ class TeacherTask:
 
     role = "ihc"
     field = "teacher.dir"
-    store = None
+    store: Store | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -11,8 +11,7 @@ from lgd.data.stream import Reader, stream
 from lgd.errors import DataError
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Rows, Store
-from lgd.train.batch import collate, evaluation_batches, training_batches
-from lgd.train.loop import augment
+from lgd.train.batch import augment, collate, evaluation_batches, training_batches
 
 TARGETS = ("pooled", "map", "nuclei", "membrane")
 
@@ -99,10 +98,10 @@ def test_training_turns_image_map_and_grids_alike(joined, tissue_run, change):
     config = change(tissue_run, data={"augment": "d4"})
     (batch,) = batches(reader, parts, steps=1)[0]
     before = {name: tensor.clone() for name, tensor in batch.stored.items()}
-    image, turned = augment(batch, "he", config)
+    turned = augment(batch, "he", config)
     for row, view in enumerate(batch.view_B.tolist()):
         one = torch.tensor([view])
-        assert torch.equal(image[row], d4(batch.images["he"][row : row + 1], one)[0])
+        assert torch.equal(turned.images["he"][row], d4(batch.images["he"][row : row + 1], one)[0])
         assert torch.equal(turned.stored["map"][row], d4(before["map"][row : row + 1], one)[0])
         for name in ("nuclei", "membrane"):
             assert torch.equal(turned.stored[name][row], d4_grid(before[name][row : row + 1], one)[0])
@@ -114,7 +113,7 @@ def test_a_stored_view_is_not_turned_again(eight_views):
     config, reader, parts = eight_views
     (batch,) = batches(reader, parts, steps=1)[0]
     before = {name: tensor.clone() for name, tensor in batch.stored.items()}
-    _, turned = augment(batch, "he", config)
+    turned = augment(batch, "he", config)
     assert torch.equal(turned.stored["map"], before["map"])
     assert not torch.equal(turned.stored["nuclei"], before["nuclei"])
 
@@ -122,22 +121,22 @@ def test_a_stored_view_is_not_turned_again(eight_views):
 def test_stain_jitter_is_of_the_he_only_and_drawn_by_sample_and_epoch(joined, tissue_run):
     reader, parts = joined
     (one,), (again,) = (batches(reader, parts, first=3, steps=1)[0] for _ in range(2))
-    first, _ = augment(one, "he", tissue_run)
-    second, _ = augment(again, "he", tissue_run)
+    first, second = (augment(batch, "he", tissue_run).images["he"] for batch in (one, again))
     assert torch.equal(first, second) and not torch.equal(first, d4(one.images["he"], one.view_B).float())
     other = collate(gather(reader, one.number_B), one.epoch_B + 1, None, 3, turn=False)
     plain = collate(gather(reader, one.number_B), one.epoch_B, None, 3, turn=False)
-    assert not torch.equal(augment(other, "he", tissue_run)[0], augment(plain, "he", tissue_run)[0])
+    later, sooner = (augment(batch, "he", tissue_run).images["he"] for batch in (other, plain))
+    assert not torch.equal(later, sooner)
     other.images["ihc"] = other.images["he"]
-    assert torch.equal(augment(other, "ihc", tissue_run)[0], other.images["he"])
+    assert torch.equal(augment(other, "ihc", tissue_run).images["ihc"], other.images["he"])
 
 
 def test_light_jitter_comes_after_that_of_the_stain(joined, tissue_run, change):
     """One factor an H&E, where nothing is overexposed; and it is off by default."""
     reader, parts = joined
     (batch,) = batches(reader, parts, first=3, steps=1)[0]
-    plain, _ = augment(batch, "he", tissue_run)
-    lit, _ = augment(batch, "he", change(tissue_run, data={"light_jitter": 0.2}))
+    lighter = change(tissue_run, data={"light_jitter": 0.2})
+    plain, lit = (augment(batch, "he", config).images["he"] for config in (tissue_run, lighter))
     factor = torch.where((lit < 255) & (plain > 20), lit / plain, torch.nan).flatten(1)
     middle = factor.nanmedian(1, keepdim=True).values
     assert ((factor - middle).abs().nan_to_num() < 1e-4).all() and len(middle.unique()) == len(middle)

@@ -107,7 +107,7 @@ def test_skipping_unlabelled_patches_changes_no_loss(student, unlabelled, monkey
     short, whole = student("short", **sections), student("whole", **sections)
     assert train_under(short, "student")
     forwarded = []
-    monkeypatch.setattr(Batch, "labelled", lambda self: forwarded.append(self) or self)
+    monkeypatch.setattr(Batch, "drop_unlabelled", lambda self: forwarded.append(self) or self)
     assert train_under(whole, "student")
     assert any((one.level_B < 0).all() for one in forwarded) == (batch == 1)
     assert_same_curve(log_of(short.student.dir), log_of(whole.student.dir), 1e-5)
