@@ -447,7 +447,8 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    argument = {"config": configs[1], "task": "teacher", "engine": "torch"}
+    shards = ShardSet.open(configs[1].shard_dirs)
+    argument = {"config": configs[1], "shards": shards, "task": "teacher", "engine": "torch"}
     spawn(rank_main, (2, port, argument), nprocs=2)
     # Undisturbed runs with other thread counts differ by some 1e-7; Adam's first steps magnify that.
     assert_same_curve(*(log_of(config.teacher.dir) for config in configs), tolerance=1e-4)
@@ -459,9 +460,9 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
 
 
 def test_the_batch_must_divide_by_the_ranks(tissue_run):
-    task = loop.TASKS["teacher"](tissue_run)
+    task, shards = loop.TASKS["teacher"](tissue_run), ShardSet.open(tissue_run.shard_dirs)
     with pytest.raises(DataError, match=r"train.batch 8 does not divide into 3 workers x train.accumulate 1"):
-        loop.train(tissue_run, task, World(rank=0, size=3), "torch", threading.Event())
+        loop.train(tissue_run, shards, task, World(rank=0, size=3), "torch", threading.Event())
 
 
 def test_the_learning_rate_rises_and_falls():
