@@ -8,7 +8,7 @@ Each stage takes the run's `Config`, reuses what is still valid and says so on s
 import contextlib
 import dataclasses
 import io
-import sys
+import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,27 +27,24 @@ from lgd.models.description import ModelConfig
 from lgd.options import Given
 from lgd.run_document import Ablated, Cached, Environment, Evaluated, Indexed, Trained
 from lgd.run_folder import command, note_changes, record
-from lgd.text import escape_text, print_lines
+from lgd.text import escape_text
 
-
-def say(stage: str, message: str) -> None:
-    """One line of progress on standard error."""
-    print_lines(f"[{stage}] {message}", file=sys.stderr)
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[dict[str, str]]:
-    """Tell how a stage ended (`told["done"]`) and how long it took."""
+    """Log how a stage ended (`told["done"]`) and how long it took."""
     told = {"done": "done"}
     began = time.monotonic()
     yield told
-    say(name, f"{told['done']}  ({time.monotonic() - began:.1f} s)")
+    logger.info("[%s] %s  (%.1f s)", name, told["done"], time.monotonic() - began)
 
 
 def begin(name: str, verb: str, config: Config) -> None:
-    """Tell on which fields this stage and earlier ones of its run disagree; refuse a run that cannot be recorded."""
+    """Log on which fields this stage and earlier ones of its run disagree; refuse a run that cannot be recorded."""
     if note := note_changes(config, verb):
-        say(name, note)
+        logger.warning("[%s] %s", name, note)
 
 
 def all_shards(config: Config) -> list[Shard]:
@@ -160,10 +157,10 @@ def evaluate(config: Config, given: Given | None = None) -> str:
         student = scored[0]
         measured, queries, shifted = None, [], None
         if store is not None:
-            measured = compare.measure_run(config, store, all_shards(config), scorers, found, say)
+            measured = compare.measure_run(config, store, all_shards(config), scorers, found)
             queries = compare.sheet_rows(config, store, shards, found[0]) if sheet else []
         if config.report.robustness:
-            shifted = robustness.measure(config, scorers, scored, shards, say)
+            shifted = robustness.measure(config, scorers, scored, shards)
         if colour := colour_only(all_shards(config), config.report.split, config.data.threads):
             scored.insert(-1, colour)
         manifests = [open_shards(folder)[0] for folder in config.shard_dirs]
@@ -218,7 +215,7 @@ def _searchable(store: Any) -> bool:
 
     problem = faiss_problem()
     if problem:
-        say("report", f"the contact sheet is left out: {problem}")
+        logger.warning("[report] the contact sheet is left out: %s", problem)
         return False
     read_document(store)
     return True
@@ -232,7 +229,7 @@ def ablate(config: Config, options: Any, given: Given | None = None) -> str:
         train_teacher(config, given)
         cache_latents(config, given)
         with stage("ablate") as told, exclusive(place(config.run.dir) / "ablation", "comparing methods"):
-            table = harness.ablate(config, options, say)
+            table = harness.ablate(config, options)
             told["done"] = f"written: {config.run.dir}/ablation/ablation.md"
         facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)
         record(config, "ablate", facts, f"{config.run.dir}/ablation", given)

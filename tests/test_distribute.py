@@ -1,5 +1,6 @@
 """Ray as a laptop uses it: the verb starts a cluster of its own, trains on two workers with DeepSpeed, and stops it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -80,7 +81,7 @@ def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():
         return fail
 
     with pytest.raises(DataError, match="a.tar is broken: fetch it again"):
-        list(distribute.map_with(make, ["a.tar"], workers=1, what="--workers"))
+        list(distribute.map_with(make, ["a.tar"], workers=1, option_name="--workers"))
 
 
 def test_bad_data_in_a_training_worker_is_told_once_and_not_tried_again(tmp_path):
@@ -113,10 +114,10 @@ def test_results_come_from_all_workers_and_each_makes_its_function_once():
         made.append(os.getpid())
         return lambda number: (number * number, os.getpid(), len(made))
 
-    results = list(distribute.map_with(make, list(range(12)), workers=2, what="--workers"))
+    results = list(distribute.map_with(make, list(range(12)), workers=2, option_name="--workers"))
     assert sorted(square for square, _, _ in results) == [number**2 for number in range(12)]
     assert all(pid != os.getpid() and times == 1 for _, pid, times in results)
-    here = list(distribute.map_with(make, [3], workers=0, what="--workers"))
+    here = list(distribute.map_with(make, [3], workers=0, option_name="--workers"))
     assert here == [(9, os.getpid(), 1)]
 
 
@@ -136,7 +137,7 @@ def meeting(first):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_worker_has_several_arguments_at_once_where_it_may(workers):
     results = list(
-        distribute.map_with(meeting(2 * max(1, workers)), list(range(8)), workers=workers, what="x", at_once=2)
+        distribute.map_with(meeting(2 * max(1, workers)), list(range(8)), workers=workers, option_name="x", at_once=2)
     )
     assert sorted(number for _, number, _ in results) == list(range(8))
     assert len({pid for _, _, pid in results}) == max(1, workers)
@@ -160,7 +161,7 @@ class Endless:
 def test_calls_that_are_not_wanted_any_more_are_stopped():
     began = time.monotonic()
     with pytest.raises(DataError, match="three"):
-        list(distribute.map_with(Endless, [1, 3, 5], workers=0, what="x", at_once=2))
+        list(distribute.map_with(Endless, [1, 3, 5], workers=0, option_name="x", at_once=2))
     assert time.monotonic() - began < 30
 
 
@@ -169,7 +170,9 @@ def test_calls_that_are_not_wanted_any_more_are_stopped():
 def test_results_ahead_come_in_order_and_never_more_than_asked(total, count, threads):
     begun = []
     with ThreadPoolExecutor(threads) as pool:
-        results = distribute.ahead(pool, lambda number: begun.append(number) or 7 * number, range(total), count)
+        results = distribute.map_ordered_prefetch(
+            pool, lambda number: begun.append(number) or 7 * number, range(total), count
+        )
         for taken, result in enumerate(results):
             assert result == 7 * taken and len(begun) <= taken + count + 1
     assert sorted(begun) == list(range(total))
@@ -189,6 +192,6 @@ def test_the_error_of_a_worker_keeps_its_lines(tmp_path):
         raise DataError("2 problems:", "a\nb", "é")
 
     with pytest.raises(DataError):
-        distribute._once(fail, note, {})
+        distribute._run_recording_user_error(fail, note, contextlib.nullcontext, {})
     assert read_json(note) == ["2 problems:", "a\nb", "é"]
-    distribute._once(fail, note, {})
+    distribute._run_recording_user_error(fail, note, contextlib.nullcontext, {})

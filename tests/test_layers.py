@@ -8,7 +8,7 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-errors text tables markup plain_yaml urls config progress files records locks options download_cache remote
+errors text logs process_state tables markup plain_yaml urls config files records locks options download_cache remote
 distribute metrics
 stain.deconvolve stain.targets stain.checks
 data.meta data.pairs data.tissue data.sections data.synth data.split

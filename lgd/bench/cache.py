@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,11 +141,11 @@ class Product:
         """Cache all shards; yields as patches are ready for the teacher."""
         done: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
         shutil.rmtree(self.config.latents.dir, ignore_errors=True)
-        cacher = Cacher(self.config, recipe_of(self.config), done.put)
+        cacher = Cacher(self.config, recipe_of(self.config), SimpleNamespace(update=lambda: done.put(1)))
 
         def work() -> None:
             try:
-                list(map_with(lambda: cacher, self.shards, workers=0, what="", at_once=SHARDS_AT_ONCE))
+                list(map_with(lambda: cacher, self.shards, workers=0, option_name="", at_once=SHARDS_AT_ONCE))
             except BaseException as error:
                 done.put(error)
 

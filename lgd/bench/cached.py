@@ -56,8 +56,13 @@ _CPU_BATCH = 4
 
 def step(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
     """Steps a second of streaming with the store by those over tensors in memory."""
+    with join_world() as world:
+        return _measure_step(settings, inputs, world, tell)
+
+
+def _measure_step(settings: Settings, inputs: Inputs, world: World, tell: Callable[[str], Any]) -> Outcome:
     config = prepare(settings, inputs, tell)
-    task, world = StudentTask(config), join_world()
+    task = StudentTask(config)
     streamed = Streamed(config, task, world)
     kept, model = streamed.kept(), task.build()
     ours_n, bare_n = (curve(config, task, world, model, steps) for steps in (streamed.steps(COMPARED), kept))
@@ -200,8 +205,13 @@ class _TargetRows:
 
 def recompute(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
     """Steps a second with the store by those with the teacher in the step, as a share of what can be saved."""
+    with join_world() as world:
+        return _measure_recompute(settings, inputs, world, tell)
+
+
+def _measure_recompute(settings: Settings, inputs: Inputs, world: World, tell: Callable[[str], Any]) -> Outcome:
     config = prepare(settings, inputs, tell)
-    task, world = StudentTask(config), join_world()
+    task = StudentTask(config)
     streamed = Streamed(config, task, world)
     model, facts = task.build(), facts_of(config, inputs)
     training = Training(config, task, world, model, "torch")

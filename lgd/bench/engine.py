@@ -35,6 +35,7 @@ from lgd.bench.training import (
     with_data,
 )
 from lgd.config import Config
+from lgd.data.plan import World
 from lgd.train.batch import Batch, Step
 from lgd.train.engine import deepspeed_problem
 from lgd.train.launch import join_world
@@ -128,8 +129,9 @@ BARE = {"torch": Bare, "deepspeed": BareDeepSpeed}
 class Pair:
     """Our loop and a bare one, on one engine, from the same weights over the same steps."""
 
-    def __init__(self, name: str, config: Config, task: StudentTask, model: nn.Module, kept: list[Step]) -> None:
-        world = join_world()
+    def __init__(
+        self, name: str, config: Config, task: StudentTask, world: World, model: nn.Module, kept: list[Step]
+    ) -> None:
         self.config, self.kept = config, kept
         self.ours = Training(config, task, world, copy.deepcopy(model), name)
         self.bare = BARE[name](config, copy.deepcopy(model), world.device)
@@ -177,15 +179,15 @@ def to_stderr() -> Iterator[None]:
 
 def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
     """Steps a second of our loop by those of a bare loop, of both engines."""
-    with to_stderr():
-        return _run(settings, inputs, tell)
+    with to_stderr(), join_world() as world:
+        return _run(settings, inputs, world, tell)
 
 
-def _run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def _run(settings: Settings, inputs: Inputs, world: World, tell: Callable[[str], Any]) -> Outcome:
     config = with_data(prepare(settings, inputs, tell), augment="none")
     facts = facts_of(config, inputs)
     task = StudentTask(config)
-    streamed = Streamed(config, task, join_world())
+    streamed = Streamed(config, task, world)
     kept, model = streamed.kept(), task.build()
     streamed.reader.close()
     pairs: dict[str, Pair] = {}
@@ -197,7 +199,7 @@ def _run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
         if problem:
             ratios.append(Ratio(name=ratio_name, compared=compared, value=None, mark=MARK, missing=problem))
             continue
-        pairs[name] = pair = Pair(name, config, task, model, kept)
+        pairs[name] = pair = Pair(name, config, task, world, model, kept)
         differ = pair.check()
         ours, bare = loops[name] = pair.start(pair.ours), pair.start(pair.bare)
         count = count_for(rates(ours, bare, batch, 3)[1], settings)

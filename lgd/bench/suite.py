@@ -5,7 +5,7 @@ say what it compares.
 """
 
 import importlib
-import sys
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +15,8 @@ from typing import Any
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Settings, machine, pinned, versions
 from lgd.errors import ConfigError
-from lgd.text import print_lines
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "lgd-bench/1"
 BENCHMARKS = {
@@ -62,7 +63,7 @@ def bench(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def _tell(line: str) -> None:
-    print_lines(f"[bench] {line}", file=sys.stderr)
+    logger.info("[bench] %s", line)
 
 
 def rows(document: dict[str, Any]) -> list[dict[str, Any]]:

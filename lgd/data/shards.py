@@ -71,7 +71,7 @@ from lgd.data.split import SPLITS, parse_split
 from lgd.errors import DataError, require
 from lgd.files import digest_of, exists, is_remote, place, sha256, upload, write_bytes
 from lgd.locks import exclusive
-from lgd.progress import progress
+from lgd.logs import progress
 
 __all__ = ["INDEX", "Shard", "ShardOptions", "build", "decode", "open_shards", "read_member"]
 

@@ -19,7 +19,7 @@ from lgd.data.meta import Digests, PatchMeta
 from lgd.data.pairs import PatchPair, Problem
 from lgd.data.split import SplitRule, split_of
 from lgd.data.tags import ORIENTATIONS, read_icc_digest, read_orientation
-from lgd.distribute import ahead
+from lgd.distribute import map_ordered_prefetch
 from lgd.errors import ConfigError, DataError
 from lgd.files import digest_of, read_bytes
 from lgd.urls import MissingError, RemoteError
@@ -88,7 +88,7 @@ def in_threads(function: Callable[[Argument], Result], arguments: Iterable[Argum
     """Results in the order of the arguments; a few are worked out ahead, never all of them."""
     pool = ThreadPoolExecutor(threads)
     try:
-        yield from ahead(pool, function, arguments, 2 * threads)
+        yield from map_ordered_prefetch(pool, function, arguments, 2 * threads)
     finally:
         # As in `lgd.data.stream`: whatever thread collects what was abandoned must not wait.
         pool.shutdown(wait=False, cancel_futures=True)

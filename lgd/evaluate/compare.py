@@ -4,7 +4,8 @@ Training patches are the gallery that levels are looked up in, held-out IHC the 
 sought. The latents of both are in the store already; a network of H&E alone scores the training patches once more.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from lgd.metrics import Predictions
 from lgd.store.latents import Store, read_all, read_levels
 from lgd.store.search import Searcher
 
+logger = logging.getLogger(__name__)
+
 Scored = tuple[Predictions, np.ndarray | None]
 
 
@@ -35,7 +38,6 @@ def measure_run(
     shards: Sequence[Shard],
     scorers: Sequence[Scorer],
     scored: Sequence[Scored],
-    say: Callable[[str, str], None],
 ) -> dict[str, Any]:
     """The measures of each network; `scored` is what `score_shards` gave for each on the report's split.
 
@@ -53,7 +55,9 @@ def measure_run(
         assert vectors_nD is not None, "every student has vectors"
         if scorer.method == "he-only" and training:
             patches = sum(shard.samples for shard in training)
-            say("report", f"{scorer.name}: scoring {patches} training patches, the gallery of its own features")
+            logger.info(
+                "[report] %s: scoring %d training patches, the gallery of its own features", scorer.name, patches
+            )
             train, train_mC = score_shards(scorer, training, threads=config.data.threads, vectors="features")
             assert train_mC is not None
             embeddings += he_only(predictions.name, vectors_nD, train_mC, train, latents_mD, own_nD)

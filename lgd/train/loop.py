@@ -6,6 +6,7 @@ and `log.jsonl` with one line a step.
 
 import functools
 import hashlib
+import logging
 import math
 import platform
 import threading
@@ -33,6 +34,8 @@ from lgd.train.log import Log
 from lgd.train.passes import centre_latents, validate
 from lgd.train.targets import Queue, Targets
 from lgd.train.tasks import StudentTask, Task, TeacherTask, augment, inputs_of
+
+logger = logging.getLogger(__name__)
 
 TASKS: dict[str, Any] = {"teacher": TeacherTask, "student": StudentTask}
 
@@ -87,11 +90,11 @@ class Training:
         self.log = Log(task.folder, self.start, self.steps, settings.batch) if world.rank == 0 else None
         lanes, lacking = config.data.lanes, deepspeed_problem()
         if self.log and lacking and settings.engine == "auto":
-            self.log.tell(f"{lacking}: training uses the torch engine")
+            logger.warning("%s: %s: training uses the torch engine", self.log.name, lacking)
         if self.log and 1.5 * lanes < min(settings.batch, len(self.shards)):
-            self.log.tell(
-                f"data.lanes {lanes} is far below train.batch {settings.batch}: batches are mixed less than by a full "
-                "shuffle; lanes near the batch, in a multiple of the workers, mix them fully"
+            logger.warning(
+                f"{self.log.name}: data.lanes {lanes} is far below train.batch {settings.batch}: batches are mixed "
+                "less than by a full shuffle; lanes near the batch, in a multiple of the workers, mix them fully"
             )
 
     def run(self) -> None:

@@ -239,11 +239,15 @@ def test_the_extrapolation_follows_its_rules():
 
 def test_a_bare_loop_is_held_to_our_loss_curve(tissue_run, change, tmp_path):
     config = change(tissue_run, student={"dir": str(tmp_path)}, data={"augment": "none"})
-    task, world = training.StudentTask(config), engine.join_world()
+    with engine.join_world() as world:
+        compare_loops(config, change, training.StudentTask(config), world)
+
+
+def compare_loops(config, change, task, world):
     streamed = training.Streamed(config, task, world)
     kept, model = streamed.kept(), task.build()
-    assert engine.Pair("torch", config, task, model, kept).check() < 1e-5
-    pair = engine.Pair("torch", config, task, model, kept)
+    assert engine.Pair("torch", config, task, world, model, kept).check() < 1e-5
+    pair = engine.Pair("torch", config, task, world, model, kept)
     pair.bare.config = change(config, student={"membrane_weight": 0.11})
     with pytest.raises(AssertionError, match="the loss curves differ"):
         pair.check()
