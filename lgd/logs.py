@@ -32,6 +32,8 @@ _SENT_EVERY = 0.5
 _NOISE = (
     # DDP: the strides of a 1x1 kernel's gradient are another name of the same order.
     (UserWarning, "Grad strides do not match bucket view strides"),
+    # DeepSpeed's ZeRO stage 3 calls functions that PyTorch 2.13 renames.
+    (FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
 )
 """Warnings of other libraries that no user of the command line can act upon."""
 _NOISY_LOGGERS = ("DeepSpeed",)

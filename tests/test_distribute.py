@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from lgd import distribute
 from lgd.cli import main
 from lgd.errors import DataError
 from lgd.files import read_json
+from lgd.logs import progress, show_logs
 from lgd.store.latents import Store
 from lgd.train.engine import deepspeed_problem
 
@@ -71,6 +74,55 @@ def test_ctrl_c_at_the_driver_saves_a_checkpoint(tissue_run, tmp_path):
     assert f"lgd: stopped after step {steps} of 400; the same command goes on from there" in told
     assert (tmp_path / "student" / "checkpoints" / f"step-{steps:08d}" / "state.json").is_file()
     assert not list((tmp_path / "ray").glob("*.stop"))
+
+
+def say(argument: dict) -> None:
+    """A worker that logs, draws a bar, and uses libraries that print."""
+    print("noise on standard output")
+    print("noise on standard error", file=sys.stderr)
+    warnings.warn("noise", stacklevel=1)
+    logging.getLogger("another.library").warning("noise")
+    logging.getLogger("lgd.train.log").debug("for debug")
+    if os.environ["RANK"] == "0":
+        with progress(3, "teacher", "steps") as bar:
+            bar.update(3)
+        logging.getLogger("lgd.train.log").info("teacher: step 3/3  val kappa 0.500")
+    logging.getLogger("lgd.train.batch").warning("[data] skipped: a\x1b[2J")
+
+
+def run_saying(folder: Path) -> None:
+    try:
+        distribute.launch(say, {}, workers=2, max_failures=0, storage=folder / "ray", name="teacher")
+        make = lambda: lambda number: logging.getLogger("lgd.store").info("part %d", number)  # noqa: E731
+        list(distribute.map_with(make, [1, 2], workers=1, option_name="--workers"))
+    finally:
+        distribute.disconnect()
+
+
+def test_what_workers_log_is_told_once_and_what_libraries_print_is_not(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("lgd.logs.EVERY", 0.0)
+    with show_logs(logging.INFO):
+        run_saying(tmp_path)
+    out, err = capfd.readouterr()
+    lines = err.splitlines()
+    bars = [line for line in lines if line.startswith("teacher: ") and "%|" in line]
+    assert not out and "3/3" in bars[-1], err
+    others = sorted(line for line in lines if line not in bars)
+    skipped = r"[data] skipped: a\x1b[2J"
+    assert others == [skipped, skipped, "part 1", "part 2", "teacher: step 3/3  val kappa 0.500"]
+
+
+def test_at_debug_what_libraries_print_in_workers_is_shown(tmp_path, capfd):
+    with show_logs(logging.DEBUG):
+        run_saying(tmp_path)
+    out, err = capfd.readouterr()
+    assert err.count("lgd.train.log: for debug") == 2 and (out + err).count("noise on standard error") == 2
+    assert err.count("\npart 1\n") == 1 and "\x1b" not in err
+
+
+def test_a_program_that_asks_for_nothing_hears_nothing_of_workers(tmp_path, capfd):
+    run_saying(tmp_path)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():

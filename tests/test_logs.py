@@ -6,7 +6,6 @@ import os
 import pickle
 import pty
 import queue
-import signal
 import subprocess
 import sys
 import termios
@@ -14,10 +13,8 @@ import threading
 import warnings
 
 import pytest
-import torch.distributed as dist
 
-from lgd.cli import main
-from lgd.logs import LOGGER, log_prints, progress, receive_logs, send_logs, show_logs
+from lgd.logs import log_prints, progress, receive_logs, send_logs, show_logs
 
 logger = logging.getLogger("lgd.some.module")
 
@@ -224,25 +221,3 @@ def test_the_prints_of_a_library_are_no_results(capsys):
         raise RuntimeError
     out, err = capsys.readouterr()
     assert not out and err == "lgd.some.module: built\n"
-
-
-# ---- the state of the process ----
-
-
-def state():
-    """All that a run may change in its process and must put back."""
-    loggers = [logging.getLogger(name) for name in (None, "lgd")]
-    return (
-        dict(os.environ),
-        {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)},
-        list(warnings.filters),
-        [(one.level, one.propagate, list(one.handlers), list(one.filters)) for one in loggers],
-        dist.is_initialized(),
-        (sys.stdout, sys.stderr),
-    )
-
-
-def test_the_command_line_leaves_its_process_as_it_was(tmp_path):
-    before = state()
-    assert main(["verify", str(tmp_path)]) == 1 and main(["--quiet", "--help"]) == 0
-    assert state() == before and LOGGER.level == logging.NOTSET
