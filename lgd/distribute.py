@@ -118,7 +118,15 @@ class _RecordQueue:
         self._queue = Queue(actor_options={"num_cpus": 0})
 
     def put_nowait(self, record: logging.LogRecord | None) -> None:
-        self._queue.put_nowait(record)
+        """Add a record, or None where there will be no more."""
+        from ray.exceptions import RayError
+
+        try:
+            self._queue.put_nowait(record)
+        except RayError:
+            # Who reads has ended by itself then.
+            if record is not None:
+                raise
 
     def get(self, block: bool) -> logging.LogRecord | None:
         """The next record; None where there will be no more."""
@@ -225,7 +233,7 @@ def map_ordered_prefetch(
 
 
 def _cause(error: Any) -> BaseException:
-    """The user's error behind a remote one, so that it is told as if it had happened here."""
+    """The user's error behind a remote one, so that it is raised as if it had happened here."""
     cause: Any = getattr(error, "cause", None)
     while getattr(cause, "cause", None) not in (None, cause):
         cause = cause.cause
@@ -330,7 +338,7 @@ def _in_thread(function: Callable[[], Any]) -> None:
 
 
 def _lost(error: Any, max_failures: int) -> BaseException:
-    """What to tell of workers that were lost too often; the error itself where they failed by themselves."""
+    """The error of workers that were lost too often; the error itself where they failed by themselves."""
     from ray.exceptions import RayActorError
 
     # A worker that dies while all start is the controller's failure. Those that are left fail for want of a lost one.

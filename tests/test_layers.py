@@ -126,6 +126,17 @@ def test_everything_is_printed_by_print_lines():
     assert not [name for name, tree in modules().items() if calls(tree, {"print"})]
 
 
+def test_only_the_command_line_writes_to_standard_error():
+    """All else is logged, so that a program can route and silence it."""
+    users = {
+        name
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "stderr"
+    }
+    assert {name for name in users if not name.startswith("bench.")} == {"text", "logs", "cli"}
+
+
 def test_the_lines_of_an_error_are_its_arguments():
     """A line break within one could be that of a file's name, and is escaped."""
     wrong = [

@@ -177,14 +177,14 @@ def to_stderr() -> Iterator[None]:
         os.close(there)
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Steps a second of our loop by those of a bare loop, of both engines."""
     with to_stderr(), join_world() as world:
-        return _run(settings, inputs, world, tell)
+        return _run(settings, inputs, world)
 
 
-def _run(settings: Settings, inputs: Inputs, world: World, tell: Callable[[str], Any]) -> Outcome:
-    config = with_data(prepare(settings, inputs, tell), augment="none")
+def _run(settings: Settings, inputs: Inputs, world: World) -> Outcome:
+    config = with_data(prepare(settings, inputs), augment="none")
     facts = facts_of(config, inputs)
     task = StudentTask(config)
     streamed = Streamed(config, task, world)
@@ -205,9 +205,9 @@ def _run(settings: Settings, inputs: Inputs, world: World, tell: Callable[[str],
         count = count_for(rates(ours, bare, batch, 3)[1], settings)
         # Bound now: the loop's variables go on.
         measure = functools.partial(rates, ours, bare, batch, count)
-        ratio = compare(ratio_name, compared, MARK, measure, settings.rounds, tell)
+        ratio = compare(ratio_name, compared, MARK, measure, settings.rounds)
         facts[name] = {
-            "ms_a_step": ms_a_step(ratio.detail["median_b"], config.train.batch, tell),
+            "ms_a_step": ms_a_step(ratio.detail["median_b"], config.train.batch),
             "steps_a_round": count,
             "curves_differ": differ,
         }
@@ -220,7 +220,6 @@ def _run(settings: Settings, inputs: Inputs, world: World, tell: Callable[[str],
             0.0,
             lambda: rates(loops["deepspeed"][0], loops["torch"][0], batch, count),
             settings.rounds,
-            tell,
         )
         facts["deepspeed_over_torch"] = {"value": over.value, **over.detail}
     for pair in pairs.values():
