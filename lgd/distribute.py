@@ -181,7 +181,8 @@ def map_with(
 
         def __init__(self, send: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
             # For as long as this process lives.
-            send().__enter__()
+            self.sending = send()
+            self.sending.__enter__()
             self.function = make()
 
         def apply(self, argument: Argument) -> Result:
