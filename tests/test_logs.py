@@ -79,14 +79,21 @@ def test_a_program_takes_lines_and_progress_where_it_likes(tissue_config, tmp_pa
 
 @contextlib.contextmanager
 def terminal_output(monkeypatch):
-    """Standard error as a terminal; gives a function that tells what was written to it."""
+    """Standard error as a terminal; what was written to it is in the list that it gives, once the block ends."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    written: list[bytes] = []
+    lines: list[str] = []
     with open(theirs, "w") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
-        yield lambda: written.append(os.read(ours, 1 << 16)) or b"".join(written).decode()
+        yield lines
+    written = b""
+    with contextlib.suppress(OSError):
+        # Linux tells the end by an error.
+        while part := os.read(ours, 1 << 16):
+            written += part
     os.close(ours)
+    # What a person sees of each line at the end.
+    lines += [line.split("\r")[-1].rstrip() for line in written.decode().split("\r\n")]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -122,12 +129,9 @@ def test_a_quick_stage_leaves_no_line_in_a_log(capsys):
 
 
 def test_a_line_goes_above_a_live_bar(monkeypatch):
-    with terminal_output(monkeypatch) as read, show_logs(logging.INFO):
-        with progress(3, "stage", "steps") as bar:
-            bar.update()
-            logger.warning("a note")
-        shown = read()
-    lines = [line.split("\r")[-1] for line in shown.split("\r\n")]
+    with terminal_output(monkeypatch) as lines, show_logs(logging.INFO), progress(3, "stage", "steps") as bar:
+        bar.update()
+        logger.warning("a note")
     assert lines[0] == "a note" and lines[1].startswith("stage:  33%") and lines[2:] == [""]
 
 
@@ -181,11 +185,8 @@ def test_the_bar_of_a_worker_is_drawn_at_the_driver_once(monkeypatch):
             bar.set_postfix_str("loss 0.5", refresh=False)
             bar.update(2)
         wire.put_nowait(None)
-    with terminal_output(monkeypatch) as read, show_logs(logging.INFO):
-        with receive_logs(wire, several=False):
-            pass
-        shown = read()
-    lines = [line.split("\r")[-1].rstrip() for line in shown.split("\r\n")]
+    with terminal_output(monkeypatch) as lines, show_logs(logging.INFO), receive_logs(wire, several=False):
+        pass
     assert lines[0] == "student: step 1/4  val kappa 0.500"
     assert "4/4" in lines[-2] and "loss 0.5" in lines[-2] and len(lines) <= 4
 

@@ -95,7 +95,7 @@ def test_a_rival_of_another_teacher_has_no_row(tissue_run, scorers):
     student, _, teacher = scorers
     teachers = (student.config.teachers[0].model_copy(update={"weights_sha256": "f" * 64}),)
     stranger = dataclasses.replace(student, config=student.config.model_copy(update={"teachers": teachers}))
-    found, _, _ = measured(tissue_run, [student, stranger, teacher])
+    found, _ = measured(tissue_run, [student, stranger, teacher])
     assert len(found["embeddings"]) == 2
     with pytest.raises(DataError, match="made by another teacher"):
         measured(tissue_run, [stranger, teacher])
