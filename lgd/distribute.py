@@ -3,6 +3,7 @@
 With 0 workers everything runs in this process, without Ray; under torchrun such a process joins torchrun's world.
 """
 
+import atexit
 import collections
 import contextlib
 import functools
@@ -92,6 +93,9 @@ def _start_ray(address: str | None) -> None:
             os.environ.setdefault(name, value)
         ray.init(**options)
     _connection.push(undo)
+    # At the end of the process it would write a code for colours, though Ray writes none, to what `lgd.text` escapes.
+    if colorama := sys.modules.get("colorama.initialise"):
+        atexit.unregister(colorama.reset_all)
 
 
 def _check_reachable(address: str) -> None:
