@@ -11,8 +11,9 @@ again, so that the same command goes on where it stopped.
 
 import dataclasses
 import functools
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -43,6 +44,8 @@ from lgd.run_document import Estimate
 from lgd.run_folder import command
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
+
+logger = logging.getLogger(__name__)
 
 METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accuracy": "accuracy"}
 OURS, LEAST, MOST = METHODS[PROPOSED].title, METHODS[BASELINE].title, "IHC teacher"
@@ -155,7 +158,7 @@ def work(shards: ShardSet, job: Job) -> tuple[Job, bool]:
     return job, trained
 
 
-def ablate(config: Config, shards: ShardSet, options: AblateOptions, say: Callable[[str, str], None]) -> str:
+def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
     """Train, score and compare; returns the table. The teacher and the store must be there.
 
     Raises `DataError` where the report's split has no labelled patch.
@@ -164,8 +167,9 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions, say: Callab
     folder = place(config.run.dir) / "ablation"
     jobs = jobs_of(config, options)
     worker = functools.partial(work, shards)
-    for job, trained in map_with(lambda: worker, jobs, workers=options.jobs, what="--jobs"):
-        say("ablate", f"{job.name}, seed {job.number}: {'trained' if trained else 'reused, nothing changed'}")
+    for job, trained in map_with(lambda: worker, jobs, workers=options.jobs, option_name="--jobs"):
+        done = "trained" if trained else "reused, nothing changed"
+        logger.info("[ablate] %s, seed %d: %s", job.name, job.number, done)
     rows: dict[str, list[Predictions]] = {}
     training = shards.of_split("train") if config.report.split != "train" else []
     if colour := colour_only(training, scored, config.data.threads):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from lgd.errors import ConfigError, DataError
 from lgd.files import exists
-from lgd.progress import progress
 from lgd.urls import place
 
 
@@ -47,8 +46,7 @@ def _check_store(folder: Path, reencode: int, teacher: str, code: Collection[str
     from lgd.store.search import problems as index_problems
 
     store = Store(folder)
-    with progress(store.rows, "verify", "rows") as bar:
-        problems = store.verify(bar.update)
+    problems = store.verify()
     if exists(index_folder(store) / "index.json"):
         problems += index_problems(store)
     if problems or not reencode:

@@ -4,12 +4,14 @@ Progress goes to standard error, results to standard output. Exit status: 0 done
 wrong; 2 the command line or the configuration is wrong.
 """
 
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
 
 import lgd
 from lgd.errors import ConfigError, DataError
+from lgd.logs import show_logs
 from lgd.options import make_parser, parse
 from lgd.text import escaped_output, print_lines
 from lgd.verbs import VERBS
@@ -20,25 +22,27 @@ def usage() -> list[str]:
     width = max(map(len, VERBS))
     lines = [f"  {name:{width}}  {text}" for name, (text, _) in VERBS.items()]
     return [
-        "usage: lgd [--debug] VERB ...",
+        "usage: lgd [--debug] [--quiet] VERB ...",
         "",
         "HER2 scoring from H&E alone, taught to hallucinate the latents of a frozen IHC teacher.",
         "",
         *lines,
         "",
-        "lgd VERB --help tells the options of a verb; --debug shows the traceback of an error.",
+        "lgd VERB --help tells the options of a verb. --quiet shows warnings, notes and errors only; --debug also what",
+        "other libraries print, and the traceback of an error.",
     ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    with escaped_output():
-        return _main(list(sys.argv[1:] if argv is None else argv))
-
-
-def _main(args: list[str]) -> int:
+    args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
+    level = logging.DEBUG if debug else logging.WARNING if "--quiet" in args else logging.INFO
+    with escaped_output(), show_logs(level):
+        return _main([arg for arg in args if arg not in ("--debug", "--quiet")], debug)
+
+
+def _main(args: list[str], debug: bool) -> int:
     if not args or args[0] in ("-h", "--help"):
         print_lines(*usage())
         return 0 if args else 2

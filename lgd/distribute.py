@@ -3,12 +3,12 @@
 With 0 workers everything runs in this process, without Ray; under torchrun such a process joins torchrun's world.
 """
 
+import atexit
 import collections
 import contextlib
 import functools
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -19,7 +19,13 @@ from typing import Any, TypeVar
 
 from lgd.errors import ConfigError, DataError, Stopped
 from lgd.files import exists, is_remote, place, read_json, remove, write_bytes, write_json
-from lgd.text import print_lines
+from lgd.logs import LOGGER, receive_logs, send_logs
+from lgd.process_state import stop_signals, undo_changes
+
+logger = logging.getLogger(__name__)
+
+_connection = contextlib.ExitStack()
+"""Undoes what `connect` changes in this process."""
 
 # Ray Train prints each line twice otherwise, and warns of a default that does not concern us. The colours of what
 # workers print would be escaped.
@@ -33,47 +39,66 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
-def connect(workers: int, what: str, use_gpus: bool = True) -> float:
+def connect(workers: int, option_name: str, use_gpus: bool = True) -> float:
     """Join the cluster that RAY_ADDRESS names, or start a local one; return the CPUs for each worker.
 
     Raises `DataError` when the cluster cannot give `workers` workers a GPU or a CPU each (with `use_gpus` False a
-    CPU each, whatever it has); `what` names the option that asked for them.
+    CPU each, whatever it has); `option_name` is the option that asked for them.
     """
     try:
         # A folder named `ray`, as a run has one, would pass for a package.
         import ray._version
     except ImportError as error:
-        raise DataError(f"Ray is not installed: pip install 'ray[default,train]', or set {what} to 0") from error
+        raise DataError(f"Ray is not installed: pip install 'ray[default,train]', or set {option_name} to 0") from error
 
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        for name, value in _QUIET.items():
-            os.environ.setdefault(name, value)
         try:
-            if address:
-                _knock(address)
-                ray.init(address=address, logging_level=logging.ERROR)
-            else:
-                # One machine has no preemption notice to watch for.
-                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-                # Ray Train asks the dashboard's process whether its controller lives, and complains without one.
-                ray.init(address="local", include_dashboard=True, logging_level=logging.ERROR)
+            _start_ray(address)
         except (OSError, RuntimeError, ValueError) as error:
-            place = f"the cluster of RAY_ADDRESS={address}" if address else "a local Ray"
-            raise DataError(f"{place} cannot be reached or started ({error}); set {what} to 0 to do without") from error
+            cluster = f"the cluster of RAY_ADDRESS={address}" if address else "a local Ray"
+            raise DataError(
+                f"{cluster} cannot be reached or started ({error}); set {option_name} to 0 to do without"
+            ) from error
     has = ray.cluster_resources()
     gpus, cpus = int(has.get("GPU", 0)), int(has.get("CPU", 0))
     slots, kind = (gpus, "GPUs") if gpus and use_gpus else (cpus, "CPUs")
     if workers > slots:
         raise DataError(
-            f"{what} is {workers}, but this Ray cluster has {cpus} CPUs and {gpus} GPUs: set it to {slots} or less, "
-            f"or add nodes (one worker takes one of its {kind})"
+            f"{option_name} is {workers}, but this Ray cluster has {cpus} CPUs and {gpus} GPUs: set it to {slots} or "
+            f"less, or add nodes (one worker takes one of its {kind})"
         )
+    logger.debug("Ray has %d CPUs and %d GPUs for %d workers", cpus, gpus, workers)
     # On a cluster of one's own the workers share all CPUs; on a shared one each takes a single slot.
     return 1 if os.environ.get("RAY_ADDRESS") else max(1, cpus // max(workers, 1))
 
 
-def _knock(address: str) -> None:
+def _start_ray(address: str | None) -> None:
+    """Join or start Ray. What its processes print is shown at DEBUG only; their log records come by `_collect_logs`."""
+    import ray
+
+    debug = LOGGER.isEnabledFor(logging.DEBUG)
+    options: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
+    if address:
+        _check_reachable(address)
+        options |= {"address": address}
+    else:
+        # Ray Train asks the dashboard's process whether its controller lives, and complains without one.
+        options |= {"address": "local", "include_dashboard": True}
+    # One machine has no preemption notice to watch for.
+    variables = _QUIET if address else _QUIET | {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    # Ray takes SIGTERM for itself, and its processes and Ray Train read the variables later.
+    with undo_changes() as undo:
+        for name, value in variables.items():
+            os.environ.setdefault(name, value)
+        ray.init(**options)
+    _connection.push(undo)
+    # At the end of the process it would write a code for colours, though Ray writes none, to what `lgd.text` escapes.
+    if colorama := sys.modules.get("colorama.initialise"):
+        atexit.unregister(colorama.reset_all)
+
+
+def _check_reachable(address: str) -> None:
     """Raise `OSError` when nobody listens at HOST:PORT: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
@@ -81,10 +106,56 @@ def _knock(address: str) -> None:
 
 
 def disconnect() -> None:
-    """Leave the cluster; a local one that `connect` started is stopped."""
+    """Leave the cluster; a local one that `connect` started is stopped. What `connect` changed here is undone."""
     ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        ray.shutdown()
+    with _connection:
+        if ray is not None and ray.is_initialized():
+            ray.shutdown()
+
+
+class _RecordQueue:
+    """A queue on the cluster by which workers send their log records to the driver."""
+
+    def __init__(self) -> None:
+        from ray.util.queue import Queue
+
+        self._queue = Queue(actor_options={"num_cpus": 0})
+
+    def put_nowait(self, record: logging.LogRecord | None) -> None:
+        """Add a record, or None where there will be no more."""
+        from ray.exceptions import RayError
+
+        try:
+            self._queue.put_nowait(record)
+        except RayError:
+            # Who reads has ended by itself then.
+            if record is not None:
+                raise
+
+    def get(self, block: bool) -> logging.LogRecord | None:
+        """The next record; None where there will be no more."""
+        from ray.exceptions import RayError
+
+        try:
+            return self._queue.get(block)
+        except RayError as error:
+            logger.warning("the messages of the workers are lost from here on, their work is not: %s", error)
+            return None
+
+    def close(self) -> None:
+        """End the queue's process."""
+        self._queue.shutdown(force=True)
+
+
+@contextlib.contextmanager
+def _collect_logs(several: bool) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """What a worker must enter to have its log records and bars appear here (`several`: see `receive_logs`)."""
+    queue, level = _RecordQueue(), LOGGER.getEffectiveLevel()
+    try:
+        with receive_logs(queue, several):
+            yield functools.partial(send_logs, queue, level)
+    finally:
+        queue.close()
 
 
 def map_with(
@@ -92,7 +163,7 @@ def map_with(
     arguments: Sequence[Argument],
     *,
     workers: int,
-    what: str,
+    option_name: str,
     use_gpus: bool = True,
     at_once: int = 1,
 ) -> Iterator[Result]:
@@ -105,14 +176,17 @@ def map_with(
     if workers == 0 or not arguments:
         yield from _map_here(make(), arguments, at_once)
         return
-    cpus = connect(workers, what, use_gpus)
+    cpus = connect(workers, option_name, use_gpus)
     import ray
     from ray.util import ActorPool
 
     class Mapper:
         """One worker."""
 
-        def __init__(self) -> None:
+        def __init__(self, send: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+            # For as long as this process lives.
+            self.sending = send()
+            self.sending.__enter__()
             self.function = make()
 
         def apply(self, argument: Argument) -> Result:
@@ -120,16 +194,17 @@ def map_with(
 
     gpus = 1 if use_gpus and ray.cluster_resources().get("GPU", 0) else 0
     actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(Mapper)
-    actors = [actor.options(max_concurrency=at_once).remote() for _ in range(min(workers, len(arguments)))]
-    # An actor that stands in the pool twice gets two arguments at a time; the first turn goes round all actors.
-    pool: Any = ActorPool(actors * at_once)
-    try:
-        yield from pool.map_unordered(lambda worker, argument: worker.apply.remote(argument), list(arguments))
-    except ray.exceptions.RayTaskError as error:
-        raise _cause(error) from error
-    finally:
-        for worker in actors:
-            ray.kill(worker)
+    with _collect_logs(several=True) as send:
+        actors = [actor.options(max_concurrency=at_once).remote(send) for _ in range(min(workers, len(arguments)))]
+        # An actor that stands in the pool twice gets two arguments at a time; the first turn goes round all actors.
+        pool: Any = ActorPool(actors * at_once)
+        try:
+            yield from pool.map_unordered(lambda worker, argument: worker.apply.remote(argument), list(arguments))
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from error
+        finally:
+            for worker in actors:
+                ray.kill(worker)
 
 
 def _map_here(function: Callable[[Argument], Result], arguments: Sequence[Argument], at_once: int) -> Iterator[Result]:
@@ -145,7 +220,7 @@ def _map_here(function: Callable[[Argument], Result], arguments: Sequence[Argume
         pool.shutdown(cancel_futures=True)
 
 
-def ahead(
+def map_ordered_prefetch(
     pool: Executor, function: Callable[[Argument], Result], arguments: Iterable[Argument], count: int
 ) -> Iterator[Result]:
     """Results in the order of the arguments; up to `count` are worked out ahead in the pool, never all of them."""
@@ -163,7 +238,7 @@ def ahead(
 
 
 def _cause(error: Any) -> BaseException:
-    """The user's error behind a remote one, so that it is told as if it had happened here."""
+    """The user's error behind a remote one, so that it is raised as if it had happened here."""
     cause: Any = getattr(error, "cause", None)
     while getattr(cause, "cause", None) not in (None, cause):
         cause = cause.cause
@@ -198,19 +273,18 @@ def launch(
     note, stop = storage / f"{name}.error.json", storage / f"{name}.stop"
     for old in (note, stop):
         remove(old)
-    _tell_if_busy(workers, "GPU" if use_gpu else "CPU")
-    trainer = TorchTrainer(
-        functools.partial(_once, function, note),
-        train_loop_config=argument | {"stop": str(stop)},
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
-        ),
-        run_config=RunConfig(
-            name=name, failure_config=FailureConfig(max_failures=max_failures), **_storage_of(storage)
-        ),
-    )
+    _note_if_busy(workers, "GPU" if use_gpu else "CPU")
+    resources = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
     try:
-        with _stopping_by(stop):
+        with _collect_logs(several=False) as send, _stopping_by(stop):
+            trainer = TorchTrainer(
+                functools.partial(_run_recording_user_error, function, note, send),
+                train_loop_config=argument | {"stop": str(stop)},
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+                run_config=RunConfig(
+                    name=name, failure_config=FailureConfig(max_failures=max_failures), **_storage_of(storage)
+                ),
+            )
             _in_thread(trainer.fit)
     except ray.train.TrainingFailedError as error:
         if not exists(note):
@@ -229,37 +303,29 @@ def _storage_of(folder: Path) -> dict[str, Any]:
     return {"storage_path": url.path, "storage_filesystem": PyFileSystem(FSSpecHandler(url.fs))}
 
 
-def _tell_if_busy(workers: int, kind: str) -> None:
+def _note_if_busy(workers: int, kind: str) -> None:
     import ray
 
     free, has = (int(found.get(kind, 0)) for found in (ray.available_resources(), ray.cluster_resources()))
     if free < workers:
-        print_lines(f"waiting for the cluster: {workers} {kind}s are needed, {free} of {has} are free", file=sys.stderr)
+        logger.warning("waiting for the cluster: %d %ss are needed, %d of %d are free", workers, kind, free, has)
 
 
 @contextlib.contextmanager
 def _stopping_by(stop: Path) -> Iterator[None]:
     """Answer SIGTERM and Ctrl-C by making the file `stop`; the second one ends this process as usual."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in numbers}
 
     def ask(number: int, frame: Any) -> None:
         write_bytes(stop, b"")
-        for one, handler in before.items():
-            signal.signal(one, handler)
-        print_lines("stopping: the workers end their step and save a checkpoint", file=sys.stderr)
+        restore()
+        logger.warning("stopping: the workers end their step and save a checkpoint")
 
-    for number in numbers:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        remove(stop)
+    with stop_signals(ask) as restore:
+        try:
+            yield
+        finally:
+            restore()
+            remove(stop)
 
 
 def _in_thread(function: Callable[[], Any]) -> None:
@@ -277,7 +343,7 @@ def _in_thread(function: Callable[[], Any]) -> None:
 
 
 def _lost(error: Any, max_failures: int) -> BaseException:
-    """What to tell of workers that were lost too often; the error itself where they failed by themselves."""
+    """The error of workers that were lost too often; the error itself where they failed by themselves."""
     from ray.exceptions import RayActorError
 
     # A worker that dies while all start is the controller's failure. Those that are left fail for want of a lost one.
@@ -291,12 +357,18 @@ def _lost(error: Any, max_failures: int) -> BaseException:
     )
 
 
-def _once(function: Callable[[dict[str, Any]], None], note: Path, argument: dict[str, Any]) -> None:
+def _run_recording_user_error(
+    function: Callable[[dict[str, Any]], None],
+    note: Path,
+    send: Callable[[], contextlib.AbstractContextManager[None]],
+    argument: dict[str, Any],
+) -> None:
     """Run a worker. Bad data is bad after a restart too: its error is noted, and restarted workers end at once."""
     if exists(note):
         return
     try:
-        function(argument)
+        with send():
+            function(argument)
     except (DataError, ConfigError) as error:
         write_json(note, [str(line) for line in error.args])
         # All workers stop at the same step; where one alone meets an error the others must be ended.

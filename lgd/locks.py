@@ -11,10 +11,10 @@ back to files that outlive their process.
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import platform
 import stat
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +25,9 @@ from pydantic import Field
 from lgd.errors import DataError
 from lgd.files import explain_write_errors
 from lgd.records import Count, Line, Record, load_json
-from lgd.text import print_lines
 from lgd.urls import is_remote, place
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lgd.lock"
 """The lock of a folder lies in it under this name."""
@@ -127,7 +128,7 @@ def _acquire(path: Path, wait: bool, remedy: str) -> int:
             raise TakenError(f"{path.parent}: {_explain_taken(path, owner)}")
         if wait and waited > _QUIET_WAIT and not noted:
             noted = True
-            print_lines(f"waiting for {path.parent}: {_explain_taken(path, owner)}", file=sys.stderr)
+            logger.warning("waiting for %s: %s", path.parent, _explain_taken(path, owner))
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 

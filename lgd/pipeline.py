@@ -7,7 +7,7 @@ Each stage takes the run's `Config`, reuses what is still valid and says so on s
 
 import contextlib
 import dataclasses
-import sys
+import logging
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -26,21 +26,17 @@ from lgd.models.description import ModelConfig
 from lgd.options import Given
 from lgd.run_document import Ablated, Cached, Environment, Evaluated, Indexed, Trained
 from lgd.run_folder import command, note_changes, record
-from lgd.text import print_lines
 
-
-def say(stage: str, message: str) -> None:
-    """One line of progress on standard error."""
-    print_lines(f"[{stage}] {message}", file=sys.stderr)
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[dict[str, str]]:
-    """Tell how a stage ended (`told["done"]`) and how long it took."""
+    """Log how a stage ended (`told["done"]`) and how long it took."""
     told = {"done": "done"}
     began = time.monotonic()
     yield told
-    say(name, f"{told['done']}  ({time.monotonic() - began:.1f} s)")
+    logger.info("[%s] %s  (%.1f s)", name, told["done"], time.monotonic() - began)
 
 
 def begin(name: str, verb: str, config: Config) -> None:
@@ -52,7 +48,7 @@ def begin(name: str, verb: str, config: Config) -> None:
 
     find_method(config.student.method)(config)
     if note := note_changes(config, verb):
-        say(name, note)
+        logger.warning("[%s] %s", name, note)
 
 
 def train_teacher(
@@ -148,7 +144,7 @@ def evaluate(
     with stage("report") as told, exclusive(config.report.dir, "evaluating"):
         shards = shards or open_disjoint(config.shard_dirs)
         provenance = {"command": command(config, "evaluate"), **Environment.here().as_json()}
-        measured = evaluation.evaluate(config, shards, provenance, {*code, *config.code}, say)
+        measured = evaluation.evaluate(config, shards, provenance, {*code, *config.code})
         document = report.write_report(place(config.report.dir), measured)
         report.show_pictures(place(config.report.dir), place(config.student.dir))
         told["done"] = f"written: {config.report.dir}"
@@ -167,7 +163,7 @@ def ablate(config: Config, options: Any, given: Given | None = None) -> str:
         train_teacher(config, given, shards=shards)
         cache_latents(config, given, shards=shards)
         with stage("ablate") as told, exclusive(place(config.run.dir) / "ablation", "comparing methods"):
-            table = harness.ablate(config, shards, options, say)
+            table = harness.ablate(config, shards, options)
             told["done"] = f"written: {config.run.dir}/ablation/ablation.md"
         facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)
         record(config, shards, "ablate", facts, f"{config.run.dir}/ablation", given)

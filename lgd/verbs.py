@@ -3,8 +3,8 @@
 A verb adds its arguments to a parser, and gives the function that is then called with what was parsed.
 """
 
+import logging
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from lgd.options import add_config_arguments, add_option_arguments, config_of, g
 from lgd.tables import print_csv, print_table
 from lgd.text import print_json, print_lines
 from lgd.urls import place, place_output
+
+logger = logging.getLogger(__name__)
 
 Run = Callable[[Any, Any], None]
 
@@ -51,7 +53,7 @@ def _build_shards(parser: Any) -> Run:
         options = _plain(namespace, ShardOptions)
 
         def map_jobs(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Any:
-            return map_with(lambda: function, jobs, workers=options.workers, what="--workers", use_gpus=False)
+            return map_with(lambda: function, jobs, workers=options.workers, option_name="--workers", use_gpus=False)
 
         try:
             manifest, built = build(options, map_jobs)
@@ -68,10 +70,9 @@ def _build_shards(parser: Any) -> Run:
         done = "built" if built else "reused, nothing changed"
         unscaled = sum(shape.samples for split in manifest.splits.values() for shape in split.shapes if not shape.mpp)
         if unscaled and options.mpp != "unknown":
-            print_lines(
+            logger.warning(
                 f"{unscaled} patches have no scale: give --mpp X (micrometres per pixel), or --mpp unknown, else no "
-                "network is trained on their labels",
-                file=sys.stderr,
+                "network is trained on their labels"
             )
         print_lines(f"{done}: {options.out} (from {sources.pairs} pairs{left_out})")
 
@@ -199,7 +200,8 @@ def _predict(parser: Any) -> Run:
         if len(unread) == len(predictions):
             raise DataError(*problems)
         scored = (one.notes for one in predictions if one.probability_4 is not None)
-        print_lines(*found.notes, *notes.count_notes(scored, "images"), file=sys.stderr)
+        for note in (*found.notes, *notes.count_notes(scored, "images")):
+            logger.warning("%s", note)
         rows = predict.as_rows(predictions)
         if namespace.json:
             print_json(rows)
@@ -267,7 +269,11 @@ def _query(parser: Any) -> Run:
             raise DataError(*problems)
         if drawn:
             sheet.draw_sheet(store, answers, drawn)
-        print_lines(*found.notes, *answer.summary(store, answers), file=sys.stderr)
+        for note in found.notes:
+            logger.warning("%s", note)
+        logger.info("%s", answer.count_neighbours(answers))
+        for note in answer.collect_notes(store, answers):
+            logger.warning("%s", note)
         if namespace.json:
             print_json(answer.as_json(answers))
         elif namespace.csv:

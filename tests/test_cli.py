@@ -73,6 +73,19 @@ def test_a_bad_image_stops_the_build_and_nothing_is_written(tmp_path, capsys, ha
     assert "00001_train_2+" in (tmp_path / "out" / "rejected.csv").read_text()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_quiet_keeps_notes_and_results_and_hides_the_rest(tmp_path, capsys, monkeypatch, first):
+    monkeypatch.setattr("lgd.logs.EVERY", 0.0)
+    root = pair(pair(tmp_path / "bci"), "00001_train_2+")
+    args = ["build-shards", "--layout", "bci", "--root", root, "--out"]
+    status, _, err = run(capsys, *args, tmp_path / "loud")
+    note = "2 patches have no scale: give --mpp X"
+    assert status == 0 and note in err and "2/2" in err
+    quiet = ["--quiet", *args, tmp_path / "out"] if first else [*args, tmp_path / "out", "--quiet"]
+    status, out, err = run(capsys, *quiet)
+    assert status == 0 and "train" in out and err.startswith(note) and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "sizes", "told"),
     [

@@ -1,12 +1,15 @@
 """Ray as a laptop uses it: the verb starts a cluster of its own, trains on two workers with DeepSpeed, and stops it."""
 
+import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from lgd import distribute
 from lgd.cli import main
 from lgd.errors import DataError
 from lgd.files import read_json
+from lgd.logs import progress, show_logs
 from lgd.store.latents import Store
 from lgd.train.engine import deepspeed_problem
 
@@ -72,6 +76,58 @@ def test_ctrl_c_at_the_driver_saves_a_checkpoint(tissue_run, tmp_path):
     assert not list((tmp_path / "ray").glob("*.stop"))
 
 
+def run_saying(folder: Path) -> None:
+    """Work that logs, here by functions within one: workers cannot import this module."""
+
+    def say(argument: dict) -> None:
+        """A worker that logs, draws a bar, and uses libraries that print."""
+        print("noise on standard output")
+        print("noise on standard error", file=sys.stderr)
+        warnings.warn("noise", stacklevel=1)
+        logging.getLogger("another.library").warning("noise")
+        logging.getLogger("lgd.train.log").debug("for debug")
+        if os.environ["RANK"] == "0":
+            with progress(3, "teacher", "steps") as bar:
+                bar.update(3)
+            logging.getLogger("lgd.train.log").info("teacher: step 3/3  val kappa 0.500")
+        logging.getLogger("lgd.train.batch").warning("[data] skipped: a\x1b[2J")
+
+    def make():
+        return lambda number: logging.getLogger("lgd.store").info("part %d", number)
+
+    try:
+        distribute.launch(say, {}, workers=2, max_failures=0, storage=folder / "ray", name="teacher")
+        list(distribute.map_with(make, [1, 2], workers=1, option_name="--workers"))
+    finally:
+        distribute.disconnect()
+
+
+def test_what_workers_log_is_told_once_and_what_libraries_print_is_not(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("lgd.logs.EVERY", 0.0)
+    with show_logs(logging.INFO):
+        run_saying(tmp_path)
+    out, err = capfd.readouterr()
+    lines = err.splitlines()
+    bars = [line for line in lines if line.startswith("teacher: ") and "/3 [" in line]
+    assert not out and "3/3" in bars[-1], err
+    others = sorted(line for line in lines if line not in bars)
+    skipped = r"[data] skipped: a\x1b[2J"
+    assert others == [skipped, skipped, "part 1", "part 2", "teacher: step 3/3  val kappa 0.500"]
+
+
+def test_at_debug_what_libraries_print_in_workers_is_shown(tmp_path, capfd):
+    with show_logs(logging.DEBUG):
+        run_saying(tmp_path)
+    out, err = capfd.readouterr()
+    assert err.count("lgd.train.log: for debug") == 2 and (out + err).count("noise on standard error") == 2
+    assert err.count("\npart 1\n") == 1
+
+
+def test_a_program_that_asks_for_nothing_hears_nothing_of_workers(tmp_path, capfd):
+    run_saying(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():
     def make():
         def fail(path: str) -> None:
@@ -80,7 +136,7 @@ def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():
         return fail
 
     with pytest.raises(DataError, match="a.tar is broken: fetch it again"):
-        list(distribute.map_with(make, ["a.tar"], workers=1, what="--workers"))
+        list(distribute.map_with(make, ["a.tar"], workers=1, option_name="--workers"))
 
 
 def test_bad_data_in_a_training_worker_is_told_once_and_not_tried_again(tmp_path):
@@ -113,10 +169,10 @@ def test_results_come_from_all_workers_and_each_makes_its_function_once():
         made.append(os.getpid())
         return lambda number: (number * number, os.getpid(), len(made))
 
-    results = list(distribute.map_with(make, list(range(12)), workers=2, what="--workers"))
+    results = list(distribute.map_with(make, list(range(12)), workers=2, option_name="--workers"))
     assert sorted(square for square, _, _ in results) == [number**2 for number in range(12)]
     assert all(pid != os.getpid() and times == 1 for _, pid, times in results)
-    here = list(distribute.map_with(make, [3], workers=0, what="--workers"))
+    here = list(distribute.map_with(make, [3], workers=0, option_name="--workers"))
     assert here == [(9, os.getpid(), 1)]
 
 
@@ -136,7 +192,7 @@ def meeting(first):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_worker_has_several_arguments_at_once_where_it_may(workers):
     results = list(
-        distribute.map_with(meeting(2 * max(1, workers)), list(range(8)), workers=workers, what="x", at_once=2)
+        distribute.map_with(meeting(2 * max(1, workers)), list(range(8)), workers=workers, option_name="x", at_once=2)
     )
     assert sorted(number for _, number, _ in results) == list(range(8))
     assert len({pid for _, _, pid in results}) == max(1, workers)
@@ -160,7 +216,7 @@ class Endless:
 def test_calls_that_are_not_wanted_any_more_are_stopped():
     began = time.monotonic()
     with pytest.raises(DataError, match="three"):
-        list(distribute.map_with(Endless, [1, 3, 5], workers=0, what="x", at_once=2))
+        list(distribute.map_with(Endless, [1, 3, 5], workers=0, option_name="x", at_once=2))
     assert time.monotonic() - began < 30
 
 
@@ -169,7 +225,9 @@ def test_calls_that_are_not_wanted_any_more_are_stopped():
 def test_results_ahead_come_in_order_and_never_more_than_asked(total, count, threads):
     begun = []
     with ThreadPoolExecutor(threads) as pool:
-        results = distribute.ahead(pool, lambda number: begun.append(number) or 7 * number, range(total), count)
+        results = distribute.map_ordered_prefetch(
+            pool, lambda number: begun.append(number) or 7 * number, range(total), count
+        )
         for taken, result in enumerate(results):
             assert result == 7 * taken and len(begun) <= taken + count + 1
     assert sorted(begun) == list(range(total))
@@ -189,6 +247,6 @@ def test_the_error_of_a_worker_keeps_its_lines(tmp_path):
         raise DataError("2 problems:", "a\nb", "é")
 
     with pytest.raises(DataError):
-        distribute._once(fail, note, {})
+        distribute._run_recording_user_error(fail, note, contextlib.nullcontext, {})
     assert read_json(note) == ["2 problems:", "a\nb", "é"]
-    distribute._once(fail, note, {})
+    distribute._run_recording_user_error(fail, note, contextlib.nullcontext, {})

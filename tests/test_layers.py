@@ -8,11 +8,12 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-errors extensions text tables markup plain_yaml urls config progress files records locks options download_cache remote
+errors extensions text logs process_state tables markup plain_yaml urls config files
+records locks options download_cache remote
 distribute metrics
 stain.deconvolve stain.targets stain.checks
 data.meta data.pairs data.tissue data.sections data.synth data.split
-data.tags data.image data.index data.archive data.manifest data.sources data.patches data.duplicates
+data.tags data.image data.index data.archive data.manifest data.shard_set data.sources data.patches data.duplicates
 data.building data.shards data.repeats data.overlap data.verify
 data.plan data.stream data.augment
 models.spec models.weights models.pretrained models.backbone models.encoder
@@ -21,9 +22,10 @@ store.recipe store.sidecar store.document store.writer store.parts store.latents
 store.export store.faiss_file store.table store.search store.exact store.index
 train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.prepare train.finished
 train.loop train.launch
-evaluate.notes evaluate.images evaluate.scale evaluate.predict evaluate.colour evaluate.robustness evaluate.figures
+evaluate.notes evaluate.images evaluate.scale evaluate.predict evaluate.colour evaluate.figures
 evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
-evaluate.compare evaluate.markdown evaluate.caveats evaluate.slides evaluate.report evaluate.seeds
+evaluate.compare evaluate.robustness evaluate.markdown evaluate.caveats evaluate.evaluation
+evaluate.slides evaluate.report evaluate.seeds
 doctor run_document run_folder check ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query
@@ -124,6 +126,17 @@ def calls(tree: ast.AST, names: set[str]) -> list[ast.Call]:
 def test_everything_is_printed_by_print_lines():
     """It escapes text of others; so does `dump_json`."""
     assert not [name for name, tree in modules().items() if calls(tree, {"print"})]
+
+
+def test_only_the_command_line_writes_to_standard_error():
+    """All else is logged, so that a program can route and silence it."""
+    users = {
+        name
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "stderr"
+    }
+    assert {name for name in users if not name.startswith("bench.")} == {"text", "logs", "cli"}
 
 
 def test_the_lines_of_an_error_are_its_arguments():

@@ -143,12 +143,12 @@ def test_a_name_that_cannot_be_read_is_not_shown(tmp_path, content, monkeypatch)
             pytest.fail("two are in")
 
 
-def test_a_long_wait_is_told_once(holder, tmp_path, capsys, monkeypatch):
+def test_a_long_wait_is_logged_once(holder, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(locks, "_QUIET_WAIT", 0.05)
     timer = threading.Timer(0.3, holder.kill)
     timer.start()
     with hold_lock(tmp_path / "x" / LOCK, "digging"):
-        lines = capsys.readouterr().err.splitlines()
+        lines = caplog.messages
     assert len(lines) == 1 and lines[0].startswith(f"waiting for {tmp_path / 'x'}: process {holder.pid} on ")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import pty
 import subprocess
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from lgd.cli import main
 from lgd.errors import DataError
 from lgd.files import write_json
-from lgd.progress import progress
+from lgd.logs import progress, show_logs
 from lgd.text import LONGEST, UNSEEN, dump_json, escape_text, escaped_output, print_json, print_lines
 
 HOSTILE = "a\nlgd: verified \x1b[2J\x1b]0;owned\x07\r\t\x9b \u202e\u2066\u200f\u061c\u2028\u200b\udcff\x7f"
@@ -103,7 +104,7 @@ def test_a_bar_on_a_terminal_moves_and_its_name_does_not(monkeypatch):
     termios.tcsetwinsize(theirs, (24, 80))
     with open(theirs, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
-        with escaped_output(), progress(3, "\x1b[2Jname", "steps") as bar:
+        with escaped_output(), show_logs(logging.INFO), progress(3, "\x1b[2Jname", "steps") as bar:
             bar.update()
             bar.write("a line", file=sys.stderr)
     shown = ""
@@ -118,8 +119,8 @@ def test_a_bar_on_a_terminal_moves_and_its_name_does_not(monkeypatch):
 
 
 def test_a_bar_in_a_log_is_whole_lines(capsys, monkeypatch):
-    monkeypatch.setattr("lgd.progress.EVERY", 0.0)
-    with escaped_output(), progress(2, "\x1b[2J\nname", "steps") as bar:
+    monkeypatch.setattr("lgd.logs.EVERY", 0.0)
+    with escaped_output(), show_logs(logging.INFO), progress(2, "\x1b[2J\nname", "steps") as bar:
         bar.update()
     err = capsys.readouterr().err
     assert harmless(err) and all(line.startswith(r"\x1b[2J\nname: ") for line in err.split("\n") if line)

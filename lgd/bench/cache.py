@@ -10,9 +10,10 @@ import itertools
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,11 +141,11 @@ class Product:
         """Cache all shards; yields as patches are ready for the teacher."""
         done: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
         shutil.rmtree(self.config.latents.dir, ignore_errors=True)
-        cacher = Cacher(self.config, recipe_of(self.config), done.put)
+        cacher = Cacher(self.config, recipe_of(self.config), SimpleNamespace(update=lambda: done.put(1)))
 
         def work() -> None:
             try:
-                list(map_with(lambda: cacher, self.shards, workers=0, what="", at_once=SHARDS_AT_ONCE))
+                list(map_with(lambda: cacher, self.shards, workers=0, option_name="", at_once=SHARDS_AT_ONCE))
             except BaseException as error:
                 done.put(error)
 
@@ -180,9 +181,7 @@ def _head(settings: Settings) -> int:
     return 2 * BATCH * settings.workers
 
 
-def measured(
-    name: str, settings: Settings, teacher: Path, shards: Path, out: Path, tell: Callable[[str], Any]
-) -> tuple[Ratio, dict[str, Any]]:
+def measured(name: str, settings: Settings, teacher: Path, shards: Path, out: Path) -> tuple[Ratio, dict[str, Any]]:
     """The ratio over one shard set, and its facts."""
     config, opened = config_for(settings, teacher, shards, out), ShardFolder.open(shards).shards
     product, bare = Product(config, opened), Bare(config, patches_of(opened))
@@ -197,7 +196,7 @@ def measured(
     def theirs() -> Rate:
         return steady(bare.ticks(len(bare.batches)), 1, head, count)
 
-    ratio = alternate(name, "caching / bare decode + teacher + targets", MARK, ours, theirs, settings.rounds, tell)
+    ratio = alternate(name, "caching / bare decode + teacher + targets", MARK, ours, theirs, settings.rounds)
     pixels = decode(bare.batches[0][0][1], "", None).shape
     facts = {
         "patches_a_round": count,
@@ -208,7 +207,7 @@ def measured(
     return ratio, facts
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Cached patches a second by those of a bare loop, of whole patches and of tiles."""
     folder = inputs.folder / "cache"
     inputs.pairs  # noqa: B018 - draws them
@@ -222,6 +221,6 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
         size = max(BATCH, pairs * (16 if tile else 1) // (_SHARDS * settings.workers))
         options = ShardOptions(layout="bci", root=str(some.files), out=str(shards), shard_size=size)
         build(replace(options, tile=tile, image="jpeg:95") if tile else options)
-        ratio, facts[name] = measured(name, settings, teacher, shards, some.folder, tell)
+        ratio, facts[name] = measured(name, settings, teacher, shards, some.folder)
         ratios.append(ratio)
     return Outcome(ratios=ratios, facts=facts)

@@ -13,7 +13,7 @@ measured alone: reading goes on beside the step. The ratio is A by B times the c
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,10 +54,15 @@ _CPU_BATCH = 4
 """Patches in a forward pass of the teacher on a CPU, as caching has them: more fall out of its caches."""
 
 
-def step(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def step(settings: Settings, inputs: Inputs) -> Outcome:
     """Steps a second of streaming with the store by those over tensors in memory."""
-    config = prepare(settings, inputs, tell)
-    task, world = StudentTask(config), join_world()
+    with join_world() as world:
+        return _measure_step(settings, inputs, world)
+
+
+def _measure_step(settings: Settings, inputs: Inputs, world: World) -> Outcome:
+    config = prepare(settings, inputs)
+    task = StudentTask(config)
     streamed = Streamed(config, task, world)
     kept, model = streamed.kept(), task.build()
     ours_n, bare_n = (curve(config, task, world, model, steps) for steps in (streamed.steps(COMPARED), kept))
@@ -79,11 +84,10 @@ def step(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
         ours,
         bare,
         settings.rounds,
-        tell,
     )
     training.close()
     facts = facts_of(config, inputs) | {
-        "ms_a_step": ms_a_step(ratio.detail["median_b"], config.train.batch, tell),
+        "ms_a_step": ms_a_step(ratio.detail["median_b"], config.train.batch),
         "steps_a_round": count,
         "ms_of_reading_a_step": 1e3 * seconds_a_step(streamed.steps(4 * KEPT)),
         "curves_differ": differ,
@@ -198,10 +202,15 @@ class _TargetRows:
         return {name: np.stack([one[name] for one in made]).astype(self.dtype) for name in made[0]}
 
 
-def recompute(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def recompute(settings: Settings, inputs: Inputs) -> Outcome:
     """Steps a second with the store by those with the teacher in the step, as a share of what can be saved."""
-    config = prepare(settings, inputs, tell)
-    task, world = StudentTask(config), join_world()
+    with join_world() as world:
+        return _measure_recompute(settings, inputs, world)
+
+
+def _measure_recompute(settings: Settings, inputs: Inputs, world: World) -> Outcome:
+    config = prepare(settings, inputs)
+    task = StudentTask(config)
     streamed = Streamed(config, task, world)
     model, facts = task.build(), facts_of(config, inputs)
     training = Training(config, task, world, model, "torch")
@@ -211,7 +220,7 @@ def recompute(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) ->
         differ = sides.check()
         what = "the teacher" if kind is Taught else "teacher and targets"
         compared = f"steps with the store / those with {what} in them x the ceiling"
-        ratio = alternate(name, compared, MARK, sides.ours, sides.theirs, settings.rounds, tell)
+        ratio = alternate(name, compared, MARK, sides.ours, sides.theirs, settings.rounds)
         facts[name] = sides.facts(ratio) | {"curves_differ": differ}
         ratios.append(ratio)
         sides.taught.reader.close()

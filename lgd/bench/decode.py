@@ -5,6 +5,7 @@ found here, one thread each. A teacher then sees the IHC both ways. Its facts al
 rate and bytes of the formats that a shard set can be built in.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from lgd.config import LEVEL_NAMES
 from lgd.data.pairs import PatchPair, find_pairs
 from lgd.errors import DataError
 from lgd.models.teacher import Teacher, load_teacher
+
+logger = logging.getLogger(__name__)
 
 Decoder = Callable[[bytes, int], np.ndarray]
 """JPEG bytes and a side -> (side, side, 3) uint8."""
@@ -98,7 +101,7 @@ def fastest(found: dict[str, float]) -> str:
     return min((name for name in RESIZES | MEANS if name in found), key=lambda name: found[name])
 
 
-def speed(contents: Sequence[bytes], settings: Settings, resize: str, tell: Callable[[str], Any]) -> Ratio:
+def speed(contents: Sequence[bytes], settings: Settings, resize: str) -> Ratio:
     """Scaled decodes a second by full decodes with a resize."""
 
     def rate(way: Decoder, samples: int) -> Rate:
@@ -118,7 +121,6 @@ def speed(contents: Sequence[bytes], settings: Settings, resize: str, tell: Call
         lambda: rate(pixels, counts[0]),
         lambda: rate(other, counts[1]),
         settings.rounds,
-        tell,
     )
 
 
@@ -170,15 +172,15 @@ def _subjects(settings: Settings, inputs: Inputs) -> list[PatchPair]:
     return find_pairs("bci", folder)[0]
 
 
-def _teacher(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> tuple[Teacher, dict[str, Any]]:
+def _teacher(settings: Settings, inputs: Inputs) -> tuple[Teacher, dict[str, Any]]:
     if settings.teacher:
         return load_teacher(settings.teacher)[0], {"folder": settings.teacher}
-    tell("training a teacher on virtual tissue")
+    logger.info("[bench] training a teacher on virtual tissue")
     folder, facts = train_teacher(settings, inputs.folder)
     return load_teacher(folder)[0], facts
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Scaled decodes a second by full decodes and resizes, and what a trained teacher notices of it."""
     contents = {"he": inputs.contents, "ihc": [pair.ihc.read_bytes() for pair in inputs.pairs]}
     if any(content[:2] != b"\xff\xd8" for content in contents["he"] + contents["ihc"]):
@@ -187,11 +189,11 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     passes = max(1, round(settings.seconds))
     found = {role: times(some, settings.size, passes) for role, some in few.items()}
     resize = fastest(found["he"])
-    ratio = speed(contents["he"], settings, resize, tell)
+    ratio = speed(contents["he"], settings, resize)
 
-    teacher, trained = _teacher(settings, inputs, tell)
+    teacher, trained = _teacher(settings, inputs)
     subjects = _subjects(settings, inputs)
-    tell(f"comparing the latents of {len(subjects)} patches")
+    logger.info(f"[bench] comparing the latents of {len(subjects)} patches")
     # Also against a resize that averages whole blocks, which is what scaled decoding comes nearest to.
     alike = noticed(teacher, subjects, settings.size, sorted({resize, "Pillow box"}))
     centred = alike[resize]["cosine"]["centred"]

@@ -18,6 +18,7 @@ core. Nothing is left on disk.
 import contextlib
 import copy
 import ctypes
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ from lgd.models.encoder import build_encoder
 from lgd.models.methods import PROPOSED
 from lgd.models.student import HallucinatingStudent, Student
 from lgd.models.teacher import Teacher, new_teacher
+
+logger = logging.getLogger(__name__)
 
 MARK = 1.0
 """That LGD-Net is faster at all: nothing more was asked."""
@@ -130,15 +133,15 @@ def computing(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Patches a second of LGD-Net by those of virtual staining followed by the teacher."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16")
     with computing(settings.workers), bf16:
-        return _run(settings, inputs, device, tell)
+        return _run(settings, inputs, device)
 
 
-def _run(settings: Settings, inputs: Inputs, device: str, tell: Callable[[str], Any]) -> Outcome:
+def _run(settings: Settings, inputs: Inputs, device: str) -> Outcome:
     size, seconds, content = settings.size, settings.seconds, inputs.contents[0]
     student, teacher = networks(settings)
     ours = Scorer(
@@ -150,7 +153,7 @@ def _run(settings: Settings, inputs: Inputs, device: str, tell: Callable[[str], 
     theirs = VirtualStaining(teacher, size, device)
     height, width = decode(content, "patch").shape[:2]
 
-    tell(f"the generator on {width} x {height} px, in two memory formats")
+    logger.info(f"[bench] the generator on {width} x {height} px, in two memory formats")
     painting, taken = _lay_out(theirs, content, seconds)
     facts = {
         "lgd_net": _our_parts(ours, content, size, seconds),
@@ -164,7 +167,6 @@ def _run(settings: Settings, inputs: Inputs, device: str, tell: Callable[[str], 
         lambda: times(lambda: ours.score(decode(content, "patch", size)[None]), counts["lgd_net"]),
         lambda: times(lambda: theirs.classify(theirs.paint(decode(content, "patch"))), counts["virtual_staining"]),
         settings.rounds,
-        tell,
     )
     facts["lgd_net"]["latency_ms"] = 1e3 / ratio.detail["median_a"]
     facts["virtual_staining"]["latency_ms"] = 1e3 / ratio.detail["median_b"]

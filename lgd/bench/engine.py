@@ -35,6 +35,7 @@ from lgd.bench.training import (
     with_data,
 )
 from lgd.config import Config
+from lgd.data.plan import World
 from lgd.train.batch import Batch, Step
 from lgd.train.engine import deepspeed_problem
 from lgd.train.launch import join_world
@@ -128,8 +129,9 @@ BARE = {"torch": Bare, "deepspeed": BareDeepSpeed}
 class Pair:
     """Our loop and a bare one, on one engine, from the same weights over the same steps."""
 
-    def __init__(self, name: str, config: Config, task: StudentTask, model: nn.Module, kept: list[Step]) -> None:
-        world = join_world()
+    def __init__(
+        self, name: str, config: Config, task: StudentTask, world: World, model: nn.Module, kept: list[Step]
+    ) -> None:
         self.config, self.kept = config, kept
         self.ours = Training(config, task, world, copy.deepcopy(model), name)
         self.bare = BARE[name](config, copy.deepcopy(model), world.device)
@@ -175,17 +177,17 @@ def to_stderr() -> Iterator[None]:
         os.close(there)
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Steps a second of our loop by those of a bare loop, of both engines."""
-    with to_stderr():
-        return _run(settings, inputs, tell)
+    with to_stderr(), join_world() as world:
+        return _run(settings, inputs, world)
 
 
-def _run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
-    config = with_data(prepare(settings, inputs, tell), augment="none")
+def _run(settings: Settings, inputs: Inputs, world: World) -> Outcome:
+    config = with_data(prepare(settings, inputs), augment="none")
     facts = facts_of(config, inputs)
     task = StudentTask(config)
-    streamed = Streamed(config, task, join_world())
+    streamed = Streamed(config, task, world)
     kept, model = streamed.kept(), task.build()
     streamed.reader.close()
     pairs: dict[str, Pair] = {}
@@ -197,15 +199,15 @@ def _run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
         if problem:
             ratios.append(Ratio(name=ratio_name, compared=compared, value=None, mark=MARK, missing=problem))
             continue
-        pairs[name] = pair = Pair(name, config, task, model, kept)
+        pairs[name] = pair = Pair(name, config, task, world, model, kept)
         differ = pair.check()
         ours, bare = loops[name] = pair.start(pair.ours), pair.start(pair.bare)
         count = count_for(rates(ours, bare, batch, 3)[1], settings)
         # Bound now: the loop's variables go on.
         measure = functools.partial(rates, ours, bare, batch, count)
-        ratio = compare(ratio_name, compared, MARK, measure, settings.rounds, tell)
+        ratio = compare(ratio_name, compared, MARK, measure, settings.rounds)
         facts[name] = {
-            "ms_a_step": ms_a_step(ratio.detail["median_b"], config.train.batch, tell),
+            "ms_a_step": ms_a_step(ratio.detail["median_b"], config.train.batch),
             "steps_a_round": count,
             "curves_differ": differ,
         }
@@ -218,7 +220,6 @@ def _run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outc
             0.0,
             lambda: rates(loops["deepspeed"][0], loops["torch"][0], batch, count),
             settings.rounds,
-            tell,
         )
         facts["deepspeed_over_torch"] = {"value": over.value, **over.detail}
     for pair in pairs.values():

@@ -11,7 +11,7 @@ import cProfile
 import itertools
 import pstats
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def profile(product: Product, most: int = 12) -> list[dict[str, Any]]:
     ]
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Samples a second end to end by those of a bare decode loop."""
     product, contents = Product(inputs.shards, settings), inputs.sample_contents()
     compared = check_outputs(product, contents)
@@ -149,7 +149,6 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
         lambda: product.rate(count),
         bare_side,
         settings.rounds,
-        tell,
     )
     facts = {
         "input": inputs.described(),

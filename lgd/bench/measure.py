@@ -5,6 +5,7 @@ every round's two numbers, so that a reader can judge the noise.
 """
 
 import contextlib
+import logging
 import os
 import platform
 import statistics
@@ -16,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 from lgd.doctor import version_of
 from lgd.errors import require
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = (
     *("lgd", "numpy", "torch", "deepspeed", "simplejpeg", "pillow", "webdataset", "litdata"),
@@ -156,11 +159,9 @@ class Outcome:
     """Input, settings that matter, and what else was seen."""
 
 
-def alternate(
-    name: str, compared: str, mark: float, a: Side, b: Side, rounds: int, tell: Callable[[str], Any]
-) -> Ratio:
+def alternate(name: str, compared: str, mark: float, a: Side, b: Side, rounds: int) -> Ratio:
     """The median over rounds of A's rate by B's, measured in turn; each round is told. Warm both up before."""
-    return compare(name, compared, mark, lambda: (a(), b()), rounds, tell)
+    return compare(name, compared, mark, lambda: (a(), b()), rounds)
 
 
 def taking_turns(a: Callable[[], Any], b: Callable[[], Any], samples: int, turns: int) -> tuple[Rate, Rate]:
@@ -185,7 +186,6 @@ def compare(
     mark: float,
     measure: Callable[[], tuple[Rate, Rate]],
     rounds: int,
-    tell: Callable[[str], Any],
 ) -> Ratio:
     """The median over rounds of A's rate by B's, as `measure` gives them; each round is told."""
     measured = []
@@ -194,7 +194,7 @@ def compare(
         measured.append((one, other))
         rates = " / ".join(f"{rate.a_second:.{0 if rate.a_second >= 10 else 3}f}" for rate in (one, other))
         told = f"{rates} a second = {one.a_second / other.a_second:.3f}"
-        tell(f"{name}, round {number + 1} of {rounds}: {told}")
+        logger.info(f"[bench] {name}, round {number + 1} of {rounds}: {told}")
     ratios = [one.a_second / other.a_second for one, other in measured]
     detail = {
         "rounds": [

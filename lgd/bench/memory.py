@@ -7,6 +7,7 @@ told apart: they are page cache, which the kernel takes back.
 """
 
 import gc
+import logging
 import multiprocessing
 import threading
 import time
@@ -31,6 +32,8 @@ from lgd.data.stream import Reader
 from lgd.store.latents import Rows, Store, commit
 from lgd.store.writer import shard_writer
 from lgd.train.batch import training_batches
+
+logger = logging.getLogger(__name__)
 
 MARK = 50.0
 _ROLLUP = Path("/proc/self/smaps_rollup")
@@ -200,16 +203,16 @@ def _begun(sizes: Sequence[int], batch: int, world: World) -> dict[str, Any]:
     }
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Megabytes by which private memory grows in a million samples, and by a million rows."""
     rows: dict[str, Any] = {}
     if _ROLLUP.exists():
-        tell(f"opening a store of {settings.opened} parts")
+        logger.info(f"[bench] opening a store of {settings.opened} parts")
         rows = opened(inputs.folder / "tiny-store", settings.opened)
     plan = run_alone(plan_at_scale, settings.plan_shards, 10_000)
     ours = plan["rank 0 of 1"]
-    tell(
-        f"plan of {plan['samples']:.0e} samples: {ours['seconds_to_build']:.3f} s, first batch after "
+    logger.info(
+        f"[bench] plan of {plan['samples']:.0e} samples: {ours['seconds_to_build']:.3f} s, first batch after "
         f"{ours['seconds_to_first_batch']:.3f} s, {ours['bytes'] / 1e6:.1f} MB"
     )
     texts = {

@@ -10,8 +10,9 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from lgd.bench.inputs import Inputs
 from lgd.bench.loader import Product, count_for, pixels
 from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
 from lgd.config import LEVEL_NAMES
+
+logger = logging.getLogger(__name__)
 
 PREFETCH = 4
 """Batches that each worker process reads ahead."""
@@ -200,7 +203,7 @@ def check_outputs(peer: Peer) -> int:
     return seen
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Samples a second end to end by those of webdataset, of LitData, and of Pillow over plain files."""
     product = Product(inputs.shards, settings)
     ours = product.warm()
@@ -209,13 +212,13 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
     for package, text, mark, kind in PEERS:
         name = f"loader-peers: {package}"
         if package == "litdata" and importlib.util.find_spec("litdata") is None:
-            tell(f"{name}: {INSTALL}")
+            logger.info(f"[bench] {name}: {INSTALL}")
             ratios.append(Ratio(name=name, compared=text, value=None, mark=mark, missing=INSTALL))
             continue
         peer = kind(settings, inputs)
         compared[package] = check_outputs(peer)
         theirs = count_for(peer.rate(8), settings)
-        ratios.append(_ratio(name, text, mark, product, ours, peer, theirs, tell))
+        ratios.append(_ratio(name, text, mark, product, ours, peer, theirs))
     product.reader.close()
     facts = {
         "input": inputs.described(),
@@ -235,7 +238,6 @@ def _ratio(
     ours: int,
     peer: Peer,
     theirs: int,
-    tell: Callable[[str], Any],
 ) -> Ratio:
     rounds = product.settings.rounds
-    return alternate(name, text, mark, lambda: product.rate(ours), lambda: peer.rate(theirs), rounds, tell)
+    return alternate(name, text, mark, lambda: product.rate(ours), lambda: peer.rate(theirs), rounds)

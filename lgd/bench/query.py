@@ -8,6 +8,7 @@ are of other slides than the gallery. A query is searched by one thread; batches
 """
 
 import functools
+import logging
 import resource
 import statistics
 import time
@@ -28,6 +29,8 @@ from lgd.store.index import build_index, choose
 from lgd.store.latents import Store, commit
 from lgd.store.search import IndexDocument, Searcher, import_faiss, index_folder
 from lgd.store.writer import shard_writer
+
+logger = logging.getLogger(__name__)
 
 DIM = 512
 MARK, RECALL, SPEED = 1.05, 0.99, 20
@@ -99,7 +102,7 @@ def _p(times_n: np.ndarray) -> dict[str, float]:
     return {"p50_ms": float(np.percentile(times_n, 50)), "p99_ms": float(np.percentile(times_n, 99))}
 
 
-def compare(searcher: Searcher, queries_nD: np.ndarray, rounds: int, tell: Callable[[str], Any]) -> Ratio:
+def compare(searcher: Searcher, queries_nD: np.ndarray, rounds: int) -> Ratio:
     """p50 of our search by that of FAISS, of the same vectors in the same index in turn."""
     measured = []
     for number in range(-1, rounds):
@@ -108,7 +111,7 @@ def compare(searcher: Searcher, queries_nD: np.ndarray, rounds: int, tell: Calla
         if number >= 0:
             # The first round warms up.
             measured.append({"a": a, "b": b, "ratio": a / b})
-            tell(f"query, round {number + 1} of {rounds}: p50 {a:.4f} / {b:.4f} ms = {a / b:.3f}")
+            logger.info(f"[bench] query, round {number + 1} of {rounds}: p50 {a:.4f} / {b:.4f} ms = {a / b:.3f}")
     ratios = [one["ratio"] for one in measured]
     return Ratio(
         name="query",
@@ -214,9 +217,7 @@ def _order(searcher: Searcher) -> np.ndarray:
     return searcher.table["part"].astype(np.int64) * _PART + searcher.table["row"]
 
 
-def _built(
-    store: Store, shards: Sequence[Shard], factory: str, tell: Callable[[str], Any]
-) -> tuple[Searcher, dict[str, Any]]:
+def _built(store: Store, shards: Sequence[Shard], factory: str) -> tuple[Searcher, dict[str, Any]]:
     """An index, opened, and what that took."""
     began = time.perf_counter()
     document, _ = build_index(store, shards, factory, ["train"], RECALL, seed=0)
@@ -236,11 +237,11 @@ def _built(
         "index_bytes": document.faiss.bytes,
         "table_bytes": document.table.bytes,
     }
-    tell(f"{document.factory}: built in {built:.1f} s, opened in {opened:.3f} s")
+    logger.info(f"[bench] {document.factory}: built in {built:.1f} s, opened in {opened:.3f} s")
     return searcher, facts
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Our p50 by that of FAISS, and recall@10 at 20 times the speed of exact search."""
     faiss, rows = import_faiss(), settings.rows
     threads = faiss.omp_get_max_threads()
@@ -248,19 +249,19 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
         faiss.omp_set_num_threads(settings.workers)
         began = time.perf_counter()
         store, shards = make_store(inputs.folder / "query", rows)
-        tell(f"{rows} latents drawn in {time.perf_counter() - began:.1f} s")
-        return _measured(store, shards, settings, tell)
+        logger.info(f"[bench] {rows} latents drawn in {time.perf_counter() - began:.1f} s")
+        return _measured(store, shards, settings)
     finally:
         faiss.omp_set_num_threads(threads)
 
 
-def _measured(store: Store, shards: Sequence[Shard], settings: Settings, tell: Callable[[str], Any]) -> Outcome:
+def _measured(store: Store, shards: Sequence[Shard], settings: Settings) -> Outcome:
     faiss, rows = import_faiss(), settings.rows
     queries_nD = draw(_QUERIES, 10**5 - 1)["pooled"][:, 0].astype(np.float32)
     faiss.normalize_L2(queries_nD)
     latents = Latents([part for part in store.parts if part.split == "train"])
     truth_nk = nearest(latents, queries_nD, 10)
-    searcher, facts = _built(store, shards, "auto", tell)
+    searcher, facts = _built(store, shards, "auto")
     began = time.perf_counter()
     found_nk = searcher.search(queries_nD, 10)[1]
     facts["queries_a_second_in_batches_of_1000"] = _QUERIES / (time.perf_counter() - began)
@@ -270,7 +271,7 @@ def _measured(store: Store, shards: Sequence[Shard], settings: Settings, tell: C
         exact.add(vectors_nD)
 
     faiss.omp_set_num_threads(1)
-    ratio = compare(searcher, queries_nD[:_TIMED], settings.rounds, tell)
+    ratio = compare(searcher, queries_nD[:_TIMED], settings.rounds)
     facts["one_query"] = _p(milliseconds(lambda query: searcher.search(query, 10), queries_nD))
     facts["one_query_of"] = _filters(searcher, exact, _order(searcher), queries_nD)
     exact_ms = float(np.median(milliseconds(lambda query: exact.search(query, 10), queries_nD[:_SLOW])))
@@ -278,12 +279,14 @@ def _measured(store: Store, shards: Sequence[Shard], settings: Settings, tell: C
     ivf, ivf_facts = searcher, None
     if cells_of(facts["factory"]) == 0:
         faiss.omp_set_num_threads(settings.workers)
-        ivf, ivf_facts = _built(store, shards, f"IVF{min(rows, round(4 * rows**0.5))},SQfp16", tell)
+        ivf, ivf_facts = _built(store, shards, f"IVF{min(rows, round(4 * rows**0.5))},SQfp16")
         faiss.omp_set_num_threads(1)
     bare = faiss.read_index(str(index_folder(store) / f"{ivf.document.faiss.xxh3}.faiss"))
     found = trade(bare, exact_ms, truth_nk, _order(ivf), queries_nD)
     for one in found:
-        tell(f"nprobe {one['nprobe']}: recall {one['recall_at_10']:.4f}, {one['times_exact']:.1f} times exact")
+        logger.info(
+            f"[bench] nprobe {one['nprobe']}: recall {one['recall_at_10']:.4f}, {one['times_exact']:.1f} times exact"
+        )
     table_bytes = ivf.table.dtype.itemsize
     return Outcome(
         ratios=[ratio, at_speed(found, exact_ms, rows)],

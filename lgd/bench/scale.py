@@ -14,7 +14,6 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +171,7 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Samples a second of one run with two workers by the sum of two runs of one worker."""
     compared = "one run of 2 workers / 2 runs of 1 worker each, side by side"
     if torch.cuda.is_available() and torch.cuda.device_count() < WORKERS:
@@ -181,7 +180,7 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
             ratios=[Ratio(name="scale", compared=compared, value=None, mark=MARK, missing=missing)],
             facts={"gpus": torch.cuda.device_count()},
         )
-    config = prepare(settings, inputs, tell)
+    config = prepare(settings, inputs)
     # Both share the cores.
     config = replace(
         config,
@@ -197,13 +196,13 @@ def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outco
             workers.measure(HEAD)
             turns = max(1, count_for(workers.measure(HEAD)[1], settings) // (WORKERS * TURN))
             workers.lockstep.clear()
-            ratio = compare("scale", compared, MARK, lambda: workers.measure(turns), settings.rounds, tell)
+            ratio = compare("scale", compared, MARK, lambda: workers.measure(turns), settings.rounds)
         finally:
             workers.close()
     facts = facts_of(config, inputs) | {
         "batch": f"{config.train.batch} a worker",
         "backend": backend(),
-        "ms_a_step": ms_a_step(ratio.detail["median_b"], WORKERS * config.train.batch, tell),
+        "ms_a_step": ms_a_step(ratio.detail["median_b"], WORKERS * config.train.batch),
         "steps_a_round": turns * TURN,
         "lockstep": statistics.median(workers.lockstep),
         "curves_differ": differ,

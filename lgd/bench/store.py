@@ -5,6 +5,7 @@ Both read pooled latents, maps, both target grids and the keys of 256 rows at a 
 """
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from lgd.store.latents import SUPERVISION, TEACHER, Rows, Store, commit
 from lgd.store.parts import Part
 from lgd.store.recipe import Recipe, TargetsRecipe, TeacherRecipe
 from lgd.store.writer import shard_writer
+
+logger = logging.getLogger(__name__)
 
 RECIPE = Recipe(
     targets=TargetsRecipe(nuclei_grid=8, membrane_grid=4, dtype="float16", settings={}),
@@ -48,8 +51,6 @@ PART = 512
 Address = tuple[list[int], list[int], list[str | None]]
 """Parts, rows and keys of a batch."""
 Read = Callable[[Address], dict[str, np.ndarray]]
-
-Tell = Callable[[str], Any]
 
 
 def shard_of(folder: Path, number: int, rows: int) -> Shard:
@@ -237,12 +238,12 @@ def _threaded(read: Read, batches: Sequence[Address], threads: int) -> float:
 
 
 def measured(
-    name: str, mark: float, numbers_of: Callable[[Store], np.ndarray], settings: Settings, inputs: Inputs, tell: Tell
+    name: str, mark: float, numbers_of: Callable[[Store], np.ndarray], settings: Settings, inputs: Inputs
 ) -> Outcome:
     """One ratio of reading rows in some order, and its facts."""
     folder = inputs.folder / "rows"
     if not (folder / "store.json").exists():
-        tell(f"writing a store of {settings.stored} rows")
+        logger.info(f"[bench] writing a store of {settings.stored} rows")
         write_store(folder, settings.stored)
     store = Store(folder)
     opened = first_use(store)
@@ -265,7 +266,6 @@ def measured(
         lambda: rate(ours, batches, count),
         lambda: rate(bare, batches, count),
         settings.rounds,
-        tell,
     )
     facts = {
         "rows": store.rows,
@@ -281,20 +281,20 @@ def measured(
     return Outcome(ratios=[ratio], facts=facts)
 
 
-def plan(settings: Settings, inputs: Inputs, tell: Tell) -> Outcome:
+def plan(settings: Settings, inputs: Inputs) -> Outcome:
     """Rows a second in the order of training's plan by those of numpy.memmap."""
 
     def numbers_of(store: Store) -> np.ndarray:
         plan = Plan([part.rows for part in store.parts], seed=0, lanes=Data().lanes)
         return plan.samples(np.arange(plan.total))[1]
 
-    return measured("store-plan", 0.97, numbers_of, settings, inputs, tell)
+    return measured("store-plan", 0.97, numbers_of, settings, inputs)
 
 
-def random(settings: Settings, inputs: Inputs, tell: Tell) -> Outcome:
+def random(settings: Settings, inputs: Inputs) -> Outcome:
     """Rows a second of random batches by those of numpy.memmap."""
 
     def numbers_of(store: Store) -> np.ndarray:
         return np.random.default_rng(0).integers(0, store.rows, store.rows)
 
-    return measured("store-random", 0.9, numbers_of, settings, inputs, tell)
+    return measured("store-random", 0.9, numbers_of, settings, inputs)

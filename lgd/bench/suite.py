@@ -1,11 +1,10 @@
 """`lgd bench [NAME]`: the benchmarks by name, one document, one table.
 
-A benchmark is a function `(settings, inputs, tell) -> Outcome`, `run` of its module unless it is named; the docstrings
+A benchmark is a function `(settings, inputs) -> Outcome`, `run` of its module unless it is named; the docstrings
 say what it compares.
 """
 
 import importlib
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +14,6 @@ from typing import Any
 from lgd.bench.inputs import Inputs
 from lgd.bench.measure import Settings, machine, pinned, versions
 from lgd.errors import ConfigError
-from lgd.text import print_lines
 
 FORMAT = "lgd-bench/1"
 BENCHMARKS = {
@@ -55,14 +53,10 @@ def bench(name: str, settings: Settings) -> dict[str, Any]:
         inputs = Inputs(settings, Path(folder))
         for one in [name] if name else BENCHMARKS:
             module, _, function = BENCHMARKS[one].partition(":")
-            outcome = getattr(importlib.import_module(module), function or "run")(settings, inputs, _tell)
+            outcome = getattr(importlib.import_module(module), function or "run")(settings, inputs)
             ratios = [ratio.as_json() for ratio in outcome.ratios]
             document["benchmarks"].append({"name": one, "ratios": ratios, "facts": outcome.facts})
     return document
-
-
-def _tell(line: str) -> None:
-    print_lines(f"[bench] {line}", file=sys.stderr)
 
 
 def rows(document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,9 +6,10 @@ Everything lies in the inputs' folder, and is made once for all of them.
 
 import functools
 import itertools
+import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from lgd.train.loop import take_step
 from lgd.train.prepare import Learner
 from lgd.train.tasks import StudentTask, Task
 
+logger = logging.getLogger(__name__)
+
 HEAD = 3
 """Steps before the timed ones, in which the stream fills its queue."""
 TAIL = 4
@@ -48,7 +51,7 @@ KEPT = 8
 _LEAST_MS = 100
 
 
-def prepare(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Config:
+def prepare(settings: Settings, inputs: Inputs) -> Config:
     """A run whose shards, teacher and store are there; the full LGD-Net with both encoders of `--model`."""
     folder = inputs.folder / "training"
     first = inputs.shards[0]
@@ -77,7 +80,7 @@ def prepare(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> C
         describe = functools.partial(teacher.describe, size=settings.size, **NOT_TRAINED)
         save_model(folder / "teacher", dict(teacher.state_dict()), describe)
     shards = ShardSet.open(config.shard_dirs).of_split("train")
-    tell(f"caching the latents of {sum(shard.samples for shard in shards)} pairs")
+    logger.info(f"[bench] caching the latents of {sum(shard.samples for shard in shards)} pairs")
     cache_latents(with_data(config, threads=settings.workers), shards, workers=0)
     return config
 
@@ -204,11 +207,11 @@ def count_for(rate: Rate, settings: Settings) -> int:
     return max(2, round(rate.a_second * settings.seconds / settings.train_batch))
 
 
-def ms_a_step(samples_a_second: float, batch: int, tell: Callable[[str], Any]) -> float:
+def ms_a_step(samples_a_second: float, batch: int) -> float:
     """How long a step takes; one that is too short to be measured is told."""
     ms = 1e3 * batch / samples_a_second
     if ms < _LEAST_MS:
-        tell(f"a step takes {ms:.0f} ms, less than {_LEAST_MS}: measure with a larger --train_batch")
+        logger.info(f"[bench] a step takes {ms:.0f} ms, less than {_LEAST_MS}: measure with a larger --train_batch")
     return ms
 
 

@@ -39,7 +39,7 @@ def _added(rows: int) -> Iterator[dict[str, np.ndarray]]:
         yield random_rows(first, min(_ADDED, rows - first), rng)
 
 
-def writing(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tuple[Ratio, dict[str, Any]]:
+def writing(settings: Settings, folder: Path) -> tuple[Ratio, dict[str, Any]]:
     """The ratio of writing, and its facts."""
     folder.mkdir()
     row = sum(array.nbytes for array in random_rows(0, 1, np.random.default_rng(0)).values())
@@ -101,7 +101,6 @@ def writing(settings: Settings, folder: Path, tell: Callable[[str], Any]) -> tup
         lambda: removed(ours, [*written, *(part.with_suffix(".json") for part in written)]),
         lambda: removed(bare, copied),
         settings.rounds,
-        tell,
     )
     facts = {
         "parts_a_round": _PARTS,
@@ -130,7 +129,7 @@ def alone(path: Path, content: bytes) -> dict[str, float]:
     return found
 
 
-def run(settings: Settings, inputs: Inputs, tell: Callable[[str], Any]) -> Outcome:
+def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Bytes a second by those of a raw write and fsync."""
-    ratio, facts = writing(settings, inputs.folder / "written", tell)
+    ratio, facts = writing(settings, inputs.folder / "written")
     return Outcome(ratios=[ratio], facts=facts)

@@ -5,8 +5,8 @@
 """
 
 import itertools
+import logging
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from lgd.data.repeats import differs, equal_runs
 from lgd.data.shard_set import ShardFolder, ShardSet
 from lgd.data.split import canonical_group
 from lgd.errors import DataError
-from lgd.text import print_lines
+
+logger = logging.getLogger(__name__)
 
 _STAINS = ("he", "ihc")
 _NAMES = {"he": "H&E", "ihc": "IHC"}
@@ -85,10 +86,9 @@ def _refuse_overlaps(opened: Sequence[ShardFolder]) -> None:
                 more = f" ({len(shared.leaks)} in all)" if len(shared.leaks) > 1 else ""
                 raise DataError(f"data.shards: {reason}{more}: {_REMEDY}")
     if (images.same_side or slides.same_side) and os.environ.get("RANK", "0") == "0":
-        print_lines(
+        logger.warning(
             f"data.shards: its folders share, on one side of the split, images: {images.same_side} (each counts "
-            f"twice), slides: {slides.same_side}",
-            file=sys.stderr,
+            f"twice), slides: {slides.same_side}"
         )
 
 

@@ -13,7 +13,6 @@ A killed build goes on where it stopped (`lgd.data.building`). Pairs may lie beh
 
 import collections
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import os
@@ -63,14 +62,13 @@ from lgd.data.sources import (
     check_chunk,
     hide_levels,
     members,
-    nothing,
     same_types,
 )
 from lgd.data.split import SPLITS, parse_split
 from lgd.errors import DataError, require
 from lgd.files import digest_of, exists, is_remote, place, sha256, upload, write_bytes
 from lgd.locks import exclusive
-from lgd.progress import progress
+from lgd.logs import progress
 
 __all__ = ["INDEX", "Shard", "ShardOptions", "build", "decode", "read_member"]
 
@@ -158,7 +156,6 @@ class ShardJob:
     """Whether an interrupted build left it, with its entry."""
 
 
-Tick = Callable[[int], Any]
 MapJobs = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
@@ -194,7 +191,7 @@ def _build(options: ShardOptions, map_jobs: MapJobs, out: Path, finished: bool) 
     of_split = _by_split(samples)
     jobs = _jobs(options, of_split, extensions, out, names, recipe.digest)
     what = "build tiles" if options.tile else "build pairs"
-    entries = list(_with_progress(what, write_shard, jobs, len(samples), options, map_jobs))
+    entries = list(_with_progress(what, write_shard, jobs, len(samples), map_jobs))
     patches = as_patches([sample for some in of_split.values() for sample in some])
     write_bytes(out / FILE, patches)
     manifest = Manifest(
@@ -223,15 +220,11 @@ def _is_virtual(options: ShardOptions) -> bool:
 
 
 def _with_progress(
-    what: str, function: Callable[..., Any], jobs: Sequence[Any], total: int, options: ShardOptions, map_jobs: MapJobs
+    what: str, function: Callable[[Any], Any], jobs: Sequence[Any], total: int, map_jobs: MapJobs
 ) -> Iterator[Any]:
     """The result of every job, as it comes, behind a bar that counts pairs or tiles."""
     does, unit = what.split()
     with progress(total, does, unit) as bar:
-        if options.workers == 0:
-            yield from map_jobs(functools.partial(function, tick=bar.update), jobs)
-            return
-        # A worker is elsewhere: its pairs are counted when its job comes back.
         for result in map_jobs(function, jobs):
             bar.update(result.samples if isinstance(result, Entry) else len(result[1]))
             yield result
@@ -307,7 +300,7 @@ def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], lis
         for start in range(0, len(pairs), _CHUNK)
     ]
     checked = sorted(
-        _with_progress("check pairs", check_chunk, jobs, len(pairs), options, map_jobs), key=lambda result: result[0]
+        _with_progress("check pairs", check_chunk, jobs, len(pairs), map_jobs), key=lambda result: result[0]
     )
     sources = [entry for _, found in checked for entry in found if isinstance(entry, Source)]
     more = [entry for _, found in checked for entry in found if isinstance(entry, Problem)]
@@ -336,29 +329,28 @@ def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> 
     )
 
 
-def write_shard(job: ShardJob, tick: Tick = nothing) -> Entry:
+def write_shard(job: ShardJob) -> Entry:
     """Write one tar and its index, unless this build left both before it was interrupted; return its manifest entry.
 
-    For a url they are written here first; the entry is published last. `tick(n)` is told of n pairs more.
+    For a url they are written here first; the entry is published last.
     """
     entry = read_entry(job.path, job.building) if job.left else None
     if entry:
-        tick(len(job.samples))
         return entry
     if is_remote(job.path):
         with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
             local = Path(folder) / job.path.name
-            entry = _write_here(job, local, tick)
+            entry = _write_here(job, local)
             for suffix in (".tar", ".idx"):
                 upload(local.with_suffix(suffix), job.path.with_suffix(suffix))
     else:
-        entry = _write_here(job, job.path, tick)
+        entry = _write_here(job, job.path)
     write_entry(job.path, job.building, entry)
     return entry
 
 
-def _write_here(job: ShardJob, path: Path, tick: Tick) -> Entry:
-    write_archive(path, _contents(job, tick), job.extensions)
+def _write_here(job: ShardJob, path: Path) -> Entry:
+    write_archive(path, _contents(job), job.extensions)
     return Entry(
         file=path.name,
         samples=len(job.samples),
@@ -368,11 +360,10 @@ def _write_here(job: ShardJob, path: Path, tick: Tick) -> Entry:
     )
 
 
-def _contents(job: ShardJob, tick: Tick) -> Iterator[tuple[str, list[bytes]]]:
+def _contents(job: ShardJob) -> Iterator[tuple[str, list[bytes]]]:
     """The key and the members of each sample."""
     made = members(job.samples, job.encoding, job.mpp, job.threads)
     for sample, contents in zip(job.samples, made, strict=True):
         yield sample.key, contents
-        tick(1)
     # Before the tar appears: a worker may outlive its command.
     require_marker(job.path.parent, job.building)

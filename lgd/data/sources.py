@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lgd.config import LEVEL_NAMES
 from lgd.data.image import Header, check, decode_upright, encode
@@ -19,7 +19,7 @@ from lgd.data.meta import Digests, PatchMeta
 from lgd.data.pairs import PatchPair, Problem
 from lgd.data.split import SplitRule, split_of
 from lgd.data.tags import ORIENTATIONS, read_icc_digest, read_orientation
-from lgd.distribute import ahead
+from lgd.distribute import map_ordered_prefetch
 from lgd.errors import ConfigError, DataError
 from lgd.files import digest_of, read_bytes
 from lgd.urls import MissingError, RemoteError
@@ -80,15 +80,11 @@ class CheckJob:
     threads: int
 
 
-def nothing(done: int) -> None:
-    """Tell nobody that so many pairs more are done."""
-
-
 def in_threads(function: Callable[[Argument], Result], arguments: Iterable[Argument], threads: int) -> Iterator[Result]:
     """Results in the order of the arguments; a few are worked out ahead, never all of them."""
     pool = ThreadPoolExecutor(threads)
     try:
-        yield from ahead(pool, function, arguments, 2 * threads)
+        yield from map_ordered_prefetch(pool, function, arguments, 2 * threads)
     finally:
         # As in `lgd.data.stream`: whatever thread collects what was abandoned must not wait.
         pool.shutdown(wait=False, cancel_futures=True)
@@ -154,13 +150,9 @@ def _check_upright(content: bytes, name: str, reencode: bool) -> Header:
     return Header(found.extension, *((found.height, found.width) if turned else (found.width, found.height)))
 
 
-def check_chunk(job: CheckJob, tick: Callable[[int], Any] = nothing) -> tuple[int, list[Source | Problem]]:
+def check_chunk(job: CheckJob) -> tuple[int, list[Source | Problem]]:
     """The place of a job's first pair, and what was found of each, in order."""
-    checked = []
-    for found in in_threads(lambda pair: check_pair(pair, job.tile, job.reencode), job.pairs, job.threads):
-        checked.append(found)
-        tick(1)
-    return job.start, checked
+    return job.start, list(in_threads(lambda pair: check_pair(pair, job.tile, job.reencode), job.pairs, job.threads))
 
 
 def same_types(sources: Sequence[Source]) -> tuple[str, str]:

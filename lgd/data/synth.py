@@ -26,7 +26,7 @@ from lgd.data.sections import draw_pair, shortcut_of, slide_level
 from lgd.errors import ConfigError, DataError, require
 from lgd.files import publish
 from lgd.locks import LOCK, exclusive
-from lgd.progress import progress
+from lgd.logs import progress
 from lgd.records import Count, Document, Line, Record
 from lgd.tables import write_csv
 from lgd.urls import is_remote, place_output

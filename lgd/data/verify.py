@@ -24,7 +24,7 @@ from lgd.data.shards import ShardOptions
 from lgd.data.tags import read_orientation
 from lgd.errors import ConfigError, DataError
 from lgd.files import list_folder, matches
-from lgd.progress import progress
+from lgd.logs import progress
 from lgd.remote import drop_damaged
 from lgd.urls import RemoteError
 

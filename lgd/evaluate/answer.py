@@ -124,14 +124,19 @@ def near_duplicates(keys: Sequence[str], distance_k: np.ndarray, vectors_kD: np.
     return found
 
 
-def summary(store: Store, answers: Sequence[Answer]) -> list[str]:
-    """Lines about all answers together: how many, near-duplicates, keys that several parts have, and notes."""
+def count_neighbours(answers: Sequence[Answer]) -> str:
+    """A line on how many neighbours all answers together have, and how many of them are near-duplicates."""
     hits = [hit for answer in answers for hit in answer.hits]
     twins = [hit for hit in hits if hit.duplicate_of]
-    lines = [
+    return (
         f"queries: {len(answers)}, neighbours: {len(hits)}, of these near-duplicates (closer than {NEAR_DUPLICATE} to "
         f"the query or to a nearer neighbour): {len(twins)}"
-    ]
+    )
+
+
+def collect_notes(store: Store, answers: Sequence[Answer]) -> list[str]:
+    """Notes on all answers together, a line each: keys that several parts have, and how many answers have a note."""
+    lines: list[str] = []
     parts: dict[str, list[str]] = {}
     for answer in answers:
         if answer.stored:

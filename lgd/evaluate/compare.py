@@ -4,7 +4,8 @@ Training patches are the gallery that levels are looked up in, held-out IHC the 
 sought. The latents of both are in the store already; a network of H&E alone scores the training patches once more.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from lgd.evaluate.sheet import Gallery, as_neighbour
 from lgd.metrics import Predictions
 from lgd.store.latents import Store, read_all, read_levels
 from lgd.store.search import Searcher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -53,7 +56,6 @@ def measure_retrieval(
     shards: Sequence[Shard],
     student: Network,
     rivals: Sequence[Network],
-    say: Callable[[str, str], None],
 ) -> dict[str, Any]:
     """The measures of each network, and of the teacher's own latents.
 
@@ -70,7 +72,9 @@ def measure_retrieval(
         by = scorer.method and scorer.method.retrieves_by
         if by == "features" and training:
             patches = sum(shard.samples for shard in training)
-            say("report", f"{scorer.name}: scoring {patches} training patches, the gallery of its own features")
+            logger.info(
+                "[report] %s: scoring %d training patches, the gallery of its own features", scorer.name, patches
+            )
             train, train_mC = score_shards(scorer, training, threads=config.data.threads, vectors="features")
             assert train_mC is not None
             embeddings += he_only(predictions.name, vectors_nD, train_mC, train, latents_mD, own_nD)

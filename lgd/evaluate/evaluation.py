@@ -1,7 +1,8 @@
 """Everything that a report is made of: `lgd evaluate` measures it here, and `lgd.evaluate.report` writes it down."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from lgd.evaluate.predict import load_scorer
 from lgd.metrics import Predictions
 from lgd.store.latents import Store
 from lgd.store.search import faiss_problem, read_document
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -49,7 +52,6 @@ def evaluate(
     shards: ShardSet,
     provenance: dict[str, Any],
     code: Collection[str],
-    say: Callable[[str, str], None],
 ) -> Evaluation:
     """Score the student, `report.also` and the teacher on the report's split.
 
@@ -63,7 +65,7 @@ def evaluate(
     # Opened before the scoring, which can take hours.
     method = scorers[0].method
     store = Store(config.latents.dir) if method and method.retrieves_by == "latents" else None
-    has_sheet = store is not None and config.report.queries > 0 and _is_searchable(store, say)
+    has_sheet = store is not None and config.report.queries > 0 and _is_searchable(store)
     networks = [
         compare.score_network(scorer, split, config.data.threads)
         for scorer in (*scorers, load_scorer(config.teacher.dir, "teacher", code))
@@ -75,10 +77,10 @@ def evaluate(
         student, *rivals, teacher = map(_without_levels, networks)
     retrieval = queries = shifted = None
     if store is not None:
-        retrieval = compare.measure_retrieval(config, store, training, split, student, rivals, say)
+        retrieval = compare.measure_retrieval(config, store, training, split, student, rivals)
         queries = compare.sheet_rows(config, store, shards, student) if has_sheet else None
     if config.report.robustness:
-        shifted = robustness.measure(config, [student, *rivals, teacher], split, say)
+        shifted = robustness.measure(config, [student, *rivals, teacher], split)
     colour = colour_only(training, split, config.data.threads)
     return Evaluation(
         student=student.predictions,
@@ -105,11 +107,11 @@ def _without_levels(network: compare.Network) -> compare.Network:
     return dataclasses.replace(network, predictions=unknown)
 
 
-def _is_searchable(store: Store, say: Callable[[str, str], None]) -> bool:
+def _is_searchable(store: Store) -> bool:
     """Whether the index of a store can be searched: not without FAISS; `DataError` without an index."""
     problem = faiss_problem()
     if problem:
-        say("report", f"the contact sheet is left out: {problem}")
+        logger.warning("[report] the contact sheet is left out: %s", problem)
         return False
     read_document(store)
     return True

@@ -1,6 +1,6 @@
 """Robustness: every network scored again on images as another scanner or laboratory would have made them.
 
-    found = measure(config, networks, shards, say)
+    found = measure(config, networks, shards)
 
 `found` goes into `metrics.json`, the table of `summary.md` and `robustness.png`. Every change is applied to what the
 scorer gets, the decoded uint8 image of the network's input size: after the shrinking, where a real scanner's change
@@ -15,6 +15,7 @@ Shapes: B batch, H and W pixels, 3 channels or stains.
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from lgd.evaluate.predict import score_shards
 from lgd.metrics import Interval, Predictions, paired_difference, score_with_intervals
 from lgd.stain.deconvolve import H_DAB, H_E, rgb_to_od
 from lgd.stain.targets import estimate_white
+
+logger = logging.getLogger(__name__)
 
 Images = np.ndarray
 """uint8 (B, H, W, 3)."""
@@ -173,13 +176,10 @@ CHANGES = (
 )
 
 
-def measure(
-    config: Config, networks: Sequence[Network], shards: Sequence[Shard], say: Callable[[str, str], None]
-) -> dict[str, Any]:
+def measure(config: Config, networks: Sequence[Network], shards: Sequence[Shard]) -> dict[str, Any]:
     """`MEASURES` of each network under each change, and their paired difference to the unchanged images.
 
-    `networks` were scored on the unchanged images of `shards`. One more pass over the split a network and strength,
-    which `say` tells.
+    `networks` were scored on the unchanged images of `shards`. One more pass over the split a network and strength.
     """
     resamples, seed, threads = config.report.bootstrap, config.run.seed, config.data.threads
     models = []
@@ -187,7 +187,7 @@ def measure(
         scorer, before = network.scorer, network.predictions
         changes = []
         for change in CHANGES:
-            say("report", f"{scorer.name}: scoring the split under change of {change.name}")
+            logger.info("[report] %s: scoring the split under change of %s", scorer.name, change.name)
             rows = []
             for strength, label in change.strengths.items():
                 alter = partial(altered, change, scorer.role, strength, seed)

@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from lgd.data.stream import Sample
 from lgd.errors import DataError
 from lgd.files import exists, list_folder, place
 from lgd.locks import LOCK, exclusive
-from lgd.progress import progress
+from lgd.logs import progress
 from lgd.store.latents import Store, commit
 from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import is_complete
@@ -108,20 +108,19 @@ def _fill(config: Config, recipe: Recipe, missing: Sequence[Shard], workers: int
         return
     total = sum(shard.samples for shard in missing)
     with progress(total, "caching", "patches") as bar:
-        here = bar.update if workers == 0 else None
-        make = functools.partial(Cacher, config, recipe, here)
-        done = distribute.map_with(make, missing, workers=workers, what="train.workers", at_once=SHARDS_AT_ONCE)
+        # A worker is elsewhere: its patches are counted when its part is done.
+        make = functools.partial(Cacher, config, recipe, bar if workers == 0 else None)
+        done = distribute.map_with(make, missing, workers=workers, option_name="train.workers", at_once=SHARDS_AT_ONCE)
         for rows in done:
-            # A worker is elsewhere: its patches are counted when its part is done.
-            bar.update(0 if here else rows)
+            bar.update(rows if workers else 0)
 
 
 class Cacher:
     """Turns shards into parts; it may be called from several threads, which share its threads and its teacher."""
 
-    def __init__(self, config: Config, recipe: Recipe, tick: Callable[[int], Any] | None = None) -> None:
-        """`tick(n)` is told of n patches more."""
-        self.config, self.recipe, self.tick = config, recipe, tick or (lambda done: None)
+    def __init__(self, config: Config, recipe: Recipe, bar: Any = None) -> None:
+        """`bar` counts the patches."""
+        self.config, self.recipe, self.bar = config, recipe, bar
         self.supervision = Supervision(config.teacher.dir, recipe, config.code)
         self._pool = ThreadPoolExecutor(config.data.threads, thread_name_prefix="lgd-prepare")
         self._turn = threading.Lock()
@@ -132,7 +131,7 @@ class Cacher:
         batch, make = self.config.latents.batch, self.supervision
         reader = make.reader([shard])
         prepare = functools.partial(make.prepare, reader)
-        prepared = distribute.ahead(self._pool, prepare, range(shard.samples), count=batch)
+        prepared = distribute.map_ordered_prefetch(self._pool, prepare, range(shard.samples), count=batch)
         with shard_writer(place(self.config.latents.dir), shard, self.recipe) as writer:
             while samples := list(itertools.islice(map(self._counted, prepared), batch)):
                 arrays = stored(self._rows(samples), samples, shard, self.config.latents.dtype, writer.rounding)
@@ -151,8 +150,9 @@ class Cacher:
     def _counted(self, sample: Sample) -> Sample:
         if self._stopping.is_set():
             raise InterruptedError("caching was stopped")
-        with self._counting:
-            self.tick(1)
+        if self.bar is not None:
+            with self._counting:
+                self.bar.update()
         return sample
 
     def stop(self) -> None:

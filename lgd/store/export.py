@@ -15,8 +15,8 @@ attribute `coords_known` is False.
 """
 
 import hashlib
+import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,9 @@ from lgd.locks import LOCK, exclusive
 from lgd.records import Document, Line, Many, Sha256
 from lgd.store.latents import Store, as_levels
 from lgd.store.parts import Part
-from lgd.text import print_lines
 from lgd.urls import place_output
+
+logger = logging.getLogger(__name__)
 
 _SAFE = re.compile("[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,99}")
 """A slide's name that may be a file's as it is."""
@@ -106,10 +107,9 @@ def _export(store: Store, out: Path, asked: Sequence[str]) -> list[dict[str, Any
     rows = [_write(out / files[group], group, patches, facts) for group, patches in groups.items()]
     unknown = sum(not row["coords_known"] for row in rows)
     if unknown:
-        print_lines(
+        logger.warning(
             f"lgd: of {unknown} of {len(rows)} files the patches' places are unknown: they are laid side by side, "
-            "and coords_known is False",
-            file=sys.stderr,
+            "and coords_known is False"
         )
     return rows
 

@@ -24,10 +24,10 @@ vectors too and saves no memory. It is not built.
 """
 
 import functools
+import logging
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +54,8 @@ from lgd.store.search import (
     unit,
 )
 from lgd.store.table import write_table
-from lgd.text import print_lines
+
+logger = logging.getLogger(__name__)
 
 EXACT_ROWS = 100_000
 TRAIN_ROWS = 40
@@ -187,7 +188,7 @@ def _built(
     groups = _groups(latents)
     folder = store.folder if is_remote(store.folder) else store.folder.absolute()
     add = functools.partial(_Add, str(folder), numbers, empty)
-    for filled in map_with(add, groups, workers=workers if len(groups) > 1 else 0, what="train.workers"):
+    for filled in map_with(add, groups, workers=workers if len(groups) > 1 else 0, option_name="train.workers"):
         index.merge_from(faiss.deserialize_index(filled), 0)
     order_n = _in_order(faiss, index)
     seconds = {"train": trained - began, "add": time.monotonic() - trained}
@@ -221,7 +222,7 @@ def _on_gpu(faiss: Any, index: Any) -> Any:
         moved.search(np.zeros((1, index.d), np.float32), 1)
         return moved
     except RuntimeError as error:
-        print_lines(f"[index] on the CPU, FAISS cannot use the GPU: {str(error).splitlines()[0]}", file=sys.stderr)
+        logger.warning("[index] on the CPU, FAISS cannot use the GPU: %s", str(error).splitlines()[0])
         return index
 
 

@@ -19,6 +19,7 @@ from lgd.data.archive import Shard
 from lgd.data.shard_set import ShardFolder
 from lgd.errors import DataError
 from lgd.files import digest_of, format_diff, list_folder, place, remove
+from lgd.logs import progress
 from lgd.records import MissingDocument
 from lgd.store.document import SourcesDocument, StoreDocument, as_document
 from lgd.store.parts import Part, PartFile
@@ -126,17 +127,17 @@ class Store:
                     found.append((number, row))
         return found
 
-    def verify(self, tell: Any = None) -> list[str]:
-        """Every problem of the store's parts, and files that are none; `tell(rows)` hears of each part that is done."""
+    def verify(self) -> list[str]:
+        """Every problem of the store's parts, and files that are none, behind a bar of progress."""
         problems = []
         try:
             SourcesDocument.read(self.folder / "sources.json")
         except DataError as error:
             problems.append(str(error))
-        for part in self.parts:
-            problems += part.problems()
-            if tell:
-                tell(part.rows)
+        with progress(self.rows, "verify", "rows") as bar:
+            for part in self.parts:
+                problems += part.problems()
+                bar.update(part.rows)
         known = {f"{part.name}{suffix}" for part in self.parts for suffix in (".h5", ".json")}
         for layer in sorted(list_folder(self.folder / "parts")):
             names = list_folder(self.folder / "parts" / layer)

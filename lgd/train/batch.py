@@ -5,7 +5,7 @@ A shard and its part mirror each other, so (shard, row) finds both; the stored k
 
 import collections
 import itertools
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,8 +21,9 @@ from lgd.data.stream import Reader, Sample, Samples, in_batches, stream
 from lgd.errors import DataError
 from lgd.models.losses import Negatives
 from lgd.store.latents import Rows
-from lgd.text import print_lines
 from lgd.train.targets import Queue
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,19 +202,19 @@ class Skipped:
         """Of the samples that were skipped so far."""
 
     def add(self, mine: dict[int, str], world: World) -> None:
-        """Count what a step skips for the first time on any rank, and tell this rank's numbers and why.
+        """Count what a step skips for the first time on any rank, and log this rank's numbers and why.
 
         Every rank calls this; `DataError` beyond the budget.
         """
         for error in mine.values():
-            print_lines(f"[data] skipped: {error}", file=sys.stderr)
+            logger.warning("[data] skipped: %s", error)
         everyone: list[Any] = [None] * world.size
         dist.all_gather_object(everyone, sorted(mine))
         self.numbers.update(*everyone)
         if len(self.numbers) > self.data.on_bad.skips:
             raise DataError(
                 f"{len(self.numbers)} bad samples were skipped, more than data.on_bad {self.data.on_bad} allows: each "
-                "is told above; lgd verify checks the shards"
+                "is named above; lgd verify checks the shards"
             )
 
 

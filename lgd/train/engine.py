@@ -7,6 +7,7 @@ global count, so the gradient is the sum over ranks; both engines average over r
 import contextlib
 import importlib.util
 import itertools
+import logging
 import os
 import shutil
 import sys
@@ -22,6 +23,10 @@ from lgd.config import Train
 from lgd.data.plan import World
 from lgd.errors import ConfigError, DataError
 from lgd.locks import LOCK, hold_lock
+from lgd.logs import log_prints
+from lgd.process_state import default_environment
+
+logger = logging.getLogger(__name__)
 
 Moments = dict[str, dict[str, torch.Tensor]]
 """Parameter name -> AdamW's `exp_avg` and `exp_avg_sq`, float32."""
@@ -79,22 +84,46 @@ def choose(asked: str) -> str:
     return "torch" if problem else "deepspeed"
 
 
-def build_extension() -> None:
-    """Compile DeepSpeed's extension for the CPU, unless it is there.
+@contextlib.contextmanager
+def deepspeed_environment(device: str) -> Iterator[None]:
+    """What DeepSpeed reads where it runs on the CPU, which it otherwise warns about, and where it keeps its extension.
 
-    PyTorch's own lock on that outlives a killed process, and whoever comes next waits for ever. So it lies in a folder
-    of ours, where a lock of the kernel's tells that nobody builds.
+    Its prints are logged: standard output is for results.
+    """
+    made_for = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
+    extensions = str(Path("~/.cache/lgd-extensions").expanduser() / made_for)
+    variables = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": extensions} if device == "cpu" else {}
+    with default_environment(variables), log_prints(logger):
+        yield
+
+
+def build_extension() -> None:
+    """Compile DeepSpeed's extension for the CPU in TORCH_EXTENSIONS_DIR, unless it is there.
+
+    PyTorch's own lock on that outlives a killed process, and whoever comes next waits for ever. So a lock of the
+    kernel's tells that nobody builds.
     """
     from deepspeed.ops.op_builder import ShareMemCommBuilder
 
-    if "TORCH_EXTENSIONS_DIR" not in os.environ:
-        made_for = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(Path("~/.cache/lgd-extensions").expanduser() / made_for)
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     remedy = "name a folder on a disk of the node's own in TORCH_EXTENSIONS_DIR"
     with hold_lock(folder / LOCK, "compiling", remedy=remedy):
         (folder / ShareMemCommBuilder.NAME / "lock").unlink(missing_ok=True)
         ShareMemCommBuilder().load(verbose=False)
+
+
+def leave_world() -> None:
+    """Destroy the process group; DeepSpeed, where it was used, forgets the groups that it made of it."""
+    if "deepspeed" not in sys.modules:
+        torch.distributed.destroy_process_group()
+        return
+    from deepspeed import comm
+    from deepspeed.utils import groups
+
+    destroy = comm.destroy_process_group if comm.is_initialized() else torch.distributed.destroy_process_group
+    destroy()
+    # With the group of an earlier training a later one would fail; DeepSpeed 0.18 keeps it.
+    groups._WORLD_GROUP = groups.mesh_device = None
 
 
 def make_engine(name: str, model: nn.Module, train: Train, extra: dict[str, Any], world: World) -> Engine:
@@ -143,8 +172,6 @@ class TorchEngine:
         self.optimizer = _adamw(self.model, train)
         self.module: nn.Module = self.model
         if world.size > 1:
-            # The strides of a 1x1 kernel's gradient are another name of the same order.
-            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             with warnings.catch_warnings():
                 # The argument has another name from PyTorch 2.13 on, which older ones do not know.
                 warnings.simplefilter("ignore", FutureWarning)
@@ -212,14 +239,6 @@ class DeepSpeedEngine:
     name = "deepspeed"
 
     def __init__(self, model: nn.Module, train: Train, extra: dict[str, Any], world: World) -> None:
-        # Said before the import, which otherwise warns that it found no GPU.
-        if world.device == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
-
-        if world.device == "cpu":
-            build_extension()
-
         self.world, self.train = world, train
         stage = (extra.get("zero_optimization") or {}).get("stage", 0)
         # PyTorch's own optimizer on whole tensors.
@@ -238,9 +257,14 @@ class DeepSpeedEngine:
             **extra,
         }
         model = _prepared(model, train, world)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=_adamw(model, train), config=settings, dist_init_required=False
-        )
+        with deepspeed_environment(world.device):
+            import deepspeed
+
+            if world.device == "cpu":
+                build_extension()
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=_adamw(model, train), config=settings, dist_init_required=False
+            )
         if not self.plain:
             self._prime()
 

@@ -1,9 +1,9 @@
 """Where training runs: in this process, in torchrun's, or in Ray's workers; and how it is asked to end."""
 
 import contextlib
+import itertools
+import logging
 import os
-import signal
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -19,14 +19,17 @@ from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError
 from lgd.files import digest_of, exists, is_remote, list_folder, place, remove_folder, sha256
 from lgd.locks import LOCK, exclusive
-from lgd.text import print_lines
+from lgd.process_state import default_environment, stop_signals
 from lgd.train import checkpoint
-from lgd.train.engine import choose
+from lgd.train.engine import choose, leave_world
 from lgd.train.finished import keeps_others, read_finished, refuse_finished
 from lgd.train.loop import TASKS, train
 from lgd.train.tasks import Task, inputs_of
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+logger = logging.getLogger(__name__)
+
+_GROUPS = itertools.count()
+"""Numbers the process groups of this process; ranks make as many."""
 
 
 def require_own_folder(task: Task) -> None:
@@ -54,14 +57,12 @@ def check_levels(task: Task, shards: ShardSet) -> None:
     if not seen and task.store is None:
         raise DataError("no patch of the split `train` has a level, and this network learns from levels only")
     if not seen:
-        print_lines(
-            "no patch of the split `train` has a label: the network learns to hallucinate latents and gives no label",
-            file=sys.stderr,
+        logger.warning(
+            "no patch of the split `train` has a label: the network learns to hallucinate latents and gives no label"
         )
     if seen and (absent := [name for name in LEVEL_NAMES if not count[name]]):
-        print_lines(
-            f"the split `train` has no patch of level {', '.join(absent)}: the network will not call any so",
-            file=sys.stderr,
+        logger.warning(
+            "the split `train` has no patch of level %s: the network can never predict it", ", ".join(absent)
         )
 
 
@@ -155,30 +156,44 @@ def worker(argument: dict[str, Any]) -> None:
     `stop`, the file that asks to end.
     """
     config: Config = argument["config"]
-    world = join_world()
-    torch.manual_seed(config.run.seed)
-    # One rank is enough: at each step all agree on whether any of them was asked to stop.
-    with stop_flag(argument.get("stop") if world.rank == 0 else None) as stop:
-        train(config, argument["shards"], TASKS[argument["task"]](config), world, argument["engine"], stop)
+    with join_world() as world:
+        torch.manual_seed(config.run.seed)
+        # One rank is enough: at each step all agree on whether any of them was asked to stop.
+        with stop_flag(argument.get("stop") if world.rank == 0 else None) as stop:
+            train(config, argument["shards"], TASKS[argument["task"]](config), world, argument["engine"], stop)
 
 
-def join_world() -> World:
-    """This process among the others: those of Ray Train, of torchrun, or none."""
+@contextlib.contextmanager
+def join_world() -> Iterator[World]:
+    """This process among the others, those of Ray Train, of torchrun, or none; what it joins is left at the end."""
     cuda = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
-        if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            # DeepSpeed wants a group even alone.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            os.environ.setdefault("RANK", "0")
-            os.environ.setdefault("LOCAL_RANK", "0")
-            os.environ.setdefault("WORLD_SIZE", "1")
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+    with torch.cuda.device(device) if cuda else contextlib.nullcontext(), _join_group("nccl" if cuda else "gloo"):
+        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+@contextlib.contextmanager
+def _join_group(backend: str) -> Iterator[None]:
+    """The process group that Ray Train or the caller made, else torchrun's, else one of this process alone."""
+    if dist.is_initialized():
+        yield
+    elif "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun's store still has the addresses of the groups before.
+        store = dist.PrefixStore(f"lgd-{next(_GROUPS)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        del store
+        yield
+        # Not after an error: the other ranks may be waiting for this one, and it for them.
+        leave_world()
+    else:
+        # DeepSpeed wants a group even alone.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            with default_environment({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}):
+                yield
+        finally:
+            leave_world()
 
 
 @contextlib.contextmanager
@@ -188,20 +203,13 @@ def stop_flag(path: str | None) -> Iterator[threading.Event]:
     The signals mean what they meant before once the block ends, so that Ctrl-C ends the stages after training.
     """
     flag, ended = threading.Event(), threading.Event()
-    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    in_main = threading.current_thread() is threading.main_thread()
-    if in_main:
-        for number in _STOP_SIGNALS:
-            signal.signal(number, lambda *_: flag.set())
     if path is not None:
         threading.Thread(target=_watch, args=(path, flag, ended), daemon=True).start()
-    try:
-        yield flag
-    finally:
-        ended.set()
-        if in_main:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    with stop_signals(lambda *_: flag.set()):
+        try:
+            yield flag
+        finally:
+            ended.set()
 
 
 def _watch(path: str, flag: threading.Event, ended: threading.Event) -> None:

@@ -1,5 +1,6 @@
 """What a person watches: TensorBoard, `log.jsonl`, a bar or lines of progress, and a summary at the end."""
 
+import logging
 import math
 import resource
 import shutil
@@ -14,10 +15,12 @@ import torch
 from lgd.config import LEVEL_NAMES
 from lgd.errors import DataError
 from lgd.files import exists, is_remote, read_bytes, upload_folder, write_bytes
+from lgd.logs import progress
 from lgd.markup import markdown_table
 from lgd.metrics import confusion
-from lgd.progress import progress
-from lgd.text import dump_json, escape_text, print_lines
+from lgd.text import dump_json
+
+logger = logging.getLogger(__name__)
 
 
 class Log:
@@ -39,7 +42,7 @@ class Log:
         # Line by line, so that a killed run's log reaches to its last checkpoint.
         self.file = open(path, "a", buffering=1)
         if start:
-            self.tell(f"goes on after step {start} of {steps}")
+            logger.info("%s: goes on after step %d of %d", self.name, start, steps)
         self.bar = progress(steps, self.name, "steps", start)
         self.began, self.waited, self.loss = time.monotonic(), 0.0, math.nan
 
@@ -70,26 +73,18 @@ class Log:
                 self.board.add_scalar(f"val/{name}", value, step)
         if scores:
             self.board.add_text("val/confusion", _table(confusion(level_n, logits_n4.argmax(1))), step)
-            self.tell(f"step {step}/{self.steps}  val kappa {scores['kappa']:.3f}  accuracy {scores['accuracy']:.3f}")
-
-    def tell(self, line: str) -> None:
-        """One line on standard error."""
-        bar = getattr(self, "bar", None)
-        text = f"{self.name}: {line}"
-        if bar is not None and sys.stderr.isatty():
-            bar.write(escape_text(text), file=sys.stderr)
-        else:
-            print_lines(text, file=sys.stderr)
+            kappa, accuracy = scores["kappa"], scores["accuracy"]
+            logger.info("%s: step %d/%d  val kappa %.3f  accuracy %.3f", self.name, step, self.steps, kappa, accuracy)
 
     def summary(self) -> None:
-        """One line on what this process has done, if it trained at all."""
+        """Log what this process has done, if it trained at all."""
         if self.done == self.start:
             return
         rate, share = self._speed()
         seconds = time.monotonic() - self.began
-        self.tell(
-            f"{self.done - self.start} steps in {seconds:.1f} s: {rate:.0f} patches/s, {share:.0%} of the time waited "
-            f"for data, peak memory {peak_memory() / 1e6:.0f} MB, loss {self.loss:.3f}"
+        logger.info(
+            f"{self.name}: {self.done - self.start} steps in {seconds:.1f} s: {rate:.0f} patches/s, {share:.0%} of the "
+            f"time waited for data, peak memory {peak_memory() / 1e6:.0f} MB, loss {self.loss:.3f}"
         )
 
     def publish(self) -> None:
@@ -105,7 +100,7 @@ class Log:
             self.publish()
         except DataError as error:
             # Whatever ended the run matters more.
-            self.tell(f"the log is incomplete: {error}")
+            logger.warning("%s: the log is incomplete: %s", self.name, error)
         self.board.close()
         self.file.close()
         if self.local != self.folder:

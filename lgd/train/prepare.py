@@ -1,5 +1,6 @@
 """What a training needs before its first step: shards, order, network, engine."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from lgd.train.engine import Engine, deepspeed_problem, make_engine
 from lgd.train.log import Log
 from lgd.train.targets import Queue, Targets
 from lgd.train.tasks import StudentTask, Task, inputs_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +56,11 @@ class Prepared:
         settings, lanes = learner.config.train, learner.config.data.lanes
         self.log = Log(learner.task.folder, start, learner.steps, settings.batch)
         if settings.engine == "auto" and (lacking := deepspeed_problem()):
-            self.log.tell(f"{lacking}: training uses the torch engine")
+            logger.warning("%s: %s: training uses the torch engine", self.log.name, lacking)
         if 1.5 * lanes < min(settings.batch, len(self.shards.of_split("train"))):
-            self.log.tell(
-                f"data.lanes {lanes} is far below train.batch {settings.batch}: batches are mixed less than by a full "
-                "shuffle; lanes near the batch, in a multiple of the workers, mix them fully"
+            logger.warning(
+                f"{self.log.name}: data.lanes {lanes} is far below train.batch {settings.batch}: batches are mixed "
+                "less than by a full shuffle; lanes near the batch, in a multiple of the workers, mix them fully"
             )
 
     def batches(self, position: int, steps: int) -> Iterator[Step]:

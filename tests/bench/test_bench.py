@@ -99,7 +99,7 @@ def test_a_document_is_complete_and_consistent(name, tiny, capfd):
 def test_the_facts_of_decode_tell_formats_and_cosines(tiny, tmp_path):
     settings = replace(tiny, images="", pairs=2, patches=3)
     with pinned():
-        outcome = decode.run(settings, Inputs(settings, tmp_path), lambda line: None)
+        outcome = decode.run(settings, Inputs(settings, tmp_path))
     facts = outcome.facts
     assert facts["latents"]["patches"] == 3
     for found in facts["latents"]["against"].values():
@@ -149,7 +149,7 @@ def test_decode_refuses_what_is_no_jpeg(tiny, tmp_path):
         Image.new("RGB", (64, 64)).save(tmp_path / "png" / role / "train" / "00000_train_1+.png")
     settings = replace(tiny, images=str(tmp_path / "png"))
     with pytest.raises(DataError, match="--images a folder of JPEG"):
-        decode.run(settings, Inputs(settings, tmp_path), lambda line: None)
+        decode.run(settings, Inputs(settings, tmp_path))
 
 
 def test_sides_are_measured_in_turn():
@@ -162,7 +162,7 @@ def test_sides_are_measured_in_turn():
 
         return run
 
-    ratio = alternate("x", "a / b", 0.5, side("a", 30), side("b", 40), 3, lambda line: None)
+    ratio = alternate("x", "a / b", 0.5, side("a", 30), side("b", 40), 3)
     assert calls == ["a", "b"] * 3
     assert ratio.value == 0.75 and ratio.reached
     assert ratio.detail["median_a"] == 15 and ratio.detail["rounds"][0]["cpu_ms_a_sample"] == [
@@ -239,11 +239,15 @@ def test_the_extrapolation_follows_its_rules():
 
 def test_a_bare_loop_is_held_to_our_loss_curve(tissue_run, change, tmp_path):
     config = change(tissue_run, student={"dir": str(tmp_path)}, data={"augment": "none"})
-    task, world = training.StudentTask(config), engine.join_world()
+    with engine.join_world() as world:
+        compare_loops(config, change, training.StudentTask(config), world)
+
+
+def compare_loops(config, change, task, world):
     streamed = training.Streamed(config, task, world)
     kept, model = streamed.kept(), task.build()
-    assert engine.Pair("torch", config, task, model, kept).check() < 1e-5
-    pair = engine.Pair("torch", config, task, model, kept)
+    assert engine.Pair("torch", config, task, world, model, kept).check() < 1e-5
+    pair = engine.Pair("torch", config, task, world, model, kept)
     pair.bare.config = change(config, student={"membrane_weight": 0.11})
     with pytest.raises(AssertionError, match="the loss curves differ"):
         pair.check()

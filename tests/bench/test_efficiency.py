@@ -22,7 +22,7 @@ def tiny() -> Settings:
 @pytest.fixture(scope="module")
 def facts(tiny, tmp_path_factory):
     with pinned():
-        outcome = efficiency.run(tiny, Inputs(tiny, tmp_path_factory.mktemp("bench")), lambda line: None)
+        outcome = efficiency.run(tiny, Inputs(tiny, tmp_path_factory.mktemp("bench")))
         assert torch.get_num_threads() == 1
     assert [ratio.name for ratio in outcome.ratios] == ["efficiency"]
     return json.loads(json.dumps(outcome.facts, allow_nan=False))

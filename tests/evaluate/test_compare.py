@@ -1,6 +1,7 @@
 """What a run measures of retrieval, against what is worked out here from its files."""
 
 import dataclasses
+import logging
 
 import numpy as np
 import pytest
@@ -27,12 +28,8 @@ def measured(config, scorers):
     training = shards.of_split("train") if config.report.split != "train" else []
     split = shards.of_split(config.report.split)
     scored = [compare.score_network(one, split, threads=1) for one in scorers]
-    said = []
     store = Store(config.latents.dir)
-    found = compare.measure_retrieval(
-        config, store, training, split, scored[0], scored[1:-1], lambda *line: said.append(line)
-    )
-    return found, said, scored
+    return compare.measure_retrieval(config, store, training, split, scored[0], scored[1:-1]), scored
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +38,9 @@ def scorers(tissue_run, he_only):
     return [student, baseline, load_scorer(tissue_run.teacher.dir, "teacher")]
 
 
-def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers):
-    found, said, scored = measured(tissue_run, scorers)
+def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers, caplog):
+    with caplog.at_level(logging.INFO, "lgd"):
+        found, scored = measured(tissue_run, scorers)
     names = [row["name"].split(" (")[0] for row in found["embeddings"]]
     assert names == [
         "LGD-Net, hallucinated latents",
@@ -51,7 +49,7 @@ def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers):
         "IHC teacher, true latents",
     ]
     assert [row["own_pair"] is None for row in found["embeddings"]] == [False, True, False, True]
-    assert said == [("report", "H&E-only: scoring 20 training patches, the gallery of its own features")]
+    assert caplog.messages == ["[report] H&E-only: scoring 20 training patches, the gallery of its own features"]
     store = Store(tissue_run.latents.dir)
     train, test = ([part for part in store.parts if part.split == split] for split in ("train", "test"))
     gallery, own = read_all(train, "pooled")[:, 0], read_all(test, "pooled")[:, 0]
@@ -80,10 +78,11 @@ def test_features_of_he_alone_are_what_its_head_reads(scorers, tissue_run):
     assert none is None
 
 
-def test_a_scored_training_split_is_no_gallery(tissue_run, change, scorers):
+def test_a_scored_training_split_is_no_gallery(tissue_run, change, scorers, caplog):
     config = change(tissue_run, report={"split": "train"})
-    found, said, _ = measured(config, scorers)
-    assert found["gallery_rows"] == 0 and not said
+    with caplog.at_level(logging.INFO, "lgd"):
+        found, _ = measured(config, scorers)
+    assert found["gallery_rows"] == 0 and not caplog.messages
     assert [row["name"] for row in found["embeddings"]] == [
         "LGD-Net, hallucinated latents",
         "IHC teacher, true latents",
@@ -96,7 +95,7 @@ def test_a_rival_of_another_teacher_has_no_row(tissue_run, scorers):
     student, _, teacher = scorers
     teachers = (student.config.teachers[0].model_copy(update={"weights_sha256": "f" * 64}),)
     stranger = dataclasses.replace(student, config=student.config.model_copy(update={"teachers": teachers}))
-    found, _, _ = measured(tissue_run, [student, stranger, teacher])
+    found, _ = measured(tissue_run, [student, stranger, teacher])
     assert len(found["embeddings"]) == 2
     with pytest.raises(DataError, match="made by another teacher"):
         measured(tissue_run, [stranger, teacher])

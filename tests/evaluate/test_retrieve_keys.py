@@ -10,7 +10,7 @@ import pytest
 from lgd.cli import main
 from lgd.config import LEVEL_NAMES
 from lgd.errors import ConfigError, DataError
-from lgd.evaluate.answer import as_json, summary
+from lgd.evaluate.answer import as_json, collect_notes, count_neighbours
 from lgd.evaluate.retrieve import query
 from lgd.store.latents import Store, as_levels
 from lgd.store.search import Searcher
@@ -120,18 +120,16 @@ def test_a_twin_is_marked_and_counted(store):
     (other,) = query(None, store, keys=["a-001"], k=100)
     marked = {hit.key: hit.duplicate_of for hit in other.hits if hit.duplicate_of}
     assert marked in ({"twin": "a-000"}, {"a-000": "twin"})
-    assert (
-        "near-duplicates (closer than 0.001 to the query or to a nearer neighbour): 2"
-        in summary(store, [answer, other])[0]
-    )
+    line = count_neighbours([answer, other])
+    assert line.endswith("near-duplicates (closer than 0.001 to the query or to a nearer neighbour): 2")
 
 
 def test_a_key_of_several_parts_is_told_and_answered_for_each(store):
     answers = query(None, store, keys=["both", "a-001", "both"], k=2)
     assert [(answer.stored.key, answer.stored.part) for answer in answers] == [("both", 0), ("both", 1), ("a-001", 0)]
     names = [store.parts[number].name for number in (0, 1)]
-    _, told = summary(store, answers)
-    assert told == f"key both is in 2 parts ({', '.join(names)}): one answer each, in this order"
+    (note,) = collect_notes(store, answers)
+    assert note == f"key both is in 2 parts ({', '.join(names)}): one answer each, in this order"
     for answer in answers[:2]:
         assert addresses(answer) == brute_force(store, answer.stored.part, answer.stored.row, 2)
 
@@ -200,7 +198,7 @@ def test_the_outputs_agree(store, capsys):
     document = json.loads(told.out)
     answers = query(None, Store(store.folder), keys=keys[1:], k=3, splits=["train", "val"], levels=["0", "1+", "2+"])
     assert document == json.loads(json.dumps(as_json(answers)))
-    assert told.err.splitlines() == summary(store, answers)
+    assert told.err.splitlines() == [count_neighbours(answers), *collect_notes(store, answers)]
     assert main([*command, *keys, "--csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     flat = [hit for answer in document for hit in answer["neighbours"]]

@@ -18,7 +18,7 @@ from lgd.config import Train
 from lgd.data.plan import World
 from lgd.errors import ConfigError, DataError
 from lgd.train import engine as engines
-from lgd.train.engine import build_extension, choose, deepspeed_problem, make_engine
+from lgd.train.engine import build_extension, choose, deepspeed_environment, deepspeed_problem, make_engine
 
 TRAIN = Train(batch=8, accumulate=2, lr=1e-2, clip=0.9)
 HALF, STEPS = 3, 6
@@ -261,8 +261,9 @@ def test_deepspeed_settings_without_deepspeed_are_refused():
 def test_a_build_that_was_killed_is_not_waited_for(tmp_path):
     """PyTorch's lock of a build, as a killed one leaves it: without care the next one waits for ever."""
     folder = tmp_path / "extensions"
-    build_extension()
-    shutil.copytree(os.environ["TORCH_EXTENSIONS_DIR"], folder)
+    with deepspeed_environment("cpu"):
+        build_extension()
+        shutil.copytree(os.environ["TORCH_EXTENSIONS_DIR"], folder)
     (folder / "deepspeed_shm_comm" / "lock").touch()
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
     code = "from lgd.train.engine import build_extension; build_extension()"

@@ -1,10 +1,12 @@
 """What a run leaves for a person."""
 
 import json
+import logging
 import math
 
 import numpy as np
 
+from lgd.logs import show_logs
 from lgd.train.log import Log
 
 
@@ -13,11 +15,12 @@ def refuse(word):
 
 
 def test_the_log_is_strict_json(tmp_path, capsys):
-    log = Log(tmp_path / "a\x1b[2J", 0, 2, 4)
-    log.step(1, {"loss": 0.5, "rate": 0.1}, 0.0)
-    log.step(2, {"loss": math.nan, "rate": math.inf}, 0.0)
-    log.validation(2, {"kappa": 0.1, "accuracy": 0.5}, np.eye(4), np.arange(4))
-    log.close()
+    with show_logs(logging.INFO):
+        log = Log(tmp_path / "a\x1b[2J", 0, 2, 4)
+        log.step(1, {"loss": 0.5, "rate": 0.1}, 0.0)
+        log.step(2, {"loss": math.nan, "rate": math.inf}, 0.0)
+        log.validation(2, {"kappa": 0.1, "accuracy": 0.5}, np.eye(4), np.arange(4))
+        log.close()
     rows = [json.loads(line, parse_constant=refuse) for line in (log.folder / "log.jsonl").read_text().splitlines()]
     assert rows == [{"step": 1, "loss": 0.5, "rate": 0.1}, {"step": 2, "loss": None, "rate": None}]
     err = capsys.readouterr().err

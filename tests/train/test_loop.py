@@ -385,7 +385,7 @@ def damaged(tissue_run, tmp_path):
 
 
 @pytest.mark.faults
-def test_bad_samples_stop_training_or_are_skipped_told_and_counted(student, damaged, capfd):
+def test_bad_samples_stop_training_or_are_skipped_logged_and_counted(student, damaged, caplog):
     shards = damaged(2, "he")
     with pytest.raises(DataError, match=r"train-00000\d\.tar, row 3, .*he: its crc32"):
         train_under(student("stops", data={"shards": shards}), "student")
@@ -393,12 +393,12 @@ def test_bad_samples_stop_training_or_are_skipped_told_and_counted(student, dama
     with pytest.raises(DataError, match=r"2 bad samples were skipped, more than data\.on_bad skip:1 allows"):
         train_under(few, "student")
     assert not (Path(few.student.dir) / "config.json").exists()
-    capfd.readouterr()
+    caplog.clear()
 
     config = student("skips", data={"shards": shards, "on_bad": OnBad(2)}, student={"epochs": 3})
     assert train_under(config, "student")
-    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[data] skipped")]
-    assert len(told) == 2 and all(f"train-00000{n}.tar, row 3" in "".join(told) for n in (0, 1))
+    lines = [line for line in caplog.messages if line.startswith("[data] skipped")]
+    assert len(lines) == 2 and all(f"train-00000{n}.tar, row 3" in "".join(lines) for n in (0, 1))
     assert [line["skipped"] for line in log_of(config.student.dir)][-1] == 2
     assert read_json(Path(config.student.dir) / "config.json")["skipped"] == 2
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
 import threading
@@ -62,7 +63,7 @@ def digest(folder):
     return read_json(f"{folder}/config.json")["weights_sha256"]
 
 
-def test_the_whole_run_lies_in_a_bucket(tissue_config, tissue_run, s3, tmp_path, capsys):
+def test_the_whole_run_lies_in_a_bucket(tissue_config, tissue_run, s3, tmp_path, capsys, caplog):
     options = {"run.dir": "s3://runs/whole/", "data.shards": tissue_config.shard_dirs[0], "report.queries": 2}
     given = {"teacher.epochs": 2, "student.epochs": 2, "latents.map": 2, "report.bootstrap": 10}
     given |= {"data.size": 64, "train.workers": 0, "train.engine": "torch", "train.batch": 8, "data.threads": 1}
@@ -86,10 +87,9 @@ def test_the_whole_run_lies_in_a_bucket(tissue_config, tissue_run, s3, tmp_path,
     assert len(events.Scalars("train/loss")) == len(curve("s3://runs/whole/student"))
     assert "report/confusion" in events.Tags()["images"]
     # Again: nothing is done twice. And its parts are used by their urls.
-    capsys.readouterr()
-    pipeline.run(config)
-    told = capsys.readouterr().err
-    assert told.count("reused, nothing changed") == 5, told
+    with caplog.at_level(logging.INFO, "lgd"):
+        pipeline.run(config)
+    assert sum("reused, nothing changed" in line for line in caplog.messages) == 5, caplog.messages
     image = next((Path(tissue_config.run.dir).parent / "bci" / "HE" / "test").iterdir())
     assert main(["predict", "--config", "s3://runs/whole/config.yaml", "--json", str(image)]) == 0
     (row,) = json.load(io.StringIO(capsys.readouterr().out))
@@ -157,7 +157,7 @@ def test_where_nothing_can_be_written_no_step_is_taken(at_url, s3):
         train_under(at_url("x", run={"dir": "s3://no-such/x"}, student={"dir": "s3://no-such/x/student"}), "student")
 
 
-def test_workers_of_ray_stop_and_go_on_in_a_bucket(at_url, tissue_run, s3, capfd):
+def test_workers_of_ray_stop_and_go_on_in_a_bucket(at_url, tissue_run, s3, caplog):
     """Two workers, stopped by a signal to the driver; then one process goes on."""
     few = {"lr": 1e-4, "checkpoint_every": 2}
     config = at_url("ray", student={"epochs": 40}, train={"workers": 2} | few)
@@ -170,7 +170,7 @@ def test_workers_of_ray_stop_and_go_on_in_a_bucket(at_url, tissue_run, s3, capfd
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(DataError, match="stopped after step .* the same command goes on from there"):
         train_under(config, "student")
-    assert "stopping: the workers end their step" in capfd.readouterr().err
+    assert "stopping: the workers end their step and save a checkpoint" in caplog.messages
     assert not any(name.endswith(".stop") for name in names(s3, "ray/ray"))
     distribute.disconnect()
     done = len(curve("s3://runs/ray/student"))
