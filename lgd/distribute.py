@@ -82,9 +82,24 @@ def _knock(address: str) -> None:
 
 def disconnect() -> None:
     """Leave the cluster; a local one that `connect` started is stopped."""
+    if _is_connected():
+        sys.modules["ray"].shutdown()
+
+
+@contextlib.contextmanager
+def restore_connection() -> Iterator[None]:
+    """Leave the cluster at the end, unless this process was in one before."""
+    before = _is_connected()
+    try:
+        yield
+    finally:
+        if not before:
+            disconnect()
+
+
+def _is_connected() -> bool:
     ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        ray.shutdown()
+    return ray is not None and ray.is_initialized()
 
 
 def map_with(

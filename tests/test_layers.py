@@ -21,9 +21,9 @@ store.recipe store.sidecar store.document store.writer store.parts store.latents
 store.export store.faiss_file store.table store.search store.exact store.index
 train.targets train.batch train.tasks train.engine train.checkpoint train.finished train.passes train.log train.loop
 train.launch
-evaluate.notes evaluate.images evaluate.scale evaluate.predict evaluate.colour evaluate.robustness evaluate.figures
-evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
-evaluate.compare evaluate.markdown evaluate.caveats evaluate.slides evaluate.report evaluate.seeds
+evaluate.notes evaluate.scale evaluate.images evaluate.predict evaluate.slide_rows evaluate.colour
+evaluate.robustness evaluate.figures evaluate.ranking evaluate.answer evaluate.keys evaluate.retrieve evaluate.sheet
+evaluate.embeddings evaluate.compare evaluate.markdown evaluate.caveats evaluate.slides evaluate.report evaluate.seeds
 doctor run_document run_folder check ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query
