@@ -334,7 +334,7 @@ def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], lis
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
     root = place(options.root)
     pairs, problems = find_pairs(options.layout, root if is_remote(root) else root.absolute(), options.slides or None)
-    refuse_spellings(pairs, options.slides or (options.root if options.layout == "csv" else ""))
+    refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
     jobs = [
         CheckJob(
             start=start,
