@@ -71,8 +71,13 @@ def test_build_shards_takes_the_fields_of_the_options(tissue, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def patches(tissue):
-    return sorted((tissue / "HE" / "test").iterdir())[:3]
+def patches(tissue, tmp_path_factory):
+    """Three H&E patches without loss: a JPEG is shrunk while it is decoded, which an array cannot be."""
+    folder, paths = tmp_path_factory.mktemp("patches"), []
+    for path in sorted((tissue / "HE" / "test").iterdir())[:3]:
+        paths.append(folder / path.name)
+        Image.open(path).save(paths[-1], "PNG")
+    return paths
 
 
 def unnamed(rows):
@@ -102,6 +107,14 @@ def test_paths_arrays_and_pillow_images_score_alike(tissue_run, patches, tmp_pat
     ]
     assert unnamed(lgd.predict(scorer, arrays[0])) == unnamed(lgd.predict(scorer, patches[0]))
     assert lgd.predict(scorer, []) == []
+
+
+def test_a_jpeg_and_its_pixels_score_nearly_alike(tissue_run, tissue):
+    paths = sorted((tissue / "HE" / "test").iterdir())[:3]
+    of_files = lgd.predict(tissue_run.student.dir, paths)
+    of_pixels = lgd.predict(tissue_run.student.dir, [np.asarray(Image.open(path)) for path in paths])
+    for one, other in zip(of_files, of_pixels, strict=True):
+        assert list(one.probabilities.values()) == pytest.approx([*other.probabilities.values()], abs=0.01)
 
 
 def test_queries_take_the_same(tissue_run, patches):
@@ -206,7 +219,8 @@ for _ in range(2):
     rows = [lgd.predict(student, image)[0] for image in images]
     answers = [lgd.query(student, store, image, k=2)[0] for image in images]
     print(json.dumps([[row.level, row.probabilities, row.notes] for row in rows]))
-    print(json.dumps([[(one.key, one.level, one.slide, one.distance) for one in answer.neighbours] for answer in answers]))
+    found = [[(one.key, one.level, one.slide, one.distance) for one in answer.neighbours] for answer in answers]
+    print(json.dumps(found))
 print(lgd.__file__)
 """
 

@@ -211,7 +211,8 @@ def predict(
     Args:
         scorer: A trained student, from `load_scorer`, or its folder.
         images: One image or several: files, folders or patterns; uint8 arrays (H, W, 3), RGB; Pillow images. EXIF
-            orientations are applied.
+            orientations are applied. A JPEG file is shrunk while it is decoded, as in training: against its pixels as
+            an array, the probabilities differ in the third or fourth digit.
         mpp: Micrometres per pixel of all of them, or `"unknown"` to score them as they are. By default an image of the
             training patches' size is taken to have their scale, and others are refused.
         keep_going: Give an image that cannot be used a row that is not `usable`, rather than raise.
