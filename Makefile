@@ -78,13 +78,15 @@ evidence-shortcut evidence-background: .venv/installed
 	$(BIN)/python tools/table_shortcut.py $(foreach jitter,$(JITTERS),\
 		$(jitter)=$(EVIDENCE)-$(IN)-0-jitter-$(jitter),$(EVIDENCE)-$(IN)-0.9-jitter-$(jitter))
 
-.venv/installed: pyproject.toml
+CONSTRAINTS = $(if $(filter cpu,$(FAISS)),--constraint constraints-cpu.txt)
+
+.venv/installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[$(FAISS)]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[$(FAISS)]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[$(FAISS),dev]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[$(FAISS),dev]'
 	touch $@
 
 clean:

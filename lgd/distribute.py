@@ -107,10 +107,25 @@ def _check_reachable(address: str) -> None:
 
 def disconnect() -> None:
     """Leave the cluster; a local one that `connect` started is stopped. What `connect` changed here is undone."""
-    ray = sys.modules.get("ray")
     with _connection:
-        if ray is not None and ray.is_initialized():
-            ray.shutdown()
+        if _is_connected():
+            sys.modules["ray"].shutdown()
+
+
+@contextlib.contextmanager
+def restore_connection() -> Iterator[None]:
+    """Leave the cluster at the end, unless this process was in one before."""
+    before = _is_connected()
+    try:
+        yield
+    finally:
+        if not before:
+            disconnect()
+
+
+def _is_connected() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 class _RecordQueue:

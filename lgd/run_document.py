@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -126,7 +127,19 @@ class RunDocument(Document):
 
 @functools.cache
 def _commit() -> str | None:
+    """The commit of lgd's own checkout; None elsewhere, such as for a wheel inside another project's repository."""
+    package = Path(lgd.__file__).resolve().parent
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        at = ["git", "-C", str(Path(lgd.__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(at, capture_output=True, text=True, check=True).stdout.strip()
+        top = _run_git(package, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() == package.parent:
+            # Who installs into the folder of a repository does not track what is installed there.
+            _run_git(package, "ls-files", "--error-unmatch", "__init__.py")
+            return _run_git(package, "rev-parse", "HEAD")
     return None
+
+
+def _run_git(folder: Path, *args: str) -> str:
+    # A hook of git runs with variables that name the hook's repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(folder), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()

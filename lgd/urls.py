@@ -87,7 +87,7 @@ def place(text: str | Path) -> Path:
     return cast(Path, UPath(text.rstrip("/"), **options))
 
 
-def place_output(text: str, option: str) -> Path:
+def place_output(text: str | Path, option: str) -> Path:
     """`place` of what will be written, which `option` named.
 
     Raises `ConfigError` for a relative path in a job of Ray: the folder that it is relative to goes with the job.

@@ -3,13 +3,13 @@
 A verb adds its arguments to a parser, and gives the function that is then called with what was parsed.
 """
 
+import importlib.resources
 import logging
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import lgd
 from lgd.config import Config
 from lgd.errors import ConfigError, DataError
 from lgd.extensions import FORM
@@ -45,20 +45,12 @@ def _synth(parser: Any) -> Run:
 
 def _build_shards(parser: Any) -> Run:
     from lgd.data.shards import ShardOptions, build
-    from lgd.distribute import disconnect, map_with
 
     add_option_arguments(parser, ShardOptions)
 
     def run(parser: Any, namespace: Any) -> None:
         options = _plain(namespace, ShardOptions)
-
-        def map_jobs(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Any:
-            return map_with(lambda: function, jobs, workers=options.workers, option_name="--workers", use_gpus=False)
-
-        try:
-            manifest, built = build(options, map_jobs)
-        finally:
-            disconnect()
+        manifest, built = build(options)
         rows = []
         for name, split in manifest.splits.items():
             size = sum(shard.bytes for shard in split.shards) / 1e6
@@ -118,7 +110,7 @@ def _stage(
 def _demo(parser: Any) -> Run:
     parser.add_argument("--pairs", type=int, default=720, help="patch pairs of virtual tissue")
     parser.add_argument("--size", type=int, default=192, help="their side in pixels")
-    add_config_arguments(parser, default=str(Path(lgd.__file__).parents[1] / "configs" / "demo.yaml"))
+    add_config_arguments(parser, default=str(importlib.resources.files("lgd") / "configs" / "demo.yaml"))
 
     def run(parser: Any, namespace: Any) -> None:
         config = config_of(namespace)
@@ -188,27 +180,29 @@ def _predict(parser: Any) -> Run:
     def run(parser: Any, namespace: Any) -> None:
         folder, config = _model(namespace)
         slides = place(namespace.slides) if namespace.slides else None
-        from lgd.evaluate import images, notes, predict
+        from lgd.evaluate import images, notes, predict, slide_rows
         from lgd.run_folder import explain_overrides
 
         found = images.find_images(namespace.images)
         with explain_overrides(config):
+            slide_of = slide_rows.slides_of_images(slides, found.paths) if slides else None
             scorer = predict.load_scorer(folder, code=_named_code(namespace, config))
-            predictions = predict.predict_images(scorer, found.paths, slides, namespace.mpp, keep_going=True)
-        unread = [one for one in predictions if one.probability_4 is None]
-        problems = predict.problems_of(unread, len(predictions))
-        if len(unread) == len(predictions):
+            predictions = predict.predict(scorer, found.paths, mpp=namespace.mpp, keep_going=True)
+        problems = notes.describe_unusable(
+            {one.image: one.notes for one in predictions if not one.usable}, len(predictions)
+        )
+        if not any(one.usable for one in predictions):
             raise DataError(*problems)
-        scored = (one.notes for one in predictions if one.probability_4 is not None)
+        scored = (one.notes for one in predictions if one.usable)
         for note in (*found.notes, *notes.count_notes(scored, "images")):
             logger.warning("%s", note)
-        rows = predict.as_rows(predictions)
+        rows = predictions if slide_of is None else slide_rows.join_slides(predictions, slide_of)
         if namespace.json:
-            print_json(rows)
+            print_json([slide_rows.as_json(row) for row in rows])
         elif namespace.csv:
-            print_csv([predict.as_cells(row) for row in rows])
+            print_csv([slide_rows.as_cells(row) for row in rows])
         else:
-            print_table([predict.as_cells(row) for row in rows])
+            print_table([slide_rows.as_cells(row) for row in rows])
         if problems:
             raise DataError(*problems)
 
@@ -235,7 +229,7 @@ def _query(parser: Any) -> Run:
     def run(parser: Any, namespace: Any) -> None:
         config = config_of(namespace) if namespace.config else None
         drawn = place_output(namespace.sheet, "--sheet") if namespace.sheet else None
-        from lgd.evaluate import answer, images, predict, retrieve, sheet
+        from lgd.evaluate import answer, images, notes, predict, retrieve, sheet
         from lgd.run_folder import explain_overrides
         from lgd.store.latents import Store
 
@@ -250,7 +244,6 @@ def _query(parser: Any) -> Run:
             found = images.find_images(namespace.images)
             if drawn:
                 sheet.check_sheet(len(found.paths) + len(namespace.key), namespace.k)
-            unread: list[predict.ScoredImage] = []
             answers = retrieve.query(
                 scorer,
                 store,
@@ -262,9 +255,10 @@ def _query(parser: Any) -> Run:
                 exclude_same_slide=namespace.exclude_same_slide,
                 slides=place(namespace.slides) if namespace.slides else None,
                 mpp=namespace.mpp,
-                unread=unread,
+                keep_going=True,
             )
-        problems = predict.problems_of(unread, len(found.paths))
+        problems = notes.describe_unusable({one.name: one.notes for one in answers if not one.usable}, len(answers))
+        answers = [one for one in answers if one.usable]
         if not answers:
             raise DataError(*problems)
         if drawn:

@@ -22,8 +22,8 @@ store.recipe store.sidecar store.document store.writer store.parts store.latents
 store.export store.faiss_file store.table store.search store.exact store.index
 train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.prepare train.finished
 train.loop train.launch
-evaluate.notes evaluate.images evaluate.scale evaluate.predict evaluate.colour evaluate.figures
-evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
+evaluate.notes evaluate.scale evaluate.images evaluate.predict evaluate.slide_rows evaluate.colour evaluate.figures
+evaluate.ranking evaluate.answer evaluate.keys evaluate.retrieve evaluate.sheet evaluate.embeddings
 evaluate.compare evaluate.robustness evaluate.markdown evaluate.caveats evaluate.evaluation
 evaluate.slides evaluate.report evaluate.seeds
 doctor run_document run_folder check ablate pipeline

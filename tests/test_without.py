@@ -290,12 +290,12 @@ def test_job_entry_points_without_ray(without, told, tmp_path):
 
 PREDICT = """
 import json, sys
-from pathlib import Path
 
-from lgd.evaluate.predict import load_scorer, predict
+import lgd
+from lgd.evaluate.slide_rows import as_json
 
-scorer = load_scorer(sys.argv[1])
-print(json.dumps(predict(scorer, [Path(name) for name in sys.argv[2:]])))
+scorer = lgd.load_scorer(sys.argv[1])
+print(json.dumps([as_json(row) for row in lgd.predict(scorer, sys.argv[2:])]))
 unwanted = {"ray", "faiss", "deepspeed", "h5py", "webdataset"} & set(sys.modules)
 assert not unwanted, unwanted
 """

@@ -59,7 +59,7 @@ class BuiltShard(Document):
     entry: Entry
 
 
-def open_target(text: str) -> Path:
+def open_target(text: str | Path) -> Path:
     """OUT as a path or a url that can be written to; `DataError` where something else lies there.
 
     Nothing of the user's is ever overwritten.

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, features
+from PIL import ExifTags, Image, features
 
-from lgd.data.tags import read_bit_depth, read_orientation, turn_upright
+from lgd.data.tags import ORIENTATIONS, read_bit_depth, read_orientation, turn_upright
 from lgd.errors import DataError
 
 RESIZE = "scaled JPEG decoding, then antialiased bilinear (1)"
@@ -92,8 +92,7 @@ def _pillow_header(content: bytes | memoryview, name: str, extension: str) -> He
             depth = read_bit_depth(content, extension)
             if depth > 8:
                 raise _too_deep(name, depth)
-            if image.mode not in _MODES:
-                raise DataError(f"{name}: has pixels of mode {image.mode}: convert it to 8-bit RGB")
+            _check_mode(image, name)
             if getattr(image, "n_frames", 1) > 1:
                 raise DataError(f"{name}: is an animation: keep one frame of it")
             return Header(extension, *image.size)
@@ -103,6 +102,11 @@ def _pillow_header(content: bytes | memoryview, name: str, extension: str) -> He
         raise _too_large(name) from error
     except _BROKEN as error:
         raise _broken(name, error) from error
+
+
+def _check_mode(image: Image.Image, name: str) -> None:
+    if image.mode not in _MODES:
+        raise DataError(f"{name}: has pixels of mode {image.mode}: convert it to 8-bit RGB")
 
 
 def _too_large(name: str) -> DataError:
@@ -169,6 +173,22 @@ def decode_upright(content: bytes | memoryview, name: str, size: int | None = No
     assert extension is not None, "decoded before"
     orientation = read_orientation(content, extension)
     return pixels if orientation == 1 else turn_upright(pixels, orientation)
+
+
+def as_pixels(image: Image.Image, name: str) -> np.ndarray:
+    """The pixels of a Pillow image, uint8 (H, W, 3), as `decode_upright` gives those of a file; raises as it does."""
+    _check_mode(image, name)
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(name)
+    try:
+        pixels = np.array(_rgb(image))
+    except _BROKEN as error:
+        raise _broken(name, error) from error
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _BROKEN:
+        orientation = None
+    return turn_upright(pixels, orientation) if orientation in ORIENTATIONS else pixels
 
 
 def upright_size(content: bytes | memoryview, name: str) -> tuple[int, int]:

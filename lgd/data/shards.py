@@ -13,15 +13,17 @@ A killed build goes on where it stopped (`lgd.data.building`). Pairs may lie beh
 
 import collections
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
+import inspect
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 from lgd.data.archive import INDEX, Shard, read_member, write_archive
 from lgd.data.building import (
@@ -65,12 +67,13 @@ from lgd.data.sources import (
     same_types,
 )
 from lgd.data.split import SPLITS, parse_split
+from lgd.distribute import map_with, restore_connection
 from lgd.errors import DataError, require
 from lgd.files import digest_of, exists, is_remote, place, sha256, upload, write_bytes
 from lgd.locks import exclusive
 from lgd.logs import progress
 
-__all__ = ["INDEX", "Shard", "ShardOptions", "build", "decode", "read_member"]
+__all__ = ["INDEX", "Shard", "ShardOptions", "build", "build_shards", "decode", "read_member"]
 
 # Pairs that a worker checks at a time.
 _CHUNK = 64
@@ -84,9 +87,9 @@ class ShardOptions:
 
     layout: Layout
     """The folders of BCI or of MIST, or a CSV: columns he, ihc, and those of shards/README.md."""
-    root: str
+    root: str | Path
     """Folder or url of the images; for csv the CSV itself, or a folder that holds pairs.csv."""
-    out: str
+    out: str | Path
     """Folder or url for the shards; empty, new, or one that holds this very set."""
     split: str = "keep"
     """`keep` the published split, `keep:0.1` carve a validation share off train, or `group:0.8,0.1,0.1`."""
@@ -96,7 +99,7 @@ class ShardOptions:
     """Side of the square tiles that patches are cut into, in pixels; 0 keeps whole patches."""
     image: str = "keep"
     """`keep` the original bytes (tiles become PNG), or re-encode to `png` or `jpeg:QUALITY`, turned as EXIF says."""
-    slides: str = ""
+    slides: str | Path = ""
     """CSV (or its url) with the columns key and slide that names the slide of every pair."""
     mpp: float | Literal["unknown"] | None = None
     """Micrometres per pixel of all pairs that do not state it themselves; `unknown` where nobody knows."""
@@ -162,16 +165,20 @@ MapJobs = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> tuple[Manifest, bool]:
     """Build a shard set; returns its manifest, and whether it was built now rather than found in OUT.
 
-    `map_jobs(function, jobs)` applies a function to every job, in any order and in any process; by default
-    here. Raises `DataError` with the full list of unusable pairs, or for an OUT that holds something else, and
-    `ConfigError` for a split that these pairs do not have; while another process builds in a local OUT, `TakenError`
-    tells of it.
+    `map_jobs(function, jobs)` applies a function to every job, in any order and in any process; by default here, or by
+    the workers of Ray that `options` ask for. Raises `DataError` with the full list of unusable pairs, or for an OUT
+    that holds something else, and `ConfigError` for a split that these pairs do not have; while another process builds
+    in a local OUT, `TakenError` tells of it.
     """
     out = open_target(options.out)
     # A finished set is only read, and may lie where nothing can be written.
     finished = exists(out / "manifest.json")
-    with contextlib.nullcontext() if finished else exclusive(out, "building shards"):
-        return _build(options, map_jobs or map, out, finished)
+    with contextlib.nullcontext() if finished else exclusive(out, "building shards"), restore_connection():
+        return _build(options, map_jobs or functools.partial(_map_with_workers, options.workers), out, finished)
+
+
+def _map_with_workers(workers: int, function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+    return map_with(lambda: function, jobs, workers=workers, option_name="--workers", use_gpus=False)
 
 
 def _build(options: ShardOptions, map_jobs: MapJobs, out: Path, finished: bool) -> tuple[Manifest, bool]:
@@ -212,6 +219,38 @@ def _build(options: ShardOptions, map_jobs: MapJobs, out: Path, finished: bool) 
     manifest.write(out / "manifest.json")
     finish(out)
     return manifest, True
+
+
+Fields = ParamSpec("Fields")
+
+
+def _take_fields(kind: Callable[Fields, ShardOptions]) -> Callable[Fields, Manifest]:
+    """`build_shards`, with the fields of `ShardOptions` as its arguments."""
+
+    def build_shards(*args: Fields.args, **fields: Fields.kwargs) -> Manifest:
+        """Pack pairs of H&E and IHC patches into WebDataset shards, as `lgd build-shards` does.
+
+        It takes the fields of `lgd.data.shards.ShardOptions`: `layout`, `root` and `out`, and what may be left out.
+
+        Returns:
+            The manifest of the set. A finished set of the same pairs and options is not built again.
+
+        Raises:
+            ConfigError: For an option that cannot be, or a split that these pairs do not have.
+            DataError: With the full list of pairs that cannot be used, or for an `out` that holds something else.
+
+        Example:
+            >>> manifest = lgd.build_shards(layout="csv", root="pairs.csv", out="shards", mpp=0.46)
+            >>> manifest.splits["train"].samples
+        """
+        return build(kind(*args, **fields))[0]
+
+    build_shards.__qualname__ = "build_shards"
+    build_shards.__signature__ = inspect.signature(kind).replace(return_annotation=Manifest)  # type: ignore[attr-defined]
+    return build_shards
+
+
+build_shards = _take_fields(ShardOptions)
 
 
 def _is_virtual(options: ShardOptions) -> bool:
@@ -288,7 +327,7 @@ def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], lis
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
     root = place(options.root)
     pairs, problems = find_pairs(options.layout, root if is_remote(root) else root.absolute(), options.slides or None)
-    refuse_spellings(pairs, options.slides or (options.root if options.layout == "csv" else ""))
+    refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
     jobs = [
         CheckJob(
             start=start,

@@ -18,13 +18,13 @@ will come at the end. What is unknown is null, and empty in CSV.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
 from lgd.evaluate.notes import count_notes, join_notes
+from lgd.evaluate.predict import round_probabilities
 from lgd.store.latents import Store
 
 NEAR_DUPLICATE = 0.001
@@ -74,27 +74,28 @@ class Vote:
 class Answer:
     """A query and what it found."""
 
-    image: Path | None
-    """The H&E image; None for a stored patch."""
+    image: str | None
+    """The H&E image: a path, or its place among those that were given, such as images[0]; None for a stored patch."""
     level: str | None
     """The student's level of the image."""
-    probabilities: dict[str, float] | None
+    probabilities: dict[str, float | None] | None
     stored: Stored | None
     """The stored patch whose latent was the query."""
-    hits: list[Hit]
+    neighbours: list[Hit]
     """Nearest first."""
     notes: Sequence[str] = ()
-    """What a reader must know of the image."""
+    """What a reader must know of the image; or why it cannot be used."""
+    usable: bool = True
 
     @property
     def vote(self) -> Vote:
         """The vote of the neighbours."""
-        return vote(self.hits)
+        return vote(self.neighbours)
 
     @property
     def name(self) -> str:
         """The image's path or the stored key."""
-        return self.stored.key if self.stored else str(self.image)
+        return self.stored.key if self.stored else self.image or ""
 
 
 def vote(hits: Sequence[Hit]) -> Vote:
@@ -126,7 +127,7 @@ def near_duplicates(keys: Sequence[str], distance_k: np.ndarray, vectors_kD: np.
 
 def count_neighbours(answers: Sequence[Answer]) -> str:
     """A line on how many neighbours all answers together have, and how many of them are near-duplicates."""
-    hits = [hit for answer in answers for hit in answer.hits]
+    hits = [hit for answer in answers for hit in answer.neighbours]
     twins = [hit for hit in hits if hit.duplicate_of]
     return (
         f"queries: {len(answers)}, neighbours: {len(hits)}, of these near-duplicates (closer than {NEAR_DUPLICATE} to "
@@ -151,11 +152,11 @@ def as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """The answers as plain JSON."""
     return [
         {
-            "image": None if answer.image is None else str(answer.image),
+            "image": answer.image,
             "level": answer.level,
-            "probabilities": answer.probabilities,
+            "probabilities": None if answer.probabilities is None else round_probabilities(answer.probabilities),
             "stored": None if answer.stored is None else _shown(answer.stored),
-            "neighbours": [_shown(hit) for hit in answer.hits],
+            "neighbours": [_shown(hit) for hit in answer.neighbours],
             "vote": asdict(answer.vote),
             "notes": list(answer.notes),
         }
@@ -181,7 +182,7 @@ def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
             "notes": join_notes(answer.notes),
         }
         asked = {"image": answer.image, "predicted": answer.level}
-        rows += [asked | {"rank": rank} | _shown(hit) | voted for rank, hit in enumerate(answer.hits, 1)]
+        rows += [asked | {"rank": rank} | _shown(hit) | voted for rank, hit in enumerate(answer.neighbours, 1)]
     return rows
 
 
@@ -190,7 +191,7 @@ def as_table(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for answer in answers:
         asked = {"query": answer.name} | ({} if answer.stored else {"predicted": answer.level})
-        for rank, hit in enumerate(answer.hits, 1):
+        for rank, hit in enumerate(answer.neighbours, 1):
             shown = _shown(hit) | {"duplicate_of": hit.duplicate_of or "", "notes": ""}
             rows.append(asked | {"rank": str(rank)} | shown)
         said = answer.vote

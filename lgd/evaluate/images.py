@@ -1,19 +1,54 @@
-"""Names as a user gives them -> the image files that they mean."""
+"""Images as a user gives them (files, folders, patterns, arrays, Pillow images) -> pixels at the scale of a network."""
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lgd.data.image import kind
+import numpy as np
+from PIL import Image
+
+from lgd.data.image import as_pixels, decode_upright, kind, resize, upright_size
+from lgd.data.manifest import Shape
 from lgd.errors import ConfigError, DataError
+from lgd.evaluate.scale import Fit, Mpp, fit_scale
 from lgd.urls import is_remote, place
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _SYSTEM = {"thumbs.db", "desktop.ini"}
 _MOST = 5
 """Names that a message lists."""
+
+
+ImageSource = str | Path | np.ndarray | Image.Image
+"""A file, a folder or a pattern; an array, uint8 (H, W, 3); or a Pillow image."""
+
+Images = ImageSource | Iterable[ImageSource]
+"""One, or several."""
+
+
+class MemoryImage(NamedTuple):
+    """An image that is in memory."""
+
+    name: str
+    """Its place among those that were given, such as images[0]."""
+    source: np.ndarray | Image.Image
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def stem(self) -> str:
+        """As a path has it."""
+        return self.name
+
+    def decode(self) -> np.ndarray:
+        """Its pixels, uint8 (H, W, 3), upright; `DataError` for a Pillow image that no file could be."""
+        return as_pixels(self.source, self.name) if isinstance(self.source, Image.Image) else self.source
+
+
+OneImage = Path | MemoryImage
 
 
 class Found(NamedTuple):
@@ -25,7 +60,7 @@ class Found(NamedTuple):
     """What was left out."""
 
 
-def find_images(names: Sequence[str]) -> Found:
+def find_images(names: Sequence[str | Path]) -> Found:
     """The image files of a list of files, folders and glob patterns.
 
     A file that is named is taken. In folders, which are searched deep and through links, a file is taken when its name
@@ -46,7 +81,7 @@ def find_images(names: Sequence[str]) -> Found:
                 raise DataError(f"{path} holds no JPEG, PNG or WebP file{_listed(inside[False], ', only ')}")
             named += inside[True]
             others += inside[False]
-        elif path.is_file():
+        elif path.is_file() or path.is_symlink():
             named.append(path)
         else:
             matching = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
@@ -65,6 +100,72 @@ def find_images(names: Sequence[str]) -> Found:
     if again:
         notes.append(f"left out {len(again)} further names of the same files{_listed(list(again.values()))}")
     return Found(list(taken.values()), notes)
+
+
+def list_sources(images: Images) -> list[ImageSource]:
+    """What was given, as a list: of one image, too."""
+    return [images] if isinstance(images, ImageSource) else list(images)
+
+
+def take_images(images: Images) -> list[OneImage]:
+    """Every image of what was given, in that order; those of a folder are sorted.
+
+    Raises as `find_images`, and `ConfigError` for an array of other than uint8 (H, W, 3), and for what is no image.
+    """
+    taken: list[OneImage] = []
+    for number, source in enumerate(list_sources(images)):
+        if isinstance(source, str | Path):
+            taken += find_images([source]).paths
+        else:
+            _check_memory_image(source, f"images[{number}]")
+            taken.append(MemoryImage(f"images[{number}]", source))
+    return taken
+
+
+def _check_memory_image(source: object, name: str) -> None:
+    if isinstance(source, np.ndarray):
+        good = source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3 and source.size > 0
+        given = f"an array of {source.dtype}, {source.shape}"
+    else:
+        good, given = isinstance(source, Image.Image), f"of type {type(source).__name__}"
+    if not good:
+        raise ConfigError(
+            f"{name} is {given}: give a path, a Pillow image, or an array of uint8 (height, width, 3), RGB"
+        )
+
+
+def read_image(path: Path, size: int | None) -> np.ndarray:
+    """One image file as uint8 (H, W, 3), upright, and shrunk to size x size unless `size` is None."""
+    return decode_upright(_read_bytes(path), str(path), size)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def read_fitted(image: OneImage, shapes: Sequence[Shape], size: int, mpp: Mpp) -> tuple[np.ndarray, list[str]]:
+    """One image as uint8 (H, W, 3) at the scale of the training patches (see `fit_scale`), and notes on that."""
+
+    def fit(height: int, width: int) -> Fit:
+        try:
+            return fit_scale(shapes, size, height, width, mpp)
+        except DataError as error:
+            raise DataError(f"{image} {error}") from error
+
+    if isinstance(image, MemoryImage):
+        pixels = image.decode()
+        height, width, notes = fit(*pixels.shape[:2])
+    else:
+        content, name = _read_bytes(image), str(image)
+        height, width, notes = fit(*upright_size(content, name))
+        if (height, width) == (size, size):
+            # A large JPEG is shrunk while it is decoded.
+            return decode_upright(content, name, size), notes
+        pixels = decode_upright(content, name)
+    return resize(pixels, height, width), notes
 
 
 def _files(folder: Path) -> Iterator[Path]:

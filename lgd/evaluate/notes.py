@@ -4,7 +4,10 @@ A kind of note is one fixed sentence, so that it can be counted: ten thousand im
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+_MOST = 20
+"""Images that a message lists."""
 
 
 def count_notes(notes_of: Iterable[Sequence[str]], what: str) -> list[str]:
@@ -22,3 +25,12 @@ def count_notes(notes_of: Iterable[Sequence[str]], what: str) -> list[str]:
 def join_notes(notes: Sequence[str]) -> str:
     """The notes of a row as one cell of a table or a CSV."""
     return "; ".join(notes)
+
+
+def describe_unusable(reasons: Mapping[str, Sequence[str]], total: int) -> list[str]:
+    """The message on images, by name, that cannot be used; none where all can."""
+    if not reasons:
+        return []
+    lines = [f"  {image}: {join_notes(notes)}" for image, notes in reasons.items()]
+    more = [f"  and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
+    return [f"{len(lines)} of {total} images have no answer:", *lines[:_MOST], *more]

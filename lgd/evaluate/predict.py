@@ -1,7 +1,7 @@
 """H&E files -> levels and probabilities, by patch and by slide."""
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,20 +12,16 @@ from torch import nn
 
 from lgd.config import LEVEL_NAMES
 from lgd.data.archive import Shard
-from lgd.data.image import decode_upright, resize, upright_size
-from lgd.data.pairs import read_slides, safe_key
 from lgd.data.stream import Reader, in_batches, stream
 from lgd.errors import DataError
-from lgd.evaluate.notes import count_notes, join_notes
-from lgd.evaluate.scale import Mpp, fit_scale
+from lgd.evaluate.images import Images, OneImage, read_fitted, take_images
+from lgd.evaluate.scale import Mpp
 from lgd.metrics import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.methods import Method, find_method, load_student
 from lgd.models.teacher import load_teacher
 from lgd.stain.checks import find_notes
 
-_MOST = 20
-"""Files that a message lists."""
 _READ = ("logits", "pooled", "features")
 NO_NUMBER = "the network gives no number for this image, and so no level: its training diverged"
 NO_LABELS = "the network saw no label in training and gives no level; its latents can be queried"
@@ -113,75 +109,51 @@ def score_shards(
     return predictions, vectors_nD
 
 
-def read_image(path: Path, size: int | None) -> np.ndarray:
-    """One image file as uint8 (H, W, 3), upright, and shrunk to size x size unless `size` is None."""
-    return decode_upright(_read(path), str(path), size)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def read_fitted(scorer: Scorer, path: Path, mpp: Mpp) -> tuple[np.ndarray, list[str]]:
-    """One image file as uint8 (H, W, 3) at the scale of the scorer's training patches, and notes on that."""
-    content, size = _read(path), scorer.config.size
-    height, width = upright_size(content, str(path))
-    try:
-        fit = fit_scale(scorer.config.training.shapes, size, height, width, mpp)
-    except DataError as error:
-        raise DataError(f"{path} {error}") from error
-    if (fit.height, fit.width) == (size, size):
-        return decode_upright(content, str(path), size), fit.notes
-    return resize(decode_upright(content, str(path)), fit.height, fit.width), fit.notes
-
-
 class ScoredImage(NamedTuple):
-    """An image file and what the network gave for it."""
+    """An image and what the network gave for it."""
 
-    path: Path
+    image: OneImage
     values: dict[str, np.ndarray]
-    """Its row of each array that `Scorer.score` gives; none where the file cannot be used."""
+    """Its row of each array that `Scorer.score` gives; none where the image cannot be used."""
     notes: list[str]
-    """What a reader must know; or why the file cannot be used."""
+    """What a reader must know; or why the image cannot be used."""
 
 
-def score_files(
-    scorer: Scorer, paths: Sequence[Path], mpp: Mpp = None, batch: int = 32, keep_going: bool = False
+def score_images(
+    scorer: Scorer, images: Sequence[OneImage], mpp: Mpp = None, batch: int = 32, keep_going: bool = False
 ) -> Iterator[ScoredImage]:
-    """Score image files, in their order; `mpp` is what is known of their scale.
+    """Score images, in their order; `mpp` is what is known of their scale.
 
-    A file that cannot be used raises `DataError`, or comes without values to who keeps going.
+    An image that cannot be used raises `DataError`, or with `keep_going` comes without values.
     """
-    for start in range(0, len(paths), batch):
-        read = [_try_to_read(scorer, path, mpp, keep_going) for path in paths[start : start + batch]]
+    for start in range(0, len(images), batch):
+        read = [_try_to_read(scorer, image, mpp, keep_going) for image in images[start : start + batch]]
         for shape, alike in itertools.groupby(read, lambda one: None if one.image_HW3 is None else one.image_HW3.shape):
             some = list(alike)
             if shape is None:
-                yield from (ScoredImage(one.path, {}, one.notes) for one in some)
+                yield from (ScoredImage(one.image, {}, one.notes) for one in some)
                 continue
             out = scorer.score(np.stack([one.image_HW3 for one in some]))
             for row, one in enumerate(some):
                 values = {name: array[row] for name, array in out.items()}
-                yield ScoredImage(one.path, values, one.notes + collect_notes(scorer, one.image_HW3, values))
+                notes = one.notes + collect_notes(scorer, one.image_HW3, values)
+                yield ScoredImage(one.image, values, notes)
 
 
 class _Read(NamedTuple):
-    path: Path
+    image: OneImage
     image_HW3: Any
-    """None where the file cannot be used."""
+    """None where the image cannot be used."""
     notes: list[str]
 
 
-def _try_to_read(scorer: Scorer, path: Path, mpp: Mpp, keep_going: bool) -> _Read:
+def _try_to_read(scorer: Scorer, image: OneImage, mpp: Mpp, keep_going: bool) -> _Read:
     try:
-        return _Read(path, *read_fitted(scorer, path, mpp))
+        return _Read(image, *read_fitted(image, scorer.config.training.shapes, scorer.config.size, mpp))
     except DataError as error:
         if not keep_going:
             raise
-        return _Read(path, None, [str(error).removeprefix(str(path)).lstrip(": ")])
+        return _Read(image, None, [str(error).removeprefix(str(image)).lstrip(": ")])
 
 
 def collect_notes(scorer: Scorer, image_HW3: np.ndarray, values: dict[str, np.ndarray]) -> list[str]:
@@ -196,111 +168,76 @@ def collect_notes(scorer: Scorer, image_HW3: np.ndarray, values: dict[str, np.nd
     return notes
 
 
-def as_level(probability_4: np.ndarray | None) -> dict[str, Any]:
-    """The most probable level, and the probability of each; None where there is none, or one is no number."""
+def name_probabilities(probability_4: np.ndarray | None) -> dict[str, float | None]:
+    """The probability of each level; None where there is none, or one is no number."""
     if probability_4 is None or not np.isfinite(probability_4).all():
-        return {"level": None, "probabilities": dict.fromkeys(LEVEL_NAMES)}
-    level = int(np.argmax(probability_4))
-    chances = {name: round(float(p), 4) for name, p in zip(LEVEL_NAMES, probability_4, strict=True)}
-    return {"level": LEVEL_NAMES[level], "probabilities": chances}
+        return dict.fromkeys(LEVEL_NAMES)
+    return dict(zip(LEVEL_NAMES, probability_4.tolist(), strict=True))
+
+
+def choose_level(probabilities: Mapping[str, float | None]) -> str | None:
+    """The most probable level; None where there is no probability."""
+    known = {name: probability for name, probability in probabilities.items() if probability is not None}
+    return max(known, key=known.__getitem__) if known else None
+
+
+def round_probabilities(probabilities: Mapping[str, float | None]) -> dict[str, float | None]:
+    """To the 4 digits that are shown."""
+    return {name: None if one is None else round(one, 4) for name, one in probabilities.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What is kept of a scored image."""
+    """What a network says of one image."""
 
-    path: Path
-    slide: str | None
-    """Its slide, where rows are to be slides."""
-    probability_4: np.ndarray | None
-    """None where the file cannot be used."""
+    image: str
+    """The file's path; of an image in memory its place among those that were given, such as images[0]."""
+    level: str | None
+    """0, 1+, 2+ or 3+; None where the network gives none."""
+    probabilities: dict[str, float | None]
+    """Level -> its probability."""
     notes: list[str]
+    """Sentences that a reader must know; or why the image cannot be used."""
+    usable: bool = True
 
 
-def problems_of(unread: Sequence[ScoredImage | Prediction], total: int) -> list[str]:
-    """The message on files that could not be used; none where all could."""
-    if not unread:
-        return []
-    lines = [f"  {one.path}: {'; '.join(one.notes)}" for one in unread[:_MOST]]
-    more = [f"  and {len(unread) - _MOST} more"] if len(unread) > _MOST else []
-    return [f"{len(unread)} of {total} images have no answer:", *lines, *more]
-
-
-def predict_images(
-    scorer: Scorer, paths: Sequence[Path], slides: Path | None = None, mpp: Mpp = None, keep_going: bool = False
+def predict(
+    scorer: Scorer | str | Path, images: Images, *, mpp: Mpp = None, keep_going: bool = False
 ) -> list[Prediction]:
-    """Score image files; see `score_files`.
+    """Score H&E images.
 
-    `slides` is a CSV with columns key (file name without suffix) and slide. Two images of one name are refused then.
+    Args:
+        scorer: A trained student, from `load_scorer`, or its folder.
+        images: One image or several: files, folders or patterns; uint8 arrays (H, W, 3), RGB; Pillow images. EXIF
+            orientations are applied. A JPEG file is shrunk while it is decoded, as in training: against its pixels as
+            an array, the probabilities differ in the third or fourth digit.
+        mpp: Micrometres per pixel of all of them, or `"unknown"` to score them as they are. By default an image of the
+            training patches' size is taken to have their scale, and others are refused.
+        keep_going: Give an image that cannot be used a row that is not `usable`, rather than raise.
+
+    Returns:
+        A row for each image, in the order given; the files of a folder are sorted.
+
+    Raises:
+        ConfigError: For what is no image, and for urls.
+        DataError: For a folder that holds no student, a path without images, and an image that cannot be used.
+
+    Example:
+        >>> rows = lgd.predict("runs/demo/student", ["he.png", Image.open("other.png"), array])
+        >>> rows[0].level, rows[0].probabilities["3+"], rows[0].notes
     """
-    slide_of = {} if slides is None else slides_of_images(slides, paths)
-    return [
-        Prediction(
-            path=scored.path,
-            slide=slide_of.get(safe_key(scored.path.stem)),
-            probability_4=scored.values.get("probability"),
-            notes=scored.notes,
-        )
-        for scored in score_files(scorer, paths, mpp, keep_going=keep_going)
-    ]
-
-
-def slides_of_images(slides: Path, paths: Sequence[Path]) -> dict[str, str]:
-    """Key -> slide of a CSV which names one for each image; `DataError` where it does not, or for equal names."""
-    require_names(slides, paths)
-    slide_of = read_slides(slides)
-    unknown = [path for path in paths if safe_key(path.stem) not in slide_of]
-    if unknown:
-        raise DataError(
-            f"{slides} names no slide for {len(unknown)} of {len(paths)} images, the first of them {unknown[0]}: add "
-            f"a row {unknown[0].stem},SLIDE"
-        )
-    return slide_of
-
-
-def require_names(slides: Path, paths: Sequence[Path]) -> None:
-    """Raise `DataError` where a CSV of slides cannot tell two images apart."""
-    seen: dict[str, Path] = {}
-    for path in paths:
-        first = seen.setdefault(safe_key(path.stem), path)
-        if first != path:
-            raise DataError(
-                f"{slides} tells slides by file name, and {first} and {path} have the same: rename one, or ask for the "
-                "slides one at a time"
+    if not isinstance(scorer, Scorer):
+        scorer = load_scorer(scorer)
+    rows = []
+    for scored in score_images(scorer, take_images(images), mpp, keep_going=keep_going):
+        probabilities = name_probabilities(scored.values.get("probability"))
+        rows.append(
+            Prediction(
+                image=str(scored.image),
+                level=choose_level(probabilities),
+                probabilities=probabilities,
+                notes=scored.notes,
+                usable=bool(scored.values),
             )
-
-
-def as_rows(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Rows as they are printed: `image`, or `slide` and its `patches`; `level`, `probabilities`, and `notes`.
-
-    A slide has the mean probability of its patches, and its notes say on how many of them each note is.
-    """
-    if not any(prediction.slide for prediction in predictions):
-        return [{"image": str(p.path)} | as_level(p.probability_4) | {"notes": p.notes} for p in predictions]
-    by_slide: dict[str, list[Prediction]] = {}
-    for prediction in predictions:
-        assert prediction.slide is not None, prediction.path
-        by_slide.setdefault(prediction.slide, []).append(prediction)
-    return [
-        {"slide": slide, "patches": len(patches)}
-        | as_level(_mean([patch.probability_4 for patch in patches]))
-        | {"notes": count_notes((patch.notes for patch in patches), "patches")}
-        for slide, patches in sorted(by_slide.items())
-    ]
-
-
-def _mean(probability_n4: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """The mean of those that are numbers; None where none is."""
-    finite = [one for one in probability_n4 if one is not None and np.isfinite(one).all()]
-    return np.mean(finite, axis=0) if finite else None
-
-
-def as_cells(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `as_rows` for a table or a CSV: a column a probability, the notes in the last one."""
-    plain = {name: value for name, value in row.items() if name not in ("probabilities", "notes")}
-    return plain | row["probabilities"] | {"notes": join_notes(row["notes"])}
-
-
-def predict(scorer: Scorer, paths: Sequence[Path], slides: Path | None = None, mpp: Mpp = None) -> list[dict[str, Any]]:
-    """Rows of `as_rows`, one an image, or one a slide where `slides` names them."""
-    return as_rows(predict_images(scorer, paths, slides, mpp))
+        )
+    return rows

@@ -1,45 +1,43 @@
 """H&E query -> hallucinated latent -> nearest teacher latents; or a stored IHC latent -> its nearest.
 
-    store = Store("runs/demo/latents")
-    answers = query(load_scorer("runs/demo/student"), store, [Path("he.png")], k=5, levels=["3+"])
-    answers = query(None, store, keys=["00012_test_3+"], k=5, exclude_same_slide=True)
-    answers[0].hits[0].key, answers[0].vote.level
+    answers = lgd.query("runs/demo/student", "runs/demo/latents", "he.png", k=5, levels=["3+"])
+    answers = lgd.query(None, "runs/demo/latents", keys=["00012_test_3+"], k=5, exclude_same_slide=True)
+    answers[0].neighbours[0].key, answers[0].vote.level
 
 `lgd query` prints what `lgd.evaluate.answer` makes of it; nothing is left on disk but the `--sheet`.
 """
 
-import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.pairs import read_slides, safe_key
+from lgd.data.pairs import safe_key
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import Answer, Hit, Stored, near_duplicates
-from lgd.evaluate.predict import ScoredImage, Scorer, as_level, require_names, score_files
+from lgd.evaluate.images import Images, OneImage, list_sources, take_images
+from lgd.evaluate.keys import find_slides, find_stored, name_level
+from lgd.evaluate.predict import Scorer, choose_level, load_scorer, name_probabilities, score_images
 from lgd.evaluate.scale import Mpp
+from lgd.evaluate.slide_rows import require_names
 from lgd.models.methods import METHODS, PROPOSED
 from lgd.store.latents import Store, as_levels
 from lgd.store.search import Searcher
+from lgd.urls import place
 
-_NEAR_IN_ORDER = 5
+_NO_VECTOR = np.empty(0, np.float32)
 
 
 class _Question(NamedTuple):
-    """A query before it is searched: an `Answer` without hits, and its latent."""
+    """A query before it is searched."""
 
-    image: Path | None
-    prediction: dict[str, Any]
-    stored: Stored | None
+    answer: Answer
+    """Without neighbours."""
     vector_D: np.ndarray
-    notes: Sequence[str] = ()
-
-    @property
-    def name(self) -> str:
-        return self.stored.key if self.stored else str(self.image)
+    """Its latent; empty where the image cannot be used."""
 
 
 def check_pair(scorer: Scorer, store: Store) -> None:
@@ -58,77 +56,130 @@ def check_pair(scorer: Scorer, store: Store) -> None:
 
 
 def query(
-    scorer: Scorer | None,
-    store: Store,
-    images: Sequence[Path] = (),
+    scorer: Scorer | str | Path | None,
+    store: Store | str | Path,
+    images: Images = (),
     k: int = 5,
     *,
     keys: Sequence[str] = (),
     splits: Sequence[str] | None = None,
     levels: Sequence[str] | None = None,
     exclude_same_slide: bool = False,
-    slides: Path | None = None,
+    slides: str | Path | None = None,
     mpp: Mpp = None,
-    unread: list[ScoredImage] | None = None,
+    keep_going: bool = False,
 ) -> list[Answer]:
-    """The k nearest stored IHC latents of each H&E image, or of each stored patch of `keys`, which needs no scorer.
+    """Find the nearest stored IHC latents of H&E images, or of stored patches.
 
-    A stored patch is left out of its own answer; of a key that several parts have, each patch is a query of its own.
-    `splits` and `levels` (0, 1+, 2+, 3+) narrow what is searched. `exclude_same_slide` leaves out patches of the
-    query's slide, and those whose slide is unknown, since they may be of it. The slide of a query is that of `slides`,
-    a CSV with columns key (file name without suffix) and slide, or else that of the stored patch of this key. Images
-    that cannot be used have no answer where there is a list for them, `unread`.
+    Args:
+        scorer: The student, from `load_scorer`, or its folder; None for `keys`, which need no student.
+        store: The feature store, or its folder.
+        images: H&E images as `predict` takes them; or give `keys`.
+        k: Neighbours of each query.
+        keys: Keys of stored patches, whose IHC latents are the queries. A patch is left out of its own answer; of a
+            key that several parts have, each patch is a query of its own.
+        splits: Search these splits of the index only.
+        levels: Search these levels only, such as `["2+", "3+"]`.
+        exclude_same_slide: Leave out patches of the query's slide, and of unknown slides, since they may be of it.
+        slides: A CSV with columns key (file name without suffix) and slide: the slides of the images. By default a
+            query's slide is that of the stored patch of this key.
+        mpp: The scale of the images, as for `predict`.
+        keep_going: Give an image that cannot be used an answer that is not `usable`, rather than raise.
 
-    Raises `ConfigError` for what cannot be asked, and `DataError` for a store without a fitting index, a student of
-    another teacher, an image that cannot be read, an unknown key or slide, and filters that leave nothing.
+    Returns:
+        An answer for each query: its neighbours, nearest first, and the vote of their levels.
+
+    Raises:
+        ConfigError: For what cannot be asked.
+        DataError: For a store without a fitting index, a student of another teacher, an image that cannot be used, an
+            unknown key or slide, and filters that leave nothing.
+
+    Example:
+        >>> (answer,) = lgd.query("runs/demo/student", "runs/demo/latents", "he.png", k=5, levels=["2+", "3+"])
+        >>> answer.neighbours[0].key, answer.neighbours[0].distance, answer.vote.level
     """
-    if k < 1:
-        raise ConfigError(f"-k is {k}: ask for at least 1 neighbour")
-    if images and keys:
-        raise ConfigError("distances of an image and of a stored latent do not compare: give images or --key, not both")
-    if not images and not keys:
-        raise ConfigError("nothing is asked: give H&E images, or --key KEY of stored patches")
-    if images:
-        if scorer is None:
-            raise ConfigError("an image needs a student to hallucinate its latent: give one, such as --model DIR")
-        check_pair(scorer, store)
+    sources = list_sources(images)
+    _check_request(sources, k, keys)
     if slides and not exclude_same_slide:
         raise ConfigError("--slides is used by --exclude-same-slide only: give both, or neither")
-    searcher = Searcher(store)
-    allowed = _allowed(searcher, store, splits, levels)
-    asked = [] if images else _by_key(store, keys)
+    opened = store if isinstance(store, Store) else Store(store)
+    student = _open_student(scorer, opened) if sources else None
+    searcher = Searcher(opened)
+    allowed = _allowed(searcher, opened, splits, levels)
+    taken, stored = take_images(sources), find_stored(opened, keys)
     excluded = None
-    if slides:
-        require_names(slides, images)
     if exclude_same_slide:
-        excluded = _slides_of(store, [safe_key(path.stem) for path in images] or [q.name for q in asked], slides)
-    if images:
-        # Last, because it takes the longest.
-        assert scorer is not None
-        scored = list(score_files(scorer, images, mpp, keep_going=unread is not None))
-        if unread is not None:
-            unread += [one for one in scored if not one.values]
-        if excluded is not None:
-            excluded = [slides for one, slides in zip(scored, excluded, strict=True) if one.values]
-        asked = [
-            _Question(one.path, as_level(one.values["probability"]), None, one.values["pooled"], one.notes)
-            for one in scored
-            if one.values
-        ]
-        if not asked:
-            return []
-    found = _search_all(searcher, store, asked, k, allowed, excluded)
-    return [
-        Answer(
-            image=question.image,
-            level=question.prediction.get("level"),
-            probabilities=question.prediction.get("probabilities"),
-            stored=question.stored,
-            hits=hits,
-            notes=question.notes,
+        table = place(slides) if slides else None
+        if table:
+            require_names(table, taken)
+        names = [safe_key(image.stem) for image in taken] or [patch.key for patch in stored]
+        excluded = find_slides(opened, names, table)
+    # Last, because it takes the longest.
+    asked = _ask_images(student, taken, mpp, keep_going) if student else _ask_stored(opened, stored)
+    return _answer(searcher, opened, asked, k, allowed, excluded)
+
+
+def _check_request(sources: Sequence[object], k: int, keys: Sequence[str]) -> None:
+    if k < 1:
+        raise ConfigError(f"-k is {k}: ask for at least 1 neighbour")
+    if sources and keys:
+        raise ConfigError("distances of an image and of a stored latent do not compare: give images or --key, not both")
+    if not sources and not keys:
+        raise ConfigError("nothing is asked: give H&E images, or --key KEY of stored patches")
+
+
+def _open_student(scorer: Scorer | str | Path | None, store: Store) -> Scorer:
+    if scorer is None:
+        raise ConfigError("an image needs a student to hallucinate its latent: give one, such as --model DIR")
+    student = scorer if isinstance(scorer, Scorer) else load_scorer(scorer)
+    check_pair(student, store)
+    return student
+
+
+def _ask_images(scorer: Scorer, images: Sequence[OneImage], mpp: Mpp, keep_going: bool) -> list[_Question]:
+    asked = []
+    for scored in score_images(scorer, images, mpp, keep_going=keep_going):
+        probabilities = name_probabilities(scored.values.get("probability"))
+        answer = Answer(
+            image=str(scored.image),
+            level=choose_level(probabilities),
+            probabilities=probabilities,
+            stored=None,
+            neighbours=[],
+            notes=scored.notes,
+            usable=bool(scored.values),
         )
-        for question, hits in zip(asked, found, strict=True)
+        asked.append(_Question(answer, scored.values["pooled"] if scored.values else _NO_VECTOR))
+    return asked
+
+
+def _ask_stored(store: Store, stored: Sequence[Stored]) -> list[_Question]:
+    return [
+        _Question(
+            Answer(image=None, level=None, probabilities=None, stored=patch, neighbours=[]),
+            np.asarray(store.parts[patch.part].array("pooled")[patch.row, 0], np.float32),
+        )
+        for patch in stored
     ]
+
+
+def _answer(
+    searcher: Searcher,
+    store: Store,
+    asked: Sequence[_Question],
+    k: int,
+    allowed: np.ndarray | None,
+    excluded: Sequence[frozenset[str]] | None,
+) -> list[Answer]:
+    """All answers, in the order of the questions."""
+    usable = [number for number, question in enumerate(asked) if question.answer.usable]
+    of_usable = None if excluded is None else [excluded[number] for number in usable]
+    answers = [question.answer for question in asked]
+    if usable:
+        found = _search_all(searcher, store, [asked[number] for number in usable], k, allowed, of_usable)
+        for number, hits in zip(usable, found, strict=True):
+            answers[number] = replace(answers[number], neighbours=hits)
+    return answers
 
 
 def search(
@@ -171,7 +222,7 @@ def _hits(searcher: Searcher, store: Store, distance_k: np.ndarray, position_k: 
             key=key,
             slide=bytes(entry["slide"]).decode() or None,
             split=store.parts[part].split,
-            level=_level(level),
+            level=name_level(level),
             part=part,
             row=int(entry["row"]),
             distance=float(distance),
@@ -181,10 +232,6 @@ def _hits(searcher: Searcher, store: Store, distance_k: np.ndarray, position_k: 
             keys, entries, parts, as_levels(entries["label"]).tolist(), distance_k, twins, strict=True
         )
     ]
-
-
-def _level(level: int) -> str | None:
-    return None if level < 0 else LEVEL_NAMES[level]
 
 
 def _search_all(
@@ -197,7 +244,7 @@ def _search_all(
 ) -> list[list[Hit]]:
     """One search for all queries of the same filter: one in all, or one a distinct slide that is left out."""
     vectors_nD = np.stack([question.vector_D for question in asked])
-    own = [question.stored for question in asked] if asked[0].stored else None
+    own = [question.answer.stored for question in asked] if asked[0].answer.stored else None
     if excluded is None:
         found = search(searcher, store, vectors_nD, k, allowed, own)
     else:
@@ -210,7 +257,7 @@ def _search_all(
             answers = search(searcher, store, vectors_nD[rows], k, other if allowed is None else allowed & other, mine)
             for row, hits in zip(rows, answers, strict=True):
                 found[row] = hits
-    lacking = [question.name for question, hits in zip(asked, found, strict=True) if not hits]
+    lacking = [question.answer.name for question, hits in zip(asked, found, strict=True) if not hits]
     if lacking:
         why = "once its own row is left out"
         if excluded is not None:
@@ -249,55 +296,3 @@ def _check_names(option: str, given: Sequence[str], known: Sequence[str], more: 
     unknown = [name for name in given if name not in known]
     if unknown or not given:
         raise ConfigError(f"{option} {','.join(unknown)}: there are {', '.join(known)}{more}")
-
-
-def _by_key(store: Store, keys: Sequence[str]) -> list[_Question]:
-    """A question for each stored patch of the keys, in the order of the parts."""
-    questions = []
-    for key in dict.fromkeys(keys):
-        found = store.find(key)
-        if not found:
-            close = difflib.get_close_matches(key, _near_in_order(store, key), 3, 0.6)
-            near = f"close to it are {', '.join(close)}" if close else "none of its keys is close"
-            if safe_key(key) != key:
-                near = "a key has no dots and no slashes, and images are named before --key"
-            raise DataError(f"the store {store.folder} has no patch {key!r:.120}; {near}")
-        for number, row in found:
-            part = store.parts[number]
-            vector_D = np.asarray(part.array("pooled")[row, 0], np.float32)
-            level, slide = int(as_levels(part.array("label")[row])), bytes(part.array("slide")[row]).decode()
-            stored = Stored(key=key, slide=slide or None, split=part.split, level=_level(level), part=number, row=row)
-            questions.append(_Question(None, {}, stored, vector_D))
-    return questions
-
-
-def _near_in_order(store: Store, key: str) -> list[str]:
-    """Keys that a mistyped one may mean: each part's first and last, and those beside its place in a part."""
-    near: dict[str, None] = {}
-    for part in store.parts:
-        near |= dict.fromkeys((part.first, part.last))
-        if part.first <= key <= part.last:
-            keys = part.array("key")
-            place = int(np.searchsorted(keys, key.encode()))
-            beside = keys[max(0, place - _NEAR_IN_ORDER) : place + _NEAR_IN_ORDER]
-            near |= dict.fromkeys(bytes(there).decode() for there in beside)
-    return list(near)
-
-
-def _slides_of(store: Store, keys: Sequence[str], path: Path | None) -> list[frozenset[str]]:
-    """The slides of each key: of the CSV, or of every stored patch of this key."""
-    named = read_slides(path) if path else {}
-    found = []
-    for key in keys:
-        if key in named:
-            found.append(frozenset([named[key]]))
-            continue
-        there = [bytes(store.parts[part].array("slide")[row]).decode() for part, row in store.find(key)]
-        found.append(frozenset(there) if all(there) else frozenset())
-    unknown = [key for key, slides in zip(keys, found, strict=True) if not slides]
-    if unknown:
-        raise DataError(
-            f"the slide of {len(unknown)} of {len(keys)} queries is unknown, the first of them {unknown[0]}, and "
-            f"--exclude-same-slide needs it: give --slides CSV (columns key,slide) with a row {unknown[0]},SLIDE"
-        )
-    return found

@@ -11,7 +11,7 @@ from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import Answer, Hit, Stored, Vote
 from lgd.evaluate.figures import Neighbour, Query, contact_sheet
-from lgd.evaluate.predict import read_image
+from lgd.evaluate.images import read_image
 from lgd.store.latents import Store
 
 MOST_QUERIES, MOST_NEIGHBOURS = 100, 30
@@ -62,7 +62,7 @@ def _as_query(answer: Answer, gallery: Gallery, size: int) -> Query:
         he, ihc = gallery.image(stored, "he"), gallery.image(stored, "ihc")
     else:
         assert answer.image is not None
-        he, ihc = read_image(answer.image, size), None
+        he, ihc = read_image(Path(answer.image), size), None
     return Query(
         key=stored.key if stored else Path(answer.name).stem,
         slide=stored.slide if stored else None,
@@ -70,7 +70,7 @@ def _as_query(answer: Answer, gallery: Gallery, size: int) -> Query:
         predicted=_number(answer.level),
         he=he,
         ihc=ihc,
-        neighbours=[as_neighbour(hit, gallery) for hit in answer.hits],
+        neighbours=[as_neighbour(hit, gallery) for hit in answer.neighbours],
         asks_with_ihc=stored is not None,
         vote=_vote_line(answer.vote),
     )

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -55,14 +53,14 @@ def answers():
     chances = dict.fromkeys(LEVEL_NAMES, 0.25)
     return [
         Answer(
-            image=Path("x/he.png"),
+            image="x/he.png",
             level="1+",
             probabilities=chances,
             stored=None,
-            hits=hits,
+            neighbours=hits,
             notes=["pale", "small"],
         ),
-        Answer(image=None, level=None, probabilities=None, stored=stored, hits=hits[:1]),
+        Answer(image=None, level=None, probabilities=None, stored=stored, neighbours=hits[:1]),
     ]
 
 
@@ -102,7 +100,7 @@ def test_csv_rows_have_the_columns_that_the_docstring_lists(answers):
     assert [row["query_key"] for row in rows] == [None, None, None, "q"]
     assert [row["vote_share"] for row in rows] == [0.5, 0.5, 0.5, 1.0]
     assert [row["notes"] for row in rows] == ["pale; small"] * 3 + [""]
-    assert rows[0]["image"] == Path("x/he.png") and rows[3]["image"] is None
+    assert rows[0]["image"] == "x/he.png" and rows[3]["image"] is None
 
 
 def test_the_table_ends_each_query_with_its_vote(answers):

@@ -13,18 +13,13 @@ from PIL import Image
 from lgd.cli import main
 from lgd.config import LEVEL_NAMES
 from lgd.data.image import decode
+from lgd.data.pairs import read_slides
 from lgd.data.shard_set import ShardSet
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
-from lgd.evaluate.images import find_images
-from lgd.evaluate.predict import (
-    load_scorer,
-    predict,
-    read_image,
-    read_slides,
-    score_files,
-    score_shards,
-)
+from lgd.evaluate.images import find_images, read_image
+from lgd.evaluate.predict import load_scorer, predict, score_images, score_shards
+from lgd.evaluate.slide_rows import as_json, join_slides, slides_of_images
 from lgd.metrics import score
 from lgd.models.methods import load_student
 from lgd.stain.checks import NEARLY_BLANK, NO_HE
@@ -101,7 +96,7 @@ def test_a_folder_is_read_as_people_have_them(images, tmp_path):
 def test_a_file_scores_as_the_network_says(scorer, tissue_run, images):
     model, config = load_student(tissue_run.student.dir)
     paths = find_images([str(images)]).paths
-    rows = {scored.path: scored.values for scored in score_files(scorer, paths, batch=2)}
+    rows = {scored.image: scored.values for scored in score_images(scorer, paths, batch=2)}
     assert list(rows) == paths
     for path in paths:
         image = torch.from_numpy(decode(path.read_bytes(), "x", 64))[None].permute(0, 3, 1, 2)
@@ -122,7 +117,7 @@ def test_shards_score_as_their_files(scorer, tissue_run, tissue):
     assert predictions.groups == [sample.meta.group for sample in samples]
     assert pooled.shape == (20, scorer.config.latent_dim)
     files = [tissue / sample.meta.source for sample in samples]
-    rows = [scored.values for scored in score_files(scorer, files)]
+    rows = [scored.values for scored in score_images(scorer, files)]
     np.testing.assert_allclose(predictions.probability, [row["probability"] for row in rows], atol=1e-5)
     np.testing.assert_allclose(pooled, [row["pooled"] for row in rows], atol=1e-4)
 
@@ -159,7 +154,7 @@ def test_what_is_no_image_is_named(scorer, images):
 def test_grey_and_large_images_are_scored(scorer, images):
     Image.new("L", (300, 200), 230).save(images / "grey.png")
     (row,) = predict(scorer, [images / "grey.png"], mpp="unknown")
-    assert row["level"] in LEVEL_NAMES and sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    assert row.level in LEVEL_NAMES and sum(row.probabilities.values()) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.fixture
@@ -177,21 +172,25 @@ def of_the_patch(notes):
 
 
 def test_notes_stand_beside_the_results_which_they_do_not_change(scorer, odd_images):
-    rows = {Path(row["image"]).stem: row for row in predict(scorer, find_images([str(odd_images)]).paths)}
-    notes = {name: of_the_patch(row["notes"]) for name, row in rows.items()}
+    rows = {Path(row.image).stem: row for row in predict(scorer, find_images([str(odd_images)]).paths)}
+    notes = {name: of_the_patch(row.notes) for name, row in rows.items()}
     assert notes == {**{f"p{n}": [] for n in range(5)}, "ihc0": [NO_HE], "ihc1": [NO_HE], "glass": [NEARLY_BLANK]}
     for name, row in rows.items():
         (path,) = odd_images.rglob(f"{name}.png")
         chances = scorer.score(read_image(path, 64)[None])["probability"][0]
-        assert list(row["probabilities"].values()) == pytest.approx(chances.tolist(), abs=1e-4)
+        assert list(row.probabilities.values()) == pytest.approx(chances.tolist(), abs=1e-4)
+
+
+def predict_slides(scorer, paths, slides):
+    return join_slides(predict(scorer, paths), slides_of_images(slides, paths))
 
 
 def test_a_slide_says_how_many_of_its_patches_have_a_note(scorer, odd_images, tmp_path):
     slides = tmp_path / "slides.csv"
     slides.write_text("key,slide\n" + "".join(f"p{n},A\n" for n in range(5)) + "ihc0,B\nihc1,B\nglass,B\n")
-    rows = predict(scorer, find_images([str(odd_images)]).paths, slides)
-    assert [list(row) for row in rows] == [["slide", "patches", "level", "probabilities", "notes"]] * 2
-    assert [of_the_patch(row["notes"]) for row in rows] == [
+    rows = predict_slides(scorer, find_images([str(odd_images)]).paths, slides)
+    assert [list(as_json(row)) for row in rows] == [["slide", "patches", "level", "probabilities", "notes"]] * 2
+    assert [of_the_patch(row.notes) for row in rows] == [
         [],
         [f"1 of 3 patches: {NEARLY_BLANK}", f"2 of 3 patches: {NO_HE}"],
     ]
@@ -211,7 +210,7 @@ def test_the_command_counts_the_notes_on_standard_error(tissue_run, odd_images, 
 
 def test_a_teacher_reads_ihc_so_that_it_gets_no_note_for_it(tissue_run, odd_images):
     teacher = load_scorer(tissue_run.teacher.dir, "teacher")
-    (scored,) = score_files(teacher, [odd_images / "ihc0.png"])
+    (scored,) = score_images(teacher, [odd_images / "ihc0.png"])
     assert of_the_patch(scored.notes) == []
 
 
@@ -226,7 +225,7 @@ def test_an_image_is_scored_upright(scorer, images):
     # Shrinking rows first or columns first rounds differently.
     assert np.abs(turned.astype(int) - upright).max() <= 1 < np.abs(turned.astype(int) - lying).max()
     rows = predict(scorer, [images / f"{name}.webp" for name in ("turned", "upright")])
-    chances = [list(row["probabilities"].values()) for row in rows]
+    chances = [list(row.probabilities.values()) for row in rows]
     assert chances[0] == pytest.approx(chances[1], abs=0.02)
 
 
@@ -235,13 +234,13 @@ def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
     slides = tmp_path / "slides.csv"
     # As a spreadsheet writes it: with a byte order mark, and columns that are not asked for.
     slides.write_text("\ufeffkey,slide,note\np0,B,\np1,A,x\np2,B,\np3,A,\np4,B,\nother,C,\n", encoding="utf-8")
-    rows = predict(scorer, paths, slides)
-    by_name = {scored.path.stem: scored.values["probability"] for scored in score_files(scorer, paths)}
-    assert [(row["slide"], row["patches"]) for row in rows] == [("A", 2), ("B", 3)]
+    rows = predict_slides(scorer, paths, slides)
+    by_name = {scored.image.stem: scored.values["probability"] for scored in score_images(scorer, paths)}
+    assert [(row.slide, row.patches) for row in rows] == [("A", 2), ("B", 3)]
     for row, members in zip(rows, (("p1", "p3"), ("p0", "p2", "p4")), strict=True):
         mean = np.mean([by_name[name] for name in members], axis=0)
-        assert list(row["probabilities"].values()) == pytest.approx(mean.tolist(), abs=1e-4)
-        assert row["level"] == LEVEL_NAMES[int(mean.argmax())]
+        assert list(row.probabilities.values()) == pytest.approx(mean.tolist(), abs=1e-4)
+        assert row.level == LEVEL_NAMES[int(mean.argmax())]
 
 
 @pytest.mark.parametrize(
@@ -257,14 +256,14 @@ def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
 def test_a_wrong_list_of_slides_is_told(scorer, images, tmp_path, text, told):
     (tmp_path / "slides.csv").write_text(text)
     with pytest.raises(DataError, match=told):
-        predict(scorer, find_images([str(images)]).paths, tmp_path / "slides.csv")
+        predict_slides(scorer, find_images([str(images)]).paths, tmp_path / "slides.csv")
 
 
 def test_a_list_of_slides_cannot_tell_equal_names_apart(scorer, images, tmp_path):
     shutil.copy(images / "p1.png", images / "deep" / "p0.png")
     (tmp_path / "slides.csv").write_text("key,slide\n" + "".join(f"p{n},A\n" for n in range(5)))
     with pytest.raises(DataError, match="slides.csv tells slides by file name, and .*p0.png and .*p0.png have"):
-        predict(scorer, find_images([str(images)]).paths, tmp_path / "slides.csv")
+        predict_slides(scorer, find_images([str(images)]).paths, tmp_path / "slides.csv")
     assert len(predict(scorer, find_images([str(images)]).paths)) == 6
 
 
@@ -276,7 +275,7 @@ def test_a_missing_list_of_slides_is_told(tmp_path):
 def test_the_command_prints_one_json_document(tissue_run, scorer, images, capsys):
     assert main(["predict", "--model", tissue_run.student.dir, "--json", str(images)]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert rows == predict(scorer, find_images([str(images)]).paths)
+    assert rows == [as_json(row) for row in predict(scorer, images)]
     assert [list(row) for row in rows] == [["image", "level", "probabilities", "notes"]] * 5
 
 
@@ -342,5 +341,5 @@ def test_a_teacher_is_no_student(tissue_run, images, capsys):
 def test_real_patches_are_scored_whatever_their_names_say(scorer, real_data):
     """BCI's `.png` files hold JPEG streams of 1024 pixels; the level means nothing here."""
     rows = predict(scorer, find_images([str(real_data / "bci-native" / "HE")]).paths, mpp="unknown")
-    assert [Path(row["image"]).suffix for row in rows] == [".png", ".png"]
-    assert rows[0]["probabilities"] != rows[1]["probabilities"]
+    assert [Path(row.image).suffix for row in rows] == [".png", ".png"]
+    assert rows[0].probabilities != rows[1].probabilities

@@ -12,7 +12,7 @@ from lgd.data.shard_set import ShardFolder
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.images import find_images
-from lgd.evaluate.predict import load_scorer, score_files
+from lgd.evaluate.predict import load_scorer, score_images
 from lgd.evaluate.retrieve import check_pair, query
 from lgd.evaluate.sheet import Gallery
 from lgd.files import digest_of, read_json, write_json
@@ -63,7 +63,7 @@ def test_the_command_answers_as_brute_force_does(tissue_run, scorer, store, imag
     assert main([*command, *map(str, images)]) == 0
     answers = json.loads(capsys.readouterr().out)
     assert [answer["image"] for answer in answers] == [str(path) for path in images]
-    vectors = {str(scored.path): scored.values for scored in score_files(scorer, images)}
+    vectors = {str(scored.image): scored.values for scored in score_images(scorer, images)}
     for answer in answers:
         row = vectors[answer["image"]]
         assert answer["level"] == LEVEL_NAMES[int(row["probability"].argmax())]
@@ -87,19 +87,19 @@ def test_a_note_on_the_image_stands_in_its_answer_and_is_counted(tissue_run, ima
 
 def test_more_neighbours_than_there_are_gives_all(scorer, store, images):
     (answer,) = query(scorer, store, images[:1], 1000)
-    assert len({hit.key for hit in answer.hits}) == len(answer.hits) == 20
+    assert len({hit.key for hit in answer.neighbours}) == len(answer.neighbours) == 20
     with pytest.raises(ConfigError, match="-k is 0"):
         query(scorer, store, images[:1], 0)
 
 
 def test_the_part_and_row_of_a_hit_are_its_address(scorer, store, images):
     for answer in query(scorer, store, images, 5):
-        for hit in answer.hits:
+        for hit in answer.neighbours:
             assert store.parts[hit.part].array("key")[hit.row].decode() == hit.key
 
 
 def test_the_picture_of_a_hit_is_its_ihc(scorer, store, images, tissue_run):
-    hit = query(scorer, store, images[:1], 1)[0].hits[0]
+    hit = query(scorer, store, images[:1], 1)[0].neighbours[0]
     reader = Reader(ShardFolder.open(tissue_run.shard_dirs[0]).shards, ("ihc",), 64)
     sample = next(s for s in map(reader.read, range(48)) if s.key == hit.key)
     assert np.array_equal(Gallery(store, 64).image(hit), sample.images["ihc"])
@@ -224,8 +224,8 @@ def test_a_gallery_of_all_splits_finds_the_held_out_pair_too(tissue_run, scorer,
     shards = ShardFolder.open(tissue_run.shard_dirs[0]).shards
     build_index(whole, shards, "Flat", ["train", "val", "test"], recall=0.99, seed=0)
     (answer,) = query(scorer, whole, find_images([str(images[0])]).paths, 48)
-    assert {hit.split for hit in answer.hits} == {"train", "val", "test"}
-    assert images[0].stem in {hit.key for hit in answer.hits}
+    assert {hit.split for hit in answer.neighbours} == {"train", "val", "test"}
+    assert images[0].stem in {hit.key for hit in answer.neighbours}
 
 
 def test_the_slide_of_an_image_is_left_out(scorer, store, images, tmp_path):
@@ -238,9 +238,9 @@ def test_the_slide_of_an_image_is_left_out(scorer, store, images, tmp_path):
     for slides, path in ((own, None), (others, told)):
         found = query(scorer, store, images, 48, exclude_same_slide=True, slides=path)
         for answer, whole, slide in zip(found, everything, slides, strict=True):
-            kept = [hit for hit in whole.hits if hit.slide != slide]
-            assert len(answer.hits) < len(whole.hits) == 20
-            assert [hit.key for hit in answer.hits] == [hit.key for hit in kept]
+            kept = [hit for hit in whole.neighbours if hit.slide != slide]
+            assert len(answer.neighbours) < len(whole.neighbours) == 20
+            assert [hit.key for hit in answer.neighbours] == [hit.key for hit in kept]
 
 
 def test_an_image_of_unknown_slide_is_named(scorer, store, images, tmp_path, tissue_run, capsys):

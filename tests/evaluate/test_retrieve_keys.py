@@ -57,7 +57,7 @@ def brute_force(store, key_part, row, k, keep=lambda entry: True):
 
 
 def addresses(answer):
-    return [[hit.part, hit.row] for hit in answer.hits]
+    return [[hit.part, hit.row] for hit in answer.neighbours]
 
 
 @pytest.mark.parametrize("key", ["a-007", "b-011", "c-003", "d-004"])
@@ -116,9 +116,9 @@ def test_searches_are_one_or_one_a_slide(store, monkeypatch):
 
 def test_a_twin_is_marked_and_counted(store):
     (answer,) = query(None, store, keys=["a-000"], k=3)
-    assert [hit.key for hit in answer.hits if hit.duplicate_of == "query"] == ["twin"]
+    assert [hit.key for hit in answer.neighbours if hit.duplicate_of == "query"] == ["twin"]
     (other,) = query(None, store, keys=["a-001"], k=100)
-    marked = {hit.key: hit.duplicate_of for hit in other.hits if hit.duplicate_of}
+    marked = {hit.key: hit.duplicate_of for hit in other.neighbours if hit.duplicate_of}
     assert marked in ({"twin": "a-000"}, {"a-000": "twin"})
     line = count_neighbours([answer, other])
     assert line.endswith("near-duplicates (closer than 0.001 to the query or to a nearer neighbour): 2")
@@ -176,7 +176,7 @@ def test_filters_that_leave_nothing(tmp_path, write_store):
     with pytest.raises(DataError, match="for a once its own row is left out, and the rows of its slide and of unknown"):
         query(None, store, keys=["a"], exclude_same_slide=True)
     (answer,) = query(None, store, keys=["a"])
-    assert [hit.level for hit in answer.hits] == [None, "1+"] and answer.vote.labelled == 1
+    assert [hit.level for hit in answer.neighbours] == [None, "1+"] and answer.vote.labelled == 1
 
 
 def test_an_index_of_another_state_is_told(tmp_path, write_store):
