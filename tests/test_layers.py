@@ -28,7 +28,7 @@ doctor run_document run_folder check ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query
 bench.training bench.engine bench.cached bench.scale bench.staining bench.efficiency bench.suite
-verbs cli
+cli.stages
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {

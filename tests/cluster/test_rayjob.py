@@ -9,7 +9,7 @@ import yaml
 
 from lgd.config import Config
 from lgd.options import config_of, make_parser, parse
-from lgd.verbs import VERBS
+from lgd.cli import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"

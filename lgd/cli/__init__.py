@@ -12,7 +12,7 @@ import lgd
 from lgd.errors import ConfigError, DataError
 from lgd.options import make_parser, parse
 from lgd.text import escaped_output, print_lines
-from lgd.verbs import VERBS
+from lgd.cli.stages import VERBS
 
 
 def usage() -> list[str]:
