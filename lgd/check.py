@@ -2,40 +2,107 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from lgd.errors import ConfigError, DataError
-from lgd.files import exists
+from lgd.files import exists, is_remote
 from lgd.progress import progress
 from lgd.urls import place
 
+Kind = Literal["shard folder", "feature store", "checkpoint", "teacher", "student", "run"]
 
-def check(folder: Path, reencode: int = 0, teacher: str = "") -> tuple[str, list[str], list[str]]:
-    """What lies in `folder` (a shard folder, a feature store, a checkpoint, a network, a run), its problems, and what
-    else to tell.
+_DOCUMENTS: dict[str, Kind] = {
+    "store.json": "feature store",
+    "manifest.json": "shard folder",
+    "state.json": "checkpoint",
+}
+_OF_RUN = ("run.json", "config.yaml")
+_PARTS = {"student": ("config.json", "train"), "latents": ("store.json", "cache-latents")}
+"""What a verb looks for in a run: the document that each has, and the verb that makes it."""
 
-    `reencode`: rows of a store whose teacher and targets are run again; `teacher`: where it is, if not where it was.
-    Raises `DataError` for a folder of something else, and `ConfigError` for `reencode` of anything but a store.
+
+class Checked(NamedTuple):
+    """What a check came to."""
+
+    kind: Kind
+    problems: list[str]
+    notes: list[str]
+    """What else to say."""
+
+
+def find_kind(folder: Path) -> Kind:
+    """What lies in a folder or at a url, by the document that each kind has.
+
+    Raises `DataError` for a folder of something else, and for what is no folder.
     """
-    if exists(folder / "store.json"):
-        return "feature store", *_check_store(folder, reencode, teacher)
-    if reencode:
-        raise ConfigError(f"--reencode is for feature stores, and {folder} is none (store.json is missing)")
-    if exists(folder / "manifest.json"):
-        from lgd.data.verify import verify
-
-        return "shard folder", verify(folder), []
-    if exists(folder / "state.json"):
-        from lgd.train.checkpoint import problems
-
-        return "checkpoint", problems(folder), []
-    if exists(folder / "run.json") or exists(folder / "config.yaml"):
-        return "run", *_check_run(folder)
+    for name, kind in _DOCUMENTS.items():
+        if exists(folder / name):
+            return kind
+    if _is_run(folder):
+        return "run"
     if exists(folder / "config.json"):
-        return _check_network(folder)
+        from lgd.models.description import TeacherConfig, read_kind
+
+        return "teacher" if read_kind(folder / "config.json") is TeacherConfig else "student"
+    if not is_remote(folder) and not folder.is_dir():
+        raise DataError(
+            f"{folder} is a file: name the folder that it lies in" if folder.exists() else f"{folder} does not exist"
+        )
     raise DataError(
         f"{folder} is no shard folder (manifest.json), no feature store (store.json), no checkpoint (state.json), no "
         "trained network (config.json) and no run (run.json)"
     )
+
+
+def _is_run(folder: Path) -> bool:
+    return any(exists(folder / name) for name in _OF_RUN)
+
+
+def find_in_run(folder: str | Path, part: Literal["student", "latents"]) -> Path:
+    """The student or the feature store of a run's folder; a folder that is no run is given back as it is.
+
+    It is the one that the run's config.yaml names, below the folder where the run lies now. Raises `DataError` for a
+    run that has none.
+    """
+    folder, (document, verb) = place(folder), _PARTS[part]
+    if exists(folder / document) or not _is_run(folder):
+        return folder
+    path = folder / part
+    if exists(folder / "config.yaml"):
+        from lgd.options import load_config
+
+        fields = load_config(str(folder / "config.yaml")).as_fields()
+        named, root = fields[f"{part}.dir"], f"{fields['run.dir']}/"
+        # The folder of a run may have been moved or copied.
+        path = folder / named.removeprefix(root) if named.startswith(root) else place(named)
+    if not exists(path / document):
+        raise DataError(f"{folder} is a run, and {path} holds none of its {part} yet: run lgd {verb}, or name another")
+    return path
+
+
+def check(folder: Path, reencode: int = 0, teacher: str = "") -> Checked:
+    """Every problem of what lies in `folder`, and what else to say.
+
+    `reencode`: rows of a store (or of a run's) whose teacher and targets are run again; `teacher`: where it is, if not
+    where it was. Raises `DataError` for a folder of something else, and `ConfigError` for `reencode` of anything but a
+    store or a run.
+    """
+    kind = find_kind(folder)
+    if reencode and kind not in ("feature store", "run"):
+        raise ConfigError(f"--reencode is for feature stores, and {folder} is a {kind}")
+    if kind == "feature store":
+        return Checked(kind, *_check_store(folder, reencode, teacher))
+    if kind == "shard folder":
+        from lgd.data.verify import verify
+
+        return Checked(kind, verify(folder), [])
+    if kind == "checkpoint":
+        from lgd.train.checkpoint import problems
+
+        return Checked(kind, problems(folder), [])
+    if kind == "run":
+        return Checked(kind, *_check_run(folder, reencode, teacher))
+    return Checked(kind, _check_network(folder, kind), [])
 
 
 def _check_store(folder: Path, reencode: int, teacher: str) -> tuple[list[str], list[str]]:
@@ -52,25 +119,23 @@ def _check_store(folder: Path, reencode: int, teacher: str) -> tuple[list[str], 
         return problems, []
     from lgd.store.supervision import reencoded
 
-    found = reencoded(store, reencode, teacher)
-    told = [f"re-encoded {found.rows} rows, largest difference to what is stored:"]
-    told += [
+    result = reencoded(store, reencode, teacher)
+    notes = [f"re-encoded {result.rows} rows, largest difference to what is stored:"]
+    notes += [
         f"  {name}: {numbers['absolute']:.2g}, {numbers['relative']:.2g} of the row's length (at most "
-        f"{found.allowed[name]:.2g})"
-        for name, numbers in found.differences.items()
+        f"{result.allowed[name]:.2g})"
+        for name, numbers in result.differences.items()
     ]
-    return found.problems(store), told
+    return result.problems(store), notes
 
 
-def _check_network(folder: Path) -> tuple[str, list[str], list[str]]:
-    """A teacher or a student, which is built and given its weights, and its checkpoints."""
-    from lgd.models.description import TeacherConfig, read_kind
+def _check_network(folder: Path, kind: Kind) -> list[str]:
+    """Problems of a teacher or a student, which is built and given its weights, and of its checkpoints."""
     from lgd.models.student import load_student
     from lgd.models.teacher import load_teacher
     from lgd.train import checkpoint
 
-    kind = read_kind(folder / "config.json")
-    load: Callable[[Path], object] = load_teacher if kind is TeacherConfig else load_student
+    load: Callable[[Path], object] = load_teacher if kind == "teacher" else load_student
     problems = []
     try:
         load(folder)
@@ -78,24 +143,26 @@ def _check_network(folder: Path) -> tuple[str, list[str], list[str]]:
         problems.append(str(error))
     for path in checkpoint.complete(folder / "checkpoints"):
         problems += checkpoint.problems(path)
-    return "teacher" if kind is TeacherConfig else "student", problems, []
+    return problems
 
 
-def _check_run(folder: Path) -> tuple[list[str], list[str]]:
-    """Everything that a run's stages made, and what they were made of."""
-    problems, told = [], []
-    for path in _folders_of_run(folder):
+def _check_run(folder: Path, reencode: int, teacher: str) -> tuple[list[str], list[str]]:
+    """Problems of everything that a run's stages made, and of what they were made of."""
+    problems, notes = [], []
+    for path in list_folders(folder):
         try:
-            what, found, _ = check(path)
+            kind = find_kind(path)
+            found = check(path, reencode if kind == "feature store" else 0, teacher)
         except DataError as error:
             problems.append(str(error))
             continue
-        problems += found
-        told.append(f"{what} {path}: {f'{len(found)} problem(s)' if found else 'no problems'}")
-    return problems, told
+        problems += found.problems
+        state = f"{len(found.problems)} problem(s)" if found.problems else "no problems"
+        notes += [*found.notes, f"{kind} {path}: {state}"]
+    return problems, notes
 
 
-def _folders_of_run(folder: Path) -> Iterator[Path]:
+def list_folders(folder: Path) -> Iterator[Path]:
     """Shards, teacher, store and networks of a run, each once."""
     from lgd.options import load_config
     from lgd.run_document import RunDocument

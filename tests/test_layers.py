@@ -8,7 +8,7 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-errors text tables markup plain_yaml urls config progress files records locks options download_cache remote
+errors text tables markup plain_yaml urls config progress files records locks arguments options download_cache remote
 distribute metrics
 stain.deconvolve stain.targets stain.checks
 data.meta data.pairs data.tissue data.sections data.synth data.split
@@ -24,11 +24,11 @@ train.launch
 evaluate.notes evaluate.images evaluate.scale evaluate.predict evaluate.colour evaluate.robustness evaluate.figures
 evaluate.ranking evaluate.answer evaluate.retrieve evaluate.sheet evaluate.embeddings
 evaluate.compare evaluate.markdown evaluate.caveats evaluate.slides evaluate.report evaluate.seeds
-doctor run_document run_folder check ablate pipeline
+doctor run_document run_folder check info ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query
 bench.training bench.engine bench.cached bench.scale bench.staining bench.efficiency bench.suite
-cli.stages
+cli.verb cli.stages cli.answers cli.checks
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {

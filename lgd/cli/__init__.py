@@ -1,45 +1,59 @@
-"""The verbs: `lgd VERB`, also `python -m lgd VERB`.
+"""The command line: `lgd VERB`, also `python -m lgd VERB`.
 
 Progress goes to standard error, results to standard output. Exit status: 0 done; 1 the data or the environment is
-wrong; 2 the command line or the configuration is wrong.
+wrong; 2 the command line or the configuration is wrong; 141 nobody reads the output any more, as in `lgd ... | head`.
 """
 
+import contextlib
+import io
+import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
 
 import lgd
+from lgd.arguments import make_parser, suggest_name
+from lgd.cli import answers, checks, stages
 from lgd.errors import ConfigError, DataError
-from lgd.options import make_parser, parse
-from lgd.text import escaped_output, print_lines
-from lgd.cli.stages import VERBS
+from lgd.text import escape_text, escaped_output, print_lines
+
+VERBS = {**stages.VERBS, **answers.VERBS, **checks.VERBS}
+"""What `lgd --help` lists, in this order."""
 
 
 def usage() -> list[str]:
     """The list of verbs, line by line."""
     width = max(map(len, VERBS))
-    lines = [f"  {name:{width}}  {text}" for name, (text, _) in VERBS.items()]
     return [
         "usage: lgd [--debug] VERB ...",
         "",
         "HER2 scoring from H&E alone, taught to hallucinate the latents of a frozen IHC teacher.",
         "",
-        *lines,
+        *(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()),
         "",
-        "lgd VERB --help tells the options of a verb; --debug shows the traceback of an error.",
+        "lgd VERB --help lists the options of a verb; --debug shows the traceback of an error.",
     ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    with escaped_output():
-        return _main(list(sys.argv[1:] if argv is None else argv))
+    try:
+        with escaped_output():
+            try:
+                return _main(list(sys.argv[1:] if argv is None else argv))
+            finally:
+                # What is buffered would otherwise fail after the last handler of errors.
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return 141
 
 
 def _main(args: list[str]) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help", "help"):
         print_lines(*usage())
         return 0 if args else 2
     if args[0] == "--version":
@@ -50,6 +64,8 @@ def _main(args: list[str]) -> int:
     except ConfigError as error:
         return _fail(error, 2, debug)
     except (DataError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _closed_outputs():
+            raise
         return _fail(error, 1, debug)
     except KeyboardInterrupt:
         print_lines("lgd: interrupted", file=sys.stderr)
@@ -63,14 +79,13 @@ def _main(args: list[str]) -> int:
 
 def _run(verb: str, args: list[str]) -> None:
     if verb not in VERBS:
-        import difflib
-
-        close = difflib.get_close_matches(verb, VERBS, 1)
-        raise ConfigError(f"there is no verb {verb!r}{f', did you mean {close[0]!r}' if close else ''}: see lgd --help")
-    text, add = VERBS[verb]
-    parser = make_parser(prog=f"lgd {verb}", description=text)
-    run = add(parser)
-    run(parser, parse(parser, args))
+        shown = escape_text(verb, 60)
+        if verb.startswith("-"):
+            raise ConfigError(f"the verb comes first, and {shown} is an option: lgd --help lists the verbs")
+        raise ConfigError(f"lgd has no verb {shown!r}{suggest_name(verb, VERBS)}")
+    parser = make_parser(f"lgd {verb}", VERBS[verb].summary)
+    run = VERBS[verb].add(parser)
+    run(parser.parse(args))
 
 
 def _fail(error: Exception, status: int, debug: bool) -> int:
@@ -80,3 +95,21 @@ def _fail(error: Exception, status: int, debug: bool) -> int:
     first, *more = error.args if isinstance(error, ConfigError | DataError) and error.args else [error]
     print_lines(f"lgd: {first}", *more, file=sys.stderr)
     return status
+
+
+def _closed_outputs() -> list[int]:
+    """Which of our outputs are pipes that nobody reads any more."""
+    watch = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        # An output of a caller from Python may be no file.
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            watch.register(stream.fileno(), 0)
+    return [number for number, event in watch.poll(0) if event & select.POLLERR]
+
+
+def _discard_output() -> None:
+    """Send what is still buffered nowhere: Python would complain at exit that it cannot be written."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in _closed_outputs():
+        os.dup2(nowhere, number)
+    os.close(nowhere)
