@@ -11,7 +11,10 @@ JARGON = ("unrecognized", "expected one", "expected at least", "invalid", "are r
     ("args", "message"),
     [
         (["train", "c.yaml"], "c.yaml: the file of a run is given as --config c.yaml"),
-        (["evaluate", "runs/x/config.yml"], "the file of a run is given as --config runs/x/config.yml"),
+        (
+            ["evaluate", "runs/x/config.yml"],
+            "runs/x/config.yml: the file of a run is given as --config runs/x/config.yml",
+        ),
         (["train", "--config"], "--config needs a value: write --config=FILE"),
         (["train", "--train.batch", "--train.lr", "1"], "--train.batch needs a value: write --train.batch=BATCH"),
         (["query", "--key"], "--key needs a value: write --key=KEY"),

@@ -15,11 +15,11 @@ from lgd.run_folder import record
 def test_ten_lines_say_what_a_folder_is(tissue_run):
     checkpoint = next(Path(tissue_run.student.dir).glob("checkpoints/*"))
     expected = {
-        tissue_run.shard_dirs[0]: ("shard folder", "HER2 (ordinal) 0, 1+, 2+, 3+", "train 20", "virtual        yes"),
+        tissue_run.shard_dirs[0]: ("shard folder", "target HER2", "train 20", "tissue virtual"),
         tissue_run.latents.dir: ("feature store", "train 20, test 20, val 8", "a map of 2 x 2", "Flat over 20 latents"),
         tissue_run.teacher.dir: ("teacher", "resnet10, images of 64 px", "20 patches (20 labelled) of 128 x 128 px"),
         tissue_run.student.dir: ("student", "lgd, taught by the latents of teacher", "0.46 um/px"),
-        checkpoint: ("checkpoint", "step", "samples taken"),
+        checkpoint: ("checkpoint", "step", "position", "skipped none"),
     }
     for folder, words in expected.items():
         lines = as_lines(describe(Path(folder)))
