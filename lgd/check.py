@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from lgd.errors import ConfigError, DataError
 from lgd.files import exists, is_remote
+from lgd.options import is_run, load_config
 from lgd.progress import progress
 from lgd.urls import place
 
@@ -16,9 +17,6 @@ _DOCUMENTS: dict[str, Kind] = {
     "manifest.json": "shard folder",
     "state.json": "checkpoint",
 }
-_OF_RUN = ("run.json", "config.yaml")
-_PARTS = {"student": ("config.json", "train"), "latents": ("store.json", "cache-latents")}
-"""What a verb looks for in a run: the document that each has, and the verb that makes it."""
 
 
 class Checked(NamedTuple):
@@ -38,7 +36,7 @@ def find_kind(folder: Path) -> Kind:
     for name, kind in _DOCUMENTS.items():
         if exists(folder / name):
             return kind
-    if _is_run(folder):
+    if is_run(folder):
         return "run"
     if exists(folder / "config.json"):
         from lgd.models.description import TeacherConfig, read_kind
@@ -52,32 +50,6 @@ def find_kind(folder: Path) -> Kind:
         f"{folder} is no shard folder (manifest.json), no feature store (store.json), no checkpoint (state.json), no "
         "trained network (config.json) and no run (run.json)"
     )
-
-
-def _is_run(folder: Path) -> bool:
-    return any(exists(folder / name) for name in _OF_RUN)
-
-
-def find_in_run(folder: str | Path, part: Literal["student", "latents"]) -> Path:
-    """The student or the feature store of a run's folder; a folder that is no run is given back as it is.
-
-    It is the one that the run's config.yaml names, below the folder where the run lies now. Raises `DataError` for a
-    run that has none.
-    """
-    folder, (document, verb) = place(folder), _PARTS[part]
-    if exists(folder / document) or not _is_run(folder):
-        return folder
-    path = folder / part
-    if exists(folder / "config.yaml"):
-        from lgd.options import load_config
-
-        fields = load_config(str(folder / "config.yaml")).as_fields()
-        named, root = fields[f"{part}.dir"], f"{fields['run.dir']}/"
-        # The folder of a run may have been moved or copied.
-        path = folder / named.removeprefix(root) if named.startswith(root) else place(named)
-    if not exists(path / document):
-        raise DataError(f"{folder} is a run, and {path} holds none of its {part} yet: run lgd {verb}, or name another")
-    return path
 
 
 def check(folder: Path, reencode: int = 0, teacher: str = "") -> Checked:
@@ -164,7 +136,6 @@ def _check_run(folder: Path, reencode: int, teacher: str) -> tuple[list[str], li
 
 def list_folders(folder: Path) -> Iterator[Path]:
     """Shards, teacher, store and networks of a run, each once."""
-    from lgd.options import load_config
     from lgd.run_document import RunDocument
 
     config = load_config(folder / "config.yaml")

@@ -9,10 +9,11 @@ from typing import cast
 
 from pydantic import JsonValue
 
-from lgd.check import Kind, find_in_run, find_kind
+from lgd.check import Kind, find_kind
 from lgd.data.manifest import Manifest, Shape
 from lgd.errors import DataError
 from lgd.models.description import StudentConfig, TeacherConfig, read_kind
+from lgd.options import find_in_run
 from lgd.records import MissingDocument
 from lgd.run_document import RunDocument, Stage
 from lgd.store.document import StoreDocument
@@ -133,7 +134,6 @@ def _describe_shapes(shapes: Sequence[Shape]) -> str:
 
 
 def _as_text(fact: JsonValue) -> str:
-    """A fact on one line."""
     if isinstance(fact, dict):
         return ", ".join(f"{name} {_as_text(value)}" for name, value in fact.items()) or "none"
     return "none" if fact in (None, []) else f"{fact:.3f}" if isinstance(fact, float) else str(fact)

@@ -16,13 +16,16 @@ from typing import Any, Literal
 
 from lgd.arguments import Namespace, Parser, make_parser, suggest_name
 from lgd.config import Config
-from lgd.errors import ConfigError
-from lgd.files import read_first_bytes
+from lgd.errors import ConfigError, DataError
+from lgd.files import exists, read_first_bytes
 from lgd.plain_yaml import MOST_BYTES, YamlError, check_text, read_yaml
 from lgd.text import escape_text
+from lgd.urls import place
 
 _UNIONS = (types.UnionType, typing.Union)
 _SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
+_PARTS = {"student": ("config.json", "train"), "latents": ("store.json", "cache-latents")}
+"""What is looked for in a run: the document that each has, and the verb that makes it."""
 _DEEPSPEED = "Passed to DeepSpeed as it is."
 
 
@@ -104,6 +107,31 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     parser = make_parser()
     add_config_arguments(parser)
     return config_of(parser.parse([*([] if path is None else [f"--config={path}"]), *overrides]))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder, or a url, is that of a run."""
+    return exists(folder / "run.json") or exists(folder / "config.yaml")
+
+
+def find_in_run(folder: str | Path, part: Literal["student", "latents"]) -> Path:
+    """The student or the feature store of a run's folder; a folder that is no run is given back as it is.
+
+    It is the one that the run's config.yaml names, below the folder where the run lies now. Raises `DataError` for a
+    run that has none.
+    """
+    folder, (document, verb) = place(folder), _PARTS[part]
+    if exists(folder / document) or not is_run(folder):
+        return folder
+    path = folder / part
+    if exists(folder / "config.yaml"):
+        fields = load_config(str(folder / "config.yaml")).as_fields()
+        named, root = fields[f"{part}.dir"], f"{fields['run.dir']}/"
+        # The folder of a run may have been moved or copied.
+        path = folder / named.removeprefix(root) if named.startswith(root) else place(named)
+    if not exists(path / document):
+        raise DataError(f"{folder} is a run, and {path} holds none of its {part} yet: run lgd {verb}, or name another")
+    return path
 
 
 def config_of(namespace: Namespace) -> Config:

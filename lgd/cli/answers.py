@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from lgd.arguments import Namespace, Parser
-from lgd.check import find_in_run
 from lgd.cli.verb import Run, Verb, read_options
 from lgd.config import Config
 from lgd.errors import ConfigError, DataError, require
-from lgd.options import add_config_arguments, add_option_arguments, config_of, typed
+from lgd.options import add_config_arguments, add_option_arguments, config_of, find_in_run, typed
 from lgd.tables import print_csv, print_table
 from lgd.text import print_json, print_lines
 from lgd.urls import place, place_output
