@@ -117,8 +117,8 @@ def is_run(folder: Path) -> bool:
 def find_in_run(folder: str | Path, part: Literal["student", "latents"]) -> Path:
     """The student or the feature store of a run's folder; a folder that is no run is given back as it is.
 
-    It is the one that the run's config.yaml names, below the folder where the run lies now. Raises `DataError` for a
-    run that has none.
+    It is the one that the run's config.yaml names; of a run that was moved or copied, the one in its folder now. Raises
+    `DataError` for a run that has none.
     """
     folder, (document, verb) = place(folder), _PARTS[part]
     if exists(folder / document) or not is_run(folder):
@@ -127,8 +127,9 @@ def find_in_run(folder: str | Path, part: Literal["student", "latents"]) -> Path
     if exists(folder / "config.yaml"):
         fields = load_config(str(folder / "config.yaml")).as_fields()
         named, root = fields[f"{part}.dir"], f"{fields['run.dir']}/"
-        # The folder of a run may have been moved or copied.
-        path = folder / named.removeprefix(root) if named.startswith(root) else place(named)
+        # The folder of a run may have been moved or copied, with what is in it or without.
+        below = folder / named.removeprefix(root) if named.startswith(root) else place(named)
+        path = below if exists(below / document) else place(named)
     if not exists(path / document):
         raise DataError(f"{folder} is a run, and {path} holds none of its {part} yet: run lgd {verb}, or name another")
     return path

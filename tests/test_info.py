@@ -16,7 +16,7 @@ def test_ten_lines_say_what_a_folder_is(tissue_run):
     checkpoint = next(Path(tissue_run.student.dir).glob("checkpoints/*"))
     expected = {
         tissue_run.shard_dirs[0]: ("shard folder", "target HER2", "train 20", "tissue virtual"),
-        tissue_run.latents.dir: ("feature store", "train 20, test 20, val 8", "a map of 2 x 2", "Flat over 20 latents"),
+        tissue_run.latents.dir: ("feature store", "train 20", "a map of 2 x 2", "Flat over 20 latents"),
         tissue_run.teacher.dir: ("teacher", "resnet10, images of 64 px", "20 patches (20 labelled) of 128 x 128 px"),
         tissue_run.student.dir: ("student", "lgd, taught by the latents of teacher", "0.46 um/px"),
         checkpoint: ("checkpoint", "step", "position", "skipped none"),
@@ -30,8 +30,8 @@ def test_ten_lines_say_what_a_folder_is(tissue_run):
 
 def test_a_run_lists_its_stages_and_how_to_go_on(tissue_run, tmp_path, change):
     folder = tmp_path / "a run"
-    (folder).mkdir()
-    (folder / "config.yaml").write_text("")
+    folder.mkdir()
+    (folder / "config.yaml").write_text("run: {seed: 0}")
     assert describe(folder)["stages"] is None
     (folder / "config.yaml").unlink()
     config = change(tissue_run, run={"dir": str(folder)}, student={"dir": str(folder / "student")})
