@@ -2,42 +2,78 @@
 
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from lgd.errors import ConfigError, DataError
-from lgd.files import exists
+from lgd.files import exists, is_remote
+from lgd.options import is_run, load_config
 from lgd.urls import place
 
+Kind = Literal["shard folder", "feature store", "checkpoint", "teacher", "student", "run"]
 
-def check(
-    folder: Path, reencode: int = 0, teacher: str = "", code: Collection[str] = ()
-) -> tuple[str, list[str], list[str]]:
-    """What lies in `folder` (a shard folder, a feature store, a checkpoint, a network, a run), its problems, and what
-    else to tell.
+_DOCUMENTS: dict[str, Kind] = {
+    "store.json": "feature store",
+    "manifest.json": "shard folder",
+    "state.json": "checkpoint",
+}
 
-    `reencode`: rows of a store whose teacher and targets are run again; `teacher`: where it is, if not where it was;
-    `code`: what networks may run of code outside LGD.
-    Raises `DataError` for a folder of something else, and `ConfigError` for `reencode` of anything but a store.
+
+class Checked(NamedTuple):
+    """What a check came to."""
+
+    kind: Kind
+    problems: list[str]
+    notes: list[str]
+    """What else to say."""
+
+
+def find_kind(folder: Path) -> Kind:
+    """What lies in a folder or at a url, by the document that each kind has.
+
+    Raises `DataError` for a folder of something else, and for what is no folder.
     """
-    if exists(folder / "store.json"):
-        return "feature store", *_check_store(folder, reencode, teacher, code)
-    if reencode:
-        raise ConfigError(f"--reencode is for feature stores, and {folder} is none (store.json is missing)")
-    if exists(folder / "manifest.json"):
-        from lgd.data.verify import verify
-
-        return "shard folder", verify(folder), []
-    if exists(folder / "state.json"):
-        from lgd.train.checkpoint import problems
-
-        return "checkpoint", problems(folder), []
-    if exists(folder / "run.json") or exists(folder / "config.yaml"):
-        return "run", *_check_run(folder, code)
+    for name, kind in _DOCUMENTS.items():
+        if exists(folder / name):
+            return kind
+    if is_run(folder):
+        return "run"
     if exists(folder / "config.json"):
-        return _check_network(folder, code)
+        from lgd.models.description import TeacherConfig, read_kind
+
+        return "teacher" if read_kind(folder / "config.json") is TeacherConfig else "student"
+    if not is_remote(folder) and not folder.is_dir():
+        raise DataError(
+            f"{folder} is a file: name the folder that it lies in" if folder.exists() else f"{folder} does not exist"
+        )
     raise DataError(
         f"{folder} is no shard folder (manifest.json), no feature store (store.json), no checkpoint (state.json), no "
         "trained network (config.json) and no run (run.json)"
     )
+
+
+def check(folder: Path, reencode: int = 0, teacher: str = "", code: Collection[str] = ()) -> Checked:
+    """Every problem of what lies in `folder`, and what else to say.
+
+    `reencode`: rows of a store (or of a run's) whose teacher and targets are run again; `teacher`: where it is, if not
+    where it was; `code`: what networks may run of code outside LGD. Raises `DataError` for a folder of something else,
+    and `ConfigError` for `reencode` of anything but a store or a run.
+    """
+    kind = find_kind(folder)
+    if reencode and kind not in ("feature store", "run"):
+        raise ConfigError(f"--reencode is for feature stores, and {folder} is a {kind}")
+    if kind == "feature store":
+        return Checked(kind, *_check_store(folder, reencode, teacher, code))
+    if kind == "shard folder":
+        from lgd.data.verify import verify
+
+        return Checked(kind, verify(folder), [])
+    if kind == "checkpoint":
+        from lgd.train.checkpoint import problems
+
+        return Checked(kind, problems(folder), [])
+    if kind == "run":
+        return Checked(kind, *_check_run(folder, reencode, teacher, code))
+    return Checked(kind, _check_network(folder, kind, code), [])
 
 
 def _check_store(folder: Path, reencode: int, teacher: str, code: Collection[str]) -> tuple[list[str], list[str]]:
@@ -53,25 +89,23 @@ def _check_store(folder: Path, reencode: int, teacher: str, code: Collection[str
         return problems, []
     from lgd.store.supervision import reencoded
 
-    found = reencoded(store, reencode, teacher, code=code)
-    told = [f"re-encoded {found.rows} rows, largest difference to what is stored:"]
-    told += [
+    result = reencoded(store, reencode, teacher, code=code)
+    notes = [f"re-encoded {result.rows} rows, largest difference to what is stored:"]
+    notes += [
         f"  {name}: {numbers['absolute']:.2g}, {numbers['relative']:.2g} of the row's length (at most "
-        f"{found.allowed[name]:.2g})"
-        for name, numbers in found.differences.items()
+        f"{result.allowed[name]:.2g})"
+        for name, numbers in result.differences.items()
     ]
-    return found.problems(store), told
+    return result.problems(store), notes
 
 
-def _check_network(folder: Path, code: Collection[str]) -> tuple[str, list[str], list[str]]:
-    """A teacher or a student, which is built and given its weights, and its checkpoints."""
-    from lgd.models.description import TeacherConfig, read_kind
+def _check_network(folder: Path, kind: Kind, code: Collection[str]) -> list[str]:
+    """Problems of a teacher or a student, which is built and given its weights, and of its checkpoints."""
     from lgd.models.methods import load_student
     from lgd.models.teacher import load_teacher
     from lgd.train import checkpoint
 
-    kind = read_kind(folder / "config.json")
-    load: Callable[[Path, Collection[str]], object] = load_teacher if kind is TeacherConfig else load_student
+    load: Callable[[Path, Collection[str]], object] = load_teacher if kind == "teacher" else load_student
     problems = []
     try:
         load(folder, code)
@@ -79,26 +113,27 @@ def _check_network(folder: Path, code: Collection[str]) -> tuple[str, list[str],
         problems.append(str(error))
     for path in checkpoint.complete(folder / "checkpoints"):
         problems += checkpoint.problems(path)
-    return "teacher" if kind is TeacherConfig else "student", problems, []
+    return problems
 
 
-def _check_run(folder: Path, code: Collection[str]) -> tuple[list[str], list[str]]:
-    """Everything that a run's stages made, and what they were made of."""
-    problems, told = [], []
-    for path in _folders_of_run(folder):
+def _check_run(folder: Path, reencode: int, teacher: str, code: Collection[str]) -> tuple[list[str], list[str]]:
+    """Problems of everything that a run's stages made, and of what they were made of."""
+    problems, notes = [], []
+    for path in list_folders(folder):
         try:
-            what, found, _ = check(path, code=code)
+            kind = find_kind(path)
+            found = check(path, reencode if kind == "feature store" else 0, teacher, code)
         except DataError as error:
             problems.append(str(error))
             continue
-        problems += found
-        told.append(f"{what} {path}: {f'{len(found)} problem(s)' if found else 'no problems'}")
-    return problems, told
+        problems += found.problems
+        state = f"{len(found.problems)} problem(s)" if found.problems else "no problems"
+        notes += [*found.notes, f"{kind} {path}: {state}"]
+    return problems, notes
 
 
-def _folders_of_run(folder: Path) -> Iterator[Path]:
+def list_folders(folder: Path) -> Iterator[Path]:
     """Shards, teacher, store and networks of a run, each once."""
-    from lgd.options import load_config
     from lgd.run_document import RunDocument
 
     config = load_config(folder / "config.yaml")

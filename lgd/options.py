@@ -6,47 +6,27 @@ names the file and its line or the option, and the nearest field.
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lgd.arguments import Namespace, Parser, make_parser, suggest_name
 from lgd.config import Config
-from lgd.errors import ConfigError
-from lgd.files import read_first_bytes
+from lgd.errors import ConfigError, DataError
+from lgd.files import exists, read_first_bytes
 from lgd.plain_yaml import MOST_BYTES, YamlError, check_text, read_yaml
 from lgd.text import escape_text
+from lgd.urls import place
 
 _UNIONS = (types.UnionType, typing.Union)
 _SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
-
-
-class Namespace(argparse.Namespace):
-    """What was parsed; `namespace["train.batch"]` is given for fields with a dot."""
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are `ConfigError`s, and which knows options by their whole names only."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(escape_text(message, 1000))
-
-    def check_names(self, args: Sequence[str]) -> None:
-        """Raise `ConfigError` for an option that there is not, with the nearest."""
-        known = self._option_string_actions
-        for arg in args:
-            name = arg.partition("=")[0]
-            if arg == "--":
-                return
-            if name.startswith("--") and " " not in name and name not in known:
-                raise ConfigError(f"there is no option {escape_text(name, 60)}{_nearest_option(name, known)}")
+_PARTS = {"student": ("config.json", "train"), "latents": ("store.json", "cache-latents")}
+"""What is looked for in a run: the document that each has, and the verb that makes it."""
+_DEEPSPEED = "Passed to DeepSpeed as it is."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,28 +37,29 @@ class Given:
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def make_parser(**options: Any) -> Parser:
-    """A parser for a verb."""
-    return Parser(allow_abbrev=False, **options)
-
-
-def add_config_arguments(parser: Parser, default: str = "", aliases: Mapping[str, str] | None = None) -> None:
+def add_config_arguments(
+    parser: Parser, default: str = "", aliases: Mapping[str, str] | None = None, listed: bool = True
+) -> None:
     """Give a parser `--config F` and one dotted option a field.
 
-    `default` is read where no --config is given; `aliases` are further options by field.
+    `default` is read where no --config is given; `aliases` are the verb's own options by field; the help has the other
+    fields only if they are `listed`.
     """
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of the run; see configs/")
     parser.set_defaults(_config=[default] if default else [])
+    if not listed:
+        parser.epilog = "Any field of the run may be given as --section.field VALUE: `lgd train --help` lists them."
     for section, kind in _SECTIONS.items():
         if section == "deepspeed":
-            _add_argument(parser, ["--deepspeed"], kind, "passed to DeepSpeed as it is", dest=section)
+            group = parser.add_argument_group(section, _DEEPSPEED) if listed else parser
+            _add_argument(group, ["--deepspeed"], kind, "such as {zero_optimization: {stage: 2}}", listed, dest=section)
             continue
-        group = parser.add_argument_group(section, kind.__doc__)
+        group = parser.add_argument_group(section, kind.__doc__) if listed else parser
         for option in dataclasses.fields(kind):
             name = f"{section}.{option.name}"
-            flags = [f"--{name}", *([aliases[name]] if aliases and name in aliases else [])]
-            text = f"{_described(kind)[option.name]} {_default(option)}"
-            _add_argument(group, flags, option.type, text, dest=name)
+            alias = [aliases[name]] if aliases and name in aliases else []
+            text = f"{_described(kind)[option.name]} {_default(option)}" if listed else ""
+            _add_argument(parser if alias else group, [*alias, f"--{name}"], option.type, text, listed, dest=name)
 
 
 def add_option_arguments(parser: Parser, kind: Any, skip: Sequence[str] = ()) -> None:
@@ -95,12 +76,14 @@ def add_option_arguments(parser: Parser, kind: Any, skip: Sequence[str] = ()) ->
             _add_argument(parser, flags, option.type, f"{text} {_default(option)}", default=option.default)
 
 
-def _add_argument(parser: Any, flags: list[str], kind: Any, text: str, **options: Any) -> None:
+def _add_argument(parser: Any, flags: list[str], kind: Any, text: str, listed: bool = True, **options: Any) -> None:
     """Add an option whose value is read as one of a type, and which is left out of the namespace unless given."""
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     metavar = "{" + ",".join(map(str, choices)) + "}" if choices else flags[0].rpartition(".")[2].strip("-").upper()
     options = {"default": argparse.SUPPRESS, "metavar": metavar} | options
-    parser.add_argument(*flags, type=typed(kind), help=text.replace("%", "%%"), **options)
+    parser.add_argument(
+        *flags, type=typed(kind), help=text.replace("%", "%%") if listed else argparse.SUPPRESS, **options
+    )
 
 
 @functools.cache
@@ -117,12 +100,6 @@ def _default(option: dataclasses.Field[Any]) -> str:
     return "" if made in ("", None) else f"(default: {made if isinstance(made, str) else json.dumps(made)})"
 
 
-def parse(parser: Parser, args: Sequence[str]) -> Namespace:
-    """Parse `args`; a mistake raises `ConfigError` that names the option, and the nearest one."""
-    parser.check_names(args)
-    return parser.parse_args(list(args), Namespace())
-
-
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `--section.field value` overrides, and return the resolved run.
 
@@ -130,7 +107,33 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     parser = make_parser()
     add_config_arguments(parser)
-    return config_of(parse(parser, [*([] if path is None else [f"--config={path}"]), *overrides]))
+    return config_of(parser.parse([*([] if path is None else [f"--config={path}"]), *overrides]))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder, or a url, is that of a run."""
+    return exists(folder / "run.json") or exists(folder / "config.yaml")
+
+
+def find_in_run(folder: str | Path, part: Literal["student", "latents"]) -> Path:
+    """The student or the feature store of a run's folder; a folder that is no run is given back as it is.
+
+    It is the one that the run's config.yaml names; of a run that was moved or copied, the one in its folder now. Raises
+    `DataError` for a run that has none.
+    """
+    folder, (document, verb) = place(folder), _PARTS[part]
+    if exists(folder / document) or not is_run(folder):
+        return folder
+    path = folder / part
+    if exists(folder / "config.yaml"):
+        fields = load_config(str(folder / "config.yaml")).as_fields()
+        named, root = fields[f"{part}.dir"], f"{fields['run.dir']}/"
+        # The folder of a run may have been moved or copied, with what is in it or without.
+        below = folder / named.removeprefix(root) if named.startswith(root) else place(named)
+        path = below if exists(below / document) else place(named)
+    if not exists(path / document):
+        raise DataError(f"{folder} is a run, and {path} holds none of its {part} yet: run lgd {verb}, or name another")
+    return path
 
 
 def config_of(namespace: Namespace) -> Config:
@@ -181,7 +184,7 @@ def _read_file(path: str) -> dict[str, dict[str, Any]]:
     for name, fields in content.items():
         where = f"{path}, line {lines[name]}"
         if name not in _SECTIONS:
-            raise ConfigError(f"{where}: there is no section {name:.60}{_nearest(name, _SECTIONS)}")
+            raise ConfigError(f"{where}: there is no section {name:.60}{suggest_name(name, _SECTIONS)}")
         if not isinstance(fields, dict):
             raise ConfigError(f"{where}: section {name} is {fields!r:.60}: give it fields, or remove it")
         if name == "deepspeed":
@@ -190,26 +193,12 @@ def _read_file(path: str) -> dict[str, dict[str, Any]]:
         for key, value in fields.items():
             where = f"{path}, line {lines[f'{name}.{key}']}"
             if key not in known:
-                raise ConfigError(f"{where}: there is no field {name}.{key:.60}{_nearest(key, known, f'{name}.')}")
+                raise ConfigError(f"{where}: there is no field {name}.{key:.60}{suggest_name(key, known, f'{name}.')}")
             try:
                 fields[key] = _as_type(known[key], value)
             except ValueError as error:
                 raise ConfigError(f"{where}: {name}.{key}: {error}") from error
     return content
-
-
-def _nearest(name: str, known: Iterable[str], before: str = "") -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1)
-    return f", did you mean {before}{close[0]}?" if close else f"; there are {', '.join(before + k for k in known)}"
-
-
-def _nearest_option(name: str, known: Iterable[str]) -> str:
-    known = [option for option in known if option.startswith("--")]
-    longer = [option for option in known if option.startswith(name)]
-    same_field = [option for option in known if option.endswith(f".{name.lstrip('-')}")]
-    close = longer or same_field or difflib.get_close_matches(name, known, 1)
-    return f", did you mean {' or '.join(close[:3])}?" if close else ": see --help"
 
 
 def _read_text(path: str) -> str:

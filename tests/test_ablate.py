@@ -22,7 +22,7 @@ from lgd.errors import ConfigError
 from lgd.evaluate.colour import COLOUR
 from lgd.files import read_json
 from lgd.models.methods import METHODS, PROPOSED
-from lgd.options import add_option_arguments, make_parser, parse
+from lgd.options import add_option_arguments, make_parser
 
 CORE = ["H&E-only", "two streams", "label distillation", "LGD-Net"]
 CONTROLS = METHODS[PROPOSED].controls
@@ -124,7 +124,7 @@ def test_the_rows_differ_in_one_thing_each(run, change):
 def test_the_long_table_is_asked_for_by_a_flag(args, full):
     parser = make_parser()
     add_option_arguments(parser, AblateOptions)
-    assert parse(parser, args).full is full
+    assert parser.parse(args).full is full
 
 
 def test_bad_requests(run, tmp_path, capsys, change):

@@ -1,16 +1,18 @@
-"""`lgd verify` of networks and whole runs; of shards, stores and checkpoints their own tests tell."""
+"""What a folder is, and `lgd verify` of networks and runs; shards, stores and checkpoints have tests of their own."""
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from lgd.check import check
+from lgd.check import check, find_kind
 from lgd.errors import DataError
 from lgd.files import digest_of
 from lgd.models.export import read_student_config
+from lgd.options import find_in_run, load_config
 from lgd.train.checkpoint import State
 
 
@@ -82,3 +84,54 @@ def test_every_flipped_bit_of_a_network_s_and_a_checkpoint_s_document_is_caught(
                 assert str(path) in str(error)
             path.write_bytes(whole)
             assert read() == expected
+
+
+def test_every_kind_of_folder_is_known(tissue_run):
+    checkpoint = next(Path(tissue_run.student.dir).glob("checkpoints/*"))
+    folders = {
+        "shard folder": tissue_run.shard_dirs[0],
+        "feature store": tissue_run.latents.dir,
+        "teacher": tissue_run.teacher.dir,
+        "student": tissue_run.student.dir,
+        "checkpoint": checkpoint,
+    }
+    assert {kind: find_kind(Path(folder)) for kind, folder in folders.items()} == {kind: kind for kind in folders}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("absent", "does not exist"), ("a.txt", "is a file: name the folder"), ("empty", "is no shard folder (manifest")],
+)
+def test_what_is_none_of_them_gets_one_message(tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match=re.escape(message)):
+        find_kind(tmp_path / name)
+
+
+def make_run(folder, **sections):
+    folder.mkdir()
+    config = load_config(overrides=[f"--{name}={value}" for name, value in {"run.dir": folder, **sections}.items()])
+    (folder / "config.yaml").write_text(config.as_yaml())
+    return folder
+
+
+def test_a_run_has_one_student_and_one_store(tissue_run, tmp_path):
+    run = make_run(tmp_path / "run", **{"student.dir": tmp_path / "run" / "mine"})
+    with pytest.raises(DataError, match=r"run is a run, and .*run/mine holds none of its student yet: run lgd train"):
+        find_in_run(run, "student")
+    for name in ("mine", "student", "he-only"):
+        shutil.copytree(tissue_run.student.dir, run / name)
+    shutil.copytree(tissue_run.latents.dir, run / "latents")
+    assert (find_in_run(run, "student"), find_in_run(run, "latents")) == (run / "mine", run / "latents")
+    # A folder that is no run is what was asked for.
+    for folder in (run / "he-only", tmp_path, tmp_path / "absent"):
+        assert find_in_run(folder, "student") == folder
+    # Where a run was copied or moved, its own networks are below it.
+    moved = shutil.copytree(run, tmp_path / "moved")
+    assert find_in_run(moved, "student") == moved / "mine"
+    elsewhere = make_run(tmp_path / "other", **{"student.dir": run / "mine"})
+    assert find_in_run(elsewhere, "student") == run / "mine"
+    (moved / "config.yaml").unlink()
+    (moved / "run.json").write_text("{}")
+    assert find_in_run(moved, "student") == moved / "student"

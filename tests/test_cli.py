@@ -1,6 +1,8 @@
 """The verbs as a user types them: exit status, messages, and nothing half-written."""
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 from lgd.cli import VERBS, main
+from lgd.store.latents import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -279,3 +282,52 @@ def test_doctor_reports_the_named_parts(capsys):
     status, out, _ = run(capsys, "doctor")
     assert status == 0
     assert all(name in out for name in ("torch", "ray", "deepspeed", "faiss", "gpu"))
+
+
+def test_a_run_stands_for_its_student_and_its_store(tissue, tissue_run, tmp_path, capsys):
+    made = tmp_path / "run"
+    made.mkdir()
+    (made / "config.yaml").write_text(tissue_run.as_yaml())
+    image = next((tissue / "HE" / "test").iterdir())
+    answers = []
+    for model in (made, tissue_run.student.dir):
+        status, out, _ = run(capsys, "predict", "--model", model, "--json", image)
+        assert status == 0
+        answers.append(out)
+    assert answers[0] == answers[1]
+    key = Store(tissue_run.latents.dir).parts[0].first
+    for asked in (["--model", made, image], ["--store", made, "--key", key]):
+        assert run(capsys, "query", *asked, "--json", "-k", 2)[0] == 0
+    assert run(capsys, "export-latents", "--store", made, "--out", tmp_path / "exported")[0] == 0
+
+
+def lgd(args: str, after: str, **environment: str) -> tuple[str, str]:
+    """What `lgd ARGS AFTER` prints in a shell, whose `status` file has the exit status of lgd itself."""
+    command = f"{shlex.quote(sys.executable)} -m lgd {args} {after}; echo status ${{PIPESTATUS[0]}} >&2"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, env=os.environ | environment, timeout=300)
+    return done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+
+
+@pytest.mark.parametrize("form", ["", "--csv", "--json"])
+def test_a_reader_that_leaves_ends_a_verb_quietly(tissue, tissue_run, form):
+    out, err = lgd(f"predict --model {tissue_run.student.dir} {form} {tissue}/HE/test", "| true")
+    assert "status 141" in err and "Traceback" not in err and "ignored" not in err and "roken pipe" not in err
+    assert not out
+
+
+def test_the_first_line_of_help():
+    for args in ("--help", "train --help"):
+        out, err = lgd(args, "| head -1")
+        assert out.startswith("usage: lgd") and out.count("\n") == 1 and err.splitlines()[:-1] == []
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_unicode(tissue, tissue_run, tmp_path, encoding):
+    folder = tmp_path / "Gr\u00f6\u00dfe"
+    folder.mkdir()
+    (folder / "\u30d7\u00b1.jpg").symlink_to(next((tissue / "HE" / "test").iterdir()))
+    command = f"predict --model {tissue_run.student.dir} {shlex.quote(str(folder))}"
+    environment = {"LC_ALL": "C", "PYTHONIOENCODING": encoding}
+    for form in ("", "--csv", "--json"):
+        out, err = lgd(f"{command} {form} 2>&1", "", **environment)
+        assert "Error" not in out and r"\u30d7" in out and "status 0" in err

@@ -57,7 +57,7 @@ def test_a_wrong_option_is_told_without_the_file(tmp_path):
         load_config(overrides=["--data.sise", "4"])
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, "data:\n  size: 64\n", "--data.size=big")
-    assert str(caught.value) == "argument --data.size: 'big' should be a whole number"
+    assert str(caught.value) == "--data.size: 'big' should be a whole number"
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The README's `ray job submit` against a real head of cluster/head.sh, with ports and folders of its own."""
+"""The `ray job submit` of docs/cluster.md against a real head of cluster/head.sh, with ports and folders of its own."""
 
 import json
 import os
@@ -77,8 +77,8 @@ def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
 
 
 def examples() -> list[list[str]]:
-    """The entrypoints of the `ray job submit` examples in the README, in their order."""
-    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
+    """The entrypoints of the `ray job submit` examples in docs/cluster.md, in their order."""
+    lines = (ROOT / "docs" / "cluster.md").read_text().replace("\\\n", " ").splitlines()
     words = [shlex.split(line) for line in lines if line.startswith("ray job submit ")]
     assert all(w[3:8] == ["--address", "http://127.0.0.1:8265", "--working-dir", ".", "--"] for w in words)
     return [w[8:] for w in words]
@@ -107,7 +107,7 @@ for network in ("teacher", "student"):
     SMALL |= {f"{network}.encoder": "resnet10", f"{network}.epochs": 1}
 
 
-def test_the_readme_s_jobs_run(head, tmp_path):
+def test_the_documented_jobs_run(head, tmp_path):
     tissue = tmp_path / "BCI"
     synthesise(SynthOptions(out=str(tissue), pairs=24, size=64, slides=12, workers=1))
     told = {}
@@ -159,9 +159,9 @@ def test_a_stopped_job_saves_a_checkpoint(head, tissue_run, tmp_path):
     assert steps() == list(range(1, done + 1))
 
 
-def test_the_readme_s_commands_elsewhere_are_runs():
+def test_the_documented_commands_elsewhere_are_runs():
     """What it says for SLURM; tests/cluster/ runs the script itself."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    text = (ROOT / "docs" / "cluster.md").read_text().replace("\\\n", " ")
     (line,) = re.findall(r"^sbatch .*", text, re.MULTILINE)
     words = shlex.split(line)
     place = words.index("cluster/slurm.sh")

@@ -1,4 +1,4 @@
-"""A patch pair's whole way, by the commands that the README shows, on virtual tissue and on real patches."""
+"""A patch pair's whole way, by the commands that the README and docs/ show, on virtual tissue and on real patches."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lgd.cli import main
 from lgd.files import read_json
@@ -16,7 +17,6 @@ from lgd.run_document import RunDocument
 from lgd.store.latents import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
 # Seconds instead of minutes; Ray and DeepSpeed have tests of their own.
 QUICK = ["--train.workers", "0", "--train.engine", "torch", "--teacher.epochs", "1", "--student.epochs", "1"]
 QUICK += ["--data.size", "64", "--report.bootstrap", "20"]
@@ -26,9 +26,9 @@ def lgd(*args) -> None:
     assert main([str(arg) for arg in args]) == 0, args
 
 
-def readme_commands(heading: str) -> list[list[str]]:
+def documented_commands(document: str, heading: str) -> list[list[str]]:
     """The `lgd` commands in the first shell block under a heading."""
-    section = README.split(f"## {heading}\n", 1)[1]
+    section = (ROOT / document).read_text().split(f"# {heading}\n", 1)[1]
     block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
     assert block
     lines = block[1].replace("\\\n", " ").splitlines()
@@ -76,7 +76,7 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
     assert second.out == first.out
     assert (tmp_path / "demo" / "student" / "model.safetensors").stat().st_mtime_ns == weights
 
-    for command in readme_commands("The feature store"):
+    for command in documented_commands("docs/queries.md", "Predictions and queries"):
         # The key is one of the demo's 720 patches, and these are 48.
         key = Store(tmp_path / "demo" / "latents").parts[0].first
         here = {"configs/demo.yaml": str(tmp_path / "demo" / "config.yaml"), "00001_train_3+": key}
@@ -110,11 +110,46 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
     assert "another recipe" in again and "teacher:" in again and "delete this one" in again
 
 
+def test_the_first_five_minutes_of_the_readme(tissue, tmp_path, monkeypatch, capsys):
+    """With six images of one's own, which are virtual here."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("## First five minutes\n", 1)[1]
+    (table,) = re.findall(r"```\n(he,ihc.*?)```", section, re.DOTALL)
+    (run,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "patches").mkdir()
+    (tmp_path / "patches" / "pairs.csv").write_text(table)
+    (tmp_path / "mine.yaml").write_text(run)
+    for line, source in zip(table.splitlines()[1:], sorted((tissue / "HE" / "train").iterdir()), strict=False):
+        he, ihc, *_ = line.split(",")
+        for name, image in ((he, source), (ihc, tissue / "IHC" / "train" / source.name)):
+            Image.open(image).save(tmp_path / "patches" / name)
+    monkeypatch.chdir(tmp_path)
+    verbs = []
+    for command in documented_commands("README.md", "First five minutes"):
+        verbs.append(command[0])
+        lgd(*command, *(QUICK if "--config" in command else ()))
+    assert verbs[-5:] == ["train", "evaluate", "info", "predict", "query"]
+    out = capsys.readouterr().out
+    assert "lgd predict --model runs/mine IMAGE" in out and "patches/c_he.png" in out
+    assert (tmp_path / "neighbours.png").stat().st_size > 5_000 and (tmp_path / "runs/mine/report/summary.md").is_file()
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert len(documents[0].read_text().split()) <= 1500
+    index = (ROOT / "docs" / "index.md").read_text()
+    for document in documents:
+        assert document.parent == ROOT or document.name == "index.md" or f"]({document.name})" in index
+        text = document.read_text()
+        for link in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", text):
+            assert "://" in link or (document.parent / link).exists(), f"{document}: {link}"
+
+
 @pytest.fixture(scope="module")
 def real_run(real_data, tmp_path_factory):
-    """The README's commands on real patches, with folders of the test's own; returns the run's folder."""
+    """The documented commands on real patches, with folders of the test's own; returns the run's folder."""
     folder = tmp_path_factory.mktemp("real")
-    for command in readme_commands("On real patches"):
+    for command in documented_commands("docs/shards.md", "On real patches"):
         args = [
             arg.replace("$BCI", str(real_data)).replace("neighbours.png", str(folder / "neighbours.png"))
             for arg in command
@@ -128,7 +163,7 @@ def real_run(real_data, tmp_path_factory):
     return folder
 
 
-def test_the_readme_journey_on_real_patches(real_run):
+def test_the_documented_journey_on_real_patches(real_run):
     run = real_run / "runs" / "bci-sample"
     summary = (run / "report" / "summary.md").read_text()
     for caveat in (

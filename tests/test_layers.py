@@ -9,7 +9,7 @@ import lgd
 ROOT = Path(lgd.__file__).parent
 ORDER = """
 errors extensions text logs process_state tables markup plain_yaml urls config files
-records locks options download_cache remote
+records locks arguments options download_cache remote
 distribute metrics
 stain.deconvolve stain.targets stain.checks
 data.meta data.pairs data.tissue data.sections data.synth data.split
@@ -26,11 +26,11 @@ evaluate.notes evaluate.scale evaluate.images evaluate.predict evaluate.slide_ro
 evaluate.ranking evaluate.answer evaluate.keys evaluate.retrieve evaluate.sheet evaluate.embeddings
 evaluate.compare evaluate.robustness evaluate.markdown evaluate.caveats evaluate.evaluation
 evaluate.slides evaluate.report evaluate.seeds
-doctor run_document run_folder check ablate pipeline
+doctor run_document run_folder check info ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query
 bench.training bench.engine bench.cached bench.scale bench.staining bench.efficiency bench.suite
-verbs cli
+cli.verb cli.stages cli.answers cli.checks
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lgd.cli import main
 from lgd.config import Config
 from lgd.errors import ConfigError, DataError
-from lgd.options import add_config_arguments, given_of, load_config, make_parser, parse
+from lgd.options import add_config_arguments, given_of, load_config, make_parser
 
 BOMB = "[" + ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}' if i else 'lol'] * 9)}]" for i in range(10)) + "]"
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -21,15 +21,15 @@ RUN_FOLDERS = {"run.dir": "run", "teacher.dir": "t", "latents.dir": "l", "studen
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["train", "--student.epoch", "3"], "there is no option --student.epoch, did you mean --student.epochs?"),
-        (["train", "--student.epoch=3"], "there is no option --student.epoch, did you mean --student.epochs?"),
+        (["train", "--student.epoch", "3"], "lgd train has no option --student.epoch, did you mean --student.epochs?"),
+        (["train", "--student.epoch=3"], "lgd train has no option --student.epoch, did you mean --student.epochs?"),
         (["train", "--epochs", "3"], "no option --epochs, did you mean --teacher.epochs or --student.epochs?"),
-        (["train", "--resum", "never"], "there is no option --resum, did you mean --resume?"),
-        (["train", "--conf", "x.yaml"], "there is no option --conf, did you mean --config?"),
+        (["train", "--resum", "never"], "lgd train has no option --resum, did you mean --resume?"),
+        (["train", "--conf", "x.yaml"], "lgd train has no option --conf, did you mean --config?"),
         (["build-shards", "--lay", "bci", "--root", "r", "--out", "o"], "no option --lay, did you mean --layout?"),
-        (["build-shards", "--shard_size", "8"], "there is no option --shard_size, did you mean --shard-size?"),
+        (["build-shards", "--shard_size", "8"], "build-shards has no option --shard_size, did you mean --shard-size?"),
         (["query", "--exclude", "x.png"], "no option --exclude, did you mean --exclude-same-slide?"),
-        (["predict", "--zzz\x1b[2J", "x.png"], "there is no option --zzz\\x1b[2J: see --help"),
+        (["predict", "--zzz\x1b[2J", "x.png"], "lgd predict has no option --zzz\\x1b[2J: see --help"),
     ],
 )
 def test_an_abbreviated_option_is_refused_with_the_nearest(args, told, capsys):
@@ -152,7 +152,7 @@ def test_options_win_over_files_and_later_files_over_earlier(tmp_path):
     assert (config.data.size, config.data.threads, config.data.lanes, config.deepspeed) == (96, 3, 7, {"x": 1})
     parser = make_parser()
     add_config_arguments(parser)
-    given = given_of(parse(parser, args), "train", overwrite=True, prune=False)
+    given = given_of(parser.parse(args), "train", overwrite=True, prune=False)
     assert given.verb == "train"
     assert given.fields == {
         "config": [f"{tmp_path}/a.yaml", f"{tmp_path}/b.yaml"],

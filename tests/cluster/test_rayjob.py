@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
+from lgd.cli import VERBS
 from lgd.config import Config
-from lgd.options import config_of, make_parser, parse
-from lgd.verbs import VERBS
+from lgd.options import config_of, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -48,7 +48,7 @@ def run_of(command: str) -> tuple[str, Config]:
     VERBS[verb][1](parser)
     # In the image the checkout is /opt/lgd; tests/cluster/test_dockerfile.py holds it to that.
     here = [arg.replace("/opt/lgd/", f"{ROOT}/") for arg in args]
-    return verb, config_of(parse(parser, here))
+    return verb, config_of(parser.parse(here))
 
 
 def test_every_field_is_one_of_kuberay():

@@ -191,7 +191,7 @@ def test_the_slides_of_mist_are_compared_too(tmp_path):
         build(ShardOptions(layout="mist", root=str(root), out=str(tmp_path / "out")))
 
 
-@pytest.mark.parametrize("document", ["README.md", "configs/mist.yaml"])
+@pytest.mark.parametrize("document", ["docs/shards.md", "configs/mist.yaml"])
 def test_mist_as_published_is_built_by_the_documented_command(tmp_path, document):
     """Its patches of one slide lie in train and val."""
     root = Path(__file__).resolve().parents[2]

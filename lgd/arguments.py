@@ -1,0 +1,125 @@
+"""A verb's command line: an argparse parser whose help is short and whose errors are plain words.
+
+Nothing is guessed: an unknown or abbreviated option, a missing argument and a value of another type raise a
+`ConfigError` of one line that names the option and what to type instead.
+"""
+
+import argparse
+import difflib
+import functools
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lgd.errors import ConfigError
+from lgd.text import escape_text
+
+
+class Namespace(argparse.Namespace):
+    """What was parsed; `namespace["train.batch"]` is given for fields with a dot."""
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that knows options by their whole names only, and raises `ConfigError`."""
+
+    def parse(self, args: Sequence[str]) -> Namespace:
+        """The values of a command line; options and other arguments may come in any order."""
+        self.usage = self._describe_usage()
+        required = [action for action in self._actions if action.required and action.nargs != "*"]
+        for action in required:
+            # argparse would report them in its own words.
+            action.required = False
+        self._check_options(args)
+        # Only the plain way knows that all after -- are no options.
+        read = self.parse_known_args if "--" in args else self.parse_known_intermixed_args
+        namespace, rest = read(list(args), Namespace())
+        if rest:
+            raise ConfigError(self._explain(rest[0]))
+        missing = [_name(action) for action in required if getattr(namespace, action.dest, None) in (None, [])]
+        if missing:
+            raise ConfigError(f"{self.prog} needs {' and '.join(missing)}: see {self.prog} --help")
+        return namespace
+
+    def _describe_usage(self) -> str:
+        """What must be given, in one line; argparse would list every field of a run."""
+        options = [f"{_name(one)} {one.metavar}" for one in self._actions if one.option_strings and one.required]
+        words = [_usage_of(one) for one in self._actions if not one.option_strings]
+        return " ".join([self.prog, *options, "[OPTIONS]", *words]).replace("%", "%%")
+
+    def _check_options(self, args: Sequence[str]) -> None:
+        known = self._option_string_actions
+        for arg in args:
+            name, equals, value = arg.partition("=")
+            if arg == "--":
+                return
+            if not name.startswith("--") or " " in name:
+                continue
+            if name not in known:
+                raise ConfigError(self._explain(name))
+            if equals and known[name].nargs == 0:
+                raise ConfigError(f"{name} takes no value: leave out {escape_text(equals + value, 60)}")
+
+    def _explain(self, arg: str) -> str:
+        """Why an argument cannot be used, and what to type instead."""
+        known, shown = self._option_string_actions, escape_text(arg, 60)
+        if arg.startswith("-"):
+            return f"{self.prog} has no option {shown}{_suggest_option(arg, known)}"
+        if arg.endswith((".yaml", ".yml")) and "--config" in known:
+            return f"{shown}: the file of a run is given as --config {shown}"
+        words = [action for action in self._actions if not action.option_strings]
+        takes = f"takes {' and '.join(map(_name, words))} only" if words else "takes options only"
+        return f"{self.prog} {takes}: leave out {shown!r}, or write the option that it belongs to before it"
+
+    def error(self, message: str) -> typing.NoReturn:
+        """What is left for argparse to find."""
+        raise ConfigError(escape_text(message, 1000))
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            raise ConfigError(escape_text(f"{_name(action)}: {error.message}", 1000)) from error
+
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError as error:
+            name = _name(action)
+            raise ConfigError(f"{name} needs a value: write {name}={action.metavar or 'VALUE'}") from error
+
+
+def make_parser(prog: str = "lgd", description: str = "") -> Parser:
+    """A parser for a verb."""
+    narrow = functools.partial(argparse.HelpFormatter, max_help_position=28)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=narrow)
+    parser._positionals.title = "arguments"
+    return parser
+
+
+def suggest_name(name: str, known: Iterable[str], before: str = "") -> str:
+    """The end of a message on an unknown name: the nearest one, or all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1)
+    return f", did you mean {before}{close[0]}?" if close else f"; there are {', '.join(before + k for k in known)}"
+
+
+def _suggest_option(name: str, known: Iterable[str]) -> str:
+    known = [option for option in known if option.startswith("--")]
+    bare = name.lstrip("-")
+    longer = [option for option in known if option.startswith(f"--{bare}")]
+    same_field = [option for option in known if option.endswith(f".{bare}")]
+    close = longer or same_field or difflib.get_close_matches(f"--{bare}", known, 1)
+    return f", did you mean {' or '.join(close[:3])}?" if close else ": see --help"
+
+
+def _name(action: argparse.Action) -> str:
+    """An option's whole name, or what stands for another argument in the help."""
+    return action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+
+
+def _usage_of(action: argparse.Action) -> str:
+    name = _name(action)
+    return {"+": f"{name} ...", "*": f"[{name} ...]", "?": f"[{name}]"}.get(str(action.nargs), name)

@@ -1,0 +1,119 @@
+"""The command line: `lgd VERB`, also `python -m lgd VERB`.
+
+Progress goes to standard error, results to standard output. Exit status: 0 done; 1 the data or the environment is
+wrong; 2 the command line or the configuration is wrong; 141 nobody reads the output any more, as in `lgd ... | head`.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import select
+import sys
+import traceback
+from collections.abc import Sequence
+
+import lgd
+from lgd.arguments import make_parser, suggest_name
+from lgd.cli import answers, checks, stages
+from lgd.errors import ConfigError, DataError
+from lgd.logs import show_logs
+from lgd.text import escape_text, escaped_output, print_lines
+
+VERBS = {**stages.VERBS, **answers.VERBS, **checks.VERBS}
+"""What `lgd --help` lists, in this order."""
+
+
+def usage() -> list[str]:
+    """The list of verbs, line by line."""
+    width = max(map(len, VERBS))
+    return [
+        "usage: lgd [--debug] [--quiet] VERB ...",
+        "",
+        "HER2 scoring from H&E alone, taught to hallucinate the latents of a frozen IHC teacher.",
+        "",
+        *(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()),
+        "",
+        "lgd VERB --help lists the options of a verb. --quiet shows warnings, notes and errors only; --debug also what",
+        "other libraries print, and the traceback of an error.",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    level = logging.DEBUG if debug else logging.WARNING if "--quiet" in args else logging.INFO
+    try:
+        with escaped_output(), show_logs(level):
+            try:
+                return _main([arg for arg in args if arg not in ("--debug", "--quiet")], debug)
+            finally:
+                # What is buffered would otherwise fail after the last handler of errors.
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return 141
+
+
+def _main(args: list[str], debug: bool) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print_lines(*usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        print_lines(lgd.__version__)
+        return 0
+    try:
+        _run(args[0], args[1:])
+    except ConfigError as error:
+        return _fail(error, 2, debug)
+    except (DataError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _closed_outputs():
+            raise
+        return _fail(error, 1, debug)
+    except KeyboardInterrupt:
+        print_lines("lgd: interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        # Python itself would print the message of the error as it is.
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _run(verb: str, args: list[str]) -> None:
+    if verb not in VERBS:
+        shown = escape_text(verb, 60)
+        if verb.startswith("-"):
+            raise ConfigError(f"the verb comes first, and {shown} is an option: lgd --help lists the verbs")
+        raise ConfigError(f"lgd has no verb {shown!r}{suggest_name(verb, VERBS)}")
+    parser = make_parser(f"lgd {verb}", VERBS[verb].summary)
+    run = VERBS[verb].add(parser)
+    run(parser.parse(args))
+
+
+def _fail(error: Exception, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+        return status
+    first, *more = error.args if isinstance(error, ConfigError | DataError) and error.args else [error]
+    print_lines(f"lgd: {first}", *more, file=sys.stderr)
+    return status
+
+
+def _closed_outputs() -> list[int]:
+    """Which of our outputs are pipes that nobody reads any more."""
+    watch = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        # An output of a caller from Python may be no file.
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            watch.register(stream.fileno(), 0)
+    return [number for number, event in watch.poll(0) if event & select.POLLERR]
+
+
+def _discard_output() -> None:
+    """Send what is still buffered nowhere: Python would complain at exit that it cannot be written."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in _closed_outputs():
+        os.dup2(nowhere, number)
+    os.close(nowhere)

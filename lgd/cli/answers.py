@@ -1,0 +1,190 @@
+"""The verbs that answer from a trained run: predict, query, export-latents."""
+
+import dataclasses
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal
+
+from lgd.arguments import Namespace, Parser
+from lgd.cli.verb import Run, Verb, add_code_argument, read_options
+from lgd.config import Config
+from lgd.errors import ConfigError, DataError, require
+from lgd.options import add_config_arguments, add_option_arguments, config_of, find_in_run, typed
+from lgd.tables import print_csv, print_table
+from lgd.text import print_json, print_lines
+from lgd.urls import place, place_output
+
+logger = logging.getLogger(__name__)
+
+
+def _add_images(parser: Parser, nargs: str, what: str) -> None:
+    """The arguments that predict and query have in common."""
+    parser.add_argument("images", nargs=nargs, metavar="IMAGE", help=what)
+    parser.add_argument(
+        "--model", default="", metavar="DIR", help="the student's folder, or its run's; or give --config"
+    )
+    parser.add_argument(
+        "--mpp",
+        type=typed(float | Literal["unknown"] | None),
+        metavar="X",
+        help="micrometres per pixel of the images, or unknown (default: that of training patches of their size)",
+    )
+    parser.add_argument("--slides", default="", metavar="CSV", help="columns key, slide: the slide of each image")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+    add_code_argument(parser)
+
+
+def _named_code(namespace: Namespace, config: Config | None) -> Collection[str]:
+    """The code outside LGD that the user named."""
+    return frozenset(namespace.code) | (config.code if config else frozenset())
+
+
+def _read_config(namespace: Namespace) -> Config | None:
+    """The run of --config, if that was given."""
+    require(not (namespace.json and namespace.csv), "--json and --csv are two formats: give one of them")
+    return config_of(namespace) if namespace.config else None
+
+
+def _find_student(namespace: Namespace, config: Config | None) -> Path:
+    folder = namespace.model or (config.student.dir if config else "")
+    require(bool(folder), "name the student: --model DIR (its folder or its run's), or --config FILE of its run")
+    return find_in_run(folder, "student")
+
+
+def _find_store(namespace: Namespace, config: Config | None) -> Path:
+    """The store of --store, of --config or of a run that --model names."""
+    if namespace.store or config:
+        return find_in_run(namespace.store or (config.latents.dir if config else ""), "latents")
+    store = find_in_run(namespace.model, "latents") if namespace.model else None
+    if store is None or store == place(namespace.model):
+        raise ConfigError(
+            "name the feature store: --store DIR (its folder or its run's), --config FILE of its run, or --model RUN"
+        )
+    return store
+
+
+def _add_predict(parser: Parser) -> Run:
+    _add_images(parser, "+", "H&E image files, folders or patterns")
+    add_config_arguments(parser, listed=False)
+
+    def run(namespace: Namespace) -> None:
+        config = _read_config(namespace)
+        folder = _find_student(namespace, config)
+        slides = place(namespace.slides) if namespace.slides else None
+        from lgd.evaluate import images, notes, predict, slide_rows
+        from lgd.run_folder import explain_overrides
+
+        found = images.find_images(namespace.images)
+        with explain_overrides(config):
+            slide_of = slide_rows.slides_of_images(slides, found.paths) if slides else None
+            scorer = predict.load_scorer(folder, code=_named_code(namespace, config))
+            predictions = predict.predict(scorer, found.paths, mpp=namespace.mpp, keep_going=True)
+        problems = notes.describe_unusable(
+            {one.image: one.notes for one in predictions if not one.usable}, len(predictions)
+        )
+        if not any(one.usable for one in predictions):
+            raise DataError(*problems)
+        scored = (one.notes for one in predictions if one.usable)
+        for note in (*found.notes, *notes.count_notes(scored, "images")):
+            logger.warning("%s", note)
+        rows = predictions if slide_of is None else slide_rows.join_slides(predictions, slide_of)
+        if namespace.json:
+            print_json([slide_rows.as_json(row) for row in rows])
+        elif namespace.csv:
+            print_csv([slide_rows.as_cells(row) for row in rows])
+        else:
+            print_table([slide_rows.as_cells(row) for row in rows])
+        if problems:
+            raise DataError(*problems)
+
+    return run
+
+
+def _add_query(parser: Parser) -> Run:
+    _add_images(parser, "*", "H&E image files, folders or patterns; or give --key")
+    parser.add_argument("--key", nargs="+", default=[], metavar="KEY", help="stored patches whose IHC is the query")
+    parser.add_argument("--store", default="", metavar="DIR", help="the feature store's folder, or its run's")
+    parser.add_argument("-k", type=typed(int), default=5, metavar="N", help="neighbours of each query (default: 5)")
+    parser.add_argument("--split", default="", metavar="S,S", help="search these splits only, such as train,val")
+    parser.add_argument("--level", default="", metavar="L,L", help="search these levels only, such as 2+,3+")
+    parser.add_argument(
+        "--exclude-same-slide",
+        action="store_true",
+        help="leave out patches of the query's own slide, and those of unknown slides",
+    )
+    parser.add_argument("--sheet", default="", metavar="PNG", help="draw queries and neighbours into this file")
+    add_config_arguments(parser, listed=False)
+
+    def run(namespace: Namespace) -> None:
+        config = _read_config(namespace)
+        require(bool(namespace.images or namespace.key), "name what to ask for: IMAGE ..., or stored patches by --key")
+        drawn = place_output(namespace.sheet, "--sheet") if namespace.sheet else None
+        from lgd.evaluate import answer, images, notes, predict, retrieve, sheet
+        from lgd.run_folder import explain_overrides
+        from lgd.store.latents import Store
+
+        store_folder = _find_store(namespace, config)
+        with explain_overrides(config):
+            # Keys are answered from the store alone.
+            code = _named_code(namespace, config)
+            scorer = predict.load_scorer(_find_student(namespace, config), code=code) if namespace.images else None
+            store = Store(store_folder)
+            found = images.find_images(namespace.images)
+            if drawn:
+                sheet.check_sheet(len(found.paths) + len(namespace.key), namespace.k)
+            answers = retrieve.query(
+                scorer,
+                store,
+                found.paths,
+                namespace.k,
+                keys=namespace.key,
+                splits=namespace.split.split(",") if namespace.split else None,
+                levels=namespace.level.split(",") if namespace.level else None,
+                exclude_same_slide=namespace.exclude_same_slide,
+                slides=place(namespace.slides) if namespace.slides else None,
+                mpp=namespace.mpp,
+                keep_going=True,
+            )
+        problems = notes.describe_unusable({one.name: one.notes for one in answers if not one.usable}, len(answers))
+        answers = [one for one in answers if one.usable]
+        if not answers:
+            raise DataError(*problems)
+        if drawn:
+            sheet.draw_sheet(store, answers, drawn)
+        for note in found.notes:
+            logger.warning("%s", note)
+        logger.info("%s", answer.count_neighbours(answers))
+        for note in answer.collect_notes(store, answers):
+            logger.warning("%s", note)
+        if namespace.json:
+            print_json(answer.as_json(answers))
+        elif namespace.csv:
+            print_csv(answer.as_rows(answers))
+        else:
+            print_table(answer.as_table(answers))
+        if problems:
+            raise DataError(*problems)
+
+    return run
+
+
+def _add_export(parser: Parser) -> Run:
+    from lgd.store.export import ExportOptions, export
+
+    add_option_arguments(parser, ExportOptions)
+
+    def run(namespace: Namespace) -> None:
+        options: ExportOptions = read_options(namespace, ExportOptions)
+        rows = export(dataclasses.replace(options, store=str(find_in_run(options.store, "latents"))))
+        print_lines(f"wrote {sum(row['patches'] for row in rows)} latents in {len(rows)} files: {options.out}")
+
+    return run
+
+
+VERBS = {
+    "predict": Verb("HER2 level and probabilities of H&E images", _add_predict),
+    "query": Verb("the nearest IHC latents of H&E images or of stored patches", _add_query),
+    "export-latents": Verb("write a store's latents in TRIDENT's HDF5 layout, for other tools", _add_export),
+}

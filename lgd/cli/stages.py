@@ -1,0 +1,167 @@
+"""The verbs that make something: virtual tissue, shards, the stages of a run, the demo, the comparison of methods."""
+
+import importlib.resources
+import logging
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from lgd.arguments import Namespace, Parser
+from lgd.cli.verb import Run, Verb, add_code_argument, read_options
+from lgd.options import add_config_arguments, add_option_arguments, config_of, given_of, typed
+from lgd.tables import print_table
+from lgd.text import print_lines
+
+logger = logging.getLogger(__name__)
+
+
+def _add_synth(parser: Parser) -> Run:
+    from lgd.data.synth import SynthOptions, synthesise
+
+    parser.add_argument("out", metavar="DIR", help="folder to write to")
+    add_option_arguments(parser, SynthOptions, skip=("out",))
+
+    def run(namespace: Namespace) -> None:
+        options = read_options(namespace, SynthOptions)
+        made = synthesise(options)
+        done = "reused" if made.get("reused") else "drew"
+        print_lines(f"{done} {options.pairs} pairs of {made['slides']} slides: {options.out}")
+
+    return run
+
+
+def _add_build_shards(parser: Parser) -> Run:
+    from lgd.data.shards import ShardOptions, build
+
+    add_option_arguments(parser, ShardOptions)
+
+    def run(namespace: Namespace) -> None:
+        options = read_options(namespace, ShardOptions)
+        manifest, built = build(options)
+        rows = []
+        for name, split in manifest.splits.items():
+            size = sum(shard.bytes for shard in split.shards) / 1e6
+            shards = len(split.shards)
+            rows.append({"split": name, "samples": split.samples, **split.labels, "shards": shards, "MB": size})
+        print_table(rows)
+        sources = manifest.sources
+        left_out = f", {sources.rejected} left out (rejected.csv)" if sources.rejected else ""
+        done = "built" if built else "reused, nothing changed"
+        unscaled = sum(shape.samples for split in manifest.splits.values() for shape in split.shapes if not shape.mpp)
+        if unscaled and options.mpp != "unknown":
+            logger.warning(
+                f"{unscaled} patches have no scale: give --mpp X (micrometres per pixel), or --mpp unknown, else no "
+                "network is trained on their labels"
+            )
+        for name, use in (("train", "trained on"), ("test", "scored in a report")):
+            if name not in manifest.splits:
+                logger.warning(
+                    f"no patch is in the split {name}, so nothing can be {use}: name the split of each pair in a "
+                    "CSV, or draw another one with --split or --salt"
+                )
+        print_lines(f"{done}: {options.out} (from {sources.pairs} pairs{left_out})")
+
+    return run
+
+
+def _make_stage(
+    verb: str, aliases: dict[str, str] | None = None, flags: dict[str, str] | None = None, loads: bool = False
+) -> Callable[[Parser], Run]:
+    """A verb that runs one stage of the pipeline; `flags` are options of its own, with their help.
+
+    `loads`: it loads models that the run need not have made, and takes `--code`.
+    """
+    name = "train_student" if verb == "train" else verb.replace("-", "_")
+
+    def add(parser: Parser) -> Run:
+        for flag, text in (flags or {}).items():
+            parser.add_argument(f"--{flag}", action="store_true", help=text)
+        if loads:
+            add_code_argument(parser)
+        add_config_arguments(parser, aliases=aliases)
+
+        def run(namespace: Namespace) -> None:
+            config = config_of(namespace)
+            from lgd import pipeline
+            from lgd.distribute import disconnect
+            from lgd.run_folder import explain_overrides
+
+            try:
+                with explain_overrides(config):
+                    own = {name: namespace[name] for name in [*(flags or ()), *(["code"] if loads else [])]}
+                    table = getattr(pipeline, name)(config, given_of(namespace, verb, **own), **own)
+            finally:
+                disconnect()
+            if table:
+                print_lines(*table.split("\n"))
+
+        return run
+
+    return add
+
+
+def _add_demo(parser: Parser) -> Run:
+    parser.add_argument("--pairs", type=typed(int), default=720, metavar="N", help="patch pairs of virtual tissue")
+    parser.add_argument("--size", type=typed(int), default=192, metavar="PX", help="their side in pixels")
+    add_config_arguments(parser, default=str(importlib.resources.files("lgd") / "configs" / "demo.yaml"))
+
+    def run(namespace: Namespace) -> None:
+        config = config_of(namespace)
+        from lgd import pipeline
+        from lgd.run_folder import command, explain_overrides
+
+        with explain_overrides(config):
+            table = pipeline.demo(config, namespace.pairs, namespace.size, given_of(namespace, "demo"))
+        print_lines("", *table.split("\n"))
+        out = Path(config.run.dir)
+        print_lines(
+            "", "Held-out slides of virtual tissue, which is not tissue: this shows that the parts work together."
+        )
+        print_lines(f"report         {Path(config.report.dir) / 'summary.md'}")
+        print_lines(f"contact sheet  {Path(config.report.dir) / 'queries.png'}")
+        print_lines(f"curves         tensorboard --logdir {shlex.quote(str(out))}")
+        from lgd.models.methods import find_method
+
+        # Other students hallucinate no latents to query with.
+        by_latents = find_method(config.student.method).retrieves_by == "latents"
+        verb, more = ("query", " -k 5") if by_latents else ("predict", "")
+        images = shlex.quote(f"{pipeline.tissue_dir(config)}/HE/test")
+        print_lines(f"try next       {command(config, verb, ('latents.dir', 'student.dir'))}{more} {images}")
+
+    return run
+
+
+def _add_ablate(parser: Parser) -> Run:
+    from lgd.ablate import AblateOptions
+
+    add_option_arguments(parser, AblateOptions)
+    add_config_arguments(parser)
+
+    def run(namespace: Namespace) -> None:
+        config, options = config_of(namespace), read_options(namespace, AblateOptions)
+        from lgd import pipeline
+        from lgd.run_folder import explain_overrides
+
+        with explain_overrides(config):
+            table = pipeline.ablate(config, options, given_of(namespace, "ablate"))
+        print_lines(*table.split("\n"))
+
+    return run
+
+
+_OVERWRITE = {"overwrite": "replace a finished network of other inputs"}
+_PRUNE = {"prune": "remove the parts of shards that this run does not have"}
+
+VERBS = {
+    "demo": Verb("the whole pipeline on virtual tissue, on this machine, in minutes", _add_demo),
+    "synth": Verb("draw virtual tissue in the BCI layout, with a truth.csv", _add_synth),
+    "build-shards": Verb("pack paired patches into WebDataset shards", _add_build_shards),
+    "train-teacher": Verb("train the IHC encoder and freeze it", _make_stage("train-teacher", flags=_OVERWRITE)),
+    "cache-latents": Verb(
+        "fill the feature store with latents and domain targets", _make_stage("cache-latents", flags=_PRUNE)
+    ),
+    "build-index": Verb("build the FAISS index and measure its recall", _make_stage("build-index")),
+    "train": Verb("train the H&E student", _make_stage("train", {"train.resume": "--resume"}, _OVERWRITE)),
+    "evaluate": Verb("score the held-out split and write the report", _make_stage("evaluate", loads=True)),
+    "ablate": Verb("LGD-Net beside its controls and without its parts, over several seeds", _add_ablate),
+}

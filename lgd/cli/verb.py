@@ -1,0 +1,30 @@
+"""What a verb is to the command line."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lgd.arguments import Namespace, Parser
+from lgd.extensions import FORM
+
+Run = Callable[[Namespace], None]
+
+
+class Verb(NamedTuple):
+    """A verb."""
+
+    summary: str
+    """Its line in `lgd --help`."""
+    add: Callable[[Parser], Run]
+    """Adds its arguments to a parser, and gives the function that is called with what was parsed."""
+
+
+def read_options(namespace: Namespace, kind: type) -> Any:
+    """The options dataclass of a verb, from a parsed command line."""
+    return kind(**{name: namespace[name] for name in kind.__dataclass_fields__})  # type: ignore[attr-defined]
+
+
+def add_code_argument(parser: Parser) -> None:
+    """`--code`, of a verb that loads models."""
+    parser.add_argument(
+        "--code", action="append", default=[], metavar="NAME", help=f"code outside LGD that a model may run, as {FORM}"
+    )

@@ -1,0 +1,149 @@
+"""What a run, shard folder, feature store, network or checkpoint is, in ten lines: `lgd info`."""
+
+import contextlib
+import shlex
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+from pydantic import JsonValue
+
+from lgd.check import Kind, find_kind
+from lgd.data.manifest import Manifest, Shape
+from lgd.errors import DataError
+from lgd.models.description import StudentConfig, TeacherConfig, read_kind
+from lgd.options import find_in_run
+from lgd.records import MissingDocument
+from lgd.run_document import RunDocument, Stage
+from lgd.store.document import StoreDocument
+
+_STAGE_FACTS = ("steps", "engine", "workers", "rows", "factory", "recall_at_10", "split", "seeds")
+
+
+def describe(folder: Path) -> dict[str, JsonValue]:
+    """What lies in a folder or at a url, by what its documents say: kind, folder, and some facts.
+
+    Whether that is so is for `lgd verify`. Raises `DataError` for a folder of something else, and for a document that
+    is damaged or of another version.
+    """
+    kind = find_kind(folder)
+    return {"kind": kind, "folder": str(folder), **_DESCRIBE[kind](folder)}
+
+
+def as_lines(description: dict[str, JsonValue]) -> list[str]:
+    """A description for a person, a line a fact."""
+    kind, folder, *facts = description
+    rows = {str(description[kind]): str(description[folder])}
+    rows |= {name.replace("_", " "): _as_text(description[name]) for name in facts if name != "format"}
+    return [f"{name:{max(map(len, rows))}}  {text}" for name, text in rows.items()]
+
+
+def _describe_shards(folder: Path) -> dict[str, JsonValue]:
+    manifest = Manifest.read(folder / "manifest.json")
+    labels, images = Counter[str](), manifest.extensions
+    for split in manifest.splits.values():
+        labels.update(split.labels)
+    return {
+        "format": manifest.FORMAT,
+        "target": manifest.target.name,
+        "patches": {name: split.samples for name, split in manifest.splits.items()},
+        "labels": dict(labels),
+        "sizes": _describe_shapes([shape for split in manifest.splits.values() for shape in split.shapes]),
+        "images": f"H&E {images.he}, {f'IHC {images.ihc}' if images.ihc else 'no IHC'}",
+        "source": f"{manifest.layout}, {manifest.sources.pairs} pairs, {manifest.sources.rejected} left out",
+        "tissue": "virtual" if manifest.virtual else "not drawn by lgd synth",
+        "digest": manifest.digest,
+    }
+
+
+def _describe_store(folder: Path) -> dict[str, JsonValue]:
+    from lgd.store.search import IndexDocument
+
+    store = StoreDocument.read(folder / "store.json")
+    patches = Counter[str]()
+    for entry in store.entries:
+        patches[entry.split] += entry.rows
+    facts: dict[str, JsonValue] = {"format": store.FORMAT, "patches": dict(patches), "parts": len(store.entries)}
+    for name, layer in store.teachers.items():
+        recipe, dim = layer.recipe, layer.datasets["pooled"].shape[-1]
+        grid = f"a map of {recipe.map} x {recipe.map}, " if recipe.map else ""
+        facts[f"latents_of_{name}"] = f"{dim} numbers, {grid}views: {recipe.views}, {recipe.dtype}"
+        try:
+            index = IndexDocument.read(folder / "index" / name / "index.json")
+            facts[f"index_of_{name}"] = f"{index.factory} over {index.rows} latents, recall@10 {index.recall_at_10:.3f}"
+        except MissingDocument:
+            facts[f"index_of_{name}"] = "none yet: run lgd build-index"
+    return facts | {"digest": store.digest}
+
+
+def _describe_network(folder: Path) -> dict[str, JsonValue]:
+    config = read_kind(folder / "config.json").read(folder / "config.json")
+    training, sizes = config.training, _describe_shapes(config.training.shapes)
+    facts: dict[str, JsonValue] = {"format": config.FORMAT}
+    if isinstance(config, StudentConfig):
+        taught = [f"taught by the latents of {one.name}" for one in config.teachers]
+        facts["method"] = ", ".join([config.method, *taught])
+    encoder = config.morphology if isinstance(config, StudentConfig) else cast(TeacherConfig, config).encoder
+    return facts | {
+        "encoder": f"{encoder.name}, images of {config.size} px",
+        "target": training.target.name,
+        "trained_on": f"{sum(training.labels.values())} patches ({training.labelled} labelled) of {sizes}",
+        "tissue": "virtual" if training.virtual else "not drawn by lgd synth",
+        "training": f"{config.steps} steps, {config.epochs:g} epochs, {config.engine}, workers: {config.workers}",
+        "validation": dict(config.validation),
+        "licence": config.licence,
+        "weights_sha256": config.weights_sha256,
+    }
+
+
+def _describe_checkpoint(folder: Path) -> dict[str, JsonValue]:
+    from lgd.train.checkpoint import State
+
+    state = State.read(folder / "state.json")
+    return {"format": state.FORMAT, **state.model_dump(mode="json", include={"step", "position", "skipped", "best"})}
+
+
+def _describe_run(folder: Path) -> dict[str, JsonValue]:
+    """A line a stage that ended, and how to go on."""
+    try:
+        stages = RunDocument.read(folder / "run.json").stages
+    except MissingDocument:
+        stages = {}
+    facts: dict[str, JsonValue] = {name: "; ".join(map(_describe_stage, entries)) for name, entries in stages.items()}
+    for last in [entry.environment for entries in stages.values() for entry in entries][-1:]:
+        facts["made_by"] = f"lgd {last.lgd}, torch {last.torch}, on {last.device} of {last.host}"
+    with contextlib.suppress(DataError):
+        find_in_run(folder, "student")
+        facts["try_next"] = f"lgd predict --model {shlex.quote(str(folder))} IMAGE"
+    return facts or {"stages": None}
+
+
+def _describe_stage(stage: Stage) -> str:
+    stated: dict[str, JsonValue] = stage.facts.as_json()
+    return f"{stage.folder} ({', '.join(f'{name} {stated[name]}' for name in _STAGE_FACTS if name in stated)})"
+
+
+def _describe_shapes(shapes: Sequence[Shape]) -> str:
+    """The commonest size and scale, and whether there are others."""
+    counts = Counter[str]()
+    for one in shapes:
+        counts[f"{one.width} x {one.height} px, {f'{one.mpp:g} um/px' if one.mpp else 'scale unknown'}"] += one.samples
+    name = max(counts, key=lambda name: counts[name], default="unknown size")
+    return f"{name}, and {len(counts) - 1} more" if len(counts) > 1 else name
+
+
+def _as_text(fact: JsonValue) -> str:
+    if isinstance(fact, dict):
+        return ", ".join(f"{name} {_as_text(value)}" for name, value in fact.items()) or "none"
+    return "none" if fact in (None, []) else f"{fact:.3f}" if isinstance(fact, float) else str(fact)
+
+
+_DESCRIBE: dict[Kind, Callable[[Path], dict[str, JsonValue]]] = {
+    "shard folder": _describe_shards,
+    "feature store": _describe_store,
+    "teacher": _describe_network,
+    "student": _describe_network,
+    "checkpoint": _describe_checkpoint,
+    "run": _describe_run,
+}
