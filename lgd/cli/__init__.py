@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _main(list(sys.argv[1:] if argv is None else argv))
             finally:
                 # What is buffered would otherwise fail after the last handler of errors.
-                sys.stdout.flush()
+                if sys.stdout is not None:
+                    sys.stdout.flush()
     except BrokenPipeError:
         _discard_output()
         return 141
