@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _main([arg for arg in args if arg not in ("--debug", "--quiet")], debug)
             finally:
                 # What is buffered would otherwise fail after the last handler of errors.
-                sys.stdout.flush()
+                if sys.stdout is not None:
+                    sys.stdout.flush()
     except BrokenPipeError:
         _discard_output()
         return 141
