@@ -55,9 +55,8 @@ def refuse_unnamed(path: object, names: Mapping[str, str], code: Collection[str]
         names: What it names, by field; names of LGD's own are passed over.
         code: What the user named.
     """
-    for field, name in names.items():
-        if is_python(name) and name not in code:
-            raise DataError(
-                f"{path}: field {field} names {name:.200}, code that this would run: if you trust it, give --code "
-                f"{name:.200}"
-            )
+    missing = {field: name for field, name in names.items() if is_python(name) and name not in code}
+    if missing:
+        named = ", ".join(f"field {field} names {name:.200}" for field, name in missing.items())
+        options = " ".join(f"--code {name:.200}" for name in dict.fromkeys(missing.values()))
+        raise DataError(f"{path}: {named}, code that this would run: if you trust it, give {options}")
