@@ -47,10 +47,10 @@ def _read_config(namespace: Namespace) -> Config | None:
     return config_of(namespace) if namespace.config else None
 
 
-def _find_student(namespace: Namespace, config: Config | None) -> Path:
-    folder = namespace.model or (config.student.dir if config else "")
+def _find_student(namespace: Namespace, config: Config | None) -> str:
+    folder: str = namespace.model or (config.student.dir if config else "")
     require(bool(folder), "name the student: --model DIR (its folder or its run's), or --config FILE of its run")
-    return find_in_run(folder, "student")
+    return folder
 
 
 def _find_store(namespace: Namespace, config: Config | None) -> Path:

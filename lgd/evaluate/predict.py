@@ -20,6 +20,7 @@ from lgd.metrics import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.methods import Method, find_method, load_student
 from lgd.models.teacher import load_teacher
+from lgd.options import find_in_run
 from lgd.stain.checks import find_notes
 
 _READ = ("logits", "pooled", "features")
@@ -70,7 +71,17 @@ class Scorer:
 
 
 def load_scorer(folder: str | Path, kind: str = "student", code: Collection[str] = ()) -> Scorer:
-    """The student, or the teacher, of a folder, on the GPU where there is one; `code` outside LGD that it may run."""
+    """A trained network, ready to score images, on the GPU where there is one.
+
+    Args:
+        folder: Of the student or the teacher; or, for the student, of its run.
+        kind: `student`, or `teacher`.
+        code: Code outside LGD that the network may run, as `python:package.module:name`.
+
+    Raises:
+        DataError: For a folder without such a network, and for one that names other code.
+    """
+    folder = find_in_run(folder, "student") if kind == "student" else folder
     model, config = load_student(folder, code) if kind == "student" else load_teacher(folder, code)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     role = "he" if kind == "student" else "ihc"
@@ -207,7 +218,7 @@ def predict(
     """Score H&E images.
 
     Args:
-        scorer: A trained student, from `load_scorer`, or its folder.
+        scorer: A trained student, from `load_scorer`, or its folder, or that of its run.
         images: One image or several: files, folders or patterns; uint8 arrays (H, W, 3), RGB; Pillow images. EXIF
             orientations are applied. A JPEG file is shrunk while it is decoded, as in training: against its pixels as
             an array, the probabilities differ in the third or fourth digit.

@@ -24,6 +24,7 @@ from lgd.evaluate.predict import Scorer, choose_level, load_scorer, name_probabi
 from lgd.evaluate.scale import Mpp
 from lgd.evaluate.slide_rows import require_names
 from lgd.models.methods import METHODS, PROPOSED
+from lgd.options import find_in_run
 from lgd.store.latents import Store, as_levels
 from lgd.store.search import Searcher
 from lgd.urls import place
@@ -73,7 +74,7 @@ def query(
 
     Args:
         scorer: The student, from `load_scorer`, or its folder; None for `keys`, which need no student.
-        store: The feature store, or its folder.
+        store: The feature store, or its folder, or that of its run.
         images: H&E images as `predict` takes them; or give `keys`.
         k: Neighbours of each query.
         keys: Keys of stored patches, whose IHC latents are the queries. A patch is left out of its own answer; of a
@@ -102,7 +103,7 @@ def query(
     _check_request(sources, k, keys)
     if slides and not exclude_same_slide:
         raise ConfigError("--slides is used by --exclude-same-slide only: give both, or neither")
-    opened = store if isinstance(store, Store) else Store(store)
+    opened = store if isinstance(store, Store) else Store(find_in_run(store, "latents"))
     student = _open_student(scorer, opened) if sources else None
     searcher = Searcher(opened)
     allowed = _allowed(searcher, opened, splits, levels)
