@@ -6,14 +6,19 @@ separates columns) or a beginning like our escapes is written as `'` and a JSON 
 """
 
 import csv
+import io
 import json
 import numbers
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
+from lgd.errors import DataError
+from lgd.files import read_bytes
 from lgd.text import UNSEEN, dump_json, escape_text, print_lines
+from lgd.urls import MissingError
 
 # OWASP's list and its wide and small forms; tab, carriage return and line feed are unseen.
 _FORMULA = "=+@\uff1d\uff0b\uff0d\uff20\ufe62\ufe63\ufe66\ufe6b-"
@@ -72,3 +77,27 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print_lines(
         *("  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in cells)
     )
+
+
+def read_csv(path: Path, required: tuple[str, ...], allowed: Any) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a CSV with their line numbers; values are stripped of blanks, and of what `write_csv` escaped."""
+    try:
+        with io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            columns = reader.fieldnames = [unescape_cell(name) for name in reader.fieldnames or []]
+            missing = [name for name in required if name not in columns]
+            if missing:
+                raise DataError(f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)}): add it")
+            unknown = [name for name in columns if allowed and name not in allowed]
+            if unknown:
+                raise DataError(
+                    f"{path}: column {', '.join(unknown)} is unknown: use {', '.join(allowed)}, or remove it"
+                )
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(f"{path}: row {reader.line_num} has not {len(columns)} values: correct it")
+                yield reader.line_num, {name: unescape_cell(value.strip()) for name, value in row.items()}
+    except MissingError:
+        raise
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as a CSV in UTF-8 ({error}): correct or replace it") from error

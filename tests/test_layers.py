@@ -8,11 +8,11 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-errors extensions text logs process_state tables markup plain_yaml urls config files
+errors extensions text logs process_state markup plain_yaml urls config files tables
 records locks arguments options download_cache remote
 distribute metrics
 stain.deconvolve stain.targets stain.checks
-data.meta data.pairs data.tissue data.sections data.synth data.split
+data.meta data.layouts data.pairs data.tissue data.sections data.synth data.split
 data.tags data.image data.index data.archive data.manifest data.shard_set data.sources data.patches data.duplicates
 data.building data.shards data.repeats data.overlap data.verify
 data.plan data.stream data.augment

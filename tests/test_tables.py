@@ -8,8 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lgd.data.pairs import _read_csv
-from lgd.tables import WIDEST, escape_cell, print_csv, print_table, unescape_cell, write_csv
+from lgd.tables import WIDEST, escape_cell, print_csv, print_table, read_csv, unescape_cell, write_csv
 from lgd.text import UNSEEN
 
 FORMULA = "=+-@\t\r\n＝＋－＠"
@@ -68,7 +67,7 @@ def test_our_reader_undoes_what_our_writer_did(tmp_path_factory, rows):
     path = tmp_path_factory.getbasetemp() / "escaped.csv"
     with open(path, "w", newline="", encoding="utf-8") as file:
         write_csv(file, ["=he", "ihc"], [(f"x{he}", ihc) for he, ihc in rows])
-    found = [tuple(row.values()) for _, row in _read_csv(path, required=("=he", "ihc"), allowed=None)]
+    found = [tuple(row.values()) for _, row in read_csv(path, required=("=he", "ihc"), allowed=None)]
     assert found == [(f"x{he}", ihc) for he, ihc in rows]
     assert path.read_text().count("\n") == len(rows) + 1, "a row is a line"
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lgd.data.layouts import Problem
 from lgd.data.manifest import Entry, Manifest, Options, Sources
 from lgd.data.meta import Text
-from lgd.data.pairs import Problem
 from lgd.data.shard_set import ShardFolder
 from lgd.data.sources import in_threads
 from lgd.errors import DataError

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lgd.config import LEVEL_NAMES
+from lgd.data.layouts import Problem
 from lgd.data.meta import Origin
-from lgd.data.pairs import PatchPair, Problem
+from lgd.data.pairs import PatchPair
 from lgd.data.sources import Source
 from lgd.data.split import SplitRule, canonical_group
 from lgd.errors import DataError

@@ -40,6 +40,7 @@ from lgd.data.building import (
 )
 from lgd.data.duplicates import leave_out_duplicates, refuse_spellings
 from lgd.data.image import codecs, decode
+from lgd.data.layouts import Problem, check_layout
 from lgd.data.manifest import (
     HER2,
     UNKNOWN,
@@ -52,7 +53,7 @@ from lgd.data.manifest import (
     Sources,
     Split,
 )
-from lgd.data.pairs import Layout, Problem, find_pairs
+from lgd.data.pairs import find_pairs
 from lgd.data.patches import FILE, as_patches
 from lgd.data.sources import (
     CheckJob,
@@ -85,8 +86,8 @@ _REMOTE_THREADS = 16
 class ShardOptions:
     """What `lgd build-shards` is asked for."""
 
-    layout: Layout
-    """The folders of BCI or of MIST, or a CSV: columns he, ihc, and those of shards/README.md."""
+    layout: str
+    """`bci`, `mist`, or `csv` (columns he, ihc, and those of shards/README.md), or one of yours, as `python:...`."""
     root: str | Path
     """Folder or url of the images; for csv the CSV itself, or a folder that holds pairs.csv."""
     out: str | Path
@@ -113,6 +114,7 @@ class ShardOptions:
     """Processes that check pairs and build shards, under Ray; 0 does it in this process, in threads."""
 
     def __post_init__(self) -> None:
+        check_layout(self.layout)
         parse_split(self.split)
         require(self.shard_size >= 1, f"--shard-size {self.shard_size}: use at least 1")
         require(self.tile >= 0, f"--tile {self.tile}: use 0 for whole patches, or the tile's side")

@@ -15,8 +15,9 @@ from typing import TypeVar
 
 from lgd.config import LEVEL_NAMES
 from lgd.data.image import Header, check, decode_upright, encode
+from lgd.data.layouts import Problem
 from lgd.data.meta import Digests, PatchMeta
-from lgd.data.pairs import PatchPair, Problem
+from lgd.data.pairs import PatchPair
 from lgd.data.split import SplitRule, split_of
 from lgd.data.tags import ORIENTATIONS, read_icc_digest, read_orientation
 from lgd.distribute import map_ordered_prefetch

@@ -99,8 +99,6 @@ def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str
     chosen = manifest.options.as_json()
     chosen.pop("he_size")
     try:
-        if manifest.layout not in ("bci", "mist", "csv"):
-            raise ValueError("the layout is unknown")
         options = ShardOptions(layout=manifest.layout, root="root", out="out", **chosen)  # type: ignore[arg-type]
     except (ConfigError, TypeError, ValueError) as error:
         yield f"field options or layout is malformed ({error})"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
+from lgd.data.layouts import LAYOUTS, Layout
 from lgd.data.shard_set import ShardSet
 from lgd.evaluate.colour import COLOUR
 from lgd.evaluate.markdown import shown
@@ -31,7 +32,8 @@ FEW_LEVEL_0 = 50
 def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:
     """What a reader must know before believing a score of `predictions` on a run's shards, most serious first."""
     known, virtual = predictions.labelled(), shards.some_virtual
-    is_bci = any(manifest.layout == "bci" for manifest in shards.manifests)
+    # One of another package is not imported for this.
+    layouts = dict.fromkeys(LAYOUTS.get(manifest.layout, Layout) for manifest in shards.manifests)
     found = []
     if virtual:
         found.append("The tissue is virtual: drawn by a program. Nothing here says anything about real tissue.")
@@ -41,16 +43,13 @@ def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:
             "and recognising the slide then passes for scoring HER2. The intervals treat the patches of a slide as "
             "independent and are too narrow."
         )
-    if len(known.keys) and (is_bci or _share_levels(known)) and not virtual:
+    if len(known.keys) and (any(layout.labels_slides for layout in layouts) or _share_levels(known)) and not virtual:
         found.append(
             "A level is that of the whole slide, not of the patch: a patch can look unlike its level, and its score "
             "cannot be checked against the brown on it."
         )
-    if is_bci and not virtual:
-        found.append(
-            "BCI's background is grey in some images and white in others, a shortcut that a network can learn, and "
-            "its two stains are neighbouring sections that are registered only approximately."
-        )
+    if not virtual:
+        found += [caveat for layout in layouts for caveat in layout.caveats]
     taught = shards.count_labels("train")
     if any(taught[name] for name in LEVEL_NAMES) and (untaught := [name for name in LEVEL_NAMES if not taught[name]]):
         found.append(f"No patch of level {', '.join(untaught)} was in training: the networks cannot call any so.")

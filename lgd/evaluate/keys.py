@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.pairs import read_slides, safe_key
+from lgd.data.layouts import safe_key
+from lgd.data.pairs import read_slides
 from lgd.errors import DataError
 from lgd.evaluate.answer import Stored
 from lgd.store.latents import Store, as_levels

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.pairs import safe_key
+from lgd.data.layouts import safe_key
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.answer import Answer, Hit, Stored, near_duplicates
 from lgd.evaluate.images import Images, OneImage, list_sources, take_images

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lgd.data.pairs import read_slides, safe_key
+from lgd.data.layouts import safe_key
+from lgd.data.pairs import read_slides
 from lgd.errors import DataError
 from lgd.evaluate.images import OneImage
 from lgd.evaluate.notes import count_notes, join_notes

@@ -13,11 +13,13 @@ import pytest
 from test_shards import contents, make_bci
 
 from lgd.data.building import write_rejected
-from lgd.data.pairs import Problem, _read_csv, find_pairs
+from lgd.data.layouts import Problem
+from lgd.data.pairs import find_pairs
 from lgd.data.shards import ShardOptions, build
 from lgd.data.sources import CheckJob, check_chunk
 from lgd.errors import DataError
 from lgd.files import list_folder, place, read_bytes, write_bytes, write_json
+from lgd.tables import read_csv
 from lgd.urls import RemoteError
 
 PAIRS = 10
@@ -170,4 +172,4 @@ def test_what_was_left_out_is_no_formula_and_reads_back(tmp_path):
     write_rejected(tmp_path, [Problem(given["he"], given["reason"], given["key"], given["he"], given["ihc"])])
     text = (tmp_path / "rejected.csv").read_text()
     assert text.splitlines()[1].startswith("'-1,'=cmd|'/c calc'!A1.png,") and "\x1b" not in text
-    assert [row for _, row in _read_csv(tmp_path / "rejected.csv", required=("key",), allowed=None)] == [given]
+    assert [row for _, row in read_csv(tmp_path / "rejected.csv", required=("key",), allowed=None)] == [given]

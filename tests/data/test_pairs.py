@@ -1,6 +1,7 @@
 import pytest
 
-from lgd.data.pairs import find_pairs, safe_key
+from lgd.data.layouts import safe_key
+from lgd.data.pairs import find_pairs
 from lgd.errors import DataError
 
 

@@ -1,11 +1,16 @@
-"""A method and an encoder as a user writes them, in a file outside the package.
+"""A method, an encoder and a layout as a user writes them, in a file outside the package.
 
+PYTHONPATH=tests/examples lgd build-shards --layout python:mine:Flat ...
 PYTHONPATH=tests/examples lgd train --student.method python:mine:Focal --student.encoder python:mine:tiny ...
 """
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from lgd.data.layouts import Candidate, Layout, Problem
 from lgd.models.losses import Lesson, Terms
 from lgd.models.methods import LgdNet
 from lgd.models.student import HallucinatingStudent, Outputs
@@ -59,3 +64,16 @@ def tiny() -> Tiny:
 def not_an_encoder() -> str:
     """What LGD must refuse."""
     return "resnet10"
+
+
+class Flat(Layout):
+    """`SLIDE-NUMBER-he.png` and `SLIDE-NUMBER-ihc.png` in one folder, without labels."""
+
+    def scan(self, root: Path) -> Iterator[Candidate | Problem]:
+        for he in sorted(root.glob("*-he.png")):
+            stem = he.stem.removesuffix("-he")
+            ihc = he.with_name(f"{stem}-ihc.png")
+            if ihc.exists():
+                yield Candidate(stem, he, ihc, None, slide=stem.partition("-")[0], split="train")
+            else:
+                yield Problem(he.name, f"has no partner {ihc.name}: add it, or remove this one")

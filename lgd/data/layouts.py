@@ -1,0 +1,281 @@
+"""How paired patches lie on disk: BCI, MIST, a CSV, and layouts of other packages.
+
+Only names are looked at, from one listing a folder. Nothing is dropped silently: what looks like a patch but cannot be
+paired comes back as a `Problem`. A layout of another package is named `python:package.module:name`:
+
+    class Flat(Layout):
+        def scan(self, root):
+            for he in sorted(root.glob("*-he.png")):
+                yield Candidate(he.stem, he, he.with_name(he.name.replace("-he", "-ihc")), label=None)
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, NamedTuple
+
+from lgd.config import LEVEL_NAMES
+from lgd.data.meta import Origin
+from lgd.errors import ConfigError, DataError, require
+from lgd.extensions import FORM, is_python, load_object
+from lgd.files import Kind, is_remote, list_folder
+from lgd.tables import read_csv
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
+_TEXTS = ("marker", "center", "scanner", "ihc_slide")
+_NUMBERS = ("alignment", "x", "y", "side", "ihc_x", "ihc_y", "ihc_side")
+_SPLIT = re.compile("[A-Za-z0-9_]+")
+_COLUMNS = ("he", "ihc", "key", "label", "level", "slide", "split", "mpp", *_TEXTS, *_NUMBERS)
+
+
+NOWHERE = Origin.from_json(dict.fromkeys(Origin.model_fields))
+"""Of a pair of which nothing more is known."""
+
+
+class Problem(NamedTuple):
+    """Why a patch cannot be used."""
+
+    name: str
+    """The file, relative to the root, or the row of the CSV."""
+    reason: str
+    """What is wrong, and the remedy."""
+    key: str = ""
+    he: str = ""
+    ihc: str = ""
+
+    def order(self) -> tuple[Any, ...]:
+        """To sort by: by name, with row 9 before row 10."""
+        return (*(int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", self.name)), *self)
+
+
+class Candidate(NamedTuple):
+    """A pair as a layout finds it, before its key is known to be good and its slide is looked up."""
+
+    stem: str
+    he: Path
+    ihc: Path
+    label: int | None
+    """Number of the class; None where unknown."""
+    slide: str | None = None
+    split: str | None = None
+    """The published split; None where there is none."""
+    mpp: float | None = None
+    """Micrometres per pixel; None where unknown."""
+    origin: Origin = NOWHERE
+
+
+def safe_key(stem: str) -> str:
+    """The key of a file stem: whatever is not a letter, digit, `_`, `+` or `-` becomes `_`."""
+    return re.sub(r"[^A-Za-z0-9_+-]", "_", stem)
+
+
+class Layout:
+    """A way in which pairs lie below a root."""
+
+    takes_csv: ClassVar[bool] = False
+    """Whether the root may be a CSV instead of a folder."""
+    labels_slides: ClassVar[bool] = False
+    """Whether a patch has the label of its whole slide."""
+    caveats: ClassVar[tuple[str, ...]] = ()
+    """What a report on real tissue of this layout must say."""
+
+    def scan(self, root: Path) -> Iterator[Candidate | Problem]:
+        """The pairs below a folder or a url, and what could not be paired; `DataError` where it has another layout."""
+        raise NotImplementedError
+
+
+class Bci(Layout):
+    """`HE/SPLIT/NAME_LEVEL.png` and the same name under `IHC/`; the level is 0, 1+, 2+ or 3+."""
+
+    labels_slides = True
+    caveats = (
+        "BCI's background is grey in some images and white in others, a shortcut that a network can learn, and "
+        "its two stains are neighbouring sections that are registered only approximately.",
+    )
+
+    def scan(self, root: Path) -> Iterator[Candidate | Problem]:
+        top = list_folder(root)
+        splits = set()
+        for stain in ("HE", "IHC"):
+            if top.get(stain) != "folder":
+                raise DataError(f"{root} has no folder {stain}: --layout bci wants HE/SPLIT and IHC/SPLIT in --root")
+            listed = list_folder(root / stain)
+            for names in _patches(listed).values():
+                for name in names:
+                    yield Problem(
+                        f"{stain}/{name}", f"lies outside a split: move it into a folder such as {stain}/train"
+                    )
+            splits |= {name for name, kind in listed.items() if kind == "folder" and not _is_hidden_or_image(name)}
+        for split in sorted(splits):
+            if not _SPLIT.fullmatch(split):
+                yield Problem(f"HE/{split}", "is no plain word: call a split train, val, test or the like")
+                continue
+            for entry in _match(root, f"HE/{split}", f"IHC/{split}"):
+                if isinstance(entry, Problem):
+                    yield entry
+                    continue
+                stem, he, ihc = entry
+                level = stem.rpartition("_")[2]
+                if level not in LEVEL_NAMES:
+                    reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
+                    yield Problem(he, reason, "", he, ihc)
+                    continue
+                yield Candidate(stem, root / he, root / ihc, LEVEL_NAMES.index(level), split=split)
+
+
+class Mist(Layout):
+    """`trainA trainB valA valB`, A being the H&E; `SLIDE_ROW_COLUMN.jpg`.
+
+    MIST publishes `val` as its held-out set, so it is named `test` here.
+    """
+
+    def scan(self, root: Path) -> Iterator[Candidate | Problem]:
+        for folder, split in {"train": "train", "val": "test", "test": "test"}.items():
+            for entry in _match(root, f"{folder}A", f"{folder}B"):
+                if isinstance(entry, Problem):
+                    yield entry
+                    continue
+                stem, he, ihc = entry
+                slide = re.fullmatch(r"(.+)_\d+_\d+", stem)
+                yield Candidate(stem, root / he, root / ihc, None, slide=slide[1] if slide else None, split=split)
+
+
+class Csv(Layout):
+    """A folder with `pairs.csv`, or the CSV itself.
+
+    Columns he and ihc (relative to the CSV), and as you have them key, label, slide, split, mpp and the fields of
+    `Origin`. Whether the files of a remote CSV exist is seen when they are read.
+    """
+
+    takes_csv = True
+
+    def scan(self, root: Path) -> Iterator[Candidate | Problem]:
+        base, path = (root.parent, root) if is_csv(root) else (root, root / "pairs.csv")
+        for number, row in read_csv(path, required=("he", "ihc"), allowed=_COLUMNS):
+            try:
+                yield _read_row(base, row)
+            except DataError as error:
+                yield Problem(f"{path.name} row {number}", str(error), row.get("key", ""), row["he"], row["ihc"])
+
+
+LAYOUTS: dict[str, type[Layout]] = {"bci": Bci, "mist": Mist, "csv": Csv}
+"""The layouts by their names in `--layout`."""
+
+
+def check_layout(name: str) -> None:
+    """Raise `ConfigError` for a name that is neither a layout of LGD nor of one outside it; nothing is imported."""
+    require(
+        name in LAYOUTS or is_python(name), f"--layout is {name!r:.120}: use one of {', '.join(LAYOUTS)}, or {FORM}"
+    )
+
+
+def find_layout(name: str) -> Layout:
+    """The layout of a name, which is imported where it is outside LGD; `ConfigError` for an unknown one."""
+    check_layout(name)
+    kind = LAYOUTS.get(name) or load_object(name, "--layout")
+    if not (isinstance(kind, type) and issubclass(kind, Layout)):
+        raise ConfigError(f"--layout is {name}, which is no layout: derive it from lgd.data.layouts.Layout")
+    return kind()
+
+
+def is_csv(root: Path) -> bool:
+    """Whether a root is a CSV; a url is judged by its name."""
+    return root.suffix.lower() == ".csv" if is_remote(root) else root.is_file()
+
+
+def _is_hidden_or_image(name: str) -> bool:
+    return name.startswith(".") or PurePosixPath(name).suffix.lower() in _SUFFIXES
+
+
+def _match(root: Path, he: str, ihc: str) -> Iterator[tuple[str, str, str] | Problem]:
+    """Pair the patches of two folders by stem: stem, H&E and IHC, relative to the root."""
+    listed = {folder: list_folder(root / folder) for folder in (he, ihc)}
+    he_patches, ihc_patches = _patches(listed[he]), _patches(listed[ihc])
+    for stem in sorted(he_patches.keys() | ihc_patches.keys()):
+        mine, theirs = he_patches.get(stem, []), ihc_patches.get(stem, [])
+        names = [f"{he}/{name}" for name in mine] + [f"{ihc}/{name}" for name in theirs]
+        kinds = [listed[he][name] for name in mine] + [listed[ihc][name] for name in theirs]
+        bad = [(name, kind) for name, kind in zip(names, kinds, strict=True) if kind != "file"]
+        for name, kind in bad:
+            what = "a folder" if kind == "folder" else "no readable file"
+            yield Problem(name, f"is {what}, not an image: remove or replace it")
+        if bad:
+            continue
+        if not mine or not theirs:
+            reason = f"has no partner {stem} in {ihc if mine else he}: add it, or remove this one"
+            yield Problem(names[0], reason, "", names[0] if mine else "", "" if mine else names[0])
+        elif len(names) > 2:
+            yield Problem(names[0], f"its pair is ambiguous ({', '.join(names)}): keep one a stain")
+        else:
+            yield stem, names[0], names[1]
+
+
+def _patches(listed: dict[str, Kind]) -> dict[str, list[str]]:
+    """Whatever is called like an image in a folder, by stem; hidden files are the system's own."""
+    patches: dict[str, list[str]] = {}
+    for name in listed:
+        if PurePosixPath(name).suffix.lower() in _SUFFIXES and not name.startswith("."):
+            patches.setdefault(PurePosixPath(name).stem, []).append(name)
+    return patches
+
+
+def _read_row(base: Path, row: dict[str, str]) -> Candidate:
+    """The pair of one row; `DataError` tells what is wrong with it."""
+    for role in ("he", "ihc"):
+        if not row[role] or Path(row[role]).is_absolute() or "://" in row[role]:
+            raise DataError(f"{role} is {row[role]!r}: give the path relative to the CSV")
+        if not is_remote(base) and not (base / row[role]).is_file():
+            kind = "a folder" if (base / row[role]).is_dir() else "missing"
+            raise DataError(f"{role} {row[role]} is {kind}: correct the path or remove the row")
+    key, split, mpp = (row.get(name, "") for name in ("key", "split", "mpp"))
+    if key != safe_key(key):
+        raise DataError(f"key is {key!r}: use letters, digits, _, + and - only")
+    if split and not _SPLIT.fullmatch(split):
+        raise DataError(f"split is {split!r}: use a plain word such as train, val or test")
+    he, ihc = base / row["he"], base / row["ihc"]
+    return Candidate(
+        key or he.stem,
+        he,
+        ihc,
+        _parse_label(row),
+        slide=row.get("slide") or None,
+        split=split or None,
+        mpp=_parse_mpp(mpp) if mpp else None,
+        origin=_parse_origin(row),
+    )
+
+
+def _parse_label(row: dict[str, str]) -> int | None:
+    """The number of the class; `level` is the old name of the column `label`."""
+    names = {**{name: value for value, name in enumerate(LEVEL_NAMES)}, "1": 1, "2": 2, "3": 3}
+    given = {name: row[name] for name in ("label", "level") if row.get(name)}
+    for name, text in given.items():
+        if text not in names:
+            raise DataError(f"{name} is {text!r}: use {', '.join(LEVEL_NAMES)}, or leave it empty")
+    if len({names[text] for text in given.values()}) > 1:
+        raise DataError(f"label is {given['label']!r} and level is {given['level']!r}: keep the column label")
+    return names[next(iter(given.values()))] if given else None
+
+
+def _parse_origin(row: dict[str, str]) -> Origin:
+    fields: dict[str, Any] = {name: row.get(name) or None for name in _TEXTS}
+    for name in _NUMBERS:
+        try:
+            fields[name] = float(row[name]) if row.get(name) else None
+        except ValueError as error:
+            raise DataError(f"{name} is {row[name]!r}: use a number, or leave it empty") from error
+    try:
+        return Origin.from_json(fields)
+    except ValueError as error:
+        raise DataError(f"{error}: correct it, or leave it empty") from error
+
+
+def _parse_mpp(text: str) -> float:
+    """Micrometres per pixel; `DataError` unless it is a number above 0 and below 100."""
+    try:
+        mpp = float(text)
+    except ValueError:
+        mpp = 0.0
+    if not 0 < mpp < 100:
+        raise DataError(f"mpp is {text!r}: use micrometres per pixel, such as 0.46")
+    return mpp
