@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     global _crash_log
     folder = getattr(config, "workerinput", {}).get("crash_logs", _CRASH_LOGS)
     if folder:
-        _crash_log = open(Path(folder) / str(os.getpid()), "w")
+        _crash_log = Path(folder, str(os.getpid())).open("w")  # noqa: SIM115 - open until the process ends
         faulthandler.enable(_crash_log)
 
 
@@ -53,19 +53,16 @@ def pytest_runtest_logstart(nodeid: str) -> None:
         print(nodeid, file=_crash_log, flush=True)
 
 
-_DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real patches: LGD_REAL_DATA, or ../shared/data beside the checkout."""
+    """The folder of real patches, which LGD_REAL_DATA names."""
     named = os.environ.get("LGD_REAL_DATA")
-    folder = Path(named) if named else _DEFAULT
-    if (folder / "bci-native").is_dir():
-        return folder
-    if named:
-        pytest.fail(f"LGD_REAL_DATA is {named}, but {folder / 'bci-native'} is not there")
-    pytest.skip(f"no real patches: set LGD_REAL_DATA to their folder ({folder} is not there)")
+    if not named:
+        pytest.skip("no real patches: set LGD_REAL_DATA to their folder")
+    folder = Path(named)
+    if not (folder / "bci-native").is_dir():
+        pytest.fail(f"LGD_REAL_DATA is {named}, but {folder / 'bci-native'} is missing")
+    return folder
 
 
 @pytest.fixture(scope="session")
