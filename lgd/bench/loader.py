@@ -23,9 +23,9 @@ from lgd.bench.measure import Outcome, Rate, Settings, alternate, steady, timed
 from lgd.config import Data
 from lgd.data.archive import Shard
 from lgd.data.image import decode
-from lgd.data.plan import Plan, World
+from lgd.data.plan import Plan
 from lgd.data.stream import Reader
-from lgd.train.batch import Batch, training_batches
+from lgd.train.batch import Batch, BatchOptions, training_batches
 
 HEAD = 8
 """Batches before the timed ones: more than the stream reads ahead."""
@@ -43,19 +43,8 @@ class Product:
 
     def batches(self, steps: int) -> Iterator[Batch]:
         """The first batches of training."""
-        taken = training_batches(
-            self.reader,
-            self.plan,
-            None,
-            start=0,
-            steps=steps,
-            batch=self.settings.batch,
-            accumulate=1,
-            world=World(),
-            threads=self.settings.workers,
-            turn=False,
-        )
-        for step in taken:
+        options = BatchOptions(batch=self.settings.batch, threads=self.settings.workers, turn=False)
+        for step in training_batches(self.reader, self.plan, None, options, start=0, steps=steps):
             yield step.micro[0]
 
     def rate(self, count: int) -> Rate:

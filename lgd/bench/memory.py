@@ -31,7 +31,7 @@ from lgd.data.shards import ShardOptions, build
 from lgd.data.stream import Reader
 from lgd.store.latents import Rows, Store, commit
 from lgd.store.writer import shard_writer
-from lgd.train.batch import training_batches
+from lgd.train.batch import BatchOptions, training_batches
 
 logger = logging.getLogger(__name__)
 
@@ -116,18 +116,8 @@ def readings(shards: list[Shard], seconds: float, threads: int) -> np.ndarray:
     reader = Reader(shards, ("he",), _SIDE)
     plan = Plan(reader.sizes, seed=0, lanes=Data().lanes)
     found: list[tuple[int, int]] = []
-    steps = training_batches(
-        reader,
-        plan,
-        None,
-        start=0,
-        steps=10**9,
-        batch=_BATCH,
-        accumulate=1,
-        world=World(),
-        threads=threads,
-        turn=False,
-    )
+    options = BatchOptions(batch=_BATCH, threads=threads, turn=False)
+    steps = training_batches(reader, plan, None, options, start=0, steps=10**9)
     began = told = time.monotonic()
     for step in steps:
         now = time.monotonic()

@@ -29,7 +29,7 @@ from lgd.models.teacher import new_teacher
 from lgd.options import load_config
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Rows
-from lgd.train.batch import Skipped, Step, augment, training_batches
+from lgd.train.batch import BatchOptions, Skipped, Step, augment, training_batches
 from lgd.train.engine import make_engine
 from lgd.train.log import Log
 from lgd.train.loop import take_step
@@ -118,18 +118,13 @@ class Streamed:
 
     def steps(self, count: int) -> Iterator[Step]:
         """The first steps of a run."""
-        return training_batches(
-            self.reader,
-            self.plan,
-            self.rows,
-            start=0,
-            steps=count,
+        options = BatchOptions(
             batch=self.config.train.batch,
-            accumulate=1,
             world=self.world,
             threads=self.config.data.threads,
             turn=self.config.data.augment != "none",
         )
+        return training_batches(self.reader, self.plan, self.rows, options, start=0, steps=count)
 
     def kept(self, count: int = KEPT) -> list[Step]:
         """The same, in the memory of the device."""

@@ -6,7 +6,7 @@ enters the H&E through one number only, the grade (see `grade_of`): at coupling 
 byte for byte, whatever its level.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage, special
@@ -43,6 +43,18 @@ def slide_level(seed: int, slide: int) -> int:
     return int(_stream(_LEVEL, seed, slide // 4).permutation(4)[slide % 4])
 
 
+class Shortcut(NamedTuple):
+    """What may give a slide's level away, each 0..3; None for the slide's own."""
+
+    strength: int | None = None
+    """How strongly the H&E is stained."""
+    glass: int | None = None
+    """How grey its background is."""
+
+
+_NO_SHORTCUT = Shortcut()
+
+
 def draw_pair(
     seed: int,
     slide: int,
@@ -50,25 +62,22 @@ def draw_pair(
     size: int = 256,
     coupling: float = 0.7,
     level: int | None = None,
-    strength: int | None = None,
-    glass: int | None = None,
+    shortcut: Shortcut = _NO_SHORTCUT,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Draw patch number `patch` of slide number `slide`: a pure function of its arguments.
 
     `level` is the slide's (0..3; None for `slide_level`): another one shows the same tissue at another level.
-    `strength` (0..3; None for the slide's own) sets how strongly the H&E is stained, and `glass` (0..3) how grey its
-    background is.
     Returns the H&E and the IHC, (size, size, 3) uint8 RGB at 0.46 um/px, not aligned pixel by pixel, and the truth:
     level, patch_level, nuclei and tumour_nuclei (centres inside the H&E), membrane_od (mean DAB optical density,
     base 10, on the IHC's tumour membranes), membrane_completeness (0..1, of the stained cells; 0 without any),
     stained_fraction (of the tumour cells), discordant (0 or 1).
     """
     look = _look(_stream(_LOOK, seed, slide))
-    if strength is not None:
+    if shortcut.strength is not None:
         own = _stream(_SHORTCUT, seed, slide, 0).lognormal(0.0, 0.08, 2)
-        look["amount"] |= {"h": _STRENGTHS[strength] * own[0], "e": _STRENGTHS[strength] * own[1]}
-    if glass is not None:
-        look["he_white"] = _GLASS[glass] * _stream(_SHORTCUT, seed, slide, 1).normal(1.0, 0.008, 3)
+        look["amount"] |= {"h": _STRENGTHS[shortcut.strength] * own[0], "e": _STRENGTHS[shortcut.strength] * own[1]}
+    if shortcut.glass is not None:
+        look["he_white"] = _GLASS[shortcut.glass] * _stream(_SHORTCUT, seed, slide, 1).normal(1.0, 0.008, 3)
     truth = _intent(seed, slide, patch, slide_level(seed, slide) if level is None else level)
     grade = grade_of(seed, slide, patch, truth["patch_level"], coupling)
     tissue = Tissue(_stream(_TISSUE, seed, slide, patch), look, grade, size, truth.pop("barren"))
@@ -145,7 +154,8 @@ def _look(rng: np.random.Generator) -> dict[str, Any]:
 def _tilted(rng: np.random.Generator, vector: tuple[float, float, float]) -> np.ndarray:
     """A stain vector turned by a few degrees, as batches of dye differ."""
     turned = np.maximum(np.array(vector) + rng.normal(0.0, 0.018, 3), 0.01)
-    return turned / np.linalg.norm(turned)
+    unit: np.ndarray = turned / np.linalg.norm(turned)
+    return unit
 
 
 def _draw_he(
@@ -194,7 +204,8 @@ def _chromatin(rng: np.random.Generator, cells: Cells, place: Place, noise: "_No
     dots = nucleolus[place.cell] * np.exp(-((away / 0.75) ** 2))
     open_ = 1 - 0.22 * g * np.clip(1.15 - place.rho, 0, 1)
     amount = open_ * (1 + clumps) + (0.10 + 0.25 * g) * rim + 0.55 * dots
-    return 0.62 * cells.density[place.cell] * place.cover * np.clip(amount, 0.2, 2.5)
+    density: np.ndarray = 0.62 * cells.density[place.cell] * place.cover * np.clip(amount, 0.2, 2.5)
+    return density
 
 
 def _draw_ihc(
@@ -299,4 +310,5 @@ def _scan(
         clear = np.exp(density * np.float32(-np.log(10) * look["gamma"][channel]))
         light[..., channel] = ndimage.gaussian_filter(clear, look["blur"], truncate=3.0)
     grain = rng.standard_normal(light.shape, dtype=np.float32) * np.float32(look["noise"])
-    return np.clip(light * white.astype(np.float32) + grain + 0.5, 0, 255).astype(np.uint8)
+    pixels: np.ndarray = np.clip(light * white.astype(np.float32) + grain + 0.5, 0, 255)
+    return pixels.astype(np.uint8)

@@ -22,7 +22,7 @@ import numpy as np
 import simplejpeg
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.sections import draw_pair, shortcut_of, slide_level
+from lgd.data.sections import Shortcut, draw_pair, shortcut_of, slide_level
 from lgd.errors import ConfigError, DataError, require
 from lgd.files import publish
 from lgd.locks import LOCK, exclusive
@@ -171,7 +171,7 @@ def _draw_set(out: Path, options: SynthOptions, recipe: dict[str, Any]) -> Summa
             (out / stain / task.split / f"{task.key}.png").write_bytes(content)
         rows.append(row)
     rows.sort(key=lambda row: row["key"])
-    with publish(out / "truth.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+    with publish(out / "truth.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         write_csv(stream, TRUTH_COLUMNS, ([row[name] for name in TRUTH_COLUMNS] for row in rows))
     summary = _summary(out, rows)
     Drawing(options=recipe, summary=summary).write(out / _DONE)
@@ -262,11 +262,12 @@ def _end_with_parent() -> None:
 def _draw(task: _Task) -> _Drawn:
     """Draw one pair."""
     options = task.options
-    told = {}
+    shortcut = Shortcut()
     if options.shortcut is not None:
         name = {"stain": "strength", "background": "glass"}[options.shortcut_in]
-        told[name] = shortcut_of(options.seed, task.slide, options.shortcut if task.split == "train" else 0.0)
-    he, ihc, truth = draw_pair(options.seed, task.slide, task.patch, options.size, options.coupling, **told)
+        drawn = shortcut_of(options.seed, task.slide, options.shortcut if task.split == "train" else 0.0)
+        shortcut = Shortcut(**{name: drawn})
+    he, ihc, truth = draw_pair(options.seed, task.slide, task.patch, options.size, options.coupling, shortcut=shortcut)
     streams = {
         stain: simplejpeg.encode_jpeg(image, quality=_QUALITY, colorsubsampling="420")
         for stain, image in (("HE", he), ("IHC", ihc))

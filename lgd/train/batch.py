@@ -7,7 +7,7 @@ import collections
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,27 +148,40 @@ class Step(NamedTuple):
     """The plan's position after this step: the state to resume from, alike on every rank."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchOptions:
+    """How training takes its batches, the same in each step of a run."""
+
+    batch: int
+    """The global batch."""
+    accumulate: int = 1
+    """Micro-batches of a rank in each step."""
+    world: World = field(default_factory=World)
+    threads: int
+    """Those that read and decode."""
+    turn: bool
+    """Turn each sample by its view."""
+    skip: bool = False
+    """Mark samples that cannot be read instead of raising `DataError`."""
+    labels_only: bool = False
+    """Leave out samples of unknown level."""
+
+
 def training_batches(
     reader: Reader,
     plan: Plan,
     store: Rows | None,
+    options: BatchOptions,
     *,
     start: int,
     steps: int,
-    batch: int,
-    accumulate: int,
-    world: World,
-    threads: int,
-    turn: bool,
-    skip: bool = False,
     queue: Queue | None = None,
-    labels_only: bool = False,
 ) -> Iterator[Step]:
     """This rank's share of `steps` steps from position `start` on, on its device.
 
-    `batch` is the global one; with a `queue` each batch has its negatives. `skip` marks samples that cannot be read
-    instead of raising `DataError`. `labels_only` leaves out samples of unknown level.
+    With a `queue` each batch has its negatives.
     """
+    batch, accumulate, world = options.batch, options.accumulate, options.world
     epochs: collections.deque[np.ndarray] = collections.deque()
     positions = range(start, start + steps * batch, batch)
 
@@ -180,15 +193,15 @@ def training_batches(
                 yield number_B
 
     # A step's micro-batches are wanted at once; what is read ahead should still fit a processor's cache.
-    batches = stream(reader, numbers(), threads=threads, prefetch=2 * accumulate + 1, skip=skip)
+    batches = stream(reader, numbers(), threads=options.threads, prefetch=2 * accumulate + 1, skip=options.skip)
     for position in positions:
         micro = [
-            collate(samples, epochs.popleft(), store, plan.seed, turn)
+            collate(samples, epochs.popleft(), store, plan.seed, options.turn)
             for samples in itertools.islice(batches, accumulate)
         ]
         if queue:
             micro = [replace(one, negatives=queue.negatives(one.number_B, position + batch)) for one in micro]
-        if labels_only:
+        if options.labels_only:
             micro = [one.drop_unlabelled() for one in micro]
         yield Step([one.to(world.device) for one in micro], position + batch)
 
@@ -227,7 +240,7 @@ def evaluation_batches(
     store: Rows | None = None,
     skip: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of one pass over all samples, unturned; `skip` as in `training_batches`."""
+    """This rank's share of one pass over all samples, unturned; `skip` as in `BatchOptions`."""
     numbers = in_batches(eval_numbers(reader.total, world), batch)
     for samples in stream(reader, numbers, threads=threads, skip=skip):
         yield collate(samples, np.zeros(len(samples.rows), np.int64), store, 0, turn=False)

@@ -11,7 +11,7 @@ from lgd.data.plan import Plan, World
 from lgd.data.shard_set import ShardSet
 from lgd.data.stream import Reader
 from lgd.errors import DataError
-from lgd.train.batch import Skipped, Step, augment, training_batches
+from lgd.train.batch import BatchOptions, Skipped, Step, augment, training_batches
 from lgd.train.engine import Engine, deepspeed_problem, make_engine
 from lgd.train.log import Log
 from lgd.train.targets import Queue, Targets
@@ -74,21 +74,18 @@ class Prepared:
             if method.queue:
                 # Of one stored view the latents are not turned with the image.
                 queue = Queue(targets, self.plan, method.queue, turn)
-        steps_read = training_batches(
-            self.reader,
-            self.plan,
-            targets,
-            start=position,
-            steps=steps,
+        options = BatchOptions(
             batch=config.train.batch,
             accumulate=config.train.accumulate,
             world=self.learner.world,
             threads=config.data.threads,
             turn=turn,
             skip=config.data.on_bad.skips > 0,
-            queue=queue,
             # Without a store levels alone teach: an unlabelled patch would cost as much, and its loss is 0.
             labels_only=task.store is None,
+        )
+        steps_read = training_batches(
+            self.reader, self.plan, targets, options, start=position, steps=steps, queue=queue
         )
         for micro, after in steps_read:
             yield Step([augment(batch, task.role, config) for batch in micro], after)

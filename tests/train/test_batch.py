@@ -11,7 +11,7 @@ from lgd.data.stream import Reader, stream
 from lgd.errors import DataError
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Rows, Store
-from lgd.train.batch import augment, collate, evaluation_batches, training_batches
+from lgd.train.batch import BatchOptions, augment, collate, evaluation_batches, training_batches
 
 TARGETS = ("pooled", "map", "nuclei", "membrane")
 
@@ -36,20 +36,8 @@ def eight_views(tissue_run, change, tmp_path_factory):
 def batches(reader, parts, world=None, first=0, steps=4, threads=2, accumulate=1, turn=True, batch=8, seed=3):
     """The micro-batches of each step from step `first` on."""
     plan = Plan(reader.sizes, seed=seed, lanes=4)
-    taken = list(
-        training_batches(
-            reader,
-            plan,
-            parts,
-            start=first * batch,
-            steps=steps,
-            batch=batch,
-            accumulate=accumulate,
-            world=world or World(),
-            threads=threads,
-            turn=turn,
-        )
-    )
+    options = BatchOptions(batch=batch, accumulate=accumulate, world=world or World(), threads=threads, turn=turn)
+    taken = list(training_batches(reader, plan, parts, options, start=first * batch, steps=steps))
     assert [step.position for step in taken] == [(first + 1 + step) * batch for step in range(steps)]
     return [step.micro for step in taken]
 
@@ -173,8 +161,10 @@ def test_an_epoch_shows_each_sample_once_and_batches_run_on(joined):
 def taken(micro):
     """All that a rank sees of a step, sample by sample."""
     return [
-        (int(batch.epoch_B[row]), int(batch.number_B[row]), key, int(batch.view_B[row]), int(batch.level_B[row]))
-        + tuple(tensor[row].numpy().tobytes() for tensor in (*batch.images.values(), *batch.stored.values()))
+        (
+            *(int(batch.epoch_B[row]), int(batch.number_B[row]), key, int(batch.view_B[row]), int(batch.level_B[row])),
+            *(tensor[row].numpy().tobytes() for tensor in (*batch.images.values(), *batch.stored.values())),
+        )
         for batch in micro
         for row, key in enumerate(batch.keys)
     ]
@@ -208,8 +198,8 @@ def test_steps_are_drawn_as_they_are_needed(joined):
     drawn = []
     draw = plan.samples
     plan.samples = lambda positions: drawn.append(positions) or draw(positions)
-    options = {"batch": 4, "accumulate": 1, "world": World(), "threads": 1, "turn": False}
-    some = training_batches(reader, plan, None, start=0, steps=10**9, **options)
+    options = BatchOptions(batch=4, threads=1, turn=False)
+    some = training_batches(reader, plan, None, options, start=0, steps=10**9)
     next(some)
     some.close()
     assert len(drawn) < 20

@@ -17,7 +17,7 @@ from lgd.models.losses import Negatives
 from lgd.models.methods import Distil, LgdNet
 from lgd.models.teacher import load_teacher
 from lgd.store.latents import Store, as_levels, read_all
-from lgd.train.batch import training_batches
+from lgd.train.batch import BatchOptions, training_batches
 from lgd.train.launch import train_under
 from lgd.train.log import Log
 from lgd.train.targets import Queue, Targets, partners
@@ -94,9 +94,9 @@ def test_ranks_and_micro_batches_have_the_same_queue(parts, shards):
 
     def steps(world, accumulate):
         targets = Targets(parts)
-        options = {"batch": 8, "accumulate": accumulate, "world": world, "threads": 1, "turn": True}
+        options = BatchOptions(batch=8, accumulate=accumulate, world=world, threads=1, turn=True)
         queue = Queue(targets, plan, 20, turn=True)
-        return list(training_batches(reader, plan, targets, start=8, steps=3, queue=queue, **options))
+        return list(training_batches(reader, plan, targets, options, start=8, steps=3, queue=queue))
 
     whole = steps(World(), 1)
     for rank in (0, 1):
