@@ -33,7 +33,7 @@ from lgd.evaluate.compare import pooled_latents
 from lgd.evaluate.embeddings import explained_by_levels
 from lgd.evaluate.markdown import shown
 from lgd.evaluate.predict import load_scorer, score_shards
-from lgd.files import exists, place, publish, write_bytes
+from lgd.files import exists, publish, write_bytes
 from lgd.markup import code_block, list_items, markdown_table
 from lgd.metrics import Predictions
 from lgd.models.export import read_student_config, read_teacher_config
@@ -44,6 +44,7 @@ from lgd.run_document import Estimate
 from lgd.run_folder import command
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
+from lgd.urls import place
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ def answers(
 
 
 def _keep(at: Path, found: Predictions, stamp: str) -> None:
-    with publish(at) as temporary, open(temporary, "wb") as file:
+    with publish(at) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             stamp=np.array(stamp),

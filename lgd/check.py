@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lgd.errors import ConfigError, DataError
-from lgd.files import exists, is_remote
+from lgd.files import exists
 from lgd.options import is_run, load_config
-from lgd.urls import place
+from lgd.urls import is_remote, place
 
 Kind = Literal["shard folder", "feature store", "checkpoint", "teacher", "student", "run"]
 

@@ -15,12 +15,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lgd.errors import ConfigError, DataError, Stopped
-from lgd.files import exists, is_remote, place, read_json, remove, write_bytes, write_json
+from lgd.files import exists, read_json, remove, write_bytes, write_json
 from lgd.logs import LOGGER, receive_logs, send_logs
 from lgd.process_state import stop_signals, undo_changes
+from lgd.urls import is_remote, place
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,7 @@ def connect(workers: int, option_name: str, use_gpus: bool = True) -> float:
             raise DataError(
                 f"{cluster} cannot be reached or started ({error}); set {option_name} to 0 to do without"
             ) from error
-    has = ray.cluster_resources()
-    gpus, cpus = int(has.get("GPU", 0)), int(has.get("CPU", 0))
+    gpus, cpus = _count("GPU"), _count("CPU")
     slots, kind = (gpus, "GPUs") if gpus and use_gpus else (cpus, "CPUs")
     if workers > slots:
         raise DataError(
@@ -152,10 +152,11 @@ class _RecordQueue:
         from ray.exceptions import RayError
 
         try:
-            return self._queue.get(block)
+            record: logging.LogRecord | None = self._queue.get(block)
         except RayError as error:
             logger.warning("the messages of the workers are lost from here on, their work is not: %s", error)
             return None
+        return record
 
     def close(self) -> None:
         """End the queue's process."""
@@ -207,7 +208,7 @@ def map_with(
         def apply(self, argument: Argument) -> Result:
             return self.function(argument)
 
-    gpus = 1 if use_gpus and ray.cluster_resources().get("GPU", 0) else 0
+    gpus = 1 if use_gpus and _count("GPU") else 0
     actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(Mapper)
     with _collect_logs(several=True) as send:
         actors = [actor.options(max_concurrency=at_once).remote(send) for _ in range(min(workers, len(arguments)))]
@@ -283,7 +284,7 @@ def launch(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    use_gpu = bool(ray.cluster_resources().get("GPU", 0))
+    use_gpu = bool(_count("GPU"))
     storage = place(storage) if is_remote(storage) else Path(storage).absolute()
     note, stop = storage / f"{name}.error.json", storage / f"{name}.stop"
     for old in (note, stop):
@@ -318,10 +319,16 @@ def _storage_of(folder: Path) -> dict[str, Any]:
     return {"storage_path": url.path, "storage_filesystem": PyFileSystem(FSSpecHandler(url.fs))}
 
 
-def _note_if_busy(workers: int, kind: str) -> None:
+def _count(kind: str, free: bool = False) -> int:
+    """The CPUs or GPUs of the cluster, or those of them that nothing uses."""
     import ray
 
-    free, has = (int(found.get(kind, 0)) for found in (ray.available_resources(), ray.cluster_resources()))
+    resources: Callable[[], dict[str, float]] = ray.available_resources if free else ray.cluster_resources
+    return int(resources().get(kind, 0))
+
+
+def _note_if_busy(workers: int, kind: str) -> None:
+    free, has = _count(kind, free=True), _count(kind)
     if free < workers:
         logger.warning("waiting for the cluster: %d %ss are needed, %d of %d are free", workers, kind, free, has)
 
@@ -350,7 +357,7 @@ def _in_thread(function: Callable[[], Any]) -> None:
     def call() -> None:
         try:
             done.set_result(function())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - `result` raises it in the main thread
             done.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
@@ -365,7 +372,7 @@ def _lost(error: Any, max_failures: int) -> BaseException:
     failures = [getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
     causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
     if not any(isinstance(cause, RayActorError) for cause in causes):
-        return error
+        return cast(BaseException, error)
     return DataError(
         f"workers were lost more often than train.max_failures {max_failures} allows: the same command goes on from "
         "the newest checkpoint"

@@ -12,6 +12,7 @@ name, are the user's:
 """
 
 import contextlib
+import io
 import os
 import re
 import stat
@@ -100,7 +101,7 @@ def open_copy(copy: Path, size: int | None) -> BinaryIO | None:
     try:
         if not stat.S_ISREG(copy.lstat().st_mode):
             raise DataError(f"{copy} is no file, so lgd did not put it there: remove it, or use another LGD_CACHE")
-        file = open(copy, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
+        file = io.FileIO(copy, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
     except FileNotFoundError:
         return None
     if size is not None and os.fstat(file.fileno()).st_size != size:

@@ -54,7 +54,7 @@ def publish(path: str | Path, name_of: Callable[[Path], str] | None = None) -> I
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
-        os.replace(temporary, path.with_name(name_of(temporary)) if name_of else path)
+        temporary.replace(path.with_name(name_of(temporary)) if name_of else path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -129,23 +129,27 @@ def read_bytes(path: str | Path, fresh: bool = False) -> bytes:
     `fresh`: caches on the way to a url are asked to fetch it anew.
     """
     at: Any = place(path)
+    content: bytes
     if is_remote(at):
         # s3fs would ask for the size first, and read large files in pieces.
         options = {"max_concurrency": 1} if at.protocol in ("s3", "s3a") else {}
-        return call(at, "read", at.fs.cat_file, at.path, **options, **(fresh_options(at) if fresh else {}))
-    return at.read_bytes()
+        content = call(at, "read", at.fs.cat_file, at.path, **options, **(fresh_options(at) if fresh else {}))
+    else:
+        content = at.read_bytes()
+    return content
 
 
 def read_first_bytes(path: str | Path, count: int) -> bytes:
     """The first bytes of a file, at most `count`; raises as `read_bytes`."""
     at: Any = place(path)
     if not is_remote(at):
-        with open(at, "rb") as file:
+        with Path(at).open("rb") as file:
             return file.read(count)
     size = call(at, "read", at.fs.info, at.path)["size"]
     if size is None or size <= count:
         return read_bytes(at)[:count]
-    return call(at, "read", at.fs.cat_file, at.path, start=0, end=count)
+    content: bytes = call(at, "read", at.fs.cat_file, at.path, start=0, end=count)
+    return content
 
 
 def read_json(path: str | Path) -> Any:
@@ -162,7 +166,7 @@ def exists(path: str | Path) -> bool:
     """Whether there is a file or a folder; one or two requests for a url."""
     at: Any = place(path)
     if not is_remote(at):
-        return at.exists()
+        return Path(at).exists()
     try:
         call(at, "read", at.fs.info, at.path)
     except MissingError:
@@ -231,7 +235,7 @@ def upload_folder(folder: Path, url: Path) -> None:
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a local file's content, as hexadecimal."""
-    with open(path, "rb") as stream:
+    with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

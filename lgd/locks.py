@@ -201,7 +201,7 @@ def _write_owner(descriptor: int, doing: str) -> None:
 def read_owner(path: Path) -> Owner | None:
     """Who wrote its name into a lock's file last, if anybody did."""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             return Owner.from_json(load_json(file.read(_LONGEST_NAME)))
     except (OSError, ValueError):
         return None

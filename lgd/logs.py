@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from logging.handlers import QueueHandler, QueueListener
-from typing import Any
+from typing import Any, ClassVar
 
 from lgd.text import escape_text, print_lines
 
@@ -48,7 +48,7 @@ class LineHandler(logging.Handler):
             line = self.format(record)
             with _bars_aside():
                 print_lines(f"{record.name}: {line}" if record.levelno < logging.INFO else line, file=sys.stderr)
-        except Exception:  # As each handler of `logging`: what cannot be written must not end the work.
+        except Exception:  # noqa: BLE001 - as each handler of `logging`: work goes on without its messages
             self.handleError(record)
 
 
@@ -143,7 +143,7 @@ def _bar_classes() -> tuple[type, type, type]:
     """The bar that is drawn, that which is logged, and that which is sent."""
     from tqdm import tqdm
 
-    class Drawn(tqdm):
+    class Drawn(tqdm):  # type: ignore[misc]
         """tqdm starts a thread for every class of bars, which nothing ends."""
 
         monitor_interval = 0
@@ -154,7 +154,7 @@ def _bar_classes() -> tuple[type, type, type]:
         And it has a lock of its own: handlers of `logging` hold theirs while they wait for that of the drawn bars.
         """
 
-        _instances = weakref.WeakSet[tqdm]()
+        _instances: ClassVar = weakref.WeakSet[tqdm]()
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             if self.format_dict["elapsed"] >= EVERY:

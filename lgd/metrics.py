@@ -66,7 +66,7 @@ class Predictions:
                 f"{self.name}: {n} keys, {len(self.groups)} groups, levels of shape {self.level.shape} and "
                 f"probabilities of shape {self.probability.shape}: give one group, level and row a key"
             )
-        if n and not (-1 <= self.level.min() and self.level.max() < LEVELS):
+        if n and not (self.level.min() >= -1 and self.level.max() < LEVELS):
             raise DataError(f"{self.name}: a level is outside -1 (unknown) to {LEVELS - 1}")
         # bf16 softmax rows miss 1 by up to 0.004.
         sound = (self.probability >= 0).all(1) & (abs(self.probability.sum(1) - 1) < 0.01)
@@ -80,7 +80,8 @@ class Predictions:
     @property
     def predicted(self) -> Ints:
         """(n,) the most probable level; the lower one of equals."""
-        return self.probability.argmax(1)
+        level: Ints = self.probability.argmax(1)
+        return level
 
     def labelled(self) -> "Predictions":
         """The patches whose level is known."""
@@ -138,7 +139,8 @@ def confusion(level_n: Ints, predicted_n: Ints) -> Ints:
 
 def confidence_bins(probability_n4: Floats) -> Ints:
     """(n,) bin of each patch's highest probability: bin b holds b/10 <= p < (b+1)/10, the last one also 1."""
-    return np.minimum((probability_n4.max(1) * BINS).astype(np.int64), BINS - 1)
+    bin_n: Ints = np.minimum((probability_n4.max(1) * BINS).astype(np.int64), BINS - 1)
+    return bin_n
 
 
 def score_with_intervals(predictions: Predictions, resamples: int, seed: int) -> dict[str, Interval]:
@@ -262,7 +264,8 @@ def _weighted_auc(positive_n: NDArray[np.bool_], score_n: Floats, weight_Rn: Flo
     negatives = np.add.reduceat(weight * ~positive, starts, axis=1)
     wins = (positives * (negatives.cumsum(1) - negatives / 2)).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return wins / (positives.sum(1) * negatives.sum(1))
+        area: Floats = wins / (positives.sum(1) * negatives.sum(1))
+    return area
 
 
 def interval(value: float, samples: Floats) -> Interval:
@@ -313,7 +316,7 @@ def fit_temperature(level_n: Ints, logits_n4: Floats) -> float:
     from scipy.special import log_softmax
 
     def loss(log_temperature: float) -> float:
-        return -log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(level)), level].mean()
+        return float(-log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(level)), level].mean())
 
     # Where every patch is right the loss falls for ever as T goes to 0: hence the bounds.
     return float(np.exp(minimize_scalar(loss, bounds=(-np.log(10), np.log(10)), method="bounded").x))

@@ -20,12 +20,12 @@ from lgd.data.shards import ShardOptions, build
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.distribute import disconnect
 from lgd.errors import ConfigError
-from lgd.files import is_remote, place
 from lgd.locks import exclusive
 from lgd.models.description import ModelConfig
 from lgd.options import Given
 from lgd.run_document import Ablated, Cached, Environment, Evaluated, Indexed, Trained
 from lgd.run_folder import command, note_changes, record
+from lgd.urls import is_remote, place
 
 logger = logging.getLogger(__name__)
 

@@ -167,5 +167,5 @@ def explain(error: ValidationError) -> str:
 def _plain(error: Any) -> str:
     if error.get("ctx", {}).get("pattern") == _LINE or error["type"] == "string_unicode":
         return "should be a text that can be printed, without control characters"
-    message = error["msg"].removeprefix("Value error, ").replace("Extra inputs", "extra fields")
+    message: str = error["msg"].removeprefix("Value error, ").replace("Extra inputs", "extra fields")
     return message.replace("Input should", "should").replace("String should", "should")

@@ -59,7 +59,7 @@ def open_file(path: str | Path, digest: str, size: int | None = None) -> BinaryI
     url: Any = place(path)
     _require_facts(url, digest, size)
     if not is_remote(url):
-        return open(url, "rb", buffering=0)
+        return Path(url).open("rb", buffering=0)
     folder, limit = open_cache()
     copy = copy_path(folder, digest, url.suffix)
     with explain_errors(folder, url):
@@ -115,7 +115,7 @@ def _download(url: Any, copy: Path, digest: str, size: int | None, limit: int) -
         for attempt in (0, 1):
             # What a proxy has cut or changed may be whole when it is asked for again.
             call(url, "read", _get_file, url, temporary, limit, fresh_options(url) if attempt else {})
-            with open(temporary, "rb", buffering=0) as file:
+            with temporary.open("rb", buffering=0) as file:
                 problem = _find_problem(file, digest, size)
             if not problem:
                 break
@@ -124,8 +124,8 @@ def _download(url: Any, copy: Path, digest: str, size: int | None, limit: int) -
         sync(temporary)
         # Whoever counts what lies in the folder must meet it under one of its two names, and nobody may evict it here.
         with lock_room(copy.parent):
-            os.replace(temporary, copy)
-            opened = open(copy, "rb", buffering=0)
+            temporary.replace(copy)
+            opened = copy.open("rb", buffering=0)
         sync(copy.parent)
         return opened
     finally:
@@ -136,7 +136,7 @@ def _get_file(url: Any, temporary: Path, limit: int, options: dict[str, Any]) ->
     """Download into a file, but never more bytes than the cache may hold, whatever the server has stated."""
     from fsspec.callbacks import Callback
 
-    class Bound(Callback):
+    class Bound(Callback):  # type: ignore[misc]
         def relative_update(self, inc: int = 1) -> None:
             super().relative_update(inc)
             if self.value > limit:

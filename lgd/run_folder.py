@@ -19,12 +19,13 @@ from typing import Any
 from lgd.config import Config
 from lgd.data.shard_set import ShardSet
 from lgd.errors import ConfigError, DataError, Stopped
-from lgd.files import exists, is_remote, place, write_bytes
+from lgd.files import exists, write_bytes
 from lgd.locks import hold_lock
 from lgd.options import Given, load_config
 from lgd.records import MissingDocument
 from lgd.run_document import Environment, Facts, RunDocument, Stage
 from lgd.text import escape_text
+from lgd.urls import is_remote, place
 
 _CONFIG, _RUN = "config.yaml", "run.json"
 _MOST, _LONGEST = 3, 300

@@ -4,10 +4,10 @@ A filter of system calls (seccomp) answers for the kernel, in this process and i
 """
 
 import ctypes
-import os
 import platform
 import struct
 import sys
+from pathlib import Path
 
 _FLOCK = {"x86_64": 73, "aarch64": 32}
 _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
@@ -17,7 +17,7 @@ _SET_SECCOMP, _FILTER, _NO_NEW_PRIVILEGES = 22, 2, 38
 
 def is_possible() -> bool:
     """Whether this machine has such filters."""
-    return sys.platform == "linux" and platform.machine() in _FLOCK and os.path.exists("/proc/sys/kernel/seccomp")
+    return sys.platform == "linux" and platform.machine() in _FLOCK and Path("/proc/sys/kernel/seccomp").exists()
 
 
 def break_flock(number: int) -> None:

@@ -65,7 +65,7 @@ def folder(path: Path) -> None:
 def test_a_bad_image_stops_the_build_and_nothing_is_written(tmp_path, capsys, harm, told):
     root = pair(pair(tmp_path / "bci"), "00001_train_2+")
     harm(root / "IHC" / "train" / "00001_train_2+.png")
-    status, out, err = run(capsys, "build-shards", "--layout", "bci", "--root", root, "--out", tmp_path / "out")
+    status, _, err = run(capsys, "build-shards", "--layout", "bci", "--root", root, "--out", tmp_path / "out")
     assert status == 1
     assert all(word in err for word in told)
     assert "--on-bad skip" in err

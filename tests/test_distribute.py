@@ -141,7 +141,7 @@ def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():
 
 def test_bad_data_in_a_training_worker_is_told_once_and_not_tried_again(tmp_path):
     def fail(argument: dict) -> None:
-        with open(argument["tries"], "a") as tries:
+        with Path(argument["tries"]).open("a") as tries:
             tries.write("x")
         raise DataError("shards/train-000000.tar, row 3: crc32 does not match: fetch it again")
 

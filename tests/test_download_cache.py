@@ -67,7 +67,7 @@ def home(tmp_path, monkeypatch):
 def everything(folder):
     """Path, kind and content of all that lies in a folder and beside it."""
     return {
-        path: os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+        path: path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
         for path in sorted(folder.parent.rglob("*"))
     }
 

@@ -50,7 +50,7 @@ def head():
     command += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--num-cpus=2"]
     # The agent that takes the jobs has one port for the whole machine otherwise, and another Ray may hold it.
     command += ["--dashboard-agent-listen-port=0"]
-    with open(Path(folder) / "head.log", "wb") as log:
+    with Path(folder, "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         address = f"http://127.0.0.1:{dashboard}"

@@ -83,7 +83,7 @@ def terminal_output(monkeypatch):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     lines: list[str] = []
-    with open(theirs, "w") as stream, monkeypatch.context() as patch:
+    with os.fdopen(theirs, "w") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
         yield lines
     written = b""

@@ -82,8 +82,17 @@ def test_what_is_more_than_plain_data_is_refused(text, line, reason):
 def test_words_are_those_of_yaml_1_2():
     text = "{a: no, b: 12:30, c: 2001-01-01, d: 1e-3, e: 0o7, f: true, g: ~, h: 007, i: '1', j: 1., k: x y}"
     assert read_yaml(text).value == {
-        **{"a": "no", "b": "12:30", "c": "2001-01-01", "d": 0.001, "e": "0o7", "f": True, "g": None, "h": 7},
-        **{"i": "1", "j": 1.0, "k": "x y"},
+        "a": "no",
+        "b": "12:30",
+        "c": "2001-01-01",
+        "d": 0.001,
+        "e": "0o7",
+        "f": True,
+        "g": None,
+        "h": 7,
+        "i": "1",
+        "j": 1.0,
+        "k": "x y",
     }
     assert read_yaml("# nothing\n").value is None
     assert read_yaml("\ufeffa: 1").lines == {"a": 1}

@@ -132,7 +132,7 @@ def test_a_copy_that_is_damaged_in_the_cache_is_fetched_once_more(web, cache, tm
     (tmp_path / "a.tar").write_bytes(bytes(size))
     with pytest.raises(DataError, match="/a.tar does not match its digest: build it again$"):
         open_checked(tmp_path / "a.tar", digest, size, "build it again")
-    with open(tmp_path / "a.tar", "rb") as file:
+    with (tmp_path / "a.tar").open("rb") as file:
         assert not drop_damaged(tmp_path / "a.tar", digest, file)
     with pytest.raises(FileNotFoundError):
         open_checked(tmp_path / "b.tar", digest, size, "")

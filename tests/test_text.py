@@ -102,7 +102,7 @@ def test_the_output_of_libraries_is_escaped_too(capsys):
 def test_a_bar_on_a_terminal_moves_and_its_name_does_not(monkeypatch):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    with open(theirs, "w") as terminal, monkeypatch.context() as patch:
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
         with escaped_output(), show_logs(logging.INFO), progress(3, "\x1b[2Jname", "steps") as bar:
             bar.update()
@@ -181,8 +181,8 @@ def test_an_error_of_a_library_is_harmless(capsys, monkeypatch):
 
 
 def test_names_in_any_bytes_on_a_terminal_without_unicode(tmp_path):
-    folder = os.fsencode(tmp_path) + b"/\xff\xc3\xa9"
-    os.mkdir(folder)
+    folder = tmp_path / os.fsdecode(b"\xff\xc3\xa9")
+    folder.mkdir()
     environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     done = subprocess.run([sys.executable, "-m", "lgd", "verify", folder], capture_output=True, env=environment)
     assert done.returncode == 1

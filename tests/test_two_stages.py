@@ -118,7 +118,7 @@ def run_stage(stage, config, barrier, results):
         outcome = "done"
     except DataError as error:
         outcome = str(error)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - an outcome of this process
         outcome = traceback.format_exc()
     results.put((began, time.monotonic(), outcome))
 

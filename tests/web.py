@@ -29,14 +29,16 @@ class Web:
                 name = self.path.lstrip("/")
                 whole = web.files.get(name)
                 if whole is None:
-                    return self.send_error(404)
+                    self.send_error(404)
+                    return
                 fault, size = None, web.stated.get(name, len(whole))
                 if self.command == "GET":
                     web.sent[name] += 1
                     web.asked[name].append(self.headers["Cache-Control"])
                     fault, size = web.faults[name].pop(0) if web.faults[name] else None, len(whole)
                 if isinstance(fault, int):
-                    return self.send_error(fault)
+                    self.send_error(fault)
+                    return
                 self.send_response(200)
                 self.send_header("Content-Length", str(size))
                 self.end_headers()

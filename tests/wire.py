@@ -1,5 +1,6 @@
 """A TCP proxy before an S3 server, which harms the answers that a test chooses."""
 
+import contextlib
 import random
 import re
 import socket
@@ -58,10 +59,8 @@ class Wire:
         if harm == "reset":
             # With this the socket is closed by a reset instead of an end.
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        try:
+        with contextlib.suppress(OSError):
             client.sendall(content)
-        except OSError:
-            pass
         if harm == "reset":
             client.close()
 

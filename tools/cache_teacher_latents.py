@@ -6,7 +6,7 @@ from pathlib import Path
 # A job runs from a checkout, where lgd need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lgd.cli import main  # noqa: E402
+from lgd.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["cache-latents", *sys.argv[1:]]))

@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lgd.ablate import METRICS, read_answers  # noqa: E402
-from lgd.errors import DataError  # noqa: E402
-from lgd.evaluate.markdown import shown  # noqa: E402
-from lgd.evaluate.seeds import difference, mean_of  # noqa: E402
-from lgd.markup import markdown_table  # noqa: E402
-from lgd.text import print_lines  # noqa: E402
+from lgd.ablate import METRICS, read_answers
+from lgd.errors import DataError
+from lgd.evaluate.markdown import shown
+from lgd.evaluate.seeds import difference, mean_of
+from lgd.markup import markdown_table
+from lgd.text import print_lines
 
 
 def run(argv: list[str]) -> int:

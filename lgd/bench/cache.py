@@ -146,7 +146,7 @@ class Product:
         def work() -> None:
             try:
                 list(map_with(lambda: cacher, self.shards, workers=0, option_name="", at_once=SHARDS_AT_ONCE))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised by the thread that reads
                 done.put(error)
 
         thread = threading.Thread(target=work)

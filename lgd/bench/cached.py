@@ -143,7 +143,7 @@ class Taught(Streamed):
         ihc_B3HW = batch.images["ihc"]
         pooled, maps = [], []
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=latents.precision == "bf16"):
-            for run in ihc_B3HW.split(_CPU_BATCH if device == "cpu" else len(ihc_B3HW)):
+            for run in torch.split(ihc_B3HW, _CPU_BATCH if device == "cpu" else len(ihc_B3HW)):
                 out = self.teacher(run)
                 pooled.append(out["pooled"])
                 maps.append(F.adaptive_avg_pool2d(out["map"], latents.map))

@@ -8,7 +8,7 @@ rate and bytes of the formats that a shard set can be built in.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import simplejpeg
@@ -32,7 +32,7 @@ Decoder = Callable[[bytes, int], np.ndarray]
 
 
 def _full(content: bytes) -> np.ndarray:
-    return simplejpeg.decode_jpeg(content)
+    return cast(np.ndarray, simplejpeg.decode_jpeg(content))
 
 
 def _pillow(resample: Image.Resampling, gap: float | None = None) -> Decoder:
@@ -54,7 +54,8 @@ def _numpy(content: bytes, size: int) -> np.ndarray:
     # Sums of strided rows, then of strided columns: five times as fast as a mean over a reshaped array.
     rows = sum((full[first::step].astype(np.uint16) for first in range(1, step)), full[::step].astype(np.uint16))
     both = sum((rows[:, first::step] for first in range(1, step)), rows[:, ::step])
-    return ((both + step * step // 2) // (step * step)).astype(np.uint8)
+    mean: np.ndarray = (both + step * step // 2) // (step * step)
+    return mean.astype(np.uint8)
 
 
 def _torch(content: bytes, size: int) -> np.ndarray:

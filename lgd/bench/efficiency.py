@@ -73,7 +73,7 @@ def flops(model: nn.Module, height: int, width: int) -> int:
     shapes, image_13HW = copy.deepcopy(model).to("meta"), torch.empty(1, 3, height, width, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shapes(image_13HW)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def peak_mb(call: Callable[[], Any]) -> float | None:

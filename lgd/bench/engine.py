@@ -82,7 +82,7 @@ class Bare:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=bf16):
             out = self.model(batch.images["he"])
         loss = self.loss(out, batch, step)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

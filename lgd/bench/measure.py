@@ -272,7 +272,7 @@ def pinned() -> Iterator[None]:
 def machine() -> dict[str, Any]:
     """The machine: what a rate, though not a ratio, depends on."""
     model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as stream:
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as stream:
         model = next((line.split(":")[1].strip() for line in stream if line.startswith("model name")), model)
     return {
         "cpu": model,

@@ -123,9 +123,11 @@ def compare(searcher: Searcher, queries_nD: np.ndarray, rounds: int) -> Ratio:
     )
 
 
-def trade(index: Any, exact_ms: float, truth_nk: np.ndarray, order_n: np.ndarray, queries_nD: np.ndarray) -> list[dict]:
+def trade(
+    index: Any, exact_ms: float, truth_nk: np.ndarray, order_n: np.ndarray, queries_nD: np.ndarray
+) -> list[dict[str, float]]:
     """Recall@10 and p50 of an IVF index by its probes, until it is too slow by far."""
-    found: list[dict] = []
+    found: list[dict[str, float]] = []
     probes = 1
     while probes <= index.nlist:
         index.nprobe = probes
@@ -138,7 +140,7 @@ def trade(index: Any, exact_ms: float, truth_nk: np.ndarray, order_n: np.ndarray
     return found
 
 
-def at_speed(found: Sequence[dict], exact_ms: float, rows: int) -> Ratio:
+def at_speed(found: Sequence[dict[str, float]], exact_ms: float, rows: int) -> Ratio:
     """The best recall of those that are 20 times as fast as exact search."""
     fast = [one["recall_at_10"] for one in found if one["times_exact"] >= SPEED]
     missing = f"an exact search of {rows} latents takes {exact_ms:.3f} ms: no index is {SPEED} times as fast"
@@ -214,7 +216,8 @@ def _filters(searcher: Searcher, exact: Any, order_n: np.ndarray, queries_nD: np
 
 def _order(searcher: Searcher) -> np.ndarray:
     """The row of the gallery at each position of the index."""
-    return searcher.table["part"].astype(np.int64) * _PART + searcher.table["row"]
+    order_n: np.ndarray = searcher.table["part"].astype(np.int64) * _PART + searcher.table["row"]
+    return order_n
 
 
 def _built(store: Store, shards: Sequence[Shard], factory: str) -> tuple[Searcher, dict[str, Any]]:

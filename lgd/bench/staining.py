@@ -31,7 +31,8 @@ class Residual(nn.Module):
         )
 
     def forward(self, map_BCHW: torch.Tensor) -> torch.Tensor:
-        return map_BCHW + self.body(map_BCHW)
+        out_BCHW: torch.Tensor = map_BCHW + self.body(map_BCHW)
+        return out_BCHW
 
 
 def generator(width: int = 64, blocks: int = 9) -> nn.Sequential:
@@ -69,7 +70,8 @@ class VirtualStaining:
         with torch.inference_mode():
             he_13HW = torch.from_numpy(he_HW3)[None].permute(0, 3, 1, 2).to(self.device)
             normal_13HW = he_13HW.float().contiguous(memory_format=self.memory_format) / 127.5 - 1
-            return (self.generator(normal_13HW) + 1) * 127.5
+            ihc_13HW: torch.Tensor = (self.generator(normal_13HW) + 1) * 127.5
+            return ihc_13HW
 
     def classify(self, ihc_13HW: torch.Tensor) -> np.ndarray:
         """The four probabilities of a painted IHC, (1, 4)."""

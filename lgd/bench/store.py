@@ -213,7 +213,7 @@ def flat_rate(folder: Path, store: Store, numbers_n: np.ndarray) -> float:
     columns = []
     for name in (*fields, "key"):
         path = folder / f"flat-{name}.bin"
-        with open(path, "wb") as file:
+        with path.open("wb") as file:
             for part in store.parts:
                 file.write(part.array(name).tobytes())
         one = store.parts[0].array(name)

@@ -57,7 +57,7 @@ def writing(settings: Settings, folder: Path) -> tuple[Ratio, dict[str, Any]]:
 
     def write_raw(paths: Sequence[Path]) -> None:
         for path, content in zip(paths, contents, strict=True):
-            with open(path, "wb", buffering=0) as file:
+            with path.open("wb", buffering=0) as file:
                 file.write(content)
                 os.fsync(file.fileno())
 

@@ -75,7 +75,7 @@ def _main(args: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         print_lines("lgd: interrupted", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception:  # noqa: BLE001 - nothing above it can answer
         # Python itself would print the message of the error as it is.
         traceback.print_exc()
         return 1

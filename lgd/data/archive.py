@@ -130,9 +130,9 @@ def read_sample(
 
 def _checked_meta(content: memoryview, shard: Shard) -> tuple[PatchMeta | None, str]:
     meta, reason = parse_meta(content, shard.split)
-    if meta and not reason and shard.labels and meta.label is not None:
-        if type(meta.label) is not int or not 0 <= meta.label < shard.labels:
-            reason = f"field label is {meta.label!r:.80}, and the set has {shard.labels} classes"
+    label = meta.label if meta and not reason else None
+    if shard.labels and label is not None and (type(label) is not int or not 0 <= label < shard.labels):
+        reason = f"field label is {label!r:.80}, and the set has {shard.labels} classes"
     return meta, reason
 
 
@@ -196,7 +196,7 @@ def write_archive(path: Path, samples: Iterable[tuple[str, Sequence[bytes]]], ex
     crcs: list[int] = []
     with publish(path) as temporary:
         form = {"user": "lgd", "group": "lgd", "mtime": 0, "encoder": False}
-        with open(temporary, "wb") as stream, webdataset.TarWriter(stream, **form) as writer:
+        with temporary.open("wb") as stream, webdataset.TarWriter(stream, **form) as writer:
             for key, contents in samples:
                 for suffix, content in zip(suffixes, contents, strict=True):
                     # One call a member: of one call's members the writer keeps the alphabetical order.
@@ -206,7 +206,7 @@ def write_archive(path: Path, samples: Iterable[tuple[str, Sequence[bytes]]], ex
         places = [(member.offset_data, member.size) for member in tar_members(temporary)]
     rows = [(*place, crc) for place, crc in zip(places, crcs, strict=True)]
     index = np.array(rows, dtype=INDEX).reshape(-1, len(extensions))
-    with publish(path.with_suffix(".idx")) as temporary, open(temporary, "wb") as stream:
+    with publish(path.with_suffix(".idx")) as temporary, temporary.open("wb") as stream:
         np.save(stream, index, allow_pickle=False)
 
 

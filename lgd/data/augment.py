@@ -51,7 +51,7 @@ def _by_element(x: Tensor, k_B: Tensor | np.ndarray, dims: tuple[int, int]) -> T
     if not k_B.any():
         return x
     turned = torch.empty_like(x)
-    for k in k_B.unique().tolist():
+    for k in sorted(set(k_B.tolist())):
         rows = (k_B == k).nonzero().flatten().to(x.device)
         part = torch.rot90(x[rows], k % 4, dims)
         turned[rows] = part.flip(dims[1]) if k >= 4 else part
@@ -74,7 +74,8 @@ def draw(seed: int, epoch_B: np.ndarray, sample_B: np.ndarray, purpose: str, n: 
 
 def drawn_views(seed: int, epoch_B: np.ndarray, sample_B: np.ndarray) -> np.ndarray:
     """The element of D4 by which training turns each sample, int64 (B,); the arguments are those of `draw`."""
-    return np.floor(8 * draw(seed, epoch_B, sample_B, "view", 1)[:, 0]).astype(np.int64)
+    view_B: np.ndarray = np.floor(8 * draw(seed, epoch_B, sample_B, "view", 1)[:, 0])
+    return view_B.astype(np.int64)
 
 
 def stain_jitter(rgb_B3HW: Tensor, u_B6: Tensor | np.ndarray, sigma: float) -> Tensor:

@@ -10,7 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from lgd.data.layouts import Problem
 from lgd.data.manifest import Entry, Manifest, Options, Sources
@@ -84,7 +84,7 @@ def open_target(text: str | Path) -> Path:
         probe = out / ".manifest.json.0.tmp"
         write_bytes(probe, b"")
         remove(probe)
-    return out
+    return cast(Path, out)
 
 
 def reused(out: Path, recipe: Building) -> Manifest:
@@ -108,12 +108,12 @@ def begin(out: Path, recipe: Building) -> set[str]:
     """Mark OUT as being built from this recipe, or see that an interrupted build was of the same; what lies there."""
     marker = out / _MARKER
     names = set(list_folder(out))
-    if _MARKER in names or not create_json(marker, recipe.document()):
-        if Building.read(marker) != recipe:
-            raise DataError(
-                f"{out} holds an unfinished build of something else (other options, sources or codecs): "
-                "remove it, or give --out another folder"
-            )
+    begun = _MARKER in names or not create_json(marker, recipe.document())
+    if begun and Building.read(marker) != recipe:
+        raise DataError(
+            f"{out} holds an unfinished build of something else (other options, sources or codecs): "
+            "remove it, or give --out another folder"
+        )
     _remove(out, filter(_LEFTOVER.fullmatch, names))
     return names
 
@@ -133,7 +133,7 @@ def require_marker(out: Path, building: str) -> None:
 
 def write_rejected(out: Path, problems: Sequence[Problem]) -> None:
     """Publish OUT/rejected.csv: what was left out, and why."""
-    with publish(out / "rejected.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+    with publish(out / "rejected.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         rows = []
         for problem in problems:
             where = problem.he or problem.ihc

@@ -18,8 +18,9 @@ from lgd.config import LEVEL_NAMES
 from lgd.data.meta import Origin
 from lgd.errors import ConfigError, DataError, require
 from lgd.extensions import FORM, is_python, load_object
-from lgd.files import Kind, is_remote, list_folder
+from lgd.files import Kind, list_folder
 from lgd.tables import read_csv
+from lgd.urls import is_remote
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 _TEXTS = ("marker", "center", "scanner", "ihc_slide")

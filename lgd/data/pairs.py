@@ -6,8 +6,9 @@ from pathlib import Path
 from lgd.data.layouts import NOWHERE, Candidate, Problem, find_layout, is_csv, safe_key
 from lgd.data.meta import UNPRINTABLE, Origin
 from lgd.errors import DataError
-from lgd.files import exists, is_remote, list_folder, place
+from lgd.files import exists, list_folder
 from lgd.tables import read_csv
+from lgd.urls import is_remote, place
 
 # With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.
 _LONGEST_KEY = 72
@@ -46,10 +47,12 @@ def find_pairs(
     root or a CSV is missing or malformed, or holds no patches at all.
     """
     scanner, root = find_layout(layout), place(root)
-    if is_remote(root):
-        folder = not is_csv(root) if scanner.takes_csv else bool(list_folder(root))
-    else:
+    if not is_remote(root):
         folder = root.is_dir()
+    elif scanner.takes_csv:
+        folder = not is_csv(root)
+    else:
+        folder = bool(list_folder(root))
     if not folder and not exists(root):
         raise DataError(f"{root} does not exist: give --root an existing folder or url")
     if not folder and not scanner.takes_csv:

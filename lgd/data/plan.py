@@ -145,7 +145,8 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
     x = x + GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def rank_positions(position: int, batch: int, accumulate: int, world: World) -> list[np.ndarray]:

@@ -77,7 +77,8 @@ def equal_runs(value_n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def differs(value_n: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Whether the runs that begin at `starts` hold more than one value."""
-    return np.minimum.reduceat(value_n, starts) != np.maximum.reduceat(value_n, starts)
+    differing: np.ndarray = np.minimum.reduceat(value_n, starts) != np.maximum.reduceat(value_n, starts)
+    return differing
 
 
 def _same_keys(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
 
-from lgd.data.archive import INDEX, Shard, read_member, write_archive
+from lgd.data.archive import Shard, read_member, write_archive
 from lgd.data.building import (
     Building,
     begin,
@@ -40,6 +40,7 @@ from lgd.data.building import (
 )
 from lgd.data.duplicates import leave_out_duplicates, refuse_spellings
 from lgd.data.image import codecs, decode
+from lgd.data.index import INDEX
 from lgd.data.layouts import Problem, check_layout
 from lgd.data.manifest import (
     HER2,
@@ -70,9 +71,10 @@ from lgd.data.sources import (
 from lgd.data.split import SPLITS, parse_split
 from lgd.distribute import map_with, restore_connection
 from lgd.errors import DataError, require
-from lgd.files import digest_of, exists, is_remote, place, sha256, upload, write_bytes
+from lgd.files import digest_of, exists, sha256, write_bytes
 from lgd.locks import exclusive
 from lgd.logs import progress
+from lgd.urls import is_remote, place, upload
 
 __all__ = ["INDEX", "Shard", "ShardOptions", "build", "build_shards", "decode", "read_member"]
 
@@ -136,7 +138,7 @@ class ShardOptions:
     @property
     def known_mpp(self) -> float | None:
         """The scale of all pairs that do not state it themselves, if there is one."""
-        return None if self.mpp == "unknown" else self.mpp  # type: ignore[return-value]
+        return None if self.mpp == "unknown" else self.mpp
 
     @property
     def threads(self) -> int:

@@ -19,8 +19,8 @@ from lgd.data.image import decode
 from lgd.data.meta import SKIPPED, PatchMeta
 from lgd.data.plan import offsets
 from lgd.errors import DataError
-from lgd.files import is_remote
 from lgd.remote import drop_damaged
+from lgd.urls import is_remote
 
 Numbers = Sequence[int] | np.ndarray
 

@@ -92,7 +92,7 @@ def _jpeg_segments(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
-        if marker == 0xFF or marker == _TEM or marker in _RESTARTS or marker == _SOI:
+        if marker in (0xFF, _TEM, _SOI) or marker in _RESTARTS:
             at += 1 if marker == 0xFF else 2
             continue
         length = int.from_bytes(data[at + 2 : at + 4])

@@ -59,13 +59,15 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], sigma: float 
     right = np.exp(-2 * (np.pi * sigma_x * fft.rfftfreq(shape[1])) ** 2).astype(np.float32)
     spectrum = fft.rfft2(rng.standard_normal(shape, dtype=np.float32)) * down[:, None] * right
     spectrum[0, 0] = 0
-    smooth = fft.irfft2(spectrum, s=shape)
-    return smooth / smooth.std()
+    smooth: np.ndarray = fft.irfft2(spectrum, s=shape)
+    smooth /= smooth.std()
+    return smooth
 
 
 def _distance(field: np.ndarray) -> np.ndarray:
     """About the distance to the field's zero, in samples, at most 8."""
-    return np.clip(field / np.maximum(np.hypot(*np.gradient(field)), 1e-3), -8, 8).astype(np.float32)
+    distance: np.ndarray = field / np.maximum(np.hypot(*np.gradient(field)), 1e-3)
+    return distance.clip(-8, 8).astype(np.float32)
 
 
 def _at(field: np.ndarray, yx: np.ndarray) -> np.ndarray:
@@ -73,7 +75,7 @@ def _at(field: np.ndarray, yx: np.ndarray) -> np.ndarray:
     if field is _NOWHERE:
         return field
     at = np.stack([yx[..., 0], yx[..., 1]]) + np.float32(_MARGIN)
-    return ndimage.map_coordinates(field, at, order=1, mode="wrap")
+    return np.asarray(ndimage.map_coordinates(field, at, order=1, mode="wrap"))
 
 
 class Tissue:
@@ -185,7 +187,7 @@ def _scatter(rng: np.random.Generator, side: int, pitch: float, jitter: float) -
     # Clipped, so that no two cells fall together.
     moved = lattice @ rotation + np.clip(rng.normal(0.0, jitter, lattice.shape), -0.4, 0.4) * pitch
     low, high = -_MARGIN, side - _MARGIN
-    middle = moved + (low + high) / 2
+    middle: np.ndarray = moved + (low + high) / 2
     return middle[((middle > low) & (middle < high)).all(-1)]
 
 

@@ -99,7 +99,7 @@ def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str
     chosen = manifest.options.as_json()
     chosen.pop("he_size")
     try:
-        options = ShardOptions(layout=manifest.layout, root="root", out="out", **chosen)  # type: ignore[arg-type]
+        options = ShardOptions(layout=manifest.layout, root="root", out="out", **chosen)
     except (ConfigError, TypeError, ValueError) as error:
         yield f"field options or layout is malformed ({error})"
         return

@@ -84,7 +84,8 @@ def find_images(names: Sequence[str | Path]) -> Found:
         elif path.is_file() or path.is_symlink():
             named.append(path)
         else:
-            matching = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+            # `Path.glob` takes no absolute pattern, and also finds hidden files.
+            matching = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]  # noqa: PTH207
             if not matching:
                 raise DataError(f"{name} is no file, no folder, and no pattern that matches files")
             named += matching
@@ -92,14 +93,19 @@ def find_images(names: Sequence[str | Path]) -> Found:
     again: dict[str, Path] = {}
     for path in sorted(named):
         first = taken.setdefault(os.path.realpath(path), path)
-        if os.path.abspath(first) != os.path.abspath(path):
-            again[os.path.abspath(path)] = path
+        if _spell_out(first) != _spell_out(path):
+            again[_spell_out(path)] = path
     notes = []
     if others:
         notes.append(f"left out {len(others)} files that are no JPEG, PNG or WebP{_listed(others)}")
     if again:
         notes.append(f"left out {len(again)} further names of the same files{_listed(list(again.values()))}")
     return Found(list(taken.values()), notes)
+
+
+def _spell_out(path: Path) -> str:
+    # `Path.absolute` keeps what is between `x/..`, and `Path.resolve` follows links.
+    return os.path.abspath(path)  # noqa: PTH100
 
 
 def list_sources(images: Images) -> list[ImageSource]:
@@ -178,7 +184,7 @@ def _files(folder: Path) -> Iterator[Path]:
     for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         inside = []
         for name in sorted(folders):
-            target = os.path.realpath(os.path.join(at, name))
+            target = os.path.realpath(Path(at, name))
             # A link may lead back to where it lies.
             if not name.startswith(".") and target not in entered:
                 entered.add(target)
@@ -193,7 +199,7 @@ def _is_image(path: Path) -> bool:
         # A link to nowhere is told as an image that cannot be read; a pipe would be waited for.
         return named and not path.exists()
     try:
-        with open(path, "rb") as stream:
+        with path.open("rb") as stream:
             return named or kind(stream.read(12)) is not None
     except OSError:
         return named

@@ -136,4 +136,5 @@ def unit(x_nD: Floats) -> Floats:
     x_nD = np.asarray(x_nD, dtype=np.float64)
     if not np.isfinite(x_nD).all():
         raise DataError("a latent is not finite: the training diverged, lower train.lr")
-    return x_nD / np.maximum(np.linalg.norm(x_nD, axis=1, keepdims=True), 1e-12)
+    unit_nD: Floats = x_nD / np.maximum(np.linalg.norm(x_nD, axis=1, keepdims=True), 1e-12)
+    return unit_nD

@@ -24,11 +24,12 @@ from lgd.evaluate.evaluation import Evaluation
 from lgd.evaluate.figures import confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
 from lgd.evaluate.markdown import GALLERIES, retrieval_sections, robustness_sections, shown, ways_section
 from lgd.evaluate.slides import WAYS, both_ways, scores
-from lgd.files import exists, is_remote, list_folder, read_bytes, remove, upload_folder, write_bytes
+from lgd.files import exists, list_folder, read_bytes, remove, upload_folder, write_bytes
 from lgd.markup import code_block, escape_markdown, list_items, markdown_table
 from lgd.metrics import Predictions, paired_difference, score_with_intervals
 from lgd.records import Count, Document, Many
 from lgd.text import escape_text
+from lgd.urls import is_remote
 
 _HEADLINE = {
     "accuracy": "accuracy",

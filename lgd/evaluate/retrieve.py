@@ -56,7 +56,7 @@ def check_pair(scorer: Scorer, store: Store) -> None:
         )
 
 
-def query(
+def query(  # noqa: PLR0913 - a public function, whose options are given by name
     scorer: Scorer | str | Path | None,
     store: Store | str | Path,
     images: Images = (),

@@ -87,4 +87,4 @@ def as_cells(row: Prediction | SlidePrediction) -> dict[str, Any]:
     """A row for a table or a CSV: a column a probability, the notes in the last one."""
     fields = as_json(row)
     plain = {name: value for name, value in fields.items() if name not in ("probabilities", "notes")}
-    return plain | fields["probabilities"] | {"notes": join_notes(fields["notes"])}
+    return {**plain, **fields["probabilities"], "notes": join_notes(fields["notes"])}

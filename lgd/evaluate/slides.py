@@ -81,7 +81,7 @@ def both_ways(predictions: Predictions, resamples: int, seed: int) -> dict[str, 
     of_area = scores(area, resamples, seed)
     of_area["metrics"] = {name: of_area["metrics"][name] for name in ANSWERS}
     patches = Counter(predictions.groups)
-    of_area["one_patch_decides"] = sum(100 > PERCENT * patches[slide] for slide in area.keys)
+    of_area["one_patch_decides"] = sum(PERCENT * patches[slide] < 100 for slide in area.keys)
     return {
         "by_slide": scores(mean, resamples, seed),
         "by_area": of_area,

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,10 +31,16 @@ _OUTPUT_NORMS = "hidden_states_norms."
 
 def new_backbone(settings: dict[str, Any]) -> nn.Module:
     """A backbone with random weights; `ValueError` where the fields make none, or one too large."""
+    draft(json.dumps(settings))
+    network: nn.Module = _auto_backbone().from_config(_make_config(settings), trust_remote_code=False)
+    return network
+
+
+def _auto_backbone() -> Any:
+    # transformers does not annotate it.
     from transformers import AutoBackbone
 
-    draft(json.dumps(settings))
-    return AutoBackbone.from_config(_make_config(settings), trust_remote_code=False)
+    return AutoBackbone
 
 
 def load_backbone(settings: dict[str, Any], files: list[Path]) -> nn.Module:
@@ -63,7 +69,7 @@ def load_backbone(settings: dict[str, Any], files: list[Path]) -> nn.Module:
             use_safetensors=True,
         )
     _check_loaded(backbone, found, needed)
-    return backbone.float()
+    return cast(nn.Module, backbone.float())
 
 
 def list_fields(kind: str) -> set[str]:
@@ -95,13 +101,11 @@ def draft(settings: str) -> tuple[Any, Shapes]:
 
     Raises `ValueError` where the settings make no network, or one that is too large.
     """
-    from transformers import AutoBackbone
-
     fields = json.loads(settings)
-    config, budget = _make_config(fields), _Budget()
+    auto, config, budget = _auto_backbone(), _make_config(fields), _Budget()
     try:
         with torch.device("meta"), budget:
-            network = AutoBackbone.from_config(config, trust_remote_code=False)
+            network = auto.from_config(config, trust_remote_code=False)
         shapes, channels = shapes_of(network), list(network.channels)
     except Exception as error:
         if not budget.spent:
@@ -186,8 +190,9 @@ def _errors_of_transformers(problem: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the tables and bars of transformers: what matters in them is raised."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -195,14 +195,15 @@ class Encoder(nn.Module):
     def forward(self, rgb_B3HW: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in 0..255, any dtype -> (B, channels, h, w)."""
         if self.is_outside:
-            map_BCHW = self.backbone(rgb_B3HW.float())
+            map_BCHW: torch.Tensor = self.backbone(rgb_B3HW.float())
             if map_BCHW.ndim != 4 or map_BCHW.shape[1] != self.channels:
                 shape = tuple(map_BCHW.shape)
                 raise ConfigError(f"encoder {self.spec.name} gives {shape}, and should give (B, {self.channels}, h, w)")
             return map_BCHW
         dtype = next(self.backbone.parameters()).dtype
         normal_B3HW = (rgb_B3HW.float() - self.mean.float()) / self.std.float()
-        return self.backbone(normal_B3HW.to(dtype)).feature_maps[-1]
+        last_BCHW: torch.Tensor = self.backbone(normal_B3HW.to(dtype)).feature_maps[-1]
+        return last_BCHW
 
     def train(self, mode: bool = True) -> "Encoder":
         """Pretrained BatchNorm keeps its statistics, whatever the mode."""

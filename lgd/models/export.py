@@ -14,10 +14,11 @@ from torch import nn
 
 from lgd.errors import DataError
 from lgd.extensions import refuse_unnamed
-from lgd.files import place, publish, remove, sha256
+from lgd.files import publish, remove, sha256
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig
 from lgd.models.weights import compare_shapes, load_tensors, read_shapes, shapes_of
 from lgd.remote import open_checked
+from lgd.urls import place
 
 Network = TypeVar("Network", bound=nn.Module)
 

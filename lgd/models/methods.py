@@ -176,7 +176,7 @@ class LgdNet(Method):
     network = HallucinatingStudent
     needs = ("pooled", "map", "nuclei", "membrane")
     retrieves_by = "latents"
-    controls = {
+    controls: ClassVar[Mapping[str, Mapping[str, float | str]]] = {
         "without hallucination": {"hallucination_weight": 0.0, "contrast_weight": 0.0},
         "without contrast": {"contrast_weight": 0.0},
         "without soft levels": {"distil_weight": 0.0},

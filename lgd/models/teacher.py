@@ -53,7 +53,8 @@ class Teacher(nn.Module):
 
     def levels_of(self, pooled_nD: torch.Tensor) -> torch.Tensor:
         """The logits (n, 4) of pooled latents, which are relative to their mean as `forward` gives them."""
-        return self.head(pooled_nD + self.pooled_mean)
+        logits_n4: torch.Tensor = self.head(pooled_nD + self.pooled_mean)
+        return logits_n4
 
     def centre(self, pooled_D: torch.Tensor, map_D: torch.Tensor) -> None:
         """Move the origin of the latents to these means of what `forward` gives."""

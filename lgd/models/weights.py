@@ -26,14 +26,14 @@ def read_shapes(path: Path, *, name: Path | None = None) -> Shapes:
     name = name or path
     if not path.is_file():
         raise DataError(f"{name} is missing: copy it again")
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         head = int.from_bytes(file.read(8), "little")
     if head > _MOST_HEAD:
         raise DataError(f"{name} is no safetensors file, or damaged (its head states {head} bytes): copy it again")
     shapes: Shapes = {}
     try:
         with safe_open(path, "pt") as file:
-            for tensor in file.keys():  # noqa: SIM118
+            for tensor in file.keys():  # noqa: SIM118 - it has no other way to its names
                 part = file.get_slice(tensor)
                 shapes[tensor] = tuple(part.get_shape())
                 kind = part.get_dtype()

@@ -116,4 +116,5 @@ def _estimate_glass(pixel_3P: np.ndarray) -> np.ndarray:
     up_to_256 = np.bincount(darkest_P, minlength=256).cumsum()
     least = np.searchsorted(up_to_256, (1 - _S["glass_share"]) * len(darkest_P), side="right")
     glass_3 = np.median(pixel_3P[:, darkest_P >= least], axis=1)
-    return np.maximum(glass_3, max(_S["glass_cast"] * glass_3.max(), _S["glass_least"]))
+    white_3: np.ndarray = np.maximum(glass_3, max(_S["glass_cast"] * glass_3.max(), _S["glass_least"]))
+    return white_3

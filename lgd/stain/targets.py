@@ -189,7 +189,7 @@ def _checked(mpp: float | None) -> float:
 
 def _chunks(rgb_B3HW: Tensor) -> tuple[Tensor, ...]:
     # Decoders give channels last; whole planes made everything after them nearly twice as fast.
-    return rgb_B3HW.contiguous().split(max(1, _CHUNK_PIXELS // rgb_B3HW[0, 0].numel()))
+    return torch.split(rgb_B3HW.contiguous(), max(1, _CHUNK_PIXELS // rgb_B3HW[0, 0].numel()))
 
 
 def _detection_step(mpp: float) -> int:

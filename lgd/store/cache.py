@@ -19,7 +19,7 @@ from lgd.config import Config
 from lgd.data.archive import Shard
 from lgd.data.stream import Sample
 from lgd.errors import DataError
-from lgd.files import exists, list_folder, place
+from lgd.files import exists, list_folder
 from lgd.locks import LOCK, exclusive
 from lgd.logs import progress
 from lgd.store.latents import Store, commit
@@ -27,6 +27,7 @@ from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import is_complete
 from lgd.store.supervision import Supervision, recipe_of, stored
 from lgd.store.writer import shard_writer
+from lgd.urls import place
 
 SHARDS_AT_ONCE = 2
 """Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""

@@ -103,7 +103,7 @@ def _export(store: Store, out: Path, asked: Sequence[str]) -> list[dict[str, Any
     for stale in _claimed(out, files.values()):
         remove(out / stale)
     facts = {"store": store.digest, "teacher": store.recipe.teacher.weights_sha256, "splits": ",".join(asked)}
-    ExportDocument(files=tuple(sorted(files.values())), **facts).write(out / "export.json")  # type: ignore[arg-type]
+    ExportDocument(files=tuple(sorted(files.values())), **facts).write(out / "export.json")
     rows = [_write(out / files[group], group, patches, facts) for group, patches in groups.items()]
     unknown = sum(not row["coords_known"] for row in rows)
     if unknown:

@@ -87,7 +87,7 @@ def _check_cells(content: mmap.mmap, at: int, cells: int, rows: int, size: int) 
     kind, listed = struct.unpack("<4sQ", content[at : at + 12].ljust(12))
     at += 12
     # Where more than half of the cells are empty, FAISS lists the others by number and size.
-    if not (kind == b"full" and listed == cells or kind == b"sprs" and listed <= cells):
+    if not ((kind == b"full" and listed == cells) or (kind == b"sprs" and listed <= cells)):
         raise ValueError(f"other bytes than an index of {cells} cells has, from byte {at - 12} on")
     size_c = np.frombuffer(content[at : at + 8 * listed], "<u8")
     if kind == b"sprs":

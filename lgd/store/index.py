@@ -38,7 +38,7 @@ import numpy as np
 from lgd.data.archive import Shard
 from lgd.distribute import map_with
 from lgd.errors import DataError
-from lgd.files import is_remote, list_folder, publish, remove, xxh3
+from lgd.files import list_folder, publish, remove, xxh3
 from lgd.locks import exclusive
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of, check_file, code_bytes
@@ -54,6 +54,7 @@ from lgd.store.search import (
     unit,
 )
 from lgd.store.table import write_table
+from lgd.urls import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +260,8 @@ class _Add:
             cell_n = np.ascontiguousarray(self.coarse.search(vectors_nD, 1)[1][:, 0])
             row_n = np.arange(before + first, before + first + len(vectors_nD))
             index.add_core(len(vectors_nD), *map(faiss.swig_ptr, (vectors_nD, row_n, cell_n)))
-        return faiss.serialize_index(index)
+        content: np.ndarray = faiss.serialize_index(index)
+        return content
 
 
 def _in_order(faiss: Any, index: Any) -> np.ndarray:
@@ -328,7 +330,7 @@ def _publish(folder: Path, suffix: str, write: Callable[[Path], None]) -> IndexF
     made = []
 
     def name_of(path: Path) -> str:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             made.append(IndexFile(bytes=path.stat().st_size, xxh3=xxh3(file)))
         return f"{made[0].xxh3}{suffix}"
 
@@ -339,9 +341,9 @@ def _publish(folder: Path, suffix: str, write: Callable[[Path], None]) -> IndexF
 
 def _write(index: Any, path: Path, kind: tuple[str, int, int, int]) -> None:
     faiss = import_faiss()
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         # Of a full disk FAISS's own writer tells in a text only.
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         # Another release of FAISS may write other bytes, which no search would take.
         check_file(file, *kind)

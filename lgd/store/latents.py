@@ -18,13 +18,14 @@ import numpy as np
 from lgd.data.archive import Shard
 from lgd.data.shard_set import ShardFolder
 from lgd.errors import DataError
-from lgd.files import digest_of, format_diff, list_folder, place, remove
+from lgd.files import digest_of, format_diff, list_folder, remove
 from lgd.logs import progress
 from lgd.records import MissingDocument
 from lgd.store.document import SourcesDocument, StoreDocument, as_document
 from lgd.store.parts import Part, PartFile
 from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import REMEDY, Layout, part_name, read_sidecar
+from lgd.urls import place
 
 __all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store", "commit", "read_all", "read_levels"]
 

@@ -39,7 +39,7 @@ def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray | None) -
     rows = sum(part.rows for part in parts)
     kind = _type(keys, slides)
     head = _head(kind, rows)
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         file.write(head)
         # Whoever writes through a map where the disk is full is killed by SIGBUS.
         os.posix_fallocate(file.fileno(), 0, len(head) + rows * kind.itemsize)

@@ -51,7 +51,7 @@ class PartWriter:
 
     def _reserve(self, size: int) -> None:
         # HDF5 2.0 crashes some time after it has met a full disk: it may only write where there is room for sure.
-        with open(self._path, "r+b") as file:
+        with self._path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), size + _METADATA)
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
@@ -205,7 +205,7 @@ def _digests(path: Path, written: Written) -> tuple[int, str, dict[str, str]]:
     """Bytes and digest of a file, and the digest of each dataset in it, in one pass."""
     whole, of_dataset = xxhash.xxh3_128(), {name: xxhash.xxh3_128() for name in written.extents}
     start = 0
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         while block := file.read(_HELD_BYTES):
             whole.update(block)
             view = memoryview(block)

@@ -10,7 +10,6 @@ sample.
 """
 
 import contextlib
-import os
 import re
 import shutil
 import tempfile
@@ -23,23 +22,12 @@ import torch
 from pydantic import Field, JsonValue, model_validator
 
 from lgd.errors import DataError
-from lgd.files import (
-    exists,
-    format_diff,
-    is_remote,
-    list_folder,
-    publish,
-    remove,
-    remove_folder,
-    sync,
-    temporary_path,
-    upload,
-    xxh3,
-)
+from lgd.files import exists, format_diff, list_folder, publish, remove, remove_folder, sync, temporary_path, xxh3
 from lgd.models.export import write_tensors
 from lgd.records import Count, Document, Many, Record, Xxh3
 from lgd.remote import open_checked
 from lgd.train.engine import Moments
+from lgd.urls import is_remote, upload
 
 _TENSORS = ("weights.safetensors", "moments.safetensors")
 
@@ -60,7 +48,8 @@ class Digests(Record):
 
     def of(self, file: str) -> str:
         """That of one of them."""
-        return getattr(self, file.removesuffix(".safetensors"))
+        digest: str = getattr(self, file.removesuffix(".safetensors"))
+        return digest
 
 
 class State(Document):
@@ -128,7 +117,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for file, tensors in zip(_TENSORS, (checkpoint.weights, flat), strict=True):
             with publish(temporary / file) as written:
                 write_tensors(written, tensors)
-                with open(written, "rb") as content:
+                with written.open("rb") as content:
                     digests[file] = xxh3(content)
         state = State(
             step=checkpoint.step,
@@ -258,11 +247,11 @@ def adopt(folder: Path, path: Path, inputs: dict[str, Any], alone: bool = False)
             if other.name > own.name or (alone and other != path):
                 _remove(other)
         local = not is_remote(path) and not is_remote(own)
-        if path == own or (local and own.exists() and os.path.samefile(path, own)):
+        if path == own or (local and own.exists() and path.samefile(own)):
             return
         with _publish(own) as temporary:
             for file, source in opened.items():
-                with publish(temporary / file) as copy, open(copy, "wb") as target:
+                with publish(temporary / file) as copy, copy.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
             state.write(temporary / "state.json")
 
@@ -286,8 +275,8 @@ def _publish(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
+            path.replace(old)
+        temporary.replace(path)
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:

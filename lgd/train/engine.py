@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -183,7 +183,8 @@ class TorchEngine:
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         device = torch.device(self.world.device).type
         with torch.autocast(device, torch.bfloat16, enabled=self.train.precision == "bf16"):
-            return self.module(image)
+            out: dict[str, torch.Tensor] = self.module(image)
+        return out
 
     @contextlib.contextmanager
     def _accumulating(self, last: bool) -> Iterator[None]:
@@ -196,7 +197,7 @@ class TorchEngine:
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         with self._accumulating(last):
-            (loss * self.world.size).backward()
+            torch.autograd.backward(loss * self.world.size)
 
     def step(self, lr: float) -> float:
         limit = self.train.clip or float("inf")
@@ -271,10 +272,10 @@ class DeepSpeedEngine:
     @property
     def model(self) -> nn.Module:
         """The network itself."""
-        return self.engine.module
+        return cast(nn.Module, self.engine.module)
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.engine(image)
+        return cast(dict[str, torch.Tensor], self.engine(image))
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         # DeepSpeed divides by the accumulation steps; the loss is divided by the global count already.

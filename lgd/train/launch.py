@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from lgd.config import LEVEL_NAMES, Config
 from lgd.data.manifest import UNKNOWN
@@ -17,7 +19,7 @@ from lgd.data.overlap import open_disjoint
 from lgd.data.plan import World
 from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError
-from lgd.files import digest_of, exists, is_remote, list_folder, place, remove_folder, sha256
+from lgd.files import digest_of, exists, list_folder, remove_folder, sha256
 from lgd.locks import LOCK, exclusive
 from lgd.process_state import default_environment, stop_signals
 from lgd.train import checkpoint
@@ -25,6 +27,7 @@ from lgd.train.engine import choose, leave_world
 from lgd.train.finished import keeps_others, read_finished, refuse_finished
 from lgd.train.loop import TASKS, train
 from lgd.train.tasks import Task, inputs_of
+from lgd.urls import is_remote, place
 
 logger = logging.getLogger(__name__)
 
@@ -178,9 +181,9 @@ def _join_group(backend: str) -> Iterator[None]:
     if dist.is_initialized():
         yield
     elif "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
         # torchrun's store still has the addresses of the groups before.
-        store = dist.PrefixStore(f"lgd-{next(_GROUPS)}", store)
+        store = PrefixStore(f"lgd-{next(_GROUPS)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         del store
         yield
@@ -188,7 +191,7 @@ def _join_group(backend: str) -> Iterator[None]:
         leave_world()
     else:
         # DeepSpeed wants a group even alone.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         try:
             with default_environment({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}):
                 yield

@@ -14,11 +14,12 @@ import torch
 
 from lgd.config import LEVEL_NAMES
 from lgd.errors import DataError
-from lgd.files import exists, is_remote, read_bytes, upload_folder, write_bytes
+from lgd.files import exists, read_bytes, upload_folder, write_bytes
 from lgd.logs import progress
 from lgd.markup import markdown_table
 from lgd.metrics import confusion
 from lgd.text import dump_json
+from lgd.urls import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Log:
         self.board = SummaryWriter(self.local / "tensorboard", purge_step=start + 1)
         self.name, self.steps, self.batch, self.start, self.done = folder.name, steps, batch, start, start
         # Line by line, so that a killed run's log reaches to its last checkpoint.
-        self.file = open(path, "a", buffering=1)
+        self.file = path.open("a", buffering=1)
         if start:
             logger.info("%s: goes on after step %d of %d", self.name, start, steps)
         self.bar = progress(steps, self.name, "steps", start)

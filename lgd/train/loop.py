@@ -185,7 +185,8 @@ def _add_up(values: torch.Tensor, world: World) -> Callable[[], Any]:
     """Begin to sum `values` over the ranks, in place; what is returned waits for that."""
     if world.size == 1:
         return lambda: None
-    return dist.all_reduce(values, async_op=True).wait
+    work: dist.Work = dist.all_reduce(values, async_op=True)
+    return work.wait
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

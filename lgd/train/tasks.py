@@ -9,7 +9,7 @@ from torch import nn
 from lgd.config import Config
 from lgd.data.plan import ORDER
 from lgd.data.shard_set import ShardSet
-from lgd.files import digest_of, place
+from lgd.files import digest_of
 from lgd.models.description import ModelConfig, TeacherRef
 from lgd.models.export import read_student_config, read_teacher_config
 from lgd.models.losses import Lesson, Terms, level_loss
@@ -17,6 +17,7 @@ from lgd.models.methods import find_method
 from lgd.models.teacher import new_teacher
 from lgd.store.latents import TEACHER, Store
 from lgd.store.supervision import recipe_of
+from lgd.urls import place
 
 
 class Task(Protocol):
@@ -76,7 +77,8 @@ class TeacherTask:
         return {"encoder": self.config.teacher.encoder, "epochs": self.epochs}
 
     def describe(self, model: Any, **facts: Any) -> ModelConfig:
-        return model.describe(**facts)
+        config: ModelConfig = model.describe(**facts)
+        return config
 
     def read_config(self) -> ModelConfig:
         return read_teacher_config(self.folder)
@@ -114,7 +116,8 @@ class StudentTask:
         if self.store is not None:
             teacher = read_teacher_config(self.config.teacher.dir)
             teachers = [TeacherRef(name=TEACHER, weights_sha256=teacher.weights_sha256, licence=teacher.licence)]
-        return model.describe(method=self.config.student.method, teachers=tuple(teachers), **facts)
+        config: ModelConfig = model.describe(method=self.config.student.method, teachers=tuple(teachers), **facts)
+        return config
 
     def read_config(self) -> ModelConfig:
         return read_student_config(self.folder)

@@ -3,6 +3,7 @@
 SLURM itself is not here: these stand-ins start a step's command where SLURM would start it on another node.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -78,17 +79,15 @@ def job(tmp_path):
         env |= {"PATH": f"{bin_dir}:{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         env |= {"SLURM_JOB_ID": number, "SLURM_JOB_NUM_NODES": str(nodes), "SLURMD_NODENAME": "node-a"}
         env |= {"SLURM_CPUS_ON_NODE": "1", "SLURM_EXPORT_ENV": "NONE", **environment}
-        with open(tmp_path / "job.log", "ab") as log:
+        with (tmp_path / "job.log").open("ab") as log:
             process = subprocess.Popen([SCRIPT, *command], env=env, stdout=log, stderr=log, start_new_session=True)
         started.append(process)
         return process
 
     yield start
     for process in started:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
     for folder in ("", "-other"):
         shutil.rmtree(f"/tmp/lgd-ray-{number}{folder}", ignore_errors=True)

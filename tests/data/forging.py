@@ -4,6 +4,8 @@ import io
 import json
 import tarfile
 import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -105,7 +107,7 @@ class Member(NamedTuple):
     type: bytes = tarfile.REGTYPE
     listed: bool = True
     format: int = tarfile.USTAR_FORMAT
-    pax: dict = {}
+    pax: Mapping[str, str] = MappingProxyType({})
 
     def header(self):
         info = tarfile.TarInfo("overridden" if self.pax else self.name)
@@ -132,7 +134,7 @@ def forge(out, change, name=FIRST, **facts):
 
 
 def write_index(path, entries):
-    with open(path, "wb") as stream:
+    with path.open("wb") as stream:
         np.save(stream, entries.reshape(-1, 3) if entries.size % 3 == 0 else entries)
 
 

@@ -5,6 +5,7 @@ import http.server
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from forging import forge, with_content
@@ -72,9 +73,9 @@ def test_damage_to_a_copy_is_told_with_its_place(served, tmp_path):
     _, url = served
     shard = ShardFolder.open(url).shards[0]
     file, index = shard.open()
-    content = bytearray(open(file.name, "rb").read())
+    content = bytearray(Path(file.name).read_bytes())
     content[int(index["offset"][0, 1]) + 9] ^= 1
-    with open(file.name, "r+b") as stream:
+    with Path(file.name).open("r+b") as stream:
         stream.write(content)
     with pytest.raises(DataError) as caught:
         read_sample(file, index, 0, shard, ("he",))
@@ -96,7 +97,7 @@ def test_a_bad_index_does_not_stay_in_the_cache(served, content):
 
 
 def damage(path, place):
-    with open(path, "r+b") as stream:
+    with path.open("r+b") as stream:
         stream.seek(place, 2 if place < 0 else 0)
         byte = stream.read(1)[0]
         stream.seek(-1, 1)

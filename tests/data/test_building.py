@@ -18,9 +18,9 @@ from lgd.data.pairs import find_pairs
 from lgd.data.shards import ShardOptions, build
 from lgd.data.sources import CheckJob, check_chunk
 from lgd.errors import DataError
-from lgd.files import list_folder, place, read_bytes, write_bytes, write_json
+from lgd.files import list_folder, read_bytes, write_bytes, write_json
 from lgd.tables import read_csv
-from lgd.urls import RemoteError
+from lgd.urls import RemoteError, place
 
 PAIRS = 10
 

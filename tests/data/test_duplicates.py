@@ -33,7 +33,7 @@ def table(tmp_path):
         (tmp_path / f"copy{number}.png").write_bytes(encode(pixels, "png"))
 
     def make(*rows):
-        with open(tmp_path / "pairs.csv", "w", newline="") as stream:
+        with (tmp_path / "pairs.csv").open("w", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(COLUMNS)
             writer.writerows([key, f"{he}.png", f"{ihc}.png", *facts] for key, he, ihc, *facts in rows)
@@ -47,7 +47,7 @@ def build_csv(root, out, **changes):
 
 
 def rejected(folder):
-    with open(folder / "rejected.csv", newline="") as stream:
+    with (folder / "rejected.csv").open(newline="") as stream:
         return {row["key"]: row["reason"] for row in csv.DictReader(stream)}
 
 
@@ -211,8 +211,16 @@ def test_mist_as_published_is_built_by_the_documented_command(tmp_path, document
 
 def source(number, he, ihc, label=None, split=None, slide=None):
     pair = PatchPair(
-        **{"key": f"k{number}", "he": None, "ihc": None, "source": f"{he}-{number}", "ihc_source": f"{ihc}-{number}"},
-        **{"label": label, "slide": slide, "group": f"k{number}", "split": split, "mpp": None},
+        key=f"k{number}",
+        he=None,
+        ihc=None,
+        source=f"{he}-{number}",
+        ihc_source=f"{ihc}-{number}",
+        label=label,
+        slide=slide,
+        group=f"k{number}",
+        split=split,
+        mpp=None,
     )
     shape = {"width": 8, "height": 8, "extensions": ("png", "png"), "icc": (None, None)}
     return Source(pair=pair, sha256=(str(he), str(ihc)), **shape)

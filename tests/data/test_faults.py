@@ -85,7 +85,7 @@ def test_a_flipped_bit_in_an_image_is_caught(copy, kind, fault_count):
 
 
 def flip(path, place, bit):
-    with open(path, "r+b") as stream:
+    with path.open("r+b") as stream:
         stream.seek(place)
         byte = stream.read(1)[0]
         stream.seek(place)
@@ -104,7 +104,7 @@ def test_a_cut_tar_is_caught(copy, kind, fault_count):
         path.write_bytes(whole)
         reader = Reader(shards, ("he", "ihc"), 32)
         last = reader.read(shards[0].samples - 1)
-        with open(path, "r+b") as stream:
+        with path.open("r+b") as stream:
             stream.truncate(cut)
         if cut < int(shards[0].index()[-1, 2]["offset"]):
             # While it is open, only what is asked for can be missed.
@@ -197,7 +197,7 @@ def test_a_swapped_index_is_caught(out):
         (index.astype(INDEX.newbyteorder(">")), "is no index of 3 samples"),
         (np.asfortranarray(index), "is no index of 3 samples"),
     ):
-        with open(first, "wb") as stream:
+        with first.open("wb") as stream:
             np.save(stream, changed)
         agree(out)
         assert_refused(out, FIRST, reason)

@@ -173,7 +173,7 @@ def in_manifest(extension):
 
 
 def as_index(out, payload):
-    with open(out / f"{FIRST}.idx", "wb") as stream:
+    with (out / f"{FIRST}.idx").open("wb") as stream:
         np.save(stream, np.array([[payload]], object), allow_pickle=True)
 
 

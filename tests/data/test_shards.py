@@ -51,7 +51,7 @@ def samples_of(folder):
     read = []
     for shard in ShardFolder.open(folder).shards:
         index = shard.index()
-        with open(shard.path, "rb") as stream:
+        with shard.path.open("rb") as stream:
             for row in index:
                 json_, he, ihc = (read_member(stream.fileno(), entry, "test") for entry in row)
                 read.append((shard.name, json.loads(json_), he, ihc))
@@ -123,7 +123,7 @@ def test_plain_webdataset_reads_the_same_pairs(built):
 
 def test_the_index_is_a_plain_npy(built):
     shard = ShardFolder.open(built[1]).shards[0]
-    with open(shard.path.with_suffix(".idx"), "rb") as stream:
+    with shard.path.with_suffix(".idx").open("rb") as stream:
         index = np.load(stream, allow_pickle=False)
     assert index.dtype == INDEX and index.shape == (3, 3) and shard.roles == ("json", "he", "ihc")
     assert (index == shard.index()).all()
@@ -219,7 +219,7 @@ def test_bad_pairs_stop_the_build_or_are_listed(tmp_path, reason, on_bad):
         return
     manifest, _ = build(options(root, out, on_bad="skip"))
     assert manifest.splits["train"].samples == 2 and (manifest.sources.pairs, manifest.sources.rejected) == (3, 2)
-    rows = list(csv.DictReader(open(out / "rejected.csv", newline="")))
+    rows = list(csv.DictReader((out / "rejected.csv").open(newline="")))
     assert len(rows) == 2 and any(reason in row["reason"] for row in rows)
     assert "HE/train/00001_train_9+.png" in [row["he"] for row in rows]
     assert verify(out) == []
@@ -356,7 +356,7 @@ def test_keep_needs_a_published_split(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.png").write_bytes(encode(patch(ord(name)), "png"))
     (tmp_path / "pairs.csv").write_text("he,ihc\na.png,b.png\n")
-    asked = dict(layout="csv", root=str(tmp_path), out=str(tmp_path / "out"))
+    asked = {"layout": "csv", "root": str(tmp_path), "out": str(tmp_path / "out")}
     with pytest.raises(ConfigError, match="--split keep: a.png has no published split"):
         build(ShardOptions(**asked))
     assert build(ShardOptions(**asked, split="group:0,0,1"))[0].splits["test"].labels["unknown"] == 1
@@ -367,8 +367,17 @@ def test_keep_needs_a_published_split(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"shard_size": 0}, {"tile": -1}, {"workers": -1}, {"image": "gif"}, {"image": "jpeg:0"}, {"image": "jpeg:101"}]
-    + [{"mpp": 0.0}, {"mpp": float("nan")}, {"split": "random"}],
+    [
+        *(
+            {"shard_size": 0},
+            {"tile": -1},
+            {"workers": -1},
+            {"image": "gif"},
+            {"image": "jpeg:0"},
+            {"image": "jpeg:101"},
+        ),
+        *({"mpp": 0.0}, {"mpp": float("nan")}, {"split": "random"}),
+    ],
 )
 def test_bad_options_name_themselves(change):
     (name,) = change
@@ -432,9 +441,9 @@ def test_every_flipped_bit_in_a_member_is_found(built, tmp_path):
         damaged[entry["offset"] + dice.randrange(entry["length"])] ^= 1 << dice.randrange(8)
         path = tmp_path / f"{trial}.tar"
         path.write_bytes(damaged)
-        with open(path, "rb") as stream, pytest.raises(DataError, match="train-000000/key.he: its crc32"):
+        with path.open("rb") as stream, pytest.raises(DataError, match="train-000000/key.he: its crc32"):
             read_member(stream.fileno(), entry, "train-000000/key.he")
-    with open(path, "rb") as stream:
+    with path.open("rb") as stream:
         for field, value in (("offset", 2**63 + 5), ("offset", len(whole)), ("length", len(whole) + 1)):
             entry = index[0, 0].copy()
             entry[field] = value
@@ -443,7 +452,7 @@ def test_every_flipped_bit_in_a_member_is_found(built, tmp_path):
 
 
 def test_real_native_patches_cut_into_tiles(real_data, tmp_path):
-    asked = dict(root=str(real_data / "bci-native"), out=str(tmp_path / "out"), tile=256, mpp=0.46)
+    asked = {"root": str(real_data / "bci-native"), "out": str(tmp_path / "out"), "tile": 256, "mpp": 0.46}
     manifest, _ = build(ShardOptions(layout="bci", **asked))
     assert manifest.splits["test"].labels == {"0": 0, "1+": 16, "2+": 16, "3+": 0, "unknown": 0}
     assert verify(tmp_path / "out") == []

@@ -5,7 +5,6 @@ import csv
 import functools
 import http.server
 import io
-import os
 import re
 import signal
 import subprocess
@@ -223,12 +222,12 @@ def test_a_killed_build_goes_on_where_it_stopped(s3, root, local, tmp_path, wher
     child.wait()
     done = finished()
     assert len(done) >= 3 and "manifest.json" not in names() and ".building.json" in names()
-    before = {name: os.stat(Path(out) / f"{name}.tar").st_mtime_ns for name in done} if where == "local" else {}
+    before = {name: Path(out, f"{name}.tar").stat().st_mtime_ns for name in done} if where == "local" else {}
     with pytest.raises(DataError, match="unfinished build of something else"):
         build(options("s3://data/bci", out, **small | {"shard_size": 2}))
     assert build(options("s3://data/bci", out, **small)) == (reference, True)
     if where == "local":
-        assert {name: os.stat(Path(out) / f"{name}.tar").st_mtime_ns for name in done} == before
+        assert {name: Path(out, f"{name}.tar").stat().st_mtime_ns for name in done} == before
         assert contents(out) == contents(tmp_path / "reference")
         return
     assert stored(s3, "set", "versions") == contents(tmp_path / "reference")

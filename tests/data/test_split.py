@@ -16,8 +16,10 @@ def test_the_three_forms():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "group", "keep:", "keep:0", "keep:1", "keep:0.1,0.1", "group:0.8,0.2", "group:0.8,0.1,0.2"]
-    + ["group:1.2,-0.1,-0.1", "group:nan,0.5,0.5", "group:a,b,c", "slide:0.8,0.1,0.1", "keep:inf"],
+    [
+        *("", "group", "keep:", "keep:0", "keep:1", "keep:0.1,0.1", "group:0.8,0.2", "group:0.8,0.1,0.2"),
+        *("group:1.2,-0.1,-0.1", "group:nan,0.5,0.5", "group:a,b,c", "slide:0.8,0.1,0.1", "keep:inf"),
+    ],
 )
 def test_every_other_form_is_refused(text):
     with pytest.raises(ConfigError, match="--split"):

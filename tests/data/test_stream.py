@@ -1,6 +1,7 @@
-import os
+import itertools
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_a_sample_is_what_the_tar_holds(shards):
 
     walked = []
     for number, shard in enumerate(shards):
-        with open(shard.path, "rb") as file:
+        with shard.path.open("rb") as file:
             members = webdataset.tariterators.tar_file_expander([{"url": str(shard.path), "stream": file}])
             for row, sample in enumerate(webdataset.tariterators.group_by_keys(members)):
                 walked.append((number, row, sample))
@@ -78,17 +79,21 @@ def test_native_images_come_one_by_one(shards):
     assert samples.images == {} and [row.images["he"].shape for row in samples.rows] == 3 * [(128, 128, 3)]
 
 
+def list_descriptors():
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
 def test_only_so_many_shards_stay_open(shards, monkeypatch):
     monkeypatch.setattr("lgd.data.stream.OPEN_SHARDS", 2)
-    there = set(os.listdir("/proc/self/fd"))
+    before = list_descriptors()
     reader = Reader(shards, ("he",), 64)
     numbers = [int(number) for number in reader.first[:-1]]
     assert len(numbers) > 3
     once = [reader.read(number).key for number in numbers]
-    assert len(set(os.listdir("/proc/self/fd")) - there) == 2
+    assert len(list_descriptors() - before) == 2
     assert [reader.read(number).key for number in numbers] == once
     reader.close()
-    assert set(os.listdir("/proc/self/fd")) == there
+    assert list_descriptors() == before
 
 
 @settings(max_examples=25, deadline=None)
@@ -157,7 +162,7 @@ def test_a_shard_that_cannot_be_opened_is_never_skipped(shards):
 def damage(shard, row, role):
     """Flip one bit in the middle of a member."""
     entry = shard.index()[row, shard.roles.index(role)]
-    with open(shard.path, "r+b") as file:
+    with shard.path.open("r+b") as file:
         place = int(entry["offset"]) + int(entry["length"]) // 2
         file.seek(place)
         byte = file.read(1)[0]
@@ -171,7 +176,7 @@ def test_only_the_members_that_are_asked_for_are_read(shards):
     for row in range(shards[1].samples):
         damage(shards[1], row, "ihc")
     after = read(shards, 2, roles=("he",))
-    for a, b in zip(sum(before, []), sum(after, []), strict=True):
+    for a, b in zip(itertools.chain(*before), itertools.chain(*after), strict=True):
         assert a.images.keys() == {"he"} and np.array_equal(a.images["he"], b.images["he"])
     with pytest.raises(DataError) as caught:
         Reader(shards, ("ihc",), 64).read(shards[0].samples + 2)

@@ -54,7 +54,7 @@ def test_same_bytes_with_any_number_of_workers(drawn, tmp_path):
 
 def test_truth_describes_the_files(drawn):
     out, summary = drawn
-    with open(out / "truth.csv", newline="") as stream:
+    with (out / "truth.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert tuple(rows[0]) == TRUTH_COLUMNS
     for stain in ("HE", "IHC"):
@@ -256,9 +256,9 @@ def test_grade_follows_the_level_only_as_far_as_coupled(slide, patch, level):
 def test_one_process_at_a_time_draws_into_a_folder(drawn, tmp_path):
     out, summary = drawn
     options = SynthOptions(out=str(tmp_path / "set"), pairs=2, size=64, workers=1)
-    with exclusive(tmp_path / "set", "drawing virtual tissue"):
-        with pytest.raises(TakenError, match=rf"process {os.getpid()} on .* is drawing virtual tissue there"):
-            synthesise(options)
+    taken = pytest.raises(TakenError, match=rf"process {os.getpid()} on .* is drawing virtual tissue there")
+    with exclusive(tmp_path / "set", "drawing virtual tissue"), taken:
+        synthesise(options)
     assert not synthesise(options)["reused"] and not (tmp_path / "set" / LOCK).exists()
     with exclusive(out, "drawing virtual tissue"):
         assert synthesise(SynthOptions(out=str(out), pairs=16, size=64, slides=8)) == summary | {"reused": True}

@@ -16,8 +16,9 @@ from lgd.data.shards import build
 from lgd.data.sources import CheckJob
 from lgd.data.verify import verify
 from lgd.errors import DataError
-from lgd.files import list_folder, place, read_bytes, read_json, write_json
+from lgd.files import list_folder, read_bytes, read_json, write_json
 from lgd.locks import LOCK, exclusive
+from lgd.urls import place
 
 PAIRS = 8
 KINDS = ({}, {"image": "jpeg:40"}, {"image": "png"}, {"salt": "x", "split": "group:0.5,0.25,0.25"})
@@ -166,7 +167,7 @@ def run_builder(environment, asked, barrier, delay, results):
         outcome = "built" if build(asked)[1] else "reused"
     except DataError as error:
         outcome = str(error)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - an outcome of this process
         outcome = traceback.format_exc()
     results.put((began, time.monotonic(), outcome))
 

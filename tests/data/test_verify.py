@@ -56,7 +56,7 @@ def rewrite(out, change, shard="train-000000"):
             tar.addfile(info, io.BytesIO(content))
     with tarfile.open(path) as tar:
         rows = [(m.offset_data, m.size, zlib.crc32(tar.extractfile(m).read())) for m in tar]
-    with open(path.with_suffix(".idx"), "wb") as stream:
+    with path.with_suffix(".idx").open("wb") as stream:
         np.save(stream, np.array(rows, INDEX).reshape(-1, 3))
 
     def agree(manifest):
@@ -212,7 +212,7 @@ def test_a_gap_between_members_is_found_even_where_the_index_allows_for_it(out):
     shard.path.write_bytes(content[:end] + header + content[end:-512])
     index["offset"].reshape(-1)[1:] += 512
     idx = shard.path.with_suffix(".idx")
-    with open(idx, "wb") as stream:
+    with idx.open("wb") as stream:
         np.save(stream, index)
     facts = {"sha256": sha256(shard.path), "idx_sha256": sha256(idx)}
     remanifest(out, lambda manifest: manifest["splits"]["train"]["shards"][0].update(facts))

@@ -176,7 +176,7 @@ def written(tissue_run, change, tmp_path_factory):
 
 
 def test_the_report_holds_every_model_change_and_strength(written):
-    config, folder = written
+    _, folder = written
     found = json.loads((folder / "metrics.json").read_text())["robustness"]
     assert [model["name"] for model in found["models"]] == ["LGD-Net", "IHC teacher"]
     for model in found["models"]:

@@ -6,6 +6,7 @@ PYTHONPATH=tests/examples lgd train --student.method python:mine:Focal --student
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ class Focal(LgdNet):
 
     title = "focal LGD-Net"
     network = Deeper
-    controls = {}
+    controls: ClassVar = {}
 
     def losses(self, out: Outputs, batch: Lesson) -> Terms:
         terms = super().losses(out, batch)

@@ -57,7 +57,7 @@ def test_a_network_lives_on_when_its_file_is_cut_off(tiny_dinov2, tmp_path):
     folder = shutil.copytree(tiny_dinov2, tmp_path / "copy")
     backbone = load(folder)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    with open(folder / "model.safetensors", "r+b") as file:
+    with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(10)
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
 

@@ -196,7 +196,7 @@ def test_code_in_a_folder_is_refused_and_never_run(kind, trap, monkeypatch):
 
 
 def test_code_and_adapters_that_nothing_names_are_left_alone(trap, tiny_dinov2):
-    folder, code, canary = trap
+    folder, _, canary = trap
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil/repo"}))
     one, other = build_encoder(str(folder)).state_dict(), build_encoder(str(tiny_dinov2)).state_dict()

@@ -157,7 +157,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 class Hub(http.server.BaseHTTPRequestHandler):
     """The few answers of a hub that a copy of one repository needs."""
 
-    folder: str
+    folder: Path
 
     def do_GET(self):
         name = self.path.split("?")[0]
@@ -166,22 +166,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
         ):  # fmt: skip
             if f"org/{repository}" in name:
                 return self.answer(status, b"{}", {"X-Error-Code": error})
-        files = sorted(os.listdir(self.folder))
+        files = sorted(path.name for path in self.folder.iterdir())
         if name.startswith("/api/models/org/good/tree/"):
             tree = [
-                {"type": "file", "path": f, "size": os.path.getsize(f"{self.folder}/{f}"), "oid": "0" * 40}
-                for f in files
+                {"type": "file", "path": f, "size": (self.folder / f).stat().st_size, "oid": "0" * 40} for f in files
             ]
             return self.answer(200, json.dumps(tree).encode())
         if name.startswith("/api/models/org/good"):
             return self.answer(
                 200, json.dumps({"id": "org/good", "sha": SHA, "siblings": [{"rfilename": f} for f in files]}).encode()
             )
-        file = f"{self.folder}/{name.rsplit('/', 1)[-1]}"
-        if not os.path.exists(file):
+        file = self.folder / name.rsplit("/", 1)[-1]
+        if not file.exists():
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        with open(file, "rb") as stream:
-            self.answer(200, stream.read(), {"ETag": f'"{os.path.basename(file)}"', "X-Repo-Commit": SHA})
+        return self.answer(200, file.read_bytes(), {"ETag": f'"{file.name}"', "X-Repo-Commit": SHA})
 
     do_HEAD = do_GET
 
@@ -221,8 +219,8 @@ def fetch(*names: str, **env: str) -> list[str]:
 
 
 def test_a_repository_of_the_hub_becomes_a_folder_and_its_errors_are_one_line(tmp_path):
-    Hub.folder = str(tmp_path / "repository")
-    os.mkdir(Hub.folder)
+    Hub.folder = tmp_path / "repository"
+    Hub.folder.mkdir()
     for name in ("config.json", "preprocessor_config.json", "model.safetensors", "evil.py", "pytorch_model.bin"):
         (tmp_path / "repository" / name).write_text(f"content of {name}")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)

@@ -56,7 +56,7 @@ def test_a_file_a_slide_has_the_latents_of_its_patches(exported):
 
 
 def test_unknown_places_are_laid_side_by_side_and_said_to_be(exported, capsys):
-    store, out, told = exported
+    _, out, told = exported
     assert not any(row["coords_known"] for row in told)
     features, coords, attributes = read(out / told[0]["file"])
     assert attributes["patch_size_level0"] == 128 and not attributes["coords_known"]

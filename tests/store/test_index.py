@@ -374,7 +374,7 @@ def test_an_index_can_be_read_while_it_is_replaced(store):
                 searcher = Searcher(Store(store.folder))
                 searcher.search(QUERIES, 5)
                 kinds.append(searcher.document.factory)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - asserted by the main thread
                 wrong.append(error)
 
     readers = [threading.Thread(target=read) for _ in range(2)]

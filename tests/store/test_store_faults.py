@@ -431,7 +431,7 @@ def test_a_hostile_hdf5_file_is_refused_before_use(copy_of, tmp_path, forge, nam
         for other, array in kept.items():
             file.create_dataset(other, data=array)
         forge(file, name, tuple(entry["shape"]), entry["dtype"], secret)
-    with open(path, "ab") as stream:
+    with path.open("ab") as stream:
         # The places that the sidecar names are in the file, so that only HDF5's own account is wrong.
         stream.write(bytes(max(0, len(whole) - path.stat().st_size)))
     if forge is no_hdf5:

@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -251,7 +252,7 @@ def test_a_crash_loses_the_steps_since_the_checkpoint_and_repeats_them(student, 
         with pytest.raises(MemoryError):
             train_under(crashed, "student")
     assert len(log_of(crashed.student.dir)) == 3, "each line is on the disk at once"
-    with open(Path(crashed.student.dir) / "log.jsonl", "a") as file:
+    with Path(crashed.student.dir, "log.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert train_under(crashed, "student")
     assert_same_curve(log_of(crashed.student.dir), log_of(straight.student.dir))
@@ -374,7 +375,7 @@ def damaged(tissue_run, tmp_path):
         shutil.copytree(tissue_run.shard_dirs[0], folder)
         for shard in ShardFolder.open(folder).shards[:bad]:
             entry = shard.open()[1][3, shard.roles.index(role)]
-            with open(shard.path, "r+b") as file:
+            with shard.path.open("r+b") as file:
                 file.seek(int(entry["offset"]) + int(entry["length"]) // 2)
                 byte = file.read(1)[0]
                 file.seek(-1, os.SEEK_CUR)
@@ -468,7 +469,7 @@ def test_the_batch_must_divide_by_the_ranks(tissue_run):
 def test_the_learning_rate_rises_and_falls():
     rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
-    assert rates[10] == 2.0 and all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[10] == 2.0 and all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[55] == pytest.approx(1.0) and 0 < rates[-1] < 0.01
     assert learning_rate(0, 1, 2.0, 0.0) == 2.0
 

@@ -366,7 +366,7 @@ def test_resume_from_a_checkpoint_of_another_run_loses_nothing(train, folder, tm
     before = contents(folder)
     status, message = train(f"--train.resume={strange}", "--train.keep=3", "--overwrite")
     assert status == 1
-    assert str(strange.name) in message and "another run" in message or "other shards" in message
+    assert (str(strange.name) in message and "another run" in message) or "other shards" in message
     assert {name for name in before if "checkpoints" in name} == {
         name for name in contents(folder) if "checkpoints" in name
     }

@@ -53,7 +53,7 @@ def worker_that_records(folder):
         def batches(*args, world, **rest):
             Path(folder).mkdir(parents=True, exist_ok=True)
             name = f"{time.time_ns()}-{world.rank}-{world.size}-{os.getpid()}"
-            with open(Path(folder, name), "w", buffering=1) as file:
+            with Path(folder, name).open("w", buffering=1) as file:
                 for step in real(*args, world=world, **rest):
                     taken = [(int(e), int(n)) for b in step.micro for e, n in zip(b.epoch_B, b.number_B, strict=True)]
                     file.write(json.dumps([step.position, taken]) + "\n")
@@ -265,7 +265,7 @@ def test_what_a_killed_removal_has_left_is_removed_by_the_next_save(tmp_path):
 def lose_moments(folder):
     moments = load_file(folder / "moments.safetensors")
     save_file({name: torch.zeros_like(moment) for name, moment in moments.items()}, folder / "moments.safetensors")
-    with open(folder / "moments.safetensors", "rb") as file:
+    with (folder / "moments.safetensors").open("rb") as file:
         return {"xxh3": {**read_json(folder / "state.json")["xxh3"], "moments": xxh3(file)}}
 
 
