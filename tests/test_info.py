@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lgd.cli import main
+from lgd.data.shard_set import ShardSet
 from lgd.info import as_lines, describe
 from lgd.run_document import Cached
 from lgd.run_folder import record
@@ -35,7 +36,8 @@ def test_a_run_lists_its_stages_and_how_to_go_on(tissue_run, tmp_path, change):
     assert describe(folder)["stages"] is None
     (folder / "config.yaml").unlink()
     config = change(tissue_run, run={"dir": str(folder)}, student={"dir": str(folder / "student")})
-    record(config, "cache-latents", Cached(digest="0" * 64, rows=48), str(folder / "latents"))
+    shards = ShardSet.open(config.shard_dirs)
+    record(config, shards, "cache-latents", Cached(digest="0" * 64, rows=48), str(folder / "latents"))
     description = describe(folder)
     assert description["cache-latents"] == f"{folder}/latents (rows 48)" and "try_next" not in description
     shutil.copytree(tissue_run.student.dir, folder / "student")

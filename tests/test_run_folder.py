@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lgd.cli import main
+from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError
 from lgd.files import read_json
 from lgd.options import Given, load_config
@@ -37,6 +38,10 @@ def run(tissue_run, tmp_path):
     return load_config(tmp_path / "c.yaml")
 
 
+def add_record(config, *rest):
+    record(config, ShardSet.open(config.shard_dirs), *rest)
+
+
 def stages(config):
     return RunDocument.read(Path(config.run.dir) / "run.json").stages
 
@@ -46,16 +51,18 @@ def test_records_of_two_processes_are_all_kept(config, tmp_path):
     code = """
 import sys, time
 from pathlib import Path
+from lgd.data.shard_set import ShardSet
 from lgd.options import load_config
 from lgd.run_document import Cached
 from lgd.run_folder import record
 name, other, folder = sys.argv[1:]
 config = load_config(f"{folder}/c.yaml", ["--report.split", name])
+shards = ShardSet.open(config.shard_dirs)
 (Path(folder) / name).touch()
 while not (Path(folder) / other).exists():
     time.sleep(0.001)
 for number in range(40):
-    record(config, f"{name}{number}", Cached(digest="0" * 64, rows=number))
+    record(config, shards, f"{name}{number}", Cached(digest="0" * 64, rows=number), config.run.dir)
 """
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen([*command, *names, str(tmp_path)]) for names in (("one", "two"), ("two", "one"))]
@@ -71,13 +78,13 @@ for number in range(40):
 
 
 def test_the_first_stage_writes_the_run_and_no_later_one_does(config, change):
-    record(config, "train-teacher", FACTS, config.teacher.dir)
+    add_record(config, "train-teacher", FACTS, config.teacher.dir)
     path = Path(config.run.dir) / "config.yaml"
     first = path.read_bytes()
     assert load_config(path) == config
     other = change(config, report={"split": "val"}, student={"dir": "/x y/s"})
     given = Given("train", {"student.dir": "/x y/s", "config": ["c.yaml"]})
-    record(other, "train", FACTS, other.student.dir, given)
+    add_record(other, "train", FACTS, other.student.dir, given)
     assert path.read_bytes() == first
     (made,) = stages(config)["train"]
     assert (made.folder, made.verb, made.given) == ("/x y/s", "train", given.fields)
@@ -85,8 +92,8 @@ def test_the_first_stage_writes_the_run_and_no_later_one_does(config, change):
     assert command(config, "evaluate") == f"lgd evaluate --config {path}"
     assert command(other, "evaluate") == f"lgd evaluate --config {path} --student.dir '/x y/s' --report.split val"
     # Of one folder the newest record is kept, of several each.
-    record(config, "train", FACTS, config.student.dir)
-    record(other, "train", replace_rows(4), other.student.dir)
+    add_record(config, "train", FACTS, config.student.dir)
+    add_record(other, "train", replace_rows(4), other.student.dir)
     assert [(one.folder, one.facts.rows) for one in stages(config)["train"]] == [
         (config.student.dir, 3),
         (other.student.dir, 4),
@@ -99,9 +106,9 @@ def replace_rows(rows):
 
 def test_a_stage_tells_in_which_fields_earlier_ones_had_other_values(config, change):
     assert note_changes(config, "train") == ""
-    record(config, "train-teacher", FACTS, config.teacher.dir)
+    add_record(config, "train-teacher", FACTS, config.teacher.dir)
     longer = change(config, latents={"map": 3})
-    record(longer, "cache-latents", FACTS, config.latents.dir)
+    add_record(longer, "cache-latents", FACTS, config.latents.dir)
     assert note_changes(longer, "train") == ""
     # On these nothing earlier depends.
     assert (
@@ -146,7 +153,7 @@ def test_a_record_that_cannot_be_read_is_never_lost(config, tmp_path, capsys, co
     assert f"{folder}/run.json" in error and told in error and error.count("\n") == 1
     assert "move it elsewhere to keep what it says, and the next stage begins another" in error
     with pytest.raises(DataError, match=r"run\.json"):
-        record(config, "train", FACTS)
+        add_record(config, "train", FACTS, config.student.dir)
     assert (folder / "run.json").read_bytes() == content
     assert not Path(config.teacher.dir).exists(), "told before hours of work"
 
@@ -217,7 +224,7 @@ def test_the_teacher_s_folder_is_told_to_the_next_stage(tissue_run, tmp_path, ca
 
 
 def test_the_record_is_a_typed_document(config):
-    record(config, "train", FACTS)
+    add_record(config, "train", FACTS, config.student.dir)
     document = json.loads((Path(config.run.dir) / "run.json").read_text())
     assert [*document] == ["format", "stages", "digest"] and document["format"] == "lgd-run/1"
     (made,) = document["stages"]["train"]

@@ -52,7 +52,7 @@ def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:
         found += [caveat for layout in layouts for caveat in layout.caveats]
     taught = shards.count_labels("train")
     if any(taught[name] for name in LEVEL_NAMES) and (untaught := [name for name in LEVEL_NAMES if not taught[name]]):
-        found.append(f"No patch of level {', '.join(untaught)} was in training: the networks cannot call any so.")
+        found.append(f"No patch of level {', '.join(untaught)} was in training: the networks can never predict it.")
     found += _caveats_of_counts(known)
     if unlabelled := len(predictions.keys) - len(known.keys):
         found.append(f"{unlabelled} of {len(predictions.keys)} patches have no level and are not scored.")

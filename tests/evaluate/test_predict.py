@@ -326,7 +326,9 @@ def test_a_bad_file_costs_its_own_row(tissue_run, images, capsys, form, tmp_path
 
 def test_the_command_fails_with_one_message(tissue_run, images, capsys, tmp_path):
     assert main(["predict", str(images)]) == 2
-    assert capsys.readouterr().err == "lgd: name the student: --model DIR, or --config F of its run\n"
+    assert capsys.readouterr().err == (
+        "lgd: name the student: --model DIR (its folder or its run's), or --config FILE of its run\n"
+    )
     assert main(["predict", "--model", str(tmp_path), str(images)]) == 1
     assert "holds no trained student" in capsys.readouterr().err
     assert main(["predict", "--model", tissue_run.student.dir, str(images / "gone.png")]) == 1
