@@ -76,18 +76,18 @@ def _add_predict(parser: Parser) -> Run:
         from lgd.evaluate import images, notes, predict, slide_rows
         from lgd.run_folder import explain_overrides
 
-        found = images.find_images(namespace.images)
+        paths = images.find_images(namespace.images)
         with explain_overrides(config):
-            slide_of = slide_rows.slides_of_images(slides, found.paths) if slides else None
+            slide_of = slide_rows.slides_of_images(slides, paths) if slides else None
             scorer = predict.load_scorer(folder, code=_named_code(namespace, config))
-            predictions = predict.predict(scorer, found.paths, mpp=namespace.mpp, keep_going=True)
+            predictions = predict.predict(scorer, paths, mpp=namespace.mpp, keep_going=True)
         problems = notes.describe_unusable(
             {one.image: one.notes for one in predictions if not one.usable}, len(predictions)
         )
         if not any(one.usable for one in predictions):
             raise DataError(*problems)
         scored = (one.notes for one in predictions if one.usable)
-        for note in (*found.notes, *notes.count_notes(scored, "images")):
+        for note in notes.count_notes(scored, "images"):
             logger.warning("%s", note)
         rows = predictions if slide_of is None else slide_rows.join_slides(predictions, slide_of)
         if namespace.json:
@@ -131,13 +131,13 @@ def _add_query(parser: Parser) -> Run:
             code = _named_code(namespace, config)
             scorer = predict.load_scorer(_find_student(namespace, config), code=code) if namespace.images else None
             store = Store(store_folder)
-            found = images.find_images(namespace.images)
+            paths = images.find_images(namespace.images)
             if drawn:
-                sheet.check_sheet(len(found.paths) + len(namespace.key), namespace.k)
+                sheet.check_sheet(len(paths) + len(namespace.key), namespace.k)
             answers = retrieve.query(
                 scorer,
                 store,
-                found.paths,
+                paths,
                 namespace.k,
                 keys=namespace.key,
                 splits=namespace.split.split(",") if namespace.split else None,
@@ -153,8 +153,6 @@ def _add_query(parser: Parser) -> Run:
             raise DataError(*problems)
         if drawn:
             sheet.draw_sheet(store, answers, drawn)
-        for note in found.notes:
-            logger.warning("%s", note)
         logger.info("%s", answer.count_neighbours(answers))
         for note in answer.collect_notes(store, answers):
             logger.warning("%s", note)

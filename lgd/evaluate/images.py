@@ -1,6 +1,7 @@
 """Images as a user gives them (files, folders, patterns, arrays, Pillow images) -> pixels at the scale of a network."""
 
 import glob
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ _SYSTEM = {"thumbs.db", "desktop.ini"}
 _MOST = 5
 """Names that a message lists."""
 
+logger = logging.getLogger(__name__)
 
 ImageSource = str | Path | np.ndarray | Image.Image
 """A file, a folder or a pattern; an array, uint8 (H, W, 3); or a Pillow image."""
@@ -51,20 +53,11 @@ class MemoryImage(NamedTuple):
 OneImage = Path | MemoryImage
 
 
-class Found(NamedTuple):
-    """What lies under some names."""
-
-    paths: list[Path]
-    """The image files, sorted, each once."""
-    notes: list[str]
-    """What was left out."""
-
-
-def find_images(names: Sequence[str | Path]) -> Found:
-    """The image files of a list of files, folders and glob patterns.
+def find_images(names: Sequence[str | Path]) -> list[Path]:
+    """The image files of a list of files, folders and glob patterns, sorted, each once.
 
     A file that is named is taken. In folders, which are searched deep and through links, a file is taken when its name
-    or its content is that of a JPEG, PNG or WebP; all others are noted, but for hidden ones. Of several names of one
+    or its content is that of a JPEG, PNG or WebP; all others are logged, but for hidden ones. Of several names of one
     file the first is taken. Raises `DataError` for a name that means none, and `ConfigError` for a url.
     """
     named: list[Path] = []
@@ -95,12 +88,11 @@ def find_images(names: Sequence[str | Path]) -> Found:
         first = taken.setdefault(os.path.realpath(path), path)
         if _spell_out(first) != _spell_out(path):
             again[_spell_out(path)] = path
-    notes = []
     if others:
-        notes.append(f"left out {len(others)} files that are no JPEG, PNG or WebP{_listed(others)}")
+        logger.warning("left out %d files that are no JPEG, PNG or WebP%s", len(others), _listed(others))
     if again:
-        notes.append(f"left out {len(again)} further names of the same files{_listed(list(again.values()))}")
-    return Found(list(taken.values()), notes)
+        logger.warning("left out %d further names of the same files%s", len(again), _listed(list(again.values())))
+    return list(taken.values())
 
 
 def _spell_out(path: Path) -> str:
@@ -121,7 +113,7 @@ def take_images(images: Images) -> list[OneImage]:
     taken: list[OneImage] = []
     for number, source in enumerate(list_sources(images)):
         if isinstance(source, str | Path):
-            taken += find_images([source]).paths
+            taken += find_images([source])
         else:
             _check_memory_image(source, f"images[{number}]")
             taken.append(MemoryImage(f"images[{number}]", source))

@@ -254,7 +254,7 @@ def patch(out, spoil):
     [
         (lambda m: m.update(extra=1), "field 'extra': extra fields are not permitted"),
         (lambda m: m.pop("codecs"), "field 'codecs': Field required"),
-        (lambda m: m.update(layout="tar"), "field options or layout is malformed (the layout is unknown"),
+        (lambda m: m.update(layout="tar"), "field options or layout is malformed (--layout is 'tar': use one of bci"),
         (lambda m: m["options"].pop("tile"), "field 'options.tile': Field required"),
         (lambda m: m["options"].update(image="gif"), "field options or layout is malformed (--image gif: use keep"),
         (lambda m: m["options"].update(colour=1), "field 'options.colour': extra fields"),

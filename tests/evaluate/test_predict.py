@@ -42,13 +42,13 @@ def images(tissue, tmp_path):
 
 def test_files_folders_and_patterns_are_found_once_and_sorted(images):
     everything = sorted(images.rglob("*.png"))
-    assert find_images([str(images)]).paths == everything and len(everything) == 5
-    assert find_images([str(images / "*.png")]).paths == everything[-3:]
-    assert find_images([str(images / "**" / "*.png")]).paths == everything
-    assert find_images([str(images / "p1.png"), str(images), str(images / "p?.png")]).paths == everything
+    assert find_images([str(images)]) == everything and len(everything) == 5
+    assert find_images([str(images / "*.png")]) == everything[-3:]
+    assert find_images([str(images / "**" / "*.png")]) == everything
+    assert find_images([str(images / "p1.png"), str(images), str(images / "p?.png")]) == everything
     (images / "notes.txt").write_text("no image")
-    assert find_images([str(images)]).paths == everything
-    assert find_images([str(images / "notes.txt")]).paths == [images / "notes.txt"], "who names a file means it"
+    assert find_images([str(images)]) == everything
+    assert find_images([str(images / "notes.txt")]) == [images / "notes.txt"], "who names a file means it"
 
 
 def test_what_cannot_be_found_is_named(images, tmp_path):
@@ -68,9 +68,9 @@ def test_images_at_urls_are_refused(url):
         find_images([url])
 
 
-def test_a_folder_is_read_as_people_have_them(images, tmp_path):
+def test_a_folder_is_read_as_people_have_them(images, tmp_path, caplog):
     """Copies of viewers and systems are nobody's; links are followed; what is left out is told."""
-    everything = find_images([str(images)]).paths
+    everything = find_images([str(images)])
     for name in (".ipynb_checkpoints/p0-checkpoint.png", "._p0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
         (images / name).parent.mkdir(exist_ok=True)
         shutil.copy(images / "p0.png", images / name)
@@ -78,7 +78,7 @@ def test_a_folder_is_read_as_people_have_them(images, tmp_path):
     shutil.copy(images / "p0.png", tmp_path / "elsewhere" / "scan")
     (images / "slide4").symlink_to(tmp_path / "elsewhere")
     (images / "slide4" / "back").symlink_to(images)
-    assert find_images([str(images)]) == (sorted([*everything, images / "slide4" / "scan"]), [])
+    assert find_images([str(images)]) == sorted([*everything, images / "slide4" / "scan"])
     (images / "c.tif").write_bytes(b"II*\0")
     os.mkfifo(images / "pipe.png")
     (images / "again.png").symlink_to("p0.png")
@@ -86,8 +86,8 @@ def test_a_folder_is_read_as_people_have_them(images, tmp_path):
     found = find_images([str(images), f"{images}/deep/../p1.png"])
     expected = [path for path in everything if path.name != "p0.png"]
     expected += [images / name for name in ("again.png", "gone.png", "slide4/scan")]
-    assert sorted(map(os.path.abspath, found.paths)) == sorted(map(str, expected))
-    assert found.notes == [
+    assert sorted(map(os.path.abspath, found)) == sorted(map(str, expected))
+    assert caplog.messages == [
         f"left out 2 files that are no JPEG, PNG or WebP: {images}/c.tif, {images}/pipe.png",
         f"left out 1 further names of the same files: {images}/p0.png",
     ]
@@ -95,7 +95,7 @@ def test_a_folder_is_read_as_people_have_them(images, tmp_path):
 
 def test_a_file_scores_as_the_network_says(scorer, tissue_run, images):
     model, config = load_student(tissue_run.student.dir)
-    paths = find_images([str(images)]).paths
+    paths = find_images([str(images)])
     rows = {scored.image: scored.values for scored in score_images(scorer, paths, batch=2)}
     assert list(rows) == paths
     for path in paths:
@@ -146,7 +146,7 @@ def test_what_is_no_image_is_named(scorer, images):
     bad = images / "text.png"
     bad.write_text("these are words")
     with pytest.raises(DataError, match=r"text\.png: is no JPEG, PNG or WebP image .*convert or remove it"):
-        predict(scorer, find_images([str(images)]).paths)
+        predict(scorer, find_images([str(images)]))
     with pytest.raises(DataError, match=r"gone\.png cannot be read .No such file"):
         read_image(images / "gone.png", 64)
 
@@ -172,7 +172,7 @@ def of_the_patch(notes):
 
 
 def test_notes_stand_beside_the_results_which_they_do_not_change(scorer, odd_images):
-    rows = {Path(row.image).stem: row for row in predict(scorer, find_images([str(odd_images)]).paths)}
+    rows = {Path(row.image).stem: row for row in predict(scorer, find_images([str(odd_images)]))}
     notes = {name: of_the_patch(row.notes) for name, row in rows.items()}
     assert notes == {**{f"p{n}": [] for n in range(5)}, "ihc0": [NO_HE], "ihc1": [NO_HE], "glass": [NEARLY_BLANK]}
     for name, row in rows.items():
@@ -188,7 +188,7 @@ def predict_slides(scorer, paths, slides):
 def test_a_slide_says_how_many_of_its_patches_have_a_note(scorer, odd_images, tmp_path):
     slides = tmp_path / "slides.csv"
     slides.write_text("key,slide\n" + "".join(f"p{n},A\n" for n in range(5)) + "ihc0,B\nihc1,B\nglass,B\n")
-    rows = predict_slides(scorer, find_images([str(odd_images)]).paths, slides)
+    rows = predict_slides(scorer, find_images([str(odd_images)]), slides)
     assert [list(as_json(row)) for row in rows] == [["slide", "patches", "level", "probabilities", "notes"]] * 2
     assert [of_the_patch(row.notes) for row in rows] == [
         [],
@@ -230,7 +230,7 @@ def test_an_image_is_scored_upright(scorer, images):
 
 
 def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
-    paths = find_images([str(images)]).paths
+    paths = find_images([str(images)])
     slides = tmp_path / "slides.csv"
     # As a spreadsheet writes it: with a byte order mark, and columns that are not asked for.
     slides.write_text("\ufeffkey,slide,note\np0,B,\np1,A,x\np2,B,\np3,A,\np4,B,\nother,C,\n", encoding="utf-8")
@@ -256,15 +256,15 @@ def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
 def test_a_wrong_list_of_slides_is_told(scorer, images, tmp_path, text, told):
     (tmp_path / "slides.csv").write_text(text)
     with pytest.raises(DataError, match=told):
-        predict_slides(scorer, find_images([str(images)]).paths, tmp_path / "slides.csv")
+        predict_slides(scorer, find_images([str(images)]), tmp_path / "slides.csv")
 
 
 def test_a_list_of_slides_cannot_tell_equal_names_apart(scorer, images, tmp_path):
     shutil.copy(images / "p1.png", images / "deep" / "p0.png")
     (tmp_path / "slides.csv").write_text("key,slide\n" + "".join(f"p{n},A\n" for n in range(5)))
     with pytest.raises(DataError, match="slides.csv tells slides by file name, and .*p0.png and .*p0.png have"):
-        predict_slides(scorer, find_images([str(images)]).paths, tmp_path / "slides.csv")
-    assert len(predict(scorer, find_images([str(images)]).paths)) == 6
+        predict_slides(scorer, find_images([str(images)]), tmp_path / "slides.csv")
+    assert len(predict(scorer, find_images([str(images)]))) == 6
 
 
 def test_a_missing_list_of_slides_is_told(tmp_path):
@@ -342,6 +342,6 @@ def test_a_teacher_is_no_student(tissue_run, images, capsys):
 
 def test_real_patches_are_scored_whatever_their_names_say(scorer, real_data):
     """BCI's `.png` files hold JPEG streams of 1024 pixels; the level means nothing here."""
-    rows = predict(scorer, find_images([str(real_data / "bci-native" / "HE")]).paths, mpp="unknown")
+    rows = predict(scorer, find_images([str(real_data / "bci-native" / "HE")]), mpp="unknown")
     assert [Path(row.image).suffix for row in rows] == [".png", ".png"]
     assert rows[0].probabilities != rows[1].probabilities

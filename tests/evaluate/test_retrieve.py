@@ -223,7 +223,7 @@ def test_a_gallery_of_all_splits_finds_the_held_out_pair_too(tissue_run, scorer,
     whole = Store(tmp_path / "latents")
     shards = ShardFolder.open(tissue_run.shard_dirs[0]).shards
     build_index(whole, shards, "Flat", ["train", "val", "test"], recall=0.99, seed=0)
-    (answer,) = query(scorer, whole, find_images([str(images[0])]).paths, 48)
+    (answer,) = query(scorer, whole, find_images([str(images[0])]), 48)
     assert {hit.split for hit in answer.neighbours} == {"train", "val", "test"}
     assert images[0].stem in {hit.key for hit in answer.neighbours}
 
