@@ -15,8 +15,9 @@ from typing import Any
 
 from lgd.config import Config
 from lgd.data.overlap import open_disjoint
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardSet
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.distribute import disconnect
 from lgd.errors import ConfigError

@@ -81,7 +81,8 @@ def tissue_config(tissue: Path) -> Config:
 
     20 pairs are in train, 8 in val and 20 in test; a shard holds 8.
     """
-    from lgd.data.shards import ShardOptions, build
+    from lgd.data.shard_options import ShardOptions
+    from lgd.data.shards import build
 
     shards = tissue.parent / "shards"
     split = {"slides": str(tissue / "truth.csv"), "split": "group:0.5,0.25,0.25"}

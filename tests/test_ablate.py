@@ -15,8 +15,9 @@ from PIL import Image
 from lgd import ablate
 from lgd.ablate import MOST, OURS, AblateOptions, slug, variants
 from lgd.cli import main
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError
 from lgd.evaluate.colour import COLOUR

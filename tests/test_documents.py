@@ -13,7 +13,8 @@ import pytest
 from lgd.ablate import AblationDocument, Compared, Estimate
 from lgd.cli import main
 from lgd.data import shards
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shard_options import ShardOptions
+from lgd.data.shards import build
 from lgd.errors import DataError
 from lgd.files import digest_of
 from lgd.records import Document

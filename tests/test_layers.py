@@ -12,7 +12,7 @@ errors extensions text logs process_state markup plain_yaml urls config files ta
 records locks arguments options download_cache remote
 distribute metrics
 stain.deconvolve stain.targets stain.checks
-data.meta data.layouts data.pairs data.tissue data.sections data.synth data.split
+data.meta data.layouts data.pairs data.tissue data.sections data.synth data.split data.shard_options
 data.tags data.image data.index data.archive data.manifest data.shard_set data.sources data.patches data.duplicates
 data.building data.shards data.repeats data.overlap data.verify
 data.plan data.stream data.augment

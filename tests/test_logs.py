@@ -62,7 +62,8 @@ def test_a_program_that_imports_lgd_sees_nothing_unless_it_asks():
 
 def test_a_program_takes_lines_and_progress_where_it_likes(tissue_config, tmp_path, capsys, caplog, monkeypatch):
     """A stage as a function prints nothing; its records come through `logging`."""
-    from lgd.data.shards import ShardOptions, build
+    from lgd.data.shard_options import ShardOptions
+    from lgd.data.shards import build
 
     monkeypatch.setattr("lgd.logs.EVERY", 0.0)
     with caplog.at_level(logging.INFO, "lgd"):

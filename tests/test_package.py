@@ -59,7 +59,7 @@ def test_type_checkers_see_the_names_that_are_there():
 
 
 def test_build_shards_takes_the_fields_of_the_options(tissue, tmp_path):
-    from lgd.data.shards import ShardOptions
+    from lgd.data.shard_options import ShardOptions
 
     assert [*inspect.signature(lgd.build_shards).parameters] == [*ShardOptions.__dataclass_fields__]
     options = {"layout": "bci", "root": tissue, "slides": tissue / "truth.csv", "mpp": 0.46}

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lgd import pipeline
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardSet
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.errors import DataError
 from lgd.files import read_json, sha256
 from lgd.locks import LOCK

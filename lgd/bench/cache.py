@@ -25,8 +25,9 @@ from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
 from lgd.config import Config
 from lgd.data.archive import Shard, read_sample
 from lgd.data.image import decode
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.distribute import map_with
 from lgd.models.description import NOT_TRAINED
 from lgd.models.export import save_model

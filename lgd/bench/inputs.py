@@ -18,8 +18,9 @@ from lgd.data.archive import Shard, read_sample
 from lgd.data.image import header, kind
 from lgd.data.pairs import PatchPair, find_pairs
 from lgd.data.sections import draw_pair
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.errors import DataError
 
 _DRAWN = 16

@@ -26,8 +26,9 @@ from lgd.config import LEVEL_NAMES, Data
 from lgd.data.archive import Shard
 from lgd.data.image import encode
 from lgd.data.plan import Plan, World, rank_positions
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.data.stream import Reader
 from lgd.store.latents import Rows, Store, commit
 from lgd.store.writer import shard_writer

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lgd.bench.measure import Settings
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shard_options import ShardOptions
+from lgd.data.shards import build
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.files import read_json
 from lgd.options import load_config

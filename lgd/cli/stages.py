@@ -31,7 +31,8 @@ def _add_synth(parser: Parser) -> Run:
 
 
 def _add_build_shards(parser: Parser) -> Run:
-    from lgd.data.shards import ShardOptions, build
+    from lgd.data.shard_options import ShardOptions
+    from lgd.data.shards import build
 
     add_option_arguments(parser, ShardOptions)
 

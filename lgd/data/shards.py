@@ -17,15 +17,13 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
-import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec
+from typing import Any, ParamSpec
 
-from lgd.data.archive import Shard, read_member, write_archive
+from lgd.data.archive import write_archive
 from lgd.data.building import (
     Building,
     begin,
@@ -39,9 +37,8 @@ from lgd.data.building import (
     write_rejected,
 )
 from lgd.data.duplicates import leave_out_duplicates, refuse_spellings
-from lgd.data.image import codecs, decode
-from lgd.data.index import INDEX
-from lgd.data.layouts import Problem, check_layout
+from lgd.data.image import codecs
+from lgd.data.layouts import Problem
 from lgd.data.manifest import (
     HER2,
     UNKNOWN,
@@ -56,9 +53,9 @@ from lgd.data.manifest import (
 )
 from lgd.data.pairs import find_pairs
 from lgd.data.patches import FILE, as_patches
+from lgd.data.shard_options import Encoding, ShardOptions
 from lgd.data.sources import (
     CheckJob,
-    Encoding,
     Sample,
     Source,
     assign,
@@ -70,81 +67,14 @@ from lgd.data.sources import (
 )
 from lgd.data.split import SPLITS, parse_split
 from lgd.distribute import map_with, restore_connection
-from lgd.errors import DataError, require
+from lgd.errors import DataError
 from lgd.files import digest_of, exists, sha256, write_bytes
 from lgd.locks import exclusive
 from lgd.logs import progress
 from lgd.urls import is_remote, place, upload
 
-__all__ = ["INDEX", "Shard", "ShardOptions", "build", "build_shards", "decode", "read_member"]
-
 # Pairs that a worker checks at a time.
 _CHUNK = 64
-# A remote answers each request late, but many at once.
-_REMOTE_THREADS = 16
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardOptions:
-    """What `lgd build-shards` is asked for."""
-
-    layout: str
-    """`bci`, `mist`, or `csv` (columns he, ihc, and those of shards/README.md), or one of yours, as `python:...`."""
-    root: str | Path
-    """Folder or url of the images; for csv the CSV itself, or a folder that holds pairs.csv."""
-    out: str | Path
-    """Folder or url for the shards; empty, new, or one that holds this very set."""
-    split: str = "keep"
-    """`keep` the published split, `keep:0.1` carve a validation share off train, or `group:0.8,0.1,0.1`."""
-    shard_size: int = 512
-    """Samples in one shard."""
-    tile: int = 0
-    """Side of the square tiles that patches are cut into, in pixels; 0 keeps whole patches."""
-    image: str = "keep"
-    """`keep` the original bytes (tiles become PNG), or re-encode to `png` or `jpeg:QUALITY`, turned as EXIF says."""
-    slides: str | Path = ""
-    """CSV (or its url) with the columns key and slide that names the slide of every pair."""
-    mpp: float | Literal["unknown"] | None = None
-    """Micrometres per pixel of all pairs that do not state it themselves; `unknown` where nobody knows."""
-    on_bad: Literal["stop", "skip"] = "stop"
-    """Stop at pairs that cannot be used, or skip them and list them in rejected.csv."""
-    salt: str = ""
-    """Any text; another one draws another split."""
-    labelled: int = 0
-    """Slides of each level whose levels `train` keeps; those of all others become unknown. 0 keeps all levels."""
-    workers: int = 0
-    """Processes that check pairs and build shards, under Ray; 0 does it in this process, in threads."""
-
-    def __post_init__(self) -> None:
-        check_layout(self.layout)
-        parse_split(self.split)
-        require(self.shard_size >= 1, f"--shard-size {self.shard_size}: use at least 1")
-        require(self.tile >= 0, f"--tile {self.tile}: use 0 for whole patches, or the tile's side")
-        require(self.labelled >= 0, f"--labelled {self.labelled}: use 0 (all) or more")
-        require(self.workers >= 0, f"--workers {self.workers}: use 0 (no Ray) or more")
-        quality = re.fullmatch(r"keep|png|jpeg:(\d{1,3})", self.image)
-        good = quality is not None and (quality[1] is None or 1 <= int(quality[1]) <= 100)
-        require(good, f"--image {self.image}: use keep, png or jpeg:95 (a quality from 1 to 100)")
-        good = self.known_mpp is None or 0 < self.known_mpp < 100
-        require(good, f"--mpp {self.mpp}: use micrometres, such as 0.46")
-
-    @property
-    def encoding(self) -> Encoding:
-        """How the images are stored."""
-        kind, _, quality = self.image.partition(":")
-        extension = {"keep": "png" if self.tile else None, "png": "png", "jpeg": "jpg"}[kind]
-        return Encoding(tile=self.tile, extension=extension, quality=int(quality or 0))
-
-    @property
-    def known_mpp(self) -> float | None:
-        """The scale of all pairs that do not state it themselves, if there is one."""
-        return None if self.mpp == "unknown" else self.mpp
-
-    @property
-    def threads(self) -> int:
-        """Threads of each process; a worker of Ray has about one CPU, and reads while it encodes."""
-        local = 2 if self.workers else os.cpu_count() or 1
-        return max(local, _REMOTE_THREADS) if is_remote(self.root) else local
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from lgd.data.image import Header, check, decode_upright, encode
 from lgd.data.layouts import Problem
 from lgd.data.meta import Digests, PatchMeta
 from lgd.data.pairs import PatchPair
+from lgd.data.shard_options import Encoding
 from lgd.data.split import SplitRule, split_of
 from lgd.data.tags import ORIENTATIONS, read_icc_digest, read_orientation
 from lgd.distribute import map_ordered_prefetch
@@ -53,18 +54,6 @@ class Sample:
     split: str
     row: int = 0
     column: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Encoding:
-    """How images are stored."""
-
-    tile: int
-    """Side of the tiles, in pixels; 0 for whole patches."""
-    extension: str | None
-    """Type to encode to; None keeps the original bytes."""
-    quality: int
-    """JPEG quality."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

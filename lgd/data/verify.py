@@ -19,8 +19,8 @@ from lgd.data.manifest import UNKNOWN, Manifest
 from lgd.data.meta import PatchMeta
 from lgd.data.patches import read_patches
 from lgd.data.repeats import SEEN, as_seen, find_repeats, unlike_patches
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions
 from lgd.data.tags import read_orientation
 from lgd.errors import ConfigError, DataError
 from lgd.files import list_folder, matches

@@ -14,8 +14,9 @@ from PIL import Image
 
 from lgd.data.archive import INDEX
 from lgd.data.image import encode
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.data.stream import Reader
 from lgd.data.verify import verify
 from lgd.errors import DataError

@@ -9,8 +9,9 @@ import webdataset
 
 from lgd.data.archive import read_sample
 from lgd.data.image import decode, encode
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 
 
 @pytest.fixture(scope="module", params=["jpg", "png"])

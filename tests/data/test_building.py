@@ -15,7 +15,8 @@ from test_shards import contents, make_bci
 from lgd.data.building import write_rejected
 from lgd.data.layouts import Problem
 from lgd.data.pairs import find_pairs
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shard_options import ShardOptions
+from lgd.data.shards import build
 from lgd.data.sources import CheckJob, check_chunk
 from lgd.errors import DataError
 from lgd.files import list_folder, read_bytes, write_bytes, write_json

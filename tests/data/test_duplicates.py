@@ -14,8 +14,9 @@ from lgd.data.archive import read_sample
 from lgd.data.duplicates import leave_out_duplicates
 from lgd.data.image import encode
 from lgd.data.pairs import PatchPair
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.data.sources import Source
 from lgd.data.split import parse_split
 from lgd.data.verify import verify

@@ -8,8 +8,8 @@ from PIL import Image
 
 from lgd.cli import main
 from lgd.data.layouts import LAYOUTS, find_layout
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions
 from lgd.errors import ConfigError
 
 FLAT = "python:mine:Flat"

@@ -15,8 +15,9 @@ from lgd.data.image import encode
 from lgd.data.manifest import File, Manifest
 from lgd.data.overlap import find_shared, open_disjoint
 from lgd.data.patches import FILE, read_patches
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.errors import DataError
 
 

@@ -12,8 +12,9 @@ from forging import forge, make, remanifest, virtual
 from lgd.data.archive import read_sample
 from lgd.data.patches import FILE, PATCHES
 from lgd.data.repeats import SEEN, find_repeats, hash_64
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.data.split import canonical_group
 from lgd.data.verify import verify
 

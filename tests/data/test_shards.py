@@ -11,11 +11,14 @@ import pytest
 import webdataset
 from containers import tiff, with_exif, with_segments
 
-from lgd.data.image import encode
+from lgd.data.archive import read_member
+from lgd.data.image import decode, encode
+from lgd.data.index import INDEX
 from lgd.data.manifest import Manifest
 from lgd.data.meta import Origin
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import INDEX, ShardOptions, build, decode, read_member
+from lgd.data.shards import build
 from lgd.data.sources import CheckJob
 from lgd.data.verify import verify
 from lgd.errors import ConfigError, DataError

@@ -19,7 +19,8 @@ import pytest
 from lgd import distribute
 from lgd.cli import main
 from lgd.data.image import encode
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shard_options import ShardOptions
+from lgd.data.shards import build
 from lgd.data.verify import verify
 from lgd.errors import DataError
 

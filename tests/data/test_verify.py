@@ -15,8 +15,9 @@ from PIL import Image
 
 from lgd.data.archive import INDEX
 from lgd.data.image import encode
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.data.verify import verify
 from lgd.files import digest_of, sha256
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.data.stream import Reader
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.evaluate.colour import COLOUR, colour_only

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from lgd.cli import main
 from lgd.data.augment import d4
 from lgd.data.image import decode, encode
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.data.stream import Reader
 from lgd.errors import DataError
 from lgd.models.description import TeacherConfig

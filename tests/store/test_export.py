@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from lgd.cli import main
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.errors import ConfigError, DataError
 from lgd.files import digest_of
 from lgd.locks import LOCK, TakenError, exclusive

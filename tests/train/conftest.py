@@ -15,7 +15,8 @@ def long_run(tissue, tissue_config, change, tmp_path_factory):
 
     Its training split has seven shards: three or more for each of two ranks.
     """
-    from lgd.data.shards import ShardOptions, build
+    from lgd.data.shard_options import ShardOptions
+    from lgd.data.shards import build
 
     folder = tmp_path_factory.mktemp("long")
     split = {"slides": str(tissue / "truth.csv"), "split": "group:0.75,0.15,0.1"}

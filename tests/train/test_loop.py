@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from lgd.config import OnBad
 from lgd.data.image import decode, encode
 from lgd.data.plan import Plan, World
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder, ShardSet
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.data.stream import Reader
 from lgd.errors import DataError
 from lgd.files import read_json

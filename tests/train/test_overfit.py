@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardSet
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.store.cache import cache_latents
 from lgd.train.launch import train_under

@@ -16,8 +16,9 @@ from torch import nn
 from lgd.cli import main
 from lgd.config import Train
 from lgd.data.plan import World
+from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder, ShardSet
-from lgd.data.shards import ShardOptions, build
+from lgd.data.shards import build
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.errors import DataError
 from lgd.files import read_json
