@@ -1,0 +1,79 @@
+"""How many modules one reads to follow the data, apart from those of files and words: no flow may spread over more."""
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import lgd
+from lgd.data.shard_options import ShardOptions
+from lgd.data.shard_set import ShardSet
+from lgd.data.shards import build
+from lgd.evaluate.retrieve import query
+from lgd.store.latents import Store
+from lgd.train.launch import join_world
+from lgd.train.loop import take_step
+from lgd.train.prepare import prepare
+from lgd.train.tasks import StudentTask
+
+ROOT = Path(lgd.__file__).parent
+# What DESIGN calls base/ and io/.
+ASIDE = set("errors text logs process_state markup tables records urls files locks remote download_cache".split())
+
+
+def read_modules(function):
+    """The modules with a frame while `function` runs, also in threads that it starts."""
+    seen = set()
+
+    def note(frame, event, argument):
+        seen.add(frame.f_code.co_filename)
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    inside = [Path(file).relative_to(ROOT) for file in seen if file.startswith(f"{ROOT}/")]
+    return sorted(str(file.with_suffix("")) for file in inside if file.stem not in ASIDE)
+
+
+@pytest.fixture(scope="module")
+def prepared(tissue_run):
+    config = tissue_run
+    with join_world() as world:
+        run = prepare(config, ShardSet.open(config.shard_dirs), StudentTask(config), world, "torch")
+        yield run
+        run.reader.close()
+
+
+def test_one_pair_into_a_shard(tissue, tmp_path):
+    he = next(iter(sorted((tissue / "HE" / "train").iterdir())))
+    csv = tmp_path / "pairs.csv"
+    for stain in ("HE", "IHC"):
+        (tmp_path / f"{stain}.png").write_bytes((tissue / stain / "train" / he.name).read_bytes())
+    csv.write_text("he,ihc,label,split,mpp\nHE.png,IHC.png,2+,train,0.5\n")
+    options = ShardOptions(layout="csv", root=str(csv), out=str(tmp_path / "out"))
+    names = read_modules(lambda: build(options))
+    assert len(names) <= 15, names
+
+
+def test_one_sample_into_a_batch(prepared):
+    next(prepared.batches(0, 1))
+    names = read_modules(lambda: next(prepared.batches(0, 1)))
+    assert len(names) <= 14, names
+
+
+def test_one_training_step(prepared):
+    micro, _ = next(prepared.batches(0, 1))
+    names = read_modules(lambda: take_step(prepared.learner, 0, micro, False))
+    assert len(names) <= 8, names
+
+
+def test_one_latent_into_an_answer(tissue_run):
+    store = Store(tissue_run.latents.dir)
+    key = store.parts[0].array("key")[0].decode()
+    names = read_modules(lambda: query(None, store, keys=[key], k=3))
+    assert len(names) <= 10, names
