@@ -21,7 +21,10 @@ JARGON = ("unrecognized", "expected one", "expected at least", "invalid", "are r
         (["train", "--train.batch", "x"], "--train.batch: 'x' should be a whole number"),
         (["query", "-k", "three", "x.png"], "-k: 'three' should be a whole number"),
         (["synth", "a", "--pairs", "many"], "--pairs: 'many' should be a whole number"),
-        (["build-shards", "--layout", "tcga"], "--layout: 'tcga' should be one of bci, mist, csv"),
+        (
+            ["build-shards", "--layout", "tcga", "--root", "r", "--out", "o"],
+            "--layout is 'tcga': use one of bci, mist, csv",
+        ),
         (["build-shards", "--layout", "bci"], "lgd build-shards needs --root and --out: see lgd build-shards --help"),
         (["synth"], "lgd synth needs DIR: see lgd synth --help"),
         (["predict", "--model", "m"], "lgd predict needs IMAGE: see lgd predict --help"),
