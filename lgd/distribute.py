@@ -187,7 +187,7 @@ def map_with(
 
     `make` builds the function once in each worker: what is costly to load is loaded there. A worker has one of the
     cluster's GPUs, where there are any and `use_gpus` is left True. Each worker calls the function in `at_once`
-    threads; a function with a method `stop` is told by it that its results are not wanted any more.
+    threads; a function with a method `stop` is stopped by it when its results are not wanted any more.
     """
     if workers == 0 or not arguments:
         yield from _map_here(make(), arguments, at_once)
@@ -310,7 +310,7 @@ def launch(
 
 
 def _storage_of(folder: Path) -> dict[str, Any]:
-    """Where Ray Train keeps its state, as it wants to be told; at a url by the same client as everything else."""
+    """Where Ray Train keeps its state, in its own terms; at a url by the same client as everything else."""
     if not is_remote(folder):
         return {"storage_path": str(folder)}
     from pyarrow.fs import FSSpecHandler, PyFileSystem

@@ -221,7 +221,7 @@ def _patches(listed: dict[str, Kind]) -> dict[str, list[str]]:
 
 
 def _read_row(base: Path, row: dict[str, str]) -> Candidate:
-    """The pair of one row; `DataError` tells what is wrong with it."""
+    """The pair of one row; `DataError` says what is wrong with it."""
     for role in ("he", "ihc"):
         if not row[role] or Path(row[role]).is_absolute() or "://" in row[role]:
             raise DataError(f"{role} is {row[role]!r}: give the path relative to the CSV")

@@ -49,7 +49,7 @@ def require_own_folder(task: Task) -> None:
 
 
 def check_levels(task: Task, shards: ShardSet) -> None:
-    """Tell of levels that training never sees; `DataError` where it sees one only, or none and has nothing else."""
+    """Log the levels that training never sees; `DataError` where it sees one only, or none and has nothing else."""
     count = shards.count_labels("train")
     seen = [name for name in LEVEL_NAMES if count[name]]
     if len(seen) == 1:
