@@ -33,11 +33,16 @@ pytestmark = pytest.mark.faults
 @pytest.fixture
 def nodes(monkeypatch):
     """A cluster of two nodes with a CPU each, and what takes its second node away and brings another."""
-    # A local Ray of an earlier test has turned authentication on in this process for good: the nodes must have it too.
     for name in [name for name in os.environ if name.startswith("RAY_") and not name.startswith("RAY_AUTH_")]:
         monkeypatch.delenv(name)
     import ray.util
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
     from ray.cluster_utils import Cluster
+
+    # A local Ray of an earlier test has turned authentication on in this process for good, and not in its environment:
+    # nodes without it could never answer the driver.
+    if is_token_auth_enabled():
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
 
     # A socket's path must be short, so not pytest's own folder.
     folder = tempfile.mkdtemp(prefix="lgd-", dir="/tmp")
