@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lgd import distribute
 from lgd.cli import main
 from lgd.process_state import default_environment, stop_signals, undo_changes
-from lgd.train.engine import deepspeed_problem
+from lgd.train.engine import deepspeed_environment, deepspeed_problem
 from lgd.train.launch import train_under
 
 needs_deepspeed = pytest.mark.skipif(deepspeed_problem() is not None, reason=str(deepspeed_problem()))
@@ -57,6 +57,20 @@ def test_a_training_leaves_its_process_as_it_was(unchanged, tissue_config, chang
     teacher = {"dir": str(tmp_path / "teacher"), "epochs": 1}
     config = change(tissue_config, run={"dir": str(tmp_path)}, teacher=teacher, train={"engine": engine})
     assert train_under(config, "teacher")
+
+
+def import_deepspeed():
+    """How the environment differs after the first import of DeepSpeed in this process."""
+    assert "deepspeed" not in sys.modules
+    before = dict(os.environ)
+    with deepspeed_environment("cpu"):
+        import deepspeed  # noqa: F401
+    return {name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)}
+
+
+@needs_deepspeed
+def test_the_import_of_deepspeed_leaves_the_environment_as_it_was(alone):
+    assert not alone(import_deepspeed)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -88,11 +88,13 @@ def choose(asked: str) -> str:
 def deepspeed_environment(device: str) -> Iterator[None]:
     """What DeepSpeed reads where it runs on the CPU, which it otherwise warns about, and where it keeps its extension.
 
-    Its prints are logged: standard output is for results.
+    What its import sets for good is set here before. Its prints are logged: standard output is for results.
     """
     made_for = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
     extensions = str(Path("~/.cache/lgd-extensions").expanduser() / made_for)
-    variables = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": extensions} if device == "cpu" else {}
+    variables = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    if device == "cpu":
+        variables |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": extensions}
     with default_environment(variables), log_prints(logger):
         yield
 
