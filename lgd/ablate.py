@@ -12,35 +12,29 @@ again, so that the same command goes on where it stopped.
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from lgd.config import Config
 from lgd.data.archive import Shard
 from lgd.data.shard_set import ShardSet
 from lgd.distribute import map_with
 from lgd.errors import DataError, require
-from lgd.evaluate import seeds
+from lgd.evaluate.ablation_table import LGD_NET, UPPER_BOUND, AblationDocument, compare_rows, format_ablation
 from lgd.evaluate.caveats import ONE_TRAINING, caveats_of
-from lgd.evaluate.colour import COLOUR, HOW, colour_only
+from lgd.evaluate.colour import COLOUR, colour_only
 from lgd.evaluate.compare import pooled_latents
 from lgd.evaluate.embeddings import explained_by_levels
-from lgd.evaluate.markdown import shown
 from lgd.evaluate.predict import load_scorer, score_shards
 from lgd.files import exists, publish, write_bytes
-from lgd.markup import code_block, list_items, markdown_table
 from lgd.metrics import Predictions
 from lgd.models.export import read_student_config, read_teacher_config
-from lgd.models.methods import BASELINE, METHODS, PROPOSED, find_method
+from lgd.models.methods import METHODS, PROPOSED, find_method
 from lgd.models.teacher import load_teacher
-from lgd.records import Count, Document, Line, Many, Record, Sha256
-from lgd.run_document import Estimate
 from lgd.run_folder import command
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
@@ -48,37 +42,8 @@ from lgd.urls import place
 
 logger = logging.getLogger(__name__)
 
-METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accuracy": "accuracy"}
-OURS, LEAST, MOST = METHODS[PROPOSED].title, METHODS[BASELINE].title, "IHC teacher"
-ONCE = {MOST: "teacher.npz", COLOUR: "colour-only.npz"}
+SINGLE_RUN_ROWS = {UPPER_BOUND: "teacher.npz", COLOUR: "colour-only.npz"}
 """The rows of one training, whatever the number of seeds, and where their answers are kept."""
-
-
-class Compared(Record):
-    """A metric of a row of the table."""
-
-    mean: Estimate
-    lgd_minus: Estimate | None
-
-
-class AblationDocument(Document):
-    """ablation.json."""
-
-    FORMAT: ClassVar[str] = "lgd-ablation/2"
-    ABSENT: ClassVar[str] = "run lgd ablate first"
-    REMEDY: ClassVar[str] = "run lgd ablate again"
-
-    seeds: Annotated[int, Field(ge=1)]
-    resamples: Annotated[int, Field(ge=1)]
-    patches: Count
-    groups: Count
-    rows: dict[Line, dict[Line, Compared]]
-    gap_closed: dict[Line, Estimate]
-    caveats: Many[Line]
-    explained_by_levels: float | None
-    command: Line
-    shards: Many[Sha256]
-    teacher: Sha256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +82,7 @@ def variants(config: Config, full: bool) -> dict[str, Config]:
         rows += [(row, method, fields) for method, kind in methods.items() for row, fields in kind.controls.items()]
     for name, method, fields in rows:
         student = dataclasses.replace(proposed, method=method, **fields)
-        if name == OURS or student != proposed:
+        if name == LGD_NET or student != proposed:
             made[name] = dataclasses.replace(config, student=student)
     return made
 
@@ -174,25 +139,34 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
     rows: dict[str, list[Predictions]] = {}
     training = shards.of_split("train") if config.report.split != "train" else []
     if colour := colour_only(training, scored, config.data.threads):
-        _keep(folder / ONCE[COLOUR], colour, "")
+        _keep(folder / SINGLE_RUN_ROWS[COLOUR], colour, "")
         rows[COLOUR] = [colour]
     for job in jobs:
         rows.setdefault(job.name, []).append(answers(job.folder, "student", scored, job.run, job.name))
-    rows[MOST] = [answers(place(config.teacher.dir), "teacher", scored, config, MOST, folder / ONCE[MOST])]
-    if not (rows[OURS][0].level >= 0).any():
+    rows[UPPER_BOUND] = [
+        answers(
+            place(config.teacher.dir), "teacher", scored, config, UPPER_BOUND, folder / SINGLE_RUN_ROWS[UPPER_BOUND]
+        )
+    ]
+    if not (rows[LGD_NET][0].level >= 0).any():
         raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
-    document = compare(rows, config.report.bootstrap, config.run.seed) | {
-        "caveats": [
-            *([ONE_TRAINING] if options.seeds == 1 else []),
-            *caveats_of(shards, rows[OURS][0]),
-        ],
-        "explained_by_levels": _explained_by_levels(config, shards),
-        "command": f"{command(config, 'ablate')} --seeds {options.seeds}" + (" --full" if options.full else ""),
-        "shards": list(shards.digests),
-        "teacher": read_teacher_config(config.teacher.dir).weights_sha256,
-    }
-    AblationDocument.from_json(document).write(folder / "ablation.json")
-    text = summary(document)
+    ours = rows[LGD_NET][0]
+    compared, gap_closed = compare_rows(rows, config.report.bootstrap, config.run.seed)
+    table = AblationDocument(
+        seeds=options.seeds,
+        resamples=config.report.bootstrap,
+        patches=int((ours.level >= 0).sum()),
+        groups=len(set(ours.groups)),
+        rows=compared,
+        gap_closed=gap_closed,
+        caveats=(*([ONE_TRAINING] if options.seeds == 1 else []), *caveats_of(shards, ours)),
+        explained_by_levels=_explained_by_levels(config, shards),
+        command=f"{command(config, 'ablate')} --seeds {options.seeds}" + (" --full" if options.full else ""),
+        shards=shards.digests,
+        teacher=read_teacher_config(config.teacher.dir).weights_sha256,
+    )
+    table.write(folder / "ablation.json")
+    text = format_ablation(table)
     write_bytes(folder / "ablation.md", text.encode())
     return text
 
@@ -257,79 +231,17 @@ def _kept(at: Path, name: str) -> tuple[Predictions, str]:
         return found, str(kept["stamp"])
 
 
-def read_table(run: Path) -> dict[str, Any]:
+def read_table(run: Path) -> AblationDocument:
     """What `ablate` left of a run: its ablation.json; `DataError` where there is none."""
-    return AblationDocument.read(run / "ablation" / "ablation.json").as_json()
+    return AblationDocument.read(run / "ablation" / "ablation.json")
 
 
 def read_answers(run: Path) -> dict[str, list[Predictions]]:
     """The answers behind the table of a run, by row: one a seed, and one of the teacher and of colour."""
     folder, table = run / "ablation", read_table(run)
     return {
-        name: [_kept(folder / ONCE[name], name)[0]]
-        if name in ONCE
-        else [_kept(folder / slug(name) / f"seed-{number}.npz", name)[0] for number in range(table["seeds"])]
-        for name in table["rows"]
+        name: [_kept(folder / SINGLE_RUN_ROWS[name], name)[0]]
+        if name in SINGLE_RUN_ROWS
+        else [_kept(folder / slug(name) / f"seed-{number}.npz", name)[0] for number in range(table.seeds)]
+        for name in table.rows
     }
-
-
-def compare(rows: dict[str, list[Predictions]], resamples: int, seed: int) -> dict[str, Any]:
-    """Scores of each row, its difference to LGD-Net, and the share of the gap to the teacher that LGD-Net closes."""
-    ours = rows[OURS]
-    return {
-        "seeds": len(ours),
-        "resamples": resamples,
-        "patches": int((ours[0].level >= 0).sum()),
-        "groups": len(set(ours[0].groups)),
-        "rows": {
-            name: {
-                metric: {
-                    "mean": _json(seeds.mean_of(runs, metric, resamples, seed)),
-                    "lgd_minus": None if name == OURS else _json(seeds.difference(ours, runs, metric, resamples, seed)),
-                }
-                for metric in METRICS
-            }
-            for name, runs in rows.items()
-        },
-        "gap_closed": {
-            metric: _json(seeds.gap_closed(ours, rows[LEAST], rows[MOST], metric, resamples, seed))
-            for metric in METRICS
-        },
-    }
-
-
-def _json(found: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in found.items()}
-
-
-def summary(document: dict[str, Any]) -> str:
-    """The table in Markdown, with what must be known to believe it."""
-    many = document["seeds"]
-    lines = [
-        f"# LGD-Net, its controls and its parts: {many} seed{'s' * (many > 1)}, {document['patches']} patches of "
-        f"{document['groups']} groups\n",
-        *list_items(document["caveats"]),
-        "",
-        *markdown_table(
-            ["", *METRICS.values(), *(f"LGD-Net minus it: {text}" for text in METRICS.values())],
-            [
-                [
-                    name,
-                    *(shown(row[metric]["mean"]) for metric in METRICS),
-                    *("" if name == OURS else shown(row[metric]["lgd_minus"], "+.3f") for metric in METRICS),
-                ]
-                for name, row in document["rows"].items()
-            ],
-        ),
-        "Means over the seeds. Brackets hold 95 % intervals from "
-        f"{document['resamples']} resamples of groups and seeds, drawn jointly; a difference whose interval holds 0 "
-        "shows nothing.\n",
-        *([f"{HOW}\n"] if COLOUR in document["rows"] else []),
-        f"Share of the gap between {LEAST} and the {MOST} that {OURS} closes: "
-        + ", ".join(f"{METRICS[name]} {shown(found, '.2f')}" for name, found in document["gap_closed"].items())
-        + ".\n",
-        f"Of what varies in the teacher's latents, its soft levels tell {document['explained_by_levels']:.2f} (R^2 on "
-        "these patches): the nearer to 1, the less latents can teach that label distillation does not.\n",
-        f"{code_block(document['command'])}\n",
-    ]
-    return "\n".join(lines)

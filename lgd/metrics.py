@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 
 from lgd.config import LEVEL_NAMES
 from lgd.errors import DataError
+from lgd.records import Measured, Record
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Interval = dict[str, float]
-"""`value`, and `low` and `high` of its 95 % interval."""
 
 LEVELS = len(LEVEL_NAMES)
 BINS = 10
@@ -42,6 +41,14 @@ _DISAGREEMENT = (_LEVEL[:, None] - _LEVEL).astype(np.float64) ** 2
 _CONFUSION, _GAPS, _SQUARED = slice(0, LEVELS**2), slice(LEVELS**2, LEVELS**2 + BINS), LEVELS**2 + BINS
 # Elements of one block of resamples: 32 MB of float64 each, however many patches there are.
 _BLOCK = 4_000_000
+
+
+class Interval(Record):
+    """A value and its 95 % interval; None where they are undefined."""
+
+    value: Measured
+    low: Measured
+    high: Measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -272,9 +279,9 @@ def interval(value: float, samples: Floats) -> Interval:
     """A value with its 95 % percentile interval, widened to hold the value; NaN samples are left out."""
     defined = samples[~np.isnan(samples)]
     if np.isnan(value) or not len(defined):
-        return {"value": value, "low": np.nan, "high": np.nan}
+        return Interval(value=value, low=None, high=None)
     low, high = np.percentile(defined, [2.5, 97.5])
-    return {"value": value, "low": float(min(low, value)), "high": float(max(high, value))}
+    return Interval(value=value, low=min(low, value), high=max(high, value))
 
 
 def by_slide(predictions: Predictions) -> Predictions:

@@ -146,11 +146,11 @@ def evaluate(
         shards = shards or open_disjoint(config.shard_dirs)
         provenance = {"command": command(config, "evaluate"), **Environment.here().as_json()}
         measured = evaluation.evaluate(config, shards, provenance, {*code, *config.code})
-        document = report.write_report(place(config.report.dir), measured)
+        results = report.write_report(place(config.report.dir), measured)
         report.show_pictures(place(config.report.dir), place(config.student.dir))
         told["done"] = f"written: {config.report.dir}"
-    headline = {model["name"]: model["by_patch"]["metrics"] for model in document["models"]}
-    facts = Evaluated.from_json({"split": config.report.split, "by_patch": headline})
+    headline = {model.name: model.by_patch.metrics for model in results.models}
+    facts = Evaluated(split=config.report.split, by_patch=headline)
     record(config, shards, "evaluate", facts, config.report.dir, given)
     return report.format_table(measured)
 

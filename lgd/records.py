@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
 from lgd.errors import DataError
 from lgd.files import digest_of, read_bytes, write_json
@@ -35,6 +35,9 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 _LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
 Line = Annotated[str, Field(pattern=_LINE, max_length=100_000)]
 """A text without control characters."""
+
+Measured = Annotated[float | None, BeforeValidator(lambda value: None if value != value else value)]
+"""A number that was computed; null where it is undefined (NaN)."""
 
 _MOST = 3
 """Wrong fields that a message names."""

@@ -12,6 +12,7 @@ from pydantic import Field, JsonValue
 
 import lgd
 from lgd.doctor import version_of
+from lgd.metrics import Interval
 from lgd.records import Count, Document, Line, Many, Record, Sha256
 
 _PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "h5py", "transformers")
@@ -72,19 +73,11 @@ class Indexed(Record):
     digest: Sha256
 
 
-class Estimate(Record):
-    """A metric with its 95 % interval; null where there is none."""
-
-    value: Number | None
-    low: Number | None
-    high: Number | None
-
-
 class Evaluated(Record):
     """What an evaluation came to: metrics by the models' names."""
 
     split: Line
-    by_patch: dict[Line, dict[Line, Estimate]]
+    by_patch: dict[Line, dict[Line, Interval]]
 
 
 class Ablated(Record):

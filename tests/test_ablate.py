@@ -13,13 +13,14 @@ import ray
 from PIL import Image
 
 from lgd import ablate
-from lgd.ablate import MOST, OURS, AblateOptions, slug, variants
+from lgd.ablate import AblateOptions, slug, variants
 from lgd.cli import main
 from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import build
 from lgd.data.stream import Reader
 from lgd.errors import ConfigError
+from lgd.evaluate.ablation_table import LGD_NET, UPPER_BOUND
 from lgd.evaluate.colour import COLOUR
 from lgd.files import read_json
 from lgd.models.methods import METHODS, PROPOSED
@@ -47,14 +48,14 @@ def test_each_row_is_trained_once_and_compared(run, tmp_path, capsys):
     out, told = capsys.readouterr()
     folder = Path(run.run.dir) / "ablation"
     document = read_json(folder / "ablation.json")
-    assert list(document["rows"]) == [COLOUR, *CORE, MOST] and document["seeds"] == 2
+    assert list(document["rows"]) == [COLOUR, *CORE, UPPER_BOUND] and document["seeds"] == 2
     assert out.strip() == (folder / "ablation.md").read_text().strip()
-    for name in [COLOUR, *CORE, MOST]:
+    for name in [COLOUR, *CORE, UPPER_BOUND]:
         assert f"| {name} |" in out
     assert "It sees no shape" in out
-    assert document["rows"][OURS]["kappa"]["lgd_minus"] is None
+    assert document["rows"][LGD_NET]["kappa"]["lgd_minus"] is None
     assert document["rows"]["two streams"]["accuracy"]["lgd_minus"]["value"] == pytest.approx(
-        document["rows"][OURS]["accuracy"]["mean"]["value"]
+        document["rows"][LGD_NET]["accuracy"]["mean"]["value"]
         - document["rows"]["two streams"]["accuracy"]["mean"]["value"]
     )
     assert "The tissue is virtual" in out
@@ -62,7 +63,7 @@ def test_each_row_is_trained_once_and_compared(run, tmp_path, capsys):
     assert f"its soft levels tell {document['explained_by_levels']:.2f} (R^2" in out
     assert told.count(": trained") == 8
     # Each seed is another network.
-    ends = [read_json(folder / slug(OURS) / f"seed-{n}" / "config.json")["weights_sha256"] for n in (0, 1)]
+    ends = [read_json(folder / slug(LGD_NET) / f"seed-{n}" / "config.json")["weights_sha256"] for n in (0, 1)]
     assert ends[0] != ends[1]
     # Again: nothing is trained or scored twice, and a network that is gone is made again, the same.
     before = (folder / "ablation.json").read_bytes()
@@ -91,7 +92,7 @@ def test_networks_trained_side_by_side_are_the_same(run, tmp_path, change, capsy
 
 def test_answers_of_another_network_are_not_taken(run, tmp_path, capsys, monkeypatch):
     assert main(command(run, tmp_path, "--seeds", "1")) == 0
-    at = Path(run.run.dir) / "ablation" / slug(OURS) / "seed-0.npz"
+    at = Path(run.run.dir) / "ablation" / slug(LGD_NET) / "seed-0.npz"
     with np.load(at) as kept:
         was = dict(kept)
     np.savez(at, **(was | {"stamp": np.array("of another"), "probability": np.full_like(was["probability"], 0.25)}))
@@ -109,15 +110,15 @@ def test_the_rows_differ_in_one_thing_each(run, change):
     contrasted = variants(change(run, student={"contrast_weight": 0.1, "distil_weight": 0.5}), full=True)
     assert contrasted["label distillation"].student.distil_weight == 0.5
     assert list(contrasted) == [*CORE, *CONTROLS]
-    own = contrasted[OURS].student
+    own = contrasted[LGD_NET].student
     for name, made in contrasted.items():
         differing = {field for field in own.__dataclass_fields__ if getattr(made.student, field) != getattr(own, field)}
         if name in CONTROLS:
             assert differing == {field for field, value in CONTROLS[name].items() if value != getattr(own, field)}
         else:
-            assert differing == ({"method"} if name != OURS else set())
-        assert replace(made, student=own) == contrasted[OURS]
-        assert name == OURS or differing
+            assert differing == ({"method"} if name != LGD_NET else set())
+        assert replace(made, student=own) == contrasted[LGD_NET]
+        assert name == LGD_NET or differing
     assert list(variants(run, full=False)) == [*CORE]
 
 
@@ -192,9 +193,9 @@ def test_the_fall_by_a_shortcut_is_paired_with_its_control(run, tmp_path, capsys
     done = subprocess.run([*tool, f"0.2={run.run.dir},{run.run.dir}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = ablate.read_table(Path(run.run.dir))
-    for name, row in table["rows"].items():
+    for name, row in table.rows.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"| 0.2 | {name} |"))
-        assert line.count(f"| {row['kappa']['mean']['value']:.3f} [") == 2
+        assert line.count(f"| {row['kappa'].mean.value:.3f} [") == 2
         assert line.endswith("| +0.000 [+0.000, +0.000] |")
     done = subprocess.run([*tool, f"0.2={run.run.dir},{tmp_path}"], capture_output=True, text=True)
     assert done.returncode == 1 and "ablation.json is missing: run lgd ablate" in done.stderr

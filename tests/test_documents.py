@@ -10,13 +10,14 @@ import shutil
 
 import pytest
 
-from lgd.ablate import AblationDocument, Compared, Estimate
 from lgd.cli import main
 from lgd.data import shards
 from lgd.data.shard_options import ShardOptions
 from lgd.data.shards import build
 from lgd.errors import DataError
+from lgd.evaluate.ablation_table import AblationDocument, Compared
 from lgd.files import digest_of
+from lgd.metrics import Interval
 from lgd.records import Document
 
 pytestmark = pytest.mark.faults
@@ -83,7 +84,7 @@ def at(tissue, tmp_path_factory):
         assert main([verb, "--config", f"{at}/run.yaml"]) == 0
     assert main(["export-latents", "--store", f"{at}/run/latents", "--out", f"{at}/exported"]) == 0
     assert main(["synth", f"{at}/drawn", "--pairs", "2", "--size", "64", "--workers", "1"]) == 0
-    estimate = Estimate(value=0.5, low=None, high=None)
+    estimate = Interval(value=0.5, low=None, high=None)
     AblationDocument(
         seeds=1,
         resamples=10,

@@ -22,10 +22,11 @@ store.recipe store.sidecar store.document store.writer store.parts store.latents
 store.export store.faiss_file store.table store.search store.exact store.index
 train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.prepare train.finished
 train.loop train.launch
-evaluate.notes evaluate.scale evaluate.images evaluate.predict evaluate.slide_rows evaluate.colour evaluate.figures
+evaluate.results evaluate.notes evaluate.scale evaluate.images evaluate.predict evaluate.slide_rows evaluate.colour
+evaluate.seeds evaluate.markdown evaluate.ablation_table evaluate.figures
 evaluate.ranking evaluate.answer evaluate.keys evaluate.retrieve evaluate.sheet evaluate.embeddings
-evaluate.compare evaluate.robustness evaluate.markdown evaluate.caveats evaluate.evaluation
-evaluate.slides evaluate.report evaluate.seeds
+evaluate.compare evaluate.robustness evaluate.caveats evaluate.evaluation
+evaluate.slides evaluate.report
 doctor run_document run_folder check info ablate pipeline
 bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
 bench.store bench.write bench.cache bench.memory bench.query

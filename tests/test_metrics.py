@@ -142,7 +142,7 @@ def test_what_is_undefined_is_nan_and_says_nothing():
     nothing = predictions([-1, -1], np.full((2, 4), 0.25))
     assert np.isnan(list(score(nothing.level, nothing.probability).values())).all()
     for interval in metrics.score_with_intervals(nothing, 20, seed=0).values():
-        assert np.isnan(list(interval.values())).all()
+        assert interval == metrics.Interval(value=None, low=None, high=None)
 
 
 def test_patches_of_unknown_level_are_left_out():
@@ -158,8 +158,8 @@ def test_patches_of_unknown_level_are_left_out():
 def test_intervals_hold_their_value_and_are_reproducible(seed):
     p = some(seed=seed)
     found = metrics.score_with_intervals(p, 200, seed=3)
-    assert all(interval["low"] <= interval["value"] <= interval["high"] for interval in found.values())
-    assert found["accuracy"]["low"] < found["accuracy"]["high"]
+    assert all(interval.low <= interval.value <= interval.high for interval in found.values())
+    assert found["accuracy"].low < found["accuracy"].high
     assert found == metrics.score_with_intervals(p, 200, seed=3)
     assert found != metrics.score_with_intervals(p, 200, seed=4)
 
@@ -170,7 +170,7 @@ def test_an_interval_that_misses_its_value_is_widened():
     probability = np.stack([said, 1 - said, 0 * said, 0 * said], axis=1)
     calibrated = predictions(np.where(right, 0, 1), probability)
     found = metrics.score_with_intervals(calibrated, 200, seed=0)["ece"]
-    assert found["low"] == found["value"] == pytest.approx(0)
+    assert found.low == found.value == pytest.approx(0)
     assert np.percentile(bootstrap(calibrated, 200, 0)["ece"], 2.5) > 0.01
 
 
@@ -180,7 +180,7 @@ def test_groups_are_resampled_whole():
     slides = np.repeat(np.arange(10), 20).astype(str)
     by_group = metrics.score_with_intervals(predictions(np.full(200, 2), np.eye(4)[said], slides), 500, seed=0)
     by_patch = metrics.score_with_intervals(predictions(np.full(200, 2), np.eye(4)[said]), 500, seed=0)
-    width = [found["accuracy"]["high"] - found["accuracy"]["low"] for found in (by_group, by_patch)]
+    width = [found["accuracy"].high - found["accuracy"].low for found in (by_group, by_patch)]
     # Standard errors: sqrt(.25 / 10) and sqrt(.25 / 200).
     assert width[0] == pytest.approx(2 * 1.96 * 0.158, rel=0.2)
     assert width[1] == pytest.approx(2 * 1.96 * 0.0354, rel=0.2)
@@ -191,20 +191,20 @@ def test_a_level_of_one_group_has_no_interval():
     level = [0] * 5 + [1, 2] * 5
     found = metrics.score_with_intervals(predictions(level, np.eye(4)[level], groups), 50, seed=0)
     for name in ("sensitivity_0", "auc_0_vs_rest", "auc_low"):
-        assert found[name]["value"] == 1
-        assert np.isnan(found[name]["low"]), name
-    assert found["accuracy"] == {"value": 1, "low": 1, "high": 1}
+        assert found[name].value == 1
+        assert found[name].low is None, name
+    assert found["accuracy"] == metrics.Interval(value=1, low=1, high=1)
 
 
 def test_paired_difference_sees_the_same_groups():
     a, b = some(skill=1.0, name="a"), some(skill=2.0, name="b")
-    assert metrics.paired_difference(a, a, "kappa", 50, seed=0) == {"value": 0, "low": 0, "high": 0}
+    assert metrics.paired_difference(a, a, "kappa", 50, seed=0) == metrics.Interval(value=0, low=0, high=0)
     found = metrics.paired_difference(a, b, "brier", 200, seed=0)
     samples = bootstrap(a, 200, 0)["brier"] - bootstrap(b, 200, 0)["brier"]
-    assert found["value"] == score(a.level, a.probability)["brier"] - score(b.level, b.probability)["brier"]
-    assert [found["low"], found["high"]] == pytest.approx(np.percentile(samples, [2.5, 97.5]).tolist())
+    assert found.value == score(a.level, a.probability)["brier"] - score(b.level, b.probability)["brier"]
+    assert [found.low, found.high] == pytest.approx(np.percentile(samples, [2.5, 97.5]).tolist())
     alone = metrics.score_with_intervals(a, 200, seed=0)["brier"]
-    assert found["high"] - found["low"] < alone["high"] - alone["low"]
+    assert found.high - found.low < alone.high - alone.low
     with pytest.raises(DataError, match="a and c do not hold the same patches"):
         metrics.paired_difference(a, some(n=59, name="c"), "kappa", 10, seed=0)
 

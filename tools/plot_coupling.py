@@ -9,10 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lgd.ablate import METRICS, OURS, read_table
+from lgd.ablate import read_table
 from lgd.errors import DataError
+from lgd.evaluate.ablation_table import LGD_NET, METRICS
 from lgd.evaluate.figures import gain_curves
-from lgd.evaluate.markdown import shown
+from lgd.evaluate.markdown import format_interval
 from lgd.markup import markdown_table
 from lgd.text import print_lines
 
@@ -38,11 +39,11 @@ def run(argv: list[str]) -> int:
             return 1
     gain_curves(tables, asked.metric, asked.out)
     couplings = sorted(tables)
-    rows = [
-        [name, *(shown(tables[at]["rows"][name][asked.metric]["lgd_minus"], "+.3f") for at in couplings)]
-        for name in tables[couplings[0]]["rows"]
-        if name != OURS and all(name in table["rows"] for table in tables.values())
-    ]
+    rows = []
+    for name in tables[couplings[0]].rows:
+        if name != LGD_NET and all(name in table.rows for table in tables.values()):
+            gains = [tables[at].rows[name][asked.metric].lgd_minus for at in couplings]
+            rows.append([name, *(format_interval(gain, "+.3f") if gain else "" for gain in gains)])
     print_lines(*markdown_table([f"LGD-Net minus it, {METRICS[asked.metric]}", *map(str, couplings)], rows))
     print_lines(f"drawn: {asked.out}")
     return 0

@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lgd.ablate import METRICS, read_answers
+from lgd.ablate import read_answers
 from lgd.errors import DataError
-from lgd.evaluate.markdown import shown
+from lgd.evaluate.ablation_table import METRICS
+from lgd.evaluate.markdown import format_interval
 from lgd.evaluate.seeds import difference, mean_of
 from lgd.markup import markdown_table
 from lgd.text import print_lines
@@ -43,9 +44,9 @@ def run(argv: list[str]) -> int:
                     [
                         name,
                         method,
-                        shown(mean_of(plain[method], *how)),
-                        shown(mean_of(short[method], *how)),
-                        shown(difference(short[method], plain[method], *how), "+.3f"),
+                        format_interval(mean_of(plain[method], *how)),
+                        format_interval(mean_of(short[method], *how)),
+                        format_interval(difference(short[method], plain[method], *how), "+.3f"),
                     ]
                 )
         except DataError as error:

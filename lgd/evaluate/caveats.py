@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,8 @@ from lgd.config import LEVEL_NAMES
 from lgd.data.layouts import LAYOUTS, Layout
 from lgd.data.shard_set import ShardSet
 from lgd.evaluate.colour import COLOUR
-from lgd.evaluate.markdown import shown
+from lgd.evaluate.markdown import format_interval
+from lgd.evaluate.results import Difference, ModelScores, Retrieval
 from lgd.metrics import Predictions
 
 ONE_TRAINING = (
@@ -91,34 +91,33 @@ def _caveats_of_counts(known: Predictions) -> list[str]:
     return found
 
 
-def told_by_colour(models: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> list[str]:
+def colour_shortcut_caveats(models: Sequence[ModelScores], differences: Sequence[Difference]) -> list[str]:
     """Where stain and background go with the level, a network may have learnt them and not the tissue."""
     found = []
     for model in models:
-        kappa = model["by_patch"]["metrics"]["kappa"]
-        # Comparisons with NaN are false.
-        if model["name"] == COLOUR and kappa["low"] > 0:
+        kappa = model.by_patch.metrics["kappa"]
+        if model.name == COLOUR and kappa.low is not None and kappa.low > 0:
             found.append(
-                f"Stain and background alone, without any shape, tell the level with a kappa of {shown(kappa)} here. A "
-                "network can learn them too, and loses that on slides of another laboratory or scanner."
+                "Stain and background alone, without any shape, tell the level with a kappa of "
+                f"{format_interval(kappa)} here. A network can learn them too, and loses that on slides of another "
+                "laboratory or scanner."
             )
     for row in differences:
-        kappa = row["metrics"]["kappa"]
-        if row["minus"] == COLOUR and kappa["low"] <= 0:
+        kappa = row.metrics["kappa"]
+        if row.minus == COLOUR and kappa.low is not None and kappa.low <= 0:
             found.append(
-                f"{row['of']} is not shown to beat stain and background alone: its kappa minus theirs is "
-                f"{shown(kappa, '+.3f')}."
+                f"{row.of} is not shown to beat stain and background alone: its kappa minus theirs is "
+                f"{format_interval(kappa, '+.3f')}."
             )
     return found
 
 
-def found_by_chance(retrieval: dict[str, Any] | None) -> list[str]:
+def chance_retrieval_caveats(retrieval: Retrieval | None) -> list[str]:
     """Levels can look well while all latents are alike: the mean of the teacher's is a fair guess of each."""
-    rows = [] if retrieval is None else retrieval["embeddings"]
-    owns = [(row["name"], row["own_pair"]) for row in rows if row["own_pair"]]
+    owns = [(row.name, row.own_pair) for row in retrieval.embeddings if row.own_pair] if retrieval else []
     return [
         f"{name}: they find their own IHC no better than by chance. Nothing of the IHC was learnt that tells one patch "
         "from another, and what queries find means little."
         for name, own in owns
-        if own["mean_rank"]["high"] is not None and own["mean_rank"]["high"] >= own["chance_median_rank"]
+        if own.mean_rank.high is not None and own.mean_rank.high >= own.chance_median_rank
     ]

@@ -7,7 +7,6 @@ sought. The latents of both are in the store already; a network of H&E alone sco
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from lgd.data.stream import Reader
 from lgd.evaluate.embeddings import he_only, measure, of_ihc
 from lgd.evaluate.figures import Query
 from lgd.evaluate.predict import Scorer, score_shards
+from lgd.evaluate.results import Retrieval
 from lgd.evaluate.retrieve import check_pair, search
 from lgd.evaluate.sheet import Gallery, as_neighbour
 from lgd.metrics import Predictions
@@ -56,7 +56,7 @@ def measure_retrieval(
     shards: Sequence[Shard],
     student: Network,
     rivals: Sequence[Network],
-) -> dict[str, Any]:
+) -> Retrieval:
     """The measures of each network, and of the teacher's own latents.
 
     `shards` were scored; `training` is the gallery that levels are looked up in. Students of other teachers have no

@@ -7,15 +7,25 @@ can only be compared with H&E, and through a ridge regression from them to the t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lgd.evaluate.ranking import average_precision, by_level, own_pair, own_ranks, unit
+from lgd.evaluate.results import EmbeddingScores, Retrieval
 from lgd.metrics import Floats, Ints, Predictions
 
-AT = 10
+PRECISION_AT_K = 10
 """Neighbours behind an average precision."""
+GALLERY_CAVEATS = (
+    "The gallery of the levels is the training split, which every network here was trained on: its vectors are better "
+    "told apart by level than those of new patches would be.",
+    "A neighbour counts as relevant for its level alone, whatever the tissue looks like; where a level is that of a "
+    "slide, so is the relevance.",
+    "The gallery of the own pair is the IHC of the scored split, which holds neighbours from the query's own slide.",
+    "The features of H&E alone are compared with H&E, the other vectors with IHC latents: of the precisions by level "
+    "only those of one gallery compare directly.",
+)
+"""What a reader must know of how the galleries were made."""
 _ALPHAS = np.logspace(-1, 5, 7)
 _FIT_ROWS = 20_000
 """Training rows that the ridge is fitted on at most, evenly spaced: 23 s on one core for 512 features and latents."""
@@ -38,18 +48,20 @@ class Embedding:
 
 def measure(
     embeddings: Sequence[Embedding], scored: Predictions, level_m: Ints, resamples: int, seed: int
-) -> dict[str, Any]:
+) -> Retrieval:
     """Both measures of each embedding; `level_m` are the levels of the training gallery, -1 for unknown."""
     rows = []
     for embedding in embeddings:
-        precision_n, chance_n = average_precision(embedding.queries_nD, scored.level, embedding.train_mD, level_m, AT)
+        precision_n, chance_n = average_precision(
+            embedding.queries_nD, scored.level, embedding.train_mD, level_m, PRECISION_AT_K
+        )
         found = by_level(precision_n, chance_n, scored.level, scored.groups, resamples, seed)
         own = None
         if embedding.own_nD is not None:
             rank_n = own_ranks(embedding.queries_nD, embedding.own_nD, np.arange(len(scored.keys)))
             own = own_pair(rank_n, len(embedding.own_nD), scored.groups, resamples, seed)
-        rows.append({"name": embedding.name, "gallery": embedding.gallery, "by_level": found, "own_pair": own})
-    return {"at": AT, "gallery_rows": len(level_m), "embeddings": rows}
+        rows.append(EmbeddingScores(name=embedding.name, gallery=embedding.gallery, by_level=found, own_pair=own))
+    return Retrieval(caveats=GALLERY_CAVEATS, at=PRECISION_AT_K, gallery_rows=len(level_m), embeddings=tuple(rows))
 
 
 def of_ihc(name: str, queries_nD: np.ndarray, latents_mD: Floats, own_nD: Floats | None) -> Embedding:

@@ -4,9 +4,9 @@ import dataclasses
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from pydantic import JsonValue
 
 from lgd.config import Config
 from lgd.data.shard_set import ShardSet
@@ -15,6 +15,7 @@ from lgd.evaluate.caveats import ONE_TRAINING, UNTAUGHT, caveats_of
 from lgd.evaluate.colour import colour_only
 from lgd.evaluate.figures import Query
 from lgd.evaluate.predict import load_scorer
+from lgd.evaluate.results import Retrieval, Robustness
 from lgd.metrics import Predictions
 from lgd.store.latents import Store
 from lgd.store.search import faiss_problem, read_document
@@ -29,15 +30,13 @@ class Evaluation:
     student: Predictions
     others: Sequence[Predictions] = ()
     """What the student is compared with: further students, stain and background alone, the teacher."""
-    retrieval: dict[str, Any] | None = None
-    """What `lgd.evaluate.embeddings.measure` gave."""
+    retrieval: Retrieval | None = None
     queries: Sequence[Query] = ()
     """Rows of the contact sheet."""
-    robustness: dict[str, Any] | None = None
-    """What `lgd.evaluate.robustness.measure` gave."""
+    robustness: Robustness | None = None
     caveats: Sequence[str]
-    provenance: dict[str, Any]
-    """Any JSON; its `command` is shown as the way to reproduce the report."""
+    provenance: dict[str, JsonValue]
+    """Its `command` is shown as the way to reproduce the report."""
     resamples: int
     seed: int
 
@@ -50,7 +49,7 @@ class Evaluation:
 def evaluate(
     config: Config,
     shards: ShardSet,
-    provenance: dict[str, Any],
+    provenance: dict[str, JsonValue],
     code: Collection[str],
 ) -> Evaluation:
     """Score the student, `report.also` and the teacher on the report's split.

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lgd.config import LEVEL_NAMES
+from lgd.evaluate.ablation_table import AblationDocument
+from lgd.evaluate.results import Robustness
 from lgd.files import publish
-from lgd.metrics import BINS, Predictions, confidence_bins, confusion, score
+from lgd.metrics import BINS, Floats, Interval, Predictions, confidence_bins, confusion, score
 from lgd.text import escape_text
 
 Image = NDArray[np.uint8]
@@ -119,37 +121,43 @@ def reliability_diagram(scored: Sequence[Predictions], path: str | Path) -> None
     _save(figure, path)
 
 
-def robustness_curves(found: dict[str, Any], path: str | Path) -> None:
+def robustness_curves(robustness: Robustness, path: str | Path) -> None:
     """Accuracy and ECE of each model against the strength of each change, a column a change; bars are 95 % intervals.
 
-    `found` is what `lgd.evaluate.robustness.measure` gave. The first strength of every panel is the unchanged image.
+    The first strength of every panel is the unchanged image.
     """
-    figure = _figure(3.3 * len(found["changes"]), 5.6 + 0.2 * len(found["models"]))
-    grid = figure.subplots(2, len(found["changes"]), sharey="row", squeeze=False)
-    for column, change in enumerate(found["changes"]):
+    figure = _figure(3.3 * len(robustness.changes), 5.6 + 0.2 * len(robustness.models))
+    grid = figure.subplots(2, len(robustness.changes), sharey="row", squeeze=False)
+    for column, change in enumerate(robustness.changes):
         labels = ["as it is"]
-        for number, model in enumerate(found["models"]):
-            rows = model["changes"][column]["at"]
-            labels[1:] = [row["label"] for row in rows]
-            measures = [model["unchanged"], *(row["metrics"] for row in rows)]
+        for number, model in enumerate(robustness.models):
+            rows = model.changes[column].at
+            labels[1:] = [row.label for row in rows]
+            measures = [model.unchanged, *(row.metrics for row in rows)]
             # Side by side, so that the bars of one strength can be told apart.
-            place = np.arange(len(measures)) + 0.08 * (number - (len(found["models"]) - 1) / 2)
+            place = np.arange(len(measures)) + 0.08 * (number - (len(robustness.models) - 1) / 2)
             style = {"color": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)]}
             for axes, name in zip(grid[:, column], ("accuracy", "ece"), strict=True):
-                value, low, high = (np.array([m[name][part] for m in measures]) for part in ("value", "low", "high"))
-                bars = np.nan_to_num([value - low, high - value])
-                axes.errorbar(place, value, bars, label=model["name"], linewidth=1, elinewidth=0.8, **style)
+                value, bars = _error_bars([metrics[name] for metrics in measures])
+                axes.errorbar(place, value, bars, label=model.name, linewidth=1, elinewidth=0.8, **style)
         for axes in grid[:, column]:
             axes.set_xticks(range(len(labels)), list(map(_short, labels)), fontsize=8)
-        grid[0, column].set_title(change["name"], fontsize=11)
+        grid[0, column].set_title(change.name, fontsize=11)
     grid[0, 0].set(ylabel="accuracy", ylim=(0, 1.03))
-    grid[1, 0].set(ylabel="ECE (less is better)", ylim=(0, None))
+    grid[1, 0].set(ylabel="ECE (lower is better)", ylim=(0, None))
     names = grid[0, 0].get_legend_handles_labels()
     figure.legend(*names, fontsize=9, loc="outside lower center")
     _save(figure, path)
 
 
-def gain_curves(tables: dict[float, dict[str, Any]], metric: str, path: str | Path) -> None:
+def _error_bars(intervals: Sequence[Interval | None]) -> tuple[Floats, Floats]:
+    """Values, NaN where undefined, and what their bars reach below and above them."""
+    parts = [(one.value, one.low, one.high) if one else (None, None, None) for one in intervals]
+    value, low, high = np.array(parts, dtype=np.float64).T
+    return value, np.nan_to_num([value - low, high - value])
+
+
+def gain_curves(tables: dict[float, AblationDocument], metric: str, path: str | Path) -> None:
     """What LGD-Net gains over each control, and how well each row does, against the coupling of virtual tissue.
 
     `tables` are the documents of `lgd ablate`, by coupling; bars are 95 % intervals over slides and seeds.
@@ -158,18 +166,18 @@ def gain_curves(tables: dict[float, dict[str, Any]], metric: str, path: str | Pa
     scores, gains = figure.subplots(1, 2)
     couplings = sorted(tables)
     # What all tables have.
-    names = [name for name in tables[couplings[0]]["rows"] if all(name in table["rows"] for table in tables.values())]
+    names = [name for name in tables[couplings[0]].rows if all(name in table.rows for table in tables.values())]
     for number, name in enumerate(names):
         style = {"color": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)], "linewidth": 1}
         place = np.array(couplings) + 0.006 * (number - (len(names) - 1) / 2)
-        for axes, part in ((scores, "mean"), (gains, "lgd_minus")):
-            found = [tables[coupling]["rows"][name][metric][part] for coupling in couplings]
-            if all(found):
-                value, low, high = (
-                    np.array([np.nan if one[key] is None else one[key] for one in found])
-                    for key in ("value", "low", "high")
-                )
-                axes.errorbar(place, value, np.nan_to_num([value - low, high - value]), label=name, **style)
+        compared = [tables[coupling].rows[name][metric] for coupling in couplings]
+        for axes, intervals in (
+            (scores, [one.mean for one in compared]),
+            (gains, [one.lgd_minus for one in compared]),
+        ):
+            if all(intervals):
+                value, bars = _error_bars(intervals)
+                axes.errorbar(place, value, bars, label=name, **style)
     gains.axhline(0, color="black", linewidth=0.8)
     scores.set(title="what each reaches", ylabel=metric)
     gains.set(title="LGD-Net minus it", ylabel=f"difference of {metric}")

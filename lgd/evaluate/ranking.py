@@ -7,9 +7,11 @@ naive twin.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lgd.config import LEVEL_NAMES
 from lgd.errors import DataError
+from lgd.evaluate.results import OwnPair, Precision
 from lgd.metrics import Floats, Interval, Ints, draws, interval
 
 # Similarities that are worked out at a time: 32 MB.
@@ -36,23 +38,28 @@ def own_ranks(queries_nD: Floats, gallery_mD: Floats, own_index_n: Ints) -> Floa
     return ranks
 
 
-def own_pair(rank_n: Floats, gallery: int, groups: Sequence[str], resamples: int, seed: int) -> dict[str, object]:
-    """The ranks in numbers: `median_rank`, and as intervals over the groups `mean_rank`, `recall_at_1`, `_5`, `_10`.
+def own_pair(rank_n: Floats, gallery: int, groups: Sequence[str], resamples: int, seed: int) -> OwnPair:
+    """The ranks of n queries among `gallery` rows in numbers, with intervals over the groups."""
 
-    `chance_median_rank` (the mean's is the same) and `chance_recall_at_1`, `_5`, `_10` are those of a blind guess;
-    `queries` and `gallery` are n and m.
-    """
-    found: dict[str, object] = {
-        "queries": len(rank_n),
-        "gallery": gallery,
-        "median_rank": float(np.median(rank_n)),
-        "chance_median_rank": (gallery + 1) / 2,
-        "mean_rank": mean_with_interval(rank_n.astype(np.float64), groups, resamples, seed),
-    }
-    for k in RECALL_AT:
-        found[f"recall_at_{k}"] = mean_with_interval((rank_n <= k).astype(np.float64), groups, resamples, seed)
-        found[f"chance_recall_at_{k}"] = min(k, gallery) / gallery
-    return found
+    def mean(value_n: Floats | NDArray[np.bool_]) -> Interval:
+        return mean_with_interval(value_n.astype(np.float64), groups, resamples, seed)
+
+    recall_1, recall_5, recall_10 = (mean(rank_n <= k) for k in RECALL_AT)
+    chance_1, chance_5, chance_10 = (min(k, gallery) / gallery for k in RECALL_AT)
+
+    return OwnPair(
+        queries=len(rank_n),
+        gallery=gallery,
+        median_rank=float(np.median(rank_n)),
+        chance_median_rank=(gallery + 1) / 2,
+        mean_rank=mean(rank_n),
+        recall_at_1=recall_1,
+        chance_recall_at_1=chance_1,
+        recall_at_5=recall_5,
+        chance_recall_at_5=chance_5,
+        recall_at_10=recall_10,
+        chance_recall_at_10=chance_10,
+    )
 
 
 def average_precision(
@@ -91,20 +98,15 @@ def average_precision(
 
 def by_level(
     precision_n: Floats, chance_n: Floats, level_n: Ints, groups: Sequence[str], resamples: int, seed: int
-) -> dict[str, dict[str, float]]:
-    """Mean of the average precision over all queries (`overall`) and over those of each level: an interval each.
-
-    Beside it `chance`, and how many `queries` stand behind it.
-    """
+) -> dict[str, Precision]:
+    """Mean of the average precision over all queries (`overall`) and over those of each level."""
     found = {}
     defined = ~np.isnan(precision_n)
     for name, level in {"overall": None, **{name: number for number, name in enumerate(LEVEL_NAMES)}}.items():
         rows = np.flatnonzero(defined if level is None else defined & (level_n == level))
-        found[name] = {
-            **mean_with_interval(precision_n[rows], [groups[row] for row in rows.tolist()], resamples, seed),
-            "chance": float(chance_n[rows].mean()) if len(rows) else np.nan,
-            "queries": len(rows),
-        }
+        mean = mean_with_interval(precision_n[rows], [groups[row] for row in rows.tolist()], resamples, seed)
+        chance = float(chance_n[rows].mean()) if len(rows) else None
+        found[name] = Precision(value=mean.value, low=mean.low, high=mean.high, chance=chance, queries=len(rows))
     return found
 
 

@@ -1,8 +1,8 @@
 """Robustness: every network scored again on images as another scanner or laboratory would have made them.
 
-    found = measure(config, networks, shards)
+    measure(config, networks, shards)
 
-`found` goes into `metrics.json`, the table of `summary.md` and `robustness.png`. Every change is applied to what the
+Its result goes into `metrics.json`, the table of `summary.md` and `robustness.png`. Every change is applied to what the
 scorer gets, the decoded uint8 image of the network's input size: after the shrinking, where a real scanner's change
 comes before it. A blur of one pixel or a JPEG block of eight therefore covers more tissue than at native resolution.
 The H&E is changed for students, the IHC for the teacher.
@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from lgd.data.augment import draw
 from lgd.data.image import decode, encode
 from lgd.evaluate.compare import Network
 from lgd.evaluate.predict import score_shards
+from lgd.evaluate.results import AtStrength, ChangeText, ModelRobustness, Robustness, UnderChange
 from lgd.metrics import Interval, Predictions, paired_difference, score_with_intervals
 from lgd.stain.deconvolve import H_DAB, H_E, rgb_to_od
 from lgd.stain.targets import estimate_white
@@ -176,7 +176,7 @@ CHANGES = (
 )
 
 
-def measure(config: Config, networks: Sequence[Network], shards: Sequence[Shard]) -> dict[str, Any]:
+def measure(config: Config, networks: Sequence[Network], shards: Sequence[Shard]) -> Robustness:
     """`MEASURES` of each network under each change, and their paired difference to the unchanged images.
 
     `networks` were scored on the unchanged images of `shards`. One more pass over the split a network and strength.
@@ -192,13 +192,14 @@ def measure(config: Config, networks: Sequence[Network], shards: Sequence[Shard]
             for strength, label in change.strengths.items():
                 alter = partial(altered, change, scorer.role, strength, seed)
                 after, _ = score_shards(scorer, shards, threads=threads, alter=alter)
-                row = {"strength": strength, "label": label, "metrics": _measures(after, resamples, seed)}
+                metrics = _measures(after, resamples, seed)
                 less = {name: paired_difference(after, before, name, resamples, seed) for name in MEASURES}
-                rows.append(row | {"minus_unchanged": less})
-            changes.append({"name": change.name, "at": rows})
-        models.append({"name": before.name, "unchanged": _measures(before, resamples, seed), "changes": changes})
-    told = [{"name": each.name, "what": each.what, "why": each.why} for each in CHANGES]
-    return {"seed": seed, "changes": told, "models": models}
+                rows.append(AtStrength(strength=strength, label=label, metrics=metrics, minus_unchanged=less))
+            changes.append(UnderChange(name=change.name, at=tuple(rows)))
+        unchanged = _measures(before, resamples, seed)
+        models.append(ModelRobustness(name=before.name, unchanged=unchanged, changes=tuple(changes)))
+    texts = tuple(ChangeText(name=each.name, what=each.what, why=each.why) for each in CHANGES)
+    return Robustness(seed=seed, changes=texts, models=tuple(models))
 
 
 def _measures(predictions: Predictions, resamples: int, seed: int) -> dict[str, Interval]:

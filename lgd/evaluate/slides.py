@@ -4,18 +4,18 @@ By mean (`lgd.metrics.by_slide`): a slide's probabilities are the mean of its pa
 By area (`by_area`): a slide has the highest level that enough of its patches reach. It is named for what it copies
 from ASCO/CAP's rule, and gives a level but no probability.
 
-    both_ways(predictions, resamples, seed)    # what `metrics.json` holds of one model
+    score_model(predictions, resamples, seed)    # what `metrics.json` holds of one model
 
 Neither way is chosen, and the share is not tuned, on the patches that are scored.
 """
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from lgd.errors import DataError
+from lgd.evaluate.results import AreaScores, ModelScores, Scores
 from lgd.metrics import (
     LEVELS,
     Predictions,
@@ -32,7 +32,7 @@ than 10 % of the tumour cells show the staining of a level."""
 ANSWERS = (*("accuracy", "macro_f1", "kappa", "within_one"), *(f"sensitivity_{level}" for level in range(LEVELS)))
 """The metrics that look at the answer alone; ECE, Brier and the AUCs need a probability."""
 
-WAYS = {
+SLIDE_RULES = {
     "by_slide": "mean: the probabilities of a slide's patches are averaged, and the most probable level is the answer",
     "by_area": f"area: the answer is the highest level that more than {PERCENT} % of a slide's patches are called, or "
     "are called something higher",
@@ -65,37 +65,37 @@ def by_area(predictions: Predictions) -> Predictions:
     return replace(slides, probability=np.eye(LEVELS)[level])
 
 
-def both_ways(predictions: Predictions, resamples: int, seed: int) -> dict[str, Any]:
-    """`by_slide` and `by_area`, each with the metrics it may be scored by, and `area_minus_mean`, paired by slide.
-
-    `one_patch_decides` counts the scored slides of so few patches that one alone raises the level by area. Where there
-    are no slides, or they have no one level, all three are None and `no_slides` says why.
-    """
-    none = {"by_slide": None, "by_area": None, "area_minus_mean": None}
-    if len(set(predictions.groups)) == len(predictions.groups):
-        return none | {"no_slides": "every group is a single patch"}
+def score_model(predictions: Predictions, resamples: int, seed: int) -> ModelScores:
+    """A model by patch, and by slide in both ways; paired by slide is what the area gains over the mean."""
+    by_patch = _score_known(predictions.labelled(), resamples, seed)
     try:
+        if len(set(predictions.groups)) == len(predictions.groups):
+            raise DataError("every group is a single patch")
         mean, area = by_slide(predictions).labelled(), by_area(predictions).labelled()
     except DataError as error:
-        return none | {"no_slides": str(error)}
-    of_area = scores(area, resamples, seed)
-    of_area["metrics"] = {name: of_area["metrics"][name] for name in ANSWERS}
-    patches = Counter(predictions.groups)
-    of_area["one_patch_decides"] = sum(PERCENT * patches[slide] < 100 for slide in area.keys)
-    return {
-        "by_slide": scores(mean, resamples, seed),
-        "by_area": of_area,
-        "area_minus_mean": {name: paired_difference(area, mean, name, resamples, seed) for name in ANSWERS},
-        "no_slides": None,
-    }
+        nothing = {"by_slide": None, "by_area": None, "area_minus_mean": None}
+        return ModelScores(name=predictions.name, by_patch=by_patch, **nothing, no_slides=str(error))
+    of_area, patches = _score_known(area, resamples, seed), Counter(predictions.groups)
+    return ModelScores(
+        name=predictions.name,
+        by_patch=by_patch,
+        by_slide=_score_known(mean, resamples, seed),
+        by_area=AreaScores(
+            scored=of_area.scored,
+            groups=of_area.groups,
+            metrics={name: of_area.metrics[name] for name in ANSWERS},
+            confusion=of_area.confusion,
+            one_patch_decides=sum(PERCENT * patches[slide] < 100 for slide in area.keys),
+        ),
+        area_minus_mean={name: paired_difference(area, mean, name, resamples, seed) for name in ANSWERS},
+        no_slides=None,
+    )
 
 
-def scores(predictions: Predictions, resamples: int, seed: int) -> dict[str, Any]:
-    """Counts, every metric with its interval, and the confusion matrix, of the rows whose level is known."""
-    known = predictions.labelled()
-    return {
-        "scored": len(known.keys),
-        "groups": len(set(known.groups)),
-        "metrics": score_with_intervals(known, resamples, seed),
-        "confusion": confusion(known.level, known.predicted).tolist(),
-    }
+def _score_known(known: Predictions, resamples: int, seed: int) -> Scores:
+    return Scores(
+        scored=len(known.keys),
+        groups=len(set(known.groups)),
+        metrics=score_with_intervals(known, resamples, seed),
+        confusion=confusion(known.level, known.predicted).tolist(),
+    )

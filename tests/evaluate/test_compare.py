@@ -41,27 +41,27 @@ def scorers(tissue_run, he_only):
 def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers, caplog):
     with caplog.at_level(logging.INFO, "lgd"):
         found, scored = measured(tissue_run, scorers)
-    names = [row["name"].split(" (")[0] for row in found["embeddings"]]
+    names = [row.name.split(" (")[0] for row in found.embeddings]
     assert names == [
         "LGD-Net, hallucinated latents",
         "H&E-only, its features",
         "H&E-only, ridge to the latents",
         "IHC teacher, true latents",
     ]
-    assert [row["own_pair"] is None for row in found["embeddings"]] == [False, True, False, True]
+    assert [row.own_pair is None for row in found.embeddings] == [False, True, False, True]
     assert caplog.messages == ["[report] H&E-only: scoring 20 training patches, the gallery of its own features"]
     store = Store(tissue_run.latents.dir)
     train, test = ([part for part in store.parts if part.split == split] for split in ("train", "test"))
     gallery, own = read_all(train, "pooled")[:, 0], read_all(test, "pooled")[:, 0]
     predictions, pooled = scored[0].predictions, scored[0].vectors_nD
     ranks = own_ranks(pooled, own, np.arange(20))
-    assert found["embeddings"][0]["own_pair"]["median_rank"] == np.median(ranks)
+    assert found.embeddings[0].own_pair.median_rank == np.median(ranks)
     levels = as_levels(read_all(train, "label"))
     for row, vectors in ((0, pooled), (3, own)):
         precision, chance = average_precision(vectors, predictions.level, gallery, levels, 10)
-        overall = found["embeddings"][row]["by_level"]["overall"]
-        assert overall["value"] == pytest.approx(np.nanmean(precision))
-        assert overall["chance"] == pytest.approx(np.nanmean(chance))
+        overall = found.embeddings[row].by_level["overall"]
+        assert overall.value == pytest.approx(np.nanmean(precision))
+        assert overall.chance == pytest.approx(np.nanmean(chance))
     # The teacher reads the IHC itself, and scoring it gives what the store holds.
     np.testing.assert_allclose(scored[2].vectors_nD, own, atol=2e-3)
 
@@ -82,13 +82,13 @@ def test_a_scored_training_split_is_no_gallery(tissue_run, change, scorers, capl
     config = change(tissue_run, report={"split": "train"})
     with caplog.at_level(logging.INFO, "lgd"):
         found, _ = measured(config, scorers)
-    assert found["gallery_rows"] == 0 and not caplog.messages
-    assert [row["name"] for row in found["embeddings"]] == [
+    assert found.gallery_rows == 0 and not caplog.messages
+    assert [row.name for row in found.embeddings] == [
         "LGD-Net, hallucinated latents",
         "IHC teacher, true latents",
     ]
-    assert np.isnan(found["embeddings"][0]["by_level"]["overall"]["value"])
-    assert found["embeddings"][0]["own_pair"]["queries"] == 20
+    assert found.embeddings[0].by_level["overall"].value is None
+    assert found.embeddings[0].own_pair.queries == 20
 
 
 def test_a_rival_of_another_teacher_has_no_row(tissue_run, scorers):
@@ -96,7 +96,7 @@ def test_a_rival_of_another_teacher_has_no_row(tissue_run, scorers):
     teachers = (student.config.teachers[0].model_copy(update={"weights_sha256": "f" * 64}),)
     stranger = dataclasses.replace(student, config=student.config.model_copy(update={"teachers": teachers}))
     found, _ = measured(tissue_run, [student, stranger, teacher])
-    assert len(found["embeddings"]) == 2
+    assert len(found.embeddings) == 2
     with pytest.raises(DataError, match="made by another teacher"):
         measured(tissue_run, [stranger, teacher])
 

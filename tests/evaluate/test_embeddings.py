@@ -70,11 +70,11 @@ def test_he_alone_takes_part_by_its_features_and_through_the_ridge(made):
     np.testing.assert_allclose(own.train_mD.mean(0), 0, atol=1e-12)
     assert own.own_nD is None and "H&E" in own.gallery
     found = measure([own, mapped], scored, train.level, 20, 0)
-    assert found["gallery_rows"] == 60 and found["at"] == 10
-    first, second = found["embeddings"]
-    assert first["own_pair"] is None
-    assert second["own_pair"]["median_rank"] < 3 < second["own_pair"]["chance_median_rank"]
-    assert first["by_level"]["overall"]["value"] > first["by_level"]["overall"]["chance"] + 0.1
+    assert found.gallery_rows == 60 and found.at == 10
+    first, second = found.embeddings
+    assert first.own_pair is None
+    assert second.own_pair.median_rank < 3 < second.own_pair.chance_median_rank
+    assert first.by_level["overall"].value > first.by_level["overall"].chance + 0.1
 
 
 def test_a_training_split_of_one_slide_has_no_ridge(made):
@@ -93,5 +93,5 @@ def test_a_perfect_embedding_is_measured_as_one(made):
         train_mD=corners[train.level],
         own_nD=latents[60:, :4],
     )
-    (row,) = measure([perfect], scored, train.level, 20, 0)["embeddings"]
-    assert row["by_level"]["overall"]["value"] == row["by_level"]["overall"]["low"] == 1
+    (row,) = measure([perfect], scored, train.level, 20, 0).embeddings
+    assert row.by_level["overall"].value == row.by_level["overall"].low == 1

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lgd.evaluate.ablation_table import AblationDocument, Compared
 from lgd.evaluate.figures import Neighbour, Query, confusion_matrix, contact_sheet, gain_curves, robustness_curves
-from lgd.metrics import Predictions
+from lgd.evaluate.results import AtStrength, ModelRobustness, Robustness, UnderChange
+from lgd.metrics import Interval, Predictions
 
 BROKEN = [r"$\frac{$ & \x", "a\x1b[2J\x07\nb\t", "漢字 \udcff\u202e", "x" * 100_000, ""]
 
@@ -16,11 +18,14 @@ BROKEN = [r"$\frac{$ & \x", "a\x1b[2J\x07\nb\t", "漢字 \udcff\u202e", "x" * 10
 def test_any_text_can_be_drawn(tmp_path, name):
     level = np.arange(8) % 4
     scored = Predictions(name=name, keys=["k"] * 8, groups=["g"] * 8, level=level, probability=np.eye(4)[level])
-    part = {"value": 0.5, "low": 0.4, "high": 0.6}
+    part = Interval(value=0.5, low=0.4, high=0.6)
     metrics = {"accuracy": part, "ece": part}
-    changes = [{"name": name, "at": [{"label": name, "metrics": metrics}]}]
-    robust = {"changes": changes, "models": [{"name": name, "unchanged": metrics, "changes": changes}]}
-    gain = {0.5: {"rows": {name or "row": {"kappa": {"mean": part, "lgd_minus": part}}}}}
+    # Not checked, as no record takes all of these names.
+    changes = [UnderChange.model_construct(name=name, at=[AtStrength.model_construct(label=name, metrics=metrics)])]
+    models = [ModelRobustness.model_construct(name=name, unchanged=metrics, changes=changes)]
+    robust = Robustness.model_construct(changes=changes, models=models)
+    rows = {name or "row": {"kappa": Compared(mean=part, lgd_minus=part)}}
+    gain = {0.5: AblationDocument.model_construct(rows=rows)}
     image = np.zeros((8, 8, 3), np.uint8)
     found = Neighbour(key=name, slide=name, split=name, level=1, distance=0.1, image=image, duplicate_of=name)
     query = Query(key=name, slide=name, level=1, predicted=1, he=image, ihc=image, neighbours=[found], vote=name)

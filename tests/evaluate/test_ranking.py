@@ -26,22 +26,22 @@ def test_own_ranks_equal_a_sort():
     ranks = own_ranks(queries, gallery, own)
     assert ranks.tolist() == expected
     found = numbers(ranks, 30)
-    assert found["median_rank"] == np.median(expected)
+    assert found.median_rank == np.median(expected)
     for k in (1, 5, 10):
-        entry = found[f"recall_at_{k}"]
-        assert entry["value"] == np.mean(np.array(expected) <= k)
-        assert entry["low"] <= entry["value"] <= entry["high"]
-        assert found[f"chance_recall_at_{k}"] == k / 30
-    assert 1 < found["median_rank"] < 15
+        entry = getattr(found, f"recall_at_{k}")
+        assert entry.value == np.mean(np.array(expected) <= k)
+        assert entry.low <= entry.value <= entry.high
+        assert getattr(found, f"chance_recall_at_{k}") == k / 30
+    assert 1 < found.median_rank < 15
 
 
 def test_a_collapsed_network_ranks_like_chance():
     gallery = np.random.default_rng(0).normal(size=(21, 8))
     found = numbers(own_ranks(np.tile(gallery[:1], (21, 1)), gallery, np.arange(21)), 21)
-    assert found["median_rank"] == found["chance_median_rank"] == 11
+    assert found.median_rank == found.chance_median_rank == 11
     flat = numbers(own_ranks(gallery, np.ones((21, 8)), np.arange(21)), 21)
-    assert flat["median_rank"] == 11
-    assert flat["recall_at_10"]["value"] == 0
+    assert flat.median_rank == 11
+    assert flat.recall_at_10.value == 0
 
 
 def test_ranks_of_what_does_not_fit_are_refused():
@@ -102,18 +102,18 @@ def test_without_a_gallery_nothing_is_defined():
     empty = average_precision(np.ones((3, 2)), np.arange(3), np.empty((0, 2)), np.empty(0, np.int64), 10)
     assert np.isnan(empty).all()
     found = by_level(*empty, np.arange(3), ["a", "b", "c"], 10, 0)
-    assert found["overall"]["queries"] == 0
-    assert np.isnan([found["overall"]["value"], found["overall"]["low"], found["overall"]["chance"]]).all()
+    assert found["overall"].queries == 0
+    assert found["overall"].value is found["overall"].low is found["overall"].chance is None
 
 
 def test_means_by_level_leave_out_what_is_undefined():
     precision = np.array([1.0, 0.5, np.nan, 0.25])
     found = by_level(precision, np.full(4, 0.1), np.array([0, 0, 1, 2]), ["a", "b", "a", "b"], 50, 0)
-    assert found["overall"]["value"] == pytest.approx(1.75 / 3)
-    assert found["0"]["value"] == 0.75 and found["0"]["low"] == 0.5 and found["0"]["high"] == 1.0
-    assert found["1+"]["queries"] == 0 and np.isnan(found["1+"]["value"])
-    assert found["2+"]["value"] == 0.25 and np.isnan(found["2+"]["low"]), "one slide has no interval"
-    assert [found[name]["queries"] for name in found] == [3, 2, 0, 1, 0]
+    assert found["overall"].value == pytest.approx(1.75 / 3)
+    assert found["0"].value == 0.75 and found["0"].low == 0.5 and found["0"].high == 1.0
+    assert found["1+"].queries == 0 and found["1+"].value is None
+    assert found["2+"].value == 0.25 and found["2+"].low is None, "one slide has no interval"
+    assert [found[name].queries for name in found] == [3, 2, 0, 1, 0]
 
 
 def test_the_interval_resamples_groups_as_a_loop_does():
@@ -125,5 +125,5 @@ def test_the_interval_resamples_groups_as_a_loop_does():
         drawn = random.integers(0, 5, 5)
         means.append(np.concatenate([values[s::5] for s in drawn]).mean())
     low, high = np.percentile(means, [2.5, 97.5])
-    assert found["value"] == pytest.approx(values.mean())
-    assert (found["low"], found["high"]) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))

@@ -57,7 +57,7 @@ def evaluation(scored, **changed):
 
 
 def report(folder, scored, **changed):
-    return write_report(folder, evaluation(scored, **changed))
+    return write_report(folder, evaluation(scored, **changed)).document()
 
 
 def strict(path):
@@ -116,7 +116,7 @@ def test_the_document_holds_every_number(written):
         assert np.sum(made["by_slide"]["confusion"]) == made["by_slide"]["groups"] == 12
     for row, other in zip(document["differences"], scored[1:], strict=True):
         assert (row["of"], row["minus"]) == ("LGD-Net", other.name)
-        assert row["metrics"]["kappa"] == paired_difference(scored[0], other, "kappa", 40, 0)
+        assert row["metrics"]["kappa"] == paired_difference(scored[0], other, "kappa", 40, 0).as_json()
 
 
 def test_latents_that_are_all_alike_are_told(written, tmp_path):
@@ -208,7 +208,7 @@ def test_one_level_of_one_slide_has_no_intervals(tmp_path):
 
 def test_retrieval_without_a_gallery_or_an_own_pair(tmp_path):
     found = retrieval(model(), ())
-    found["embeddings"] = found["embeddings"][1:]
+    found = found.model_copy(update={"embeddings": found.embeddings[1:]})
     report(tmp_path, [model()], retrieval=found)
     strict(tmp_path / "metrics.json")
     text = (tmp_path / "summary.md").read_text()

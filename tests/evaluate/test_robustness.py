@@ -208,7 +208,7 @@ def test_a_number_of_the_report_is_worked_out_again(written):
     accuracy = (after.predicted == after.level).mean()
     assert at["metrics"]["accuracy"]["value"] == pytest.approx(accuracy)
     again = paired_difference(after, before, "ece", config.report.bootstrap, config.run.seed)
-    assert at["minus_unchanged"]["ece"] == pytest.approx(again, abs=1e-4)
+    assert at["minus_unchanged"]["ece"] == pytest.approx(again.as_json(), abs=1e-4)
 
 
 def test_the_cost_that_the_configuration_tells_is_true():

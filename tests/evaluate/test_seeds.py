@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lgd.errors import DataError
 from lgd.evaluate.seeds import difference, gap_closed, mean_of
-from lgd.metrics import Predictions, score
+from lgd.metrics import Interval, Predictions, score
 
 
 def answers(seed, skill=0.5, slides=12, patches=5, name="x"):
@@ -26,7 +26,7 @@ def test_the_mean_is_that_of_the_seeds_and_the_interval_is_of_slides_and_seeds()
     runs = [answers(seed, skill) for seed, skill in enumerate((0.2, 0.5, 0.8))]
     found = mean_of(runs, "accuracy", 2000, seed=0)
     each = [score(run.level, run.probability)["accuracy"] for run in runs]
-    assert found["value"] == pytest.approx(np.mean(each))
+    assert found.value == pytest.approx(np.mean(each))
     # Naive: draw slides and seeds, score, average.
     dice = np.random.default_rng(5)
     groups = np.array(runs[0].groups)
@@ -37,17 +37,17 @@ def test_the_mean_is_that_of_the_seeds_and_the_interval_is_of_slides_and_seeds()
         taken = [runs[n] for n in dice.integers(3, size=3)]
         samples.append(np.mean([(run.probability[rows].argmax(1) == run.level[rows]).mean() for run in taken]))
     low, high = np.percentile(samples, [2.5, 97.5])
-    assert found["low"] == pytest.approx(low, abs=0.03) and found["high"] == pytest.approx(high, abs=0.03)
+    assert found.low == pytest.approx(low, abs=0.03) and found.high == pytest.approx(high, abs=0.03)
     # Wider than over the slides alone, since these seeds differ much.
     alone = mean_of([runs[1]] * 3, "accuracy", 2000, seed=0)
-    assert found["high"] - found["low"] > 1.5 * (alone["high"] - alone["low"])
+    assert found.high - found.low > 1.5 * (alone.high - alone.low)
 
 
 @given(st.integers(1, 4), st.integers(0, 3))
 @settings(max_examples=20, deadline=None)
 def test_a_method_does_not_differ_from_itself(seeds, seed):
     runs = [answers(number) for number in range(seeds)]
-    assert difference(runs, runs, "kappa", 50, seed) == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert difference(runs, runs, "kappa", 50, seed) == Interval(value=0.0, low=0.0, high=0.0)
 
 
 def test_a_difference_is_paired_and_finds_what_intervals_of_each_would_not():
@@ -62,17 +62,17 @@ def test_a_difference_is_paired_and_finds_what_intervals_of_each_would_not():
         better.append(Predictions(name="y", keys=run.keys, groups=run.groups, level=run.level, probability=probability))
     found = difference(better, worse, "accuracy", 500, 0)
     one, other = (mean_of(runs, "accuracy", 500, 0) for runs in (better, worse))
-    assert found["low"] > 0 and found["value"] == pytest.approx(one["value"] - other["value"])
-    assert found["high"] - found["low"] < other["high"] - other["low"]
+    assert found.low > 0 and found.value == pytest.approx(one.value - other.value)
+    assert found.high - found.low < other.high - other.low
 
 
 def test_the_gap_is_0_at_the_least_and_1_at_the_most():
     least, most = [answers(seed, 0.3) for seed in range(3)], [answers(9, 0.95)]
-    assert gap_closed(least, least, most, "kappa", 100, 0)["value"] == 0
-    assert gap_closed(most, least, most, "kappa", 100, 0)["value"] == 1
+    assert gap_closed(least, least, most, "kappa", 100, 0).value == 0
+    assert gap_closed(most, least, most, "kappa", 100, 0).value == 1
     half = gap_closed([answers(seed, 0.65) for seed in range(3)], least, most, "kappa", 300, 0)
-    assert 0.2 < half["low"] <= half["value"] <= half["high"] < 0.9
-    assert np.isnan(gap_closed(least, most, least, "kappa", 100, 0)["value"])
+    assert 0.2 < half.low <= half.value <= half.high < 0.9
+    assert gap_closed(least, most, least, "kappa", 100, 0).value is None
 
 
 def test_other_patches_are_refused():

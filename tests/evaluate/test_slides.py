@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lgd.errors import DataError
-from lgd.evaluate.slides import ANSWERS, both_ways, by_area
+from lgd.evaluate.slides import ANSWERS, by_area, score_model
 from lgd.metrics import Predictions, by_slide, paired_difference, score
 
 ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=1, max_size=60)
@@ -61,28 +61,28 @@ def test_levels_above_add_up():
     assert slides.predicted.tolist() == [2] and slides.level.tolist() == [2]
 
 
-def test_both_ways_are_scored_and_compared():
+def test_score_model_are_scored_and_compared():
     random = np.random.default_rng(0)
     level = np.arange(12) % 4
     patches = [(f"s{s:02}", int(np.clip(level[s] + random.integers(-1, 2), 0, 3))) for s in range(12) for _ in range(9)]
     p = predictions(patches)
     p = Predictions(name="m", keys=p.keys, groups=p.groups, level=np.repeat(level, 9), probability=p.probability)
-    found = both_ways(p, 50, 0)
-    assert found["no_slides"] is None
-    assert tuple(found["by_area"]["metrics"]) == tuple(found["area_minus_mean"]) == ANSWERS
-    assert "ece" in found["by_slide"]["metrics"] and "ece" not in found["by_area"]["metrics"]
+    found = score_model(p, 50, 0)
+    assert found.no_slides is None
+    assert tuple(found.by_area.metrics) == tuple(found.area_minus_mean) == ANSWERS
+    assert "ece" in found.by_slide.metrics and "ece" not in found.by_area.metrics
     area, mean = by_area(p), by_slide(p)
     values = score(area.level, area.probability)
-    assert all(found["by_area"]["metrics"][name]["value"] == values[name] for name in ANSWERS)
-    assert found["area_minus_mean"]["kappa"] == paired_difference(area, mean, "kappa", 50, 0)
-    assert found["area_minus_mean"]["accuracy"]["value"] < 0, "upward errors weigh more by area"
-    assert found["by_area"]["one_patch_decides"] == 12
-    assert found["by_area"]["scored"] == found["by_slide"]["scored"] == 12
+    assert all(found.by_area.metrics[name].value == values[name] for name in ANSWERS)
+    assert found.area_minus_mean["kappa"] == paired_difference(area, mean, "kappa", 50, 0)
+    assert found.area_minus_mean["accuracy"].value < 0, "upward errors weigh more by area"
+    assert found.by_area.one_patch_decides == 12
+    assert found.by_area.scored == found.by_slide.scored == 12
 
 
 def test_slides_in_which_one_patch_decides_are_counted():
     rows = [(slide, 0) for slide, count in (("a", 9), ("b", 10), ("c", 1)) for _ in range(count)]
-    assert both_ways(predictions(rows), 10, 0)["by_area"]["one_patch_decides"] == 2
+    assert score_model(predictions(rows), 10, 0).by_area.one_patch_decides == 2
 
 
 def test_slides_of_two_levels_are_not_scored():
@@ -90,6 +90,6 @@ def test_slides_of_two_levels_are_not_scored():
     mixed = Predictions(name="m", keys=p.keys, groups=p.groups, level=np.array([0, 1, -1]), probability=p.probability)
     with pytest.raises(DataError, match="like a"):
         by_area(mixed)
-    found = both_ways(mixed, 10, 0)
-    assert found["by_slide"] is found["by_area"] is found["area_minus_mean"] is None
-    assert "patches of different levels, like a" in found["no_slides"]
+    found = score_model(mixed, 10, 0)
+    assert found.by_slide is found.by_area is found.area_minus_mean is None
+    assert "patches of different levels, like a" in found.no_slides

@@ -1,0 +1,92 @@
+"""The table of `lgd ablate`: what each row scores over the seeds, and what LGD-Net gains over it (`ablation.json`)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from lgd.evaluate import seeds
+from lgd.evaluate.colour import COLOUR, HOW
+from lgd.evaluate.markdown import format_interval
+from lgd.markup import code_block, list_items, markdown_table
+from lgd.metrics import Interval, Predictions
+from lgd.models import methods
+from lgd.records import Count, Document, Line, Many, Record, Sha256
+
+METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accuracy": "accuracy"}
+LGD_NET, BASELINE = (methods.METHODS[name].title for name in (methods.PROPOSED, methods.BASELINE))
+UPPER_BOUND = "IHC teacher"
+
+
+class Compared(Record):
+    """A metric of a row of the table."""
+
+    mean: Interval
+    lgd_minus: Interval | None
+
+
+class AblationDocument(Document):
+    """ablation.json."""
+
+    FORMAT: ClassVar[str] = "lgd-ablation/2"
+    ABSENT: ClassVar[str] = "run lgd ablate first"
+    REMEDY: ClassVar[str] = "run lgd ablate again"
+
+    seeds: Annotated[int, Field(ge=1)]
+    resamples: Annotated[int, Field(ge=1)]
+    patches: Count
+    groups: Count
+    rows: dict[Line, dict[Line, Compared]]
+    gap_closed: dict[Line, Interval]
+    caveats: Many[Line]
+    explained_by_levels: float | None
+    command: Line
+    shards: Many[Sha256]
+    teacher: Sha256
+
+
+def compare_rows(
+    rows: Mapping[str, Sequence[Predictions]], resamples: int, seed: int
+) -> tuple[dict[str, dict[str, Compared]], dict[str, Interval]]:
+    """Scores of each row and its difference to LGD-Net; and the share of the gap to the teacher that LGD-Net closes."""
+    ours, baseline, bound = rows[LGD_NET], rows[BASELINE], rows[UPPER_BOUND]
+    compared = {
+        name: {
+            metric: Compared(
+                mean=seeds.mean_of(runs, metric, resamples, seed),
+                lgd_minus=None if name == LGD_NET else seeds.difference(ours, runs, metric, resamples, seed),
+            )
+            for metric in METRICS
+        }
+        for name, runs in rows.items()
+    }
+    gaps = {metric: seeds.gap_closed(ours, baseline, bound, metric, resamples, seed) for metric in METRICS}
+    return compared, gaps
+
+
+def format_ablation(table: AblationDocument) -> str:
+    """The table in Markdown, with what must be known to believe it."""
+    cells = [
+        [
+            name,
+            *(format_interval(row[metric].mean) for metric in METRICS),
+            *(format_interval(minus, "+.3f") if (minus := row[metric].lgd_minus) else "" for metric in METRICS),
+        ]
+        for name, row in table.rows.items()
+    ]
+    gaps = ", ".join(f"{METRICS[name]} {format_interval(gap, '.2f')}" for name, gap in table.gap_closed.items())
+    lines = [
+        f"# LGD-Net, its controls and its parts: {table.seeds} seed{'s' * (table.seeds > 1)}, {table.patches} patches "
+        f"of {table.groups} groups\n",
+        *list_items(table.caveats),
+        "",
+        *markdown_table(["", *METRICS.values(), *(f"LGD-Net minus it: {text}" for text in METRICS.values())], cells),
+        f"Means over the seeds. Brackets hold 95 % intervals from {table.resamples} resamples of groups and seeds, "
+        "drawn jointly; a difference whose interval holds 0 shows nothing.\n",
+        *([f"{HOW}\n"] if COLOUR in table.rows else []),
+        f"Share of the gap between {BASELINE} and the {UPPER_BOUND} that {LGD_NET} closes: {gaps}.\n",
+        f"Of what varies in the teacher's latents, its soft levels tell {table.explained_by_levels:.2f} (R^2 on these "
+        "patches): the nearer to 1, the less latents can teach that label distillation does not.\n",
+        f"{code_block(table.command)}\n",
+    ]
+    return "\n".join(lines)
