@@ -67,7 +67,7 @@ def _ray() -> Finding:
 
 
 def _deepspeed() -> Finding:
-    from lgd.train.engine import deepspeed_problem
+    from lgd.train.deepspeed_engine import deepspeed_problem
 
     problem = deepspeed_problem()
     if problem:

@@ -23,7 +23,7 @@ from lgd.errors import DataError
 from lgd.files import read_json
 from lgd.logs import progress, show_logs
 from lgd.store.latents import Store
-from lgd.train.engine import deepspeed_problem
+from lgd.train.deepspeed_engine import deepspeed_problem
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ models.spec models.weights models.pretrained models.backbone models.encoder
 models.description models.export models.teacher models.student models.losses models.methods
 store.recipe store.sidecar store.document store.writer store.parts store.latents store.supervision store.cache
 store.export store.faiss_file store.table store.search store.exact store.index
-train.targets train.batch train.tasks train.engine train.checkpoint train.passes train.log train.prepare train.finished
+train.targets train.batch train.tasks train.engine train.deepspeed_engine
+train.checkpoint train.passes train.log train.prepare train.finished
 train.loop train.launch
 evaluate.results evaluate.notes evaluate.scale evaluate.images evaluate.predict evaluate.slide_rows evaluate.colour
 evaluate.seeds evaluate.markdown evaluate.ablation_table evaluate.figures
@@ -37,7 +38,7 @@ cli.verb cli.stages cli.answers cli.checks
 OWNERS = {
     "ray": {"distribute"},
     "faiss": {"store.search", "doctor"},
-    "deepspeed": {"train.engine", "bench.engine"},
+    "deepspeed": {"train.deepspeed_engine", "bench.engine"},
     "h5py": {"store.parts", "store.writer", "store.export"},
     "webdataset": {"data.archive", "bench.peers"},
     "litdata": {"bench.peers"},

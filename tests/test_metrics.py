@@ -6,7 +6,7 @@ from sklearn import metrics as sk
 
 from lgd import metrics
 from lgd.errors import DataError
-from lgd.metrics import METRICS, Predictions, bootstrap, by_slide, score
+from lgd.metrics import METRICS, Predictions, bootstrap, score
 
 
 def predictions(level, probability, groups=None, name="model"):
@@ -207,35 +207,6 @@ def test_paired_difference_sees_the_same_groups():
     assert found.high - found.low < alone.high - alone.low
     with pytest.raises(DataError, match="a and c do not hold the same patches"):
         metrics.paired_difference(a, some(n=59, name="c"), "kappa", 10, seed=0)
-
-
-def test_by_slide_takes_the_mean_and_the_level():
-    p = predictions([1, -1, 3, -1], [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], ["b", "b", "a", "c"])
-    slides = by_slide(p)
-    assert slides.keys == slides.groups == ["a", "b", "c"]
-    assert slides.level.tolist() == [3, 1, -1]
-    np.testing.assert_array_equal(slides.probability, [[0, 0, 0, 1], [0.5, 0.5, 0, 0], [0, 0, 1, 0]])
-    with pytest.raises(DataError, match="1 of 3 slides have patches of different levels, like b"):
-        by_slide(predictions([1, 2, 3, -1], p.probability, p.groups))
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_the_temperature_is_found_again(temperature):
-    random = np.random.default_rng(0)
-    logits = random.normal(size=(4000, 4)) * 2
-    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    level = (random.random((4000, 1)) > chances.cumsum(1)).sum(1).clip(max=3)
-    level[::10] = -1
-    logits[::10] = np.inf  # an unlabelled patch must not be looked at
-    assert metrics.fit_temperature(level, logits * temperature) == pytest.approx(temperature, rel=0.06)
-
-
-def test_a_temperature_needs_labels_and_finite_logits():
-    assert 0.1 <= metrics.fit_temperature(np.arange(4), np.eye(4)) < 1
-    with pytest.raises(DataError, match="no patch of the validation split has a level"):
-        metrics.fit_temperature(np.full(3, -1), np.zeros((3, 4)))
-    with pytest.raises(DataError, match="not finite"):
-        metrics.fit_temperature(np.array([0]), np.array([[np.nan, 0, 0, 0]]))
 
 
 def test_predictions_that_cannot_be_scored_are_refused():

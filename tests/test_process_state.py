@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lgd import distribute
 from lgd.cli import main
 from lgd.process_state import default_environment, stop_signals, undo_changes
-from lgd.train.engine import deepspeed_environment, deepspeed_problem
+from lgd.train.deepspeed_engine import deepspeed_environment, deepspeed_problem
 from lgd.train.launch import train_under
 
 needs_deepspeed = pytest.mark.skipif(deepspeed_problem() is not None, reason=str(deepspeed_problem()))

@@ -37,7 +37,7 @@ from lgd.bench.training import (
 from lgd.config import Config
 from lgd.data.plan import World
 from lgd.train.batch import Batch, Step
-from lgd.train.engine import deepspeed_problem
+from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import join_world
 from lgd.train.loop import learning_rate
 from lgd.train.tasks import StudentTask

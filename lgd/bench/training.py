@@ -30,10 +30,9 @@ from lgd.options import load_config
 from lgd.store.cache import cache_latents
 from lgd.store.latents import Rows
 from lgd.train.batch import BatchOptions, Skipped, Step, augment, training_batches
-from lgd.train.engine import make_engine
 from lgd.train.log import Log
 from lgd.train.loop import take_step
-from lgd.train.prepare import Learner
+from lgd.train.prepare import Learner, make_engine
 from lgd.train.tasks import StudentTask, Task
 
 logger = logging.getLogger(__name__)

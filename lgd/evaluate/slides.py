@@ -1,6 +1,6 @@
 """Patches -> slides, two ways, so that a report can compare them.
 
-By mean (`lgd.metrics.by_slide`): a slide's probabilities are the mean of its patches'. It is the headline.
+By mean (`by_slide`): a slide's probabilities are the mean of its patches'. It is the headline.
 By area (`by_area`): a slide has the highest level that enough of its patches reach. It is named for what it copies
 from ASCO/CAP's rule, and gives a level but no probability.
 
@@ -19,7 +19,6 @@ from lgd.evaluate.results import AreaScores, ModelScores, Scores
 from lgd.metrics import (
     LEVELS,
     Predictions,
-    by_slide,
     confusion,
     paired_difference,
     score_with_intervals,
@@ -38,6 +37,29 @@ SLIDE_RULES = {
     "are called something higher",
 }
 """How each way makes a slide's level, in words."""
+
+
+def by_slide(predictions: Predictions) -> Predictions:
+    """One row a group, sorted by name: the mean of its patches' probabilities, and their level.
+
+    Patches of unknown level count for the mean. Raises `DataError` where a group's patches differ in level.
+    """
+    names, group = np.unique(predictions.groups, return_inverse=True)
+    known = predictions.level >= 0
+    lowest, highest = np.full(len(names), LEVELS), np.full(len(names), -1)
+    np.minimum.at(lowest, group[known], predictions.level[known])
+    np.maximum.at(highest, group[known], predictions.level[known])
+    mixed = np.flatnonzero((highest >= 0) & (lowest != highest))
+    if len(mixed):
+        raise DataError(
+            f"{len(mixed)} of {len(names)} slides have patches of different levels, like {names[mixed[0]]}: "
+            "a slide is scored only where its patches share one level"
+        )
+    mean = np.zeros((len(names), LEVELS))
+    np.add.at(mean, group, predictions.probability)
+    mean /= np.bincount(group, minlength=len(names))[:, None]
+    slides = [str(name) for name in names]
+    return replace(predictions, keys=slides, groups=slides, level=highest, probability=mean)
 
 
 def by_area(predictions: Predictions) -> Predictions:

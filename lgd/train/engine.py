@@ -1,30 +1,21 @@
-"""The optimizer behind the loop: DeepSpeed, and its plain PyTorch twin; the only importer of deepspeed.
+"""The optimizer behind the loop in plain PyTorch; `lgd.train.deepspeed_engine` is its twin.
 
 Both take the same global loss and give the same curve. A loss is the sum over this rank's samples divided by the
 global count, so the gradient is the sum over ranks; both engines average over ranks, hence the factor `world.size`.
 """
 
 import contextlib
-import importlib.util
-import itertools
 import logging
-import os
-import shutil
-import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from lgd.config import Train
 from lgd.data.plan import World
-from lgd.errors import ConfigError, DataError
-from lgd.locks import LOCK, hold_lock
-from lgd.logs import log_prints
-from lgd.process_state import default_environment
+from lgd.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -63,81 +54,7 @@ class Engine(Protocol):
         ...
 
 
-def deepspeed_problem() -> str | None:
-    """Why DeepSpeed cannot run here, or None."""
-    if sys.platform != "linux":
-        return "DeepSpeed runs on Linux only"
-    if importlib.util.find_spec("deepspeed") is None:
-        return "DeepSpeed is not installed: pip install deepspeed"
-    if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("c++") is None:
-        return "DeepSpeed compiles an extension on the CPU and there is no C++ compiler: install g++"
-    return None
-
-
-def choose(asked: str) -> str:
-    """The engine's name for `train.engine`; `auto` is DeepSpeed where it can run."""
-    if asked == "torch":
-        return "torch"
-    problem = deepspeed_problem()
-    if problem and asked == "deepspeed":
-        raise DataError(f"train.engine is deepspeed, but {problem}; or set train.engine to torch")
-    return "torch" if problem else "deepspeed"
-
-
-@contextlib.contextmanager
-def deepspeed_environment(device: str) -> Iterator[None]:
-    """What DeepSpeed reads where it runs on the CPU, which it otherwise warns about, and where it keeps its extension.
-
-    What its import sets for good is set here before. Its prints are logged: standard output is for results.
-    """
-    made_for = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
-    extensions = str(Path("~/.cache/lgd-extensions").expanduser() / made_for)
-    variables = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    if device == "cpu":
-        variables |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": extensions}
-    with default_environment(variables), log_prints(logger):
-        yield
-
-
-def build_extension() -> None:
-    """Compile DeepSpeed's extension for the CPU in TORCH_EXTENSIONS_DIR, unless it is there.
-
-    PyTorch's own lock on that outlives a killed process, and whoever comes next waits for ever. So a lock of the
-    kernel's tells that nobody builds.
-    """
-    from deepspeed.ops.op_builder import ShareMemCommBuilder
-
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    remedy = "name a folder on a disk of the node's own in TORCH_EXTENSIONS_DIR"
-    with hold_lock(folder / LOCK, "compiling", remedy=remedy):
-        (folder / ShareMemCommBuilder.NAME / "lock").unlink(missing_ok=True)
-        ShareMemCommBuilder().load(verbose=False)
-
-
-def leave_world() -> None:
-    """Destroy the process group; DeepSpeed, where it was used, forgets the groups that it made of it."""
-    if "deepspeed" not in sys.modules:
-        torch.distributed.destroy_process_group()
-        return
-    from deepspeed import comm
-    from deepspeed.utils import groups
-
-    destroy = comm.destroy_process_group if comm.is_initialized() else torch.distributed.destroy_process_group
-    destroy()
-    # With the group of an earlier training a later one would fail; DeepSpeed 0.18 keeps it.
-    groups._WORLD_GROUP = groups.mesh_device = None
-
-
-def make_engine(name: str, model: nn.Module, train: Train, extra: dict[str, Any], world: World) -> Engine:
-    """The engine around a model. `extra` is the configuration's `deepspeed:` section."""
-    if name == "torch":
-        if extra:
-            raise ConfigError("deepspeed: is set, but this run uses the torch engine: remove it, or install DeepSpeed")
-        return TorchEngine(model, train, world)
-    return DeepSpeedEngine(model, train, extra, world)
-
-
-def _prepared(model: nn.Module, train: Train, world: World) -> nn.Module:
+def place_model(model: nn.Module, train: Train, world: World) -> nn.Module:
     """The network as both engines train it."""
     if train.precision == "bf16" and world.device != "cpu" and not torch.cuda.is_bf16_supported(False):
         name = torch.cuda.get_device_name(world.device)
@@ -150,7 +67,8 @@ def _prepared(model: nn.Module, train: Train, world: World) -> nn.Module:
     return model
 
 
-def _adamw(model: nn.Module, train: Train) -> torch.optim.AdamW:
+def make_adamw(model: nn.Module, train: Train) -> torch.optim.AdamW:
+    """The optimizer of both engines."""
     return torch.optim.AdamW(_parameter_groups(model, train.weight_decay), lr=train.lr, fused=True)
 
 
@@ -169,9 +87,9 @@ class TorchEngine:
     name = "torch"
 
     def __init__(self, model: nn.Module, train: Train, world: World) -> None:
-        self.model = _prepared(model, train, world)
+        self.model = place_model(model, train, world)
         self.world, self.train = world, train
-        self.optimizer = _adamw(self.model, train)
+        self.optimizer = make_adamw(self.model, train)
         self.module: nn.Module = self.model
         if world.size > 1:
             with warnings.catch_warnings():
@@ -212,14 +130,15 @@ class TorchEngine:
 
     def state(self) -> tuple[dict[str, torch.Tensor], Moments]:
         weights = {name: t.detach().float().cpu().clone() for name, t in self.model.state_dict().items()}
-        return weights, _moments(self.model, self.optimizer)
+        return weights, read_moments(self.model, self.optimizer)
 
     def load(self, weights: dict[str, torch.Tensor], moments: Moments, steps: int) -> None:
         self.model.load_state_dict(weights)
-        _load_moments(self.model, self.optimizer, moments, steps)
+        load_moments(self.model, self.optimizer, moments, steps)
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+def read_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+    """Copies of the moments that the optimizer holds so far."""
     return {
         name: {moment: optimizer.state[p][moment].float().cpu().clone() for moment in ("exp_avg", "exp_avg_sq")}
         for name, p in model.named_parameters()
@@ -227,146 +146,11 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
     }
 
 
-def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Moments, steps: int) -> None:
+def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Moments, steps: int) -> None:
+    """Give the optimizer its moments after `steps` updates."""
     for name, p in model.named_parameters():
         if name in moments:
             optimizer.state[p] = {
                 "step": torch.tensor(float(steps), device=p.device),
                 **{moment: tensor.to(p.device, copy=True) for moment, tensor in moments[name].items()},
             }
-
-
-class DeepSpeedEngine:
-    """DeepSpeed with AdamW of PyTorch, ZeRO stages 0 to 3 by the configuration's `deepspeed:` section."""
-
-    name = "deepspeed"
-
-    def __init__(self, model: nn.Module, train: Train, extra: dict[str, Any], world: World) -> None:
-        self.world, self.train = world, train
-        stage = (extra.get("zero_optimization") or {}).get("stage", 0)
-        # PyTorch's own optimizer on whole tensors.
-        self.plain = stage == 0
-        settings = {
-            "train_batch_size": train.batch,
-            "train_micro_batch_size_per_gpu": train.batch // (world.size * train.accumulate),
-            "gradient_accumulation_steps": train.accumulate,
-            # There DeepSpeed does not tell the norm: `step` clips.
-            "gradient_clipping": 0.0 if self.plain else train.clip,
-            # DeepSpeed's own `bf16` rounds the weights, and on the CPU cannot run frozen BatchNorm.
-            "torch_autocast": {"enabled": train.precision == "bf16", "dtype": "bfloat16"},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 10**9,
-            **extra,
-        }
-        model = _prepared(model, train, world)
-        with deepspeed_environment(world.device):
-            import deepspeed
-
-            if world.device == "cpu":
-                build_extension()
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=_adamw(model, train), config=settings, dist_init_required=False
-            )
-        if not self.plain:
-            self._prime()
-
-    @property
-    def model(self) -> nn.Module:
-        """The network itself."""
-        return cast(nn.Module, self.engine.module)
-
-    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        return cast(dict[str, torch.Tensor], self.engine(image))
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        # DeepSpeed divides by the accumulation steps; the loss is divided by the global count already.
-        self.engine.backward(loss * self.world.size * self.train.accumulate)
-        if not last:
-            self.engine.step()
-
-    def step(self, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if self.plain:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
-            self.engine.step()
-            return float(norm)
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
-
-    def _prime(self) -> None:
-        """Give the partitioned optimizer the moments that AdamW starts from, so that they can be set before a step.
-
-        DeepSpeed links parameters to moments after the first parameter group's first step, when those of the
-        second group do not exist yet, and never again (0.19.8).
-        """
-        stage_3 = hasattr(self.optimizer, "fp32_partitioned_groups_flat")
-        groups = [[p] for p in self.optimizer.fp32_partitioned_groups_flat] if stage_3 else None
-        inner = self.optimizer.optimizer
-        for p in itertools.chain.from_iterable(groups or [group["params"] for group in inner.param_groups]):
-            inner.state[p] = {
-                "step": torch.tensor(0.0, device=p.device),
-                "exp_avg": torch.zeros_like(p.data),
-                "exp_avg_sq": torch.zeros_like(p.data),
-            }
-        if not stage_3:
-            self.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def state(self) -> tuple[dict[str, torch.Tensor], Moments]:
-        if self.plain:
-            weights = {name: t.detach().float().cpu().clone() for name, t in self.model.state_dict().items()}
-            return weights, _moments(self.model, self.optimizer)
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        moments: Moments = {}
-        weights = {name: t.detach().float().cpu().clone() for name, t in _buffers(self.model).items()}
-        for name, p in self.model.named_parameters():
-            weights[name] = safe_get_full_fp32_param(p).detach().cpu().clone()
-            held = {m: safe_get_full_optimizer_state(p, m) for m in ("exp_avg", "exp_avg_sq")}
-            moments[name] = {m: tensor.detach().float().cpu().clone() for m, tensor in held.items()}
-        return weights, moments
-
-    def load(self, weights: dict[str, torch.Tensor], moments: Moments, steps: int) -> None:
-        if self.plain:
-            self.model.load_state_dict(weights)
-            _load_moments(self.model, self.optimizer, moments, steps)
-            return
-        import deepspeed
-
-        for name, p in self.model.named_parameters():
-            self._set(p, weights[name], None)
-            for moment, tensor in moments.get(name, {}).items():
-                self._set(p, tensor, moment)
-            # The network computes with copies of its own, which DeepSpeed refreshes after a step only.
-            with torch.no_grad(), deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-                p.copy_(weights[name])
-        for name, buffer in _buffers(self.model).items():
-            buffer.copy_(weights[name])
-        for held in self.optimizer.optimizer.state.values():
-            held["step"].fill_(steps)
-
-    def _set(self, p: nn.Parameter, full: torch.Tensor, moment: str | None) -> None:
-        """Set this rank's share of a parameter, or of one of its moments."""
-        from deepspeed import utils
-
-        full = full.to(self.world.device).flatten()
-        if hasattr(p, "ds_tensor"):
-            # ZeRO-3 pads what the ranks do not divide; DeepSpeed's own safe_set_full_* forgets that (0.19.8).
-            size = p.ds_tensor.numel()
-            full = nn.functional.pad(full, (0, size * self.world.size - full.numel()))
-            mine = full[size * self.world.rank : size * (self.world.rank + 1)]
-            if moment is None:
-                utils.safe_set_local_fp32_param(p, mine)
-            else:
-                utils.safe_set_local_optimizer_state(p, mine, moment)
-        elif moment is None:
-            utils.safe_set_full_fp32_param(p, full)
-        else:
-            utils.safe_set_full_optimizer_state(p, full, moment)
-
-
-def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that belong to a network's state, by name."""
-    saved = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in saved}

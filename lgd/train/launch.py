@@ -23,9 +23,10 @@ from lgd.files import digest_of, exists, list_folder, remove_folder, sha256
 from lgd.locks import LOCK, exclusive
 from lgd.process_state import default_environment, stop_signals
 from lgd.train import checkpoint
-from lgd.train.engine import choose, leave_world
+from lgd.train.deepspeed_engine import leave_world
 from lgd.train.finished import keeps_others, read_finished, refuse_finished
 from lgd.train.loop import TASKS, train
+from lgd.train.prepare import choose_engine
 from lgd.train.tasks import Task, inputs_of
 from lgd.urls import is_remote, place
 
@@ -119,7 +120,7 @@ def _train_locked(task: Task, config: Config, shards: ShardSet, name: str, overw
     require_own_folder(task)
     inputs = inputs_of(task, config, shards)
     refuse_finished(task, inputs, is_finished(task, config, shards), overwrite)
-    engine = choose(config.train.engine)
+    engine = choose_engine(config.train.engine)
     # Once, here: a worker that Ray restarts must go on from its own checkpoints. Under torchrun one process does it,
     # before the others can be past the meeting with it.
     if first:

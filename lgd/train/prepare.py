@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lgd.config import Config
+from torch import nn
+
+from lgd.config import Config, Train
 from lgd.data.plan import Plan, World
 from lgd.data.shard_set import ShardSet
 from lgd.data.stream import Reader
-from lgd.errors import DataError
+from lgd.errors import ConfigError, DataError
 from lgd.train.batch import BatchOptions, Skipped, Step, augment, training_batches
-from lgd.train.engine import Engine, deepspeed_problem, make_engine
+from lgd.train.deepspeed_engine import DeepSpeedEngine, deepspeed_problem
+from lgd.train.engine import Engine, TorchEngine
 from lgd.train.log import Log
 from lgd.train.targets import Queue, Targets
 from lgd.train.tasks import StudentTask, Task, inputs_of
@@ -95,6 +98,25 @@ class Prepared:
         if self.log:
             self.log.close()
         self.reader.close()
+
+
+def choose_engine(asked: str) -> str:
+    """The engine's name for `train.engine`; `auto` is DeepSpeed where it can run."""
+    if asked == "torch":
+        return "torch"
+    problem = deepspeed_problem()
+    if problem and asked == "deepspeed":
+        raise DataError(f"train.engine is deepspeed, but {problem}; or set train.engine to torch")
+    return "torch" if problem else "deepspeed"
+
+
+def make_engine(name: str, model: nn.Module, train: Train, extra: dict[str, Any], world: World) -> Engine:
+    """The engine around a model. `extra` is the configuration's `deepspeed:` section."""
+    if name == "torch":
+        if extra:
+            raise ConfigError("deepspeed: is set, but this run uses the torch engine: remove it, or install DeepSpeed")
+        return TorchEngine(model, train, world)
+    return DeepSpeedEngine(model, train, extra, world)
 
 
 def prepare(config: Config, shards: ShardSet, task: Task, world: World, engine: str) -> Prepared:

@@ -1,11 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lgd.errors import DataError
-from lgd.evaluate.slides import ANSWERS, by_area, score_model
-from lgd.metrics import Predictions, by_slide, paired_difference, score
+from lgd.evaluate.slides import ANSWERS, by_area, by_slide, score_model
+from lgd.metrics import Predictions, paired_difference, score
 
 ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=1, max_size=60)
 
@@ -93,3 +95,15 @@ def test_slides_of_two_levels_are_not_scored():
     found = score_model(mixed, 10, 0)
     assert found.by_slide is found.by_area is found.area_minus_mean is None
     assert "patches of different levels, like a" in found.no_slides
+
+
+def test_by_slide_takes_the_mean_and_the_level():
+    probability = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
+    level = np.array([1, -1, 3, -1])
+    p = Predictions(name="m", keys=list("wxyz"), groups=list("bbac"), level=level, probability=probability)
+    slides = by_slide(p)
+    assert slides.keys == slides.groups == ["a", "b", "c"]
+    assert slides.level.tolist() == [3, 1, -1]
+    np.testing.assert_array_equal(slides.probability, [[0, 0, 0, 1], [0.5, 0.5, 0, 0], [0, 0, 1, 0]])
+    with pytest.raises(DataError, match="1 of 3 slides have patches of different levels, like b"):
+        by_slide(replace(p, level=np.array([1, 2, 3, -1])))

@@ -17,8 +17,9 @@ from torch.multiprocessing.spawn import spawn
 from lgd.config import Train
 from lgd.data.plan import World
 from lgd.errors import ConfigError, DataError
-from lgd.train import engine as engines
-from lgd.train.engine import build_extension, choose, deepspeed_environment, deepspeed_problem, make_engine
+from lgd.train import prepare
+from lgd.train.deepspeed_engine import build_extension, deepspeed_environment, deepspeed_problem
+from lgd.train.prepare import choose_engine, make_engine
 
 TRAIN = Train(batch=8, accumulate=2, lr=1e-2, clip=0.9)
 HALF, STEPS = 3, 6
@@ -243,13 +244,13 @@ def test_deepspeed_in_bf16_stays_near_its_twin(ranks):
 
 
 def test_the_engine_is_chosen_by_what_the_machine_has(monkeypatch):
-    assert choose("torch") == "torch"
-    monkeypatch.setattr(engines, "deepspeed_problem", lambda: None)
-    assert choose("auto") == choose("deepspeed") == "deepspeed"
-    monkeypatch.setattr(engines, "deepspeed_problem", lambda: "there is no C++ compiler: install g++")
-    assert choose("auto") == "torch"
+    assert choose_engine("torch") == "torch"
+    monkeypatch.setattr(prepare, "deepspeed_problem", lambda: None)
+    assert choose_engine("auto") == choose_engine("deepspeed") == "deepspeed"
+    monkeypatch.setattr(prepare, "deepspeed_problem", lambda: "there is no C++ compiler: install g++")
+    assert choose_engine("auto") == "torch"
     with pytest.raises(DataError, match="install g..; or set train.engine to torch"):
-        choose("deepspeed")
+        choose_engine("deepspeed")
 
 
 def test_deepspeed_settings_without_deepspeed_are_refused():
@@ -266,7 +267,7 @@ def test_a_build_that_was_killed_is_not_waited_for(tmp_path):
         shutil.copytree(os.environ["TORCH_EXTENSIONS_DIR"], folder)
     (folder / "deepspeed_shm_comm" / "lock").touch()
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
-    code = "from lgd.train.engine import build_extension; build_extension()"
+    code = "from lgd.train.deepspeed_engine import build_extension; build_extension()"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert (folder / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").is_file()

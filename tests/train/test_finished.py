@@ -4,12 +4,15 @@ import contextlib
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_loop import AfterReads, log_of
 
 from lgd.cli import main
+from lgd.errors import DataError
 from lgd.evaluate.predict import load_scorer
 from lgd.train import launch
+from lgd.train.finished import fit_temperature
 from lgd.train.launch import train_under
 
 
@@ -129,3 +132,22 @@ def test_damaged_weights_of_the_same_run_are_made_again_unasked(lgd, folder):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-1])
     assert lgd("train")[0] == 0 and (folder / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_is_found_again(temperature):
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(4000, 4)) * 2
+    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    level = (random.random((4000, 1)) > chances.cumsum(1)).sum(1).clip(max=3)
+    level[::10] = -1
+    logits[::10] = np.inf  # an unlabelled patch must not be looked at
+    assert fit_temperature(level, logits * temperature) == pytest.approx(temperature, rel=0.06)
+
+
+def test_a_temperature_needs_labels_and_finite_logits():
+    assert 0.1 <= fit_temperature(np.arange(4), np.eye(4)) < 1
+    with pytest.raises(DataError, match="no patch of the validation split has a level"):
+        fit_temperature(np.full(3, -1), np.zeros((3, 4)))
+    with pytest.raises(DataError, match="not finite"):
+        fit_temperature(np.array([0]), np.array([[np.nan, 0, 0, 0]]))

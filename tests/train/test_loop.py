@@ -31,7 +31,7 @@ from lgd.store.cache import cache_latents
 from lgd.store.latents import Store, read_all
 from lgd.train import launch, loop
 from lgd.train.batch import Batch
-from lgd.train.engine import deepspeed_problem
+from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
 from lgd.train.log import Log
 from lgd.train.loop import learning_rate

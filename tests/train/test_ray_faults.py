@@ -24,7 +24,7 @@ from test_train_faults import (
 
 from lgd import distribute
 from lgd.train import launch
-from lgd.train.engine import deepspeed_problem
+from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under
 
 pytestmark = pytest.mark.faults

@@ -25,7 +25,7 @@ from lgd.files import read_json
 from lgd.store.latents import Store, commit
 from lgd.store.writer import shard_writer
 from lgd.train import checkpoint
-from lgd.train.engine import make_engine
+from lgd.train.prepare import make_engine
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from lgd.data.shard_set import ShardSet
 from lgd.errors import Stopped
 from lgd.files import digest_of, read_json, write_json, xxh3
 from lgd.train import checkpoint, launch, prepare
-from lgd.train.engine import deepspeed_problem
+from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
 
 pytestmark = pytest.mark.faults
