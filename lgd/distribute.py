@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 from lgd.errors import ConfigError, DataError, Stopped
 from lgd.files import exists, read_json, remove, write_bytes, write_json
 from lgd.logs import LOGGER, receive_logs, send_logs
-from lgd.process_state import stop_signals, undo_changes
+from lgd.process_state import default_environment, stop_signals, undo_changes
 from lgd.urls import is_remote, place
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,9 @@ def connect(workers: int, option_name: str, use_gpus: bool = True) -> float:
     CPU each, whatever it has); `option_name` is the option that asked for them.
     """
     try:
-        # A folder named `ray`, as a run has one, would pass for a package.
-        import ray._version
+        # A folder named `ray`, as a run has one, would pass for a package. The variable is set by the import for good.
+        with default_environment({"RAY_CLIENT_MODE": "0"}):
+            import ray._version
     except ImportError as error:
         raise DataError(f"Ray is not installed: pip install 'ray[default,train]', or set {option_name} to 0") from error
 

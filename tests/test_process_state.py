@@ -1,5 +1,6 @@
 """What a run changes in its process is as before after it."""
 
+import importlib
 import logging
 import os
 import signal
@@ -20,11 +21,15 @@ from lgd.train.launch import train_under
 needs_deepspeed = pytest.mark.skipif(deepspeed_problem() is not None, reason=str(deepspeed_problem()))
 
 
+# What PyTorch and scikit-learn set for good as they are imported for the first time.
+OF_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
+
+
 def read_state():
     """All that a run may change in its process and must put back."""
     loggers = [logging.getLogger(name) for name in (None, "lgd", "DeepSpeed")]
     return {
-        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "environment": {name: value for name, value in os.environ.items() if name not in OF_OTHERS},
         "signals": {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)},
         "warnings": list(warnings.filters),
         "process group": dist.is_initialized(),
@@ -37,12 +42,22 @@ def read_state():
 @pytest.fixture
 def unchanged(monkeypatch):
     """The state at the end is that of the beginning; nothing of it is that of another test."""
+    # Filters of warnings that libraries add as they are imported are theirs.
+
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "RAY_ADDRESS")
     for name in [*names, *(name for name in os.environ if name.startswith("RAY_"))]:
         monkeypatch.delenv(name, raising=False)
-    before = read_state()
+    # What the first import of these two changes has tests of its own, and their loggers are theirs.
+    importlib.import_module("ray")
+    if deepspeed_problem() is None:
+        import_deepspeed()
+    before, modules = read_state(), {*sys.modules}
     yield
     after = read_state()
+    filters, was = after.pop("warnings"), before.pop("warnings")
+    assert [one for one in was if one not in filters] == []
+    # Libraries add some as they are imported for the first time.
+    assert filters == was or {*sys.modules} - modules
     for name, value in before.items():
         assert after[name] == value, name
 
@@ -59,18 +74,35 @@ def test_a_training_leaves_its_process_as_it_was(unchanged, tissue_config, chang
     assert train_under(config, "teacher")
 
 
-def import_deepspeed():
-    """How the environment differs after the first import of DeepSpeed in this process."""
-    assert "deepspeed" not in sys.modules
+def changed_by(function, library):
+    """The variables that `function` changes, which imports a library for the first time in this process."""
+    assert library not in sys.modules
     before = dict(os.environ)
+    function()
+    assert library in sys.modules
+    return {name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)}
+
+
+def import_deepspeed():
     with deepspeed_environment("cpu"):
         import deepspeed  # noqa: F401
-    return {name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)}
+
+
+def fail_to_connect():
+    os.environ["RAY_ADDRESS"] = "127.0.0.1:1"
+    with pytest.raises(ValueError, match="RAY_ADDRESS"):
+        distribute.connect(1, "--workers")
+    del os.environ["RAY_ADDRESS"]
 
 
 @needs_deepspeed
 def test_the_import_of_deepspeed_leaves_the_environment_as_it_was(alone):
-    assert not alone(import_deepspeed)
+    assert not alone(changed_by, import_deepspeed, "deepspeed")
+
+
+def test_the_import_of_ray_leaves_the_environment_as_it_was(alone, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not alone(changed_by, fail_to_connect, "ray")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
