@@ -44,7 +44,7 @@ from lgd.run_document import Estimate
 from lgd.run_folder import command
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
-from lgd.urls import place
+from lgd.urls import as_location
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class Job(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        return place(self.run.student.dir)
+        return as_location(self.run.student.dir)
 
 
 def jobs_of(config: Config, options: AblateOptions) -> list[Job]:
@@ -139,7 +139,7 @@ def jobs_of(config: Config, options: AblateOptions) -> list[Job]:
     jobs = []
     for number in range(options.seeds):
         for name, run in variants(config, options.full).items():
-            at = place(config.run.dir) / "ablation" / slug(name) / f"seed-{number}"
+            at = as_location(config.run.dir) / "ablation" / slug(name) / f"seed-{number}"
             one = dataclasses.replace(
                 run,
                 run=dataclasses.replace(run.run, seed=config.run.seed + number),
@@ -165,7 +165,7 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
     Raises `DataError` where the report's split has no labelled patch.
     """
     scored = shards.require_split(config.report.split, "report.split")
-    folder = place(config.run.dir) / "ablation"
+    folder = as_location(config.run.dir) / "ablation"
     jobs = jobs_of(config, options)
     worker = functools.partial(work, shards)
     for job, trained in map_with(lambda: worker, jobs, workers=options.jobs, option_name="--jobs"):
@@ -178,7 +178,7 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
         rows[COLOUR] = [colour]
     for job in jobs:
         rows.setdefault(job.name, []).append(answers(job.folder, "student", scored, job.run, job.name))
-    rows[MOST] = [answers(place(config.teacher.dir), "teacher", scored, config, MOST, folder / ONCE[MOST])]
+    rows[MOST] = [answers(as_location(config.teacher.dir), "teacher", scored, config, MOST, folder / ONCE[MOST])]
     if not (rows[OURS][0].level >= 0).any():
         raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
     document = compare(rows, config.report.bootstrap, config.run.seed) | {

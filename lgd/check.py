@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from lgd.errors import ConfigError, DataError
 from lgd.files import exists
 from lgd.options import is_run, load_config
-from lgd.urls import is_remote, place
+from lgd.urls import as_location, is_remote
 
 Kind = Literal["shard folder", "feature store", "checkpoint", "teacher", "student", "run"]
 
@@ -140,4 +140,4 @@ def list_folders(folder: Path) -> Iterator[Path]:
     stages = RunDocument.read(folder / "run.json").stages
     made = [stage.folder for name in ("train-teacher", "cache-latents", "train") for stage in stages.get(name, ())]
     for path in dict.fromkeys([*config.shard_dirs, *made]):
-        yield place(path)
+        yield as_location(path)

@@ -21,7 +21,7 @@ from lgd.errors import ConfigError, DataError, Stopped
 from lgd.files import exists, read_json, remove, write_bytes, write_json
 from lgd.logs import LOGGER, receive_logs, send_logs
 from lgd.process_state import stop_signals, undo_changes
-from lgd.urls import is_remote, place
+from lgd.urls import as_location, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +285,7 @@ def launch(
     from ray.train.torch import TorchTrainer
 
     use_gpu = bool(_count("GPU"))
-    storage = place(storage) if is_remote(storage) else Path(storage).absolute()
+    storage = as_location(storage) if is_remote(storage) else Path(storage).absolute()
     note, stop = storage / f"{name}.error.json", storage / f"{name}.stop"
     for old in (note, stop):
         remove(old)

@@ -23,7 +23,7 @@ import xxhash
 
 from lgd.errors import DataError
 from lgd.text import dump_json
-from lgd.urls import FULL, MissingError, RemoteError, call, create, fresh_options, is_remote, place, upload
+from lgd.urls import FULL, MissingError, RemoteError, as_location, call, create, fresh_options, is_remote, upload
 
 Kind = Literal["file", "folder", "other"]
 
@@ -40,7 +40,7 @@ def publish(path: str | Path, name_of: Callable[[Path], str] | None = None) -> I
     temporary file lies in TMPDIR and is uploaded. On an error it is removed and nothing appears; a full disk and a
     folder that may not be written to raise `DataError`.
     """
-    path = place(path)
+    path = as_location(path)
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
             temporary = Path(folder) / path.name
@@ -109,7 +109,7 @@ def create_json(path: str | Path, document: Any) -> bool:
 
     Not every store can do that at once; one that cannot replaces it. A local folder should be locked by the caller.
     """
-    at: Any = place(path)
+    at: Any = as_location(path)
     if not is_remote(at):
         write_json(at, document)
         return True
@@ -128,7 +128,7 @@ def read_bytes(path: str | Path, fresh: bool = False) -> bytes:
 
     `fresh`: caches on the way to a url are asked to fetch it anew.
     """
-    at: Any = place(path)
+    at: Any = as_location(path)
     content: bytes
     if is_remote(at):
         # s3fs would ask for the size first, and read large files in pieces.
@@ -141,7 +141,7 @@ def read_bytes(path: str | Path, fresh: bool = False) -> bytes:
 
 def read_first_bytes(path: str | Path, count: int) -> bytes:
     """The first bytes of a file, at most `count`; raises as `read_bytes`."""
-    at: Any = place(path)
+    at: Any = as_location(path)
     if not is_remote(at):
         with Path(at).open("rb") as file:
             return file.read(count)
@@ -164,7 +164,7 @@ def read_json(path: str | Path) -> Any:
 
 def exists(path: str | Path) -> bool:
     """Whether there is a file or a folder; one or two requests for a url."""
-    at: Any = place(path)
+    at: Any = as_location(path)
     if not is_remote(at):
         return Path(at).exists()
     try:
@@ -176,13 +176,13 @@ def exists(path: str | Path) -> bool:
 
 def size_of(path: str | Path) -> int:
     """Bytes of a file; raises `OSError` for a local file, as `call` does for a url."""
-    at: Any = place(path)
+    at: Any = as_location(path)
     return int(call(at, "read", at.fs.info, at.path)["size"]) if is_remote(at) else at.stat().st_size
 
 
 def list_folder(path: str | Path) -> dict[str, Kind]:
     """What lies in a folder, by name; nothing where there is no folder. A url costs one request in 1,000 files."""
-    at: Any = place(path)
+    at: Any = as_location(path)
     if not is_remote(at):
         if not at.is_dir():
             return {}
@@ -209,7 +209,7 @@ def _kind(entry: os.DirEntry[str]) -> Kind:
 
 def remove(path: str | Path) -> None:
     """Remove a file, if it is there."""
-    at: Any = place(path)
+    at: Any = as_location(path)
     if not is_remote(at):
         at.unlink(missing_ok=True)
         return
@@ -219,7 +219,7 @@ def remove(path: str | Path) -> None:
 
 def remove_folder(path: str | Path) -> None:
     """Remove a folder and all that is in it, if it is there."""
-    at: Any = place(path)
+    at: Any = as_location(path)
     if not is_remote(at):
         shutil.rmtree(at, ignore_errors=True)
         return

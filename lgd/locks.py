@@ -25,7 +25,7 @@ from pydantic import Field
 from lgd.errors import DataError
 from lgd.files import explain_write_errors
 from lgd.records import Count, Line, Record, load_json
-from lgd.urls import is_remote, place
+from lgd.urls import as_location, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def exclusive(folder: str | Path, doing: str) -> Iterator[None]:
     `doing` is told to others: "training", "building shards". A folder that is empty at the end is removed if it was
     made here. Raises `TakenError` with who is at work, and `DataError` for a file system without locks.
     """
-    at = place(folder)
+    at = as_location(folder)
     if is_remote(at):
         yield
         return

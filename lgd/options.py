@@ -20,7 +20,7 @@ from lgd.errors import ConfigError, DataError
 from lgd.files import exists, read_first_bytes
 from lgd.plain_yaml import MOST_BYTES, YamlError, check_text, read_yaml
 from lgd.text import escape_text
-from lgd.urls import place
+from lgd.urls import as_location
 
 _UNIONS = (types.UnionType, typing.Union)
 _SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
@@ -121,7 +121,7 @@ def find_in_run(folder: str | Path, part: Literal["student", "latents"]) -> Path
     It is the one that the run's config.yaml names; of a run that was moved or copied, the one in its folder now. Raises
     `DataError` for a run that has none.
     """
-    folder, (document, verb) = place(folder), _PARTS[part]
+    folder, (document, verb) = as_location(folder), _PARTS[part]
     if exists(folder / document) or not is_run(folder):
         return folder
     path = folder / part
@@ -129,8 +129,8 @@ def find_in_run(folder: str | Path, part: Literal["student", "latents"]) -> Path
         fields = load_config(str(folder / "config.yaml")).as_fields()
         named, root = fields[f"{part}.dir"], f"{fields['run.dir']}/"
         # The folder of a run may have been moved or copied, with what is in it or without.
-        below = folder / named.removeprefix(root) if named.startswith(root) else place(named)
-        path = below if exists(below / document) else place(named)
+        below = folder / named.removeprefix(root) if named.startswith(root) else as_location(named)
+        path = below if exists(below / document) else as_location(named)
     if not exists(path / document):
         raise DataError(f"{folder} is a run, and {path} holds none of its {part} yet: run lgd {verb}, or name another")
     return path

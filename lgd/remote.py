@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from lgd.download_cache import DIGEST, copy_path, explain_errors, lock_copy, lock_room, open_cache, open_copy, reserve
 from lgd.errors import DataError
 from lgd.files import matches, sync
-from lgd.urls import call, fresh_options, is_remote, place
+from lgd.urls import as_location, call, fresh_options, is_remote
 
 
 def open_checked(path: str | Path, digest: str, size: int | None, remedy: str) -> BinaryIO:
@@ -36,7 +36,7 @@ def drop_damaged(path: str | Path, digest: str, file: BinaryIO) -> bool:
     Whoever finds the content of a file wrong asks here, and opens it once more where the answer is yes. All of the
     file is read, whatever other threads read from it.
     """
-    url = place(path)
+    url = as_location(path)
     if not is_remote(url) or not _find_problem(file, digest, None):
         return False
     copy = Path(file.name)
@@ -56,7 +56,7 @@ def open_file(path: str | Path, digest: str, size: int | None = None) -> BinaryI
     it. Raises `DataError` for a file that is not as stated, twice, or does not fit, and for a digest that is none; and
     as `lgd.urls.call` does.
     """
-    url: Any = place(path)
+    url: Any = as_location(path)
     _require_facts(url, digest, size)
     if not is_remote(url):
         return Path(url).open("rb", buffering=0)
@@ -71,7 +71,7 @@ def open_file(path: str | Path, digest: str, size: int | None = None) -> BinaryI
 
 def fetch(path: str | Path, digest: str, size: int | None = None) -> Path:
     """The local path of a file, as `open_file` finds it; another process may evict a copy before it is opened."""
-    url = place(path)
+    url = as_location(path)
     _require_facts(url, digest, size)
     if not is_remote(url):
         return url

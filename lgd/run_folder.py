@@ -25,7 +25,7 @@ from lgd.options import Given, load_config
 from lgd.records import MissingDocument
 from lgd.run_document import Environment, Facts, RunDocument, Stage
 from lgd.text import escape_text
-from lgd.urls import is_remote, place
+from lgd.urls import as_location, is_remote
 
 _CONFIG, _RUN = "config.yaml", "run.json"
 _MOST, _LONGEST = 3, 300
@@ -64,7 +64,7 @@ _FOLDERS = {
 
 def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: str, given: Given | None = None) -> None:
     """Write config.yaml if there is none, and add to run.json what a stage made in `folder`."""
-    at, given = place(config.run.dir), given or Given()
+    at, given = as_location(config.run.dir), given or Given()
     here = Environment.here()
     with _locked(at):
         if not exists(at / _CONFIG):
@@ -95,14 +95,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _read_stages(config: Config) -> dict[str, tuple[Stage, ...]]:
     try:
-        return dict(RunDocument.read(place(config.run.dir) / _RUN).stages)
+        return dict(RunDocument.read(as_location(config.run.dir) / _RUN).stages)
     except MissingDocument:
         return {}
 
 
 def _kept_fields(config: Config) -> dict[str, Any]:
     """The fields of config.yaml, or of `config` where there is none yet."""
-    path = place(config.run.dir) / _CONFIG
+    path = as_location(config.run.dir) / _CONFIG
     if not exists(path):
         return config.as_fields()
     try:
@@ -181,7 +181,7 @@ def _hints(config: Config, message: str) -> Iterator[str]:
 def command(config: Config, verb: str, only: Sequence[str] = ()) -> str:
     """The command line that gives a verb this very run, or of it the fields `only`."""
     differing = {name: value for name, value in _differing(config).items() if not only or name in only}
-    path = str(place(config.run.dir) / _CONFIG)
+    path = str(as_location(config.run.dir) / _CONFIG)
     return f"lgd {verb} --config {shlex.quote(path)}{_as_options(differing)}"
 
 

@@ -39,7 +39,7 @@ class MissingError(DataError, FileNotFoundError):
     """There is no file behind a url."""
 
 
-def place(text: str | Path) -> Path:
+def as_location(text: str | Path) -> Path:
     """A local path, with the home of `~` or `~user` before it, or a url as a `UPath` (which is used like a Path).
 
     Raises `DataError` for a scheme that is unknown, not installed, or a wrapper of another one (`a::b`), and for an
@@ -87,12 +87,12 @@ def place(text: str | Path) -> Path:
     return cast(Path, UPath(text.rstrip("/"), **options))
 
 
-def place_output(text: str | Path, option: str) -> Path:
+def as_output_location(text: str | Path, option: str) -> Path:
     """`place` of what will be written, which `option` named.
 
     Raises `ConfigError` for a relative path in a job of Ray: the folder that it is relative to goes with the job.
     """
-    path = place(text)
+    path = as_location(text)
     if isinstance(path, Path) and not path.is_absolute() and _OF_A_JOB in os.environ:
         raise ConfigError(
             f"{option} is {text}, and a job of Ray works in a copy of your folder that is deleted with all that is "
@@ -103,7 +103,7 @@ def place_output(text: str | Path, option: str) -> Path:
 
 def is_remote(path: str | Path) -> bool:
     """Whether a path is a url."""
-    return not isinstance(place(path), Path)
+    return not isinstance(as_location(path), Path)
 
 
 def call(path: Any, doing: str, function: Callable[..., Result], *args: Any, **options: Any) -> Result:

@@ -4,15 +4,15 @@ from pathlib import Path
 import pytest
 
 from lgd.errors import DataError
-from lgd.urls import is_remote, place
+from lgd.urls import as_location, is_remote
 
 
 def test_paths_and_urls_are_told_apart(tmp_path, monkeypatch):
-    assert place("a/b.tar") == Path("a/b.tar") and place("file:///a/b.tar") == Path("/a/b.tar")
-    assert place(tmp_path) is tmp_path and not is_remote(tmp_path)
-    shard = place("s3://bucket/set/train-000000.tar")
+    assert as_location("a/b.tar") == Path("a/b.tar") and as_location("file:///a/b.tar") == Path("/a/b.tar")
+    assert as_location(tmp_path) is tmp_path and not is_remote(tmp_path)
+    shard = as_location("s3://bucket/set/train-000000.tar")
     assert is_remote(shard) and str(shard.with_suffix(".idx")) == "s3://bucket/set/train-000000.idx"
-    assert str(place("s3://bucket/set/") / "manifest.json") == "s3://bucket/set/manifest.json"
+    assert str(as_location("s3://bucket/set/") / "manifest.json") == "s3://bucket/set/manifest.json"
     for text, reason in {
         "pipe:cat x": "neither a path nor a url",
         "nope://x/y": "urls of nope",
@@ -25,9 +25,9 @@ def test_paths_and_urls_are_told_apart(tmp_path, monkeypatch):
         "http://me:secret@host/x": "must hold no password",
     }.items():
         with pytest.raises(DataError, match=reason) as raised:
-            place(text)
+            as_location(text)
         assert "secret" not in str(raised.value)
     # A module of None in sys.modules is how Python itself marks one that cannot be imported.
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(DataError, match=r"pip install 'lgd\[gs\]'"):
-        place("gs://bucket/x")
+        as_location("gs://bucket/x")

@@ -13,7 +13,7 @@ from lgd.errors import ConfigError, DataError, require
 from lgd.options import add_config_arguments, add_option_arguments, config_of, find_in_run, typed
 from lgd.tables import print_csv, print_table
 from lgd.text import print_json, print_lines
-from lgd.urls import place, place_output
+from lgd.urls import as_location, as_output_location
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def _find_store(namespace: Namespace, config: Config | None) -> Path:
     if namespace.store or config:
         return find_in_run(namespace.store or (config.latents.dir if config else ""), "latents")
     store = find_in_run(namespace.model, "latents") if namespace.model else None
-    if store is None or store == place(namespace.model):
+    if store is None or store == as_location(namespace.model):
         raise ConfigError(
             "name the feature store: --store DIR (its folder or its run's), --config FILE of its run, or --model RUN"
         )
@@ -72,7 +72,7 @@ def _add_predict(parser: Parser) -> Run:
     def run(namespace: Namespace) -> None:
         config = _read_config(namespace)
         folder = _find_student(namespace, config)
-        slides = place(namespace.slides) if namespace.slides else None
+        slides = as_location(namespace.slides) if namespace.slides else None
         from lgd.evaluate import images, notes, predict, slide_rows
         from lgd.run_folder import explain_overrides
 
@@ -120,7 +120,7 @@ def _add_query(parser: Parser) -> Run:
     def run(namespace: Namespace) -> None:
         config = _read_config(namespace)
         require(bool(namespace.images or namespace.key), "name what to ask for: IMAGE ..., or stored patches by --key")
-        drawn = place_output(namespace.sheet, "--sheet") if namespace.sheet else None
+        drawn = as_output_location(namespace.sheet, "--sheet") if namespace.sheet else None
         from lgd.evaluate import answer, images, notes, predict, retrieve, sheet
         from lgd.run_folder import explain_overrides
         from lgd.store.latents import Store
@@ -143,7 +143,7 @@ def _add_query(parser: Parser) -> Run:
                 splits=namespace.split.split(",") if namespace.split else None,
                 levels=namespace.level.split(",") if namespace.level else None,
                 exclude_same_slide=namespace.exclude_same_slide,
-                slides=place(namespace.slides) if namespace.slides else None,
+                slides=as_location(namespace.slides) if namespace.slides else None,
                 mpp=namespace.mpp,
                 keep_going=True,
             )

@@ -22,7 +22,7 @@ from lgd.files import create_json, list_folder, publish, remove, sha256, write_b
 from lgd.locks import LOCK, exclusive
 from lgd.records import Document, MissingDocument, Sha256
 from lgd.tables import write_csv
-from lgd.urls import RemoteError, is_remote, place_output
+from lgd.urls import RemoteError, as_output_location, is_remote
 
 _SHARD = r"[A-Za-z0-9_]+-\d{6}"
 _FILE = rf"({_SHARD}\.(tar|idx)|\.{_SHARD}\.json|manifest\.json|patches\.npy|rejected\.csv|\.building\.json)"
@@ -64,7 +64,7 @@ def open_target(text: str | Path) -> Path:
 
     Nothing of the user's is ever overwritten.
     """
-    out: Any = place_output(text, "--out")
+    out: Any = as_output_location(text, "--out")
     if not is_remote(out):
         out = out.absolute()
         if out.exists() and not out.is_dir():

@@ -8,7 +8,7 @@ from lgd.data.meta import UNPRINTABLE, Origin
 from lgd.errors import DataError
 from lgd.files import exists, list_folder
 from lgd.tables import read_csv
-from lgd.urls import is_remote, place
+from lgd.urls import as_location, is_remote
 
 # With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.
 _LONGEST_KEY = 72
@@ -46,7 +46,7 @@ def find_pairs(
     `slides`: a CSV with the columns key and slide, which names the slide of every pair. Raises `DataError` where the
     root or a CSV is missing or malformed, or holds no patches at all.
     """
-    scanner, root = find_layout(layout), place(root)
+    scanner, root = find_layout(layout), as_location(root)
     if not is_remote(root):
         folder = root.is_dir()
     elif scanner.takes_csv:
@@ -68,7 +68,7 @@ def find_pairs(
         raise DataError(f"{root} holds no pairs of the {layout} layout: check --root and --layout")
     pairs = _with_keys(found, root if folder else root.parent, problems)
     if slides is not None:
-        pairs = _with_slides(pairs, place(slides), problems)
+        pairs = _with_slides(pairs, as_location(slides), problems)
     pairs = _printable(pairs, problems)
     return sorted(pairs, key=lambda pair: pair.key), sorted(problems, key=Problem.order)
 
@@ -121,7 +121,7 @@ def _relative(path: Path, base: Path) -> str:
 def read_slides(path: str | Path) -> dict[str, str]:
     """Key (`safe_key` of a file stem) -> slide, from a CSV with the columns key and slide; empty ones are left out."""
     known: dict[str, str] = {}
-    for number, row in read_csv(place(path), required=("key", "slide"), allowed=None):
+    for number, row in read_csv(as_location(path), required=("key", "slide"), allowed=None):
         key, slide = safe_key(row["key"]), row["slide"]
         if slide and known.setdefault(key, slide) != slide:
             raise DataError(f"{path}: row {number}: slide {slide} of {key} was {known[key]} above: keep one of them")

@@ -16,7 +16,7 @@ from lgd.data.archive import Shard
 from lgd.data.index import REBUILD
 from lgd.data.manifest import HER2, UNKNOWN, Manifest
 from lgd.errors import DataError
-from lgd.urls import is_remote, place
+from lgd.urls import as_location, is_remote
 
 _MOST = 20
 
@@ -32,7 +32,7 @@ class ShardFolder:
     @classmethod
     def read(cls, folder: str | Path) -> "ShardFolder":
         """Read the manifest alone; `DataError` where it is missing, malformed, edited or of another format."""
-        folder = place(folder)
+        folder = as_location(folder)
         path = folder / "manifest.json"
         manifest = Manifest.read(path)
         if manifest.target != HER2:

@@ -71,7 +71,7 @@ from lgd.errors import DataError
 from lgd.files import digest_of, exists, sha256, write_bytes
 from lgd.locks import exclusive
 from lgd.logs import progress
-from lgd.urls import is_remote, place, upload
+from lgd.urls import as_location, is_remote, upload
 
 # Pairs that a worker checks at a time.
 _CHUNK = 64
@@ -188,7 +188,7 @@ build_shards = _take_fields(ShardOptions)
 
 
 def _is_virtual(options: ShardOptions) -> bool:
-    root = place(options.root)
+    root = as_location(options.root)
     return root.suffix.lower() != ".csv" and exists(root / "synth.json")
 
 
@@ -259,7 +259,7 @@ def _describe_split(options: ShardOptions, name: str, samples: Sequence[Sample],
 
 def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], list[Problem]]:
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
-    root = place(options.root)
+    root = as_location(options.root)
     pairs, problems = find_pairs(options.layout, root if is_remote(root) else root.absolute(), options.slides or None)
     refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
     jobs = [

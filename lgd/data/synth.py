@@ -29,7 +29,7 @@ from lgd.locks import LOCK, exclusive
 from lgd.logs import progress
 from lgd.records import Count, Document, Line, Record
 from lgd.tables import write_csv
-from lgd.urls import is_remote, place_output
+from lgd.urls import as_output_location, is_remote
 
 TRUTH_COLUMNS = (
     "key",
@@ -145,7 +145,7 @@ def synthesise(options: SynthOptions) -> dict[str, Any]:
     `out` holds anything else, or a set with other options, and while another process draws there. One that was
     interrupted is redone from scratch.
     """
-    out, recipe = place_output(options.out, "OUT"), _recipe(options)
+    out, recipe = as_output_location(options.out, "OUT"), _recipe(options)
     if is_remote(out):
         raise ConfigError(f"OUT is {out}: virtual tissue is drawn into a local folder: name one")
     options = dataclasses.replace(options, out=str(out))

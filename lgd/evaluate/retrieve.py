@@ -27,7 +27,7 @@ from lgd.models.methods import METHODS, PROPOSED
 from lgd.options import find_in_run
 from lgd.store.latents import Store, as_levels
 from lgd.store.search import Searcher
-from lgd.urls import place
+from lgd.urls import as_location
 
 _NO_VECTOR = np.empty(0, np.float32)
 
@@ -110,7 +110,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     taken, stored = take_images(sources), find_stored(opened, keys)
     excluded = None
     if exclude_same_slide:
-        table = place(slides) if slides else None
+        table = as_location(slides) if slides else None
         if table:
             require_names(table, taken)
         names = [safe_key(image.stem) for image in taken] or [patch.key for patch in stored]

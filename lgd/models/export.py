@@ -18,7 +18,7 @@ from lgd.files import publish, remove, sha256
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig
 from lgd.models.weights import compare_shapes, load_tensors, read_shapes, shapes_of
 from lgd.remote import open_checked
-from lgd.urls import place
+from lgd.urls import as_location
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -40,7 +40,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def save_model(folder: str | Path, tensors: dict[str, torch.Tensor], describe: Callable[..., ModelConfig]) -> None:
     """Publish weights (by parameter name) and what `describe(weights_sha256=...)` says of their network."""
-    folder = place(folder)
+    folder = as_location(folder)
     remove(folder / "config.json")
     with publish(folder / "model.safetensors") as temporary:
         write_tensors(temporary, tensors)
@@ -50,12 +50,12 @@ def save_model(folder: str | Path, tensors: dict[str, torch.Tensor], describe: C
 
 def read_teacher_config(folder: str | Path) -> TeacherConfig:
     """What a teacher's folder says of it."""
-    return TeacherConfig.read(place(folder) / "config.json")
+    return TeacherConfig.read(as_location(folder) / "config.json")
 
 
 def read_student_config(folder: str | Path) -> StudentConfig:
     """What a student's folder says of it."""
-    return StudentConfig.read(place(folder) / "config.json")
+    return StudentConfig.read(as_location(folder) / "config.json")
 
 
 def load_weights(
@@ -66,13 +66,13 @@ def load_weights(
     Nothing is built where `config` names code that is not in `code`. It is drafted first, without memory for its
     weights, and built only where the file holds those of just this one.
     """
-    path, remedy = place(folder) / "model.safetensors", "train or copy it again"
-    refuse_unnamed(place(folder) / "config.json", config.named, code)
+    path, remedy = as_location(folder) / "model.safetensors", "train or copy it again"
+    refuse_unnamed(as_location(folder) / "config.json", config.named, code)
     try:
         with torch.device("meta"):
             draft = build()
     except DataError as error:
-        raise DataError(f"{place(folder) / 'config.json'}: {error}: {config.REMEDY}") from error
+        raise DataError(f"{as_location(folder) / 'config.json'}: {error}: {config.REMEDY}") from error
     try:
         with open_checked(path, config.weights_sha256, None, remedy) as file:
             # The descriptor names the file that was checked, whatever has taken its place meanwhile.

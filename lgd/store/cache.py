@@ -27,7 +27,7 @@ from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import is_complete
 from lgd.store.supervision import Supervision, recipe_of, stored
 from lgd.store.writer import shard_writer
-from lgd.urls import place
+from lgd.urls import as_location
 
 SHARDS_AT_ONCE = 2
 """Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""
@@ -51,7 +51,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
     Parts of other shards stay, unless `prune` removes them. Raises `DataError` while another process caches into the
     same local folder.
     """
-    folder, recipe = place(config.latents.dir), recipe_of(config)
+    folder, recipe = as_location(config.latents.dir), recipe_of(config)
     if not prune and (store := _whole(folder, recipe, shards)):
         return Cached(store, 0, 0)
     before: set[str] = set()
@@ -133,7 +133,7 @@ class Cacher:
         reader = make.reader([shard])
         prepare = functools.partial(make.prepare, reader)
         prepared = distribute.map_ordered_prefetch(self._pool, prepare, range(shard.samples), count=batch)
-        with shard_writer(place(self.config.latents.dir), shard, self.recipe) as writer:
+        with shard_writer(as_location(self.config.latents.dir), shard, self.recipe) as writer:
             while samples := list(itertools.islice(map(self._counted, prepared), batch)):
                 arrays = stored(self._rows(samples), samples, shard, self.config.latents.dtype, writer.rounding)
                 writer.add(arrays)

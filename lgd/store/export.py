@@ -32,7 +32,7 @@ from lgd.locks import LOCK, exclusive
 from lgd.records import Document, Line, Many, Sha256
 from lgd.store.latents import Store, as_levels
 from lgd.store.parts import Part
-from lgd.urls import place_output
+from lgd.urls import as_output_location
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def export(options: ExportOptions) -> list[dict[str, Any]]:
     Raises `ConfigError` for a split that the store does not have, and `DataError` where the shards are gone or the
     folder holds something else, and while another process exports into a local one.
     """
-    store, out = Store(options.store), place_output(options.out, "--out")
+    store, out = Store(options.store), as_output_location(options.out, "--out")
     splits = sorted({part.split for part in store.parts})
     asked = options.split.split(",") if options.split else splits
     for split in asked:

@@ -25,7 +25,7 @@ from lgd.store.document import SourcesDocument, StoreDocument, as_document
 from lgd.store.parts import Part, PartFile
 from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import REMEDY, Layout, part_name, read_sidecar
-from lgd.urls import place
+from lgd.urls import as_location
 
 __all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store", "commit", "read_all", "read_levels"]
 
@@ -38,7 +38,7 @@ class Store:
 
     def __init__(self, folder: str | Path, recipe: Recipe | None = None) -> None:
         """Open a store, which may lie at a url; one made by another `recipe` is refused with the difference."""
-        self.folder = place(folder)
+        self.folder = as_location(folder)
         self.document = StoreDocument.read(self.folder / "store.json")
         if recipe is not None:
             check_recipe(self.folder / "store.json", self.document.recipe, recipe)

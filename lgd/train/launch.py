@@ -27,7 +27,7 @@ from lgd.train.engine import choose, leave_world
 from lgd.train.finished import keeps_others, read_finished, refuse_finished
 from lgd.train.loop import TASKS, train
 from lgd.train.tasks import Task, inputs_of
-from lgd.urls import is_remote, place
+from lgd.urls import as_location, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _train_locked(task: Task, config: Config, shards: ShardSet, name: str, overw
         folder, resume = task.folder / "checkpoints", config.train.resume
         replaced = bool(overwrite) and keeps_others(task, inputs)
         if resume not in ("auto", "never"):
-            checkpoint.adopt(folder, place(resume), inputs, alone=replaced)
+            checkpoint.adopt(folder, as_location(resume), inputs, alone=replaced)
         elif replaced or resume == "never":
             remove_folder(folder)
     launch(
@@ -134,7 +134,7 @@ def _train_locked(task: Task, config: Config, shards: ShardSet, name: str, overw
         {"config": config, "shards": shards, "task": name, "engine": engine},
         workers=config.train.workers,
         max_failures=config.train.max_failures,
-        storage=place(config.run.dir) / "ray",
+        storage=as_location(config.run.dir) / "ray",
         # Folders of one name may be trained in at a time, as those of a seed.
         name=f"{task.folder.name}-{digest_of(str(task.folder))[:8]}",
     )

@@ -17,7 +17,7 @@ from lgd.models.methods import find_method
 from lgd.models.teacher import new_teacher
 from lgd.store.latents import TEACHER, Store
 from lgd.store.supervision import recipe_of
-from lgd.urls import place
+from lgd.urls import as_location
 
 
 class Task(Protocol):
@@ -67,7 +67,7 @@ class TeacherTask:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.folder = place(config.teacher.dir)
+        self.folder = as_location(config.teacher.dir)
         self.epochs = config.teacher.epochs
 
     def build(self) -> nn.Module:
@@ -99,7 +99,7 @@ class StudentTask:
     def __init__(self, config: Config) -> None:
         """Raises `ConfigError` for a method that is not known, or that the fields of `student:` do not fit."""
         self.config = config
-        self.folder = place(config.student.dir)
+        self.folder = as_location(config.student.dir)
         self.epochs = config.student.epochs
         self.method = find_method(config.student.method)(config)
         self.store = Store(config.latents.dir, recipe_of(config)) if self.method.needs else None
