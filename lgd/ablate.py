@@ -11,10 +11,10 @@ again, so that the same command goes on where it stopped.
 
 import dataclasses
 import functools
+import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ from lgd.evaluate.compare import pooled_latents
 from lgd.evaluate.embeddings import explained_by_levels
 from lgd.evaluate.markdown import shown
 from lgd.evaluate.predict import load_scorer, score_shards
-from lgd.files import exists, publish, write_bytes
+from lgd.files import exists, publish, read_bytes, write_bytes
 from lgd.markup import code_block, list_items, markdown_table
 from lgd.metrics import Predictions
 from lgd.models.export import read_student_config, read_teacher_config
@@ -44,7 +44,7 @@ from lgd.run_document import Estimate
 from lgd.run_folder import command
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
-from lgd.urls import as_location
+from lgd.urls import Location, as_location
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Job(NamedTuple):
     run: Config
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Location:
         return as_location(self.run.student.dir)
 
 
@@ -216,7 +216,7 @@ def slug(name: str) -> str:
 
 
 def answers(
-    folder: Path, kind: str, shards: Sequence[Shard], config: Config, name: str, at: Path | None = None
+    folder: Location, kind: str, shards: Sequence[Shard], config: Config, name: str, at: Location | None = None
 ) -> Predictions:
     """What a trained network says about the shards: as it was kept beside its folder, unless it is another by now."""
     at = at or folder.with_name(f"{folder.name}.npz")
@@ -233,7 +233,7 @@ def answers(
     return found
 
 
-def _keep(at: Path, found: Predictions, stamp: str) -> None:
+def _keep(at: Location, found: Predictions, stamp: str) -> None:
     with publish(at) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
@@ -245,8 +245,8 @@ def _keep(at: Path, found: Predictions, stamp: str) -> None:
         )
 
 
-def _kept(at: Path, name: str) -> tuple[Predictions, str]:
-    with np.load(at) as kept:
+def _kept(at: Location, name: str) -> tuple[Predictions, str]:
+    with np.load(io.BytesIO(read_bytes(at))) as kept:
         found = Predictions(
             name=name,
             keys=kept["keys"].tolist(),
@@ -257,12 +257,12 @@ def _kept(at: Path, name: str) -> tuple[Predictions, str]:
         return found, str(kept["stamp"])
 
 
-def read_table(run: Path) -> dict[str, Any]:
+def read_table(run: Location) -> dict[str, Any]:
     """What `ablate` left of a run: its ablation.json; `DataError` where there is none."""
     return AblationDocument.read(run / "ablation" / "ablation.json").as_json()
 
 
-def read_answers(run: Path) -> dict[str, list[Predictions]]:
+def read_answers(run: Location) -> dict[str, list[Predictions]]:
     """The answers behind the table of a run, by row: one a seed, and one of the teacher and of colour."""
     folder, table = run / "ablation", read_table(run)
     return {

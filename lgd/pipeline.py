@@ -26,7 +26,7 @@ from lgd.models.description import ModelConfig
 from lgd.options import Given
 from lgd.run_document import Ablated, Cached, Environment, Evaluated, Indexed, Trained
 from lgd.run_folder import command, note_changes, record
-from lgd.urls import as_location, is_remote
+from lgd.urls import as_location, require_local
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +206,7 @@ def demo(config: Config, pairs: int, size: int, given: Given | None = None) -> s
     from lgd.store.search import require_faiss
 
     require_faiss()
-    if is_remote(config.run.dir):
-        raise ConfigError(f"--run.dir {config.run.dir}: the demo draws its tissue there: name a local folder")
+    require_local(config.run.dir, f"--run.dir {config.run.dir}: the demo draws its tissue there: name a local folder")
     if len(config.shard_dirs) > 1:
         raise ConfigError(f"--data.shards names {len(config.shard_dirs)} folders, and the demo builds one: name one")
     tissue, (folder,) = tissue_dir(config), config.shard_dirs

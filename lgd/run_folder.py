@@ -13,7 +13,6 @@ import contextlib
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from lgd.config import Config
@@ -25,7 +24,7 @@ from lgd.options import Given, load_config
 from lgd.records import MissingDocument
 from lgd.run_document import Environment, Facts, RunDocument, Stage
 from lgd.text import escape_text
-from lgd.urls import as_location, is_remote
+from lgd.urls import as_location
 
 _CONFIG, _RUN = "config.yaml", "run.json"
 _MOST, _LONGEST = 3, 300
@@ -66,7 +65,7 @@ def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: s
     """Write config.yaml if there is none, and add to run.json what a stage made in `folder`."""
     at, given = as_location(config.run.dir), given or Given()
     here = Environment.here()
-    with _locked(at):
+    with hold_lock(at / f".{_RUN}.lock", "recording a stage"):
         if not exists(at / _CONFIG):
             write_bytes(at / _CONFIG, config.as_yaml().encode())
         entry = Stage(
@@ -81,16 +80,6 @@ def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: s
         stages = _read_stages(config)
         others = tuple(one for one in stages.get(stage, ()) if one.folder != entry.folder)
         RunDocument(stages=stages | {stage: (*others, entry)}).write(at / _RUN)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which is made; at a url there is none."""
-    if is_remote(folder):
-        yield
-        return
-    with hold_lock(folder / f".{_RUN}.lock", "recording a stage"):
-        yield
 
 
 def _read_stages(config: Config) -> dict[str, tuple[Stage, ...]]:

@@ -8,7 +8,7 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-errors extensions text logs process_state markup plain_yaml urls config files tables
+errors extensions text logs process_state markup plain_yaml urls config files folders tables
 records locks arguments options download_cache remote
 distribute metrics
 stain.deconvolve stain.targets stain.checks

@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 
 from lgd.errors import DataError
-from lgd.urls import as_location, is_remote
+from lgd.urls import as_location
 
 
 def test_paths_and_urls_are_told_apart(tmp_path, monkeypatch):
     assert as_location("a/b.tar") == Path("a/b.tar") and as_location("file:///a/b.tar") == Path("/a/b.tar")
-    assert as_location(tmp_path) is tmp_path and not is_remote(tmp_path)
+    assert as_location(tmp_path) is tmp_path
     shard = as_location("s3://bucket/set/train-000000.tar")
-    assert is_remote(shard) and str(shard.with_suffix(".idx")) == "s3://bucket/set/train-000000.idx"
+    assert not isinstance(shard, Path) and str(shard.with_suffix(".idx")) == "s3://bucket/set/train-000000.idx"
     assert str(as_location("s3://bucket/set/") / "manifest.json") == "s3://bucket/set/manifest.json"
     for text, reason in {
         "pipe:cat x": "neither a path nor a url",

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from collections.abc import Collection
-from pathlib import Path
 from typing import Literal
 
 from lgd.arguments import Namespace, Parser
@@ -13,7 +12,7 @@ from lgd.errors import ConfigError, DataError, require
 from lgd.options import add_config_arguments, add_option_arguments, config_of, find_in_run, typed
 from lgd.tables import print_csv, print_table
 from lgd.text import print_json, print_lines
-from lgd.urls import as_location, as_output_location
+from lgd.urls import Location, as_location, as_output_location
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def _find_student(namespace: Namespace, config: Config | None) -> str:
     return folder
 
 
-def _find_store(namespace: Namespace, config: Config | None) -> Path:
+def _find_store(namespace: Namespace, config: Config | None) -> Location:
     """The store of --store, of --config or of a run that --model names."""
     if namespace.store or config:
         return find_in_run(namespace.store or (config.latents.dir if config else ""), "latents")

@@ -4,12 +4,12 @@ import functools
 import io
 import os
 import tarfile
-from pathlib import Path
 
 import numpy as np
 
 from lgd.errors import DataError
 from lgd.remote import open_checked
+from lgd.urls import Location
 
 ROLES = ("json", "hes", "he", "ihc")
 """All members that a sample may have, in their order: a reader of the H&E stops before the IHC."""
@@ -26,7 +26,7 @@ def index_bytes(samples: int, members: int) -> int:
     return len(_head(samples, members)) + samples * members * INDEX.itemsize
 
 
-def load_index(path: Path, samples: int, members: int, digest: str) -> np.ndarray:
+def load_index(path: Location, samples: int, members: int, digest: str) -> np.ndarray:
     """Read an index file; `DataError` when it is missing, broken, or not the one of this SHA-256."""
     size = index_bytes(samples, members)
     try:

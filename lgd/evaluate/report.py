@@ -10,9 +10,7 @@ a source patch where slides are unknown.
 
 import io
 import math
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,12 +22,13 @@ from lgd.evaluate.evaluation import Evaluation
 from lgd.evaluate.figures import confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
 from lgd.evaluate.markdown import GALLERIES, retrieval_sections, robustness_sections, shown, ways_section
 from lgd.evaluate.slides import WAYS, both_ways, scores
-from lgd.files import exists, list_folder, read_bytes, remove, upload_folder, write_bytes
+from lgd.files import exists, list_folder, read_bytes, remove, write_bytes
+from lgd.folders import WorkingFolder
 from lgd.markup import code_block, escape_markdown, list_items, markdown_table
 from lgd.metrics import Predictions, paired_difference, score_with_intervals
 from lgd.records import Count, Document, Many
 from lgd.text import escape_text
-from lgd.urls import is_remote
+from lgd.urls import Location
 
 _HEADLINE = {
     "accuracy": "accuracy",
@@ -71,7 +70,7 @@ class Numbers(Document):
     robustness: dict[str, Any] | None
 
 
-def write_report(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
+def write_report(folder: Location, evaluation: Evaluation) -> dict[str, Any]:
     """Write the report of one split into `folder` and return what `metrics.json` holds (None for undefined).
 
     Raises `DataError` where models were scored on different patches.
@@ -117,19 +116,17 @@ def write_report(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
     return document
 
 
-def show_pictures(report: Path, student: Path) -> None:
+def show_pictures(report: Location, student: Location) -> None:
     """Put the report's pictures beside the student's curves in TensorBoard."""
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
-    with tempfile.TemporaryDirectory(prefix="lgd-") as temporary:
-        folder = Path(temporary) if is_remote(student) else student / "tensorboard"
-        with SummaryWriter(folder) as board:
+    with WorkingFolder(student / "tensorboard") as working:
+        with SummaryWriter(working.path) as board:
             for name in sorted(name for name in list_folder(report) if name.endswith(".png")):
                 image = np.asarray(Image.open(io.BytesIO(read_bytes(report / name))).convert("RGB"))
                 board.add_image(f"report/{escape_text(name.removesuffix('.png'))}", image, dataformats="HWC")
-        if is_remote(student):
-            upload_folder(folder, student / "tensorboard")
+        working.publish()
 
 
 def format_table(evaluation: Evaluation) -> str:

@@ -18,7 +18,7 @@ from lgd.files import publish, remove, sha256
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig
 from lgd.models.weights import compare_shapes, load_tensors, read_shapes, shapes_of
 from lgd.remote import open_checked
-from lgd.urls import as_location
+from lgd.urls import Location, as_location
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -38,7 +38,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def save_model(folder: str | Path, tensors: dict[str, torch.Tensor], describe: Callable[..., ModelConfig]) -> None:
+def save_model(folder: str | Location, tensors: dict[str, torch.Tensor], describe: Callable[..., ModelConfig]) -> None:
     """Publish weights (by parameter name) and what `describe(weights_sha256=...)` says of their network."""
     folder = as_location(folder)
     remove(folder / "config.json")
@@ -48,18 +48,18 @@ def save_model(folder: str | Path, tensors: dict[str, torch.Tensor], describe: C
     describe(weights_sha256=weights).write(folder / "config.json")
 
 
-def read_teacher_config(folder: str | Path) -> TeacherConfig:
+def read_teacher_config(folder: str | Location) -> TeacherConfig:
     """What a teacher's folder says of it."""
     return TeacherConfig.read(as_location(folder) / "config.json")
 
 
-def read_student_config(folder: str | Path) -> StudentConfig:
+def read_student_config(folder: str | Location) -> StudentConfig:
     """What a student's folder says of it."""
     return StudentConfig.read(as_location(folder) / "config.json")
 
 
 def load_weights(
-    folder: str | Path, build: Callable[[], Network], config: ModelConfig, code: Collection[str] = ()
+    folder: str | Location, build: Callable[[], Network], config: ModelConfig, code: Collection[str] = ()
 ) -> Network:
     """The network that `build` makes, with the checked weights of a folder; `DataError` for those of another one.
 

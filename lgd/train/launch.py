@@ -19,7 +19,7 @@ from lgd.data.overlap import open_disjoint
 from lgd.data.plan import World
 from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError
-from lgd.files import digest_of, exists, list_folder, remove_folder, sha256
+from lgd.files import digest_of, exists, list_folder, may_have_sha256, remove_folder
 from lgd.locks import LOCK, exclusive
 from lgd.process_state import default_environment, stop_signals
 from lgd.train import checkpoint
@@ -27,7 +27,7 @@ from lgd.train.engine import choose, leave_world
 from lgd.train.finished import keeps_others, read_finished, refuse_finished
 from lgd.train.loop import TASKS, train
 from lgd.train.tasks import Task, inputs_of
-from lgd.urls import as_location, is_remote
+from lgd.urls import as_location
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +148,7 @@ def is_finished(task: Task, config: Config, shards: ShardSet) -> bool:
     made, inputs = read_finished(task), digest_of(inputs_of(task, config, shards))
     if made is None or made.inputs != inputs:
         return False
-    # Whoever loads remote weights compares their digest; here it would cost a download.
-    return is_remote(weights) or made.weights_sha256 == sha256(weights)
+    return may_have_sha256(weights, made.weights_sha256)
 
 
 def worker(argument: dict[str, Any]) -> None:

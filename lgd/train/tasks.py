@@ -1,6 +1,5 @@
 """What is trained: a model, how its batch is prepared, and its losses. One class a task, the same loop for all."""
 
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from lgd.models.methods import find_method
 from lgd.models.teacher import new_teacher
 from lgd.store.latents import TEACHER, Store
 from lgd.store.supervision import recipe_of
-from lgd.urls import as_location
+from lgd.urls import Location, as_location
 
 
 class Task(Protocol):
@@ -27,7 +26,7 @@ class Task(Protocol):
     """The image that it reads: he or ihc."""
     field: str
     """The configuration's name of `folder`."""
-    folder: Path
+    folder: Location
     epochs: float
     store: Store | None
 
