@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from lgd.download_cache import DIGEST, copy_path, explain_errors, lock_copy, lock_room, open_cache, open_copy, reserve
 from lgd.errors import DataError
 from lgd.files import matches, sync
-from lgd.urls import Location, as_location, call, fresh_options
+from lgd.urls import Location, MissingError, as_location, call, fresh_options
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -19,14 +19,18 @@ def open_checked(path: str | Location, digest: str, size: int | None, remedy: st
     """`open_file`, and check every byte, also of a local file.
 
     A copy that was damaged in the cache is fetched again. Raises `DataError` with the remedy for a file that is not as
-    stated, and as `open_file` does.
+    stated or cannot be opened, `MissingError` for one that is missing, and as `open_file` does.
     """
-    file = open_file(path, digest, size)
-    problem = _find_problem(file, digest, size)
-    if problem and drop_damaged(path, digest, file):
-        file.close()
+    try:
         file = open_file(path, digest, size)
         problem = _find_problem(file, digest, size)
+        if problem and drop_damaged(path, digest, file):
+            file.close()
+            file = open_file(path, digest, size)
+            problem = _find_problem(file, digest, size)
+    except OSError as error:
+        kind = MissingError if isinstance(error, FileNotFoundError) else DataError
+        raise kind(f"{path} is missing or cannot be read ({error.strerror or error}): {remedy}") from error
     if problem:
         file.close()
         raise DataError(f"{path} {problem}: {remedy}")
@@ -70,16 +74,6 @@ def open_file(path: str | Location, digest: str, size: int | None = None) -> Bin
             return file
         with lock_copy(copy):
             return open_copy(copy, size) or _download(url, copy, digest, size, limit)
-
-
-def fetch(path: str | Location, digest: str, size: int | None = None) -> Path:
-    """The local path of a file, as `open_file` finds it; another process may evict a copy before it is opened."""
-    url = as_location(path)
-    _require_facts(url, digest, size)
-    if isinstance(url, Path):
-        return url
-    with open_file(url, digest, size) as file:
-        return Path(file.name)
 
 
 def name_with_copy(path: Location, file: BinaryIO) -> str:

@@ -46,11 +46,8 @@ def read_patches(folder: Location, manifest: Manifest) -> np.ndarray:
     samples = sum(split.samples for split in manifest.splits.values())
     head = _head(samples)
     size = len(head) + samples * PATCHES.itemsize
-    try:
-        with open_checked(path, said.sha256, said.bytes, REBUILD) as stream:
-            content = stream.read(size) if said.bytes == size else b""
-    except OSError as error:
-        raise DataError(f"{path} is missing or cannot be read ({error.strerror or error}): {REBUILD}") from error
+    with open_checked(path, said.sha256, said.bytes, REBUILD) as stream:
+        content = stream.read(size) if said.bytes == size else b""
     if not content.startswith(head):
         raise DataError(f"{path} is no table of {samples} samples: {REBUILD}")
     return np.frombuffer(content, PATCHES, offset=len(head))

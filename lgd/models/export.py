@@ -73,13 +73,10 @@ def load_weights(
             draft = build()
     except DataError as error:
         raise DataError(f"{as_location(folder) / 'config.json'}: {error}: {config.REMEDY}") from error
-    try:
-        with open_checked(path, config.weights_sha256, None, remedy) as file:
-            # The descriptor names the file that was checked, whatever has taken its place meanwhile.
-            checked = Path(f"/dev/fd/{file.fileno()}")
-            compare_shapes(path, read_shapes(checked, name=path), shapes_of(draft))
-            network = build()
-            network.load_state_dict(load_tensors(checked))
-    except OSError as error:
-        raise DataError(f"{path} is missing or cannot be read ({error.strerror or error}): {remedy}") from error
+    with open_checked(path, config.weights_sha256, None, remedy) as file:
+        # The descriptor names the file that was checked, whatever has taken its place meanwhile.
+        checked = Path(f"/dev/fd/{file.fileno()}")
+        compare_shapes(path, read_shapes(checked, name=path), shapes_of(draft))
+        network = build()
+        network.load_state_dict(load_tensors(checked))
     return network

@@ -169,7 +169,7 @@ def open_index(store: Store, read: Callable[[IndexDocument, BinaryIO], Any]) -> 
             # It was replaced between the two readings.
             if attempt + 1 < _ATTEMPTS and read_document(store) != document:
                 continue
-            raise DataError(f"{folder} lacks a file that index.json names ({error}): {_REMEDY}") from error
+            raise DataError(f"{folder} lacks a file that index.json names ({error.__cause__}): {_REMEDY}") from error
         return Opened(document, parts, table, index)
     raise AssertionError
 

@@ -168,11 +168,7 @@ def problems(path: Location) -> list[str]:
 
 def _open_tensors(path: Location, file: str, state: State) -> BinaryIO:
     """A file of a checkpoint; `DataError` for one that is missing or damaged."""
-    remedy = f"delete {path} to go on from an older one"
-    try:
-        return open_checked(path / file, state.xxh3.of(file), None, remedy)
-    except OSError as error:
-        raise DataError(f"{path / file} is missing or cannot be read ({error.strerror or error}): {remedy}") from error
+    return open_checked(path / file, state.xxh3.of(file), None, f"delete {path} to go on from an older one")
 
 
 def _read_state(path: Location, inputs: dict[str, Any]) -> State:
