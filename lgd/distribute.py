@@ -290,7 +290,7 @@ def launch(
         remove(old)
     _note_if_busy(workers, "GPU" if use_gpu else "CPU")
     resources = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
-    path, filesystem = as_arrow(storage)
+    failures, (path, filesystem) = FailureConfig(max_failures=max_failures), as_arrow(storage)
     try:
         with _collect_logs(several=False) as send, _stopping_by(stop):
             trainer = TorchTrainer(
@@ -298,10 +298,7 @@ def launch(
                 train_loop_config=argument | {"stop": str(stop)},
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
                 run_config=RunConfig(
-                    name=name,
-                    failure_config=FailureConfig(max_failures=max_failures),
-                    storage_path=path,
-                    storage_filesystem=filesystem,
+                    name=name, failure_config=failures, storage_path=path, storage_filesystem=filesystem
                 ),
             )
             _in_thread(trainer.fit)

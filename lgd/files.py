@@ -17,16 +17,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal
 
 import xxhash
 
 from lgd.errors import DataError
 from lgd.text import dump_json
-from lgd.urls import FULL, Location, MissingError, RemoteError, as_location, call, create, fresh_options, upload
+from lgd.urls import FULL, Location, MissingError, RemoteError, Result, as_location, call, create, fresh_options, upload
 
 Kind = Literal["file", "folder", "other"]
-Parsed = TypeVar("Parsed")
 
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _HASHED = 1 << 20
@@ -68,7 +67,7 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def explain_write_errors(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Location) -> Iterator[None]:
     """Turn the errors of a full disk and of a folder that may not be written to into `DataError`."""
     try:
         yield
@@ -134,11 +133,10 @@ def read_bytes(path: str | Location, fresh: bool = False) -> bytes:
         return at.read_bytes()
     # s3fs would ask for the size first, and read large files in pieces.
     options = {"max_concurrency": 1} if at.protocol in ("s3", "s3a") else {}
-    content: bytes = call(at, "read", at.fs.cat_file, at.path, **options, **(fresh_options(at) if fresh else {}))
-    return content
+    return bytes(call(at, "read", at.fs.cat_file, at.path, **options, **(fresh_options(at) if fresh else {})))
 
 
-def read_parsed(path: str | Location, parse: Callable[[bytes], Parsed]) -> Parsed:
+def read_parsed(path: str | Location, parse: Callable[[bytes], Result]) -> Result:
     """What `parse` makes of a file's content; raises as `read_bytes`, and as `parse`.
 
     Where it raises `DataError` for the content of a url, that is read once more: it may have been cut on its way.
@@ -161,8 +159,7 @@ def read_first_bytes(path: str | Location, count: int) -> bytes:
     size = call(at, "read", at.fs.info, at.path)["size"]
     if size is None or size <= count:
         return read_bytes(at)[:count]
-    content: bytes = call(at, "read", at.fs.cat_file, at.path, start=0, end=count)
-    return content
+    return bytes(call(at, "read", at.fs.cat_file, at.path, start=0, end=count))
 
 
 def read_json(path: str | Location) -> Any:

@@ -44,18 +44,16 @@ def discard_folder(path: Location, mark: str) -> None:
     remove_folder(path)
 
 
-class WorkingFolder:
-    """A folder to write to with what knows no urls: the local one itself, or one in TMPDIR that is uploaded."""
+class WorkingFolder(contextlib.ExitStack):
+    """A folder for what writes to no url: `path` is the local one itself, or one in TMPDIR, which goes at the end."""
 
     def __init__(self, folder: Location) -> None:
+        super().__init__()
         self.folder = folder
-        self.path = folder if isinstance(folder, Path) else Path(tempfile.mkdtemp(prefix="lgd-"))
-
-    def __enter__(self) -> "WorkingFolder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        if isinstance(folder, Path):
+            self.path = folder
+        else:
+            self.path = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="lgd-")))
 
     def publish(self, last: str = "") -> None:
         """Make every file that was written so far appear at the url, the one named `last` after all others."""
@@ -63,11 +61,6 @@ class WorkingFolder:
             files = sorted(path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file())
             for name in sorted(files, key=lambda name: name == last):
                 upload(self.path / name, self.folder / name)
-
-    def close(self) -> None:
-        """Remove the folder in TMPDIR."""
-        if self.path != self.folder:
-            shutil.rmtree(self.path)
 
 
 def list_local_sizes(folder: Location) -> dict[str, int] | None:

@@ -76,11 +76,8 @@ def exclusive(folder: str | Location, doing: str) -> Iterator[None]:
     made here. Raises `TakenError` with who is at work, and `DataError` for a file system without locks.
     """
     at = as_location(folder)
-    if not isinstance(at, Path):
-        yield
-        return
     with explain_write_errors(at):
-        missing = [path for path in (at, *at.parents) if not path.exists()]
+        missing = [path for path in (at, *at.parents) if isinstance(path, Path) and not path.exists()]
     try:
         with hold_lock(at / LOCK, doing, wait=False):
             yield

@@ -101,9 +101,12 @@ def as_location(text: str | Location) -> Location:
 def as_output_location(text: str | Location, option: str) -> Location:
     """`place` of what will be written, which `option` named.
 
-    Raises `ConfigError` for a relative path in a job of Ray: the folder that it is relative to goes with the job.
+    Raises `DataError` for a url of a kind that is only read, and `ConfigError` for a relative path in a job of Ray: the
+    folder that it is relative to goes with the job.
     """
     path = as_location(text)
+    if not isinstance(path, Path) and path.protocol in _HTTP:
+        raise DataError(f"{path} cannot be written to: give {option} a folder, or a url such as s3://")
     if isinstance(path, Path) and not path.is_absolute() and _OF_A_JOB in os.environ:
         raise ConfigError(
             f"{option} is {text}, and a job of Ray works in a copy of your folder that is deleted with all that is "
@@ -118,12 +121,6 @@ def require_local(text: str | Location, refusal: str) -> Path:
     if not isinstance(location, Path):
         raise ConfigError(refusal)
     return location
-
-
-def require_writable(location: Location, option: str) -> None:
-    """Raise `DataError` for a url of a kind that is only read, which `option` named; nothing is asked."""
-    if not isinstance(location, Path) and location.protocol in _HTTP:
-        raise DataError(f"{location} cannot be written to: give {option} a folder, or a url such as s3://")
 
 
 def waits_for_network(text: str | Location) -> bool:
@@ -165,8 +162,7 @@ def call(
                 raise
             cause = error.__cause__
             # fsspec calls every error of http a missing file.
-            hidden = cause is not None and isinstance(error, FileNotFoundError) and _module(cause) == "aiohttp"
-            found = cause if cause and hidden else error
+            found = cause if cause and isinstance(error, FileNotFoundError) and _module(cause) == "aiohttp" else error
             status = getattr(found, "status", None)
             passing = _module(found) == "aiohttp" and (status is None or status >= 500)
             if pause is None or not passing:

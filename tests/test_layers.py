@@ -94,6 +94,30 @@ def test_imports_go_upward_only():
     assert not wrong
 
 
+def test_only_io_tells_a_path_from_a_url():
+    io_modules = {"urls", "files", "folders", "locks", "remote", "download_cache"}
+    wrong = [
+        f"{name}:{node.lineno} names {known}"
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        for known in (getattr(node, field, "") for field in ("id", "attr", "name"))
+        if known == "is_remote" or (known == "UPath" and name not in io_modules)
+    ]
+    branches = [
+        f"{name}:{call.lineno} asks whether it has a Path"
+        for name, tree in modules().items()
+        for call in calls(tree, {"isinstance"})
+        if name not in io_modules and ast.unparse(call.args[1]) == "Path"
+    ]
+    casts = [
+        f"{name}:{call.lineno} casts to a Path"
+        for name, tree in modules().items()
+        for call in calls(tree, {"cast"})
+        if ast.unparse(call.args[0]).strip("'") in ("Path", "UPath", "Location")
+    ]
+    assert not wrong + branches + casts
+
+
 def test_heavy_packages_have_one_importer():
     wrong = [
         f"{name} imports {target}"

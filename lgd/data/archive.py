@@ -185,10 +185,9 @@ def read_member(fd: int, entry: np.void, what: str) -> bytes:
 
 
 class Written(NamedTuple):
-    """What a manifest states of the files of a shard."""
+    """What a manifest states of a tar, and the digest of its index."""
 
     bytes: int
-    """Of the tar."""
     sha256: str
     idx_sha256: str
 

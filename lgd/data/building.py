@@ -21,7 +21,7 @@ from lgd.files import create_json, list_folder, may_have_sha256, peek_kind, publ
 from lgd.locks import LOCK, exclusive
 from lgd.records import Document, MissingDocument, Sha256
 from lgd.tables import write_csv
-from lgd.urls import Location, RemoteError, as_output_location, require_writable
+from lgd.urls import Location, RemoteError, as_output_location
 
 _SHARD = r"[A-Za-z0-9_]+-\d{6}"
 _FILE = rf"({_SHARD}\.(tar|idx)|\.{_SHARD}\.json|manifest\.json|patches\.npy|rejected\.csv|\.building\.json)"
@@ -66,7 +66,6 @@ def open_target(text: str | Location) -> Location:
     out = as_output_location(text, "--out").absolute()
     if peek_kind(out, "folder") not in ("folder", None):
         raise DataError(f"{out} is no folder: give --out an empty or new one")
-    require_writable(out, "--out")
     names = [name for name in list_folder(out) if name != LOCK and not _LEFTOVER.fullmatch(name)]
     strangers = [name for name in names if not _OURS.fullmatch(name)]
     if not strangers and not {"manifest.json", _MARKER} & set(names):

@@ -55,7 +55,7 @@ class PartFile:
 
     @property
     def path(self) -> Location:
-        """The HDF5 file; a `UPath` where the store lies at a url."""
+        """The HDF5 file."""
         return self.folder / f"{self.name}.h5"
 
     def sidecar(self) -> Sidecar:
