@@ -91,10 +91,8 @@ def exclusive(folder: str | Location, doing: str) -> Iterator[None]:
 def hold_lock(path: Location, doing: str, *, wait: bool = True, remedy: str = DEFAULT_REMEDY) -> Iterator[None]:
     """Hold the lock that the file `path` stands for; it is made with its folder, and removed at the end.
 
-    At a url there is none, and nobody waits.
-
     Threads exclude each other like processes. Without `wait`, `TakenError` tells who holds it; a long wait is told on
-    standard error. `remedy` is what to do where the file system has no locks.
+    standard error. `remedy` is what to do where the file system has no locks. A url has none, and all may enter.
     """
     if not isinstance(path, Path):
         yield

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
-# UPath is named only, for its import takes 0.2 s.
 Location = Union[Path, "UPath"]
-"""A file or a folder: a path here, or a url. Only the modules that read and write files tell the two apart."""
+"""A file or a folder: a path here, or a url (imported late: it takes 0.2 s). Only the modules of io tell them apart."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a full disk, or of a quota or a limit on the size of a file."""

@@ -56,8 +56,7 @@ class ShardFolder:
 
     def find_missing(self) -> dict[str, list[str]]:
         """Shard name -> one sentence for each of its local files that is missing or has not the manifest's size."""
-        sizes = list_local_sizes(self.folder)
-        if sizes is None:
+        if (sizes := list_local_sizes(self.folder)) is None:
             return {}
         problems = {}
         for shard in self.shards:

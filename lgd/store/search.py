@@ -126,7 +126,7 @@ def _opened(path: Location, said: IndexFile, read: Callable[[BinaryIO], Any]) ->
         with open_checked(path, said.xxh3, said.bytes, _REMEDY) as file:
             return read(file)
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        if isinstance(error, DataError | FileNotFoundError):
+        if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is not the index that index.json describes ({error}): {_REMEDY}") from error
 

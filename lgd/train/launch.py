@@ -146,9 +146,7 @@ def is_finished(task: Task, config: Config, shards: ShardSet) -> bool:
     if not exists(path) or not exists(weights):
         return False
     made, inputs = read_finished(task), digest_of(inputs_of(task, config, shards))
-    if made is None or made.inputs != inputs:
-        return False
-    return may_have_sha256(weights, made.weights_sha256)
+    return made is not None and made.inputs == inputs and may_have_sha256(weights, made.weights_sha256)
 
 
 def worker(argument: dict[str, Any]) -> None:
