@@ -11,9 +11,9 @@ again, so that the same command goes on where it stopped.
 
 import dataclasses
 import functools
+import io
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from lgd.evaluate.colour import COLOUR, colour_only
 from lgd.evaluate.compare import pooled_latents
 from lgd.evaluate.embeddings import explained_by_levels
 from lgd.evaluate.predict import load_scorer, score_shards
-from lgd.files import exists, publish, write_bytes
+from lgd.files import exists, publish, read_bytes, write_bytes
 from lgd.metrics import Predictions
 from lgd.models.export import read_student_config, read_teacher_config
 from lgd.models.methods import METHODS, PROPOSED, find_method
@@ -38,7 +38,7 @@ from lgd.models.teacher import load_teacher
 from lgd.run_folder import command
 from lgd.store.latents import Store
 from lgd.train.launch import train_under
-from lgd.urls import place
+from lgd.urls import Location, as_location
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ class Job(NamedTuple):
     run: Config
 
     @property
-    def folder(self) -> Path:
-        return place(self.run.student.dir)
+    def folder(self) -> Location:
+        return as_location(self.run.student.dir)
 
 
 def jobs_of(config: Config, options: AblateOptions) -> list[Job]:
@@ -104,7 +104,7 @@ def jobs_of(config: Config, options: AblateOptions) -> list[Job]:
     jobs = []
     for number in range(options.seeds):
         for name, run in variants(config, options.full).items():
-            at = place(config.run.dir) / "ablation" / slug(name) / f"seed-{number}"
+            at = as_location(config.run.dir) / "ablation" / slug(name) / f"seed-{number}"
             one = dataclasses.replace(
                 run,
                 run=dataclasses.replace(run.run, seed=config.run.seed + number),
@@ -130,7 +130,7 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
     Raises `DataError` where the report's split has no labelled patch.
     """
     scored = shards.require_split(config.report.split, "report.split")
-    folder = place(config.run.dir) / "ablation"
+    folder = as_location(config.run.dir) / "ablation"
     jobs = jobs_of(config, options)
     worker = functools.partial(work, shards)
     for job, trained in map_with(lambda: worker, jobs, workers=options.jobs, option_name="--jobs"):
@@ -143,11 +143,8 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
         rows[COLOUR] = [colour]
     for job in jobs:
         rows.setdefault(job.name, []).append(answers(job.folder, "student", scored, job.run, job.name))
-    rows[UPPER_BOUND] = [
-        answers(
-            place(config.teacher.dir), "teacher", scored, config, UPPER_BOUND, folder / SINGLE_RUN_ROWS[UPPER_BOUND]
-        )
-    ]
+    kept = folder / SINGLE_RUN_ROWS[UPPER_BOUND]
+    rows[UPPER_BOUND] = [answers(as_location(config.teacher.dir), "teacher", scored, config, UPPER_BOUND, kept)]
     if not (rows[LGD_NET][0].level >= 0).any():
         raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
     ours = rows[LGD_NET][0]
@@ -190,7 +187,7 @@ def slug(name: str) -> str:
 
 
 def answers(
-    folder: Path, kind: str, shards: Sequence[Shard], config: Config, name: str, at: Path | None = None
+    folder: Location, kind: str, shards: Sequence[Shard], config: Config, name: str, at: Location | None = None
 ) -> Predictions:
     """What a trained network says about the shards: as it was kept beside its folder, unless it is another by now."""
     at = at or folder.with_name(f"{folder.name}.npz")
@@ -207,7 +204,7 @@ def answers(
     return found
 
 
-def _keep(at: Path, found: Predictions, stamp: str) -> None:
+def _keep(at: Location, found: Predictions, stamp: str) -> None:
     with publish(at) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
@@ -219,8 +216,8 @@ def _keep(at: Path, found: Predictions, stamp: str) -> None:
         )
 
 
-def _kept(at: Path, name: str) -> tuple[Predictions, str]:
-    with np.load(at) as kept:
+def _kept(at: Location, name: str) -> tuple[Predictions, str]:
+    with np.load(io.BytesIO(read_bytes(at))) as kept:
         found = Predictions(
             name=name,
             keys=kept["keys"].tolist(),
@@ -231,12 +228,12 @@ def _kept(at: Path, name: str) -> tuple[Predictions, str]:
         return found, str(kept["stamp"])
 
 
-def read_table(run: Path) -> AblationDocument:
+def read_table(run: Location) -> AblationDocument:
     """What `ablate` left of a run: its ablation.json; `DataError` where there is none."""
     return AblationDocument.read(run / "ablation" / "ablation.json")
 
 
-def read_answers(run: Path) -> dict[str, list[Predictions]]:
+def read_answers(run: Location) -> dict[str, list[Predictions]]:
     """The answers behind the table of a run, by row: one a seed, and one of the teacher and of colour."""
     folder, table = run / "ablation", read_table(run)
     return {

@@ -1,13 +1,12 @@
 """What lies in a folder or at a url, and everything that is wrong with it: `lgd verify`."""
 
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lgd.errors import ConfigError, DataError
-from lgd.files import exists
+from lgd.files import exists, peek_kind
 from lgd.options import is_run, load_config
-from lgd.urls import is_remote, place
+from lgd.urls import Location, as_location
 
 Kind = Literal["shard folder", "feature store", "checkpoint", "teacher", "student", "run"]
 
@@ -27,7 +26,7 @@ class Checked(NamedTuple):
     """What else to say."""
 
 
-def find_kind(folder: Path) -> Kind:
+def find_kind(folder: Location) -> Kind:
     """What lies in a folder or at a url, by the document that each kind has.
 
     Raises `DataError` for a folder of something else, and for what is no folder.
@@ -41,17 +40,15 @@ def find_kind(folder: Path) -> Kind:
         from lgd.models.description import TeacherConfig, read_kind
 
         return "teacher" if read_kind(folder / "config.json") is TeacherConfig else "student"
-    if not is_remote(folder) and not folder.is_dir():
-        raise DataError(
-            f"{folder} is a file: name the folder that it lies in" if folder.exists() else f"{folder} does not exist"
-        )
+    if (lies := peek_kind(folder, "folder")) != "folder":
+        raise DataError(f"{folder} is a file: name the folder that it lies in" if lies else f"{folder} does not exist")
     raise DataError(
         f"{folder} is no shard folder (manifest.json), no feature store (store.json), no checkpoint (state.json), no "
         "trained network (config.json) and no run (run.json)"
     )
 
 
-def check(folder: Path, reencode: int = 0, teacher: str = "", code: Collection[str] = ()) -> Checked:
+def check(folder: Location, reencode: int = 0, teacher: str = "", code: Collection[str] = ()) -> Checked:
     """Every problem of what lies in `folder`, and what else to say.
 
     `reencode`: rows of a store (or of a run's) whose teacher and targets are run again; `teacher`: where it is, if not
@@ -76,7 +73,7 @@ def check(folder: Path, reencode: int = 0, teacher: str = "", code: Collection[s
     return Checked(kind, _check_network(folder, kind, code), [])
 
 
-def _check_store(folder: Path, reencode: int, teacher: str, code: Collection[str]) -> tuple[list[str], list[str]]:
+def _check_store(folder: Location, reencode: int, teacher: str, code: Collection[str]) -> tuple[list[str], list[str]]:
     from lgd.store.latents import Store
     from lgd.store.search import index_folder
     from lgd.store.search import problems as index_problems
@@ -99,13 +96,13 @@ def _check_store(folder: Path, reencode: int, teacher: str, code: Collection[str
     return result.problems(store), notes
 
 
-def _check_network(folder: Path, kind: Kind, code: Collection[str]) -> list[str]:
+def _check_network(folder: Location, kind: Kind, code: Collection[str]) -> list[str]:
     """Problems of a teacher or a student, which is built and given its weights, and of its checkpoints."""
     from lgd.models.methods import load_student
     from lgd.models.teacher import load_teacher
     from lgd.train import checkpoint
 
-    load: Callable[[Path, Collection[str]], object] = load_teacher if kind == "teacher" else load_student
+    load: Callable[[Location, Collection[str]], object] = load_teacher if kind == "teacher" else load_student
     problems = []
     try:
         load(folder, code)
@@ -116,7 +113,7 @@ def _check_network(folder: Path, kind: Kind, code: Collection[str]) -> list[str]
     return problems
 
 
-def _check_run(folder: Path, reencode: int, teacher: str, code: Collection[str]) -> tuple[list[str], list[str]]:
+def _check_run(folder: Location, reencode: int, teacher: str, code: Collection[str]) -> tuple[list[str], list[str]]:
     """Problems of everything that a run's stages made, and of what they were made of."""
     problems, notes = [], []
     for path in list_folders(folder):
@@ -132,7 +129,7 @@ def _check_run(folder: Path, reencode: int, teacher: str, code: Collection[str])
     return problems, notes
 
 
-def list_folders(folder: Path) -> Iterator[Path]:
+def list_folders(folder: Location) -> Iterator[Location]:
     """Shards, teacher, store and networks of a run, each once."""
     from lgd.run_document import RunDocument
 
@@ -140,4 +137,4 @@ def list_folders(folder: Path) -> Iterator[Path]:
     stages = RunDocument.read(folder / "run.json").stages
     made = [stage.folder for name in ("train-teacher", "cache-latents", "train") for stage in stages.get(name, ())]
     for path in dict.fromkeys([*config.shard_dirs, *made]):
-        yield place(path)
+        yield as_location(path)

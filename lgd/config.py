@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lgd.errors import require
 from lgd.extensions import is_python
 from lgd.plain_yaml import write_yaml
-from lgd.urls import place, place_output
+from lgd.urls import as_location, as_output_location
 
 LEVEL_NAMES = ("0", "1+", "2+", "3+")
 
@@ -376,4 +376,4 @@ def _absolute(folder: str, output: str = "") -> str:
     scheme, is_url, rest = folder.partition("://")
     if is_url and scheme != "file":
         return f"{scheme}://{rest.rstrip('/')}"
-    return str((place_output(folder, output) if output else place(folder)).absolute())
+    return str((as_output_location(folder, output) if output else as_location(folder)).absolute())

@@ -14,14 +14,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from lgd.errors import ConfigError, DataError, Stopped
 from lgd.files import exists, read_json, remove, write_bytes, write_json
 from lgd.logs import LOGGER, receive_logs, send_logs
 from lgd.process_state import default_environment, stop_signals, undo_changes
-from lgd.urls import is_remote, place
+from lgd.urls import Location, as_arrow
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +267,7 @@ def launch(
     *,
     workers: int,
     max_failures: int,
-    storage: str | Path,
+    storage: Location,
     name: str,
 ) -> None:
     """Run `function(argument)` once in each training worker, with a process group between them.
@@ -286,12 +285,13 @@ def launch(
     from ray.train.torch import TorchTrainer
 
     use_gpu = bool(_count("GPU"))
-    storage = place(storage) if is_remote(storage) else Path(storage).absolute()
+    storage = storage.absolute()
     note, stop = storage / f"{name}.error.json", storage / f"{name}.stop"
     for old in (note, stop):
         remove(old)
     _note_if_busy(workers, "GPU" if use_gpu else "CPU")
     resources = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+    failures, (path, filesystem) = FailureConfig(max_failures=max_failures), as_arrow(storage)
     try:
         with _collect_logs(several=False) as send, _stopping_by(stop):
             trainer = TorchTrainer(
@@ -299,7 +299,7 @@ def launch(
                 train_loop_config=argument | {"stop": str(stop)},
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
                 run_config=RunConfig(
-                    name=name, failure_config=FailureConfig(max_failures=max_failures), **_storage_of(storage)
+                    name=name, failure_config=failures, storage_path=path, storage_filesystem=filesystem
                 ),
             )
             _in_thread(trainer.fit)
@@ -308,16 +308,6 @@ def launch(
             raise _lost(error, max_failures) from error
     if exists(note):
         raise DataError(*read_json(note))
-
-
-def _storage_of(folder: Path) -> dict[str, Any]:
-    """Where Ray Train keeps its state, in its own terms; at a url by the same client as everything else."""
-    if not is_remote(folder):
-        return {"storage_path": str(folder)}
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    url: Any = folder
-    return {"storage_path": url.path, "storage_filesystem": PyFileSystem(FSSpecHandler(url.fs))}
 
 
 def _count(kind: str, free: bool = False) -> int:
@@ -335,7 +325,7 @@ def _note_if_busy(workers: int, kind: str) -> None:
 
 
 @contextlib.contextmanager
-def _stopping_by(stop: Path) -> Iterator[None]:
+def _stopping_by(stop: Location) -> Iterator[None]:
     """Answer SIGTERM and Ctrl-C by making the file `stop`; the second one ends this process as usual."""
 
     def ask(number: int, frame: Any) -> None:
@@ -382,7 +372,7 @@ def _lost(error: Any, max_failures: int) -> BaseException:
 
 def _run_recording_user_error(
     function: Callable[[dict[str, Any]], None],
-    note: Path,
+    note: Location,
     send: Callable[[], contextlib.AbstractContextManager[None]],
     argument: dict[str, Any],
 ) -> None:

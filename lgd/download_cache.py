@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from lgd.errors import DataError
 from lgd.locks import hold_lock, try_lock
-from lgd.urls import FULL
+from lgd.urls import FULL, Location
 
 DIGEST = "[0-9a-f]{64}|[0-9a-f]{32}"
 """SHA-256 or XXH3-128."""
@@ -64,7 +64,7 @@ def copy_path(folder: Path, digest: str, suffix: str) -> Path:
 
 
 @contextlib.contextmanager
-def explain_errors(folder: Path, url: Path) -> Iterator[None]:
+def explain_errors(folder: Path, url: Location) -> Iterator[None]:
     """Errors of the cache's own disk become a `DataError`."""
     try:
         yield

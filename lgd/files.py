@@ -23,7 +23,7 @@ import xxhash
 
 from lgd.errors import DataError
 from lgd.text import dump_json
-from lgd.urls import FULL, MissingError, RemoteError, call, create, fresh_options, is_remote, place, upload
+from lgd.urls import FULL, Location, MissingError, RemoteError, Result, as_location, call, create, fresh_options, upload
 
 Kind = Literal["file", "folder", "other"]
 
@@ -33,15 +33,15 @@ _HASHED = 1 << 20
 
 
 @contextlib.contextmanager
-def publish(path: str | Path, name_of: Callable[[Path], str] | None = None) -> Iterator[Path]:
+def publish(path: str | Location, name_of: Callable[[Path], str] | None = None) -> Iterator[Path]:
     """Give a temporary path to write to; on success flush it to the disk and rename it to `path`.
 
     `name_of` gives the name that the written file gets instead of that of `path`, such as its digest. For a url the
     temporary file lies in TMPDIR and is uploaded. On an error it is removed and nothing appears; a full disk and a
     folder that may not be written to raise `DataError`.
     """
-    path = place(path)
-    if is_remote(path):
+    path = as_location(path)
+    if not isinstance(path, Path):
         with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
             temporary = Path(folder) / path.name
             with explain_write_errors(temporary):
@@ -67,7 +67,7 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def explain_write_errors(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Location) -> Iterator[None]:
     """Turn the errors of a full disk and of a folder that may not be written to into `DataError`."""
     try:
         yield
@@ -93,66 +93,76 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
+def write_bytes(path: str | Location, content: bytes) -> None:
     """Publish `content` at `path`."""
     with publish(path) as temporary:
         temporary.write_bytes(content)
 
 
-def write_json(path: str | Path, document: Any) -> None:
+def write_json(path: str | Location, document: Any) -> None:
     """Publish a strict JSON document at `path`; `DataError` names the field of a number that is not finite."""
     write_bytes(path, _encode(path, document))
 
 
-def create_json(path: str | Path, document: Any) -> bool:
+def create_json(path: str | Location, document: Any) -> bool:
     """Publish a JSON document at `path`, unless there is one at that url already; whether it is this one.
 
     Not every store can do that at once; one that cannot replaces it. A local folder should be locked by the caller.
     """
-    at: Any = place(path)
-    if not is_remote(at):
-        write_json(at, document)
-        return True
-    return create(at, _encode(at, document))
+    at, content = as_location(path), _encode(path, document)
+    if not isinstance(at, Path):
+        return create(at, content)
+    write_bytes(at, content)
+    return True
 
 
-def _encode(path: str | Path, document: Any) -> bytes:
+def _encode(path: str | Location, document: Any) -> bytes:
     try:
         return f"{dump_json(document, indent=1)}\n".encode()
     except DataError as error:
         raise DataError(f"{path} cannot be written: {error}") from error
 
 
-def read_bytes(path: str | Path, fresh: bool = False) -> bytes:
+def read_bytes(path: str | Location, fresh: bool = False) -> bytes:
     """The content of a file; one request for a url. Raises `OSError` for a local file, as `call` does for a url.
 
     `fresh`: caches on the way to a url are asked to fetch it anew.
     """
-    at: Any = place(path)
-    content: bytes
-    if is_remote(at):
-        # s3fs would ask for the size first, and read large files in pieces.
-        options = {"max_concurrency": 1} if at.protocol in ("s3", "s3a") else {}
-        content = call(at, "read", at.fs.cat_file, at.path, **options, **(fresh_options(at) if fresh else {}))
-    else:
-        content = at.read_bytes()
-    return content
+    at = as_location(path)
+    if isinstance(at, Path):
+        return at.read_bytes()
+    # s3fs would ask for the size first, and read large files in pieces.
+    options = {"max_concurrency": 1} if at.protocol in ("s3", "s3a") else {}
+    return bytes(call(at, "read", at.fs.cat_file, at.path, **options, **(fresh_options(at) if fresh else {})))
 
 
-def read_first_bytes(path: str | Path, count: int) -> bytes:
+def read_parsed(path: str | Location, parse: Callable[[bytes], Result]) -> Result:
+    """What `parse` makes of a file's content; raises as `read_bytes`, and as `parse`.
+
+    Where it raises `DataError` for the content of a url, that is read once more: it may have been cut on its way.
+    """
+    content = read_bytes(path)
+    try:
+        return parse(content)
+    except DataError:
+        if isinstance(as_location(path), Path):
+            raise
+    return parse(read_bytes(path, fresh=True))
+
+
+def read_first_bytes(path: str | Location, count: int) -> bytes:
     """The first bytes of a file, at most `count`; raises as `read_bytes`."""
-    at: Any = place(path)
-    if not is_remote(at):
-        with Path(at).open("rb") as file:
+    at = as_location(path)
+    if isinstance(at, Path):
+        with at.open("rb") as file:
             return file.read(count)
     size = call(at, "read", at.fs.info, at.path)["size"]
     if size is None or size <= count:
         return read_bytes(at)[:count]
-    content: bytes = call(at, "read", at.fs.cat_file, at.path, start=0, end=count)
-    return content
+    return bytes(call(at, "read", at.fs.cat_file, at.path, start=0, end=count))
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Location) -> Any:
     """Read a JSON document; `DataError` names the file when it is absent or broken."""
     try:
         return json.loads(read_bytes(path))
@@ -162,11 +172,11 @@ def read_json(path: str | Path) -> Any:
         raise DataError(f"{path} is not valid JSON ({error})") from error
 
 
-def exists(path: str | Path) -> bool:
+def exists(path: str | Location) -> bool:
     """Whether there is a file or a folder; one or two requests for a url."""
-    at: Any = place(path)
-    if not is_remote(at):
-        return Path(at).exists()
+    at = as_location(path)
+    if isinstance(at, Path):
+        return at.exists()
     try:
         call(at, "read", at.fs.info, at.path)
     except MissingError:
@@ -174,16 +184,30 @@ def exists(path: str | Path) -> bool:
     return True
 
 
-def size_of(path: str | Path) -> int:
+def peek_kind(path: Location, presumed: Kind) -> Kind | None:
+    """What lies at a local path, None where nothing does; a url is not asked, but taken for what is presumed."""
+    if not isinstance(path, Path):
+        return presumed
+    return "folder" if path.is_dir() else "file" if path.is_file() else "other" if path.exists() else None
+
+
+def is_same(one: Location, other: Location) -> bool:
+    """Whether two locations are the same file or folder: by name, and here also by what lies there."""
+    if isinstance(one, Path) and isinstance(other, Path) and one.exists() and other.exists():
+        return one.samefile(other)
+    return one == other
+
+
+def size_of(path: str | Location) -> int:
     """Bytes of a file; raises `OSError` for a local file, as `call` does for a url."""
-    at: Any = place(path)
-    return int(call(at, "read", at.fs.info, at.path)["size"]) if is_remote(at) else at.stat().st_size
+    at = as_location(path)
+    return at.stat().st_size if isinstance(at, Path) else int(call(at, "read", at.fs.info, at.path)["size"])
 
 
-def list_folder(path: str | Path) -> dict[str, Kind]:
+def list_folder(path: str | Location) -> dict[str, Kind]:
     """What lies in a folder, by name; nothing where there is no folder. A url costs one request in 1,000 files."""
-    at: Any = place(path)
-    if not is_remote(at):
+    at = as_location(path)
+    if isinstance(at, Path):
         if not at.is_dir():
             return {}
         with os.scandir(at) as entries:
@@ -207,36 +231,42 @@ def _kind(entry: os.DirEntry[str]) -> Kind:
     return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
 
 
-def remove(path: str | Path) -> None:
+def remove(path: str | Location) -> None:
     """Remove a file, if it is there."""
-    at: Any = place(path)
-    if not is_remote(at):
+    at = as_location(path)
+    if isinstance(at, Path):
         at.unlink(missing_ok=True)
         return
     with contextlib.suppress(MissingError):
         call(at, "removed", at.fs.rm_file, at.path)
 
 
-def remove_folder(path: str | Path) -> None:
+def remove_folder(path: str | Location) -> None:
     """Remove a folder and all that is in it, if it is there."""
-    at: Any = place(path)
-    if not is_remote(at):
+    at = as_location(path)
+    if isinstance(at, Path):
         shutil.rmtree(at, ignore_errors=True)
         return
     with contextlib.suppress(MissingError):
         call(at, "removed", at.fs.rm, at.path, recursive=True)
 
 
-def upload_folder(folder: Path, url: Path) -> None:
-    """Copy every file below a local folder to the same place below a url."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        upload(path, url / path.relative_to(folder).as_posix())
+def try_writing(path: Location) -> None:
+    """Write an empty file to a url and remove it: that a bucket or a permission is missing should be told early."""
+    if not isinstance(path, Path):
+        write_bytes(path, b"")
+        remove(path)
 
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a local file's content, as hexadecimal."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def may_have_sha256(path: Location, digest: str) -> bool:
+    """Whether a local file has this SHA-256; one behind a url may, for to see would cost a download."""
+    return not isinstance(path, Path) or sha256(path) == digest
 
 
 def xxh3(file: BinaryIO) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import cast
 
 from pydantic import JsonValue
@@ -17,11 +16,12 @@ from lgd.options import find_in_run
 from lgd.records import MissingDocument
 from lgd.run_document import RunDocument, Stage
 from lgd.store.document import StoreDocument
+from lgd.urls import Location
 
 _STAGE_FACTS = ("steps", "engine", "workers", "rows", "factory", "recall_at_10", "split", "seeds")
 
 
-def describe(folder: Path) -> dict[str, JsonValue]:
+def describe(folder: Location) -> dict[str, JsonValue]:
     """What lies in a folder or at a url, by what its documents say: kind, folder, and some facts.
 
     Whether that is so is for `lgd verify`. Raises `DataError` for a folder of something else, and for a document that
@@ -39,7 +39,7 @@ def as_lines(description: dict[str, JsonValue]) -> list[str]:
     return [f"{name:{max(map(len, rows))}}  {text}" for name, text in rows.items()]
 
 
-def _describe_shards(folder: Path) -> dict[str, JsonValue]:
+def _describe_shards(folder: Location) -> dict[str, JsonValue]:
     manifest = Manifest.read(folder / "manifest.json")
     labels, images = Counter[str](), manifest.extensions
     for split in manifest.splits.values():
@@ -57,7 +57,7 @@ def _describe_shards(folder: Path) -> dict[str, JsonValue]:
     }
 
 
-def _describe_store(folder: Path) -> dict[str, JsonValue]:
+def _describe_store(folder: Location) -> dict[str, JsonValue]:
     from lgd.store.search import IndexDocument
 
     store = StoreDocument.read(folder / "store.json")
@@ -77,7 +77,7 @@ def _describe_store(folder: Path) -> dict[str, JsonValue]:
     return facts | {"digest": store.digest}
 
 
-def _describe_network(folder: Path) -> dict[str, JsonValue]:
+def _describe_network(folder: Location) -> dict[str, JsonValue]:
     config = read_kind(folder / "config.json").read(folder / "config.json")
     training, sizes = config.training, _describe_shapes(config.training.shapes)
     facts: dict[str, JsonValue] = {"format": config.FORMAT}
@@ -97,14 +97,14 @@ def _describe_network(folder: Path) -> dict[str, JsonValue]:
     }
 
 
-def _describe_checkpoint(folder: Path) -> dict[str, JsonValue]:
+def _describe_checkpoint(folder: Location) -> dict[str, JsonValue]:
     from lgd.train.checkpoint import State
 
     state = State.read(folder / "state.json")
     return {"format": state.FORMAT, **state.model_dump(mode="json", include={"step", "position", "skipped", "best"})}
 
 
-def _describe_run(folder: Path) -> dict[str, JsonValue]:
+def _describe_run(folder: Location) -> dict[str, JsonValue]:
     """A line a stage that ended, and how to go on."""
     try:
         stages = RunDocument.read(folder / "run.json").stages
@@ -139,7 +139,7 @@ def _as_text(fact: JsonValue) -> str:
     return "none" if fact in (None, []) else f"{fact:.3f}" if isinstance(fact, float) else str(fact)
 
 
-_DESCRIBE: dict[Kind, Callable[[Path], dict[str, JsonValue]]] = {
+_DESCRIBE: dict[Kind, Callable[[Location], dict[str, JsonValue]]] = {
     "shard folder": _describe_shards,
     "feature store": _describe_store,
     "teacher": _describe_network,

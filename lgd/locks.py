@@ -25,7 +25,7 @@ from pydantic import Field
 from lgd.errors import DataError
 from lgd.files import explain_write_errors
 from lgd.records import Count, Line, Record, load_json
-from lgd.urls import is_remote, place
+from lgd.urls import Location, as_location
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +69,15 @@ class TakenError(DataError):
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | Path, doing: str) -> Iterator[None]:
+def exclusive(folder: str | Location, doing: str) -> Iterator[None]:
     """Let one process at a time work on a folder, which is made; a folder at a url is given to everybody.
 
     `doing` is told to others: "training", "building shards". A folder that is empty at the end is removed if it was
     made here. Raises `TakenError` with who is at work, and `DataError` for a file system without locks.
     """
-    at = place(folder)
-    if is_remote(at):
-        yield
-        return
+    at = as_location(folder)
     with explain_write_errors(at):
-        missing = [path for path in (at, *at.parents) if not path.exists()]
+        missing = [path for path in (at, *at.parents) if isinstance(path, Path) and not path.exists()]
     try:
         with hold_lock(at / LOCK, doing, wait=False):
             yield
@@ -91,12 +88,15 @@ def exclusive(folder: str | Path, doing: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, doing: str, *, wait: bool = True, remedy: str = DEFAULT_REMEDY) -> Iterator[None]:
+def hold_lock(path: Location, doing: str, *, wait: bool = True, remedy: str = DEFAULT_REMEDY) -> Iterator[None]:
     """Hold the lock that the file `path` stands for; it is made with its folder, and removed at the end.
 
     Threads exclude each other like processes. Without `wait`, `TakenError` tells who holds it; a long wait is told on
-    standard error. `remedy` is what to do where the file system has no locks.
+    standard error. `remedy` is what to do where the file system has no locks. A url has none, and all may enter.
     """
+    if not isinstance(path, Path):
+        yield
+        return
     with explain_write_errors(path):
         descriptor = _acquire(path, wait, remedy)
     try:

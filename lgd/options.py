@@ -11,7 +11,6 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from lgd.arguments import Namespace, Parser, make_parser, suggest_name
@@ -20,7 +19,7 @@ from lgd.errors import ConfigError, DataError
 from lgd.files import exists, read_first_bytes
 from lgd.plain_yaml import MOST_BYTES, YamlError, check_text, read_yaml
 from lgd.text import escape_text
-from lgd.urls import place
+from lgd.urls import Location, as_location
 
 _UNIONS = (types.UnionType, typing.Union)
 _SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
@@ -100,7 +99,7 @@ def _default(option: dataclasses.Field[Any]) -> str:
     return "" if made in ("", None) else f"(default: {made if isinstance(made, str) else json.dumps(made)})"
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Location | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `--section.field value` overrides, and return the resolved run.
 
     Raises `ConfigError` for an unknown key, a value of the wrong type or a broken cross-field rule.
@@ -110,18 +109,18 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return config_of(parser.parse([*([] if path is None else [f"--config={path}"]), *overrides]))
 
 
-def is_run(folder: Path) -> bool:
+def is_run(folder: Location) -> bool:
     """Whether a folder, or a url, is that of a run."""
     return exists(folder / "run.json") or exists(folder / "config.yaml")
 
 
-def find_in_run(folder: str | Path, part: Literal["student", "latents"]) -> Path:
+def find_in_run(folder: str | Location, part: Literal["student", "latents"]) -> Location:
     """The student or the feature store of a run's folder; a folder that is no run is given back as it is.
 
     It is the one that the run's config.yaml names; of a run that was moved or copied, the one in its folder now. Raises
     `DataError` for a run that has none.
     """
-    folder, (document, verb) = place(folder), _PARTS[part]
+    folder, (document, verb) = as_location(folder), _PARTS[part]
     if exists(folder / document) or not is_run(folder):
         return folder
     path = folder / part
@@ -129,8 +128,8 @@ def find_in_run(folder: str | Path, part: Literal["student", "latents"]) -> Path
         fields = load_config(str(folder / "config.yaml")).as_fields()
         named, root = fields[f"{part}.dir"], f"{fields['run.dir']}/"
         # The folder of a run may have been moved or copied, with what is in it or without.
-        below = folder / named.removeprefix(root) if named.startswith(root) else place(named)
-        path = below if exists(below / document) else place(named)
+        below = folder / named.removeprefix(root) if named.startswith(root) else as_location(named)
+        path = below if exists(below / document) else as_location(named)
     if not exists(path / document):
         raise DataError(f"{folder} is a run, and {path} holds none of its {part} yet: run lgd {verb}, or name another")
     return path

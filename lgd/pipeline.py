@@ -26,7 +26,7 @@ from lgd.models.description import ModelConfig
 from lgd.options import Given
 from lgd.run_document import Ablated, Cached, Environment, Evaluated, Indexed, Trained
 from lgd.run_folder import command, note_changes, record
-from lgd.urls import is_remote, place
+from lgd.urls import as_location, require_local
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +146,8 @@ def evaluate(
         shards = shards or open_disjoint(config.shard_dirs)
         provenance = {"command": command(config, "evaluate"), **Environment.here().as_json()}
         measured = evaluation.evaluate(config, shards, provenance, {*code, *config.code})
-        results = report.write_report(place(config.report.dir), measured)
-        report.show_pictures(place(config.report.dir), place(config.student.dir))
+        results = report.write_report(as_location(config.report.dir), measured)
+        report.show_pictures(as_location(config.report.dir), as_location(config.student.dir))
         told["done"] = f"written: {config.report.dir}"
     headline = {model.name: model.by_patch.metrics for model in results.models}
     facts = Evaluated(split=config.report.split, by_patch=headline)
@@ -163,7 +163,7 @@ def ablate(config: Config, options: Any, given: Given | None = None) -> str:
     try:
         train_teacher(config, given, shards=shards)
         cache_latents(config, given, shards=shards)
-        with stage("ablate") as told, exclusive(place(config.run.dir) / "ablation", "comparing methods"):
+        with stage("ablate") as told, exclusive(as_location(config.run.dir) / "ablation", "comparing methods"):
             table = harness.ablate(config, shards, options)
             told["done"] = f"written: {config.run.dir}/ablation/ablation.md"
         facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)
@@ -206,8 +206,7 @@ def demo(config: Config, pairs: int, size: int, given: Given | None = None) -> s
     from lgd.store.search import require_faiss
 
     require_faiss()
-    if is_remote(config.run.dir):
-        raise ConfigError(f"--run.dir {config.run.dir}: the demo draws its tissue there: name a local folder")
+    require_local(config.run.dir, f"--run.dir {config.run.dir}: the demo draws its tissue there: name a local folder")
     if len(config.shard_dirs) > 1:
         raise ConfigError(f"--data.shards names {len(config.shard_dirs)} folders, and the demo builds one: name one")
     tissue, (folder,) = tissue_dir(config), config.shard_dirs

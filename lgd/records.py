@@ -15,14 +15,13 @@ JSON. A part of a document, or one that lies in a file which has a digest, is a 
 
 import functools
 import json
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
 from lgd.errors import DataError
-from lgd.files import digest_of, read_bytes, write_json
-from lgd.urls import is_remote
+from lgd.files import digest_of, read_parsed, write_json
+from lgd.urls import Location
 
 Value = TypeVar("Value")
 
@@ -86,30 +85,19 @@ class Document(Record):
         """What lies on disk."""
         return {"format": self.FORMAT, **self.as_json(), "digest": self.digest}
 
-    def write(self, path: str | Path) -> None:
+    def write(self, path: str | Location) -> None:
         """Publish the document at `path`."""
         write_json(path, self.document())
 
     @classmethod
-    def read(cls, path: str | Path) -> Self:
+    def read(cls, path: str | Location) -> Self:
         """The document at `path`; `DataError` names the file, the field and the remedy.
 
         It is a `MissingDocument` where there is no such file. A wrong one at a url is read once more before it is
         believed to be wrong.
         """
-        content = cls._content(path)
         try:
-            return cls.parse(content, str(path))
-        except DataError:
-            if not is_remote(path):
-                raise
-        # It may have been cut or changed on its way.
-        return cls.parse(cls._content(path, fresh=True), str(path))
-
-    @classmethod
-    def _content(cls, path: str | Path, fresh: bool = False) -> bytes:
-        try:
-            return read_bytes(path, fresh)
+            return read_parsed(path, lambda content: cls.parse(content, str(path)))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingDocument(f"{path} is missing: {cls.ABSENT}") from error
 

@@ -4,40 +4,47 @@ import contextlib
 import os
 import re
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lgd.download_cache import DIGEST, copy_path, explain_errors, lock_copy, lock_room, open_cache, open_copy, reserve
 from lgd.errors import DataError
 from lgd.files import matches, sync
-from lgd.urls import call, fresh_options, is_remote, place
+from lgd.urls import Location, MissingError, as_location, call, fresh_options
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 
-def open_checked(path: str | Path, digest: str, size: int | None, remedy: str) -> BinaryIO:
+def open_checked(path: str | Location, digest: str, size: int | None, remedy: str) -> BinaryIO:
     """`open_file`, and check every byte, also of a local file.
 
     A copy that was damaged in the cache is fetched again. Raises `DataError` with the remedy for a file that is not as
-    stated, and as `open_file` does.
+    stated or cannot be opened, `MissingError` for one that is missing, and as `open_file` does.
     """
-    file = open_file(path, digest, size)
-    problem = _find_problem(file, digest, size)
-    if problem and drop_damaged(path, digest, file):
-        file.close()
+    try:
         file = open_file(path, digest, size)
         problem = _find_problem(file, digest, size)
+        if problem and drop_damaged(path, digest, file):
+            file.close()
+            file = open_file(path, digest, size)
+            problem = _find_problem(file, digest, size)
+    except OSError as error:
+        kind = MissingError if isinstance(error, FileNotFoundError) else DataError
+        raise kind(f"{path} is missing or cannot be read ({error.strerror or error}): {remedy}") from error
     if problem:
         file.close()
         raise DataError(f"{path} {problem}: {remedy}")
     return file
 
 
-def drop_damaged(path: str | Path, digest: str, file: BinaryIO) -> bool:
+def drop_damaged(path: str | Location, digest: str, file: BinaryIO) -> bool:
     """Whether `file`, which `open_file` gave, is a copy that no longer has its digest; the cache then forgets it.
 
     Whoever finds the content of a file wrong asks here, and opens it once more where the answer is yes. All of the
     file is read, whatever other threads read from it.
     """
-    url = place(path)
-    if not is_remote(url) or not _find_problem(file, digest, None):
+    url = as_location(path)
+    if isinstance(url, Path) or not _find_problem(file, digest, None):
         return False
     copy = Path(file.name)
     with explain_errors(copy.parent, url), lock_copy(copy), contextlib.suppress(FileNotFoundError):
@@ -47,7 +54,7 @@ def drop_damaged(path: str | Path, digest: str, file: BinaryIO) -> bool:
     return True
 
 
-def open_file(path: str | Path, digest: str, size: int | None = None) -> BinaryIO:
+def open_file(path: str | Location, digest: str, size: int | None = None) -> BinaryIO:
     """Open a file, unbuffered; one behind a url is copied into the cache first, unless it is there.
 
     `digest`, `size`: SHA-256 or XXH3-128, and bytes, that the file must have. Both are checked when it is copied, and
@@ -56,10 +63,10 @@ def open_file(path: str | Path, digest: str, size: int | None = None) -> BinaryI
     it. Raises `DataError` for a file that is not as stated, twice, or does not fit, and for a digest that is none; and
     as `lgd.urls.call` does.
     """
-    url: Any = place(path)
+    url = as_location(path)
     _require_facts(url, digest, size)
-    if not is_remote(url):
-        return Path(url).open("rb", buffering=0)
+    if isinstance(url, Path):
+        return url.open("rb", buffering=0)
     folder, limit = open_cache()
     copy = copy_path(folder, digest, url.suffix)
     with explain_errors(folder, url):
@@ -69,17 +76,12 @@ def open_file(path: str | Path, digest: str, size: int | None = None) -> BinaryI
             return open_copy(copy, size) or _download(url, copy, digest, size, limit)
 
 
-def fetch(path: str | Path, digest: str, size: int | None = None) -> Path:
-    """The local path of a file, as `open_file` finds it; another process may evict a copy before it is opened."""
-    url = place(path)
-    _require_facts(url, digest, size)
-    if not is_remote(url):
-        return url
-    with open_file(url, digest, size) as file:
-        return Path(file.name)
+def name_with_copy(path: Location, file: BinaryIO) -> str:
+    """The name of a file that `open_file` opened, with that of the copy that is read where it is behind a url."""
+    return str(path) if isinstance(path, Path) else f"{path} (its copy {file.name})"
 
 
-def _require_facts(path: Path, digest: Any, size: Any) -> None:
+def _require_facts(path: Location, digest: object, size: object) -> None:
     """Refuse a digest or a size that is none: documents from elsewhere state them, and file names are made of them."""
     remedy = "the document that states it is damaged or forged: get a whole copy"
     if not isinstance(digest, str) or not re.fullmatch(DIGEST, digest):
@@ -102,7 +104,7 @@ def _find_problem(file: BinaryIO, digest: str, size: int | None) -> str:
         return f"cannot be read ({error.strerror})"
 
 
-def _download(url: Any, copy: Path, digest: str, size: int | None, limit: int) -> BinaryIO:
+def _download(url: "UPath", copy: Path, digest: str, size: int | None, limit: int) -> BinaryIO:
     """Copy a remote file to `copy`, whole and checked, and open it; the caller holds the lock of `copy`."""
     expected = call(url, "read", url.fs.info, url.path).get("size") if size is None else size
     if int(expected or 0) > limit:
@@ -132,7 +134,7 @@ def _download(url: Any, copy: Path, digest: str, size: int | None, limit: int) -
         temporary.unlink(missing_ok=True)
 
 
-def _get_file(url: Any, temporary: Path, limit: int, options: dict[str, Any]) -> None:
+def _get_file(url: "UPath", temporary: Path, limit: int, options: dict[str, Any]) -> None:
     """Download into a file, but never more bytes than the cache may hold, whatever the server has stated."""
     from fsspec.callbacks import Callback
 

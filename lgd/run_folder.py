@@ -13,7 +13,6 @@ import contextlib
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from lgd.config import Config
@@ -25,7 +24,7 @@ from lgd.options import Given, load_config
 from lgd.records import MissingDocument
 from lgd.run_document import Environment, Facts, RunDocument, Stage
 from lgd.text import escape_text
-from lgd.urls import is_remote, place
+from lgd.urls import as_location
 
 _CONFIG, _RUN = "config.yaml", "run.json"
 _MOST, _LONGEST = 3, 300
@@ -64,9 +63,9 @@ _FOLDERS = {
 
 def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: str, given: Given | None = None) -> None:
     """Write config.yaml if there is none, and add to run.json what a stage made in `folder`."""
-    at, given = place(config.run.dir), given or Given()
+    at, given = as_location(config.run.dir), given or Given()
     here = Environment.here()
-    with _locked(at):
+    with hold_lock(at / f".{_RUN}.lock", "recording a stage"):
         if not exists(at / _CONFIG):
             write_bytes(at / _CONFIG, config.as_yaml().encode())
         entry = Stage(
@@ -83,26 +82,16 @@ def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: s
         RunDocument(stages=stages | {stage: (*others, entry)}).write(at / _RUN)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which is made; at a url there is none."""
-    if is_remote(folder):
-        yield
-        return
-    with hold_lock(folder / f".{_RUN}.lock", "recording a stage"):
-        yield
-
-
 def _read_stages(config: Config) -> dict[str, tuple[Stage, ...]]:
     try:
-        return dict(RunDocument.read(place(config.run.dir) / _RUN).stages)
+        return dict(RunDocument.read(as_location(config.run.dir) / _RUN).stages)
     except MissingDocument:
         return {}
 
 
 def _kept_fields(config: Config) -> dict[str, Any]:
     """The fields of config.yaml, or of `config` where there is none yet."""
-    path = place(config.run.dir) / _CONFIG
+    path = as_location(config.run.dir) / _CONFIG
     if not exists(path):
         return config.as_fields()
     try:
@@ -181,7 +170,7 @@ def _hints(config: Config, message: str) -> Iterator[str]:
 def command(config: Config, verb: str, only: Sequence[str] = ()) -> str:
     """The command line that gives a verb this very run, or of it the fields `only`."""
     differing = {name: value for name, value in _differing(config).items() if not only or name in only}
-    path = str(place(config.run.dir) / _CONFIG)
+    path = str(as_location(config.run.dir) / _CONFIG)
     return f"lgd {verb} --config {shlex.quote(path)}{_as_options(differing)}"
 
 

@@ -12,13 +12,12 @@ import numbers
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 from lgd.errors import DataError
 from lgd.files import read_bytes
 from lgd.text import UNSEEN, dump_json, escape_text, print_lines
-from lgd.urls import MissingError
+from lgd.urls import Location, MissingError
 
 # OWASP's list and its wide and small forms; tab, carriage return and line feed are unseen.
 _FORMULA = "=+@\uff1d\uff0b\uff0d\uff20\ufe62\ufe63\ufe66\ufe6b-"
@@ -79,7 +78,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     )
 
 
-def read_csv(path: Path, required: tuple[str, ...], allowed: Any) -> Iterator[tuple[int, dict[str, str]]]:
+def read_csv(path: Location, required: tuple[str, ...], allowed: Any) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a CSV with their line numbers; values are stripped of blanks, and of what `write_csv` escaped."""
     try:
         with io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="") as stream:

@@ -23,8 +23,10 @@ from lgd.errors import ConfigError
 from lgd.evaluate.ablation_table import LGD_NET, UPPER_BOUND
 from lgd.evaluate.colour import COLOUR
 from lgd.files import read_json
+from lgd.metrics import Predictions
 from lgd.models.methods import METHODS, PROPOSED
 from lgd.options import add_option_arguments, make_parser
+from lgd.urls import as_location
 
 CORE = ["H&E-only", "two streams", "label distillation", "LGD-Net"]
 CONTROLS = METHODS[PROPOSED].controls
@@ -100,6 +102,22 @@ def test_answers_of_another_network_are_not_taken(run, tmp_path, capsys, monkeyp
     with np.load(at) as kept:
         assert np.array_equal(kept["probability"], was["probability"])
     capsys.readouterr()
+
+
+def test_answers_are_kept_at_a_url_too(s3_server, tmp_path):
+    s3_server.create_bucket(Bucket="kept")
+    given = Predictions(
+        name="a",
+        keys=["k1", "k2"],
+        groups=["s1", "s2"],
+        level=np.array([0, 3]),
+        probability=np.eye(4)[[0, 3]],
+    )
+    for folder in (tmp_path, as_location("s3://kept/ablation")):
+        ablate._keep(folder / "a.npz", given, "stamp")
+        found, stamp = ablate._kept(folder / "a.npz", "b")
+        assert stamp == "stamp" and (found.name, found.keys, found.groups) == ("b", given.keys, given.groups)
+        assert (found.level == given.level).all() and (found.probability == given.probability).all()
 
 
 def test_the_rows_differ_in_one_thing_each(run, change):

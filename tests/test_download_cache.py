@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from web import Web
+from web import Web, fetch
 
 from lgd.download_cache import copy_path
 from lgd.errors import DataError
-from lgd.remote import fetch, open_file
+from lgd.remote import open_file
 
 DIGEST = "5" * 64
 

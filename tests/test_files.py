@@ -6,7 +6,22 @@ import sys
 import pytest
 
 from lgd.errors import DataError
-from lgd.files import digest_of, list_folder, publish, read_json, sha256, write_bytes, write_json
+from lgd.files import (
+    digest_of,
+    exists,
+    is_same,
+    list_folder,
+    may_have_sha256,
+    peek_kind,
+    publish,
+    read_json,
+    read_parsed,
+    sha256,
+    try_writing,
+    write_bytes,
+    write_json,
+)
+from lgd.urls import RemoteError, as_location
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -79,3 +94,69 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
         assert "a.bin cannot be written, no space is left" in done.stdout, done.stderr
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server):
+    s3_server.create_bucket(Bucket="files")
+    return as_location("s3://files/set")
+
+
+def test_what_lies_here_is_looked_up_and_a_url_is_believed(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "pipe")
+    found = [peek_kind(tmp_path / name, "folder") for name in (".", "file", "pipe", "link", "gone")]
+    assert found == ["folder", "file", "other", None, None]
+    # There is no such bucket, and nobody asks.
+    assert [peek_kind(as_location("s3://none/x"), kind) for kind in ("file", "folder")] == ["file", "folder"]
+
+
+def test_two_names_of_one_folder_are_the_same(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    assert is_same(tmp_path / "a", as_location("a")) and is_same(tmp_path / "link", tmp_path / "a")
+    assert not is_same(tmp_path / "a", tmp_path / "b") and not is_same(tmp_path / "a", tmp_path / "gone")
+    assert is_same(as_location("s3://x/a"), as_location("s3://x/a/")) and is_same(
+        as_location("gone"), as_location("gone")
+    )
+    assert not is_same(as_location("s3://x/a"), as_location("s3://x/b")) and not is_same(
+        tmp_path, as_location("s3://x")
+    )
+
+
+def test_only_a_local_file_is_read_for_its_digest(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert may_have_sha256(tmp_path / "x", hashlib.sha256(b"abc").hexdigest())
+    assert not may_have_sha256(tmp_path / "x", "0" * 64) and may_have_sha256(as_location("s3://none/x"), "0" * 64)
+
+
+def test_a_wrong_content_is_read_again_from_a_url_only(tmp_path, bucket):
+    def parse(content):
+        seen.append(content)
+        if len(seen) == 1:
+            raise DataError("cut")
+        return content.decode()
+
+    for folder in (tmp_path, bucket):
+        write_bytes(folder / "a", b"abc")
+    seen = []
+    with pytest.raises(DataError, match="^cut$"):
+        read_parsed(tmp_path / "a", parse)
+    assert read_parsed(tmp_path / "a", parse) == "abc"
+    seen = []
+    assert read_parsed(bucket / "a", parse) == "abc" and seen == [b"abc"] * 2
+    for folder in (tmp_path, bucket):
+        with pytest.raises(FileNotFoundError):
+            read_parsed(folder / "gone", parse)
+
+
+def test_a_url_that_cannot_be_written_to_is_told_early(tmp_path, bucket):
+    try_writing(bucket / ".probe")
+    assert not exists(bucket / ".probe")
+    with pytest.raises(RemoteError, match="its bucket does not exist"):
+        try_writing(as_location("s3://nowhere/.probe"))
+    try_writing(tmp_path / "new" / ".probe")
+    assert not list(tmp_path.iterdir())

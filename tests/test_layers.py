@@ -8,7 +8,7 @@ import lgd
 
 ROOT = Path(lgd.__file__).parent
 ORDER = """
-errors extensions text logs process_state markup plain_yaml urls config files tables
+errors extensions text logs process_state markup plain_yaml urls config files folders tables
 records locks arguments options download_cache remote
 distribute metrics
 stain.deconvolve stain.targets stain.checks
@@ -94,6 +94,30 @@ def test_imports_go_upward_only():
         if target and ORDER.index(target) >= ORDER.index(name)
     ]
     assert not wrong
+
+
+def test_only_io_tells_a_path_from_a_url():
+    io_modules = {"urls", "files", "folders", "locks", "remote", "download_cache"}
+    wrong = [
+        f"{name}:{node.lineno} names {known}"
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        for known in (getattr(node, field, "") for field in ("id", "attr", "name"))
+        if known == "is_remote" or (known == "UPath" and name not in io_modules)
+    ]
+    branches = [
+        f"{name}:{call.lineno} asks whether it has a Path"
+        for name, tree in modules().items()
+        for call in calls(tree, {"isinstance"})
+        if name not in io_modules and ast.unparse(call.args[1]) == "Path"
+    ]
+    casts = [
+        f"{name}:{call.lineno} casts to a Path"
+        for name, tree in modules().items()
+        for call in calls(tree, {"cast"})
+        if ast.unparse(call.args[0]).strip("'") in ("Path", "UPath", "Location")
+    ]
+    assert not wrong + branches + casts
 
 
 def test_heavy_packages_have_one_importer():

@@ -19,6 +19,7 @@ import pytest
 from lgd import locks
 from lgd.errors import DataError
 from lgd.locks import LOCK, Owner, TakenError, exclusive, hold_lock, read_owner, try_lock
+from lgd.urls import as_location
 
 HOLD = """
 import sys
@@ -195,6 +196,9 @@ def test_a_url_has_no_lock(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with exclusive("s3://data/x", "digging"), exclusive("s3://data/x", "digging"):
         assert not list(tmp_path.iterdir())
+    path = as_location("s3://data/x/.lock")
+    with hold_lock(path, "digging"), hold_lock(path, "digging", wait=False):
+        assert not list(tmp_path.iterdir())
 
 
 NO_LOCKS = """
@@ -202,7 +206,7 @@ import sys
 import flockless
 from lgd.errors import DataError
 from lgd.locks import exclusive
-from lgd.remote import fetch
+from lgd.remote import open_file
 
 def work():
     with exclusive("x", "digging"):
@@ -211,7 +215,7 @@ def work():
 for number in sys.argv[2:]:
     # Of several filters the last one answers.
     flockless.break_flock(int(number))
-    for do in (work, lambda: fetch(sys.argv[1], "0" * 64)):
+    for do in (work, lambda: open_file(sys.argv[1], "0" * 64)):
         try: do()
         except DataError as error: print(error)
 """

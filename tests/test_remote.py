@@ -10,12 +10,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from web import Web
+from web import Web, fetch
 
 from lgd.errors import DataError
 from lgd.files import exists, list_folder, read_bytes, read_json, write_json
-from lgd.remote import drop_damaged, fetch, open_checked, open_file
-from lgd.urls import MissingError, RemoteError
+from lgd.remote import drop_damaged, name_with_copy, open_checked, open_file
+from lgd.urls import MissingError, RemoteError, as_location
 
 
 @pytest.fixture
@@ -73,7 +73,8 @@ def test_a_copy_is_checked_kept_and_found_again(web, cache, tmp_path):
     # A copy that was cut is fetched again.
     os.truncate(local, 10)
     assert fetch(url, digest, size).stat().st_size == size
-    # A local file is returned as it is.
+    # A local file is read where it lies.
+    (tmp_path / "x").touch()
     assert fetch(tmp_path / "x", "0" * 64, 1) == tmp_path / "x"
     with pytest.raises(MissingError, match="b.tar is missing"):
         fetch(f"{web.url}/b.tar", "0" * 64)
@@ -134,8 +135,20 @@ def test_a_copy_that_is_damaged_in_the_cache_is_fetched_once_more(web, cache, tm
         open_checked(tmp_path / "a.tar", digest, size, "build it again")
     with (tmp_path / "a.tar").open("rb") as file:
         assert not drop_damaged(tmp_path / "a.tar", digest, file)
-    with pytest.raises(FileNotFoundError):
-        open_checked(tmp_path / "b.tar", digest, size, "")
+    for folder in (tmp_path, web.url):
+        with pytest.raises(MissingError, match=r"/b.tar is missing or cannot be read \(.*\): build it again$"):
+            open_checked(f"{folder}/b.tar", "1" * 64, size, "build it again")
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\): build it again$"):
+        open_checked(tmp_path, digest, size, "build it again")
+
+
+def test_a_file_is_named_with_the_copy_that_is_read(web, cache, tmp_path):
+    url, digest, size = web.put("a.tar", b"content")
+    (tmp_path / "a.tar").write_bytes(b"content")
+    with open_file(url, digest, size) as file:
+        assert name_with_copy(as_location(url), file) == f"{url} (its copy {cache}/lgd-{digest}.tar)"
+    with open_file(tmp_path / "a.tar", digest, size) as file:
+        assert name_with_copy(tmp_path / "a.tar", file) == f"{tmp_path}/a.tar"
 
 
 def test_threads_that_check_one_open_file_do_not_disturb_each_other(web, cache):
@@ -235,7 +248,7 @@ def test_the_limit_holds_while_many_download_at_once(web, cache, monkeypatch):
 def test_threads_and_processes_download_a_file_once(web, cache):
     url, digest, size = web.put("a.tar", os.urandom(5000))
     web.faults["a.tar"] = [0.7]
-    code = f"from lgd.remote import fetch; print(fetch({url!r}, {digest!r}, {size}))"
+    code = f"from lgd.remote import open_file; print(open_file({url!r}, {digest!r}, {size}).name)"
     others = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     with ThreadPoolExecutor(3) as pool:
         found = set(pool.map(lambda _: str(fetch(url, digest, size)), range(3)))
@@ -247,7 +260,7 @@ def test_threads_and_processes_download_a_file_once(web, cache):
 def test_what_a_killed_download_left_is_cleaned_up(web, cache):
     url, digest, size = web.put("a.tar", os.urandom(5000))
     web.faults["a.tar"] = [30.0]
-    code = f"from lgd.remote import fetch; fetch({url!r}, {digest!r}, {size})"
+    code = f"from lgd.remote import open_file; open_file({url!r}, {digest!r}, {size})"
     killed = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.time() + 30
     while not list(cache.glob(".*.tmp")) and time.time() < deadline:
@@ -270,10 +283,10 @@ def test_a_full_disk_is_told_and_leaves_nothing(web, cache):
     url, digest, size = web.put("a.tar", os.urandom(200_000))
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from lgd.remote import fetch\n"
+        "from lgd.remote import open_file\n"
         "from lgd.errors import DataError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        f"try: fetch({url!r}, {digest!r}, {size})\n"
+        f"try: open_file({url!r}, {digest!r}, {size})\n"
         "except DataError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

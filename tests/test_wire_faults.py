@@ -25,7 +25,7 @@ from lgd.store.index import build_index
 from lgd.store.latents import Store
 from lgd.store.search import Searcher
 from lgd.train import checkpoint
-from lgd.urls import place
+from lgd.urls import as_location
 
 pytestmark = pytest.mark.faults
 
@@ -125,7 +125,7 @@ def try_to(read):
 def test_a_harmed_wire_gives_the_right_content_or_an_error(wire, artefacts, fault_count, tmp_path, monkeypatch, name):
     reader, folder = artefacts[name]
     expected, outcomes = reader(folder), collections.Counter()
-    read = functools.partial(reader, place(f"s3://harmed/{name}"))
+    read = functools.partial(reader, as_location(f"s3://harmed/{name}"))
     monkeypatch.setenv("LGD_CACHE", str(tmp_path / "clean"))
     wire.requests.clear()
     assert read() == expected
@@ -155,7 +155,7 @@ def test_copies_that_are_damaged_on_the_disk_are_fetched_again(wire, artefacts, 
     heal(wire)
     dice = random.Random(name)
     for _ in range(2):
-        assert reader(place(f"s3://harmed/{name}")) == expected
+        assert reader(as_location(f"s3://harmed/{name}")) == expected
         for path in tmp_path.glob("lgd-*"):
             content = bytearray(path.read_bytes())
             # Anywhere, in the middle, and at the end: what is read first and last.

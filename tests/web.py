@@ -5,6 +5,9 @@ import hashlib
 import http.server
 import threading
 import time
+from pathlib import Path
+
+from lgd.remote import open_file
 
 
 class Web:
@@ -67,3 +70,9 @@ class Web:
     def __exit__(self, *_):
         self.server.shutdown()
         self.server.server_close()
+
+
+def fetch(location, digest, size=None):
+    """Where the file lies that `open_file` gives: a local one, or its copy in the cache."""
+    with open_file(location, digest, size) as file:
+        return Path(file.name)

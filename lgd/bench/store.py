@@ -105,7 +105,7 @@ class Mapped:
         for part in parts:
             for layer, file in part.files.items():
                 # Slices of a numpy.memmap are slow to make; those of a plain array over it are not.
-                whole: Any = np.memmap(file.path, mode="r")
+                whole: Any = np.memmap(str(file.path), mode="r")
                 for name, entry in file.sidecar().datasets.items():
                     if name in self.columns and (name, layer) != ("key", TEACHER):
                         column = np.ndarray(entry.shape, entry.dtype, whole, entry.offset)

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from collections.abc import Collection
-from pathlib import Path
 from typing import Literal
 
 from lgd.arguments import Namespace, Parser
@@ -13,7 +12,7 @@ from lgd.errors import ConfigError, DataError, require
 from lgd.options import add_config_arguments, add_option_arguments, config_of, find_in_run, typed
 from lgd.tables import print_csv, print_table
 from lgd.text import print_json, print_lines
-from lgd.urls import place, place_output
+from lgd.urls import Location, as_location, as_output_location
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +52,12 @@ def _find_student(namespace: Namespace, config: Config | None) -> str:
     return folder
 
 
-def _find_store(namespace: Namespace, config: Config | None) -> Path:
+def _find_store(namespace: Namespace, config: Config | None) -> Location:
     """The store of --store, of --config or of a run that --model names."""
     if namespace.store or config:
         return find_in_run(namespace.store or (config.latents.dir if config else ""), "latents")
     store = find_in_run(namespace.model, "latents") if namespace.model else None
-    if store is None or store == place(namespace.model):
+    if store is None or store == as_location(namespace.model):
         raise ConfigError(
             "name the feature store: --store DIR (its folder or its run's), --config FILE of its run, or --model RUN"
         )
@@ -72,7 +71,7 @@ def _add_predict(parser: Parser) -> Run:
     def run(namespace: Namespace) -> None:
         config = _read_config(namespace)
         folder = _find_student(namespace, config)
-        slides = place(namespace.slides) if namespace.slides else None
+        slides = as_location(namespace.slides) if namespace.slides else None
         from lgd.evaluate import images, notes, predict, slide_rows
         from lgd.run_folder import explain_overrides
 
@@ -120,7 +119,7 @@ def _add_query(parser: Parser) -> Run:
     def run(namespace: Namespace) -> None:
         config = _read_config(namespace)
         require(bool(namespace.images or namespace.key), "name what to ask for: IMAGE ..., or stored patches by --key")
-        drawn = place_output(namespace.sheet, "--sheet") if namespace.sheet else None
+        drawn = as_output_location(namespace.sheet, "--sheet") if namespace.sheet else None
         from lgd.evaluate import answer, images, notes, predict, retrieve, sheet
         from lgd.run_folder import explain_overrides
         from lgd.store.latents import Store
@@ -143,7 +142,7 @@ def _add_query(parser: Parser) -> Run:
                 splits=namespace.split.split(",") if namespace.split else None,
                 levels=namespace.level.split(",") if namespace.level else None,
                 exclude_same_slide=namespace.exclude_same_slide,
-                slides=place(namespace.slides) if namespace.slides else None,
+                slides=as_location(namespace.slides) if namespace.slides else None,
                 mpp=namespace.mpp,
                 keep_going=True,
             )

@@ -6,7 +6,7 @@ from lgd.errors import DataError
 from lgd.options import add_option_arguments, typed
 from lgd.tables import print_table
 from lgd.text import print_json, print_lines
-from lgd.urls import place
+from lgd.urls import as_location
 
 _FOLDER = "a run, shards, a feature store, a trained network or a checkpoint"
 _JSON = "print one JSON document and nothing else"
@@ -19,7 +19,7 @@ def _add_info(parser: Parser) -> Run:
     def run(namespace: Namespace) -> None:
         from lgd.info import as_lines, describe
 
-        description = describe(place(namespace.folder))
+        description = describe(as_location(namespace.folder))
         if namespace.json:
             print_json(description)
         else:
@@ -39,7 +39,7 @@ def _add_verify(parser: Parser) -> Run:
     def run(namespace: Namespace) -> None:
         from lgd.check import check
 
-        folder = place(namespace.folder)
+        folder = as_location(namespace.folder)
         checked = check(folder, namespace.reencode, namespace.teacher, namespace.code)
         print_lines(*checked.notes)
         if checked.problems:

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from zlib_ng.zlib_ng import crc32
@@ -20,9 +20,9 @@ from lgd.data.image import kind
 from lgd.data.index import INDEX, REBUILD, load_index, tiled
 from lgd.data.meta import PatchMeta, parse_meta
 from lgd.errors import DataError
-from lgd.files import publish
-from lgd.remote import drop_damaged, open_file
-from lgd.urls import is_remote
+from lgd.files import publish, sha256
+from lgd.remote import drop_damaged, name_with_copy, open_file
+from lgd.urls import Location
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -31,8 +31,8 @@ _BLOCK = tarfile.BLOCKSIZE
 class Shard:
     """A tar of samples, as the manifest states it."""
 
-    path: Path
-    """The tar; a `UPath` where the set lies at a url."""
+    path: Location
+    """The tar."""
     name: str
     """The file's stem, such as train-000003."""
     split: str
@@ -145,9 +145,8 @@ def _runs(roles: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[tuple[int, i
 
 
 def _damaged(file: BinaryIO, shard: Shard, row: int, meta: PatchMeta | None, role: str, reason: str) -> DataError:
-    copy = f" (its copy {file.name})" if is_remote(shard.path) else ""
     key = f"{meta.key}, " if meta else ""
-    return DataError(f"{shard.path}{copy}, row {row}, {key}{role}: {reason}: {REBUILD}")
+    return DataError(f"{name_with_copy(shard.path, file)}, row {row}, {key}{role}: {reason}: {REBUILD}")
 
 
 def member_name(meta: PatchMeta, role: str, shard: Shard) -> str:
@@ -185,7 +184,17 @@ def read_member(fd: int, entry: np.void, what: str) -> bytes:
     return content
 
 
-def write_archive(path: Path, samples: Iterable[tuple[str, Sequence[bytes]]], extensions: dict[str, str]) -> None:
+class Written(NamedTuple):
+    """What a manifest states of a tar, and the digest of its index."""
+
+    bytes: int
+    sha256: str
+    idx_sha256: str
+
+
+def write_archive(
+    path: Location, samples: Iterable[tuple[str, Sequence[bytes]]], extensions: dict[str, str]
+) -> Written:
     """Publish a tar at `path`, then its index beside it.
 
     `samples`: each key with the content of each of its members; `extensions`: of each role, in their order.
@@ -204,10 +213,13 @@ def write_archive(path: Path, samples: Iterable[tuple[str, Sequence[bytes]]], ex
                     crcs.append(crc32(content))
         # Read back rather than computed, so that the index cannot disagree with the tar.
         places = [(member.offset_data, member.size) for member in tar_members(temporary)]
+        size, digest = temporary.stat().st_size, sha256(temporary)
     rows = [(*place, crc) for place, crc in zip(places, crcs, strict=True)]
     index = np.array(rows, dtype=INDEX).reshape(-1, len(extensions))
-    with publish(path.with_suffix(".idx")) as temporary, temporary.open("wb") as stream:
-        np.save(stream, index, allow_pickle=False)
+    with publish(path.with_suffix(".idx")) as temporary:
+        with temporary.open("wb") as stream:
+            np.save(stream, index, allow_pickle=False)
+        return Written(size, digest, sha256(temporary))
 
 
 def tar_members(path: Path) -> list[tarfile.TarInfo]:

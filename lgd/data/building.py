@@ -9,8 +9,7 @@ gone at the end. One build at a time works in a local folder (`lgd.locks`). A ur
 import contextlib
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 from lgd.data.layouts import Problem
 from lgd.data.manifest import Entry, Manifest, Options, Sources
@@ -18,11 +17,11 @@ from lgd.data.meta import Text
 from lgd.data.shard_set import ShardFolder
 from lgd.data.sources import in_threads
 from lgd.errors import DataError
-from lgd.files import create_json, list_folder, publish, remove, sha256, write_bytes
+from lgd.files import create_json, list_folder, may_have_sha256, peek_kind, publish, remove, try_writing
 from lgd.locks import LOCK, exclusive
 from lgd.records import Document, MissingDocument, Sha256
 from lgd.tables import write_csv
-from lgd.urls import RemoteError, is_remote, place_output
+from lgd.urls import Location, RemoteError, as_output_location
 
 _SHARD = r"[A-Za-z0-9_]+-\d{6}"
 _FILE = rf"({_SHARD}\.(tar|idx)|\.{_SHARD}\.json|manifest\.json|patches\.npy|rejected\.csv|\.building\.json)"
@@ -59,18 +58,14 @@ class BuiltShard(Document):
     entry: Entry
 
 
-def open_target(text: str | Path) -> Path:
+def open_target(text: str | Location) -> Location:
     """OUT as a path or a url that can be written to; `DataError` where something else lies there.
 
     Nothing of the user's is ever overwritten.
     """
-    out: Any = place_output(text, "--out")
-    if not is_remote(out):
-        out = out.absolute()
-        if out.exists() and not out.is_dir():
-            raise DataError(f"{out} is no folder: give --out an empty or new one")
-    elif out.protocol in ("http", "https"):
-        raise DataError(f"{out} cannot be written to: give --out a folder, or a url such as s3://")
+    out = as_output_location(text, "--out").absolute()
+    if peek_kind(out, "folder") not in ("folder", None):
+        raise DataError(f"{out} is no folder: give --out an empty or new one")
     names = [name for name in list_folder(out) if name != LOCK and not _LEFTOVER.fullmatch(name)]
     strangers = [name for name in names if not _OURS.fullmatch(name)]
     if not strangers and not {"manifest.json", _MARKER} & set(names):
@@ -79,15 +74,11 @@ def open_target(text: str | Path) -> Path:
         raise DataError(
             f"{out} already holds something else ({', '.join(strangers[:3])}): give --out an empty or new one"
         )
-    if is_remote(out):
-        # A missing bucket or permission is better told before hours of checking pairs.
-        probe = out / ".manifest.json.0.tmp"
-        write_bytes(probe, b"")
-        remove(probe)
-    return cast(Path, out)
+    try_writing(out / ".manifest.json.0.tmp")
+    return out
 
 
-def reused(out: Path, recipe: Building) -> Manifest:
+def reused(out: Location, recipe: Building) -> Manifest:
     """The manifest of a finished OUT, if it is of this set; versions of codecs may have moved on since."""
     manifest = ShardFolder.open(out).manifest
     differing = [name for name in ("layout", "options", "sources") if getattr(manifest, name) != getattr(recipe, name)]
@@ -104,7 +95,7 @@ def reused(out: Path, recipe: Building) -> Manifest:
     return manifest
 
 
-def begin(out: Path, recipe: Building) -> set[str]:
+def begin(out: Location, recipe: Building) -> set[str]:
     """Mark OUT as being built from this recipe, or see that an interrupted build was of the same; what lies there."""
     marker = out / _MARKER
     names = set(list_folder(out))
@@ -118,7 +109,7 @@ def begin(out: Path, recipe: Building) -> set[str]:
     return names
 
 
-def require_marker(out: Path, building: str) -> None:
+def require_marker(out: Location, building: str) -> None:
     """Raise `DataError` unless OUT is still being built by this build, which has this digest."""
     try:
         if Building.read(out / _MARKER).digest == building:
@@ -131,7 +122,7 @@ def require_marker(out: Path, building: str) -> None:
     )
 
 
-def write_rejected(out: Path, problems: Sequence[Problem]) -> None:
+def write_rejected(out: Location, problems: Sequence[Problem]) -> None:
     """Publish OUT/rejected.csv: what was left out, and why."""
     with publish(out / "rejected.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         rows = []
@@ -142,22 +133,22 @@ def write_rejected(out: Path, problems: Sequence[Problem]) -> None:
         write_csv(stream, ["key", "he", "ihc", "reason"], rows)
 
 
-def _entry_path(tar: Path) -> Path:
+def _entry_path(tar: Location) -> Location:
     return tar.with_name(f".{tar.stem}.json")
 
 
-def write_entry(tar: Path, building: str, entry: Entry) -> None:
+def write_entry(tar: Location, building: str, entry: Entry) -> None:
     """Tell that this build has published a shard and its index."""
     require_marker(tar.parent, building)
     BuiltShard(building=building, entry=entry).write(_entry_path(tar))
 
 
-def has_entry(tar: Path, names: set[str]) -> bool:
+def has_entry(tar: Location, names: set[str]) -> bool:
     """Whether a shard, its index and its entry are among the names that lie in OUT."""
     return {tar.name, tar.with_suffix(".idx").name, _entry_path(tar).name} <= names
 
 
-def read_entry(tar: Path, building: str) -> Entry | None:
+def read_entry(tar: Location, building: str) -> Entry | None:
     """The entry of a shard that this build finished before it was interrupted; None for any other.
 
     Of a local one the digests are compared; one behind a url appeared whole, and is not downloaded.
@@ -170,18 +161,16 @@ def read_entry(tar: Path, building: str) -> Entry | None:
         return None
     entry, idx = built.entry, tar.with_suffix(".idx")
     same = built.building == building and entry.file == tar.name
-    if same and not is_remote(tar):
-        same = sha256(tar) == entry.sha256 and sha256(idx) == entry.idx_sha256
-    return entry if same else None
+    return entry if same and may_have_sha256(tar, entry.sha256) and may_have_sha256(idx, entry.idx_sha256) else None
 
 
-def finish(out: Path) -> None:
+def finish(out: Location) -> None:
     """Remove what only an unfinished build needs; its marker last."""
     names = list_folder(out)
     _remove(out, (name for name in names if re.fullmatch(rf"\.{_SHARD}\.json", name)))
     _remove(out, {_MARKER} & names.keys())
 
 
-def _remove(out: Path, names: Iterable[str]) -> None:
+def _remove(out: Location, names: Iterable[str]) -> None:
     for _ in in_threads(lambda name: remove(out / name), names, _REMOVALS):
         pass

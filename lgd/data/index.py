@@ -4,12 +4,12 @@ import functools
 import io
 import os
 import tarfile
-from pathlib import Path
 
 import numpy as np
 
 from lgd.errors import DataError
 from lgd.remote import open_checked
+from lgd.urls import Location
 
 ROLES = ("json", "hes", "he", "ihc")
 """All members that a sample may have, in their order: a reader of the H&E stops before the IHC."""
@@ -26,15 +26,12 @@ def index_bytes(samples: int, members: int) -> int:
     return len(_head(samples, members)) + samples * members * INDEX.itemsize
 
 
-def load_index(path: Path, samples: int, members: int, digest: str) -> np.ndarray:
+def load_index(path: Location, samples: int, members: int, digest: str) -> np.ndarray:
     """Read an index file; `DataError` when it is missing, broken, or not the one of this SHA-256."""
     size = index_bytes(samples, members)
-    try:
-        with open_checked(path, digest, None, REBUILD) as stream:
-            # The size comes first: the count of a hostile manifest would ask for any amount of memory.
-            content = stream.read(size) if os.fstat(stream.fileno()).st_size == size else b""
-    except OSError as error:
-        raise DataError(f"{path} is missing or cannot be read ({error.strerror or error}): {REBUILD}") from error
+    with open_checked(path, digest, None, REBUILD) as stream:
+        # The size comes first: the count of a hostile manifest would ask for any amount of memory.
+        content = stream.read(size) if os.fstat(stream.fileno()).st_size == size else b""
     # numpy.load would also take zip files and pickles; and it parses the head with `ast`, which fails now and then when
     # several threads of Python 3.11 do so at once.
     head = _head(samples, members)

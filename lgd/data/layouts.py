@@ -18,9 +18,9 @@ from lgd.config import LEVEL_NAMES
 from lgd.data.meta import Origin
 from lgd.errors import ConfigError, DataError, require
 from lgd.extensions import FORM, is_python, load_object
-from lgd.files import Kind, list_folder
+from lgd.files import Kind, list_folder, peek_kind
 from lgd.tables import read_csv
-from lgd.urls import is_remote
+from lgd.urls import Location
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 _TEXTS = ("marker", "center", "scanner", "ihc_slide")
@@ -53,8 +53,8 @@ class Candidate(NamedTuple):
     """A pair as a layout finds it, before its key is known to be good and its slide is looked up."""
 
     stem: str
-    he: Path
-    ihc: Path
+    he: Location
+    ihc: Location
     label: int | None
     """Number of the class; None where unknown."""
     slide: str | None = None
@@ -80,7 +80,7 @@ class Layout:
     caveats: ClassVar[tuple[str, ...]] = ()
     """What a report on real tissue of this layout must say."""
 
-    def scan(self, root: Path) -> Iterator[Candidate | Problem]:
+    def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         """The pairs below a folder or a url, and what could not be paired; `DataError` where it has another layout."""
         raise NotImplementedError
 
@@ -94,7 +94,7 @@ class Bci(Layout):
         "its two stains are neighbouring sections that are registered only approximately.",
     )
 
-    def scan(self, root: Path) -> Iterator[Candidate | Problem]:
+    def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         top = list_folder(root)
         splits = set()
         for stain in ("HE", "IHC"):
@@ -130,7 +130,7 @@ class Mist(Layout):
     MIST publishes `val` as its held-out set, so it is named `test` here.
     """
 
-    def scan(self, root: Path) -> Iterator[Candidate | Problem]:
+    def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         for folder, split in {"train": "train", "val": "test", "test": "test"}.items():
             for entry in _match(root, f"{folder}A", f"{folder}B"):
                 if isinstance(entry, Problem):
@@ -150,7 +150,7 @@ class Csv(Layout):
 
     takes_csv = True
 
-    def scan(self, root: Path) -> Iterator[Candidate | Problem]:
+    def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         base, path = (root.parent, root) if is_csv(root) else (root, root / "pairs.csv")
         for number, row in read_csv(path, required=("he", "ihc"), allowed=_COLUMNS):
             try:
@@ -179,16 +179,16 @@ def find_layout(name: str) -> Layout:
     return kind()
 
 
-def is_csv(root: Path) -> bool:
+def is_csv(root: Location) -> bool:
     """Whether a root is a CSV; a url is judged by its name."""
-    return root.suffix.lower() == ".csv" if is_remote(root) else root.is_file()
+    return peek_kind(root, "file" if root.suffix.lower() == ".csv" else "folder") == "file"
 
 
 def _is_hidden_or_image(name: str) -> bool:
     return name.startswith(".") or PurePosixPath(name).suffix.lower() in _SUFFIXES
 
 
-def _match(root: Path, he: str, ihc: str) -> Iterator[tuple[str, str, str] | Problem]:
+def _match(root: Location, he: str, ihc: str) -> Iterator[tuple[str, str, str] | Problem]:
     """Pair the patches of two folders by stem: stem, H&E and IHC, relative to the root."""
     listed = {folder: list_folder(root / folder) for folder in (he, ihc)}
     he_patches, ihc_patches = _patches(listed[he]), _patches(listed[ihc])
@@ -220,14 +220,14 @@ def _patches(listed: dict[str, Kind]) -> dict[str, list[str]]:
     return patches
 
 
-def _read_row(base: Path, row: dict[str, str]) -> Candidate:
+def _read_row(base: Location, row: dict[str, str]) -> Candidate:
     """The pair of one row; `DataError` says what is wrong with it."""
     for role in ("he", "ihc"):
         if not row[role] or Path(row[role]).is_absolute() or "://" in row[role]:
             raise DataError(f"{role} is {row[role]!r}: give the path relative to the CSV")
-        if not is_remote(base) and not (base / row[role]).is_file():
-            kind = "a folder" if (base / row[role]).is_dir() else "missing"
-            raise DataError(f"{role} {row[role]} is {kind}: correct the path or remove the row")
+        if (kind := peek_kind(base / row[role], "file")) != "file":
+            lies = "a folder" if kind == "folder" else "missing"
+            raise DataError(f"{role} {row[role]} is {lies}: correct the path or remove the row")
     key, split, mpp = (row.get(name, "") for name in ("key", "split", "mpp"))
     if key != safe_key(key):
         raise DataError(f"key is {key!r}: use letters, digits, _, + and - only")

@@ -1,6 +1,5 @@
 """manifest.json: what a shard set holds, from where, how many, and the digests of its files; it is not trusted."""
 
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,6 +9,7 @@ from lgd.data.archive import Shard
 from lgd.data.index import REBUILD, ROLES
 from lgd.data.meta import Mpp, Pixels, Text, Word
 from lgd.records import Count, Document, Line, Many, Record, Sha256
+from lgd.urls import Location
 
 FORMAT = "lgd-shards/2"
 UNKNOWN = "unknown"
@@ -161,7 +161,7 @@ class Manifest(Document):
                 raise ValueError(f"split {name} counts the labels {', '.join(map(repr, split.labels))[:200]}")
         return self
 
-    def shards(self, folder: Path) -> list[Shard]:
+    def shards(self, folder: Location) -> list[Shard]:
         """The shards, which lie in `folder`, in the order of the manifest."""
         extensions = self.extensions.by_role()
         return [

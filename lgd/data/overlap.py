@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from lgd.data.repeats import differs, equal_runs
 from lgd.data.shard_set import ShardFolder, ShardSet
 from lgd.data.split import canonical_group
 from lgd.errors import DataError
+from lgd.urls import Location
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Place:
         return f"{self.meta.key} ({self.meta.split} of {self.opened.folder})"
 
 
-def open_disjoint(folders: Iterable[str | Path]) -> ShardSet:
+def open_disjoint(folders: Iterable[str | Location]) -> ShardSet:
     """Open shard folders that share no slide and no image on two sides of the split.
 
     Raises `DataError` where they do, or hold one set twice, and as `ShardSet.open`. A note names slides and images that
@@ -93,7 +93,7 @@ def _refuse_overlaps(opened: Sequence[ShardFolder]) -> None:
 
 
 def _refuse_copies(opened: Sequence[ShardFolder]) -> None:
-    first: dict[str, Path] = {}
+    first: dict[str, Location] = {}
     for one in opened:
         folder = one.folder
         other = first.setdefault(one.manifest.digest, folder)

@@ -1,14 +1,13 @@
 """What a layout gives -> `PatchPair`s: their keys, slides and names; `lgd.data.shards` reads the contents."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from lgd.data.layouts import NOWHERE, Candidate, Problem, find_layout, is_csv, safe_key
 from lgd.data.meta import UNPRINTABLE, Origin
 from lgd.errors import DataError
-from lgd.files import exists, list_folder
+from lgd.files import exists, list_folder, peek_kind
 from lgd.tables import read_csv
-from lgd.urls import is_remote, place
+from lgd.urls import Location, as_location, relative_name
 
 # With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.
 _LONGEST_KEY = 72
@@ -20,8 +19,8 @@ class PatchPair:
 
     key: str
     """Unique name, of letters, digits, `_`, `+` and `-`."""
-    he: Path
-    ihc: Path
+    he: Location
+    ihc: Location
     source: str
     """The H&E file, relative to the root, with `/`."""
     ihc_source: str
@@ -39,20 +38,16 @@ class PatchPair:
 
 
 def find_pairs(
-    layout: str, root: str | Path, slides: str | Path | None = None
+    layout: str, root: str | Location, slides: str | Location | None = None
 ) -> tuple[list[PatchPair], list[Problem]]:
     """The pairs of a layout (`lgd.data.layouts`) under `root`, sorted by key, and what could not be paired.
 
     `slides`: a CSV with the columns key and slide, which names the slide of every pair. Raises `DataError` where the
     root or a CSV is missing or malformed, or holds no patches at all.
     """
-    scanner, root = find_layout(layout), place(root)
-    if not is_remote(root):
-        folder = root.is_dir()
-    elif scanner.takes_csv:
-        folder = not is_csv(root)
-    else:
-        folder = bool(list_folder(root))
+    scanner, root = find_layout(layout), as_location(root)
+    presumed = is_csv(root) if scanner.takes_csv else not list_folder(root)
+    folder = peek_kind(root, "file" if presumed else "folder") == "folder"
     if not folder and not exists(root):
         raise DataError(f"{root} does not exist: give --root an existing folder or url")
     if not folder and not scanner.takes_csv:
@@ -68,7 +63,7 @@ def find_pairs(
         raise DataError(f"{root} holds no pairs of the {layout} layout: check --root and --layout")
     pairs = _with_keys(found, root if folder else root.parent, problems)
     if slides is not None:
-        pairs = _with_slides(pairs, place(slides), problems)
+        pairs = _with_slides(pairs, as_location(slides), problems)
     pairs = _printable(pairs, problems)
     return sorted(pairs, key=lambda pair: pair.key), sorted(problems, key=Problem.order)
 
@@ -87,7 +82,7 @@ def _printable(pairs: list[PatchPair], problems: list[Problem]) -> list[PatchPai
     return good
 
 
-def _with_keys(found: list[Candidate], base: Path, problems: list[Problem]) -> list[PatchPair]:
+def _with_keys(found: list[Candidate], base: Location, problems: list[Problem]) -> list[PatchPair]:
     """Turn stems into keys; too long and shared keys become problems, for every pair that has them."""
     owners: dict[str, list[Candidate]] = {}
     for entry in found:
@@ -95,40 +90,33 @@ def _with_keys(found: list[Candidate], base: Path, problems: list[Problem]) -> l
     pairs = []
     for key, entries in owners.items():
         for entry in entries:
-            source = _relative(entry.he, base)
+            source = relative_name(entry.he, base)
             reason = ""
             if len(entries) > 1:
-                others = ", ".join(_relative(other.he, base) for other in entries if other is not entry)
+                others = ", ".join(relative_name(other.he, base) for other in entries if other is not entry)
                 reason = f"has the key {key} of {others} too: rename one, or name keys in a CSV"
             elif not key or len(key) > _LONGEST_KEY:
                 reason = f"its key has {len(key)} characters: use 1 to {_LONGEST_KEY}"
             if reason:
-                problems.append(Problem(source, reason, key, source, _relative(entry.ihc, base)))
+                problems.append(Problem(source, reason, key, source, relative_name(entry.ihc, base)))
                 continue
             fields = {name: getattr(entry, name) for name in ("he", "ihc", "label", "slide", "split", "mpp", "origin")}
-            ihc = _relative(entry.ihc, base)
+            ihc = relative_name(entry.ihc, base)
             pairs.append(PatchPair(key=key, source=source, ihc_source=ihc, group=entry.slide or key, **fields))
     return pairs
 
 
-def _relative(path: Path, base: Path) -> str:
-    if is_remote(path):
-        # A UPath's own relative_to takes 0.2 ms.
-        return str(path)[len(str(base)) :].lstrip("/")
-    return path.relative_to(base).as_posix()
-
-
-def read_slides(path: str | Path) -> dict[str, str]:
+def read_slides(path: str | Location) -> dict[str, str]:
     """Key (`safe_key` of a file stem) -> slide, from a CSV with the columns key and slide; empty ones are left out."""
     known: dict[str, str] = {}
-    for number, row in read_csv(place(path), required=("key", "slide"), allowed=None):
+    for number, row in read_csv(as_location(path), required=("key", "slide"), allowed=None):
         key, slide = safe_key(row["key"]), row["slide"]
         if slide and known.setdefault(key, slide) != slide:
             raise DataError(f"{path}: row {number}: slide {slide} of {key} was {known[key]} above: keep one of them")
     return known
 
 
-def _with_slides(pairs: list[PatchPair], path: Path, problems: list[Problem]) -> list[PatchPair]:
+def _with_slides(pairs: list[PatchPair], path: Location, problems: list[Problem]) -> list[PatchPair]:
     """Name each pair's slide from a CSV; a pair that it does not name becomes a problem."""
     known = read_slides(path)
     named = []

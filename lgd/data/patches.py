@@ -7,7 +7,6 @@ SHA-256 of the file that the H&E was (`he`), of the IHC's (`ihc`, 0 where there 
 import hashlib
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from lgd.data.sources import Sample
 from lgd.data.split import canonical_group
 from lgd.errors import DataError
 from lgd.remote import open_checked
+from lgd.urls import Location
 
 FILE = "patches.npy"
 PATCHES = np.dtype([("he", "<u8"), ("ihc", "<u8"), ("group", "<u8")])
@@ -40,17 +40,14 @@ def _first_64(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def read_patches(folder: Path, manifest: Manifest) -> np.ndarray:
+def read_patches(folder: Location, manifest: Manifest) -> np.ndarray:
     """The table of a set, (samples,) of `PATCHES`; `DataError` for a file that is not the manifest's."""
     path, said = folder / FILE, manifest.patches
     samples = sum(split.samples for split in manifest.splits.values())
     head = _head(samples)
     size = len(head) + samples * PATCHES.itemsize
-    try:
-        with open_checked(path, said.sha256, said.bytes, REBUILD) as stream:
-            content = stream.read(size) if said.bytes == size else b""
-    except OSError as error:
-        raise DataError(f"{path} is missing or cannot be read ({error.strerror or error}): {REBUILD}") from error
+    with open_checked(path, said.sha256, said.bytes, REBUILD) as stream:
+        content = stream.read(size) if said.bytes == size else b""
     if not content.startswith(head):
         raise DataError(f"{path} is no table of {samples} samples: {REBUILD}")
     return np.frombuffer(content, PATCHES, offset=len(head))

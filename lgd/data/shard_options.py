@@ -9,7 +9,7 @@ from typing import Literal
 from lgd.data.layouts import check_layout
 from lgd.data.split import parse_split
 from lgd.errors import require
-from lgd.urls import is_remote
+from lgd.urls import waits_for_network
 
 # A remote answers each request late, but many at once.
 _REMOTE_THREADS = 16
@@ -94,4 +94,4 @@ class ShardOptions:
     def threads(self) -> int:
         """Threads of each process; a worker of Ray has about one CPU, and reads while it encodes."""
         local = 2 if self.workers else os.cpu_count() or 1
-        return max(local, _REMOTE_THREADS) if is_remote(self.root) else local
+        return max(local, _REMOTE_THREADS) if waits_for_network(self.root) else local

@@ -6,17 +6,16 @@
 What a run reads of its manifests is read here; nothing downstream opens a manifest again.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from lgd.config import LEVEL_NAMES
 from lgd.data.archive import Shard
 from lgd.data.index import REBUILD
 from lgd.data.manifest import HER2, UNKNOWN, Manifest
 from lgd.errors import DataError
-from lgd.urls import is_remote, place
+from lgd.folders import list_local_sizes
+from lgd.urls import Location, as_location
 
 _MOST = 20
 
@@ -25,14 +24,14 @@ _MOST = 20
 class ShardFolder:
     """One shard folder or url: its manifest, and its shards in the manifest's order."""
 
-    folder: Path
+    folder: Location
     manifest: Manifest
     shards: tuple[Shard, ...]
 
     @classmethod
-    def read(cls, folder: str | Path) -> "ShardFolder":
+    def read(cls, folder: str | Location) -> "ShardFolder":
         """Read the manifest alone; `DataError` where it is missing, malformed, edited or of another format."""
-        folder = place(folder)
+        folder = as_location(folder)
         path = folder / "manifest.json"
         manifest = Manifest.read(path)
         if manifest.target != HER2:
@@ -42,7 +41,7 @@ class ShardFolder:
         return cls(folder, manifest, tuple(manifest.shards(folder)))
 
     @classmethod
-    def open(cls, folder: str | Path) -> "ShardFolder":
+    def open(cls, folder: str | Location) -> "ShardFolder":
         """`read`, and see that the shard files are there.
 
         `DataError` names those that are missing or have another size than the manifest says; those of a url are
@@ -57,10 +56,8 @@ class ShardFolder:
 
     def find_missing(self) -> dict[str, list[str]]:
         """Shard name -> one sentence for each of its local files that is missing or has not the manifest's size."""
-        if is_remote(self.folder):
+        if (sizes := list_local_sizes(self.folder)) is None:
             return {}
-        # One listing is quicker than asking for 2e5 files by name.
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
         problems = {}
         for shard in self.shards:
             tar, idx = f"{shard.name}.tar", f"{shard.name}.idx"
@@ -84,7 +81,7 @@ class ShardSet:
     folders: tuple[ShardFolder, ...]
 
     @classmethod
-    def open(cls, folders: Iterable[str | Path]) -> "ShardSet":
+    def open(cls, folders: Iterable[str | Location]) -> "ShardSet":
         """Open each folder or url; `DataError` as `ShardFolder.open`."""
         return cls(tuple(map(ShardFolder.open, folders)))
 

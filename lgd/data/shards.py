@@ -17,10 +17,8 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ParamSpec
 
 from lgd.data.archive import write_archive
@@ -68,10 +66,10 @@ from lgd.data.sources import (
 from lgd.data.split import SPLITS, parse_split
 from lgd.distribute import map_with, restore_connection
 from lgd.errors import DataError
-from lgd.files import digest_of, exists, sha256, write_bytes
+from lgd.files import digest_of, exists, write_bytes
 from lgd.locks import exclusive
 from lgd.logs import progress
-from lgd.urls import is_remote, place, upload
+from lgd.urls import Location, as_location
 
 # Pairs that a worker checks at a time.
 _CHUNK = 64
@@ -81,7 +79,7 @@ _CHUNK = 64
 class ShardJob:
     """All that decides one shard's bytes, and how it is made."""
 
-    path: Path
+    path: Location
     samples: tuple[Sample, ...]
     encoding: Encoding
     extensions: dict[str, str]
@@ -115,7 +113,7 @@ def _map_with_workers(workers: int, function: Callable[[Any], Any], jobs: Sequen
     return map_with(lambda: function, jobs, workers=workers, option_name="--workers", use_gpus=False)
 
 
-def _build(options: ShardOptions, map_jobs: MapJobs, out: Path, finished: bool) -> tuple[Manifest, bool]:
+def _build(options: ShardOptions, map_jobs: MapJobs, out: Location, finished: bool) -> tuple[Manifest, bool]:
     sources, problems = _usable(options, map_jobs)
     rule = parse_split(options.split)
     samples = hide_levels(assign(sources, rule, options.salt, options.tile), options.labelled, options.salt)
@@ -188,7 +186,7 @@ build_shards = _take_fields(ShardOptions)
 
 
 def _is_virtual(options: ShardOptions) -> bool:
-    root = place(options.root)
+    root = as_location(options.root)
     return root.suffix.lower() != ".csv" and exists(root / "synth.json")
 
 
@@ -214,7 +212,7 @@ def _jobs(
     options: ShardOptions,
     of_split: dict[str, list[Sample]],
     extensions: Extensions,
-    out: Path,
+    out: Location,
     names: set[str],
     building: str,
 ) -> list[ShardJob]:
@@ -259,8 +257,7 @@ def _describe_split(options: ShardOptions, name: str, samples: Sequence[Sample],
 
 def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], list[Problem]]:
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
-    root = place(options.root)
-    pairs, problems = find_pairs(options.layout, root if is_remote(root) else root.absolute(), options.slides or None)
+    pairs, problems = find_pairs(options.layout, as_location(options.root).absolute(), options.slides or None)
     refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
     jobs = [
         CheckJob(
@@ -305,32 +302,15 @@ def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> 
 def write_shard(job: ShardJob) -> Entry:
     """Write one tar and its index, unless this build left both before it was interrupted; return its manifest entry.
 
-    For a url they are written here first; the entry is published last.
+    The entry is published last.
     """
     entry = read_entry(job.path, job.building) if job.left else None
     if entry:
         return entry
-    if is_remote(job.path):
-        with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
-            local = Path(folder) / job.path.name
-            entry = _write_here(job, local)
-            for suffix in (".tar", ".idx"):
-                upload(local.with_suffix(suffix), job.path.with_suffix(suffix))
-    else:
-        entry = _write_here(job, job.path)
+    written = write_archive(job.path, _contents(job), job.extensions)
+    entry = Entry(file=job.path.name, samples=len(job.samples), **written._asdict())
     write_entry(job.path, job.building, entry)
     return entry
-
-
-def _write_here(job: ShardJob, path: Path) -> Entry:
-    write_archive(path, _contents(job), job.extensions)
-    return Entry(
-        file=path.name,
-        samples=len(job.samples),
-        bytes=path.stat().st_size,
-        sha256=sha256(path),
-        idx_sha256=sha256(path.with_suffix(".idx")),
-    )
 
 
 def _contents(job: ShardJob) -> Iterator[tuple[str, list[bytes]]]:

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 from lgd.config import LEVEL_NAMES
@@ -24,7 +23,7 @@ from lgd.data.tags import ORIENTATIONS, read_icc_digest, read_orientation
 from lgd.distribute import map_ordered_prefetch
 from lgd.errors import ConfigError, DataError
 from lgd.files import digest_of, read_bytes
-from lgd.urls import MissingError, RemoteError
+from lgd.urls import Location, MissingError, RemoteError
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -80,7 +79,7 @@ def in_threads(function: Callable[[Argument], Result], arguments: Iterable[Argum
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(path: Path, name: str) -> bytes:
+def _read(path: Location, name: str) -> bytes:
     try:
         return read_bytes(path)
     except MissingError as error:

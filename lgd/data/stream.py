@@ -20,7 +20,7 @@ from lgd.data.meta import SKIPPED, PatchMeta
 from lgd.data.plan import offsets
 from lgd.errors import DataError
 from lgd.remote import drop_damaged
-from lgd.urls import is_remote
+from lgd.urls import waits_for_network
 
 Numbers = Sequence[int] | np.ndarray
 
@@ -74,7 +74,6 @@ class Reader:
             if lacking := [role for role in self.roles if role not in shard.extensions]:
                 raise DataError(f"{shard.path} has no images of the role {lacking[0]}: its set was built without them")
         self.size = size
-        self.remote = any(is_remote(shard.path) for shard in self.shards)
         self._lock = threading.Lock()
         self._opening: dict[int, threading.Lock] = collections.defaultdict(threading.Lock)
         self._open: collections.OrderedDict[int, tuple[BinaryIO, np.ndarray]] = collections.OrderedDict()
@@ -164,7 +163,7 @@ def stream(
 
     `skip`: a sample that cannot be read comes with its `error` instead of raising it.
     """
-    if reader.remote:
+    if any(waits_for_network(shard.path) for shard in reader.shards):
         batches = _fetched_ahead(reader, batches)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="lgd-read")
     waiting: collections.deque[tuple[list[Future[list[Sample]]], dict[str, np.ndarray]]] = collections.deque()

@@ -23,13 +23,13 @@ import simplejpeg
 
 from lgd.config import LEVEL_NAMES
 from lgd.data.sections import Shortcut, draw_pair, shortcut_of, slide_level
-from lgd.errors import ConfigError, DataError, require
+from lgd.errors import DataError, require
 from lgd.files import publish
 from lgd.locks import LOCK, exclusive
 from lgd.logs import progress
 from lgd.records import Count, Document, Line, Record
 from lgd.tables import write_csv
-from lgd.urls import is_remote, place_output
+from lgd.urls import as_output_location, require_local
 
 TRUTH_COLUMNS = (
     "key",
@@ -145,9 +145,8 @@ def synthesise(options: SynthOptions) -> dict[str, Any]:
     `out` holds anything else, or a set with other options, and while another process draws there. One that was
     interrupted is redone from scratch.
     """
-    out, recipe = place_output(options.out, "OUT"), _recipe(options)
-    if is_remote(out):
-        raise ConfigError(f"OUT is {out}: virtual tissue is drawn into a local folder: name one")
+    given, recipe = as_output_location(options.out, "OUT"), _recipe(options)
+    out = require_local(given, f"OUT is {given}: virtual tissue is drawn into a local folder: name one")
     options = dataclasses.replace(options, out=str(out))
     # A finished set is only read, and may lie where nothing can be written.
     finished = (out / _DONE).exists()

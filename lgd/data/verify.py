@@ -8,7 +8,6 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from lgd.errors import ConfigError, DataError
 from lgd.files import list_folder, matches
 from lgd.logs import progress
 from lgd.remote import drop_damaged
-from lgd.urls import RemoteError
+from lgd.urls import Location, RemoteError
 
 _MOST = 100
 
@@ -38,7 +37,7 @@ class Fact(NamedTuple):
     meta: PatchMeta
 
 
-def verify(folder: str | Path) -> list[str]:
+def verify(folder: str | Location) -> list[str]:
     """Everything that is wrong with a shard folder or url, one sentence each; empty where all is well.
 
     Checks the manifest's digest and fields, each tar by SHA-256, its index and end, every member's tar header and
@@ -83,7 +82,7 @@ def verify(folder: str | Path) -> list[str]:
     return problems + find_repeats(shards, np.concatenate(seen), patches_n)
 
 
-def _strangers(folder: Path, shards: Sequence[Shard]) -> list[str]:
+def _strangers(folder: Location, shards: Sequence[Shard]) -> list[str]:
     """Tars and indexes that the manifest does not name."""
     try:
         names = [name for name in list_folder(folder) if name.endswith((".tar", ".idx"))]

@@ -7,7 +7,6 @@ and Ito (2008), which colour-blind readers can tell apart; what a colour says is
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from lgd.evaluate.results import Robustness
 from lgd.files import publish
 from lgd.metrics import BINS, Floats, Interval, Predictions, confidence_bins, confusion, score
 from lgd.text import escape_text
+from lgd.urls import Location
 
 Image = NDArray[np.uint8]
 DPI = 110
@@ -70,7 +70,7 @@ class Query:
     """What the levels of the neighbours say together, as a line of the caption."""
 
 
-def confusion_matrix(predictions: Predictions, path: str | Path, title: str) -> None:
+def confusion_matrix(predictions: Predictions, path: str | Location, title: str) -> None:
     """Counts and row shares of the labelled patches, a row a true level."""
     counts = confusion(predictions.level, predictions.predicted)
     totals = counts.sum(1)
@@ -92,7 +92,7 @@ def confusion_matrix(predictions: Predictions, path: str | Path, title: str) -> 
     _save(figure, path)
 
 
-def reliability_diagram(scored: Sequence[Predictions], path: str | Path) -> None:
+def reliability_diagram(scored: Sequence[Predictions], path: str | Location) -> None:
     """How often each model is right at each confidence, over how many patches have that confidence.
 
     A marker's area grows with its number of patches: a bin of a few patches says little.
@@ -121,7 +121,7 @@ def reliability_diagram(scored: Sequence[Predictions], path: str | Path) -> None
     _save(figure, path)
 
 
-def robustness_curves(robustness: Robustness, path: str | Path) -> None:
+def robustness_curves(robustness: Robustness, path: str | Location) -> None:
     """Accuracy and ECE of each model against the strength of each change, a column a change; bars are 95 % intervals.
 
     The first strength of every panel is the unchanged image.
@@ -157,7 +157,7 @@ def _error_bars(intervals: Sequence[Interval | None]) -> tuple[Floats, Floats]:
     return value, np.nan_to_num([value - low, high - value])
 
 
-def gain_curves(tables: dict[float, AblationDocument], metric: str, path: str | Path) -> None:
+def gain_curves(tables: dict[float, AblationDocument], metric: str, path: str | Location) -> None:
     """What LGD-Net gains over each control, and how well each row does, against the coupling of virtual tissue.
 
     `tables` are the documents of `lgd ablate`, by coupling; bars are 95 % intervals over slides and seeds.
@@ -187,7 +187,7 @@ def gain_curves(tables: dict[float, AblationDocument], metric: str, path: str | 
     _save(figure, path)
 
 
-def contact_sheet(rows: Sequence[Query], path: str | Path) -> None:
+def contact_sheet(rows: Sequence[Query], path: str | Location) -> None:
     """A row a query: its H&E, its own IHC (if any query has one), and the IHCs that it found with level and distance.
 
     The frame of a found IHC, and that of the H&E for its predicted level, tells how far the level is from the
@@ -261,7 +261,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def _save(figure: Any, path: str | Location) -> None:
     """Publish a figure. Its texts are drawn as they are: nothing in them is a formula, unseen or endless."""
     import matplotlib
     from matplotlib.text import Text

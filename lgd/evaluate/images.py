@@ -14,7 +14,7 @@ from lgd.data.image import as_pixels, decode_upright, kind, resize, upright_size
 from lgd.data.manifest import Shape
 from lgd.errors import ConfigError, DataError
 from lgd.evaluate.scale import Fit, Mpp, fit_scale
-from lgd.urls import is_remote, place
+from lgd.urls import require_local
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _SYSTEM = {"thumbs.db", "desktop.ini"}
@@ -63,9 +63,7 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
     named: list[Path] = []
     others: list[Path] = []
     for name in names:
-        path = place(name)
-        if is_remote(path):
-            raise ConfigError(f"{name}: images are read from local files only: fetch it first")
+        path = require_local(name, f"{name}: images are read from local files only: fetch it first")
         if path.is_dir():
             inside: dict[bool, list[Path]] = {True: [], False: []}
             for file in sorted(_files(path)):

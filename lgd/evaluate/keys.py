@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from lgd.data.pairs import read_slides
 from lgd.errors import DataError
 from lgd.evaluate.answer import Stored
 from lgd.store.latents import Store, as_levels
+from lgd.urls import Location
 
 _NEAR_IN_ORDER = 5
 
@@ -53,7 +53,7 @@ def _near_in_order(store: Store, key: str) -> list[str]:
     return list(near)
 
 
-def find_slides(store: Store, keys: Sequence[str], slides: Path | None) -> list[frozenset[str]]:
+def find_slides(store: Store, keys: Sequence[str], slides: Location | None) -> list[frozenset[str]]:
     """The slides of each key: of the CSV, or of every stored patch of this key; `DataError` where one is unknown."""
     named = read_slides(slides) if slides else {}
     found = []

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from lgd.models.methods import Method, find_method, load_student
 from lgd.models.teacher import load_teacher
 from lgd.options import find_in_run
 from lgd.stain.checks import find_notes
+from lgd.urls import Location
 
 _READ = ("logits", "pooled", "features")
 NO_NUMBER = "the network gives no number for this image, and so no level: its training diverged"
@@ -70,7 +70,7 @@ class Scorer:
         return found | {"probability": probability_B4}
 
 
-def load_scorer(folder: str | Path, kind: str = "student", code: Collection[str] = ()) -> Scorer:
+def load_scorer(folder: str | Location, kind: str = "student", code: Collection[str] = ()) -> Scorer:
     """A trained network, ready to score images, on the GPU where there is one.
 
     Args:
@@ -213,7 +213,7 @@ class Prediction:
 
 
 def predict(
-    scorer: Scorer | str | Path, images: Images, *, mpp: Mpp = None, keep_going: bool = False
+    scorer: Scorer | str | Location, images: Images, *, mpp: Mpp = None, keep_going: bool = False
 ) -> list[Prediction]:
     """Score H&E images.
 

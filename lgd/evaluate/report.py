@@ -9,9 +9,7 @@ a source patch where slides are unknown.
 """
 
 import io
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -23,11 +21,12 @@ from lgd.evaluate.figures import confusion_matrix, contact_sheet, reliability_di
 from lgd.evaluate.markdown import format_interval, retrieval_sections, robustness_section, slide_rules_section
 from lgd.evaluate.results import Difference, Results, Scores
 from lgd.evaluate.slides import SLIDE_RULES, score_model
-from lgd.files import exists, list_folder, read_bytes, remove, upload_folder, write_bytes
+from lgd.files import exists, list_folder, read_bytes, remove, write_bytes
+from lgd.folders import WorkingFolder
 from lgd.markup import code_block, escape_markdown, list_items, markdown_table
 from lgd.metrics import paired_difference, score_with_intervals
 from lgd.text import escape_text
-from lgd.urls import is_remote
+from lgd.urls import Location
 
 _HEADLINE = {
     "accuracy": "accuracy",
@@ -46,7 +45,7 @@ _PICTURES = {
 }
 
 
-def write_report(folder: Path, evaluation: Evaluation) -> Results:
+def write_report(folder: Location, evaluation: Evaluation) -> Results:
     """Write the report of one split into `folder` and return what `metrics.json` holds.
 
     Raises `DataError` where models were scored on different patches.
@@ -103,19 +102,17 @@ def _measure_results(evaluation: Evaluation) -> Results:
     )
 
 
-def show_pictures(report: Path, student: Path) -> None:
+def show_pictures(report: Location, student: Location) -> None:
     """Put the report's pictures beside the student's curves in TensorBoard."""
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
-    with tempfile.TemporaryDirectory(prefix="lgd-") as temporary:
-        folder = Path(temporary) if is_remote(student) else student / "tensorboard"
-        with SummaryWriter(folder) as board:
+    with WorkingFolder(student / "tensorboard") as working:
+        with SummaryWriter(working.path) as board:
             for name in sorted(name for name in list_folder(report) if name.endswith(".png")):
                 image = np.asarray(Image.open(io.BytesIO(read_bytes(report / name))).convert("RGB"))
                 board.add_image(f"report/{escape_text(name.removesuffix('.png'))}", image, dataformats="HWC")
-        if is_remote(student):
-            upload_folder(folder, student / "tensorboard")
+        working.publish()
 
 
 def format_table(evaluation: Evaluation) -> str:

@@ -9,7 +9,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ from lgd.models.methods import METHODS, PROPOSED
 from lgd.options import find_in_run
 from lgd.store.latents import Store, as_levels
 from lgd.store.search import Searcher
-from lgd.urls import place
+from lgd.urls import Location, as_location
 
 _NO_VECTOR = np.empty(0, np.float32)
 
@@ -57,8 +56,8 @@ def check_pair(scorer: Scorer, store: Store) -> None:
 
 
 def query(  # noqa: PLR0913 - a public function, whose options are given by name
-    scorer: Scorer | str | Path | None,
-    store: Store | str | Path,
+    scorer: Scorer | str | Location | None,
+    store: Store | str | Location,
     images: Images = (),
     k: int = 5,
     *,
@@ -66,7 +65,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     splits: Sequence[str] | None = None,
     levels: Sequence[str] | None = None,
     exclude_same_slide: bool = False,
-    slides: str | Path | None = None,
+    slides: str | Location | None = None,
     mpp: Mpp = None,
     keep_going: bool = False,
 ) -> list[Answer]:
@@ -110,7 +109,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     taken, stored = take_images(sources), find_stored(opened, keys)
     excluded = None
     if exclude_same_slide:
-        table = place(slides) if slides else None
+        table = as_location(slides) if slides else None
         if table:
             require_names(table, taken)
         names = [safe_key(image.stem) for image in taken] or [patch.key for patch in stored]
@@ -129,7 +128,7 @@ def _check_request(sources: Sequence[object], k: int, keys: Sequence[str]) -> No
         raise ConfigError("nothing is asked: give H&E images, or --key KEY of stored patches")
 
 
-def _open_student(scorer: Scorer | str | Path | None, store: Store) -> Scorer:
+def _open_student(scorer: Scorer | str | Location | None, store: Store) -> Scorer:
     if scorer is None:
         raise ConfigError("an image needs a student to hallucinate its latent: give one, such as --model DIR")
     student = scorer if isinstance(scorer, Scorer) else load_scorer(scorer)

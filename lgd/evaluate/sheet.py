@@ -13,6 +13,7 @@ from lgd.evaluate.answer import Answer, Hit, Stored, Vote
 from lgd.evaluate.figures import Neighbour, Query, contact_sheet
 from lgd.evaluate.images import read_image
 from lgd.store.latents import Store
+from lgd.urls import Location
 
 MOST_QUERIES, MOST_NEIGHBOURS = 100, 30
 """What fits a sheet: matplotlib draws no picture of more than 65,535 pixels a side, and nobody reads one of 10,000."""
@@ -49,7 +50,7 @@ def check_sheet(queries: int, k: int) -> None:
         )
 
 
-def draw_sheet(store: Store, answers: Sequence[Answer], path: Path, size: int = 256) -> None:
+def draw_sheet(store: Store, answers: Sequence[Answer], path: Location, size: int = 256) -> None:
     """Draw each query beside the IHCs that it found, as a PNG."""
     by_key = any(answer.stored for answer in answers)
     gallery = Gallery(store, size, ("he", "ihc") if by_key else ("ihc",))

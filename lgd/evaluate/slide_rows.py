@@ -13,6 +13,7 @@ from lgd.errors import DataError
 from lgd.evaluate.images import OneImage
 from lgd.evaluate.notes import count_notes, join_notes
 from lgd.evaluate.predict import Prediction, choose_level, name_probabilities, round_probabilities
+from lgd.urls import Location
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +28,7 @@ class SlidePrediction:
     """Each with the number of patches that have it."""
 
 
-def slides_of_images(slides: Path, paths: Sequence[Path]) -> dict[str, str]:
+def slides_of_images(slides: Location, paths: Sequence[Path]) -> dict[str, str]:
     """Key -> slide of a CSV which names one for each image; `DataError` where it does not, or for equal names."""
     require_names(slides, paths)
     slide_of = read_slides(slides)
@@ -40,7 +41,7 @@ def slides_of_images(slides: Path, paths: Sequence[Path]) -> dict[str, str]:
     return slide_of
 
 
-def require_names(slides: Path, images: Sequence[OneImage]) -> None:
+def require_names(slides: Location, images: Sequence[OneImage]) -> None:
     """Raise `DataError` where a CSV of slides cannot tell two images apart."""
     seen: dict[str, OneImage] = {}
     for image in images:

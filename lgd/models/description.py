@@ -1,7 +1,6 @@
 """config.json of a model's folder: how the network is built, what it was trained on, and what it may be used for."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -13,6 +12,7 @@ from lgd.errors import DataError
 from lgd.files import read_json
 from lgd.models.spec import EncoderSpec
 from lgd.records import Count, Document, Line, Many, Record, Sha256
+from lgd.urls import Location
 
 FORMAT = "lgd-model/2"
 _COPY = "copy the folder again, or train it again"
@@ -131,7 +131,7 @@ class StudentConfig(ModelConfig):
         return {"method": self.method, "morphology": self.morphology.name, **own}
 
 
-def read_kind(path: Path) -> type[ModelConfig]:
+def read_kind(path: Location) -> type[ModelConfig]:
     """Whether a config.json describes a teacher or a student; `DataError` where it describes neither."""
     found = read_json(path)
     kinds: dict[str, type[ModelConfig]] = {"teacher": TeacherConfig, "student": StudentConfig}

@@ -18,7 +18,7 @@ from lgd.files import publish, remove, sha256
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig
 from lgd.models.weights import compare_shapes, load_tensors, read_shapes, shapes_of
 from lgd.remote import open_checked
-from lgd.urls import place
+from lgd.urls import Location, as_location
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -38,9 +38,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def save_model(folder: str | Path, tensors: dict[str, torch.Tensor], describe: Callable[..., ModelConfig]) -> None:
+def save_model(folder: str | Location, tensors: dict[str, torch.Tensor], describe: Callable[..., ModelConfig]) -> None:
     """Publish weights (by parameter name) and what `describe(weights_sha256=...)` says of their network."""
-    folder = place(folder)
+    folder = as_location(folder)
     remove(folder / "config.json")
     with publish(folder / "model.safetensors") as temporary:
         write_tensors(temporary, tensors)
@@ -48,38 +48,35 @@ def save_model(folder: str | Path, tensors: dict[str, torch.Tensor], describe: C
     describe(weights_sha256=weights).write(folder / "config.json")
 
 
-def read_teacher_config(folder: str | Path) -> TeacherConfig:
+def read_teacher_config(folder: str | Location) -> TeacherConfig:
     """What a teacher's folder says of it."""
-    return TeacherConfig.read(place(folder) / "config.json")
+    return TeacherConfig.read(as_location(folder) / "config.json")
 
 
-def read_student_config(folder: str | Path) -> StudentConfig:
+def read_student_config(folder: str | Location) -> StudentConfig:
     """What a student's folder says of it."""
-    return StudentConfig.read(place(folder) / "config.json")
+    return StudentConfig.read(as_location(folder) / "config.json")
 
 
 def load_weights(
-    folder: str | Path, build: Callable[[], Network], config: ModelConfig, code: Collection[str] = ()
+    folder: str | Location, build: Callable[[], Network], config: ModelConfig, code: Collection[str] = ()
 ) -> Network:
     """The network that `build` makes, with the checked weights of a folder; `DataError` for those of another one.
 
     Nothing is built where `config` names code that is not in `code`. It is drafted first, without memory for its
     weights, and built only where the file holds those of just this one.
     """
-    path, remedy = place(folder) / "model.safetensors", "train or copy it again"
-    refuse_unnamed(place(folder) / "config.json", config.named, code)
+    path, remedy = as_location(folder) / "model.safetensors", "train or copy it again"
+    refuse_unnamed(as_location(folder) / "config.json", config.named, code)
     try:
         with torch.device("meta"):
             draft = build()
     except DataError as error:
-        raise DataError(f"{place(folder) / 'config.json'}: {error}: {config.REMEDY}") from error
-    try:
-        with open_checked(path, config.weights_sha256, None, remedy) as file:
-            # The descriptor names the file that was checked, whatever has taken its place meanwhile.
-            checked = Path(f"/dev/fd/{file.fileno()}")
-            compare_shapes(path, read_shapes(checked, name=path), shapes_of(draft))
-            network = build()
-            network.load_state_dict(load_tensors(checked))
-    except OSError as error:
-        raise DataError(f"{path} is missing or cannot be read ({error.strerror or error}): {remedy}") from error
+        raise DataError(f"{as_location(folder) / 'config.json'}: {error}: {config.REMEDY}") from error
+    with open_checked(path, config.weights_sha256, None, remedy) as file:
+        # The descriptor names the file that was checked, whatever has taken its place meanwhile.
+        checked = Path(f"/dev/fd/{file.fileno()}")
+        compare_shapes(path, read_shapes(checked, name=path), shapes_of(draft))
+        network = build()
+        network.load_state_dict(load_tensors(checked))
     return network

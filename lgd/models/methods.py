@@ -15,7 +15,6 @@ name in a table. A baseline is added here and nowhere else. One in another packa
 """
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -31,6 +30,7 @@ from lgd.models.export import load_weights, read_student_config
 from lgd.models.losses import Lesson, Negatives, Terms
 from lgd.models.student import HallucinatingStudent, Outputs, Student, TwoStreamStudent
 from lgd.models.teacher import Teacher, load_teacher
+from lgd.urls import Location
 
 
 class Method:
@@ -287,7 +287,7 @@ def student_from(config: StudentConfig) -> Student:
     )
 
 
-def load_student(folder: str | Path, code: Collection[str] = ()) -> tuple[Student, StudentConfig]:
+def load_student(folder: str | Location, code: Collection[str] = ()) -> tuple[Student, StudentConfig]:
     """The student of a folder in evaluation mode, and its `config.json`.
 
     Raises `DataError` for what cannot be read, and for code that it names and `code`, what the user named, lacks.

@@ -1,7 +1,6 @@
 """The IHC teacher: trained once on the level, then frozen; its latents are what the student hallucinates."""
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from lgd.errors import DataError
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder, build_encoder
 from lgd.models.export import load_weights, read_teacher_config
+from lgd.urls import Location
 
 
 class Teacher(nn.Module):
@@ -86,7 +86,7 @@ TEACHERS: dict[str, type[Teacher]] = {"trained": Teacher}
 """The kinds of teachers, by `source` in config.json."""
 
 
-def load_teacher(folder: str | Path, code: Collection[str] = ()) -> tuple[Teacher, TeacherConfig]:
+def load_teacher(folder: str | Location, code: Collection[str] = ()) -> tuple[Teacher, TeacherConfig]:
     """The frozen teacher of a folder, and its `config.json`.
 
     Raises `DataError` for what cannot be read, and for code that it names and `code`, what the user named, lacks.

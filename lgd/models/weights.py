@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lgd.errors import DataError
+from lgd.urls import Location
 
 # 100,000 tensors; that of DINOv3's 6.7 billion parameters has 60 kB.
 _MOST_HEAD = 10_000_000
@@ -16,7 +17,7 @@ _QUANTISED = ("F4", "F6_", "F8_", "I8", "U8")
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read_shapes(path: Path, *, name: Path | None = None) -> Shapes:
+def read_shapes(path: Path, *, name: Location | None = None) -> Shapes:
     """The shapes of a file's tensors; `DataError` where it is no whole safetensors file, or not of plain numbers.
 
     `name` names the file in errors.
@@ -61,7 +62,7 @@ def shapes_of(network: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def compare_shapes(path: Path, stored: Shapes, expected: Shapes) -> None:
+def compare_shapes(path: Location, stored: Shapes, expected: Shapes) -> None:
     """`DataError` where a file holds other tensors than a network has."""
     odd = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
     if odd:

@@ -9,7 +9,6 @@ import itertools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import is_complete
 from lgd.store.supervision import Supervision, recipe_of, stored
 from lgd.store.writer import shard_writer
-from lgd.urls import place
+from lgd.urls import Location, as_location
 
 SHARDS_AT_ONCE = 2
 """Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""
@@ -51,7 +50,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
     Parts of other shards stay, unless `prune` removes them. Raises `DataError` while another process caches into the
     same local folder.
     """
-    folder, recipe = place(config.latents.dir), recipe_of(config)
+    folder, recipe = as_location(config.latents.dir), recipe_of(config)
     if not prune and (store := _whole(folder, recipe, shards)):
         return Cached(store, 0, 0)
     before: set[str] = set()
@@ -74,7 +73,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
         return Cached(store, len(missing), len(before - {part.name for part in store.parts}))
 
 
-def _whole(folder: Path, recipe: Recipe, shards: Sequence[Shard]) -> Store | None:
+def _whole(folder: Location, recipe: Recipe, shards: Sequence[Shard]) -> Store | None:
     """The store, if it has all of these shards."""
     if not exists(folder / "store.json"):
         return None
@@ -83,7 +82,7 @@ def _whole(folder: Path, recipe: Recipe, shards: Sequence[Shard]) -> Store | Non
     return store if there >= {shard.sha256 for shard in shards} and not _missing(folder, recipe, shards) else None
 
 
-def _require_own(folder: Path) -> None:
+def _require_own(folder: Location) -> None:
     """Raise `DataError` for a folder that holds what is of no store."""
     # A killed `publish` leaves its temporary file.
     foreign = [name for name in list_folder(folder) if name not in _OURS and not name.endswith(".tmp")]
@@ -93,7 +92,7 @@ def _require_own(folder: Path) -> None:
         )
 
 
-def _missing(folder: Path, recipe: Recipe, shards: Sequence[Shard]) -> list[Shard]:
+def _missing(folder: Location, recipe: Recipe, shards: Sequence[Shard]) -> list[Shard]:
     """The shards without complete parts, each tar once."""
     by_tar = {shard.sha256: shard for shard in shards}
     return [
@@ -133,7 +132,7 @@ class Cacher:
         reader = make.reader([shard])
         prepare = functools.partial(make.prepare, reader)
         prepared = distribute.map_ordered_prefetch(self._pool, prepare, range(shard.samples), count=batch)
-        with shard_writer(place(self.config.latents.dir), shard, self.recipe) as writer:
+        with shard_writer(as_location(self.config.latents.dir), shard, self.recipe) as writer:
             while samples := list(itertools.islice(map(self._counted, prepared), batch)):
                 arrays = stored(self._rows(samples), samples, shard, self.config.latents.dtype, writer.rounding)
                 writer.add(arrays)

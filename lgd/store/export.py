@@ -19,7 +19,6 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,7 +31,7 @@ from lgd.locks import LOCK, exclusive
 from lgd.records import Document, Line, Many, Sha256
 from lgd.store.latents import Store, as_levels
 from lgd.store.parts import Part
-from lgd.urls import place_output
+from lgd.urls import Location, as_output_location
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def export(options: ExportOptions) -> list[dict[str, Any]]:
     Raises `ConfigError` for a split that the store does not have, and `DataError` where the shards are gone or the
     folder holds something else, and while another process exports into a local one.
     """
-    store, out = Store(options.store), place_output(options.out, "--out")
+    store, out = Store(options.store), as_output_location(options.out, "--out")
     splits = sorted({part.split for part in store.parts})
     asked = options.split.split(",") if options.split else splits
     for split in asked:
@@ -95,7 +94,7 @@ def export(options: ExportOptions) -> list[dict[str, Any]]:
         return _export(store, out, asked)
 
 
-def _export(store: Store, out: Path, asked: Sequence[str]) -> list[dict[str, Any]]:
+def _export(store: Store, out: Location, asked: Sequence[str]) -> list[dict[str, Any]]:
     groups: dict[str, list[Patch]] = {}
     for patch in patches_of(store, asked):
         groups.setdefault(patch.group, []).append(patch)
@@ -142,7 +141,7 @@ def file_name(group: str) -> str:
     return f"{kept}-{hashlib.sha256(group.encode()).hexdigest()[:12]}.h5"
 
 
-def _claimed(out: Path, files: Iterable[str]) -> list[str]:
+def _claimed(out: Location, files: Iterable[str]) -> list[str]:
     """Files of an earlier export that are none of this one; `DataError` where the folder holds anything else."""
     there = [name for name in list_folder(out) if name != LOCK and not (name[0] == "." and name.endswith(".tmp"))]
     ours: set[str] = set()
@@ -175,7 +174,7 @@ def _side(patches: Sequence[Patch]) -> int:
     return max(max(patch.size) for patch in patches)
 
 
-def _write(path: Path, group: str, patches: Sequence[Patch], facts: dict[str, str]) -> dict[str, Any]:
+def _write(path: Location, group: str, patches: Sequence[Patch], facts: dict[str, str]) -> dict[str, Any]:
     import h5py
 
     coords_n2, known = places(patches)

@@ -54,7 +54,7 @@ from lgd.store.search import (
     unit,
 )
 from lgd.store.table import write_table
-from lgd.urls import is_remote
+from lgd.urls import Location
 
 logger = logging.getLogger(__name__)
 
@@ -187,8 +187,7 @@ def _built(
     # Each worker gets an empty copy of the trained index, and gives it back filled.
     empty = faiss.serialize_index(index)
     groups = _groups(latents)
-    folder = store.folder if is_remote(store.folder) else store.folder.absolute()
-    add = functools.partial(_Add, str(folder), numbers, empty)
+    add = functools.partial(_Add, str(store.folder.absolute()), numbers, empty)
     for filled in map_with(add, groups, workers=workers if len(groups) > 1 else 0, option_name="train.workers"):
         index.merge_from(faiss.deserialize_index(filled), 0)
     order_n = _in_order(faiss, index)
@@ -325,7 +324,7 @@ def _reach_recall(
     return measured, probes
 
 
-def _publish(folder: Path, suffix: str, write: Callable[[Path], None]) -> IndexFile:
+def _publish(folder: Location, suffix: str, write: Callable[[Path], None]) -> IndexFile:
     """Write a file that is named by its digest."""
     made = []
 

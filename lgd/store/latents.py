@@ -10,7 +10,6 @@ DIR/.lgd.lock                     while `lgd cache-latents` runs, or after it wa
 import contextlib
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from lgd.store.document import SourcesDocument, StoreDocument, as_document
 from lgd.store.parts import Part, PartFile
 from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import REMEDY, Layout, part_name, read_sidecar
-from lgd.urls import place
+from lgd.urls import Location, as_location
 
 __all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store", "commit", "read_all", "read_levels"]
 
@@ -36,9 +35,9 @@ SUPERVISION = ("pooled", "map", "nuclei", "membrane")
 class Store:
     """A finished store, read by (part, row)."""
 
-    def __init__(self, folder: str | Path, recipe: Recipe | None = None) -> None:
+    def __init__(self, folder: str | Location, recipe: Recipe | None = None) -> None:
         """Open a store, which may lie at a url; one made by another `recipe` is refused with the difference."""
-        self.folder = place(folder)
+        self.folder = as_location(folder)
         self.document = StoreDocument.read(self.folder / "store.json")
         if recipe is not None:
             check_recipe(self.folder / "store.json", self.document.recipe, recipe)
@@ -155,7 +154,7 @@ class Store:
 
 
 def commit(
-    folder: Path,
+    folder: Location,
     recipe: Recipe,
     shards: Sequence[Shard],
     *,
@@ -192,7 +191,7 @@ def commit(
     return Store(folder)
 
 
-def check_recipe(path: Path, there: Recipe, asked: Recipe) -> None:
+def check_recipe(path: Location, there: Recipe, asked: Recipe) -> None:
     """Raise `DataError` that shows, field by field, how two recipes differ."""
     if there == asked:
         return

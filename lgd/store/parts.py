@@ -9,7 +9,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from lgd.files import digest_of, xxh3
 from lgd.remote import drop_damaged, open_file
 from lgd.store.recipe import PATCHES
 from lgd.store.sidecar import REMEDY, Dataset, Layout, Sidecar, read_sidecar
+from lgd.urls import Location
 
 OPEN_PARTS = 16_384
 """Shards whose parts a process keeps mapped; Linux allows it 65,530 maps in all."""
@@ -46,7 +46,7 @@ class PartFile:
 
     __slots__ = ("_checked", "_content", "_identity", "digest", "folder", "layout", "name")
 
-    def __init__(self, folder: Path, name: str, digest: str, layout: Mapping[str, Layout]) -> None:
+    def __init__(self, folder: Location, name: str, digest: str, layout: Mapping[str, Layout]) -> None:
         """`folder` is the layer's; `digest` that of the sidecar which store.json was written over."""
         self.folder, self.name, self.digest, self.layout = folder, name, digest, layout
         self._content: memoryview | None = None
@@ -54,8 +54,8 @@ class PartFile:
         self._checked: set[str] = set()
 
     @property
-    def path(self) -> Path:
-        """The HDF5 file; a `UPath` where the store lies at a url."""
+    def path(self) -> Location:
+        """The HDF5 file."""
         return self.folder / f"{self.name}.h5"
 
     def sidecar(self) -> Sidecar:
@@ -149,7 +149,7 @@ class Part:
         self._lock = threading.Lock()
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """The file of the first layer, to name the part by."""
         return next(iter(self.files.values())).path
 
@@ -218,7 +218,7 @@ def _keep_open(part: Part) -> None:
         oldest.forget()
 
 
-def _file_problem(path: Path, file: BinaryIO, sidecar: Sidecar) -> str | None:
+def _file_problem(path: Location, file: BinaryIO, sidecar: Sidecar) -> str | None:
     """What is wrong with a part's open file: its size, its digests, or, when these are right, what HDF5 makes of it."""
     size = os.fstat(file.fileno()).st_size
     if size != sidecar.bytes:

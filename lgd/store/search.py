@@ -13,7 +13,6 @@ Whoever cuts a file short while it is mapped ends the process; `build_index` wri
 import importlib.util
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -27,6 +26,7 @@ from lgd.store.faiss_file import cells_of, check_file
 from lgd.store.latents import TEACHER, Store
 from lgd.store.parts import Part
 from lgd.store.table import read_table
+from lgd.urls import Location
 
 _REMEDY = "run lgd build-index"
 _ATTEMPTS = 5
@@ -101,7 +101,7 @@ def unit(vectors_nD: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(vectors_nD / np.maximum(np.linalg.norm(vectors_nD, axis=1, keepdims=True), 1e-12))
 
 
-def index_folder(store: Store) -> Path:
+def index_folder(store: Store) -> Location:
     """Where the index of the run's teacher lies."""
     return store.folder / "index" / TEACHER
 
@@ -120,13 +120,13 @@ def _numbers(store: Store) -> dict[str, int]:
     return {part.digest(TEACHER): number for number, part in enumerate(store.parts)}
 
 
-def _opened(path: Path, said: IndexFile, read: Callable[[BinaryIO], Any]) -> Any:
+def _opened(path: Location, said: IndexFile, read: Callable[[BinaryIO], Any]) -> Any:
     """What `read` makes of a file of the index, which must be as index.json says."""
     try:
         with open_checked(path, said.xxh3, said.bytes, _REMEDY) as file:
             return read(file)
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        if isinstance(error, DataError | FileNotFoundError):
+        if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is not the index that index.json describes ({error}): {_REMEDY}") from error
 
@@ -169,7 +169,7 @@ def open_index(store: Store, read: Callable[[IndexDocument, BinaryIO], Any]) -> 
             # It was replaced between the two readings.
             if attempt + 1 < _ATTEMPTS and read_document(store) != document:
                 continue
-            raise DataError(f"{folder} lacks a file that index.json names ({error}): {_REMEDY}") from error
+            raise DataError(f"{folder} lacks a file that index.json names ({error.__cause__}): {_REMEDY}") from error
         return Opened(document, parts, table, index)
     raise AssertionError
 

@@ -5,7 +5,6 @@ DIR/parts/LAYER/NAME.json     rows, types, shapes, offsets, digests, the tar's s
 
 import itertools
 import math
-from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
 import numpy as np
@@ -17,6 +16,7 @@ from lgd.errors import DataError
 from lgd.files import digest_of, size_of
 from lgd.records import Count, Document, Many, Record, Sha256, Xxh3
 from lgd.store.recipe import Recipe
+from lgd.urls import Location
 
 FORMAT = "lgd-latents/2"
 REMEDY = "delete it and run lgd cache-latents again"
@@ -117,7 +117,7 @@ def part_name(shard: Shard) -> str:
     return f"{shard.name}-{shard.sha256[:12]}"
 
 
-def read_sidecar(folder: Path, name: str) -> Sidecar:
+def read_sidecar(folder: Location, name: str) -> Sidecar:
     """The sidecar of a part of a layer's folder; `DataError` for one that is missing, damaged or of another part."""
     path = folder / f"{name}.json"
     sidecar = Sidecar.read(path)
@@ -126,7 +126,7 @@ def read_sidecar(folder: Path, name: str) -> Sidecar:
     return sidecar
 
 
-def is_complete(store: Path, layer: str, shard: Shard, recipe: Recipe) -> bool:
+def is_complete(store: Location, layer: str, shard: Shard, recipe: Recipe) -> bool:
     """Whether a layer of the shard's part was committed under this recipe, and its file is there in its size."""
     folder, name = store / "parts" / layer, part_name(shard)
     try:

@@ -22,6 +22,7 @@ from lgd.errors import DataError
 from lgd.files import digest_of, publish, sync
 from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import Dataset, Rounding, Sidecar, part_name
+from lgd.urls import Location
 
 _LATENTS = ("pooled", "map")
 """The datasets that depend on a teacher."""
@@ -154,7 +155,7 @@ class ShardWriter(NamedTuple):
 
 
 @contextlib.contextmanager
-def shard_writer(store: Path, shard: Shard, recipe: Recipe) -> Iterator[ShardWriter]:
+def shard_writer(store: Location, shard: Shard, recipe: Recipe) -> Iterator[ShardWriter]:
     """Give a writer for a shard's rows; on success publish its parts."""
     rounding: dict[str, Rounding] = {}
     with (
@@ -166,7 +167,7 @@ def shard_writer(store: Path, shard: Shard, recipe: Recipe) -> Iterator[ShardWri
 
 @contextlib.contextmanager
 def _part_writer(
-    store: Path, layer: str, shard: Shard, recipe: Recipe, rounding: dict[str, Rounding]
+    store: Location, layer: str, shard: Shard, recipe: Recipe, rounding: dict[str, Rounding]
 ) -> Iterator[PartWriter]:
     """Give a writer for a shard's part of a layer; on success publish the part, and then its sidecar."""
     folder, name = store / "parts" / layer, part_name(shard)

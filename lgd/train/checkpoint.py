@@ -12,24 +12,22 @@ sample.
 import contextlib
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Self
 
 import torch
 from pydantic import Field, JsonValue, model_validator
 
 from lgd.errors import DataError
-from lgd.files import exists, format_diff, list_folder, publish, remove, remove_folder, sync, temporary_path, xxh3
+from lgd.files import exists, format_diff, is_same, list_folder, publish, remove_folder, xxh3
+from lgd.folders import discard_folder, publish_folder
 from lgd.models.export import write_tensors
 from lgd.records import Count, Document, Many, Record, Xxh3
 from lgd.remote import open_checked
 from lgd.train.engine import Moments
-from lgd.urls import is_remote, upload
+from lgd.urls import Location
 
-_TENSORS = ("weights.safetensors", "moments.safetensors")
+_TENSORS, _STATE = ("weights.safetensors", "moments.safetensors"), "state.json"
 
 
 class BestState(Record):
@@ -108,10 +106,10 @@ class Checkpoint:
     best: Best = field(default_factory=Best)
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def save(folder: Location, checkpoint: Checkpoint, keep: int) -> Location:
     """Publish a checkpoint under `folder` and remove all but the newest `keep` and the best."""
     path = folder / _name(checkpoint.step)
-    with _publish(path) as temporary:
+    with publish_folder(path, _STATE) as temporary:
         flat = {f"{p}|{m}": t for p, pair in checkpoint.moments.items() for m, t in pair.items()}
         digests = {}
         for file, tensors in zip(_TENSORS, (checkpoint.weights, flat), strict=True):
@@ -127,12 +125,12 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             best=BestState(**asdict(checkpoint.best)),
             xxh3=Digests(weights=digests[_TENSORS[0]], moments=digests[_TENSORS[1]]),
         )
-        state.write(temporary / "state.json")
+        state.write(temporary / _STATE)
     prune(folder, checkpoint.best, keep)
     return path
 
 
-def prune(folder: Path, best: Best, keep: int) -> None:
+def prune(folder: Location, best: Best, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and the best, and what a kill has left of a save or a removal."""
     whole = complete(folder)
     for name in list_folder(folder):
@@ -140,23 +138,23 @@ def prune(folder: Path, best: Best, keep: int) -> None:
             remove_folder(folder / name)
     for old in whole[:-keep]:
         if old.name != _name(best.step):
-            _remove(old)
+            discard_folder(old, _STATE)
 
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def complete(folder: Path) -> list[Path]:
+def complete(folder: Location) -> list[Location]:
     """Complete checkpoints under `folder`, oldest first."""
     names = [name for name in list_folder(folder) if name.startswith("step-")]
-    return [folder / name for name in names if exists(folder / name / "state.json")]
+    return [folder / name for name in names if exists(folder / name / _STATE)]
 
 
-def problems(path: Path) -> list[str]:
+def problems(path: Location) -> list[str]:
     """What is wrong with one checkpoint."""
     try:
-        state = State.read(path / "state.json")
+        state = State.read(path / _STATE)
     except DataError as error:
         return [str(error)]
     found = []
@@ -168,18 +166,14 @@ def problems(path: Path) -> list[str]:
     return found
 
 
-def _open_tensors(path: Path, file: str, state: State) -> BinaryIO:
+def _open_tensors(path: Location, file: str, state: State) -> BinaryIO:
     """A file of a checkpoint; `DataError` for one that is missing or damaged."""
-    remedy = f"delete {path} to go on from an older one"
-    try:
-        return open_checked(path / file, state.xxh3.of(file), None, remedy)
-    except OSError as error:
-        raise DataError(f"{path / file} is missing or cannot be read ({error.strerror or error}): {remedy}") from error
+    return open_checked(path / file, state.xxh3.of(file), None, f"delete {path} to go on from an older one")
 
 
-def _read_state(path: Path, inputs: dict[str, Any]) -> State:
+def _read_state(path: Location, inputs: dict[str, Any]) -> State:
     """state.json; `DataError` for one that is damaged, or of a run with other inputs, with the difference."""
-    state = State.read(path / "state.json")
+    state = State.read(path / _STATE)
     if state.inputs != inputs:
         raise DataError(
             f"checkpoint {path} is of another run:",
@@ -189,7 +183,7 @@ def _read_state(path: Path, inputs: dict[str, Any]) -> State:
     return state
 
 
-def load(path: Path, inputs: dict[str, Any]) -> Checkpoint:
+def load(path: Location, inputs: dict[str, Any]) -> Checkpoint:
     """Read a checkpoint; `DataError` for one that is damaged, or of a run with other inputs."""
     from safetensors.torch import load_file
 
@@ -215,7 +209,7 @@ def load(path: Path, inputs: dict[str, Any]) -> Checkpoint:
     )
 
 
-def find(folder: Path, inputs: dict[str, Any]) -> Checkpoint | None:
+def find(folder: Location, inputs: dict[str, Any]) -> Checkpoint | None:
     """The newest complete checkpoint under `folder`, or None where there is none yet."""
     done = complete(folder)
     if not done:
@@ -226,64 +220,30 @@ def find(folder: Path, inputs: dict[str, Any]) -> Checkpoint | None:
     return found if kept else replace(found, best=Best())
 
 
-def load_best(folder: Path, best: Best, inputs: dict[str, Any]) -> Checkpoint:
+def load_best(folder: Location, best: Best, inputs: dict[str, Any]) -> Checkpoint:
     """The checkpoint of the best validation."""
     return load(folder / _name(best.step), inputs)
 
 
-def adopt(folder: Path, path: Path, inputs: dict[str, Any], alone: bool = False) -> None:
+def adopt(folder: Location, path: Location, inputs: dict[str, Any], alone: bool = False) -> None:
     """Make the checkpoint at `path` the newest one under `folder`, or the only one if `alone`: later ones (all others)
     are removed, a foreign one is copied.
 
     Raises `DataError`, and changes nothing, for one that is incomplete, damaged, or of a run with other inputs.
     """
-    if not exists(path / "state.json"):
-        raise DataError(f"train.resume: {path} is not a complete checkpoint ({path / 'state.json'} is missing)")
+    if not exists(path / _STATE):
+        raise DataError(f"train.resume: {path} is not a complete checkpoint ({path / _STATE} is missing)")
     state = _read_state(path, inputs)
     own = folder / _name(state.step)
     with contextlib.ExitStack() as stack:
         opened = {file: stack.enter_context(_open_tensors(path, file, state)) for file in _TENSORS}
         for other in complete(folder):
             if other.name > own.name or (alone and other != path):
-                _remove(other)
-        local = not is_remote(path) and not is_remote(own)
-        if path == own or (local and own.exists() and path.samefile(own)):
+                discard_folder(other, _STATE)
+        if is_same(path, own):
             return
-        with _publish(own) as temporary:
+        with publish_folder(own, _STATE) as temporary:
             for file, source in opened.items():
                 with publish(temporary / file) as copy, copy.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-            state.write(temporary / "state.json")
-
-
-@contextlib.contextmanager
-def _publish(path: Path) -> Iterator[Path]:
-    """A local folder to fill, which becomes the checkpoint at `path`, in place of one of the same name if there is one.
-
-    On an error nothing appears.
-    """
-    if is_remote(path):
-        with tempfile.TemporaryDirectory(prefix="lgd-") as folder:
-            yield Path(folder)
-            if exists(path / "state.json"):
-                _remove(path)
-            for file in (*_TENSORS, "state.json"):
-                upload(Path(folder, file), path / file)
-        return
-    temporary, old = temporary_path(path), path.with_name(f".{path.name}.old.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    # First what makes it complete, so that none is ever half removed.
-    remove(path / "state.json")
-    remove_folder(path)
+            state.write(temporary / _STATE)

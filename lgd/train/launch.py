@@ -19,7 +19,7 @@ from lgd.data.overlap import open_disjoint
 from lgd.data.plan import World
 from lgd.data.shard_set import ShardSet
 from lgd.errors import DataError
-from lgd.files import digest_of, exists, list_folder, remove_folder, sha256
+from lgd.files import digest_of, exists, list_folder, may_have_sha256, remove_folder
 from lgd.locks import LOCK, exclusive
 from lgd.process_state import default_environment, stop_signals
 from lgd.train import checkpoint
@@ -28,7 +28,7 @@ from lgd.train.finished import keeps_others, read_finished, refuse_finished
 from lgd.train.loop import TASKS, train
 from lgd.train.prepare import choose_engine
 from lgd.train.tasks import Task, inputs_of
-from lgd.urls import is_remote, place
+from lgd.urls import as_location
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def _train_locked(task: Task, config: Config, shards: ShardSet, name: str, overw
         folder, resume = task.folder / "checkpoints", config.train.resume
         replaced = bool(overwrite) and keeps_others(task, inputs)
         if resume not in ("auto", "never"):
-            checkpoint.adopt(folder, place(resume), inputs, alone=replaced)
+            checkpoint.adopt(folder, as_location(resume), inputs, alone=replaced)
         elif replaced or resume == "never":
             remove_folder(folder)
     launch(
@@ -135,7 +135,7 @@ def _train_locked(task: Task, config: Config, shards: ShardSet, name: str, overw
         {"config": config, "shards": shards, "task": name, "engine": engine},
         workers=config.train.workers,
         max_failures=config.train.max_failures,
-        storage=place(config.run.dir) / "ray",
+        storage=as_location(config.run.dir) / "ray",
         # Folders of one name may be trained in at a time, as those of a seed.
         name=f"{task.folder.name}-{digest_of(str(task.folder))[:8]}",
     )
@@ -147,10 +147,7 @@ def is_finished(task: Task, config: Config, shards: ShardSet) -> bool:
     if not exists(path) or not exists(weights):
         return False
     made, inputs = read_finished(task), digest_of(inputs_of(task, config, shards))
-    if made is None or made.inputs != inputs:
-        return False
-    # Whoever loads remote weights compares their digest; here it would cost a download.
-    return is_remote(weights) or made.weights_sha256 == sha256(weights)
+    return made is not None and made.inputs == inputs and may_have_sha256(weights, made.weights_sha256)
 
 
 def worker(argument: dict[str, Any]) -> None:

@@ -3,23 +3,21 @@
 import logging
 import math
 import resource
-import shutil
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from lgd.config import LEVEL_NAMES
 from lgd.errors import DataError
-from lgd.files import exists, read_bytes, upload_folder, write_bytes
+from lgd.files import exists, read_bytes, write_bytes
+from lgd.folders import WorkingFolder
 from lgd.logs import progress
 from lgd.markup import markdown_table
 from lgd.metrics import confusion
 from lgd.text import dump_json
-from lgd.urls import is_remote
+from lgd.urls import Location
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +25,16 @@ logger = logging.getLogger(__name__)
 class Log:
     """The record of a run; rank 0 keeps it. That of a url is kept in TMPDIR, and uploaded by `publish`."""
 
-    def __init__(self, folder: Path, start: int, steps: int, batch: int) -> None:
+    def __init__(self, folder: Location, start: int, steps: int, batch: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.local = folder, folder
         before: list[str] = []
         if exists(folder / "log.jsonl"):
             before = read_bytes(folder / "log.jsonl").decode().splitlines()[:start]
-        if is_remote(folder):
-            self.local = Path(tempfile.mkdtemp(prefix="lgd-"))
-        path = self.local / "log.jsonl"
+        self.working = WorkingFolder(folder)
+        path = self.working.path / "log.jsonl"
         write_bytes(path, "".join(line + "\n" for line in before).encode())
-        self.board = SummaryWriter(self.local / "tensorboard", purge_step=start + 1)
+        self.board = SummaryWriter(self.working.path / "tensorboard", purge_step=start + 1)
         self.name, self.steps, self.batch, self.start, self.done = folder.name, steps, batch, start, start
         # Line by line, so that a killed run's log reaches to its last checkpoint.
         self.file = path.open("a", buffering=1)
@@ -90,9 +86,8 @@ class Log:
 
     def publish(self) -> None:
         """Make what was recorded so far appear at the url; a local folder has it already."""
-        if self.local != self.folder:
-            self.board.flush()
-            upload_folder(self.local, self.folder)
+        self.board.flush()
+        self.working.publish()
 
     def close(self) -> None:
         """Flush everything."""
@@ -104,8 +99,7 @@ class Log:
             logger.warning("%s: the log is incomplete: %s", self.name, error)
         self.board.close()
         self.file.close()
-        if self.local != self.folder:
-            shutil.rmtree(self.local)
+        self.working.close()
 
 
 def peak_memory() -> int:

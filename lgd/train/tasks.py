@@ -1,6 +1,5 @@
 """What is trained: a model, how its batch is prepared, and its losses. One class a task, the same loop for all."""
 
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from lgd.models.methods import find_method
 from lgd.models.teacher import new_teacher
 from lgd.store.latents import TEACHER, Store
 from lgd.store.supervision import recipe_of
-from lgd.urls import place
+from lgd.urls import Location, as_location
 
 
 class Task(Protocol):
@@ -27,7 +26,7 @@ class Task(Protocol):
     """The image that it reads: he or ihc."""
     field: str
     """The configuration's name of `folder`."""
-    folder: Path
+    folder: Location
     epochs: float
     store: Store | None
 
@@ -67,7 +66,7 @@ class TeacherTask:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.folder = place(config.teacher.dir)
+        self.folder = as_location(config.teacher.dir)
         self.epochs = config.teacher.epochs
 
     def build(self) -> nn.Module:
@@ -99,7 +98,7 @@ class StudentTask:
     def __init__(self, config: Config) -> None:
         """Raises `ConfigError` for a method that is not known, or that the fields of `student:` do not fit."""
         self.config = config
-        self.folder = place(config.student.dir)
+        self.folder = as_location(config.student.dir)
         self.epochs = config.student.epochs
         self.method = find_method(config.student.method)(config)
         self.store = Store(config.latents.dir, recipe_of(config)) if self.method.needs else None

@@ -21,7 +21,7 @@ from lgd.data.sources import CheckJob, check_chunk
 from lgd.errors import DataError
 from lgd.files import list_folder, read_bytes, write_bytes, write_json
 from lgd.tables import read_csv
-from lgd.urls import RemoteError, place
+from lgd.urls import RemoteError, as_location
 
 PAIRS = 10
 
@@ -76,7 +76,7 @@ def store():
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         # File systems are kept by fsspec; those of another server must not be taken.
         S3FileSystem.clear_instance_cache()
-        place("s3://data/x").fs.mkdir("data")
+        as_location("s3://data/x").fs.mkdir("data")
         yield kept
         S3FileSystem.clear_instance_cache()
     logger.removeHandler(listener)
@@ -91,10 +91,10 @@ def given(tmp_path_factory, store):
     folder = tmp_path_factory.mktemp("given")
     root = make_bci(folder / "bci", PAIRS)
     for path in root.rglob("*.png"):
-        write_bytes(place("s3://data/bci") / path.relative_to(root).as_posix(), path.read_bytes())
+        write_bytes(as_location("s3://data/bci") / path.relative_to(root).as_posix(), path.read_bytes())
     # What a store's console leaves for a folder, and what a Mac leaves in it.
     write_bytes("s3://data/bci/HE/train/._x.png", b"")
-    place("s3://data/bci").fs.touch("data/bci/HE/train/")
+    as_location("s3://data/bci").fs.touch("data/bci/HE/train/")
     return root, folder / "out", build(options(root, folder / "out"))[0]
 
 
@@ -103,7 +103,7 @@ def options(root, out, **changes):
 
 
 def remote_contents(url):
-    return {name: read_bytes(place(url) / name) for name in list_folder(url)}
+    return {name: read_bytes(as_location(url) / name) for name in list_folder(url)}
 
 
 def test_one_request_an_image_and_phase(given, store):
@@ -159,8 +159,8 @@ def test_what_a_build_left_after_its_manifest_is_removed(given, tmp_path):
     root, _, manifest = given
     for out in ("s3://data/left", str(tmp_path / "left")):
         build(options(root, out))
-        write_json(place(out) / ".building.json", {})
-        write_json(place(out) / ".train-000000.json", {})
+        write_json(as_location(out) / ".building.json", {})
+        write_json(as_location(out) / ".train-000000.json", {})
         assert build(options(root, out)) == (manifest, False)
         assert not [name for name in list_folder(out) if name.startswith(".")]
     write_json("s3://data/strange/.train-000000.json", json.loads("{}"))

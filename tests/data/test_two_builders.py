@@ -18,7 +18,7 @@ from lgd.data.verify import verify
 from lgd.errors import DataError
 from lgd.files import list_folder, read_bytes, read_json, write_json
 from lgd.locks import LOCK, exclusive
-from lgd.urls import place
+from lgd.urls import as_location
 
 PAIRS = 8
 KINDS = ({}, {"image": "jpeg:40"}, {"image": "png"}, {"salt": "x", "split": "group:0.5,0.25,0.25"})
@@ -258,7 +258,7 @@ def test_two_builders_into_one_url_are_not_mixed_unnoticed(forks, root, alone, f
         for outcome in outcomes:
             assert outcome == "built" or is_refusal(outcome) or "is not being built by this command" in outcome, outcome
         if "built" in outcomes:
-            found = {name: read_bytes(place(out) / name) for name in list_folder(out)}
+            found = {name: read_bytes(as_location(out) / name) for name in list_folder(out)}
             assert found == alone[(first, second)[outcomes.index("built")]].files or verify(out)
         met += max(began for began, _, _ in ends) < min(ended for _, ended, _ in ends)
     print(f"{met} of {count} pairs met")
@@ -278,4 +278,4 @@ def test_the_first_marker_at_a_url_stays(root, alone, s3_server):
     with contextlib.suppress(FileNotFoundError):
         write_json(f"{out}/.train-000000.json", built | {"building": "0" * 64})
     assert build(options(root, out, **alone[0].options)) == (alone[0].manifest, True)
-    assert {name: read_bytes(place(out) / name) for name in list_folder(out)} == alone[0].files
+    assert {name: read_bytes(as_location(out) / name) for name in list_folder(out)} == alone[0].files

@@ -21,7 +21,9 @@ def test_the_log_is_strict_json(tmp_path, capsys):
         log.step(2, {"loss": math.nan, "rate": math.inf}, 0.0)
         log.validation(2, {"kappa": 0.1, "accuracy": 0.5}, np.eye(4), np.arange(4))
         log.close()
-    rows = [json.loads(line, parse_constant=refuse) for line in (log.folder / "log.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line, parse_constant=refuse) for line in (log.working.path / "log.jsonl").read_text().splitlines()
+    ]
     assert rows == [{"step": 1, "loss": 0.5, "rate": 0.1}, {"step": 2, "loss": None, "rate": None}]
     err = capsys.readouterr().err
     assert r"a\x1b[2J: step 2/2  val kappa 0.100" in err and "\x1b" not in err

@@ -21,6 +21,7 @@ from lgd.files import read_bytes, read_json
 from lgd.options import load_config
 from lgd.train import checkpoint, launch
 from lgd.train.launch import train_under
+from lgd.urls import as_location
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_a_stopped_run_goes_on_from_its_bucket_and_another_run_from_its_checkpoi
     assert curve(folder) == curve(tissue_run.student.dir)
     whole = [name.split("/")[1] for name in names(s3, "stopped/student") if name.endswith("state.json")]
     assert whole == ["step-00000003", "step-00000004", "step-00000005"], "the best and the newest two"
-    assert checkpoint.problems(checkpoint.complete(launch.place(f"{folder}/checkpoints"))[-1]) == []
+    assert checkpoint.problems(checkpoint.complete(as_location(f"{folder}/checkpoints"))[-1]) == []
     assert main(["verify", f"{folder}/checkpoints/step-00000005"]) == 0
     assert not train_under(config, "student"), "it is finished"
     with pytest.raises(DataError, match=r"of other inputs:\n(.|\n)*train\.lr: 0\.001 in the folder, 0\.5 asked for"):

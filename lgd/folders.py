@@ -1,0 +1,71 @@
+"""Whole folders that are written here and may have to appear at a url."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lgd.files import exists, remove, remove_folder, sync, temporary_path
+from lgd.urls import Location, upload
+
+
+@contextlib.contextmanager
+def publish_folder(path: Location, mark: str) -> Iterator[Path]:
+    """A local folder to fill, which becomes `path`, in place of a folder of that name if there is one.
+
+    `mark`: the file whose appearance commits, where several files cannot appear at once: at a url it is the first to
+    be removed and the last to be uploaded. On an error nothing appears.
+    """
+    if not isinstance(path, Path):
+        with WorkingFolder(path) as working:
+            yield working.path
+            if exists(path / mark):
+                discard_folder(path, mark)
+            working.publish(last=mark)
+        return
+    temporary, old = temporary_path(path), path.with_name(f".{path.name}.old.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.replace(old)
+        temporary.replace(path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def discard_folder(path: Location, mark: str) -> None:
+    """Remove a folder, first the file that makes it complete, so that none is ever half removed."""
+    remove(path / mark)
+    remove_folder(path)
+
+
+class WorkingFolder(contextlib.ExitStack):
+    """A folder for what writes to no url: `path` is the local one itself, or one in TMPDIR, which goes at the end."""
+
+    def __init__(self, folder: Location) -> None:
+        super().__init__()
+        self.folder = folder
+        if isinstance(folder, Path):
+            self.path = folder
+        else:
+            self.path = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="lgd-")))
+
+    def publish(self, last: str = "") -> None:
+        """Make every file that was written so far appear at the url, the one named `last` after all others."""
+        if not isinstance(self.folder, Path):
+            files = sorted(path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file())
+            for name in sorted(files, key=lambda name: name == last):
+                upload(self.path / name, self.folder / name)
+
+
+def list_local_sizes(folder: Location) -> dict[str, int] | None:
+    """Bytes of each file in a folder, by name; None at a url, whose files are checked when they are fetched."""
+    if not isinstance(folder, Path):
+        return None
+    # One listing is quicker than asking for 2e5 files by name.
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}

@@ -1,0 +1,97 @@
+"""Folders that are written here, and appear here or at a url."""
+
+import os
+import tempfile
+
+import pytest
+
+from lgd import folders
+from lgd.files import list_folder, read_bytes, write_bytes
+from lgd.folders import WorkingFolder, discard_folder, list_local_sizes, publish_folder
+from lgd.urls import as_location
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server):
+    s3_server.create_bucket(Bucket="folders")
+    return s3_server
+
+
+@pytest.fixture(params=["here", "url"])
+def folder(request, tmp_path, monkeypatch):
+    """A folder that is not there yet; what is left in TMPDIR at the end is an error."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    if request.param == "url":
+        request.getfixturevalue("bucket")
+    yield tmp_path / "in" / "x" if request.param == "here" else as_location(f"s3://folders/{tmp_path.name}/x")
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def content(folder):
+    return {name: read_bytes(folder / name) for name in list_folder(folder)}
+
+
+def fill(folder, files):
+    with publish_folder(folder, "done") as temporary:
+        for name, text in files.items():
+            (temporary / name).write_bytes(text)
+            assert name not in list_folder(folder) or content(folder)[name] != text
+
+
+def test_a_folder_appears_whole_and_replaces_another(folder):
+    fill(folder, {"done": b"1", "a": b"2", "z": b"3"})
+    assert content(folder) == {"done": b"1", "a": b"2", "z": b"3"}
+    fill(folder, {"done": b"4", "b": b"5"})
+    assert content(folder) == {"done": b"4", "b": b"5"} and list(list_folder(folder.parent)) == ["x"]
+
+
+def test_a_folder_that_fails_leaves_the_old_one(folder):
+    fill(folder, {"done": b"1", "a": b"2"})
+    with pytest.raises(RuntimeError), publish_folder(folder, "done") as temporary:
+        (temporary / "done").write_bytes(b"3")
+        raise RuntimeError
+    assert content(folder) == {"done": b"1", "a": b"2"} and list(list_folder(folder.parent)) == ["x"]
+
+
+def test_at_a_url_the_mark_goes_first_and_comes_last(bucket, tmp_path, monkeypatch):
+    at = as_location(f"s3://folders/{tmp_path.name}/x")
+    fill(at, {"done": b"1", "a": b"2", "z": b"3"})
+    steps = []
+
+    def spy(name, which):
+        function = getattr(folders, name)
+        monkeypatch.setattr(folders, name, lambda *args: steps.append((name, args[which].name)) or function(*args))
+
+    spy("remove", 0), spy("remove_folder", 0), spy("upload", 1)
+    fill(at, {"done": b"4", "a": b"5", "z": b"6"})
+    removed = [("remove", "done"), ("remove_folder", "x")]
+    assert steps == [*removed, ("upload", "a"), ("upload", "z"), ("upload", "done")]
+
+
+def test_a_folder_is_discarded(folder):
+    discard_folder(folder, "done")
+    fill(folder, {"done": b"1", "a": b"2"})
+    discard_folder(folder, "done")
+    assert list_folder(folder) == {}
+
+
+def test_what_knows_no_urls_writes_to_a_folder_here(folder):
+    with WorkingFolder(folder) as working:
+        (working.path / "deep").mkdir(parents=True)
+        (working.path / "a").write_bytes(b"1")
+        working.publish()
+        assert read_bytes(folder / "a") == b"1"
+        (working.path / "a").write_bytes(b"2")
+        (working.path / "deep" / "b").write_bytes(b"3")
+        working.publish()
+        (working.path / "deep" / "c").write_bytes(b"4")
+    assert read_bytes(folder / "a") == b"2" and read_bytes(folder / "deep" / "b") == b"3"
+    # What is written after the last publication is in a local folder only.
+    assert ("c" in list_folder(folder / "deep")) == isinstance(folder, os.PathLike)
+
+
+def test_sizes_are_listed_here_only(folder):
+    write_bytes(folder / "a", b"12345")
+    write_bytes(folder / "deep" / "b", b"1")
+    assert list_local_sizes(folder) == ({"a": 5} if isinstance(folder, os.PathLike) else None)
