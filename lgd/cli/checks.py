@@ -65,8 +65,8 @@ def _add_doctor(parser: Parser) -> Run:
 
 
 def _add_bench(parser: Parser) -> Run:
-    from lgd.bench.measure import Settings
-    from lgd.bench.suite import BENCHMARKS, bench, rows, summary
+    from tools.bench.measure import Settings
+    from tools.bench.suite import BENCHMARKS, bench, rows, summary
 
     names = f"one of {', '.join(BENCHMARKS)}; by default all"
     parser.add_argument("name", nargs="?", default="", metavar="NAME", help=names)

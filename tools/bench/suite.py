@@ -11,26 +11,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Settings, machine, pinned, versions
 from lgd.errors import ConfigError
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Settings, machine, pinned, versions
 
 FORMAT = "lgd-bench/1"
 BENCHMARKS = {
-    "loader": "lgd.bench.loader",
-    "loader-peers": "lgd.bench.peers",
-    "decode": "lgd.bench.decode",
-    "store-plan": "lgd.bench.store:plan",
-    "store-random": "lgd.bench.store:random",
-    "store-write": "lgd.bench.write",
-    "cache": "lgd.bench.cache",
-    "memory": "lgd.bench.memory",
-    "query": "lgd.bench.query",
-    "engine": "lgd.bench.engine",
-    "cached-step": "lgd.bench.cached:step",
-    "cached-vs-recompute": "lgd.bench.cached:recompute",
-    "scale": "lgd.bench.scale",
-    "efficiency": "lgd.bench.efficiency",
+    "loader": "tools.bench.loader",
+    "loader-peers": "tools.bench.peers",
+    "decode": "tools.bench.decode",
+    "store-plan": "tools.bench.store:plan",
+    "store-random": "tools.bench.store:random",
+    "store-write": "tools.bench.write",
+    "cache": "tools.bench.cache",
+    "memory": "tools.bench.memory",
+    "query": "tools.bench.query",
+    "engine": "tools.bench.engine",
+    "cached-step": "tools.bench.cached:step",
+    "cached-vs-recompute": "tools.bench.cached:recompute",
+    "scale": "tools.bench.scale",
+    "efficiency": "tools.bench.efficiency",
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from lgd.doctor import version_of
 from lgd.errors import require
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lgd.{__name__}")
 
 PACKAGES = (
     *("lgd", "numpy", "torch", "deepspeed", "simplejpeg", "pillow", "webdataset", "litdata"),

@@ -13,13 +13,15 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from lgd.bench import cached, decode, engine, loader, memory, peers, query, training
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Rate, Ratio, Settings, alternate, cpu_seconds, pinned, steady, taking_turns
-from lgd.bench.suite import BENCHMARKS, bench, rows, summary
 from lgd.cli import main
 from lgd.errors import ConfigError, DataError
 from lgd.store.search import IndexDocument
+from tools.bench import cached, decode, engine, loader, memory, peers, query, training
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Rate, Ratio, Settings, alternate, cpu_seconds, pinned, steady, taking_turns
+from tools.bench.suite import BENCHMARKS, bench, rows, summary
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +294,7 @@ def test_the_plans_memory_does_not_grow_with_the_samples():
 
 BESIDE_THREADS = """
 import os, sys, threading, zlib
-from lgd.bench import memory
+from tools.bench import memory
 
 def compress():
     while True:
@@ -313,7 +315,7 @@ for _ in range(100_000):
 
 def test_memory_is_not_traced_beside_threads():
     """Tracing while others allocate without the GIL ended this process with a segmentation fault within seconds."""
-    done = subprocess.run([sys.executable, "-c", BESIDE_THREADS], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", BESIDE_THREADS], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 3, done.stderr[-2000:]
 
 

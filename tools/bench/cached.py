@@ -21,9 +21,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate
-from lgd.bench.training import (
+from lgd.config import Config
+from lgd.data.image import decode
+from lgd.data.plan import World
+from lgd.data.stream import Reader, Sample
+from lgd.models.teacher import load_teacher
+from lgd.stain.targets import membrane_grid, nuclei_grid
+from lgd.train.batch import Batch, Step
+from lgd.train.launch import join_world
+from lgd.train.tasks import StudentTask, Task
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate
+from tools.bench.training import (
     COMPARED,
     HEAD,
     KEPT,
@@ -39,15 +48,6 @@ from lgd.bench.training import (
     rate_of,
     settle,
 )
-from lgd.config import Config
-from lgd.data.image import decode
-from lgd.data.plan import World
-from lgd.data.stream import Reader, Sample
-from lgd.models.teacher import load_teacher
-from lgd.stain.targets import membrane_grid, nuclei_grid
-from lgd.train.batch import Batch, Step
-from lgd.train.launch import join_world
-from lgd.train.tasks import StudentTask, Task
 
 MARK = 0.95
 _CPU_BATCH = 4

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
-from lgd.bench.store import RECIPE, random_rows, shard_of
 from lgd.data.archive import Shard
 from lgd.files import sync
 from lgd.store.cache import SHARDS_AT_ONCE
 from lgd.store.recipe import PATCHES, TEACHER
 from lgd.store.sidecar import part_name
 from lgd.store.writer import shard_writer
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
+from tools.bench.store import RECIPE, random_rows, shard_of
 
 _ADDED = 64
 """Rows that the writer is given at a time."""

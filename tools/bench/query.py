@@ -18,10 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Ratio, Settings
-from lgd.bench.memory import private_bytes
-from lgd.bench.store import RECIPE
 from lgd.data.archive import Shard
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of, code_bytes
@@ -29,8 +25,12 @@ from lgd.store.index import build_index, choose
 from lgd.store.latents import Store, commit
 from lgd.store.search import IndexDocument, Searcher, import_faiss, index_folder
 from lgd.store.writer import shard_writer
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Ratio, Settings
+from tools.bench.memory import private_bytes
+from tools.bench.store import RECIPE
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lgd.{__name__}")
 
 DIM = 512
 MARK, RECALL, SPEED = 1.05, 0.99, 20
