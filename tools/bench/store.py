@@ -53,13 +53,13 @@ Address = tuple[list[int], list[int], list[str | None]]
 Read = Callable[[Address], dict[str, np.ndarray]]
 
 
-def shard_of(folder: Path, number: int, rows: int) -> Shard:
+def shard_of(folder: Path, number: int, rows: int, split: str = "train") -> Shard:
     """A shard of a part that is made without one."""
-    name = f"train-{number:06d}"
+    name = f"{split}-{number:06d}"
     return Shard(
         path=folder / f"{name}.tar",
         name=name,
-        split="train",
+        split=split,
         samples=rows,
         bytes=1,
         sha256=f"{number:064x}",
