@@ -44,8 +44,9 @@ faults: export LGD_FAULTS = all
 faults: .venv/installed-dev
 	$(call PYTEST,-m faults)
 
+# All benchmarks, or some: make bench NAMES="loader query"
 bench: .venv/installed
-	$(BIN)/lgd bench
+	$(BIN)/python tools/bench $(NAMES)
 
 evidence: .venv/installed
 	$(BIN)/lgd synth $(TISSUE)/tissue --pairs 4800 --slides 400 --size 96 --test 0.3 --seed $(SEED) \

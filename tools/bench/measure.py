@@ -29,7 +29,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What `lgd bench` is asked for."""
+    """What the benchmarks are asked for."""
 
     images: str = ""
     """Folder of patches in BCI's layout (HE/SPLIT, IHC/SPLIT); by default 1024 px virtual tissue is drawn."""

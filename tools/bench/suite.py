@@ -1,47 +1,63 @@
-"""`lgd bench [NAME]`: the benchmarks by name, one document, one table.
+"""The benchmarks by name: one document, one table, and a forecast of how long they take.
 
-A benchmark is a function `(settings, inputs) -> Outcome`, `run` of its module unless it is named; the docstrings
-say what it compares.
+A benchmark is a function `(settings, inputs) -> Outcome`; the docstrings say what it compares.
 """
 
 import importlib
+import logging
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lgd.errors import ConfigError
+from lgd.errors import require
+from lgd.text import escape_text
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Settings, machine, pinned, versions
 
+logger = logging.getLogger(f"lgd.{__name__}")
+
 FORMAT = "lgd-bench/1"
+
+
+class Benchmark(NamedTuple):
+    """Where a benchmark is, and how long it takes."""
+
+    module: str
+    minutes: float
+    """With the default settings, alone, on 2 cores of an AMD EPYC."""
+    function: str = "run"
+
+
 BENCHMARKS = {
-    "loader": "tools.bench.loader",
-    "loader-peers": "tools.bench.peers",
-    "decode": "tools.bench.decode",
-    "store-plan": "tools.bench.store:plan",
-    "store-random": "tools.bench.store:random",
-    "store-write": "tools.bench.write",
-    "cache": "tools.bench.cache",
-    "memory": "tools.bench.memory",
-    "query": "tools.bench.query",
-    "engine": "tools.bench.engine",
-    "cached-step": "tools.bench.cached:step",
-    "cached-vs-recompute": "tools.bench.cached:recompute",
-    "scale": "tools.bench.scale",
-    "efficiency": "tools.bench.efficiency",
+    "loader": Benchmark("loader", 1),
+    "loader-peers": Benchmark("peers", 1),
+    "decode": Benchmark("decode", 1),
+    "store-plan": Benchmark("store", 1, "plan"),
+    "store-random": Benchmark("store", 1, "random"),
+    "store-write": Benchmark("write", 1),
+    "cache": Benchmark("cache", 1),
+    "memory": Benchmark("memory", 1),
+    "query": Benchmark("query", 1),
+    "engine": Benchmark("engine", 1),
+    "cached-step": Benchmark("cached", 1, "step"),
+    "cached-vs-recompute": Benchmark("cached", 1, "recompute"),
+    "scale": Benchmark("scale", 1),
+    "efficiency": Benchmark("efficiency", 1),
 }
 
 
-def bench(name: str, settings: Settings) -> dict[str, Any]:
-    """Run one benchmark, or all for an empty name, and give the JSON document.
+def bench(names: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """Run some benchmarks, or all for no names, and give the JSON document.
 
-    What a benchmark needs and makes lies in a temporary folder, which is removed. Raises `ConfigError` with the list
-    of names for another one, and `DataError` for images that cannot be used.
+    What they need and make lies in a temporary folder, which is removed. Before the first and after each a forecast is
+    logged. Raises `ConfigError` with the list of names for another one, and `DataError` for images that cannot be used.
     """
-    if name and name not in BENCHMARKS:
-        raise ConfigError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    unknown = [escape_text(name, 60) for name in names if name not in BENCHMARKS]
+    require(not unknown, f"there is no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    left = list(dict.fromkeys(names)) or list(BENCHMARKS)
     document: dict[str, Any] = {
         "format": FORMAT,
         "machine": machine(),
@@ -49,14 +65,25 @@ def bench(name: str, settings: Settings) -> dict[str, Any]:
         "settings": asdict(settings) | {"threads": settings.workers},
         "benchmarks": [],
     }
+    logger.info(f"[bench] about {forecast(left)}, with the default options on 2 cores of an AMD EPYC")
     with tempfile.TemporaryDirectory(prefix="lgd-bench-") as folder, pinned():
         inputs = Inputs(settings, Path(folder))
-        for one in [name] if name else BENCHMARKS:
-            module, _, function = BENCHMARKS[one].partition(":")
-            outcome = getattr(importlib.import_module(module), function or "run")(settings, inputs)
+        while left:
+            name, began = left.pop(0), time.monotonic()
+            module = importlib.import_module(f"tools.bench.{BENCHMARKS[name].module}")
+            outcome = getattr(module, BENCHMARKS[name].function)(settings, inputs)
             ratios = [ratio.as_json() for ratio in outcome.ratios]
-            document["benchmarks"].append({"name": one, "ratios": ratios, "facts": outcome.facts})
+            seconds = round(time.monotonic() - began, 1)
+            document["benchmarks"].append({"name": name, "seconds": seconds, "ratios": ratios, "facts": outcome.facts})
+            logger.info(f"[bench] {name} took {seconds / 60:.1f} min; left: {forecast(left) if left else 'nothing'}")
     return document
+
+
+def forecast(names: Iterable[str]) -> str:
+    """How long some benchmarks take together, and each: "5 min (loader 2, decode 3)"."""
+    minutes = {name: BENCHMARKS[name].minutes for name in names}
+    each = ", ".join(f"{name} {minutes[name]:g}" for name in minutes)
+    return f"{sum(minutes.values()):g} min ({each})"
 
 
 def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
