@@ -60,7 +60,7 @@ evidence-coupling: evidence
 	for coupling in 0 0.5 0.75; do \
 		$(MAKE) evidence COUPLING=$$coupling EVIDENCE=$(EVIDENCE)-$$coupling ABLATE="--seeds 3 --jobs 2" || exit 1; \
 	done
-	$(BIN)/python tools/plot_coupling.py $(EVIDENCE)/coupling.png 0=$(EVIDENCE)-0 0.5=$(EVIDENCE)-0.5 \
+	$(BIN)/python tools/studies/plot_coupling.py $(EVIDENCE)/coupling.png 0=$(EVIDENCE)-0 0.5=$(EVIDENCE)-0.5 \
 		0.75=$(EVIDENCE)-0.75 $(COUPLING)=$(EVIDENCE)
 
 # Training slides of which the H&E's stain (or background) gives nothing (0) or the level of most (0.9) away, while the test
@@ -76,7 +76,7 @@ evidence-shortcut evidence-background: .venv/installed
 			EVIDENCE=$(EVIDENCE)-$(IN)-$$shortcut-jitter-$$jitter \
 			ABLATE="--seeds 3 --jobs 2 --data.$(JITTER) $$jitter" || exit 1; \
 	done; done
-	$(BIN)/python tools/table_shortcut.py $(foreach jitter,$(JITTERS),\
+	$(BIN)/python tools/studies/table_shortcut.py $(foreach jitter,$(JITTERS),\
 		$(jitter)=$(EVIDENCE)-$(IN)-0-jitter-$(jitter),$(EVIDENCE)-$(IN)-0.9-jitter-$(jitter))
 
 CONSTRAINTS = $(if $(filter cpu,$(FAISS)),--constraint constraints-cpu.txt)

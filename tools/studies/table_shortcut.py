@@ -3,14 +3,14 @@
 Each pair of runs is a control and a world with the shortcut (`lgd synth --shortcut 0` and `--shortcut 0.9`), whose test
 images are the same. The difference is paired over slides and trainings.
 
-python tools/table_shortcut.py 0.2=runs/control,runs/shortcut 0.4=runs/control-0.4,runs/shortcut-0.4
+python tools/studies/table_shortcut.py 0.2=runs/control,runs/shortcut 0.4=runs/control-0.4,runs/shortcut-0.4
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lgd.ablate import METRICS, read_answers
 from lgd.errors import DataError

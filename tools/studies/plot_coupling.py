@@ -1,13 +1,13 @@
 """What LGD-Net gains, against how much of the level the H&E reveals, from runs of `lgd ablate` on such worlds.
 
-python tools/plot_coupling.py docs/coupling.png 0=runs/evidence-0 0.5=runs/evidence-0.5 1=runs/evidence
+python tools/studies/plot_coupling.py docs/coupling.png 0=runs/evidence-0 0.5=runs/evidence-0.5 1=runs/evidence
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lgd.ablate import METRICS, OURS, read_table
 from lgd.errors import DataError
