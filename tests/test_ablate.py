@@ -28,6 +28,7 @@ from lgd.models.methods import METHODS, PROPOSED
 from lgd.options import add_option_arguments, make_parser
 from lgd.urls import as_location
 
+STUDIES = Path(__file__).parents[1] / "tools" / "studies"
 CORE = ["H&E-only", "two streams", "label distillation", "LGD-Net"]
 CONTROLS = METHODS[PROPOSED].controls
 
@@ -193,7 +194,11 @@ def test_gains_are_drawn_against_the_coupling(run, tmp_path, capsys):
     """Two runs stand for two worlds; bad input is one message."""
     assert main(command(run, tmp_path, "--seeds", "1")) == 0
     capsys.readouterr()
-    tool = [sys.executable, str(Path(__file__).parents[1] / "tools" / "plot_coupling.py"), str(tmp_path / "a.png")]
+    tool = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "tools" / "studies" / "plot_coupling.py"),
+        str(tmp_path / "a.png"),
+    ]
     done = subprocess.run([*tool, f"0={run.run.dir}", f"0.5={run.run.dir}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| label distillation |" in done.stdout and "| 0.0 | 0.5 |" in done.stdout
@@ -207,7 +212,7 @@ def test_the_fall_by_a_shortcut_is_paired_with_its_control(run, tmp_path, capsys
     """A run beside itself falls by nothing; the scores are those of its own table."""
     assert main(command(run, tmp_path, "--seeds", "2")) == 0
     capsys.readouterr()
-    tool = [sys.executable, str(Path(__file__).parents[1] / "tools" / "table_shortcut.py")]
+    tool = [sys.executable, str(STUDIES / "table_shortcut.py")]
     done = subprocess.run([*tool, f"0.2={run.run.dir},{run.run.dir}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = ablate.read_table(Path(run.run.dir))

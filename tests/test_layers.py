@@ -29,19 +29,15 @@ evaluate.ranking evaluate.answer evaluate.keys evaluate.retrieve evaluate.sheet 
 evaluate.compare evaluate.robustness evaluate.caveats evaluate.evaluation
 evaluate.slides evaluate.report
 doctor run_document run_folder check info ablate pipeline
-bench.measure bench.inputs bench.loader bench.peers bench.formats bench.teacher bench.decode
-bench.store bench.write bench.cache bench.memory bench.query
-bench.training bench.engine bench.cached bench.scale bench.staining bench.efficiency bench.suite
 cli.verb cli.stages cli.answers cli.checks
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {
     "ray": {"distribute"},
     "faiss": {"store.search", "doctor"},
-    "deepspeed": {"train.deepspeed_engine", "bench.engine"},
+    "deepspeed": {"train.deepspeed_engine"},
     "h5py": {"store.parts", "store.writer", "store.export"},
-    "webdataset": {"data.archive", "bench.peers"},
-    "litdata": {"bench.peers"},
+    "webdataset": {"data.archive"},
     "transformers": {"models.backbone"},
     "huggingface_hub": {"models.pretrained"},
     "matplotlib": {"evaluate.figures"},
@@ -162,7 +158,7 @@ def test_only_the_command_line_writes_to_standard_error():
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr == "stderr"
     }
-    assert {name for name in users if not name.startswith("bench.")} == {"text", "logs"}
+    assert users == {"text", "logs"}
 
 
 def test_the_lines_of_an_error_are_its_arguments():

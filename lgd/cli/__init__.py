@@ -11,7 +11,7 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import lgd
 from lgd.arguments import make_parser, suggest_name
@@ -41,13 +41,22 @@ def usage() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    return run_command("lgd", _run, sys.argv[1:] if argv is None else argv)
+
+
+def run_command(name: str, run: Callable[[list[str]], int], argv: Sequence[str]) -> int:
+    """Run a command with lgd's logs, and with each error as one message; returns the exit status.
+
+    `run` is given the arguments without `--debug` and `--quiet`, and `name` begins the message of an error.
+    """
+    args = list(argv)
     debug = "--debug" in args
     level = logging.DEBUG if debug else logging.WARNING if "--quiet" in args else logging.INFO
+    args = [arg for arg in args if arg not in ("--debug", "--quiet")]
     try:
         with escaped_output(), show_logs(level):
             try:
-                return _main([arg for arg in args if arg not in ("--debug", "--quiet")], debug)
+                return _answer_errors(name, run, args, debug)
             finally:
                 # What is buffered would otherwise fail after the last handler of errors.
                 if sys.stdout is not None:
@@ -57,32 +66,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _main(args: list[str], debug: bool) -> int:
+def _answer_errors(name: str, run: Callable[[list[str]], int], args: list[str], debug: bool) -> int:
+    try:
+        return run(args)
+    except ConfigError as error:
+        return _fail(name, error, 2, debug)
+    except (DataError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _closed_outputs():
+            raise
+        return _fail(name, error, 1, debug)
+    except KeyboardInterrupt:
+        print_lines(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except Exception:  # noqa: BLE001 - nothing above it can answer
+        # Python itself would print the message of the error as it is.
+        traceback.print_exc()
+        return 1
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print_lines(*usage())
         return 0 if args else 2
     if args[0] == "--version":
         print_lines(lgd.__version__)
         return 0
-    try:
-        _run(args[0], args[1:])
-    except ConfigError as error:
-        return _fail(error, 2, debug)
-    except (DataError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _closed_outputs():
-            raise
-        return _fail(error, 1, debug)
-    except KeyboardInterrupt:
-        print_lines("lgd: interrupted", file=sys.stderr)
-        return 130
-    except Exception:  # noqa: BLE001 - nothing above it can answer
-        # Python itself would print the message of the error as it is.
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-def _run(verb: str, args: list[str]) -> None:
+    verb = args[0]
     if verb not in VERBS:
         shown = escape_text(verb, 60)
         if verb.startswith("-"):
@@ -90,15 +99,16 @@ def _run(verb: str, args: list[str]) -> None:
         raise ConfigError(f"lgd has no verb {shown!r}{suggest_name(verb, VERBS)}")
     parser = make_parser(f"lgd {verb}", VERBS[verb].summary)
     run = VERBS[verb].add(parser)
-    run(parser.parse(args))
+    run(parser.parse(args[1:]))
+    return 0
 
 
-def _fail(error: Exception, status: int, debug: bool) -> int:
+def _fail(name: str, error: Exception, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
         return status
     first, *more = error.args if isinstance(error, ConfigError | DataError) and error.args else [error]
-    print_lines(f"lgd: {first}", *more, file=sys.stderr)
+    print_lines(f"{name}: {first}", *more, file=sys.stderr)
     return status
 
 

@@ -1,10 +1,9 @@
-"""The verbs that look: what a folder is, what is wrong with it, what this machine has, how fast the parts are."""
+"""The verbs that look: what a folder is, what is wrong with it, what this machine has."""
 
 from lgd.arguments import Namespace, Parser
 from lgd.cli.verb import Run, Verb, add_code_argument
 from lgd.errors import DataError
-from lgd.options import add_option_arguments, typed
-from lgd.tables import print_table
+from lgd.options import typed
 from lgd.text import print_json, print_lines
 from lgd.urls import as_location
 
@@ -64,34 +63,8 @@ def _add_doctor(parser: Parser) -> Run:
     return run
 
 
-def _add_bench(parser: Parser) -> Run:
-    from lgd.bench.measure import Settings
-    from lgd.bench.suite import BENCHMARKS, bench, rows, summary
-
-    names = f"one of {', '.join(BENCHMARKS)}; by default all"
-    parser.add_argument("name", nargs="?", default="", metavar="NAME", help=names)
-    parser.add_argument("--json", action="store_true", help=_JSON)
-    shown = (
-        *("images", "size", "batch", "threads", "seconds", "rounds", "teacher", "rows"),
-        *("model", "train_batch", "precision"),
-    )
-    hidden = [name for name in Settings.__dataclass_fields__ if name not in shown]
-    add_option_arguments(parser, Settings, skip=hidden)
-
-    def run(namespace: Namespace) -> None:
-        document = bench(namespace.name, Settings(**{name: namespace[name] for name in shown}))
-        if namespace.json:
-            print_json(document)
-            return
-        print_table(rows(document))
-        print_lines(summary(document))
-
-    return run
-
-
 VERBS = {
     "info": Verb("what a run, shard folder, feature store, network or checkpoint is", _add_info),
     "verify": Verb("check one of these end to end", _add_verify),
     "doctor": Verb("what this machine has and lacks", _add_doctor),
-    "bench": Verb("how fast the parts are, as ratios against a bare loop or a peer", _add_bench),
 }

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgd.bench import efficiency, staining
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Settings, pinned
+from tools.bench import efficiency, staining
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Settings, pinned
 
 
 @pytest.fixture(scope="module")

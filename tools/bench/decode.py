@@ -15,17 +15,17 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from lgd.bench.formats import formats
-from lgd.bench.inputs import Inputs, draw
-from lgd.bench.loader import count_for, pixels
-from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
-from lgd.bench.teacher import train_teacher
 from lgd.config import LEVEL_NAMES
 from lgd.data.pairs import PatchPair, find_pairs
 from lgd.errors import DataError
 from lgd.models.teacher import Teacher, load_teacher
+from tools.bench.formats import formats
+from tools.bench.inputs import Inputs, draw
+from tools.bench.loader import count_for, pixels
+from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
+from tools.bench.teacher import train_teacher
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lgd.{__name__}")
 
 Decoder = Callable[[bytes, int], np.ndarray]
 """JPEG bytes and a side -> (side, side, 3) uint8."""

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Rate, Settings, alternate, timed
 from lgd.config import Data
 from lgd.data.archive import Shard
 from lgd.data.plan import Plan, offsets
@@ -23,8 +21,10 @@ from lgd.store.latents import SUPERVISION, TEACHER, Rows, Store, commit
 from lgd.store.parts import Part
 from lgd.store.recipe import Recipe, TargetsRecipe, TeacherRecipe
 from lgd.store.writer import shard_writer
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Rate, Settings, alternate, timed
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lgd.{__name__}")
 
 RECIPE = Recipe(
     targets=TargetsRecipe(nuclei_grid=8, membrane_grid=4, dtype="float16", settings={}),
@@ -53,13 +53,13 @@ Address = tuple[list[int], list[int], list[str | None]]
 Read = Callable[[Address], dict[str, np.ndarray]]
 
 
-def shard_of(folder: Path, number: int, rows: int) -> Shard:
+def shard_of(folder: Path, number: int, rows: int, split: str = "train") -> Shard:
     """A shard of a part that is made without one."""
-    name = f"train-{number:06d}"
+    name = f"{split}-{number:06d}"
     return Shard(
         path=folder / f"{name}.tar",
         name=name,
-        split="train",
+        split=split,
         samples=rows,
         bytes=1,
         sha256=f"{number:064x}",

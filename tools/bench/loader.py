@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Rate, Settings, alternate, steady, timed
 from lgd.config import Data
 from lgd.data.archive import Shard
 from lgd.data.image import decode
 from lgd.data.plan import Plan
 from lgd.data.stream import Reader
 from lgd.train.batch import Batch, BatchOptions, training_batches
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Rate, Settings, alternate, steady, timed
 
 HEAD = 8
 """Batches before the timed ones: more than the stream reads ahead."""

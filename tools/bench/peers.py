@@ -1,6 +1,6 @@
 """`loader-peers`: the same stream against what others would use on the same images.
 
-A is `lgd.bench.loader`'s. B is one of three, with as many worker processes as A has threads, warm: webdataset under a
+A is `tools.bench.loader`'s. B is one of three, with as many worker processes as A has threads, warm: webdataset under a
 DataLoader and LitData, both given our decoder, and the customary recipe of Pillow over plain files. Each gives uint8
 batches (B, 3, H, W) and levels, as A does. LitData is optional: it requires torchvision, which it does not use here.
 """
@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.loader import Product, count_for, pixels
-from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
 from lgd.config import LEVEL_NAMES
+from tools.bench.inputs import Inputs
+from tools.bench.loader import Product, count_for, pixels
+from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lgd.{__name__}")
 
 PREFETCH = 4
 """Batches that each worker process reads ahead."""

@@ -28,10 +28,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Rate, Settings, alternate, timed
-from lgd.bench.staining import FORMATS, VirtualStaining
-from lgd.bench.training import settle
 from lgd.config import Latents
 from lgd.data.image import decode
 from lgd.evaluate.predict import Scorer
@@ -40,8 +36,12 @@ from lgd.models.encoder import build_encoder
 from lgd.models.methods import PROPOSED
 from lgd.models.student import HallucinatingStudent, Student
 from lgd.models.teacher import Teacher, new_teacher
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Rate, Settings, alternate, timed
+from tools.bench.staining import FORMATS, VirtualStaining
+from tools.bench.training import settle
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lgd.{__name__}")
 
 MARK = 1.0
 """That LGD-Net is faster at all: nothing more was asked."""

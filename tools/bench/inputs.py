@@ -12,7 +12,6 @@ from typing import Any
 
 import simplejpeg
 
-from lgd.bench.measure import Settings
 from lgd.config import LEVEL_NAMES
 from lgd.data.archive import Shard, read_sample
 from lgd.data.image import header, kind
@@ -22,6 +21,7 @@ from lgd.data.shard_options import ShardOptions
 from lgd.data.shard_set import ShardFolder
 from lgd.data.shards import build
 from lgd.errors import DataError
+from tools.bench.measure import Settings
 
 _DRAWN = 16
 """Distinct virtual pairs; each of another slide."""

@@ -1,16 +1,17 @@
 """What LGD-Net gains, against how much of the level the H&E reveals, from runs of `lgd ablate` on such worlds.
 
-python tools/plot_coupling.py docs/coupling.png 0=runs/evidence-0 0.5=runs/evidence-0.5 1=runs/evidence
+python tools/studies/plot_coupling.py docs/coupling.png 0=runs/evidence-0 0.5=runs/evidence-0.5 1=runs/evidence
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lgd.ablate import read_table
-from lgd.errors import DataError
+from lgd.arguments import make_parser
+from lgd.cli import run_command
+from lgd.errors import ConfigError
 from lgd.evaluate.ablation_table import LGD_NET, METRICS
 from lgd.evaluate.figures import gain_curves
 from lgd.evaluate.markdown import format_interval
@@ -18,25 +19,21 @@ from lgd.markup import markdown_table
 from lgd.text import print_lines
 
 
-def run(argv: list[str]) -> int:
+def run(args: list[str]) -> int:
     """Draw the figure and print its numbers; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("python tools/studies/plot_coupling.py", "LGD-Net's gain against how much the H&E reveals.")
     parser.add_argument("out", help="the picture, a PNG")
     parser.add_argument("runs", nargs="+", metavar="COUPLING=RUN", help="a run of lgd ablate, and its world's coupling")
     parser.add_argument("--metric", choices=list(METRICS), default="kappa")
-    asked = parser.parse_args(argv)
+    asked = parser.parse(args)
     tables = {}
     for one in asked.runs:
         coupling, _, folder = one.partition("=")
         try:
             value = float(coupling)
-        except ValueError:
-            parser.error(f"{one}: give COUPLING=RUN, such as 0.5=runs/evidence-0.5")
-        try:
-            tables[value] = read_table(Path(folder))
-        except DataError as error:
-            print_lines(f"plot_coupling: {error}", file=sys.stderr)
-            return 1
+        except ValueError as error:
+            raise ConfigError(f"{one}: give COUPLING=RUN, such as 0.5=runs/evidence-0.5") from error
+        tables[value] = read_table(Path(folder))
     gain_curves(tables, asked.metric, asked.out)
     couplings = sorted(tables)
     rows = []
@@ -50,4 +47,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_command("plot_coupling", run, sys.argv[1:]))

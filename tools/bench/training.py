@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Rate, Settings, cpu_seconds
 from lgd.config import Config
 from lgd.data.plan import Plan, World
 from lgd.data.shard_set import ShardSet
@@ -34,8 +32,10 @@ from lgd.train.log import Log
 from lgd.train.loop import take_step
 from lgd.train.prepare import Learner, make_engine
 from lgd.train.tasks import StudentTask, Task
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Rate, Settings, cpu_seconds
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lgd.{__name__}")
 
 HEAD = 3
 """Steps before the timed ones, in which the stream fills its queue."""

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from lgd.doctor import version_of
 from lgd.errors import require
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lgd.{__name__}")
 
 PACKAGES = (
     *("lgd", "numpy", "torch", "deepspeed", "simplejpeg", "pillow", "webdataset", "litdata"),
@@ -29,7 +29,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What `lgd bench` is asked for."""
+    """What the benchmarks are asked for."""
 
     images: str = ""
     """Folder of patches in BCI's layout (HE/SPLIT, IHC/SPLIT); by default 1024 px virtual tissue is drawn."""

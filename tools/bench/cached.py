@@ -10,6 +10,7 @@ sides. What A can save at most is the ceiling, max(student + teacher, reading of
 measured alone: reading goes on beside the step. The ratio is A by B times the ceiling; the facts have the speed-up.
 """
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -21,9 +22,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate
-from lgd.bench.training import (
+from lgd.config import Config
+from lgd.data.image import decode
+from lgd.data.plan import World
+from lgd.data.stream import Reader, Sample
+from lgd.models.teacher import load_teacher
+from lgd.stain.targets import membrane_grid, nuclei_grid
+from lgd.train.batch import Batch, Step
+from lgd.train.launch import join_world
+from lgd.train.tasks import StudentTask, Task
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate
+from tools.bench.training import (
     COMPARED,
     HEAD,
     KEPT,
@@ -39,61 +49,56 @@ from lgd.bench.training import (
     rate_of,
     settle,
 )
-from lgd.config import Config
-from lgd.data.image import decode
-from lgd.data.plan import World
-from lgd.data.stream import Reader, Sample
-from lgd.models.teacher import load_teacher
-from lgd.stain.targets import membrane_grid, nuclei_grid
-from lgd.train.batch import Batch, Step
-from lgd.train.launch import join_world
-from lgd.train.tasks import StudentTask, Task
 
 MARK = 0.95
 _CPU_BATCH = 4
 """Patches in a forward pass of the teacher on a CPU, as caching has them: more fall out of its caches."""
 
 
+@contextlib.contextmanager
+def stream_student(settings: Settings, inputs: Inputs) -> Iterator[tuple[StudentTask, Streamed]]:
+    """The student's task and the steps that it is trained with, in a world of one worker."""
+    with join_world() as world:
+        config = prepare(settings, inputs)
+        task = StudentTask(config)
+        streamed = Streamed(config, task, world)
+        yield task, streamed
+        streamed.reader.close()
+
+
 def step(settings: Settings, inputs: Inputs) -> Outcome:
     """Steps a second of streaming with the store by those over tensors in memory."""
-    with join_world() as world:
-        return _measure_step(settings, inputs, world)
+    with stream_student(settings, inputs) as (task, streamed):
+        config, world = streamed.config, streamed.world
+        kept, model = streamed.kept(), task.build()
+        ours_n, bare_n = (curve(config, task, world, model, steps) for steps in (streamed.steps(COMPARED), kept))
+        differ = check_curves(ours_n, bare_n, config)
+        training = Training(config, task, world, model, "torch")
 
+        def ours() -> Rate:
+            return rate_of(training.losses(streamed.steps(HEAD + count + TAIL)), config.train.batch, count)
 
-def _measure_step(settings: Settings, inputs: Inputs, world: World) -> Outcome:
-    config = prepare(settings, inputs)
-    task = StudentTask(config)
-    streamed = Streamed(config, task, world)
-    kept, model = streamed.kept(), task.build()
-    ours_n, bare_n = (curve(config, task, world, model, steps) for steps in (streamed.steps(COMPARED), kept))
-    differ = check_curves(ours_n, bare_n, config)
-    training = Training(config, task, world, model, "torch")
+        def bare() -> Rate:
+            return rate_of(training.losses(again(kept, HEAD + count)), config.train.batch, count)
 
-    def ours() -> Rate:
-        return rate_of(training.losses(streamed.steps(HEAD + count + TAIL)), config.train.batch, count)
-
-    def bare() -> Rate:
-        return rate_of(training.losses(again(kept, HEAD + count)), config.train.batch, count)
-
-    count = 2
-    count = count_for(bare(), settings)
-    ratio = alternate(
-        "cached-step",
-        "steps from shards and store / the same steps in memory",
-        MARK,
-        ours,
-        bare,
-        settings.rounds,
-    )
-    training.close()
-    facts = facts_of(config, inputs) | {
-        "ms_a_step": ms_a_step(ratio.detail["median_b"], config.train.batch),
-        "steps_a_round": count,
-        "ms_of_reading_a_step": 1e3 * seconds_a_step(streamed.steps(4 * KEPT)),
-        "curves_differ": differ,
-    }
-    streamed.reader.close()
-    return Outcome(ratios=[ratio], facts=facts)
+        count = 2
+        count = count_for(bare(), settings)
+        ratio = alternate(
+            "cached-step",
+            "steps from shards and store / the same steps in memory",
+            MARK,
+            ours,
+            bare,
+            settings.rounds,
+        )
+        training.close()
+        facts = facts_of(config, inputs) | {
+            "ms_a_step": ms_a_step(ratio.detail["median_b"], config.train.batch),
+            "steps_a_round": count,
+            "ms_of_reading_a_step": 1e3 * seconds_a_step(streamed.steps(4 * KEPT)),
+            "curves_differ": differ,
+        }
+        return Outcome(ratios=[ratio], facts=facts)
 
 
 def curve(config: Config, task: Task, world: World, model: torch.nn.Module, steps: Iterable[Step]) -> list[float]:
@@ -204,29 +209,22 @@ class _TargetRows:
 
 def recompute(settings: Settings, inputs: Inputs) -> Outcome:
     """Steps a second with the store by those with the teacher in the step, as a share of what can be saved."""
-    with join_world() as world:
-        return _measure_recompute(settings, inputs, world)
-
-
-def _measure_recompute(settings: Settings, inputs: Inputs, world: World) -> Outcome:
-    config = prepare(settings, inputs)
-    task = StudentTask(config)
-    streamed = Streamed(config, task, world)
-    model, facts = task.build(), facts_of(config, inputs)
-    training = Training(config, task, world, model, "torch")
-    ratios = []
-    for name, kind in (("cached-vs-recompute", Taught), ("cached-vs-recompute: targets", TaughtWithTargets)):
-        sides = Sides(settings, streamed, kind(config, task, world), training)
-        differ = sides.check()
-        what = "the teacher" if kind is Taught else "teacher and targets"
-        compared = f"steps with the store / those with {what} in them x the ceiling"
-        ratio = alternate(name, compared, MARK, sides.ours, sides.theirs, settings.rounds)
-        facts[name] = sides.facts(ratio) | {"curves_differ": differ}
-        ratios.append(ratio)
-        sides.taught.reader.close()
-    training.close()
-    streamed.reader.close()
-    return Outcome(ratios=ratios, facts=facts)
+    with stream_student(settings, inputs) as (task, streamed):
+        config, world = streamed.config, streamed.world
+        model, facts = task.build(), facts_of(config, inputs)
+        training = Training(config, task, world, model, "torch")
+        ratios = []
+        for name, kind in (("cached-vs-recompute", Taught), ("cached-vs-recompute: targets", TaughtWithTargets)):
+            sides = Sides(settings, streamed, kind(config, task, world), training)
+            differ = sides.check()
+            what = "the teacher" if kind is Taught else "teacher and targets"
+            compared = f"steps with the store / those with {what} in them x the ceiling"
+            ratio = alternate(name, compared, MARK, sides.ours, sides.theirs, settings.rounds)
+            facts[name] = sides.facts(ratio) | {"curves_differ": differ}
+            ratios.append(ratio)
+            sides.taught.reader.close()
+        training.close()
+        return Outcome(ratios=ratios, facts=facts)
 
 
 class Sides:

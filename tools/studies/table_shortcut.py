@@ -3,17 +3,18 @@
 Each pair of runs is a control and a world with the shortcut (`lgd synth --shortcut 0` and `--shortcut 0.9`), whose test
 images are the same. The difference is paired over slides and trainings.
 
-python tools/table_shortcut.py 0.2=runs/control,runs/shortcut 0.4=runs/control-0.4,runs/shortcut-0.4
+python tools/studies/table_shortcut.py 0.2=runs/control,runs/shortcut 0.4=runs/control-0.4,runs/shortcut-0.4
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lgd.ablate import read_answers
-from lgd.errors import DataError
+from lgd.arguments import make_parser
+from lgd.cli import run_command
+from lgd.errors import require
 from lgd.evaluate.ablation_table import METRICS
 from lgd.evaluate.markdown import format_interval
 from lgd.evaluate.seeds import difference, mean_of
@@ -21,40 +22,35 @@ from lgd.markup import markdown_table
 from lgd.text import print_lines
 
 
-def run(argv: list[str]) -> int:
+def run(args: list[str]) -> int:
     """Print the table; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("python tools/studies/table_shortcut.py", "How far each method falls by a shortcut.")
     parser.add_argument(
         "pairs", nargs="+", metavar="NAME=CONTROL,SHORTCUT", help="two runs of lgd ablate, and their name"
     )
     parser.add_argument("--metric", choices=list(METRICS), default="kappa")
     parser.add_argument("--resamples", type=int, default=1000, help="of slides and trainings (default: %(default)s)")
-    asked = parser.parse_args(argv)
+    asked = parser.parse(args)
     rows = []
     for pair in asked.pairs:
         name, _, folders = pair.partition("=")
         control, _, shortcut = folders.partition(",")
-        if not shortcut:
-            parser.error(f"{pair}: give NAME=CONTROL,SHORTCUT, such as 0.2=runs/control,runs/shortcut")
-        try:
-            plain, short = read_answers(Path(control)), read_answers(Path(shortcut))
-            for method in [method for method in plain if method in short]:
-                how = asked.metric, asked.resamples, 0
-                rows.append(
-                    [
-                        name,
-                        method,
-                        format_interval(mean_of(plain[method], *how)),
-                        format_interval(mean_of(short[method], *how)),
-                        format_interval(difference(short[method], plain[method], *how), "+.3f"),
-                    ]
-                )
-        except DataError as error:
-            print_lines(f"table_shortcut: {error}", file=sys.stderr)
-            return 1
+        require(bool(shortcut), f"{pair}: give NAME=CONTROL,SHORTCUT, such as 0.2=runs/control,runs/shortcut")
+        plain, short = read_answers(Path(control)), read_answers(Path(shortcut))
+        for method in [method for method in plain if method in short]:
+            how = asked.metric, asked.resamples, 0
+            rows.append(
+                [
+                    name,
+                    method,
+                    format_interval(mean_of(plain[method], *how)),
+                    format_interval(mean_of(short[method], *how)),
+                    format_interval(difference(short[method], plain[method], *how), "+.3f"),
+                ]
+            )
     print_lines(*markdown_table(["", METRICS[asked.metric], "control", "shortcut", "shortcut minus control"], rows))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_command("table_shortcut", run, sys.argv[1:]))

@@ -1,6 +1,8 @@
 """Every benchmark at a tiny setting: what it writes down, and that it notices other pixels. No timing is asserted."""
 
 import json
+import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -13,13 +15,15 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from lgd.bench import cached, decode, engine, loader, memory, peers, query, training
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Rate, Ratio, Settings, alternate, cpu_seconds, pinned, steady, taking_turns
-from lgd.bench.suite import BENCHMARKS, bench, rows, summary
-from lgd.cli import main
 from lgd.errors import ConfigError, DataError
 from lgd.store.search import IndexDocument
+from tools.bench import cached, decode, engine, loader, memory, peers, query, training
+from tools.bench.command import main
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Rate, Ratio, Settings, alternate, cpu_seconds, pinned, steady, taking_turns
+from tools.bench.suite import BENCHMARKS, bench, rows, summary
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ AT_MOST = {"memory", "memory: rows opened", "query"}
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_document_is_complete_and_consistent(name, tiny, capfd):
     # JSON has no NaN.
-    document = json.loads(json.dumps(bench(name, tiny), allow_nan=False))
+    document = json.loads(json.dumps(bench([name], tiny), allow_nan=False))
     # Results alone may go to standard output, whatever the peers' processes print.
     assert capfd.readouterr().out == ""
     assert {"cpu", "cores", "memory_gib"} <= document["machine"].keys()
@@ -292,7 +296,7 @@ def test_the_plans_memory_does_not_grow_with_the_samples():
 
 BESIDE_THREADS = """
 import os, sys, threading, zlib
-from lgd.bench import memory
+from tools.bench import memory
 
 def compress():
     while True:
@@ -313,49 +317,74 @@ for _ in range(100_000):
 
 def test_memory_is_not_traced_beside_threads():
     """Tracing while others allocate without the GIL ended this process with a segmentation fault within seconds."""
-    done = subprocess.run([sys.executable, "-c", BESIDE_THREADS], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", BESIDE_THREADS], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 3, done.stderr[-2000:]
 
 
 def test_the_command_prints_a_table(tissue, capsys):
     options = ["--images", str(tissue), "--size", "32", "--seconds", "0.05", "--rounds", "2", "--threads", "1"]
-    assert main(["bench", "loader", *options]) == 0
+    assert main(["loader", *options]) == 0
     out, err = capsys.readouterr()
     head, row, end = out.splitlines()
     assert head.split()[:3] == ["name", "ratio", "spread"]
     assert row.startswith("loader ") and "at least 0.95" in row
     assert "of 1 marks reached" in end
     assert "[bench] loader, round 2 of 2" in err
-    assert main(["bench", "loader", "--json", *options]) == 0
+    assert main(["loader", "--json", *options]) == 0
     out, _ = capsys.readouterr()
     assert json.loads(out)["benchmarks"][0]["name"] == "loader"
+
+
+def test_several_give_one_document_after_a_forecast(tiny, monkeypatch, caplog):
+    for name, minutes in (("store-random", 2), ("store-plan", 0.5)):
+        monkeypatch.setitem(BENCHMARKS, name, BENCHMARKS[name]._replace(minutes=minutes))
+    with caplog.at_level(logging.INFO, "lgd"):
+        document = bench(["store-random", "store-plan", "store-random"], tiny)
+    assert [one["name"] for one in document["benchmarks"]] == ["store-random", "store-plan"]
+    assert all(one["seconds"] > 0 for one in document["benchmarks"])
+    assert [row["name"] for row in rows(document)] == ["store-random", "store-plan"]
+    first, *_, last = told = caplog.messages
+    assert first.startswith("[bench] about 2.5 min (store-random 2, store-plan 0.5), ")
+    assert any(line.endswith(" min; left: 0.5 min (store-plan 0.5)") for line in told)
+    assert last.startswith("[bench] store-plan took ") and last.endswith("left: nothing")
+
+
+def test_it_runs_from_any_folder(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "tools" / "bench"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n  {name} " in done.stdout for name in BENCHMARKS)
+    done = subprocess.run([*command[:2], "nonsense"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("bench: there is no benchmark nonsense; there are loader, ")
 
 
 @pytest.mark.parametrize(
     ("args", "status", "told"),
     [
         (
-            ["nonsense"],
+            ["loader", "nonsense"],
             2,
             "there are loader, loader-peers, decode, store-plan, store-random, store-write, cache, memory, query",
         ),
+        (["loader", "--shards", "2"], 2, "bench: python tools/bench has no option --shards"),
         (["loader", "--rounds", "0"], 2, "--rounds 0: use at least 1"),
         (["loader", "--seconds", "0"], 2, "--seconds"),
         (["loader", "--images", "nowhere-at-all"], 1, "nowhere-at-all does not exist"),
     ],
 )
 def test_a_mistake_is_told_in_one_message(args, status, told, capsys):
-    assert main(["bench", *args]) == status
+    assert main(args) == status
     out, err = capsys.readouterr()
     assert out == "" and told in err and "Traceback" not in err
 
 
 def test_an_unknown_name_starts_nothing(tiny):
-    with pytest.raises(ConfigError, match="no benchmark 'x'"):
-        bench("x", tiny)
+    with pytest.raises(ConfigError, match="no benchmark x, y; there are loader, "):
+        bench(["loader", "x", "y"], tiny)
 
 
 def test_nothing_is_left_behind(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    bench("loader", tiny)
+    bench(["loader"], tiny)
     assert not list(Path(tmp_path).glob("lgd-bench-*"))

@@ -19,9 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Ratio, Settings
-from lgd.bench.store import PART, RECIPE, random_rows, shard_of
 from lgd.config import LEVEL_NAMES, Data
 from lgd.data.archive import Shard
 from lgd.data.image import encode
@@ -33,8 +30,11 @@ from lgd.data.stream import Reader
 from lgd.store.latents import Rows, Store, commit
 from lgd.store.writer import shard_writer
 from lgd.train.batch import BatchOptions, training_batches
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Ratio, Settings
+from tools.bench.store import PART, RECIPE, random_rows, shard_of
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lgd.{__name__}")
 
 MARK = 50.0
 _ROLLUP = Path("/proc/self/smaps_rollup")

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lgd.bench.measure import Settings
 from lgd.data.shard_options import ShardOptions
 from lgd.data.shards import build
 from lgd.data.synth import SynthOptions, synthesise
 from lgd.files import read_json
 from lgd.options import load_config
 from lgd.train.launch import train_under
+from tools.bench.measure import Settings
 
 _SIDE = 256
 

@@ -20,8 +20,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
 from lgd.config import Config
 from lgd.data.archive import Shard, read_sample
 from lgd.data.image import decode
@@ -38,6 +36,8 @@ from lgd.store.cache import SHARDS_AT_ONCE, Cacher
 from lgd.store.recipe import PATCHES, TEACHER
 from lgd.store.sidecar import part_name, read_sidecar
 from lgd.store.supervision import recipe_of
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
 
 MARK = 0.95
 BATCH = 4

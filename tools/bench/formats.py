@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lgd.bench.measure import Settings
 from lgd.data.image import decode, encode
 from lgd.data.pairs import PatchPair
+from tools.bench.measure import Settings
 
 _TILE = 256
 

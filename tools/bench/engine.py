@@ -18,9 +18,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Rate, Ratio, Settings, compare, taking_turns
-from lgd.bench.training import (
+from lgd.config import Config
+from lgd.data.plan import World
+from lgd.train.batch import Batch, Step
+from lgd.train.deepspeed_engine import deepspeed_problem
+from lgd.train.launch import join_world
+from lgd.train.loop import learning_rate
+from lgd.train.tasks import StudentTask
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Rate, Ratio, Settings, compare, taking_turns
+from tools.bench.training import (
     COMPARED,
     STEPS,
     Streamed,
@@ -34,13 +41,6 @@ from lgd.bench.training import (
     settle,
     with_data,
 )
-from lgd.config import Config
-from lgd.data.plan import World
-from lgd.train.batch import Batch, Step
-from lgd.train.deepspeed_engine import deepspeed_problem
-from lgd.train.launch import join_world
-from lgd.train.loop import learning_rate
-from lgd.train.tasks import StudentTask
 
 MARK = 0.98
 

@@ -22,9 +22,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Rate, Ratio, Settings, compare, cpu_seconds
-from lgd.bench.training import (
+from lgd.config import Config
+from lgd.data.plan import World
+from lgd.train.tasks import StudentTask
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Rate, Ratio, Settings, compare, cpu_seconds
+from tools.bench.training import (
     COMPARED,
     HEAD,
     STEPS,
@@ -37,9 +40,6 @@ from lgd.bench.training import (
     prepare,
     settle,
 )
-from lgd.config import Config
-from lgd.data.plan import World
-from lgd.train.tasks import StudentTask
 
 MARK = 0.95
 WORKERS = 2

@@ -18,10 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from lgd.bench.inputs import Inputs
-from lgd.bench.measure import Outcome, Ratio, Settings
-from lgd.bench.memory import private_bytes
-from lgd.bench.store import RECIPE
 from lgd.data.archive import Shard
 from lgd.store.exact import Latents, nearest, overlap
 from lgd.store.faiss_file import cells_of, code_bytes
@@ -29,8 +25,12 @@ from lgd.store.index import build_index, choose
 from lgd.store.latents import Store, commit
 from lgd.store.search import IndexDocument, Searcher, import_faiss, index_folder
 from lgd.store.writer import shard_writer
+from tools.bench.inputs import Inputs
+from tools.bench.measure import Outcome, Ratio, Settings
+from tools.bench.memory import private_bytes
+from tools.bench.store import RECIPE, shard_of
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lgd.{__name__}")
 
 DIM = 512
 MARK, RECALL, SPEED = 1.05, 0.99, 20
@@ -69,18 +69,7 @@ def make_store(folder: Path, rows: int) -> tuple[Store, list[Shard]]:
     sizes = [min(_PART, rows - start) for start in range(0, rows, _PART)]
     shards = []
     for number, size in enumerate([*sizes, _QUERIES]):
-        split = "train" if number < len(sizes) else "val"
-        name = f"{split}-{number:06d}"
-        tar, digest = folder / f"{name}.tar", f"{number:064x}"
-        facts: dict[str, Any] = {
-            "samples": size,
-            "bytes": 1,
-            "sha256": digest,
-            "idx_sha256": "",
-            "extensions": {},
-            "labels": 0,
-        }
-        shard = Shard(path=tar, name=name, split=split, **facts)
+        shard = shard_of(folder, number, size, "train" if number < len(sizes) else "val")
         with shard_writer(folder, shard, RECIPE) as writer:
             writer.add(draw(size, number))
         shards.append(shard)
@@ -287,10 +276,8 @@ def _measured(store: Store, shards: Sequence[Shard], settings: Settings) -> Outc
     bare = faiss.read_index(str(index_folder(store) / f"{ivf.document.faiss.xxh3}.faiss"))
     found = trade(bare, exact_ms, truth_nk, _order(ivf), queries_nD)
     for one in found:
-        logger.info(
-            f"[bench] nprobe {one['nprobe']}: recall {one['recall_at_10']:.4f}, {one['times_exact']:.1f} times exact"
-        )
-    table_bytes = ivf.table.dtype.itemsize
+        recall, times = one["recall_at_10"], one["times_exact"]
+        logger.info(f"[bench] nprobe {one['nprobe']}: recall {recall:.4f}, {times:.1f} times exact")
     return Outcome(
         ratios=[ratio, at_speed(found, exact_ms, rows)],
         facts={
@@ -298,6 +285,6 @@ def _measured(store: Store, shards: Sequence[Shard], settings: Settings) -> Outc
             "load": "see machine.load: rates and latencies suffer where others share the cores",
             "chosen": facts,
             "ivf": ivf_facts,
-            "extrapolation": extrapolation(ivf.document, table_bytes),
+            "extrapolation": extrapolation(ivf.document, ivf.table.dtype.itemsize),
         },
     )

@@ -1,0 +1,1 @@
+"""What is run from a checkout and is in no wheel: jobs, benchmarks, studies."""
