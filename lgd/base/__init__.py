@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, text for people, logs, records, the state of the process."""

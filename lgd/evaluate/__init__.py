@@ -1,1 +1,0 @@
-"""Evaluation: predictions, nearest-latent queries, the report with its figures, and the ablations."""

@@ -1,0 +1,1 @@
+"""Files here and behind urls: locations, atomic publication, locks, digests, the download cache."""

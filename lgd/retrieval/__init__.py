@@ -1,0 +1,1 @@
+"""Vectors, index, search, queries and answers: the nearest known IHC."""

@@ -1,0 +1,1 @@
+"""H&E patches to levels and probabilities."""

@@ -1,0 +1,1 @@
+"""From shards to batches: the sample plan, the reader, augmentation."""

@@ -1,0 +1,1 @@
+"""Virtual tissue: cells, patches and pairs that a program draws, with their truth."""
