@@ -19,12 +19,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lgd.config import Config
-    from lgd.data.shard_set import ShardSet
-    from lgd.data.shards import build_shards
-    from lgd.evaluate.predict import load_scorer, predict
-    from lgd.evaluate.retrieve import query
-    from lgd.options import load_config
-    from lgd.store.latents import Store
+    from lgd.config_files import load_config
+    from lgd.retrieval.queries import query
+    from lgd.scoring.predict import load_scorer, predict
+    from lgd.shards.builder import build_shards
+    from lgd.shards.shard_set import ShardSet
+    from lgd.store.store import Store
 
 __all__ = [
     "Config",
@@ -40,13 +40,13 @@ __all__ = [
 
 _MODULES = {
     "Config": "lgd.config",
-    "ShardSet": "lgd.data.shard_set",
-    "Store": "lgd.store.latents",
-    "build_shards": "lgd.data.shards",
-    "load_config": "lgd.options",
-    "load_scorer": "lgd.evaluate.predict",
-    "predict": "lgd.evaluate.predict",
-    "query": "lgd.evaluate.retrieve",
+    "ShardSet": "lgd.shards.shard_set",
+    "Store": "lgd.store.store",
+    "build_shards": "lgd.shards.builder",
+    "load_config": "lgd.config_files",
+    "load_scorer": "lgd.scoring.predict",
+    "predict": "lgd.scoring.predict",
+    "query": "lgd.retrieval.queries",
 }
 
 

@@ -1,4 +1,4 @@
-"""A run as frozen dataclasses; `lgd.options` reads them from YAML and command lines.
+"""A run as frozen dataclasses; `lgd.config_files` reads them from YAML and command lines.
 
 Every field has a one-line docstring, which is also its `--help`. Checks that need more than one field sit in
 `__post_init__` and name the field and the fix.
@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lgd.errors import require
-from lgd.extensions import is_python
-from lgd.plain_yaml import write_yaml
-from lgd.urls import as_location, as_output_location
+from lgd.base.errors import require
+from lgd.base.extensions import is_python
+from lgd.base.plain_yaml import write_yaml
+from lgd.io.location import as_location, as_output_location
 
 LEVEL_NAMES = ("0", "1+", "2+", "3+")
 

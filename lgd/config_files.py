@@ -13,13 +13,13 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from lgd.arguments import Namespace, Parser, make_parser, suggest_name
+from lgd.base.arguments import Namespace, Parser, make_parser, suggest_name
+from lgd.base.errors import ConfigError, DataError
+from lgd.base.plain_yaml import MOST_BYTES, YamlError, check_text, read_yaml
+from lgd.base.text import escape_text
 from lgd.config import Config
-from lgd.errors import ConfigError, DataError
-from lgd.files import exists, read_first_bytes
-from lgd.plain_yaml import MOST_BYTES, YamlError, check_text, read_yaml
-from lgd.text import escape_text
-from lgd.urls import Location, as_location
+from lgd.io.files import exists, read_first_bytes
+from lgd.io.location import Location, as_location
 
 _UNIONS = (types.UnionType, typing.Union)
 _SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}

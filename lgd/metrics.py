@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from lgd.base.errors import DataError
+from lgd.base.records import Measured, Record
 from lgd.config import LEVEL_NAMES
-from lgd.errors import DataError
-from lgd.records import Measured, Record
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

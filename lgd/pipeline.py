@@ -13,20 +13,21 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from lgd.base.environment import Environment
+from lgd.base.errors import ConfigError
 from lgd.config import Config
-from lgd.data.overlap import open_disjoint
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardSet
-from lgd.data.shards import build
-from lgd.data.synth import SynthOptions, synthesise
-from lgd.distribute import disconnect
-from lgd.errors import ConfigError
-from lgd.locks import exclusive
+from lgd.config_files import Given
+from lgd.io.location import as_location, require_local
+from lgd.io.locks import exclusive
 from lgd.models.description import ModelConfig
-from lgd.options import Given
-from lgd.run_document import Ablated, Cached, Environment, Evaluated, Indexed, Trained
-from lgd.run_folder import command, note_changes, record
-from lgd.urls import as_location, require_local
+from lgd.ray_jobs import disconnect
+from lgd.runs.document import Ablated, Cached, Evaluated, Indexed, Trained
+from lgd.runs.folder import command, note_changes, record
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
+from lgd.shards.overlap import open_disjoint
+from lgd.shards.shard_set import ShardSet
+from lgd.tissue.synth import SynthOptions, synthesise
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,8 @@ def cache_latents(
 
 def build_index(config: Config, given: Given | None = None, shards: ShardSet | None = None) -> None:
     """Build the FAISS index of the store."""
-    from lgd.store import index
-    from lgd.store.latents import Store
+    from lgd.retrieval import index
+    from lgd.store.store import Store
 
     begin("index", "build-index", config)
     with stage("index") as told:
@@ -138,7 +139,7 @@ def evaluate(
 
     `code` is what they may run of code outside LGD, beside what the run names.
     """
-    from lgd.evaluate import evaluation, report
+    from lgd.report import evaluation, report
 
     begin("report", "evaluate", config)
     # Locked before the scoring, which can take hours.
@@ -156,8 +157,8 @@ def evaluate(
 
 
 def ablate(config: Config, options: Any, given: Given | None = None) -> str:
-    """The table of LGD-Net, its controls and its parts (`lgd.ablate`), after the teacher and the store."""
-    from lgd import ablate as harness
+    """The table of LGD-Net, its controls and its parts (`lgd.report.ablation`), after the teacher and the store."""
+    from lgd.report import ablation as harness
 
     shards = open_disjoint(config.shard_dirs)
     try:
@@ -176,7 +177,7 @@ def ablate(config: Config, options: Any, given: Given | None = None) -> str:
 def run(config: Config, given: Given | None = None) -> str:
     """Every stage from the teacher on, and the baseline in the same harness; returns the report's table."""
     from lgd.models.methods import BASELINE
-    from lgd.store.search import require_faiss
+    from lgd.retrieval.search import require_faiss
 
     # Before the hours of the stages that come before the index.
     require_faiss()
@@ -203,7 +204,7 @@ def tissue_dir(config: Config) -> Path:
 
 def demo(config: Config, pairs: int, size: int, given: Given | None = None) -> str:
     """Virtual tissue, shards, and then `run`; returns the report's table."""
-    from lgd.store.search import require_faiss
+    from lgd.retrieval.search import require_faiss
 
     require_faiss()
     require_local(config.run.dir, f"--run.dir {config.run.dir}: the demo draws its tissue there: name a local folder")

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar, cast
 
-from lgd.errors import ConfigError, DataError, Stopped
-from lgd.files import exists, read_json, remove, write_bytes, write_json
-from lgd.logs import LOGGER, receive_logs, send_logs
-from lgd.process_state import default_environment, stop_signals, undo_changes
-from lgd.urls import Location, as_arrow
+from lgd.base.errors import ConfigError, DataError, Stopped
+from lgd.base.logs import LOGGER, receive_logs, send_logs
+from lgd.base.process_state import default_environment, stop_signals, undo_changes
+from lgd.io.files import exists, read_json, remove, write_bytes, write_json
+from lgd.io.location import Location, as_arrow
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,8 @@ def _start_ray(address: str | None) -> None:
             os.environ.setdefault(name, value)
         ray.init(**options)
     _connection.push(undo)
-    # At the end of the process it would write a code for colours, though Ray writes none, to what `lgd.text` escapes.
+    # At the end of the process it would write a code for colours, though Ray writes none, to what `lgd.base.text`
+    # escapes.
     if colorama := sys.modules.get("colorama.initialise"):
         atexit.unregister(colorama.reset_all)
 

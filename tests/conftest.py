@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import pytest
 
 from lgd.config import Config
-from lgd.options import load_config
+from lgd.config_files import load_config
 
 # Small tensors: more threads only fight each other when the machine runs several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -68,7 +68,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def tissue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 pairs of virtual tissue, 128 pixels wide, in BCI's layout. No test may change it."""
-    from lgd.data.synth import SynthOptions, synthesise
+    from lgd.tissue.synth import SynthOptions, synthesise
 
     folder = tmp_path_factory.mktemp("tissue") / "bci"
     synthesise(SynthOptions(out=str(folder), pairs=48, size=128, slides=12, workers=1))
@@ -81,8 +81,8 @@ def tissue_config(tissue: Path) -> Config:
 
     20 pairs are in train, 8 in val and 20 in test; a shard holds 8.
     """
-    from lgd.data.shard_options import ShardOptions
-    from lgd.data.shards import build
+    from lgd.shards.builder import build
+    from lgd.shards.options import ShardOptions
 
     shards = tissue.parent / "shards"
     split = {"slides": str(tissue / "truth.csv"), "split": "group:0.5,0.25,0.25"}
@@ -106,9 +106,9 @@ def tissue_config(tissue: Path) -> Config:
 @pytest.fixture(scope="session")
 def tissue_run(tissue_config: Config) -> Config:
     """A run with a trained teacher, a filled store, an index and a trained student. No test may change its folder."""
-    from lgd.data.shard_set import ShardSet
+    from lgd.retrieval.index import build_index
+    from lgd.shards.shard_set import ShardSet
     from lgd.store.cache import cache_latents
-    from lgd.store.index import build_index
     from lgd.train.launch import train_under
 
     config = tissue_config

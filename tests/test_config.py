@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from lgd.base.errors import ConfigError
+from lgd.base.plain_yaml import read_yaml
 from lgd.cli import main
 from lgd.config import Config, Data, OnBad
-from lgd.errors import ConfigError
-from lgd.files import digest_of
-from lgd.options import load_config
-from lgd.plain_yaml import read_yaml
+from lgd.config_files import load_config
+from lgd.io.files import digest_of
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
 from lgd.config import Config
-from lgd.errors import ConfigError, DataError
-from lgd.options import add_config_arguments, given_of, load_config, make_parser
+from lgd.config_files import add_config_arguments, given_of, load_config, make_parser
 
 BOMB = "[" + ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}' if i else 'lol'] * 9)}]" for i in range(10)) + "]"
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"

@@ -10,15 +10,15 @@ import shutil
 
 import pytest
 
+from lgd.base.errors import DataError
 from lgd.cli import main
-from lgd.data import shards
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shards import build
-from lgd.errors import DataError
-from lgd.evaluate.ablation_table import AblationDocument, Compared
-from lgd.files import digest_of
+from lgd.io.documents import Document
+from lgd.io.files import digest_of
 from lgd.metrics import Interval
-from lgd.records import Document
+from lgd.report.ablation_table import AblationDocument, Compared
+from lgd.shards import builder
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
 
 pytestmark = pytest.mark.faults
 
@@ -66,7 +66,7 @@ def harm(fields, dice):
 
 @pytest.fixture(scope="module")
 def at(tissue, tmp_path_factory):
-    """A folder with every kind of document: shards, a run, an export, virtual tissue, shards that are half built."""
+    """A folder with every kind of document: builder, a run, an export, virtual tissue, shards that are half built."""
     at = tmp_path_factory.mktemp("documents") / "all"
     split = {"slides": str(tissue / "truth.csv"), "split": "group:0.5,0.25,0.25"}
     build(ShardOptions(layout="bci", root=str(tissue), out=str(at / "shards"), shard_size=8, mpp=0.46, **split))
@@ -103,7 +103,7 @@ def at(tissue, tmp_path_factory):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shards, "_describe_split", interrupt)
+        patch.setattr(builder, "_describe_split", interrupt)
         build(ShardOptions(layout="bci", root=str(tissue), out=str(at / "begun"), shard_size=8, mpp=0.46))
     return at
 

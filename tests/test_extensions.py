@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lgd.ablate import variants
+from lgd.base.errors import ConfigError, DataError
+from lgd.base.extensions import load_object, refuse_unnamed
 from lgd.cli import main
-from lgd.errors import ConfigError, DataError
-from lgd.evaluate.predict import load_scorer
-from lgd.extensions import load_object, refuse_unnamed
-from lgd.files import read_json
+from lgd.io.files import read_json
 from lgd.models.encoder import Encoder, build_encoder, describe
 from lgd.models.methods import find_method, load_student
 from lgd.models.spec import EncoderSpec
 from lgd.models.teacher import load_teacher
+from lgd.report.ablation import variants
+from lgd.scoring.predict import load_scorer
 
 EXAMPLES = Path(__file__).parent / "examples"
 METHOD, ENCODER = "python:mine:Focal", "python:mine:tiny"

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from lgd.data.synth import SynthOptions, synthesise
-from lgd.files import read_json
-from lgd.options import load_config
-from lgd.store.latents import Store
+from lgd.config_files import load_config
+from lgd.io.files import read_json
+from lgd.store.store import Store
+from lgd.tissue.synth import SynthOptions, synthesise
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from lgd.cli import main
-from lgd.files import read_json
-from lgd.options import load_config
-from lgd.run_document import RunDocument
-from lgd.store.latents import Store
+from lgd.config_files import load_config
+from lgd.io.files import read_json
+from lgd.runs.document import RunDocument
+from lgd.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds instead of minutes; Ray and DeepSpeed have tests of their own.

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from lgd import metrics
-from lgd.errors import DataError
+from lgd.base.errors import DataError
 from lgd.metrics import METRICS, Predictions, bootstrap, score
 
 

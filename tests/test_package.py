@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import lgd
-from lgd.errors import ConfigError, DataError
+from lgd.base.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "ray", "faiss", "h5py", "pydantic", "numpy", "transformers", "deepspeed")
@@ -59,7 +59,7 @@ def test_type_checkers_see_the_names_that_are_there():
 
 
 def test_build_shards_takes_the_fields_of_the_options(tissue, tmp_path):
-    from lgd.data.shard_options import ShardOptions
+    from lgd.shards.options import ShardOptions
 
     assert [*inspect.signature(lgd.build_shards).parameters] == [*ShardOptions.__dataclass_fields__]
     options = {"layout": "bci", "root": tissue, "slides": tissue / "truth.csv", "mpp": 0.46}
@@ -248,7 +248,7 @@ def test_the_version_has_one_source():
     assert f"\n## {lgd.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
-COMMIT = "from lgd.run_document import _commit; print(_commit())"
+COMMIT = "from lgd.base.environment import _commit; print(_commit())"
 
 
 def git(folder, *args):

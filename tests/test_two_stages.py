@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from lgd import pipeline
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardSet
-from lgd.data.shards import build
-from lgd.errors import DataError
-from lgd.files import read_json, sha256
-from lgd.locks import LOCK
+from lgd.base.errors import DataError
+from lgd.io.files import read_json, sha256
+from lgd.io.locks import LOCK
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents
-from lgd.store.latents import Store
+from lgd.store.store import Store
 
 pytestmark = pytest.mark.faults
 
 PRELOADED = ["pytest", "torch", "transformers", "h5py", "sklearn.metrics", "matplotlib.pyplot", "lgd.pipeline"]
-PRELOADED += ["torch.utils.tensorboard", "lgd.train.launch", "lgd.evaluate.report", "lgd.evaluate.compare"]
+PRELOADED += ["torch.utils.tensorboard", "lgd.train.launch", "lgd.report.report", "lgd.report.compare"]
 # What the first step of a training imports, in ten seconds.
 PRELOADED += ["torch._dynamo", "transformers.modeling_utils", "transformers.models.resnet.modeling_resnet"]
 

@@ -14,18 +14,18 @@ import pytest
 import s3fs
 from wire import HARMS, Wire
 
+from lgd.base.errors import DataError
 from lgd.cli import main
-from lgd.data.shard_set import ShardFolder, ShardSet
-from lgd.data.stream import Reader
-from lgd.errors import DataError
-from lgd.evaluate.predict import load_scorer
-from lgd.files import read_json
+from lgd.io.files import read_json
+from lgd.io.location import as_location
+from lgd.retrieval.index import build_index
+from lgd.retrieval.search import Searcher
+from lgd.scoring.predict import load_scorer
+from lgd.shards.shard_set import ShardFolder, ShardSet
 from lgd.store.cache import cache_latents
-from lgd.store.index import build_index
-from lgd.store.latents import Store
-from lgd.store.search import Searcher
+from lgd.store.store import Store
+from lgd.stream.reader import Reader
 from lgd.train import checkpoint
-from lgd.urls import as_location
 
 pytestmark = pytest.mark.faults
 

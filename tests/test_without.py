@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lgd.files import read_json
+from lgd.io.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -292,7 +292,7 @@ PREDICT = """
 import json, sys
 
 import lgd
-from lgd.evaluate.slide_rows import as_json
+from lgd.scoring.slide_rows import as_json
 
 scorer = lgd.load_scorer(sys.argv[1])
 print(json.dumps([as_json(row) for row in lgd.predict(scorer, sys.argv[2:])]))

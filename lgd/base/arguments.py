@@ -11,8 +11,8 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lgd.errors import ConfigError
-from lgd.text import escape_text
+from lgd.base.errors import ConfigError
+from lgd.base.text import escape_text
 
 
 class Namespace(argparse.Namespace):

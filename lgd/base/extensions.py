@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lgd.errors import ConfigError, DataError
+from lgd.base.errors import ConfigError, DataError
 
 PREFIX = "python:"
 FORM = "python:package.module:name"

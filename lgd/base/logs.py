@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from logging.handlers import QueueHandler, QueueListener
 from typing import Any, ClassVar
 
-from lgd.text import escape_text, print_lines
+from lgd.base.text import escape_text, print_lines
 
 LOGGER = logging.getLogger("lgd")
 """The parent of each module's logger."""

@@ -8,7 +8,7 @@ escapes that are used. Text without such characters, and intervals as `[0.65, 0.
 import re
 from collections.abc import Sequence
 
-from lgd.text import escape_text
+from lgd.base.text import escape_text
 
 _ADDRESS = re.compile(r"([^\s`|\\<>&]*(?://|@|\bwww\.)[^\s`|\\<>&]*)", re.IGNORECASE)
 _MARKUP = re.compile(

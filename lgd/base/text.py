@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
-from lgd.errors import DataError
+from lgd.base.errors import DataError
 
 # All of Unicode's categories Cc, Cf, Cs, Zl and Zp but for the line feed, and what else is drawn without any width:
 # joiners, fillers and variation selectors. Tests compare it with Python's own table.

@@ -14,11 +14,11 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import lgd
-from lgd.arguments import make_parser, suggest_name
+from lgd.base.arguments import make_parser, suggest_name
+from lgd.base.errors import ConfigError, DataError
+from lgd.base.logs import show_logs
+from lgd.base.text import escape_text, escaped_output, print_lines
 from lgd.cli import answers, checks, stages
-from lgd.errors import ConfigError, DataError
-from lgd.logs import show_logs
-from lgd.text import escape_text, escaped_output, print_lines
 
 VERBS = {**stages.VERBS, **answers.VERBS, **checks.VERBS}
 """What `lgd --help` lists, in this order."""

@@ -5,14 +5,14 @@ import logging
 from collections.abc import Collection
 from typing import Literal
 
-from lgd.arguments import Namespace, Parser
+from lgd.base.arguments import Namespace, Parser
+from lgd.base.errors import ConfigError, DataError, require
+from lgd.base.text import print_json, print_lines
 from lgd.cli.verb import Run, Verb, add_code_argument, read_options
 from lgd.config import Config
-from lgd.errors import ConfigError, DataError, require
-from lgd.options import add_config_arguments, add_option_arguments, config_of, find_in_run, typed
-from lgd.tables import print_csv, print_table
-from lgd.text import print_json, print_lines
-from lgd.urls import Location, as_location, as_output_location
+from lgd.config_files import add_config_arguments, add_option_arguments, config_of, find_in_run, typed
+from lgd.io.location import Location, as_location, as_output_location
+from lgd.io.tables import print_csv, print_table
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ def _add_predict(parser: Parser) -> Run:
         config = _read_config(namespace)
         folder = _find_student(namespace, config)
         slides = as_location(namespace.slides) if namespace.slides else None
-        from lgd.evaluate import images, notes, predict, slide_rows
-        from lgd.run_folder import explain_overrides
+        from lgd.runs.folder import explain_overrides
+        from lgd.scoring import images, notes, predict, slide_rows
 
         paths = images.find_images(namespace.images)
         with explain_overrides(config):
@@ -120,9 +120,11 @@ def _add_query(parser: Parser) -> Run:
         config = _read_config(namespace)
         require(bool(namespace.images or namespace.key), "name what to ask for: IMAGE ..., or stored patches by --key")
         drawn = as_output_location(namespace.sheet, "--sheet") if namespace.sheet else None
-        from lgd.evaluate import answer, images, notes, predict, retrieve, sheet
-        from lgd.run_folder import explain_overrides
-        from lgd.store.latents import Store
+        from lgd.report import sheet
+        from lgd.retrieval import answers, queries
+        from lgd.runs.folder import explain_overrides
+        from lgd.scoring import images, notes, predict
+        from lgd.store.store import Store
 
         store_folder = _find_store(namespace, config)
         with explain_overrides(config):
@@ -133,7 +135,7 @@ def _add_query(parser: Parser) -> Run:
             paths = images.find_images(namespace.images)
             if drawn:
                 sheet.check_sheet(len(paths) + len(namespace.key), namespace.k)
-            answers = retrieve.query(
+            replies = queries.query(
                 scorer,
                 store,
                 paths,
@@ -146,21 +148,21 @@ def _add_query(parser: Parser) -> Run:
                 mpp=namespace.mpp,
                 keep_going=True,
             )
-        problems = notes.describe_unusable({one.name: one.notes for one in answers if not one.usable}, len(answers))
-        answers = [one for one in answers if one.usable]
-        if not answers:
+        problems = notes.describe_unusable({one.name: one.notes for one in replies if not one.usable}, len(replies))
+        replies = [one for one in replies if one.usable]
+        if not replies:
             raise DataError(*problems)
         if drawn:
-            sheet.draw_sheet(store, answers, drawn)
-        logger.info("%s", answer.count_neighbours(answers))
-        for note in answer.collect_notes(store, answers):
+            sheet.draw_sheet(store, replies, drawn)
+        logger.info("%s", answers.count_neighbours(replies))
+        for note in answers.collect_notes(store, replies):
             logger.warning("%s", note)
         if namespace.json:
-            print_json(answer.as_json(answers))
+            print_json(answers.as_json(replies))
         elif namespace.csv:
-            print_csv(answer.as_rows(answers))
+            print_csv(answers.as_rows(replies))
         else:
-            print_table(answer.as_table(answers))
+            print_table(answers.as_table(replies))
         if problems:
             raise DataError(*problems)
 

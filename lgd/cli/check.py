@@ -3,10 +3,10 @@
 from collections.abc import Callable, Collection, Iterator
 from typing import Literal, NamedTuple
 
-from lgd.errors import ConfigError, DataError
-from lgd.files import exists, peek_kind
-from lgd.options import is_run, load_config
-from lgd.urls import Location, as_location
+from lgd.base.errors import ConfigError, DataError
+from lgd.config_files import is_run, load_config
+from lgd.io.files import exists, peek_kind
+from lgd.io.location import Location, as_location
 
 Kind = Literal["shard folder", "feature store", "checkpoint", "teacher", "student", "run"]
 
@@ -61,7 +61,7 @@ def check(folder: Location, reencode: int = 0, teacher: str = "", code: Collecti
     if kind == "feature store":
         return Checked(kind, *_check_store(folder, reencode, teacher, code))
     if kind == "shard folder":
-        from lgd.data.verify import verify
+        from lgd.shards.verify import verify
 
         return Checked(kind, verify(folder), [])
     if kind == "checkpoint":
@@ -74,9 +74,9 @@ def check(folder: Location, reencode: int = 0, teacher: str = "", code: Collecti
 
 
 def _check_store(folder: Location, reencode: int, teacher: str, code: Collection[str]) -> tuple[list[str], list[str]]:
-    from lgd.store.latents import Store
-    from lgd.store.search import index_folder
-    from lgd.store.search import problems as index_problems
+    from lgd.retrieval.search import index_folder
+    from lgd.retrieval.search import problems as index_problems
+    from lgd.store.store import Store
 
     store = Store(folder)
     problems = store.verify()
@@ -131,7 +131,7 @@ def _check_run(folder: Location, reencode: int, teacher: str, code: Collection[s
 
 def list_folders(folder: Location) -> Iterator[Location]:
     """Shards, teacher, store and networks of a run, each once."""
-    from lgd.run_document import RunDocument
+    from lgd.runs.document import RunDocument
 
     config = load_config(folder / "config.yaml")
     stages = RunDocument.read(folder / "run.json").stages

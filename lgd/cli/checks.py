@@ -1,11 +1,11 @@
 """The verbs that look: what a folder is, what is wrong with it, what this machine has."""
 
-from lgd.arguments import Namespace, Parser
+from lgd.base.arguments import Namespace, Parser
+from lgd.base.errors import DataError
+from lgd.base.text import print_json, print_lines
 from lgd.cli.verb import Run, Verb, add_code_argument
-from lgd.errors import DataError
-from lgd.options import typed
-from lgd.text import print_json, print_lines
-from lgd.urls import as_location
+from lgd.config_files import typed
+from lgd.io.location import as_location
 
 _FOLDER = "a run, shards, a feature store, a trained network or a checkpoint"
 _JSON = "print one JSON document and nothing else"
@@ -16,7 +16,7 @@ def _add_info(parser: Parser) -> Run:
     parser.add_argument("--json", action="store_true", help=_JSON)
 
     def run(namespace: Namespace) -> None:
-        from lgd.info import as_lines, describe
+        from lgd.cli.info import as_lines, describe
 
         description = describe(as_location(namespace.folder))
         if namespace.json:
@@ -36,7 +36,7 @@ def _add_verify(parser: Parser) -> Run:
     add_code_argument(parser)
 
     def run(namespace: Namespace) -> None:
-        from lgd.check import check
+        from lgd.cli.check import check
 
         folder = as_location(namespace.folder)
         checked = check(folder, namespace.reencode, namespace.teacher, namespace.code)
@@ -52,7 +52,7 @@ def _add_doctor(parser: Parser) -> Run:
     parser.add_argument("--gpu", action="store_true", help="try a bf16 step and a FAISS search on the GPU")
 
     def run(namespace: Namespace) -> None:
-        from lgd.doctor import examine
+        from lgd.cli.doctor import examine
 
         findings = examine(namespace.gpu)
         for finding in findings:

@@ -1,10 +1,11 @@
 """What this machine has and lacks, each with its remedy."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
 from dataclasses import dataclass
+
+from lgd.base.environment import version_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,14 +42,6 @@ def _memory() -> str:
 
 def _disk() -> str:
     return f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here"
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _package(package: str, needed: bool) -> Finding:

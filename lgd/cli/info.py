@@ -8,15 +8,15 @@ from typing import cast
 
 from pydantic import JsonValue
 
-from lgd.check import Kind, find_kind
-from lgd.data.manifest import Manifest, Shape
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.cli.check import Kind, find_kind
+from lgd.config_files import find_in_run
+from lgd.io.documents import MissingDocument
+from lgd.io.location import Location
 from lgd.models.description import StudentConfig, TeacherConfig, read_kind
-from lgd.options import find_in_run
-from lgd.records import MissingDocument
-from lgd.run_document import RunDocument, Stage
+from lgd.runs.document import RunDocument, Stage
+from lgd.shards.manifest import Manifest, Shape
 from lgd.store.document import StoreDocument
-from lgd.urls import Location
 
 _STAGE_FACTS = ("steps", "engine", "workers", "rows", "factory", "recall_at_10", "split", "seeds")
 
@@ -58,7 +58,7 @@ def _describe_shards(folder: Location) -> dict[str, JsonValue]:
 
 
 def _describe_store(folder: Location) -> dict[str, JsonValue]:
-    from lgd.store.search import IndexDocument
+    from lgd.retrieval.search import IndexDocument
 
     store = StoreDocument.read(folder / "store.json")
     patches = Counter[str]()

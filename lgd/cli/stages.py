@@ -6,17 +6,17 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from lgd.arguments import Namespace, Parser
+from lgd.base.arguments import Namespace, Parser
+from lgd.base.text import print_lines
 from lgd.cli.verb import Run, Verb, add_code_argument, read_options
-from lgd.options import add_config_arguments, add_option_arguments, config_of, given_of, typed
-from lgd.tables import print_table
-from lgd.text import print_lines
+from lgd.config_files import add_config_arguments, add_option_arguments, config_of, given_of, typed
+from lgd.io.tables import print_table
 
 logger = logging.getLogger(__name__)
 
 
 def _add_synth(parser: Parser) -> Run:
-    from lgd.data.synth import SynthOptions, synthesise
+    from lgd.tissue.synth import SynthOptions, synthesise
 
     parser.add_argument("out", metavar="DIR", help="folder to write to")
     add_option_arguments(parser, SynthOptions, skip=("out",))
@@ -31,8 +31,8 @@ def _add_synth(parser: Parser) -> Run:
 
 
 def _add_build_shards(parser: Parser) -> Run:
-    from lgd.data.shard_options import ShardOptions
-    from lgd.data.shards import build
+    from lgd.shards.builder import build
+    from lgd.shards.options import ShardOptions
 
     add_option_arguments(parser, ShardOptions)
 
@@ -84,8 +84,8 @@ def _make_stage(
         def run(namespace: Namespace) -> None:
             config = config_of(namespace)
             from lgd import pipeline
-            from lgd.distribute import disconnect
-            from lgd.run_folder import explain_overrides
+            from lgd.ray_jobs import disconnect
+            from lgd.runs.folder import explain_overrides
 
             try:
                 with explain_overrides(config):
@@ -109,7 +109,7 @@ def _add_demo(parser: Parser) -> Run:
     def run(namespace: Namespace) -> None:
         config = config_of(namespace)
         from lgd import pipeline
-        from lgd.run_folder import command, explain_overrides
+        from lgd.runs.folder import command, explain_overrides
 
         with explain_overrides(config):
             table = pipeline.demo(config, namespace.pairs, namespace.size, given_of(namespace, "demo"))
@@ -133,7 +133,7 @@ def _add_demo(parser: Parser) -> Run:
 
 
 def _add_ablate(parser: Parser) -> Run:
-    from lgd.ablate import AblateOptions
+    from lgd.report.ablation import AblateOptions
 
     add_option_arguments(parser, AblateOptions)
     add_config_arguments(parser)
@@ -141,7 +141,7 @@ def _add_ablate(parser: Parser) -> Run:
     def run(namespace: Namespace) -> None:
         config, options = config_of(namespace), read_options(namespace, AblateOptions)
         from lgd import pipeline
-        from lgd.run_folder import explain_overrides
+        from lgd.runs.folder import explain_overrides
 
         with explain_overrides(config):
             table = pipeline.ablate(config, options, given_of(namespace, "ablate"))

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lgd.arguments import Namespace, Parser
-from lgd.extensions import FORM
+from lgd.base.arguments import Namespace, Parser
+from lgd.base.extensions import FORM
 
 Run = Callable[[Namespace], None]
 

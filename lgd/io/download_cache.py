@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from lgd.errors import DataError
-from lgd.locks import hold_lock, try_lock
-from lgd.urls import FULL, Location
+from lgd.base.errors import DataError
+from lgd.io.location import FULL, Location
+from lgd.io.locks import hold_lock, try_lock
 
 DIGEST = "[0-9a-f]{64}|[0-9a-f]{32}"
 """SHA-256 or XXH3-128."""

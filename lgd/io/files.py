@@ -2,7 +2,7 @@
 
 A file that readers may see is first written under a temporary name beside its place, flushed to the disk and then
 renamed: it is there whole, or not at all. A url gets the same promise from its store: an upload appears when it is
-complete. Large remote files are read through the cache of `lgd.remote`.
+complete. Large remote files are read through the cache of `lgd.io.remote`.
 """
 
 import contextlib
@@ -21,9 +21,20 @@ from typing import Any, BinaryIO, Literal
 
 import xxhash
 
-from lgd.errors import DataError
-from lgd.text import dump_json
-from lgd.urls import FULL, Location, MissingError, RemoteError, Result, as_location, call, create, fresh_options, upload
+from lgd.base.errors import DataError
+from lgd.base.text import dump_json
+from lgd.io.location import (
+    FULL,
+    Location,
+    MissingError,
+    RemoteError,
+    Result,
+    as_location,
+    call,
+    create,
+    fresh_options,
+    upload,
+)
 
 Kind = Literal["file", "folder", "other"]
 

@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lgd.files import exists, remove, remove_folder, sync, temporary_path
-from lgd.urls import Location, upload
+from lgd.io.files import exists, remove, remove_folder, sync, temporary_path
+from lgd.io.location import Location, upload
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What a user typed -> a path or a url, and one message for whatever a remote answers.
 
-A url becomes a `UPath`, of which names and parents are taken as of a `pathlib.Path`; `lgd.files` reads and writes both.
+A url becomes a `UPath`, of which names and parents are taken as of a `pathlib.Path`; `lgd.io.files` reads and writes
+both.
 """
 
 import errno
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Union
 
-from lgd.errors import ConfigError, DataError
+from lgd.base.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

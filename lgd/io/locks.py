@@ -22,10 +22,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lgd.errors import DataError
-from lgd.files import explain_write_errors
-from lgd.records import Count, Line, Record, load_json
-from lgd.urls import Location, as_location
+from lgd.base.errors import DataError
+from lgd.base.records import Count, Line, Record, load_json
+from lgd.io.files import explain_write_errors
+from lgd.io.location import Location, as_location
 
 logger = logging.getLogger(__name__)
 

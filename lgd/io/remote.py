@@ -1,4 +1,4 @@
-"""Large files, local or behind urls, opened and checked; remote ones are read through `lgd.download_cache`."""
+"""Large files, local or behind urls, opened and checked; remote ones are read through `lgd.io.download_cache`."""
 
 import contextlib
 import os
@@ -6,10 +6,19 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lgd.download_cache import DIGEST, copy_path, explain_errors, lock_copy, lock_room, open_cache, open_copy, reserve
-from lgd.errors import DataError
-from lgd.files import matches, sync
-from lgd.urls import Location, MissingError, as_location, call, fresh_options
+from lgd.base.errors import DataError
+from lgd.io.download_cache import (
+    DIGEST,
+    copy_path,
+    explain_errors,
+    lock_copy,
+    lock_room,
+    open_cache,
+    open_copy,
+    reserve,
+)
+from lgd.io.files import matches, sync
+from lgd.io.location import Location, MissingError, as_location, call, fresh_options
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -61,7 +70,7 @@ def open_file(path: str | Location, digest: str, size: int | None = None) -> Bin
     the size of a copy whenever it is opened. A copy is found again by its digest, whatever its url. Threads and
     processes that want the same file copy it once. An open file stays readable after its copy is evicted, as POSIX has
     it. Raises `DataError` for a file that is not as stated, twice, or does not fit, and for a digest that is none; and
-    as `lgd.urls.call` does.
+    as `lgd.io.location.call` does.
     """
     url = as_location(path)
     _require_facts(url, digest, size)

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
-from lgd.errors import DataError
-from lgd.files import read_bytes
-from lgd.text import UNSEEN, dump_json, escape_text, print_lines
-from lgd.urls import Location, MissingError
+from lgd.base.errors import DataError
+from lgd.base.text import UNSEEN, dump_json, escape_text, print_lines
+from lgd.io.files import read_bytes
+from lgd.io.location import Location, MissingError
 
 # OWASP's list and its wide and small forms; tab, carriage return and line feed are unseen.
 _FORMULA = "=+@\uff1d\uff0b\uff0d\uff20\ufe62\ufe63\ufe66\ufe6b-"

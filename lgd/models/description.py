@@ -5,14 +5,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lgd.data.manifest import HER2, UNKNOWN, Shape, Target
-from lgd.data.meta import Text
-from lgd.data.shard_set import ShardSet
-from lgd.errors import DataError
-from lgd.files import read_json
+from lgd.base.errors import DataError
+from lgd.base.records import Count, Line, Many, Record, Sha256
+from lgd.io.documents import Document
+from lgd.io.files import read_json
+from lgd.io.location import Location
 from lgd.models.spec import EncoderSpec
-from lgd.records import Count, Document, Line, Many, Record, Sha256
-from lgd.urls import Location
+from lgd.shards.manifest import HER2, UNKNOWN, Shape, Target
+from lgd.shards.meta import Text
+from lgd.shards.shard_set import ShardSet
 
 FORMAT = "lgd-model/2"
 _COPY = "copy the folder again, or train it again"

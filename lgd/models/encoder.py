@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lgd.errors import ConfigError, DataError
-from lgd.extensions import is_python, load_object
+from lgd.base.errors import ConfigError, DataError
+from lgd.base.extensions import is_python, load_object
 from lgd.models.backbone import list_fields, load_backbone, new_backbone
 from lgd.models.pretrained import find_folder, find_weights, read_normalisation, read_settings
 from lgd.models.spec import EncoderSpec

@@ -12,13 +12,13 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lgd.errors import DataError
-from lgd.extensions import refuse_unnamed
-from lgd.files import publish, remove, sha256
+from lgd.base.errors import DataError
+from lgd.base.extensions import refuse_unnamed
+from lgd.io.files import publish, remove, sha256
+from lgd.io.location import Location, as_location
+from lgd.io.remote import open_checked
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig
 from lgd.models.weights import compare_shapes, load_tensors, read_shapes, shapes_of
-from lgd.remote import open_checked
-from lgd.urls import Location, as_location
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -20,9 +20,10 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import JsonValue
 
+from lgd.base.errors import ConfigError, DataError, require
+from lgd.base.extensions import FORM, is_python, load_object
 from lgd.config import Config
-from lgd.errors import ConfigError, DataError, require
-from lgd.extensions import FORM, is_python, load_object
+from lgd.io.location import Location
 from lgd.models import losses
 from lgd.models.description import StudentConfig
 from lgd.models.encoder import Encoder, build_encoder
@@ -30,7 +31,6 @@ from lgd.models.export import load_weights, read_student_config
 from lgd.models.losses import Lesson, Negatives, Terms
 from lgd.models.student import HallucinatingStudent, Outputs, Student, TwoStreamStudent
 from lgd.models.teacher import Teacher, load_teacher
-from lgd.urls import Location
 
 
 class Method:

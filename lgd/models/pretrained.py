@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.base.records import Record, load_json
 from lgd.models.spec import Mean, Std, Triple, check_architecture, check_sizes, refuse_code
-from lgd.records import Record, load_json
 
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"

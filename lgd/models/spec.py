@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, ValidationInfo, field_validator
 
-from lgd.extensions import is_python
-from lgd.records import Line, Record
+from lgd.base.extensions import is_python
+from lgd.base.records import Line, Record
 
 ARCHITECTURES = (
     "beit",

@@ -6,12 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.errors import DataError
+from lgd.io.location import Location
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder, build_encoder
 from lgd.models.export import load_weights, read_teacher_config
-from lgd.urls import Location
 
 
 class Teacher(nn.Module):

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lgd.errors import DataError
-from lgd.urls import Location
+from lgd.base.errors import DataError
+from lgd.io.location import Location
 
 # 100,000 tensors; that of DINOv3's 6.7 billion parameters has 60 kB.
 _MOST_HEAD = 10_000_000

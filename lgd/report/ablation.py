@@ -19,26 +19,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lgd.base.errors import DataError, require
 from lgd.config import Config
-from lgd.data.archive import Shard
-from lgd.data.shard_set import ShardSet
-from lgd.distribute import map_with
-from lgd.errors import DataError, require
-from lgd.evaluate.ablation_table import LGD_NET, UPPER_BOUND, AblationDocument, compare_rows, format_ablation
-from lgd.evaluate.caveats import ONE_TRAINING, caveats_of
-from lgd.evaluate.colour import COLOUR, colour_only
-from lgd.evaluate.compare import pooled_latents
-from lgd.evaluate.embeddings import explained_by_levels
-from lgd.evaluate.predict import load_scorer, score_shards
-from lgd.files import exists, publish, read_bytes, write_bytes
+from lgd.io.files import exists, publish, read_bytes, write_bytes
+from lgd.io.location import Location, as_location
 from lgd.metrics import Predictions
 from lgd.models.export import read_student_config, read_teacher_config
 from lgd.models.methods import METHODS, PROPOSED, find_method
 from lgd.models.teacher import load_teacher
-from lgd.run_folder import command
-from lgd.store.latents import Store
+from lgd.ray_jobs import map_with
+from lgd.report.ablation_table import LGD_NET, UPPER_BOUND, AblationDocument, compare_rows, format_ablation
+from lgd.report.caveats import ONE_TRAINING, caveats_of
+from lgd.report.colour import COLOUR, colour_only
+from lgd.report.compare import pooled_latents
+from lgd.report.embeddings import explained_by_levels
+from lgd.runs.folder import command
+from lgd.scoring.predict import load_scorer, score_shards
+from lgd.shards.archive import Shard
+from lgd.shards.shard_set import ShardSet
+from lgd.store.store import Store
 from lgd.train.launch import train_under
-from lgd.urls import Location, as_location
 
 logger = logging.getLogger(__name__)
 

@@ -5,13 +5,14 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from lgd.evaluate import seeds
-from lgd.evaluate.colour import COLOUR, HOW
-from lgd.evaluate.markdown import format_interval
-from lgd.markup import code_block, list_items, markdown_table
+from lgd.base.markup import code_block, list_items, markdown_table
+from lgd.base.records import Count, Line, Many, Record, Sha256
+from lgd.io.documents import Document
 from lgd.metrics import Interval, Predictions
 from lgd.models import methods
-from lgd.records import Count, Document, Line, Many, Record, Sha256
+from lgd.report import seeds
+from lgd.report.colour import COLOUR, HOW
+from lgd.report.markdown import format_interval
 
 METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accuracy": "accuracy"}
 LGD_NET, BASELINE = (methods.METHODS[name].title for name in (methods.PROPOSED, methods.BASELINE))

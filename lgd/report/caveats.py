@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.layouts import LAYOUTS, Layout
-from lgd.data.shard_set import ShardSet
-from lgd.evaluate.colour import COLOUR
-from lgd.evaluate.markdown import format_interval
-from lgd.evaluate.results import Difference, ModelScores, Retrieval
 from lgd.metrics import Predictions
+from lgd.report.colour import COLOUR
+from lgd.report.markdown import format_interval
+from lgd.report.results import Difference, ModelScores, Retrieval
+from lgd.shards.layouts import LAYOUTS, Layout
+from lgd.shards.shard_set import ShardSet
 
 ONE_TRAINING = (
     "One training of each network stands behind these scores, and another one moves them: no difference between "

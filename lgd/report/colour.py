@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from lgd.config import LEVEL_NAMES
-from lgd.data.archive import Shard
-from lgd.data.stream import Reader, in_batches, stream
 from lgd.metrics import Floats, Ints, Predictions
+from lgd.shards.archive import Shard
 from lgd.stain.deconvolve import rgb_to_od
 from lgd.stain.targets import estimate_white
+from lgd.stream.reader import Reader, in_batches, stream
 
 COLOUR = "colour only"
 """Its row in a table."""

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from lgd.config import Config
-from lgd.data.archive import Shard
-from lgd.data.shard_set import ShardSet
-from lgd.data.stream import Reader
-from lgd.evaluate.embeddings import he_only, measure, of_ihc
-from lgd.evaluate.figures import Query
-from lgd.evaluate.predict import Scorer, score_shards
-from lgd.evaluate.results import Retrieval
-from lgd.evaluate.retrieve import check_pair, search
-from lgd.evaluate.sheet import Gallery, as_neighbour
 from lgd.metrics import Predictions
-from lgd.store.latents import Store, read_all, read_levels
-from lgd.store.search import Searcher
+from lgd.report.embeddings import he_only, measure, of_ihc
+from lgd.report.figures import Query
+from lgd.report.results import Retrieval
+from lgd.report.sheet import Gallery, as_neighbour
+from lgd.retrieval.queries import check_pair, search
+from lgd.retrieval.search import Searcher
+from lgd.scoring.predict import Scorer, score_shards
+from lgd.shards.archive import Shard
+from lgd.shards.shard_set import ShardSet
+from lgd.store.store import Store, read_all, read_levels
+from lgd.stream.reader import Reader
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lgd.evaluate.ranking import average_precision, by_level, own_pair, own_ranks, unit
-from lgd.evaluate.results import EmbeddingScores, Retrieval
 from lgd.metrics import Floats, Ints, Predictions
+from lgd.report.ranking import average_precision, by_level, own_pair, own_ranks, unit
+from lgd.report.results import EmbeddingScores, Retrieval
 
 PRECISION_AT_K = 10
 """Neighbours behind an average precision."""

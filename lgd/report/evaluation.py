@@ -1,4 +1,4 @@
-"""Everything that a report is made of: `lgd evaluate` measures it here, and `lgd.evaluate.report` writes it down."""
+"""Everything that a report is made of: `lgd evaluate` measures it here, and `lgd.report.report` writes it down."""
 
 import dataclasses
 import logging
@@ -9,16 +9,16 @@ import numpy as np
 from pydantic import JsonValue
 
 from lgd.config import Config
-from lgd.data.shard_set import ShardSet
-from lgd.evaluate import compare, robustness
-from lgd.evaluate.caveats import ONE_TRAINING, UNTAUGHT, caveats_of
-from lgd.evaluate.colour import colour_only
-from lgd.evaluate.figures import Query
-from lgd.evaluate.predict import load_scorer
-from lgd.evaluate.results import Retrieval, Robustness
 from lgd.metrics import Predictions
-from lgd.store.latents import Store
-from lgd.store.search import faiss_problem, read_document
+from lgd.report import compare, robustness
+from lgd.report.caveats import ONE_TRAINING, UNTAUGHT, caveats_of
+from lgd.report.colour import colour_only
+from lgd.report.figures import Query
+from lgd.report.results import Retrieval, Robustness
+from lgd.retrieval.search import faiss_problem, read_document
+from lgd.scoring.predict import load_scorer
+from lgd.shards.shard_set import ShardSet
+from lgd.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lgd.base.text import escape_text
 from lgd.config import LEVEL_NAMES
-from lgd.evaluate.ablation_table import AblationDocument
-from lgd.evaluate.results import Robustness
-from lgd.files import publish
+from lgd.io.files import publish
+from lgd.io.location import Location
 from lgd.metrics import BINS, Floats, Interval, Predictions, confidence_bins, confusion, score
-from lgd.text import escape_text
-from lgd.urls import Location
+from lgd.report.ablation_table import AblationDocument
+from lgd.report.results import Robustness
 
 Image = NDArray[np.uint8]
 DPI = 110

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from lgd.base.markup import list_items, markdown_table
 from lgd.config import LEVEL_NAMES
-from lgd.evaluate.results import OwnPair, Results, Retrieval, Robustness
-from lgd.markup import list_items, markdown_table
 from lgd.metrics import Interval
+from lgd.report.results import OwnPair, Results, Retrieval, Robustness
 
 _ANSWERS = {"accuracy": "accuracy", "kappa": "quadratic weighted kappa", "macro_f1": "macro-F1"}
 

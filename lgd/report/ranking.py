@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.errors import DataError
-from lgd.evaluate.results import OwnPair, Precision
 from lgd.metrics import Floats, Interval, Ints, draws, interval
+from lgd.report.results import OwnPair, Precision
 
 # Similarities that are worked out at a time: 32 MB.
 _BLOCK = 4_000_000

@@ -13,20 +13,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lgd.base.markup import code_block, escape_markdown, list_items, markdown_table
+from lgd.base.text import escape_text
 from lgd.config import LEVEL_NAMES
-from lgd.evaluate.caveats import chance_retrieval_caveats, colour_shortcut_caveats
-from lgd.evaluate.colour import COLOUR, HOW
-from lgd.evaluate.evaluation import Evaluation
-from lgd.evaluate.figures import confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
-from lgd.evaluate.markdown import format_interval, retrieval_sections, robustness_section, slide_rules_section
-from lgd.evaluate.results import Difference, Results, Scores
-from lgd.evaluate.slides import SLIDE_RULES, score_model
-from lgd.files import exists, list_folder, read_bytes, remove, write_bytes
-from lgd.folders import WorkingFolder
-from lgd.markup import code_block, escape_markdown, list_items, markdown_table
+from lgd.io.files import exists, list_folder, read_bytes, remove, write_bytes
+from lgd.io.folders import WorkingFolder
+from lgd.io.location import Location
 from lgd.metrics import paired_difference, score_with_intervals
-from lgd.text import escape_text
-from lgd.urls import Location
+from lgd.report.caveats import chance_retrieval_caveats, colour_shortcut_caveats
+from lgd.report.colour import COLOUR, HOW
+from lgd.report.evaluation import Evaluation
+from lgd.report.figures import confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
+from lgd.report.markdown import format_interval, retrieval_sections, robustness_section, slide_rules_section
+from lgd.report.results import Difference, Results, Scores
+from lgd.report.slides import SLIDE_RULES, score_model
 
 _HEADLINE = {
     "accuracy": "accuracy",

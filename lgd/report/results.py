@@ -4,8 +4,9 @@ from typing import ClassVar
 
 from pydantic import JsonValue
 
+from lgd.base.records import Count, Many, Measured, Record
+from lgd.io.documents import Document
 from lgd.metrics import Interval
-from lgd.records import Count, Document, Many, Measured, Record
 
 
 class Scores(Record):

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
+from lgd.base.errors import ConfigError, DataError
 from lgd.config import LEVEL_NAMES
-from lgd.data.shard_set import ShardFolder
-from lgd.data.stream import Reader
-from lgd.errors import ConfigError, DataError
-from lgd.evaluate.answer import Answer, Hit, Stored, Vote
-from lgd.evaluate.figures import Neighbour, Query, contact_sheet
-from lgd.evaluate.images import read_image
-from lgd.store.latents import Store
-from lgd.urls import Location
+from lgd.io.location import Location
+from lgd.report.figures import Neighbour, Query, contact_sheet
+from lgd.retrieval.answers import Answer, Hit, Stored, Vote
+from lgd.scoring.images import read_image
+from lgd.shards.shard_set import ShardFolder
+from lgd.store.store import Store
+from lgd.stream.reader import Reader
 
 MOST_QUERIES, MOST_NEIGHBOURS = 100, 30
 """What fits a sheet: matplotlib draws no picture of more than 65,535 pixels a side, and nobody reads one of 10,000."""

@@ -14,8 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lgd.errors import DataError
-from lgd.evaluate.results import AreaScores, ModelScores, Scores
+from lgd.base.errors import DataError
 from lgd.metrics import (
     LEVELS,
     Predictions,
@@ -23,6 +22,7 @@ from lgd.metrics import (
     paired_difference,
     score_with_intervals,
 )
+from lgd.report.results import AreaScores, ModelScores, Scores
 
 PERCENT = 10
 """A level needs more than this share of the patches. ASCO/CAP (Wolff et al., J Clin Oncol 36:2105, 2018) asks that more

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from lgd.config import LEVEL_NAMES
-from lgd.evaluate.notes import count_notes, join_notes
-from lgd.evaluate.predict import round_probabilities
-from lgd.store.latents import Store
+from lgd.scoring.notes import count_notes, join_notes
+from lgd.scoring.predict import round_probabilities
+from lgd.store.store import Store
 
 NEAR_DUPLICATE = 0.001
 """Cosine distance below which a neighbour is marked. Measured with a small teacher of virtual tissue: float16 moves a

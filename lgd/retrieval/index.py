@@ -1,6 +1,6 @@
 """Store -> FAISS index over the teacher's pooled latents (the first view): built, and its recall measured.
 
-Run by `lgd build-index`; it leaves DIR/index/TEACHER/ as `lgd.store.search` describes it, which also opens it.
+Run by `lgd build-index`; it leaves DIR/index/TEACHER/ as `lgd.retrieval.search` describes it, which also opens it.
 
 `latents.index: auto` chooses by size. Measured on 2 cores that others shared, one query on one core; vectors of 512
 dimensions clustered by level and slide, of a flatter spectrum (1/k) than a teacher's, which is the harder case:
@@ -35,16 +35,13 @@ from typing import Any
 
 import numpy as np
 
-from lgd.data.archive import Shard
-from lgd.distribute import map_with
-from lgd.errors import DataError
-from lgd.files import list_folder, publish, remove, xxh3
-from lgd.locks import exclusive
-from lgd.store.exact import Latents, nearest, overlap
-from lgd.store.faiss_file import cells_of, check_file, code_bytes
-from lgd.store.latents import TEACHER, Store
-from lgd.store.parts import Part
-from lgd.store.search import (
+from lgd.base.errors import DataError
+from lgd.io.files import list_folder, publish, remove, xxh3
+from lgd.io.location import Location
+from lgd.io.locks import exclusive
+from lgd.ray_jobs import map_with
+from lgd.retrieval.faiss_file import cells_of, check_file, code_bytes
+from lgd.retrieval.search import (
     IndexDocument,
     IndexFile,
     import_faiss,
@@ -53,8 +50,11 @@ from lgd.store.search import (
     read_document,
     unit,
 )
-from lgd.store.table import write_table
-from lgd.urls import Location
+from lgd.retrieval.table import write_table
+from lgd.retrieval.vectors import Latents, nearest, overlap
+from lgd.shards.archive import Shard
+from lgd.store.parts import Part
+from lgd.store.store import TEACHER, Store
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def build_index(
 ) -> tuple[IndexDocument, bool]:
     """Index the gallery splits of some shards; returns index.json's content and whether it was built now.
 
-    `factory` is auto or one of `lgd.store.faiss_file.KINDS`. The store may lie at a url. `workers` of Ray add the
+    `factory` is auto or one of `lgd.retrieval.faiss_file.KINDS`. The store may lie at a url. `workers` of Ray add the
     latents; 0 does it here. Raises `DataError` when the gallery is empty, and when the index misses `recall` even with
     all cells probed, and while another process builds it in a local store.
     """

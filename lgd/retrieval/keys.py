@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.data.layouts import safe_key
-from lgd.data.pairs import read_slides
-from lgd.errors import DataError
-from lgd.evaluate.answer import Stored
-from lgd.store.latents import Store, as_levels
-from lgd.urls import Location
+from lgd.io.location import Location
+from lgd.retrieval.answers import Stored
+from lgd.shards.layouts import safe_key
+from lgd.shards.pairs import read_slides
+from lgd.store.store import Store, as_levels
 
 _NEAR_IN_ORDER = 5
 

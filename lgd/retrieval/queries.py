@@ -4,7 +4,7 @@
     answers = lgd.query(None, "runs/demo/latents", keys=["00012_test_3+"], k=5, exclude_same_slide=True)
     answers[0].neighbours[0].key, answers[0].vote.level
 
-`lgd query` prints what `lgd.evaluate.answer` makes of it; nothing is left on disk but the `--sheet`.
+`lgd query` prints what `lgd.retrieval.answers` makes of it; nothing is left on disk but the `--sheet`.
 """
 
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lgd.base.errors import ConfigError, DataError
 from lgd.config import LEVEL_NAMES
-from lgd.data.layouts import safe_key
-from lgd.errors import ConfigError, DataError
-from lgd.evaluate.answer import Answer, Hit, Stored, near_duplicates
-from lgd.evaluate.images import Images, OneImage, list_sources, take_images
-from lgd.evaluate.keys import find_slides, find_stored, name_level
-from lgd.evaluate.predict import Scorer, choose_level, load_scorer, name_probabilities, score_images
-from lgd.evaluate.scale import Mpp
-from lgd.evaluate.slide_rows import require_names
+from lgd.config_files import find_in_run
+from lgd.io.location import Location, as_location
 from lgd.models.methods import METHODS, PROPOSED
-from lgd.options import find_in_run
-from lgd.store.latents import Store, as_levels
-from lgd.store.search import Searcher
-from lgd.urls import Location, as_location
+from lgd.retrieval.answers import Answer, Hit, Stored, near_duplicates
+from lgd.retrieval.keys import find_slides, find_stored, name_level
+from lgd.retrieval.search import Searcher
+from lgd.scoring.images import Images, OneImage, list_sources, take_images
+from lgd.scoring.predict import Scorer, choose_level, load_scorer, name_probabilities, score_images
+from lgd.scoring.scale import Mpp
+from lgd.scoring.slide_rows import require_names
+from lgd.shards.layouts import safe_key
+from lgd.store.store import Store, as_levels
 
 _NO_VECTOR = np.empty(0, np.float32)
 

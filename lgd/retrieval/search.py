@@ -18,15 +18,16 @@ from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from lgd.data.meta import Text, Word
-from lgd.errors import DataError
-from lgd.records import Count, Document, Many, Record, Sha256, Xxh3
-from lgd.remote import open_checked
-from lgd.store.faiss_file import cells_of, check_file
-from lgd.store.latents import TEACHER, Store
+from lgd.base.errors import DataError
+from lgd.base.records import Count, Many, Record, Sha256, Xxh3
+from lgd.io.documents import Document
+from lgd.io.location import Location
+from lgd.io.remote import open_checked
+from lgd.retrieval.faiss_file import cells_of, check_file
+from lgd.retrieval.table import read_table
+from lgd.shards.meta import Text, Word
 from lgd.store.parts import Part
-from lgd.store.table import read_table
-from lgd.urls import Location
+from lgd.store.store import TEACHER, Store
 
 _REMEDY = "run lgd build-index"
 _ATTEMPTS = 5

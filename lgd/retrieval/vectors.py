@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.retrieval.search import import_faiss, unit
 from lgd.store.parts import Part
-from lgd.store.search import import_faiss, unit
 
 _BLOCK = 16_384
 """Rows that are held as float32: 34 MB at 512 dimensions."""

@@ -11,39 +11,13 @@ from typing import Annotated, ClassVar
 from pydantic import Field, JsonValue
 
 import lgd
-from lgd.doctor import version_of
+from lgd.base.environment import Environment
 from lgd.metrics import Interval
-from lgd.records import Count, Document, Line, Many, Record, Sha256
+from lgd.base.records import Count, Line, Many, Record, Sha256
+from lgd.io.documents import Document
 
-_PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "h5py", "transformers")
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Environment(Record):
-    """Versions, commit, host and device of a stage."""
-
-    lgd: Line
-    commit: Line | None
-    python: Line
-    torch: Line | None
-    deepspeed: Line | None
-    ray: Line | None
-    webdataset: Line | None
-    h5py: Line | None
-    transformers: Line | None
-    host: Line
-    device: Line
-
-    @classmethod
-    def here(cls) -> "Environment":
-        """Of this process."""
-        import torch
-
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-        versions = {name: version_of(name) for name in _PACKAGES}
-        python, host = platform.python_version(), platform.node()
-        return cls(lgd=lgd.__version__, commit=_commit(), python=python, host=host, device=device, **versions)
 
 
 class Trained(Record):
@@ -116,23 +90,3 @@ class RunDocument(Document):
     REMEDY: ClassVar = "move it elsewhere to keep what it says, and the next stage begins another"
 
     stages: dict[Line, Many[Stage]]
-
-
-@functools.cache
-def _commit() -> str | None:
-    """The commit of lgd's own checkout; None elsewhere, such as for a wheel inside another project's repository."""
-    package = Path(lgd.__file__).resolve().parent
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        top = _run_git(package, "rev-parse", "--show-toplevel")
-        if Path(top).resolve() == package.parent:
-            # Who installs into the folder of a repository does not track what is installed there.
-            _run_git(package, "ls-files", "--error-unmatch", "__init__.py")
-            return _run_git(package, "rev-parse", "HEAD")
-    return None
-
-
-def _run_git(folder: Path, *args: str) -> str:
-    # A hook of git runs with variables that name the hook's repository.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "-C", str(folder), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()

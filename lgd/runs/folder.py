@@ -16,15 +16,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lgd.config import Config
-from lgd.data.shard_set import ShardSet
-from lgd.errors import ConfigError, DataError, Stopped
-from lgd.files import exists, write_bytes
-from lgd.locks import hold_lock
-from lgd.options import Given, load_config
-from lgd.records import MissingDocument
-from lgd.run_document import Environment, Facts, RunDocument, Stage
-from lgd.text import escape_text
-from lgd.urls import as_location
+from lgd.shards.shard_set import ShardSet
+from lgd.base.errors import ConfigError, DataError, Stopped
+from lgd.io.files import exists, write_bytes
+from lgd.io.locks import hold_lock
+from lgd.config_files import Given, load_config
+from lgd.io.documents import MissingDocument
+from lgd.base.environment import Environment
+from lgd.runs.document import Facts, RunDocument, Stage
+from lgd.base.text import escape_text
+from lgd.io.location import as_location
 
 _CONFIG, _RUN = "config.yaml", "run.json"
 _MOST, _LONGEST = 3, 300

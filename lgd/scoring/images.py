@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lgd.data.image import as_pixels, decode_upright, kind, resize, upright_size
-from lgd.data.manifest import Shape
-from lgd.errors import ConfigError, DataError
-from lgd.evaluate.scale import Fit, Mpp, fit_scale
-from lgd.urls import require_local
+from lgd.base.errors import ConfigError, DataError
+from lgd.io.location import require_local
+from lgd.scoring.scale import Fit, Mpp, fit_scale
+from lgd.shards.image import as_pixels, decode_upright, kind, resize, upright_size
+from lgd.shards.manifest import Shape
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _SYSTEM = {"thumbs.db", "desktop.ini"}

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.data.archive import Shard
-from lgd.data.stream import Reader, in_batches, stream
-from lgd.errors import DataError
-from lgd.evaluate.images import Images, OneImage, read_fitted, take_images
-from lgd.evaluate.scale import Mpp
+from lgd.config_files import find_in_run
+from lgd.io.location import Location
 from lgd.metrics import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.methods import Method, find_method, load_student
 from lgd.models.teacher import load_teacher
-from lgd.options import find_in_run
+from lgd.scoring.images import Images, OneImage, read_fitted, take_images
+from lgd.scoring.scale import Mpp
+from lgd.shards.archive import Shard
 from lgd.stain.checks import find_notes
-from lgd.urls import Location
+from lgd.stream.reader import Reader, in_batches, stream
 
 _READ = ("logits", "pooled", "features")
 NO_NUMBER = "the network gives no number for this image, and so no level: its training diverged"

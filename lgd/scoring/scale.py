@@ -7,8 +7,8 @@ the training patches' size is taken to have their scale; any other one must be s
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from lgd.data.manifest import Shape
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.shards.manifest import Shape
 
 Mpp = float | Literal["unknown"] | None
 """What is said of the scale of image files: micrometres per pixel, that nobody knows it, or nothing."""

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from lgd.data.layouts import safe_key
-from lgd.data.pairs import read_slides
-from lgd.errors import DataError
-from lgd.evaluate.images import OneImage
-from lgd.evaluate.notes import count_notes, join_notes
-from lgd.evaluate.predict import Prediction, choose_level, name_probabilities, round_probabilities
-from lgd.urls import Location
+from lgd.base.errors import DataError
+from lgd.io.location import Location
+from lgd.scoring.images import OneImage
+from lgd.scoring.notes import count_notes, join_notes
+from lgd.scoring.predict import Prediction, choose_level, name_probabilities, round_probabilities
+from lgd.shards.layouts import safe_key
+from lgd.shards.pairs import read_slides
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

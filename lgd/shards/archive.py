@@ -16,13 +16,13 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from zlib_ng.zlib_ng import crc32
 
-from lgd.data.image import kind
-from lgd.data.index import INDEX, REBUILD, load_index, tiled
-from lgd.data.meta import PatchMeta, parse_meta
-from lgd.errors import DataError
-from lgd.files import publish, sha256
-from lgd.remote import drop_damaged, name_with_copy, open_file
-from lgd.urls import Location
+from lgd.base.errors import DataError
+from lgd.io.files import publish, sha256
+from lgd.io.location import Location
+from lgd.io.remote import drop_damaged, name_with_copy, open_file
+from lgd.shards.image import kind
+from lgd.shards.index import INDEX, REBUILD, load_index, tiled
+from lgd.shards.meta import PatchMeta, parse_meta
 
 _BLOCK = tarfile.BLOCKSIZE
 

@@ -4,11 +4,11 @@
 
     OUT/{split}-{000000}.tar   KEY.json, KEY.he.EXT, KEY.ihc.EXT of each sample, contiguous
     OUT/{split}-{000000}.idx   offset, length and crc32 of every member
-    OUT/patches.npy            what must not lie on two sides of a split (`lgd.data.patches`)
+    OUT/patches.npy            what must not lie on two sides of a split (`lgd.shards.patches`)
     OUT/rejected.csv           what `--on-bad skip` left out
     OUT/manifest.json          what, from where, how many, digests; written last
 
-A killed build goes on where it stopped (`lgd.data.building`). Pairs may lie behind urls, and so may OUT.
+A killed build goes on where it stopped (`lgd.shards.building`). Pairs may lie behind urls, and so may OUT.
 """
 
 import collections
@@ -21,8 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
-from lgd.data.archive import write_archive
-from lgd.data.building import (
+from lgd.base.errors import DataError
+from lgd.base.logs import progress
+from lgd.io.files import digest_of, exists, write_bytes
+from lgd.io.location import Location, as_location
+from lgd.io.locks import exclusive
+from lgd.ray_jobs import map_with, restore_connection
+from lgd.shards.archive import write_archive
+from lgd.shards.building import (
     Building,
     begin,
     finish,
@@ -34,10 +40,10 @@ from lgd.data.building import (
     write_entry,
     write_rejected,
 )
-from lgd.data.duplicates import leave_out_duplicates, refuse_spellings
-from lgd.data.image import codecs
-from lgd.data.layouts import Problem
-from lgd.data.manifest import (
+from lgd.shards.duplicates import leave_out_duplicates, refuse_spellings
+from lgd.shards.image import codecs
+from lgd.shards.layouts import Problem
+from lgd.shards.manifest import (
     HER2,
     UNKNOWN,
     Entry,
@@ -49,10 +55,10 @@ from lgd.data.manifest import (
     Sources,
     Split,
 )
-from lgd.data.pairs import find_pairs
-from lgd.data.patches import FILE, as_patches
-from lgd.data.shard_options import Encoding, ShardOptions
-from lgd.data.sources import (
+from lgd.shards.options import Encoding, ShardOptions
+from lgd.shards.pairs import find_pairs
+from lgd.shards.patches import FILE, as_patches
+from lgd.shards.sources import (
     CheckJob,
     Sample,
     Source,
@@ -63,13 +69,7 @@ from lgd.data.sources import (
     members,
     same_types,
 )
-from lgd.data.split import SPLITS, parse_split
-from lgd.distribute import map_with, restore_connection
-from lgd.errors import DataError
-from lgd.files import digest_of, exists, write_bytes
-from lgd.locks import exclusive
-from lgd.logs import progress
-from lgd.urls import Location, as_location
+from lgd.shards.split import SPLITS, parse_split
 
 # Pairs that a worker checks at a time.
 _CHUNK = 64
@@ -162,7 +162,7 @@ def _take_fields(kind: Callable[Fields, ShardOptions]) -> Callable[Fields, Manif
     def build_shards(*args: Fields.args, **fields: Fields.kwargs) -> Manifest:
         """Pack pairs of H&E and IHC patches into WebDataset shards, as `lgd build-shards` does.
 
-        It takes the fields of `lgd.data.shards.ShardOptions`: `layout`, `root` and `out`, and what may be left out.
+        It takes the fields of `lgd.shards.builder.ShardOptions`: `layout`, `root` and `out`, and what may be left out.
 
         Returns:
             The manifest of the set. A finished set of the same pairs and options is not built again.

@@ -2,7 +2,7 @@
 
 OUT/.building.json tells what is being built, and OUT/.{split}-{000000}.json is a shard's entry of the manifest, which
 is published after its tar and its index: a shard is taken over only if its entry is of the same build. All of them are
-gone at the end. One build at a time works in a local folder (`lgd.locks`). A url has no lock: there the first
+gone at the end. One build at a time works in a local folder (`lgd.io.locks`). A url has no lock: there the first
 .building.json stays, where the store can do that, and a build that finds another one stops.
 """
 
@@ -11,22 +11,23 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from lgd.data.layouts import Problem
-from lgd.data.manifest import Entry, Manifest, Options, Sources
-from lgd.data.meta import Text
-from lgd.data.shard_set import ShardFolder
-from lgd.data.sources import in_threads
-from lgd.errors import DataError
-from lgd.files import create_json, list_folder, may_have_sha256, peek_kind, publish, remove, try_writing
-from lgd.locks import LOCK, exclusive
-from lgd.records import Document, MissingDocument, Sha256
-from lgd.tables import write_csv
-from lgd.urls import Location, RemoteError, as_output_location
+from lgd.base.errors import DataError
+from lgd.base.records import Sha256
+from lgd.io.documents import Document, MissingDocument
+from lgd.io.files import create_json, list_folder, may_have_sha256, peek_kind, publish, remove, try_writing
+from lgd.io.location import Location, RemoteError, as_output_location
+from lgd.io.locks import LOCK, exclusive
+from lgd.io.tables import write_csv
+from lgd.shards.layouts import Problem
+from lgd.shards.manifest import Entry, Manifest, Options, Sources
+from lgd.shards.meta import Text
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.sources import in_threads
 
 _SHARD = r"[A-Za-z0-9_]+-\d{6}"
 _FILE = rf"({_SHARD}\.(tar|idx)|\.{_SHARD}\.json|manifest\.json|patches\.npy|rejected\.csv|\.building\.json)"
 _OURS = re.compile(_FILE)
-# What lgd.files.publish leaves behind when it is killed.
+# What lgd.io.files.publish leaves behind when it is killed.
 _LEFTOVER = re.compile(rf"\.{_FILE}\.[A-Za-z0-9-]+\.tmp")
 _REMOVALS = 16
 _MARKER = ".building.json"

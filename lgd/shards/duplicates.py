@@ -12,13 +12,13 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.data.layouts import Problem
-from lgd.data.meta import Origin
-from lgd.data.pairs import PatchPair
-from lgd.data.sources import Source
-from lgd.data.split import SplitRule, canonical_group
-from lgd.errors import DataError
+from lgd.shards.layouts import Problem
+from lgd.shards.meta import Origin
+from lgd.shards.pairs import PatchPair
+from lgd.shards.sources import Source
+from lgd.shards.split import SplitRule, canonical_group
 
 _STAINS = ("H&E", "IHC")
 _MOST = 10

@@ -14,8 +14,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, features
 
-from lgd.data.tags import ORIENTATIONS, read_bit_depth, read_orientation, turn_upright
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.shards.tags import ORIENTATIONS, read_bit_depth, read_orientation, turn_upright
 
 RESIZE = "scaled JPEG decoding, then antialiased bilinear (1)"
 """How `decode` shrinks: what was computed from its pixels depends on it. Change it with the pixels."""

@@ -7,9 +7,9 @@ import tarfile
 
 import numpy as np
 
-from lgd.errors import DataError
-from lgd.remote import open_checked
-from lgd.urls import Location
+from lgd.base.errors import DataError
+from lgd.io.location import Location
+from lgd.io.remote import open_checked
 
 ROLES = ("json", "hes", "he", "ihc")
 """All members that a sample may have, in their order: a reader of the H&E stops before the IHC."""

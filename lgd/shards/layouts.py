@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
+from lgd.base.errors import ConfigError, DataError, require
+from lgd.base.extensions import FORM, is_python, load_object
 from lgd.config import LEVEL_NAMES
-from lgd.data.meta import Origin
-from lgd.errors import ConfigError, DataError, require
-from lgd.extensions import FORM, is_python, load_object
-from lgd.files import Kind, list_folder, peek_kind
-from lgd.tables import read_csv
-from lgd.urls import Location
+from lgd.io.files import Kind, list_folder, peek_kind
+from lgd.io.location import Location
+from lgd.io.tables import read_csv
+from lgd.shards.meta import Origin
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 _TEXTS = ("marker", "center", "scanner", "ihc_slide")
@@ -175,7 +175,7 @@ def find_layout(name: str) -> Layout:
     check_layout(name)
     kind = LAYOUTS.get(name) or load_object(name, "--layout")
     if not (isinstance(kind, type) and issubclass(kind, Layout)):
-        raise ConfigError(f"--layout is {name}, which is no layout: derive it from lgd.data.layouts.Layout")
+        raise ConfigError(f"--layout is {name}, which is no layout: derive it from lgd.shards.layouts.Layout")
     return kind()
 
 

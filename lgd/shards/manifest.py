@@ -4,12 +4,13 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from lgd.base.records import Count, Line, Many, Record, Sha256
 from lgd.config import LEVEL_NAMES
-from lgd.data.archive import Shard
-from lgd.data.index import REBUILD, ROLES
-from lgd.data.meta import Mpp, Pixels, Text, Word
-from lgd.records import Count, Document, Line, Many, Record, Sha256
-from lgd.urls import Location
+from lgd.io.documents import Document
+from lgd.io.location import Location
+from lgd.shards.archive import Shard
+from lgd.shards.index import REBUILD, ROLES
+from lgd.shards.meta import Mpp, Pixels, Text, Word
 
 FORMAT = "lgd-shards/2"
 UNKNOWN = "unknown"
@@ -134,7 +135,7 @@ class Manifest(Document):
     target: Target
     extensions: Extensions
     patches: File
-    """`lgd.data.patches`."""
+    """`lgd.shards.patches`."""
     virtual: bool
     """Whether the tissue was drawn by a program."""
     may_leak: bool

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from lgd.records import Line, Record, Sha256, explain, load_json
+from lgd.base.records import Line, Record, Sha256, explain, load_json
 
 Word = Annotated[str, Field(pattern="^[A-Za-z0-9_]{1,64}$")]
 """The name of a split."""

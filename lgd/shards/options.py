@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lgd.data.layouts import check_layout
-from lgd.data.split import parse_split
-from lgd.errors import require
-from lgd.urls import waits_for_network
+from lgd.base.errors import require
+from lgd.io.location import waits_for_network
+from lgd.shards.layouts import check_layout
+from lgd.shards.split import parse_split
 
 # A remote answers each request late, but many at once.
 _REMOTE_THREADS = 16

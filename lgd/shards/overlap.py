@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lgd.data.archive import read_sample
-from lgd.data.meta import PatchMeta
-from lgd.data.patches import read_patches
-from lgd.data.repeats import differs, equal_runs
-from lgd.data.shard_set import ShardFolder, ShardSet
-from lgd.data.split import canonical_group
-from lgd.errors import DataError
-from lgd.urls import Location
+from lgd.base.errors import DataError
+from lgd.io.location import Location
+from lgd.shards.archive import read_sample
+from lgd.shards.meta import PatchMeta
+from lgd.shards.patches import read_patches
+from lgd.shards.repeats import differs, equal_runs
+from lgd.shards.shard_set import ShardFolder, ShardSet
+from lgd.shards.split import canonical_group
 
 logger = logging.getLogger(__name__)
 

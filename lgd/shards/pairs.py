@@ -1,13 +1,13 @@
-"""What a layout gives -> `PatchPair`s: their keys, slides and names; `lgd.data.shards` reads the contents."""
+"""What a layout gives -> `PatchPair`s: their keys, slides and names; `lgd.shards.builder` reads the contents."""
 
 from dataclasses import dataclass, replace
 
-from lgd.data.layouts import NOWHERE, Candidate, Problem, find_layout, is_csv, safe_key
-from lgd.data.meta import UNPRINTABLE, Origin
-from lgd.errors import DataError
-from lgd.files import exists, list_folder, peek_kind
-from lgd.tables import read_csv
-from lgd.urls import Location, as_location, relative_name
+from lgd.base.errors import DataError
+from lgd.io.files import exists, list_folder, peek_kind
+from lgd.io.location import Location, as_location, relative_name
+from lgd.io.tables import read_csv
+from lgd.shards.layouts import NOWHERE, Candidate, Problem, find_layout, is_csv, safe_key
+from lgd.shards.meta import UNPRINTABLE, Origin
 
 # With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.
 _LONGEST_KEY = 72
@@ -40,7 +40,7 @@ class PatchPair:
 def find_pairs(
     layout: str, root: str | Location, slides: str | Location | None = None
 ) -> tuple[list[PatchPair], list[Problem]]:
-    """The pairs of a layout (`lgd.data.layouts`) under `root`, sorted by key, and what could not be paired.
+    """The pairs of a layout (`lgd.shards.layouts`) under `root`, sorted by key, and what could not be paired.
 
     `slides`: a CSV with the columns key and slide, which names the slide of every pair. Raises `DataError` where the
     root or a CSV is missing or malformed, or holds no patches at all.

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lgd.data.index import REBUILD
-from lgd.data.manifest import Manifest
-from lgd.data.sources import Sample
-from lgd.data.split import canonical_group
-from lgd.errors import DataError
-from lgd.remote import open_checked
-from lgd.urls import Location
+from lgd.base.errors import DataError
+from lgd.io.location import Location
+from lgd.io.remote import open_checked
+from lgd.shards.index import REBUILD
+from lgd.shards.manifest import Manifest
+from lgd.shards.sources import Sample
+from lgd.shards.split import canonical_group
 
 FILE = "patches.npy"
 PATCHES = np.dtype([("he", "<u8"), ("ihc", "<u8"), ("group", "<u8")])

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lgd.data.archive import Shard, read_sample
-from lgd.data.meta import PatchMeta
-from lgd.data.split import canonical_group
+from lgd.shards.archive import Shard, read_sample
+from lgd.shards.meta import PatchMeta
+from lgd.shards.split import canonical_group
 
 SEEN = np.dtype([("key", "<u8"), ("pair", "<u8"), ("group", "<u8"), ("known", "?"), ("shard", "<i4"), ("row", "<i4")])
 """What is kept of a sample: 64 bits of a digest of its key, of the key of the pair that it is or was cut from, and of

@@ -9,13 +9,13 @@ What a run reads of its manifests is read here; nothing downstream opens a manif
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.data.archive import Shard
-from lgd.data.index import REBUILD
-from lgd.data.manifest import HER2, UNKNOWN, Manifest
-from lgd.errors import DataError
-from lgd.folders import list_local_sizes
-from lgd.urls import Location, as_location
+from lgd.io.folders import list_local_sizes
+from lgd.io.location import Location, as_location
+from lgd.shards.archive import Shard
+from lgd.shards.index import REBUILD
+from lgd.shards.manifest import HER2, UNKNOWN, Manifest
 
 _MOST = 20
 

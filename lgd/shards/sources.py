@@ -12,18 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from lgd.base.errors import ConfigError, DataError
 from lgd.config import LEVEL_NAMES
-from lgd.data.image import Header, check, decode_upright, encode
-from lgd.data.layouts import Problem
-from lgd.data.meta import Digests, PatchMeta
-from lgd.data.pairs import PatchPair
-from lgd.data.shard_options import Encoding
-from lgd.data.split import SplitRule, split_of
-from lgd.data.tags import ORIENTATIONS, read_icc_digest, read_orientation
-from lgd.distribute import map_ordered_prefetch
-from lgd.errors import ConfigError, DataError
-from lgd.files import digest_of, read_bytes
-from lgd.urls import Location, MissingError, RemoteError
+from lgd.io.files import digest_of, read_bytes
+from lgd.io.location import Location, MissingError, RemoteError
+from lgd.ray_jobs import map_ordered_prefetch
+from lgd.shards.image import Header, check, decode_upright, encode
+from lgd.shards.layouts import Problem
+from lgd.shards.meta import Digests, PatchMeta
+from lgd.shards.options import Encoding
+from lgd.shards.pairs import PatchPair
+from lgd.shards.split import SplitRule, split_of
+from lgd.shards.tags import ORIENTATIONS, read_icc_digest, read_orientation
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -75,7 +75,7 @@ def in_threads(function: Callable[[Argument], Result], arguments: Iterable[Argum
     try:
         yield from map_ordered_prefetch(pool, function, arguments, 2 * threads)
     finally:
-        # As in `lgd.data.stream`: whatever thread collects what was abandoned must not wait.
+        # As in `lgd.stream.reader`: whatever thread collects what was abandoned must not wait.
         pool.shutdown(wait=False, cancel_futures=True)
 
 

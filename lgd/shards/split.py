@@ -11,7 +11,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from lgd.errors import ConfigError
+from lgd.base.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
 

@@ -12,20 +12,20 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lgd.data.archive import Shard, read_sample
-from lgd.data.image import check, codecs
-from lgd.data.manifest import UNKNOWN, Manifest
-from lgd.data.meta import PatchMeta
-from lgd.data.patches import read_patches
-from lgd.data.repeats import SEEN, as_seen, find_repeats, unlike_patches
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.tags import read_orientation
-from lgd.errors import ConfigError, DataError
-from lgd.files import list_folder, matches
-from lgd.logs import progress
-from lgd.remote import drop_damaged
-from lgd.urls import Location, RemoteError
+from lgd.base.errors import ConfigError, DataError
+from lgd.base.logs import progress
+from lgd.io.files import list_folder, matches
+from lgd.io.location import Location, RemoteError
+from lgd.io.remote import drop_damaged
+from lgd.shards.archive import Shard, read_sample
+from lgd.shards.image import check, codecs
+from lgd.shards.manifest import UNKNOWN, Manifest
+from lgd.shards.meta import PatchMeta
+from lgd.shards.options import ShardOptions
+from lgd.shards.patches import read_patches
+from lgd.shards.repeats import SEEN, as_seen, find_repeats, unlike_patches
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.tags import read_orientation
 
 _MOST = 100
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgd.errors import DataError
+from lgd.base.errors import DataError
 from lgd.stain.deconvolve import H_DAB, H_E, rgb_to_od, unmix
 
 TARGET_SETTINGS: dict[str, float] = {

@@ -1,6 +1,6 @@
 """One shard + the frozen teacher -> one part. Caching resumes part by part.
 
-`lgd cache-latents` and tools/cache_teacher_latents.py run `cache_latents`, which leaves a store (`lgd.store.latents`).
+`lgd cache-latents` and tools/cache_teacher_latents.py run `cache_latents`, which leaves a store (`lgd.store.store`).
 """
 
 import functools
@@ -13,20 +13,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lgd import distribute
+from lgd import ray_jobs
+from lgd.base.errors import DataError
+from lgd.base.logs import progress
 from lgd.config import Config
-from lgd.data.archive import Shard
-from lgd.data.stream import Sample
-from lgd.errors import DataError
-from lgd.files import exists, list_folder
-from lgd.locks import LOCK, exclusive
-from lgd.logs import progress
-from lgd.store.latents import Store, commit
+from lgd.io.files import exists, list_folder
+from lgd.io.location import Location, as_location
+from lgd.io.locks import LOCK, exclusive
+from lgd.shards.archive import Shard
 from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import is_complete
+from lgd.store.store import Store, commit
 from lgd.store.supervision import Supervision, recipe_of, stored
 from lgd.store.writer import shard_writer
-from lgd.urls import Location, as_location
+from lgd.stream.reader import Sample
 
 SHARDS_AT_ONCE = 2
 """Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""
@@ -110,7 +110,7 @@ def _fill(config: Config, recipe: Recipe, missing: Sequence[Shard], workers: int
     with progress(total, "caching", "patches") as bar:
         # A worker is elsewhere: its patches are counted when its part is done.
         make = functools.partial(Cacher, config, recipe, bar if workers == 0 else None)
-        done = distribute.map_with(make, missing, workers=workers, option_name="train.workers", at_once=SHARDS_AT_ONCE)
+        done = ray_jobs.map_with(make, missing, workers=workers, option_name="train.workers", at_once=SHARDS_AT_ONCE)
         for rows in done:
             bar.update(rows if workers else 0)
 
@@ -131,7 +131,7 @@ class Cacher:
         batch, make = self.config.latents.batch, self.supervision
         reader = make.reader([shard])
         prepare = functools.partial(make.prepare, reader)
-        prepared = distribute.map_ordered_prefetch(self._pool, prepare, range(shard.samples), count=batch)
+        prepared = ray_jobs.map_ordered_prefetch(self._pool, prepare, range(shard.samples), count=batch)
         with shard_writer(as_location(self.config.latents.dir), shard, self.recipe) as writer:
             while samples := list(itertools.islice(map(self._counted, prepared), batch)):
                 arrays = stored(self._rows(samples), samples, shard, self.config.latents.dtype, writer.rounding)

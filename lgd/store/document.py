@@ -5,8 +5,9 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from lgd.data.meta import Key, Text, Word
-from lgd.records import Document, Line, Many, Record, Sha256
+from lgd.base.records import Line, Many, Record, Sha256
+from lgd.io.documents import Document
+from lgd.shards.meta import Key, Text, Word
 from lgd.store.recipe import PATCHES, TEACHER, Recipe, TargetsRecipe, TeacherRecipe
 from lgd.store.sidecar import FORMAT, REMEDY, Layout, Name, PartName, Rounding, Rows, Sidecar
 

@@ -24,14 +24,15 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from lgd.data.stream import Reader
-from lgd.errors import ConfigError, DataError
-from lgd.files import list_folder, remove, write_bytes
-from lgd.locks import LOCK, exclusive
-from lgd.records import Document, Line, Many, Sha256
-from lgd.store.latents import Store, as_levels
+from lgd.base.errors import ConfigError, DataError
+from lgd.base.records import Line, Many, Sha256
+from lgd.io.documents import Document
+from lgd.io.files import list_folder, remove, write_bytes
+from lgd.io.location import Location, as_output_location
+from lgd.io.locks import LOCK, exclusive
 from lgd.store.parts import Part
-from lgd.urls import Location, as_output_location
+from lgd.store.store import Store, as_levels
+from lgd.stream.reader import Reader
 
 logger = logging.getLogger(__name__)
 

@@ -14,13 +14,13 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import xxhash
 
+from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.errors import DataError
-from lgd.files import digest_of, xxh3
-from lgd.remote import drop_damaged, open_file
+from lgd.io.files import digest_of, xxh3
+from lgd.io.location import Location
+from lgd.io.remote import drop_damaged, open_file
 from lgd.store.recipe import PATCHES
 from lgd.store.sidecar import REMEDY, Dataset, Layout, Sidecar, read_sidecar
-from lgd.urls import Location
 
 OPEN_PARTS = 16_384
 """Shards whose parts a process keeps mapped; Linux allows it 65,530 maps in all."""

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from lgd.data.meta import Mpp, Text
+from lgd.base.records import Record, Sha256
 from lgd.models.description import Grid
-from lgd.records import Record, Sha256
+from lgd.shards.meta import Mpp, Text
 
 PATCHES = "patches"
 """The layer of a store that does not depend on a teacher: keys, labels, slides and domain targets."""

@@ -10,13 +10,14 @@ from typing import Annotated, ClassVar, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from lgd.data.archive import Shard
-from lgd.data.meta import Key, Word
-from lgd.errors import DataError
-from lgd.files import digest_of, size_of
-from lgd.records import Count, Document, Many, Record, Sha256, Xxh3
+from lgd.base.errors import DataError
+from lgd.base.records import Count, Many, Record, Sha256, Xxh3
+from lgd.io.documents import Document
+from lgd.io.files import digest_of, size_of
+from lgd.io.location import Location
+from lgd.shards.archive import Shard
+from lgd.shards.meta import Key, Word
 from lgd.store.recipe import Recipe
-from lgd.urls import Location
 
 FORMAT = "lgd-latents/2"
 REMEDY = "delete it and run lgd cache-latents again"

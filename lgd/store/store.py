@@ -3,7 +3,7 @@
 DIR/store.json                    recipes, layers and the list of parts; written last
 DIR/sources.json                  where the shards and the teacher were
 DIR/parts/LAYER/NAME.{h5,json}    one part a shard and layer (`lgd.store.parts`): `patches`, and one a teacher
-DIR/index/TEACHER/                what queries search (`lgd.store.index`)
+DIR/index/TEACHER/                what queries search (`lgd.retrieval.index`)
 DIR/.lgd.lock                     while `lgd cache-latents` runs, or after it was killed
 """
 
@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lgd.data.archive import Shard
-from lgd.data.shard_set import ShardFolder
-from lgd.errors import DataError
-from lgd.files import digest_of, format_diff, list_folder, remove
-from lgd.logs import progress
-from lgd.records import MissingDocument
+from lgd.base.errors import DataError
+from lgd.base.logs import progress
+from lgd.io.documents import MissingDocument
+from lgd.io.files import digest_of, format_diff, list_folder, remove
+from lgd.io.location import Location, as_location
+from lgd.shards.archive import Shard
+from lgd.shards.shard_set import ShardFolder
 from lgd.store.document import SourcesDocument, StoreDocument, as_document
 from lgd.store.parts import Part, PartFile
 from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import REMEDY, Layout, part_name, read_sidecar
-from lgd.urls import Location, as_location
 
 __all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store", "commit", "read_all", "read_levels"]
 

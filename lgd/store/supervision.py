@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from lgd.base.errors import DataError
 from lgd.config import Config
-from lgd.data.archive import Shard
-from lgd.data.image import RESIZE, decode
-from lgd.data.stream import Reader, Sample, in_batches
-from lgd.errors import DataError
 from lgd.models.export import read_teacher_config
+from lgd.shards.archive import Shard
+from lgd.shards.image import RESIZE, decode
 from lgd.stain.targets import TARGET_SETTINGS
-from lgd.store.latents import Store
 from lgd.store.recipe import TEACHER, Recipe, TargetsRecipe, TeacherRecipe
 from lgd.store.sidecar import Rounding
+from lgd.store.store import Store
+from lgd.stream.reader import Reader, Sample, in_batches
 
 Arrays = dict[str, np.ndarray]
 
@@ -223,7 +223,7 @@ def _teacher_rows(ihc_BHW3: np.ndarray, teacher: Any, recipe: TeacherRecipe) -> 
     import torch
     from torch.nn import functional as F
 
-    from lgd.data.augment import d4
+    from lgd.stream.augment import d4
 
     device = next(teacher.parameters()).device
     ihc_B3HW = torch.from_numpy(ihc_BHW3).to(device).permute(0, 3, 1, 2)

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from lgd.data.archive import Shard
-from lgd.errors import DataError
-from lgd.files import digest_of, publish, sync
+from lgd.base.errors import DataError
+from lgd.io.files import digest_of, publish, sync
+from lgd.io.location import Location
+from lgd.shards.archive import Shard
 from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import Dataset, Rounding, Sidecar, part_name
-from lgd.urls import Location
 
 _LATENTS = ("pooled", "map")
 """The datasets that depend on a teacher."""

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lgd.config import Data
-from lgd.data.plan import GOLDEN, splitmix64
 from lgd.stain.deconvolve import H_E, rgb_to_od
+from lgd.stream.plan import GOLDEN, splitmix64
 
 D4_ORDER = 8
 

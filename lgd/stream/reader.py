@@ -14,13 +14,13 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from lgd.data.archive import Shard, read_sample
-from lgd.data.image import decode
-from lgd.data.meta import SKIPPED, PatchMeta
-from lgd.data.plan import offsets
-from lgd.errors import DataError
-from lgd.remote import drop_damaged
-from lgd.urls import waits_for_network
+from lgd.base.errors import DataError
+from lgd.io.location import waits_for_network
+from lgd.io.remote import drop_damaged
+from lgd.shards.archive import Shard, read_sample
+from lgd.shards.image import decode
+from lgd.shards.meta import SKIPPED, PatchMeta
+from lgd.stream.plan import offsets
 
 Numbers = Sequence[int] | np.ndarray
 

@@ -9,10 +9,11 @@ Lengths are micrometres, coordinates are (y, x) from the field's corner. Legend:
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import fft, ndimage, spatial, special
+
+from lgd.tissue.look import Look
 
 MPP = 0.46
 """Micrometres per pixel, BCI's scale."""
@@ -84,22 +85,22 @@ class Tissue:
     Fields have one sample a micrometre and reach `_MARGIN` outside the drawn field of `size` pixels.
     """
 
-    def __init__(self, rng: np.random.Generator, look: dict[str, Any], grade: float, size: int, barren: bool):
+    def __init__(self, rng: np.random.Generator, look: Look, grade: float, size: int, barren: bool):
         self.extent = size * MPP
         side = int(np.ceil(self.extent + 2 * _MARGIN))
         shape = (side, side)
-        share = np.clip(look["share"] + rng.normal(0.0, 0.12), 0.15, 0.9)
+        share = np.clip(look.share + rng.normal(0.0, 0.12), 0.15, 0.9)
         share = rng.uniform(0.0, 0.05) if barren else share
         broad, branching = (
-            smooth_noise(rng, shape, look["nest_size"]),
-            smooth_noise(rng, shape, 0.8 * look["nest_size"]),
+            smooth_noise(rng, shape, look.nest_size),
+            smooth_noise(rng, shape, 0.8 * look.nest_size),
         )
         fine = smooth_noise(rng, shape, 5.0)
-        nest = (1 - look["cords"]) * broad - look["cords"] * 1.5 * np.abs(branching) + 0.12 * fine
+        nest = (1 - look.cords) * broad - look.cords * 1.5 * np.abs(branching) + 0.12 * fine
         inner = nest[int(_MARGIN) : -int(_MARGIN), int(_MARGIN) : -int(_MARGIN)]
         # Distances, about: above 0 inside tumour nests, inside their lumens, and beyond the section's rim.
         self.nest = _distance(nest - np.quantile(inner, 1 - share))
-        self.lumen = _distance(nest - np.quantile(inner, 1 - share * look["lumen"])) if look["lumen"] else _NOWHERE
+        self.lumen = _distance(nest - np.quantile(inner, 1 - share * look.lumen)) if look.lumen else _NOWHERE
         # About one patch in four meets the rim of the section, or a crack.
         rim = _distance(smooth_noise(rng, shape, 30.0) + 0.05 * fine - rng.uniform(0.9, 1.9))
         self.rim = rim if rng.random() < 0.25 else _NOWHERE
@@ -109,12 +110,12 @@ class Tissue:
         self.direction = rng.uniform(0, np.pi)
         self.cells = self._populate(rng, look, grade, side)
 
-    def _populate(self, rng: np.random.Generator, look: dict[str, Any], grade: float, side: int) -> Cells:
-        pitch = (10.8 - 2.0 * grade) * look["pitch"]
+    def _populate(self, rng: np.random.Generator, look: Look, grade: float, side: int) -> Cells:
+        pitch = (10.8 - 2.0 * grade) * look.pitch
         tumour = _scatter(rng, side, pitch, 0.24)
         tumour = tumour[(_at(self.nest, tumour) > 0) & (_at(self.lumen, tumour) < 0) & (_at(self.rim, tumour) < 0)]
         immune = _scatter(rng, side, 7.6, 0.35)
-        keep = (_at(self.crowd, immune) > special.ndtri(1 - look["lymphocytes"])) | (rng.random(len(immune)) < 0.02)
+        keep = (_at(self.crowd, immune) > special.ndtri(1 - look.lymphocytes)) | (rng.random(len(immune)) < 0.02)
         immune = immune[keep & (_at(self.nest, immune) < -5) & (_at(self.rim, immune) < -3)]
         spindle = _scatter(rng, side, 15.0, 0.45)
         spindle = spindle[(_at(self.nest, spindle) < -5) & (_at(self.rim, spindle) < -3)]
@@ -129,7 +130,7 @@ class Tissue:
     def _cells(
         self,
         rng: np.random.Generator,
-        look: dict[str, Any],
+        look: Look,
         grade: float,
         yx: np.ndarray,
         kind: np.ndarray,
@@ -137,7 +138,7 @@ class Tissue:
     ) -> Cells:
         n = len(yx)
         is_tumour, is_stroma = kind == TUMOUR, kind == STROMA
-        radius = (2.8 + 1.1 * grade) * look["girth"] * rng.lognormal(0.0, 0.07 + 0.13 * grade, n)
+        radius = (2.8 + 1.1 * grade) * look.girth * rng.lognormal(0.0, 0.07 + 0.13 * grade, n)
         stretch = rng.lognormal(0.0, 0.10 + 0.12 * grade, n)
         long, short = radius * stretch, radius / stretch
         long = np.where(is_stroma, rng.uniform(4.0, 7.0, n), np.where(is_tumour, long, rng.uniform(2.5, 3.1, n)))

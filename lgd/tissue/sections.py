@@ -6,25 +6,22 @@ enters the H&E through one number only, the grade (see `grade_of`): at coupling 
 byte for byte, whatever its level.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage, special
 
-from lgd.data.tissue import MPP, TUMOUR, Cells, Place, Tissue, locate, smooth_noise
+from lgd.tissue.drawing import MPP, TUMOUR, Cells, Place, Tissue, locate, smooth_noise
+from lgd.tissue.look import Look, draw_look
 
 # One random stream for each of these, so that none can leak into another.
 _LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC, _SHORTCUT = range(7)
 
-# Optical density of red, green and blue light. Ruifrok and Johnston 2001; eosin and the two hematoxylins are moved
-# more than half way towards what Macenko's method finds on BCI's patches, whose pink absorbs blue light and whose
-# counterstain is greyish.
-_HEMATOXYLIN, _EOSIN, _DAB = (0.63, 0.68, 0.35), (0.23, 0.88, 0.41), (0.268, 0.570, 0.776)
-_COUNTERSTAIN = (0.60, 0.64, 0.48)
-
 # By level: share of stained tumour cells, optical density of a membrane, its completeness (each from, to), and its
 # width in micrometres. The words (faint, moderate, intense; incomplete, complete; 10 %) are ASCO/CAP 2018's.
-_STAINING: tuple[tuple[Any, ...], ...] = (
+_STAINING: tuple[tuple[tuple[float, float], tuple[float, float], tuple[float, float], float], ...] = (
     ((0.00, 0.08), (0.08, 0.18), (0.15, 0.35), 0.64),
     ((0.30, 0.75), (0.28, 0.42), (0.30, 0.55), 0.64),
     ((0.35, 0.85), (0.48, 0.70), (0.80, 0.95), 1.00),
@@ -63,7 +60,7 @@ def draw_pair(
     coupling: float = 0.7,
     level: int | None = None,
     shortcut: Shortcut = _NO_SHORTCUT,
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Draw patch number `patch` of slide number `slide`: a pure function of its arguments.
 
     `level` is the slide's (0..3; None for `slide_level`): another one shows the same tissue at another level.
@@ -72,17 +69,18 @@ def draw_pair(
     base 10, on the IHC's tumour membranes), membrane_completeness (0..1, of the stained cells; 0 without any),
     stained_fraction (of the tumour cells), discordant (0 or 1).
     """
-    look = _look(_stream(_LOOK, seed, slide))
+    look = draw_look(_stream(_LOOK, seed, slide))
     if shortcut.strength is not None:
-        own = _stream(_SHORTCUT, seed, slide, 0).lognormal(0.0, 0.08, 2)
-        look["amount"] |= {"h": _STRENGTHS[shortcut.strength] * own[0], "e": _STRENGTHS[shortcut.strength] * own[1]}
+        own = _STRENGTHS[shortcut.strength] * _stream(_SHORTCUT, seed, slide, 0).lognormal(0.0, 0.08, 2)
+        look = dataclasses.replace(look, hematoxylin_amount=own[0], eosin_amount=own[1])
     if shortcut.glass is not None:
-        look["he_white"] = _GLASS[shortcut.glass] * _stream(_SHORTCUT, seed, slide, 1).normal(1.0, 0.008, 3)
+        white = _GLASS[shortcut.glass] * _stream(_SHORTCUT, seed, slide, 1).normal(1.0, 0.008, 3)
+        look = dataclasses.replace(look, he_white=white)
     truth = _intent(seed, slide, patch, slide_level(seed, slide) if level is None else level)
-    grade = grade_of(seed, slide, patch, truth["patch_level"], coupling)
-    tissue = Tissue(_stream(_TISSUE, seed, slide, patch), look, grade, size, truth.pop("barren"))
+    grade = grade_of(seed, slide, patch, int(truth["patch_level"]), coupling)
+    tissue = Tissue(_stream(_TISSUE, seed, slide, patch), look, grade, size, bool(truth.pop("barren")))
     he, counts = _draw_he(_stream(_HE, seed, slide, patch), look, grade, tissue, size)
-    ihc, measured = _draw_ihc(_stream(_IHC, seed, slide, patch), look, truth["patch_level"], tissue, size)
+    ihc, measured = _draw_ihc(_stream(_IHC, seed, slide, patch), look, int(truth["patch_level"]), tissue, size)
     if not measured.pop("tumour_cells"):
         truth["patch_level"] = 0
     return he, ihc, {**truth, **counts, **measured}
@@ -110,7 +108,7 @@ def _stream(*key: int) -> np.random.Generator:
     return np.random.default_rng((len(key), *key))
 
 
-def _intent(seed: int, slide: int, patch: int, level: int) -> dict[str, Any]:
+def _intent(seed: int, slide: int, patch: int, level: int) -> dict[str, float]:
     """What the patch shows. One in ten is discordant: the level beside the slide's, or hardly any tumour."""
     rng = _stream(_LEVEL, seed, slide, patch)
     discordant, barren, step = rng.random() < 0.1, rng.random() < 0.4, rng.choice((-1, 1))
@@ -120,46 +118,8 @@ def _intent(seed: int, slide: int, patch: int, level: int) -> dict[str, Any]:
     return {"level": level, "patch_level": int(shown), "discordant": int(discordant), "barren": discordant and barren}
 
 
-def _look(rng: np.random.Generator) -> dict[str, Any]:
-    """What is common to a slide's patches: stains, scanner, architecture. It never sees the level."""
-    grey = rng.random() < 0.3
-    white = rng.uniform(170, 205) if grey else rng.uniform(228, 250)
-    return {
-        "hematoxylin": _tilted(rng, _HEMATOXYLIN),
-        "eosin": _tilted(rng, _EOSIN),
-        "counterstain": _tilted(rng, _COUNTERSTAIN),
-        "dab": _tilted(rng, _DAB),
-        "amount": dict(zip("hed", rng.lognormal(0.0, (0.22, 0.22, 0.10)), strict=True)),
-        "counter": rng.uniform(0.16, 0.36),
-        "haze": rng.uniform(0.0, 0.06),
-        "he_white": white * rng.normal(1.0, (0.008, 0.008, 0.008)),
-        "ihc_white": np.minimum(white * rng.uniform(1.0, 1.03), 252.0) * rng.normal(1.0, (0.006, 0.006, 0.008)),
-        "gamma": rng.normal(1.0, 0.03, 3),
-        "blur": rng.uniform(0.55, 1.0),
-        "noise": rng.uniform(0.8, 2.0),
-        "share": rng.uniform(0.35, 0.75),
-        "nest_size": rng.uniform(13.0, 24.0),
-        "cords": rng.uniform(0.0, 0.9),
-        "lumen": rng.uniform(0.0, 0.30) if rng.random() < 0.5 else 0.0,
-        "cleft": rng.uniform(0.6, 2.5) if rng.random() < 0.4 else 0.0,
-        "fibre": rng.uniform(0.25, 0.65),
-        "basophilia": rng.uniform(0.07, 0.17),
-        "pink": rng.uniform(0.13, 0.26),
-        "lymphocytes": rng.uniform(0.0, 0.25),
-        "pitch": rng.normal(1.0, 0.05),
-        "girth": rng.normal(1.0, 0.05),
-    }
-
-
-def _tilted(rng: np.random.Generator, vector: tuple[float, float, float]) -> np.ndarray:
-    """A stain vector turned by a few degrees, as batches of dye differ."""
-    turned = np.maximum(np.array(vector) + rng.normal(0.0, 0.018, 3), 0.01)
-    unit: np.ndarray = turned / np.linalg.norm(turned)
-    return unit
-
-
 def _draw_he(
-    rng: np.random.Generator, look: dict[str, Any], grade: float, tissue: Tissue, size: int
+    rng: np.random.Generator, look: Look, grade: float, tissue: Tissue, size: int
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The H&E (H, W, 3) uint8, and its counts of nuclei."""
     cells = tissue.section(rng, drift=0.0)
@@ -169,26 +129,26 @@ def _draw_he(
     tumour = place.kind == TUMOUR
     body = tumour * np.clip(place.edge / MPP + 0.5, 0, 1)
     chromatin = _chromatin(rng, cells, place, noise, grade)
-    cleft = look["cleft"] * np.clip(0.5 + 0.7 * noise.wide, 0, 1.5)
-    gap = tumour * np.clip((cleft + place.edge) / 1.0, 0, 1) * (1 - body) if look["cleft"] else 0.0 * body
+    cleft = look.cleft * np.clip(0.5 + 0.7 * noise.wide, 0, 1.5)
+    gap = tumour * np.clip((cleft + place.edge) / 1.0, 0, 1) * (1 - body) if look.cleft else 0.0 * body
     fibres = tissue.fibres(yx)
-    bundles = look["pink"] * np.clip(1 + look["fibre"] * fibres + 0.2 * noise.wide + 0.06 * noise.fine, 0.1, 3.0)
+    bundles = look.pink * np.clip(1 + look.fibre * fibres + 0.2 * noise.wide + 0.06 * noise.fine, 0.1, 3.0)
     ground = (1 - body) * (1 - gap)
     plump = np.exp(rng.normal(0.0, 0.16, len(cells.yx))).astype(np.float32)[place.cell]
     cytoplasm = plump * (1 + 0.15 * noise.broad + 0.10 * noise.wide + 0.08 * noise.fine)
-    hematoxylin = ground * (0.05 + 0.06 * bundles) + body * look["basophilia"] * cytoplasm
+    hematoxylin = ground * (0.05 + 0.06 * bundles) + body * look.basophilia * cytoplasm
     eosin = ground * bundles + body * (0.20 * cytoplasm + 0.04 * np.exp(-((place.edge / 0.5) ** 2)))
     hematoxylin = hematoxylin * (1 - 0.6 * place.cover) + chromatin
     eosin = eosin * (1 - 0.45 * place.cover) + 0.12 * chromatin
     tissue_here = 1 - np.maximum(place.hole, 0)
-    amounts = {
-        "hematoxylin": look["amount"]["h"] * tissue_here * np.maximum(hematoxylin, 0),
-        "eosin": look["amount"]["e"] * tissue_here * np.maximum(eosin, 0),
-    }
+    amounts = [
+        (look.hematoxylin, look.hematoxylin_amount * tissue_here * np.maximum(hematoxylin, 0)),
+        (look.eosin, look.eosin_amount * tissue_here * np.maximum(eosin, 0)),
+    ]
     centre = cells.yx + cells.offset
     seen = ((centre >= 0) & (centre < tissue.extent)).all(-1) & (cells.density > 0)
     counts = {"nuclei": int(seen.sum()), "tumour_nuclei": int((seen & (cells.kind == TUMOUR)).sum())}
-    return _scan(rng, look, amounts, look["he_white"]), counts
+    return _scan(rng, look, amounts, look.he_white), counts
 
 
 def _chromatin(rng: np.random.Generator, cells: Cells, place: Place, noise: "_Noise", grade: float) -> np.ndarray:
@@ -209,8 +169,8 @@ def _chromatin(rng: np.random.Generator, cells: Cells, place: Place, noise: "_No
 
 
 def _draw_ihc(
-    rng: np.random.Generator, look: dict[str, Any], level: int, tissue: Tissue, size: int
-) -> tuple[np.ndarray, dict[str, Any]]:
+    rng: np.random.Generator, look: Look, level: int, tissue: Tissue, size: int
+) -> tuple[np.ndarray, dict[str, float]]:
     """The IHC (H, W, 3) uint8 of the next section, and what its DAB truly is."""
     cells = tissue.section(rng, drift=0.9)
     noise = _Noise(rng, size)
@@ -222,19 +182,19 @@ def _draw_ihc(
     nuclei = 0.55 + 0.5 * np.exp(-(((1 - place.rho) * 3 / 0.5) ** 2)) + 0.10 * noise.fine + 0.10 * noise.broad
     nuclei *= cells.density[place.cell] * place.cover
     fibres = np.clip(0.5 + 0.3 * tissue.fibres(yx), 0, 1.5)
-    counter = look["counter"] * (nuclei + 0.10 * body + 0.12 * fibres * (1 - body))
+    counter = look.counter * (nuclei + 0.10 * body + 0.12 * fibres * (1 - body))
     here = 1 - place.hole
-    haze = look["haze"] * (0.5 + 0.9 * body + 0.3 * fibres * (1 - body)) * np.clip(1 + 0.3 * noise.wide, 0, 2)
-    dab = look["amount"]["d"] * dab
+    haze = look.haze * (0.5 + 0.9 * body + 0.3 * fibres * (1 - body)) * np.clip(1 + 0.3 * noise.wide, 0, 2)
+    dab = look.dab_amount * dab
     membrane = tumour & (np.abs(place.edge) < 0.5) & (here > 0.5)
     measured["membrane_od"] = round(float(dab[membrane].mean()), 4) if membrane.any() else 0.0
-    amounts = {"counterstain": here * np.maximum(counter, 0), "dab": here * (dab + haze)}
-    return _scan(rng, look, amounts, look["ihc_white"]), measured
+    amounts = [(look.counterstain, here * np.maximum(counter, 0)), (look.dab, here * (dab + haze))]
+    return _scan(rng, look, amounts, look.ihc_white), measured
 
 
 def _membranes(
     rng: np.random.Generator, cells: Cells, place: Place, noise: "_Noise", level: int
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, dict[str, float]]:
     """Amount of DAB (H, W), and the truth about completeness and share of stained cells."""
     *ranges, width = _STAINING[level]
     share, density, complete = (rng.uniform(*limits) for limits in ranges)
@@ -300,15 +260,15 @@ def _neighbouring(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _scan(
-    rng: np.random.Generator, look: dict[str, Any], amounts: dict[str, np.ndarray], white: np.ndarray
+    rng: np.random.Generator, look: Look, amounts: Sequence[tuple[np.ndarray, np.ndarray]], white: np.ndarray
 ) -> np.ndarray:
     """Light through the stains, the lens and the sensor: (H, W, 3) uint8."""
-    light = np.empty((*next(iter(amounts.values())).shape, 3), np.float32)
+    light = np.empty((*amounts[0][1].shape, 3), np.float32)
     for channel in range(3):
         # Sums are written out: a matrix product's last digit would depend on the BLAS and its threads.
-        density = sum(amount * np.float32(look[stain][channel]) for stain, amount in amounts.items())
-        clear = np.exp(density * np.float32(-np.log(10) * look["gamma"][channel]))
-        light[..., channel] = ndimage.gaussian_filter(clear, look["blur"], truncate=3.0)
-    grain = rng.standard_normal(light.shape, dtype=np.float32) * np.float32(look["noise"])
+        density = sum(amount * np.float32(vector[channel]) for vector, amount in amounts)
+        clear = np.exp(density * np.float32(-np.log(10) * look.gamma[channel]))
+        light[..., channel] = ndimage.gaussian_filter(clear, look.blur, truncate=3.0)
+    grain = rng.standard_normal(light.shape, dtype=np.float32) * np.float32(look.noise)
     pixels: np.ndarray = np.clip(light * white.astype(np.float32) + grain + 0.5, 0, 255)
     return pixels.astype(np.uint8)

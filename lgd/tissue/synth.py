@@ -21,15 +21,16 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import simplejpeg
 
+from lgd.base.errors import DataError, require
+from lgd.base.logs import progress
+from lgd.base.records import Count, Line, Record
 from lgd.config import LEVEL_NAMES
-from lgd.data.sections import Shortcut, draw_pair, shortcut_of, slide_level
-from lgd.errors import DataError, require
-from lgd.files import publish
-from lgd.locks import LOCK, exclusive
-from lgd.logs import progress
-from lgd.records import Count, Document, Line, Record
-from lgd.tables import write_csv
-from lgd.urls import as_output_location, require_local
+from lgd.io.documents import Document
+from lgd.io.files import publish
+from lgd.io.location import as_output_location, require_local
+from lgd.io.locks import LOCK, exclusive
+from lgd.io.tables import write_csv
+from lgd.tissue.sections import Shortcut, draw_pair, shortcut_of, slide_level
 
 TRUTH_COLUMNS = (
     "key",

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lgd.base.errors import DataError
 from lgd.config import Config, Data
-from lgd.data.augment import d4, drawn_views, jitter_he, turn_stored
-from lgd.data.plan import Plan, World, eval_numbers, rank_positions
-from lgd.data.stream import Reader, Sample, Samples, in_batches, stream
-from lgd.errors import DataError
 from lgd.models.losses import Negatives
-from lgd.store.latents import Rows
+from lgd.store.store import Rows
+from lgd.stream.augment import d4, drawn_views, jitter_he, turn_stored
+from lgd.stream.plan import Plan, World, eval_numbers, rank_positions
+from lgd.stream.reader import Reader, Sample, Samples, in_batches, stream
 from lgd.train.targets import Queue
 
 logger = logging.getLogger(__name__)

@@ -18,14 +18,15 @@ from typing import Annotated, Any, BinaryIO, ClassVar, Self
 import torch
 from pydantic import Field, JsonValue, model_validator
 
-from lgd.errors import DataError
-from lgd.files import exists, format_diff, is_same, list_folder, publish, remove_folder, xxh3
-from lgd.folders import discard_folder, publish_folder
+from lgd.base.errors import DataError
+from lgd.base.records import Count, Many, Record, Xxh3
+from lgd.io.documents import Document
+from lgd.io.files import exists, format_diff, is_same, list_folder, publish, remove_folder, xxh3
+from lgd.io.folders import discard_folder, publish_folder
+from lgd.io.location import Location
+from lgd.io.remote import open_checked
 from lgd.models.export import write_tensors
-from lgd.records import Count, Document, Many, Record, Xxh3
-from lgd.remote import open_checked
 from lgd.train.engine import Moments
-from lgd.urls import Location
 
 _TENSORS, _STATE = ("weights.safetensors", "moments.safetensors"), "state.json"
 

@@ -17,11 +17,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lgd.base.logs import log_prints
+from lgd.base.process_state import default_environment
 from lgd.config import Train
-from lgd.data.plan import World
-from lgd.locks import LOCK, hold_lock
-from lgd.logs import log_prints
-from lgd.process_state import default_environment
+from lgd.io.locks import LOCK, hold_lock
+from lgd.stream.plan import World
 from lgd.train.engine import Moments, load_moments, make_adamw, place_model, read_moments
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from lgd.base.errors import DataError
 from lgd.config import Train
-from lgd.data.plan import World
-from lgd.errors import DataError
+from lgd.stream.plan import World
 
 logger = logging.getLogger(__name__)
 

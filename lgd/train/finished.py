@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 import lgd
-from lgd.errors import DataError
-from lgd.files import digest_of, exists, format_diff
+from lgd.base.errors import DataError
+from lgd.io.files import digest_of, exists, format_diff
+from lgd.io.location import RemoteError
 from lgd.metrics import Floats, Ints
 from lgd.models.description import ModelConfig, describe_training
 from lgd.models.export import save_model
@@ -20,7 +21,6 @@ from lgd.train import checkpoint
 from lgd.train.passes import validate
 from lgd.train.prepare import Prepared
 from lgd.train.tasks import Task
-from lgd.urls import RemoteError
 
 
 def export(run: Prepared, step: int) -> None:

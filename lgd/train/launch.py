@@ -13,22 +13,22 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from lgd.base.errors import DataError
+from lgd.base.process_state import default_environment, stop_signals
 from lgd.config import LEVEL_NAMES, Config
-from lgd.data.manifest import UNKNOWN
-from lgd.data.overlap import open_disjoint
-from lgd.data.plan import World
-from lgd.data.shard_set import ShardSet
-from lgd.errors import DataError
-from lgd.files import digest_of, exists, list_folder, may_have_sha256, remove_folder
-from lgd.locks import LOCK, exclusive
-from lgd.process_state import default_environment, stop_signals
+from lgd.io.files import digest_of, exists, list_folder, may_have_sha256, remove_folder
+from lgd.io.location import as_location
+from lgd.io.locks import LOCK, exclusive
+from lgd.shards.manifest import UNKNOWN
+from lgd.shards.overlap import open_disjoint
+from lgd.shards.shard_set import ShardSet
+from lgd.stream.plan import World
 from lgd.train import checkpoint
 from lgd.train.deepspeed_engine import leave_world
 from lgd.train.finished import keeps_others, read_finished, refuse_finished
 from lgd.train.loop import TASKS, train
 from lgd.train.prepare import choose_engine
 from lgd.train.tasks import Task, inputs_of
-from lgd.urls import as_location
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def _is_reused(task: Task, config: Config, shards: ShardSet, overwrite: bool | N
 
 
 def _train_locked(task: Task, config: Config, shards: ShardSet, name: str, overwrite: bool | None, first: bool) -> None:
-    from lgd.distribute import launch
+    from lgd.ray_jobs import launch
 
     require_own_folder(task)
     inputs = inputs_of(task, config, shards)

@@ -9,15 +9,15 @@ import time
 import numpy as np
 import torch
 
+from lgd.base.errors import DataError
+from lgd.base.logs import progress
+from lgd.base.markup import markdown_table
+from lgd.base.text import dump_json
 from lgd.config import LEVEL_NAMES
-from lgd.errors import DataError
-from lgd.files import exists, read_bytes, write_bytes
-from lgd.folders import WorkingFolder
-from lgd.logs import progress
-from lgd.markup import markdown_table
+from lgd.io.files import exists, read_bytes, write_bytes
+from lgd.io.folders import WorkingFolder
+from lgd.io.location import Location
 from lgd.metrics import confusion
-from lgd.text import dump_json
-from lgd.urls import Location
 
 logger = logging.getLogger(__name__)
 

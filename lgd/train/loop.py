@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lgd.base.errors import DataError, Stopped
 from lgd.config import Config
-from lgd.data.plan import World
-from lgd.data.shard_set import ShardSet
-from lgd.errors import DataError, Stopped
+from lgd.shards.shard_set import ShardSet
+from lgd.stream.plan import World
 from lgd.train import checkpoint
 from lgd.train.batch import Batch
 from lgd.train.finished import export

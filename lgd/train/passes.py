@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from lgd.config import Config
-from lgd.data.archive import Shard
-from lgd.data.plan import World
-from lgd.data.stream import Reader
 from lgd.metrics import score
+from lgd.shards.archive import Shard
+from lgd.stream.plan import World
+from lgd.stream.reader import Reader
 from lgd.train.batch import Batch, evaluation_batches
 from lgd.train.engine import Engine
 from lgd.train.tasks import Task

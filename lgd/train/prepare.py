@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from lgd.base.errors import ConfigError, DataError
 from lgd.config import Config, Train
-from lgd.data.plan import Plan, World
-from lgd.data.shard_set import ShardSet
-from lgd.data.stream import Reader
-from lgd.errors import ConfigError, DataError
+from lgd.shards.shard_set import ShardSet
+from lgd.stream.plan import Plan, World
+from lgd.stream.reader import Reader
 from lgd.train.batch import BatchOptions, Skipped, Step, augment, training_batches
 from lgd.train.deepspeed_engine import DeepSpeedEngine, deepspeed_problem
 from lgd.train.engine import Engine, TorchEngine

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lgd.data.augment import drawn_views
-from lgd.data.plan import Plan, offsets
 from lgd.models.losses import Negatives
-from lgd.store.latents import SUPERVISION, Rows, read_levels
 from lgd.store.parts import Part
+from lgd.store.store import SUPERVISION, Rows, read_levels
+from lgd.stream.augment import drawn_views
+from lgd.stream.plan import Plan, offsets
 
 
 def partners(level_n: np.ndarray, within: bool, seed: int) -> np.ndarray:

@@ -6,17 +6,17 @@ import torch
 from torch import nn
 
 from lgd.config import Config
-from lgd.data.plan import ORDER
-from lgd.data.shard_set import ShardSet
-from lgd.files import digest_of
+from lgd.io.files import digest_of
+from lgd.io.location import Location, as_location
 from lgd.models.description import ModelConfig, TeacherRef
 from lgd.models.export import read_student_config, read_teacher_config
 from lgd.models.losses import Lesson, Terms, level_loss
 from lgd.models.methods import find_method
 from lgd.models.teacher import new_teacher
-from lgd.store.latents import TEACHER, Store
+from lgd.shards.shard_set import ShardSet
+from lgd.store.store import TEACHER, Store
 from lgd.store.supervision import recipe_of
-from lgd.urls import Location, as_location
+from lgd.stream.plan import ORDER
 
 
 class Task(Protocol):

@@ -14,7 +14,7 @@ import warnings
 
 import pytest
 
-from lgd.logs import log_prints, progress, receive_logs, send_logs, show_logs
+from lgd.base.logs import log_prints, progress, receive_logs, send_logs, show_logs
 
 logger = logging.getLogger("lgd.some.module")
 
@@ -62,16 +62,16 @@ def test_a_program_that_imports_lgd_sees_nothing_unless_it_asks():
 
 def test_a_program_takes_lines_and_progress_where_it_likes(tissue_config, tmp_path, capsys, caplog, monkeypatch):
     """A stage as a function prints nothing; its records come through `logging`."""
-    from lgd.data.shard_options import ShardOptions
-    from lgd.data.shards import build
+    from lgd.shards.builder import build
+    from lgd.shards.options import ShardOptions
 
-    monkeypatch.setattr("lgd.logs.EVERY", 0.0)
+    monkeypatch.setattr("lgd.base.logs.EVERY", 0.0)
     with caplog.at_level(logging.INFO, "lgd"):
         options = {"slides": tissue_config.shard_dirs[0].replace("shards", "bci/truth.csv")}
         root = tissue_config.shard_dirs[0].replace("shards", "bci")
         build(ShardOptions(layout="bci", root=root, out=str(tmp_path / "out"), mpp=0.46, **options))
     assert capsys.readouterr() == ("", "")
-    assert any(record.name == "lgd.logs" and "48/48" in record.message for record in caplog.records)
+    assert any(record.name == "lgd.base.logs" and "48/48" in record.message for record in caplog.records)
     assert all(record.name.startswith("lgd.") for record in caplog.records)
 
 
@@ -138,7 +138,7 @@ def test_a_line_goes_above_a_live_bar(monkeypatch):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_quiet_shows_neither_bars_nor_their_lines(monkeypatch, capsys, terminal):
-    monkeypatch.setattr("lgd.logs.EVERY", 0.0)
+    monkeypatch.setattr("lgd.base.logs.EVERY", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with show_logs(logging.WARNING), progress(2, "stage", "steps") as bar:
         bar.update()
@@ -176,7 +176,7 @@ def test_records_of_a_worker_are_the_drivers(capsys, caplog):
 
 def test_the_bar_of_a_worker_is_drawn_at_the_driver_once(monkeypatch):
     """A worker that was started again goes on in the bar of the lost one."""
-    monkeypatch.setattr("lgd.logs._SENT_EVERY", 0.0)
+    monkeypatch.setattr("lgd.base.logs._SENT_EVERY", 0.0)
     wire = Wire()
     with send_logs(wire, logging.INFO):
         lost = progress(4, "student", "steps")

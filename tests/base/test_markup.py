@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lgd.markup import LONGEST, MOST, code_block, escape_markdown, list_items, markdown_table
-from lgd.text import escape_text
+from lgd.base.markup import LONGEST, MOST, code_block, escape_markdown, list_items, markdown_table
+from lgd.base.text import escape_text
 
 EXTENSIONS = ["tables", "fenced_code", "attr_list", "toc", "footnotes", "abbr", "def_list", "admonition", "md_in_html"]
 PIECES = [

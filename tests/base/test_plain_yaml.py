@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.plain_yaml import YamlError, check_text, read_yaml, write_yaml
+from lgd.base.plain_yaml import YamlError, check_text, read_yaml, write_yaml
 
 TEXTS = st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters="\ufeff\ufffe\uffff\u2028\u2029"))
 WORDS = st.sampled_from(
@@ -104,7 +104,7 @@ def test_bombs_are_refused_in_bounded_time_and_memory():
     """Each a megabyte; in a process of its own, since memory that was once had is not given back."""
     code = """
 import resource, time
-from lgd.plain_yaml import MOST_BYTES, YamlError, read_yaml
+from lgd.base.plain_yaml import MOST_BYTES, YamlError, read_yaml
 n = MOST_BYTES
 nine = lambda word: "[" + ",".join([word] * 9) + "]"
 bombs = {

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from pydantic import Field
 from web import Web
 
-from lgd.errors import DataError
-from lgd.files import digest_of
-from lgd.records import Count, Document, Line, Many, MissingDocument, Record, Sha256, load_json
+from lgd.base.errors import DataError
+from lgd.base.records import Count, Line, Many, Record, Sha256, load_json
+from lgd.io.documents import Document, MissingDocument
+from lgd.io.files import digest_of
 
 
 class Inner(Record):

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lgd.base.errors import DataError
+from lgd.base.logs import progress, show_logs
+from lgd.base.text import LONGEST, UNSEEN, dump_json, escape_text, escaped_output, print_json, print_lines
 from lgd.cli import main
-from lgd.errors import DataError
-from lgd.files import write_json
-from lgd.logs import progress, show_logs
-from lgd.text import LONGEST, UNSEEN, dump_json, escape_text, escaped_output, print_json, print_lines
+from lgd.io.files import write_json
 
 HOSTILE = "a\nlgd: verified \x1b[2J\x1b]0;owned\x07\r\t\x9b \u202e\u2066\u200f\u061c\u2028\u200b\udcff\x7f"
 TEXT = st.text(st.characters())
@@ -119,7 +119,7 @@ def test_a_bar_on_a_terminal_moves_and_its_name_does_not(monkeypatch):
 
 
 def test_a_bar_in_a_log_is_whole_lines(capsys, monkeypatch):
-    monkeypatch.setattr("lgd.logs.EVERY", 0.0)
+    monkeypatch.setattr("lgd.base.logs.EVERY", 0.0)
     with escaped_output(), show_logs(logging.INFO), progress(2, "\x1b[2J\nname", "steps") as bar:
         bar.update()
     err = capsys.readouterr().err

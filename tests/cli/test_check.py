@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lgd.check import check, find_kind
-from lgd.errors import DataError
-from lgd.files import digest_of
+from lgd.base.errors import DataError
+from lgd.cli.check import check, find_kind
+from lgd.config_files import find_in_run, load_config
+from lgd.io.files import digest_of
 from lgd.models.export import read_student_config
-from lgd.options import find_in_run, load_config
 from lgd.train.checkpoint import State
 
 

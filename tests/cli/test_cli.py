@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from lgd.cli import VERBS, main
-from lgd.store.latents import Store
+from lgd.store.store import Store
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(capsys, *args) -> tuple[int, str, str]:
@@ -78,7 +78,7 @@ def test_a_bad_image_stops_the_build_and_nothing_is_written(tmp_path, capsys, ha
 
 @pytest.mark.parametrize("first", [True, False])
 def test_quiet_keeps_notes_and_results_and_hides_the_rest(tmp_path, capsys, monkeypatch, first):
-    monkeypatch.setattr("lgd.logs.EVERY", 0.0)
+    monkeypatch.setattr("lgd.base.logs.EVERY", 0.0)
     root = pair(pair(tmp_path / "bci"), "00001_train_2+")
     args = ["build-shards", "--layout", "bci", "--root", root, "--out"]
     status, _, err = run(capsys, *args, tmp_path / "loud")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from lgd.cli import main
-from lgd.data.shard_set import ShardSet
-from lgd.info import as_lines, describe
-from lgd.run_document import Cached
-from lgd.run_folder import record
+from lgd.cli.info import as_lines, describe
+from lgd.runs.document import Cached
+from lgd.runs.folder import record
+from lgd.shards.shard_set import ShardSet
 
 
 def test_ten_lines_say_what_a_folder_is(tissue_run):

@@ -9,7 +9,7 @@ import yaml
 
 from lgd.cli import VERBS
 from lgd.config import Config
-from lgd.options import config_of, make_parser
+from lgd.config_files import config_of, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"

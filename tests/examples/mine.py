@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lgd.data.layouts import Candidate, Layout, Problem
 from lgd.models.losses import Lesson, Terms
 from lgd.models.methods import LgdNet
 from lgd.models.student import HallucinatingStudent, Outputs
+from lgd.shards.layouts import Candidate, Layout, Problem
 
 
 class Deeper(HallucinatingStudent):

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from web import Web, fetch
 
-from lgd.download_cache import copy_path
-from lgd.errors import DataError
-from lgd.remote import open_file
+from lgd.base.errors import DataError
+from lgd.io.download_cache import copy_path
+from lgd.io.remote import open_file
 
 DIGEST = "5" * 64
 
@@ -123,7 +123,7 @@ def test_a_cache_that_cannot_be_is_told(web, tmp_path, monkeypatch):
 
 _READER = """
 import hashlib, random, sys
-from lgd.remote import open_file
+from lgd.io.remote import open_file
 url, seed, *digests = sys.argv[1:]
 dice = random.Random(seed)
 for number in dice.sample(range(len(digests)), len(digests)):

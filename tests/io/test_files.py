@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from lgd.errors import DataError
-from lgd.files import (
+from lgd.base.errors import DataError
+from lgd.io.files import (
     digest_of,
     exists,
     is_same,
@@ -21,7 +21,7 @@ from lgd.files import (
     write_bytes,
     write_json,
 )
-from lgd.urls import RemoteError, as_location
+from lgd.io.location import RemoteError, as_location
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -82,8 +82,8 @@ def test_a_folder_is_listed_by_kind(tmp_path):
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     code = (
         "import resource, sys\n"
-        "from lgd.errors import DataError\n"
-        "from lgd.files import write_bytes\n"
+        "from lgd.base.errors import DataError\n"
+        "from lgd.io.files import write_bytes\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try: write_bytes(sys.argv[1], bytes(2000))\n"
         "except DataError as error: print(error)\n"

@@ -5,10 +5,10 @@ import tempfile
 
 import pytest
 
-from lgd import folders
-from lgd.files import list_folder, read_bytes, write_bytes
-from lgd.folders import WorkingFolder, discard_folder, list_local_sizes, publish_folder
-from lgd.urls import as_location
+from lgd.io import folders
+from lgd.io.files import list_folder, read_bytes, write_bytes
+from lgd.io.folders import WorkingFolder, discard_folder, list_local_sizes, publish_folder
+from lgd.io.location import as_location
 
 
 @pytest.fixture(scope="module")

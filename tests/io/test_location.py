@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lgd.errors import ConfigError, DataError
-from lgd.urls import as_arrow, as_location, as_output_location, relative_name, require_local, waits_for_network
+from lgd.base.errors import ConfigError, DataError
+from lgd.io.location import as_arrow, as_location, as_output_location, relative_name, require_local, waits_for_network
 
 
 def test_paths_and_urls_are_told_apart(tmp_path, monkeypatch):

@@ -16,14 +16,14 @@ from pathlib import Path
 import flockless
 import pytest
 
-from lgd import locks
-from lgd.errors import DataError
-from lgd.locks import LOCK, Owner, TakenError, exclusive, hold_lock, read_owner, try_lock
-from lgd.urls import as_location
+from lgd.base.errors import DataError
+from lgd.io import locks
+from lgd.io.location import as_location
+from lgd.io.locks import LOCK, Owner, TakenError, exclusive, hold_lock, read_owner, try_lock
 
 HOLD = """
 import sys
-from lgd.locks import exclusive
+from lgd.io.locks import exclusive
 with exclusive(sys.argv[1], "digging"):
     print("in", flush=True)
     input()
@@ -88,7 +88,7 @@ def count_up(path, times, barrier):
 
 def test_of_many_that_wait_one_is_in_at_a_time_though_each_removes_the_file(tmp_path):
     context, path = multiprocessing.get_context("forkserver"), tmp_path / "count"
-    context.set_forkserver_preload(["lgd.locks"])
+    context.set_forkserver_preload(["lgd.io.locks"])
     path.write_text("0")
     barrier = context.Barrier(3)
     processes = [context.Process(target=count_up, args=(path, 50, barrier)) for _ in range(3)]
@@ -204,9 +204,9 @@ def test_a_url_has_no_lock(tmp_path, monkeypatch):
 NO_LOCKS = """
 import sys
 import flockless
-from lgd.errors import DataError
-from lgd.locks import exclusive
-from lgd.remote import open_file
+from lgd.base.errors import DataError
+from lgd.io.locks import exclusive
+from lgd.io.remote import open_file
 
 def work():
     with exclusive("x", "digging"):
@@ -226,7 +226,7 @@ def test_a_file_system_without_locks_is_told_with_the_remedy(tmp_path):
     (tmp_path / "file.bin").write_bytes(b"content")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     numbers = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP]
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    paths = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, sys.path)])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/file.bin"

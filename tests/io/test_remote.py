@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from web import Web, fetch
 
-from lgd.errors import DataError
-from lgd.files import exists, list_folder, read_bytes, read_json, write_json
-from lgd.remote import drop_damaged, name_with_copy, open_checked, open_file
-from lgd.urls import MissingError, RemoteError, as_location
+from lgd.base.errors import DataError
+from lgd.io.files import exists, list_folder, read_bytes, read_json, write_json
+from lgd.io.location import MissingError, RemoteError, as_location
+from lgd.io.remote import drop_damaged, name_with_copy, open_checked, open_file
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_the_limit_holds_while_many_download_at_once(web, cache, monkeypatch):
 def test_threads_and_processes_download_a_file_once(web, cache):
     url, digest, size = web.put("a.tar", os.urandom(5000))
     web.faults["a.tar"] = [0.7]
-    code = f"from lgd.remote import open_file; print(open_file({url!r}, {digest!r}, {size}).name)"
+    code = f"from lgd.io.remote import open_file; print(open_file({url!r}, {digest!r}, {size}).name)"
     others = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     with ThreadPoolExecutor(3) as pool:
         found = set(pool.map(lambda _: str(fetch(url, digest, size)), range(3)))
@@ -260,7 +260,7 @@ def test_threads_and_processes_download_a_file_once(web, cache):
 def test_what_a_killed_download_left_is_cleaned_up(web, cache):
     url, digest, size = web.put("a.tar", os.urandom(5000))
     web.faults["a.tar"] = [30.0]
-    code = f"from lgd.remote import open_file; open_file({url!r}, {digest!r}, {size})"
+    code = f"from lgd.io.remote import open_file; open_file({url!r}, {digest!r}, {size})"
     killed = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.time() + 30
     while not list(cache.glob(".*.tmp")) and time.time() < deadline:
@@ -283,8 +283,8 @@ def test_a_full_disk_is_told_and_leaves_nothing(web, cache):
     url, digest, size = web.put("a.tar", os.urandom(200_000))
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from lgd.remote import open_file\n"
-        "from lgd.errors import DataError\n"
+        "from lgd.io.remote import open_file\n"
+        "from lgd.base.errors import DataError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         f"try: open_file({url!r}, {digest!r}, {size})\n"
         "except DataError as error: print(error)\n"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lgd.tables import WIDEST, escape_cell, print_csv, print_table, read_csv, unescape_cell, write_csv
-from lgd.text import UNSEEN
+from lgd.base.text import UNSEEN
+from lgd.io.tables import WIDEST, escape_cell, print_csv, print_table, read_csv, unescape_cell, write_csv
 
 FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"
 TEXT = st.lists(st.sampled_from([*FORMULA, *"'\";, x1é\\", "\x1b", "\u202e", "\ud800", "=1"]) | st.characters()).map(

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import lgd
-from lgd.errors import ConfigError, DataError
-from lgd.files import digest_of
+from lgd.base.errors import ConfigError, DataError
+from lgd.io.files import digest_of
 from lgd.models.description import NOT_TRAINED
 from lgd.models.encoder import PRESETS, Encoder, build_encoder
 from lgd.models.export import save_model

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 import lgd
+from lgd.base.errors import ConfigError, DataError
 from lgd.config import Config, Student
-from lgd.errors import ConfigError, DataError
 from lgd.models.description import NOT_TRAINED
 from lgd.models.encoder import build_encoder
 from lgd.models.export import save_model

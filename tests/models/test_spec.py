@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tracing import refused
 
+from lgd.base.records import load_json
 from lgd.models.encoder import PRESETS, describe
 from lgd.models.spec import ARCHITECTURES, EncoderSpec, check_sizes, refuse_code
-from lgd.records import load_json
 
 GOOD = {
     "name": "hf:org/name",

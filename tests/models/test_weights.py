@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lgd.errors import DataError
+from lgd.base.errors import DataError
 from lgd.models.weights import compare_shapes, count_numbers, read_shapes, shapes_of
 
 

@@ -12,21 +12,21 @@ import pytest
 import ray
 from PIL import Image
 
-from lgd import ablate
-from lgd.ablate import AblateOptions, slug, variants
+from lgd.base.errors import ConfigError
 from lgd.cli import main
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.data.stream import Reader
-from lgd.errors import ConfigError
-from lgd.evaluate.ablation_table import LGD_NET, UPPER_BOUND
-from lgd.evaluate.colour import COLOUR
-from lgd.files import read_json
+from lgd.config_files import add_option_arguments, make_parser
+from lgd.io.files import read_json
+from lgd.io.location import as_location
 from lgd.metrics import Predictions
 from lgd.models.methods import METHODS, PROPOSED
-from lgd.options import add_option_arguments, make_parser
-from lgd.urls import as_location
+from lgd.report import ablation
+from lgd.report.ablation import AblateOptions, slug, variants
+from lgd.report.ablation_table import LGD_NET, UPPER_BOUND
+from lgd.report.colour import COLOUR
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder
+from lgd.stream.reader import Reader
 
 STUDIES = Path(__file__).parents[1] / "tools" / "studies"
 CORE = ["H&E-only", "two streams", "label distillation", "LGD-Net"]
@@ -115,8 +115,8 @@ def test_answers_are_kept_at_a_url_too(s3_server, tmp_path):
         probability=np.eye(4)[[0, 3]],
     )
     for folder in (tmp_path, as_location("s3://kept/ablation")):
-        ablate._keep(folder / "a.npz", given, "stamp")
-        found, stamp = ablate._kept(folder / "a.npz", "b")
+        ablation._keep(folder / "a.npz", given, "stamp")
+        found, stamp = ablation._kept(folder / "a.npz", "b")
         assert stamp == "stamp" and (found.name, found.keys, found.groups) == ("b", given.keys, given.groups)
         assert (found.level == given.level).all() and (found.probability == given.probability).all()
 
@@ -187,7 +187,7 @@ def test_levels_are_hidden_by_whole_slides_in_train_only(tissue, tmp_path):
     with pytest.raises(ConfigError, match=r"--labelled 50: train has \d+ slides of level 0: use fewer"):
         build(replace(options, out=str(tmp_path / "many"), labelled=50))
     assert json.loads((tmp_path / "few" / "manifest.json").read_text())["options"]["labelled"] == 1
-    assert ablate.slug("H&E only") == "h-e-only"
+    assert ablation.slug("H&E only") == "h-e-only"
 
 
 def test_gains_are_drawn_against_the_coupling(run, tmp_path, capsys):
@@ -215,7 +215,7 @@ def test_the_fall_by_a_shortcut_is_paired_with_its_control(run, tmp_path, capsys
     tool = [sys.executable, str(STUDIES / "table_shortcut.py")]
     done = subprocess.run([*tool, f"0.2={run.run.dir},{run.run.dir}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    table = ablate.read_table(Path(run.run.dir))
+    table = ablation.read_table(Path(run.run.dir))
     for name, row in table.rows.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"| 0.2 | {name} |"))
         assert line.count(f"| {row['kappa'].mean.value:.3f} [") == 2

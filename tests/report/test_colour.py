@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.data.stream import Reader
-from lgd.data.synth import SynthOptions, synthesise
-from lgd.evaluate.colour import COLOUR, colour_only
 from lgd.metrics import score
+from lgd.report.colour import COLOUR, colour_only
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder
+from lgd.stream.reader import Reader
+from lgd.tissue.synth import SynthOptions, synthesise
 
 
 def shards_of(folder, split):

@@ -6,12 +6,12 @@ import logging
 import numpy as np
 import pytest
 
-from lgd.data.shard_set import ShardSet
-from lgd.errors import DataError
-from lgd.evaluate import compare
-from lgd.evaluate.predict import load_scorer, score_shards
-from lgd.evaluate.ranking import average_precision, own_ranks
-from lgd.store.latents import Store, as_levels, read_all
+from lgd.base.errors import DataError
+from lgd.report import compare
+from lgd.report.ranking import average_precision, own_ranks
+from lgd.scoring.predict import load_scorer, score_shards
+from lgd.shards.shard_set import ShardSet
+from lgd.store.store import Store, as_levels, read_all
 from lgd.train.launch import train_under
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from lgd.evaluate.embeddings import Embedding, explained_by_levels, he_only, measure, ridge
 from lgd.metrics import Predictions
+from lgd.report.embeddings import Embedding, explained_by_levels, he_only, measure, ridge
 
 
 def predictions(level, groups):

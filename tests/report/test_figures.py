@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgd.evaluate.ablation_table import AblationDocument, Compared
-from lgd.evaluate.figures import Neighbour, Query, confusion_matrix, contact_sheet, gain_curves, robustness_curves
-from lgd.evaluate.results import AtStrength, ModelRobustness, Robustness, UnderChange
 from lgd.metrics import Interval, Predictions
+from lgd.report.ablation_table import AblationDocument, Compared
+from lgd.report.figures import Neighbour, Query, confusion_matrix, contact_sheet, gain_curves, robustness_curves
+from lgd.report.results import AtStrength, ModelRobustness, Robustness, UnderChange
 
 BROKEN = [r"$\frac{$ & \x", "a\x1b[2J\x07\nb\t", "漢字 \udcff\u202e", "x" * 100_000, ""]
 

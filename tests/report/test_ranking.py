@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.errors import DataError
-from lgd.evaluate.ranking import average_precision, by_level, mean_with_interval, own_pair, own_ranks
+from lgd.base.errors import DataError
+from lgd.report.ranking import average_precision, by_level, mean_with_interval, own_pair, own_ranks
 
 
 def numbers(ranks, gallery):

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.data.manifest import Manifest, Split
-from lgd.data.shard_set import ShardFolder, ShardSet
-from lgd.errors import DataError
-from lgd.evaluate.caveats import caveats_of
-from lgd.evaluate.colour import COLOUR, HOW
-from lgd.evaluate.embeddings import measure, of_ihc
-from lgd.evaluate.evaluation import Evaluation
-from lgd.evaluate.figures import Neighbour, Query, confusion_matrix, contact_sheet
-from lgd.evaluate.report import format_table, write_report
 from lgd.metrics import METRICS, Predictions, paired_difference, score
+from lgd.report.caveats import caveats_of
+from lgd.report.colour import COLOUR, HOW
+from lgd.report.embeddings import measure, of_ihc
+from lgd.report.evaluation import Evaluation
+from lgd.report.figures import Neighbour, Query, confusion_matrix, contact_sheet
+from lgd.report.report import format_table, write_report
+from lgd.shards.manifest import Manifest, Split
+from lgd.shards.shard_set import ShardFolder, ShardSet
 
 
 def model(name="LGD-Net", skill=1.0, slides=12, each=5, level=None, groups=None):

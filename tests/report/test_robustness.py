@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from lgd import pipeline
-from lgd.data.image import decode, encode
-from lgd.data.shard_set import ShardSet
-from lgd.evaluate import robustness
-from lgd.evaluate.predict import load_scorer, score_shards
-from lgd.evaluate.robustness import CHANGES, Change, altered
 from lgd.metrics import paired_difference
+from lgd.report import robustness
+from lgd.report.robustness import CHANGES, Change, altered
+from lgd.scoring.predict import load_scorer, score_shards
+from lgd.shards.image import decode, encode
+from lgd.shards.shard_set import ShardSet
 from lgd.stain.deconvolve import H_DAB, H_E, mix, od_to_rgb, rgb_to_od, unmix
 from lgd.stain.targets import estimate_white
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.errors import DataError
-from lgd.evaluate.seeds import difference, gap_closed, mean_of
+from lgd.base.errors import DataError
 from lgd.metrics import Interval, Predictions, score
+from lgd.report.seeds import difference, gap_closed, mean_of
 
 
 def answers(seed, skill=0.5, slides=12, patches=5, name="x"):

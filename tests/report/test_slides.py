@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lgd.errors import DataError
-from lgd.evaluate.slides import ANSWERS, by_area, by_slide, score_model
+from lgd.base.errors import DataError
 from lgd.metrics import Predictions, paired_difference, score
+from lgd.report.slides import ANSWERS, by_area, by_slide, score_model
 
 ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=1, max_size=60)
 

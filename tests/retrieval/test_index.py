@@ -12,17 +12,17 @@ from filling import RECIPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.data.archive import Shard
-from lgd.distribute import disconnect
-from lgd.errors import DataError
-from lgd.files import digest_of, read_json, xxh3
-from lgd.locks import TakenError, exclusive
-from lgd.store import exact, index, search
-from lgd.store.exact import Latents, nearest, overlap
-from lgd.store.faiss_file import cells_of
-from lgd.store.index import build_index, choose
-from lgd.store.latents import Store, commit
-from lgd.store.search import Searcher, index_folder, problems, unit
+from lgd.base.errors import DataError
+from lgd.io.files import digest_of, read_json, xxh3
+from lgd.io.locks import TakenError, exclusive
+from lgd.ray_jobs import disconnect
+from lgd.retrieval import index, search
+from lgd.retrieval.faiss_file import cells_of
+from lgd.retrieval.index import build_index, choose
+from lgd.retrieval.search import Searcher, index_folder, problems, unit
+from lgd.retrieval.vectors import Latents, nearest, overlap
+from lgd.shards.archive import Shard
+from lgd.store.store import Store, commit
 from lgd.store.writer import shard_writer
 
 SHARD = {"bytes": 1, "idx_sha256": "0" * 64, "extensions": {}, "labels": 4}
@@ -312,7 +312,7 @@ def test_exact_search_in_blocks_is_exact(store, monkeypatch):
     vectors = np.concatenate([unit(part.array("pooled")[:, 0]) for part in store.parts])
     wanted = np.argsort(-(unit(QUERIES) @ vectors.T), axis=1)[:, :12]
     for block in (7, 150, 1000):
-        monkeypatch.setattr(exact, "_BLOCK", block)
+        monkeypatch.setattr(vectors, "_BLOCK", block)
         assert np.array_equal(np.concatenate([found for _, found in latents.blocks()]), vectors)
         assert nearest(latents, unit(QUERIES), 12).tolist() == wanted.tolist()
     rows = np.array([0, 149, 150, 169, 170, 299])
@@ -501,10 +501,10 @@ def test_a_forged_table_is_refused(indexed, tmp_path):
 SWEEP = """
 import sys
 import numpy as np
-from lgd.errors import DataError
-from lgd.files import digest_of, read_json, write_json, xxh3
-from lgd.store.latents import Store
-from lgd.store.search import Searcher
+from lgd.base.errors import DataError
+from lgd.io.files import digest_of, read_json, write_json, xxh3
+from lgd.store.store import Store
+from lgd.retrieval.search import Searcher
 sys.path.insert(0, sys.argv[1])
 from test_index import QUERIES, file_of, forge
 store, faults, seed = Store(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
 from lgd.config import LEVEL_NAMES
-from lgd.data.shard_set import ShardFolder
-from lgd.data.stream import Reader
-from lgd.errors import ConfigError, DataError
-from lgd.evaluate.images import find_images
-from lgd.evaluate.predict import load_scorer, score_images
-from lgd.evaluate.retrieve import check_pair, query
-from lgd.evaluate.sheet import Gallery
-from lgd.files import digest_of, read_json, write_json
+from lgd.io.files import digest_of, read_json, write_json
+from lgd.report.sheet import Gallery
+from lgd.retrieval.index import build_index
+from lgd.retrieval.queries import check_pair, query
+from lgd.scoring.images import find_images
+from lgd.scoring.predict import load_scorer, score_images
+from lgd.shards.shard_set import ShardFolder
 from lgd.stain.checks import NO_HE
-from lgd.store.index import build_index
-from lgd.store.latents import Store, as_levels
+from lgd.store.store import Store, as_levels
+from lgd.stream.reader import Reader
 from lgd.train.launch import train_under
 
 

@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
 from lgd.config import LEVEL_NAMES
-from lgd.errors import ConfigError, DataError
-from lgd.evaluate.answer import as_json, collect_notes, count_neighbours
-from lgd.evaluate.retrieve import query
-from lgd.store.latents import Store, as_levels
-from lgd.store.search import Searcher
+from lgd.retrieval.answers import as_json, collect_notes, count_neighbours
+from lgd.retrieval.queries import query
+from lgd.retrieval.search import Searcher
+from lgd.store.store import Store, as_levels
 
 
 @pytest.fixture(scope="module")

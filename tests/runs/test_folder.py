@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from lgd.cli import main
-from lgd.data.shard_set import ShardSet
-from lgd.errors import DataError
-from lgd.files import read_json
-from lgd.options import Given, load_config
-from lgd.run_document import Cached, RunDocument
-from lgd.run_folder import command, note_changes, record
+from lgd.shards.shard_set import ShardSet
+from lgd.base.errors import DataError
+from lgd.io.files import read_json
+from lgd.config_files import Given, load_config
+from lgd.runs.document import Cached, RunDocument
+from lgd.runs.folder import command, note_changes, record
 
 FACTS = Cached(digest="0" * 64, rows=3)
 
@@ -51,10 +51,10 @@ def test_records_of_two_processes_are_all_kept(config, tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from lgd.data.shard_set import ShardSet
-from lgd.options import load_config
-from lgd.run_document import Cached
-from lgd.run_folder import record
+from lgd.shards.shard_set import ShardSet
+from lgd.config_files import load_config
+from lgd.runs.document import Cached
+from lgd.runs.folder import record
 name, other, folder = sys.argv[1:]
 config = load_config(f"{folder}/c.yaml", ["--report.split", name])
 shards = ShardSet.open(config.shard_dirs)

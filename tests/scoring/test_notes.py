@@ -1,4 +1,4 @@
-from lgd.evaluate.notes import count_notes, join_notes
+from lgd.scoring.notes import count_notes, join_notes
 
 
 def test_notes_are_counted_by_image_in_the_order_in_which_they_came():

@@ -10,19 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
+from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
 from lgd.config import LEVEL_NAMES
-from lgd.data.image import decode
-from lgd.data.pairs import read_slides
-from lgd.data.shard_set import ShardSet
-from lgd.data.stream import Reader
-from lgd.errors import ConfigError, DataError
-from lgd.evaluate.images import find_images, read_image
-from lgd.evaluate.predict import load_scorer, predict, score_images, score_shards
-from lgd.evaluate.slide_rows import as_json, join_slides, slides_of_images
 from lgd.metrics import score
 from lgd.models.methods import load_student
+from lgd.scoring.images import find_images, read_image
+from lgd.scoring.predict import load_scorer, predict, score_images, score_shards
+from lgd.scoring.slide_rows import as_json, join_slides, slides_of_images
+from lgd.shards.image import decode
+from lgd.shards.pairs import read_slides
+from lgd.shards.shard_set import ShardSet
 from lgd.stain.checks import NEARLY_BLANK, NO_HE
+from lgd.stream.reader import Reader
 from lgd.train.passes import softmax
 
 

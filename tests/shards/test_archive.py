@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from lgd.data.archive import read_sample
-from lgd.data.image import decode, encode
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
+from lgd.shards.archive import read_sample
+from lgd.shards.builder import build
+from lgd.shards.image import decode, encode
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder
 
 
 @pytest.fixture(scope="module", params=["jpg", "png"])

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from forging import forge, with_content
 
-from lgd.data.archive import read_sample
-from lgd.data.patches import read_patches
-from lgd.data.shard_set import ShardFolder
-from lgd.data.stream import Reader
-from lgd.data.verify import verify
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.shards.archive import read_sample
+from lgd.shards.patches import read_patches
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.verify import verify
+from lgd.stream.reader import Reader
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,18 @@ import pytest
 import webdataset
 from containers import tiff, with_exif, with_segments
 
-from lgd.data.archive import read_member
-from lgd.data.image import decode, encode
-from lgd.data.index import INDEX
-from lgd.data.manifest import Manifest
-from lgd.data.meta import Origin
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.data.sources import CheckJob
-from lgd.data.verify import verify
-from lgd.errors import ConfigError, DataError
-from lgd.files import digest_of
+from lgd.base.errors import ConfigError, DataError
+from lgd.io.files import digest_of
+from lgd.shards.archive import read_member
+from lgd.shards.builder import build
+from lgd.shards.image import decode, encode
+from lgd.shards.index import INDEX
+from lgd.shards.manifest import Manifest
+from lgd.shards.meta import Origin
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.sources import CheckJob
+from lgd.shards.verify import verify
 
 LEVELS = ("0", "1+", "2+", "3+")
 

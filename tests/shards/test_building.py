@@ -10,18 +10,18 @@ import re
 import urllib.request
 
 import pytest
-from test_shards import contents, make_bci
+from test_builder import contents, make_bci
 
-from lgd.data.building import write_rejected
-from lgd.data.layouts import Problem
-from lgd.data.pairs import find_pairs
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shards import build
-from lgd.data.sources import CheckJob, check_chunk
-from lgd.errors import DataError
-from lgd.files import list_folder, read_bytes, write_bytes, write_json
-from lgd.tables import read_csv
-from lgd.urls import RemoteError, as_location
+from lgd.base.errors import DataError
+from lgd.io.files import list_folder, read_bytes, write_bytes, write_json
+from lgd.io.location import RemoteError, as_location
+from lgd.io.tables import read_csv
+from lgd.shards.builder import build
+from lgd.shards.building import write_rejected
+from lgd.shards.layouts import Problem
+from lgd.shards.options import ShardOptions
+from lgd.shards.pairs import find_pairs
+from lgd.shards.sources import CheckJob, check_chunk
 
 PAIRS = 10
 

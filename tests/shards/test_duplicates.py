@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.data.archive import read_sample
-from lgd.data.duplicates import leave_out_duplicates
-from lgd.data.image import encode
-from lgd.data.pairs import PatchPair
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.data.sources import Source
-from lgd.data.split import parse_split
-from lgd.data.verify import verify
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.shards.archive import read_sample
+from lgd.shards.builder import build
+from lgd.shards.duplicates import leave_out_duplicates
+from lgd.shards.image import encode
+from lgd.shards.options import ShardOptions
+from lgd.shards.pairs import PatchPair
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.sources import Source
+from lgd.shards.split import parse_split
+from lgd.shards.verify import verify
 
 COLUMNS = ("key", "he", "ihc", "level", "slide", "split")
 

@@ -21,11 +21,11 @@ from forging import (
     with_extra,
 )
 
-from lgd.data.archive import INDEX
-from lgd.data.shard_set import ShardFolder
-from lgd.data.stream import Reader
-from lgd.data.verify import verify
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.shards.archive import INDEX
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.verify import verify
+from lgd.stream.reader import Reader
 
 pytestmark = pytest.mark.faults
 KINDS = ("jpg", "png", "webp")

@@ -29,11 +29,11 @@ from forging import (
 )
 from PIL import Image
 
-from lgd.data.image import EXTENSIONS, decode
-from lgd.data.shard_set import ShardFolder
-from lgd.data.verify import verify
-from lgd.errors import DataError
-from lgd.files import digest_of
+from lgd.base.errors import DataError
+from lgd.io.files import digest_of
+from lgd.shards.image import EXTENSIONS, decode
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.verify import verify
 
 pytestmark = pytest.mark.faults
 

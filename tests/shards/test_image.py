@@ -5,9 +5,9 @@ import pytest
 from containers import chunk, png, tiff, with_exif
 from PIL import Image, ImageOps
 
-from lgd.data import image as image_module
-from lgd.data.image import check, decode, decode_upright, encode, header
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.shards import image as image_module
+from lgd.shards.image import check, decode, decode_upright, encode, header
 
 
 def smooth(height=64, width=64):

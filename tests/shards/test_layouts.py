@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lgd.base.errors import ConfigError
 from lgd.cli import main
-from lgd.data.layouts import LAYOUTS, find_layout
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.errors import ConfigError
+from lgd.shards.layouts import LAYOUTS, find_layout
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder
 
 FLAT = "python:mine:Flat"
 

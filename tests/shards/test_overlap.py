@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.data.image import encode
-from lgd.data.manifest import File, Manifest
-from lgd.data.overlap import find_shared, open_disjoint
-from lgd.data.patches import FILE, read_patches
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.shards.builder import build
+from lgd.shards.image import encode
+from lgd.shards.manifest import File, Manifest
+from lgd.shards.options import ShardOptions
+from lgd.shards.overlap import find_shared, open_disjoint
+from lgd.shards.patches import FILE, read_patches
+from lgd.shards.shard_set import ShardFolder
 
 
 @pytest.fixture

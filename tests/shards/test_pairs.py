@@ -1,8 +1,8 @@
 import pytest
 
-from lgd.data.layouts import safe_key
-from lgd.data.pairs import find_pairs
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.shards.layouts import safe_key
+from lgd.shards.pairs import find_pairs
 
 
 def touch(root, *names):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from forging import forge, make, remanifest, virtual
 
-from lgd.data.archive import read_sample
-from lgd.data.patches import FILE, PATCHES
-from lgd.data.repeats import SEEN, find_repeats, hash_64
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.data.split import canonical_group
-from lgd.data.verify import verify
+from lgd.shards.archive import read_sample
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
+from lgd.shards.patches import FILE, PATCHES
+from lgd.shards.repeats import SEEN, find_repeats, hash_64
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.split import canonical_group
+from lgd.shards.verify import verify
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lgd.data.shard_set import ShardFolder, ShardSet
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.shards.shard_set import ShardFolder, ShardSet
 
 # An audit hook cannot be removed, so it lives in a process of its own.
 COUNT_OPENS = """

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lgd.data.split import SPLITS, assign, canonical_group, parse_split, split_of
-from lgd.errors import ConfigError
+from lgd.base.errors import ConfigError
+from lgd.shards.split import SPLITS, assign, canonical_group, parse_split, split_of
 
 
 def test_the_three_forms():

@@ -9,16 +9,16 @@ import traceback
 from typing import NamedTuple
 
 import pytest
-from test_shards import contents, make_bci, options
+from test_builder import contents, make_bci, options
 
+from lgd.base.errors import DataError
 from lgd.cli import main
-from lgd.data.shards import build
-from lgd.data.sources import CheckJob
-from lgd.data.verify import verify
-from lgd.errors import DataError
-from lgd.files import list_folder, read_bytes, read_json, write_json
-from lgd.locks import LOCK, exclusive
-from lgd.urls import as_location
+from lgd.io.files import list_folder, read_bytes, read_json, write_json
+from lgd.io.location import as_location
+from lgd.io.locks import LOCK, exclusive
+from lgd.shards.builder import build
+from lgd.shards.sources import CheckJob
+from lgd.shards.verify import verify
 
 PAIRS = 8
 KINDS = ({}, {"image": "jpeg:40"}, {"image": "png"}, {"salt": "x", "split": "group:0.5,0.25,0.25"})
@@ -153,7 +153,9 @@ def test_a_build_whose_folder_is_another_ones_stops(root, alone, tmp_path):
 def forks():
     context = multiprocessing.get_context("forkserver")
     # Not this module: a forkserver does not find it, and then imports what is below for each process.
-    context.set_forkserver_preload(["webdataset", "pytest", "lgd.data.shards", "lgd.data.verify", "lgd.cli", "s3fs"])
+    context.set_forkserver_preload(
+        ["webdataset", "pytest", "lgd.shards.builder", "lgd.shards.verify", "lgd.cli", "s3fs"]
+    )
     return context
 
 

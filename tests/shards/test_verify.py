@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgd.data.archive import INDEX
-from lgd.data.image import encode
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.data.verify import verify
-from lgd.files import digest_of, sha256
+from lgd.io.files import digest_of, sha256
+from lgd.shards.archive import INDEX
+from lgd.shards.builder import build
+from lgd.shards.image import encode
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +284,7 @@ def test_a_lost_shard_does_not_hide_what_is_wrong_with_the_others(out):
 
 
 def test_many_problems_of_one_shard_are_summed_up(out, monkeypatch):
-    monkeypatch.setattr("lgd.data.verify._MOST", 2)
+    monkeypatch.setattr("lgd.shards.verify._MOST", 2)
     rewrite(out, lambda members: [(name, b"{" if "json" in name else content) for name, content in members])
     *some, rest = verify(out)
     assert len(some) == 2 and rest == f"{out / 'train-000000.tar'}: and 1 more problems"

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lgd.data.image import decode
-from lgd.data.sections import Shortcut, draw_pair
+from lgd.shards.image import decode
 from lgd.stain.checks import NEARLY_BLANK, NO_HE, find_notes, measure_colours
 from lgd.stain.deconvolve import H_DAB, H_E, mix, od_to_rgb, rgb_to_od, unmix
 from lgd.stain.targets import TARGET_SETTINGS, estimate_white
+from lgd.tissue.sections import Shortcut, draw_pair
 
 WHITE = (244, 242, 245)
 

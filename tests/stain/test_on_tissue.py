@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from lgd.data.sections import draw_pair
-from lgd.data.tissue import MPP
 from lgd.stain.deconvolve import H_E, mix, od_to_rgb, rgb_to_od, unmix
 from lgd.stain.targets import estimate_white, membrane_grid, nuclei_grid
+from lgd.tissue.drawing import MPP
+from lgd.tissue.sections import draw_pair
 
 SIZE = 192
 GREY = 215.0

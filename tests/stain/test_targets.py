@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from scipy import spatial
 
-from lgd.data.augment import d4, d4_grid
-from lgd.errors import DataError
+from lgd.base.errors import DataError
 from lgd.stain.deconvolve import H_DAB, H_E, mix, od_to_rgb
 from lgd.stain.targets import TARGET_SETTINGS, detect_nuclei, estimate_white, membrane_grid, nuclei_grid
+from lgd.stream.augment import d4, d4_grid
 
 MPP = 0.46
 SIZE = 256

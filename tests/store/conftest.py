@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from filling import contents_of
 
-from lgd.data.shard_set import ShardSet
+from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents
 
 
 @pytest.fixture(scope="module")
 def small_parts(tissue, tissue_run, change, tmp_path_factory):
     """A run with the teacher of `tissue_run` over 25 shards of two patches, its store filled. Do not change it."""
-    from lgd.data.shard_options import ShardOptions
-    from lgd.data.shards import build
+    from lgd.shards.builder import build
+    from lgd.shards.options import ShardOptions
 
     folder = tmp_path_factory.mktemp("small")
     split = {"slides": str(tissue / "truth.csv"), "split": "group:0.5,0.25,0.25"}

@@ -10,24 +10,24 @@ from filling import contents_of
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from lgd.base.errors import DataError
 from lgd.cli import main
-from lgd.data.augment import d4
-from lgd.data.image import decode, encode
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.data.stream import Reader
-from lgd.errors import DataError
 from lgd.models.description import TeacherConfig
 from lgd.models.export import read_teacher_config, save_model
 from lgd.models.teacher import load_teacher
+from lgd.shards.builder import build
+from lgd.shards.image import decode, encode
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.cache import cache_latents
-from lgd.store.latents import Store, commit
 from lgd.store.recipe import TEACHER
 from lgd.store.sidecar import Rounding, is_complete
+from lgd.store.store import Store, commit
 from lgd.store.supervision import recipe_of
 from lgd.store.writer import shard_writer
+from lgd.stream.augment import d4
+from lgd.stream.reader import Reader
 
 
 def shards_of(config):

@@ -6,16 +6,16 @@ import h5py
 import numpy as np
 import pytest
 
+from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.errors import ConfigError, DataError
-from lgd.files import digest_of
-from lgd.locks import LOCK, TakenError, exclusive
+from lgd.io.files import digest_of
+from lgd.io.locks import LOCK, TakenError, exclusive
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder
 from lgd.store.cache import cache_latents
 from lgd.store.export import ExportDocument, ExportOptions, Patch, export, file_name, places
-from lgd.store.latents import Store
+from lgd.store.store import Store
 
 
 def read(path):

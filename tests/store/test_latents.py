@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from filling import RECIPE
 
-from lgd.data.archive import Shard
-from lgd.errors import DataError
-from lgd.files import digest_of, write_json
+from lgd.base.errors import DataError
+from lgd.io.files import digest_of, write_json
+from lgd.shards.archive import Shard
 from lgd.store import parts
-from lgd.store.latents import PATCHES, TEACHER, Rows, Store, commit, read_all
 from lgd.store.sidecar import is_complete, part_name
+from lgd.store.store import PATCHES, TEACHER, Rows, Store, commit, read_all
 from lgd.store.writer import shard_writer
 
 

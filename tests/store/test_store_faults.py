@@ -19,17 +19,17 @@ import numpy as np
 import pytest
 from filling import contents_of
 
+from lgd.base.errors import DataError
 from lgd.cli import main
-from lgd.data.shard_set import ShardSet
-from lgd.errors import DataError
-from lgd.files import digest_of, read_json, write_json, xxh3
-from lgd.locks import LOCK, read_owner
+from lgd.io.files import digest_of, read_json, write_json, xxh3
+from lgd.io.locks import LOCK, read_owner
+from lgd.retrieval.index import build_index
+from lgd.retrieval.search import Searcher, problems
+from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents
-from lgd.store.index import build_index
-from lgd.store.latents import Store
 from lgd.store.recipe import PATCHES, TEACHER
-from lgd.store.search import Searcher, problems
 from lgd.store.sidecar import is_complete
+from lgd.store.store import Store
 from lgd.store.supervision import recipe_of
 
 pytestmark = pytest.mark.faults
@@ -202,11 +202,11 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(small_parts, change
 FULL = """
 import os, sys
 from pathlib import Path
-from lgd.data.shard_set import ShardSet
-from lgd.errors import DataError
-from lgd.options import load_config
-from lgd.store.index import build_index
-from lgd.store.latents import Store
+from lgd.shards.shard_set import ShardSet
+from lgd.base.errors import DataError
+from lgd.config_files import load_config
+from lgd.retrieval.index import build_index
+from lgd.store.store import Store
 config = load_config(sys.argv[1])
 folder = Path(config.latents.dir)
 for kilobytes in range(0, 200, 4):
@@ -315,7 +315,7 @@ def in_a_dataset(path, place):
 
 def whats_wrong(folder):
     """What `lgd verify` tells."""
-    from lgd.check import check
+    from lgd.cli.check import check
 
     try:
         return check(folder)[1]

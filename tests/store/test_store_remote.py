@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from filling import contents_of
 
+from lgd.base.errors import DataError
 from lgd.cli import main
-from lgd.data.shard_set import ShardSet
-from lgd.errors import DataError
+from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents
-from lgd.store.latents import Rows, Store
+from lgd.store.store import Rows, Store
 
 URL = "s3://stores/latents"
 

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lgd.data.augment import D4_ORDER, d4, d4_grid, draw, light_jitter, stain_jitter
-from lgd.data.plan import splitmix64
 from lgd.stain.deconvolve import EOSIN, H_E, HEMATOXYLIN, mix, od_to_rgb, rgb_to_od, unmix
+from lgd.stream.augment import D4_ORDER, d4, d4_grid, draw, light_jitter, stain_jitter
+from lgd.stream.plan import splitmix64
 
 ELEMENTS = torch.arange(D4_ORDER)
 SEEDS = st.integers(0, 2**63 - 1)

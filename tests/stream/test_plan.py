@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.data.plan import ORDER, Plan, World, eval_numbers, offsets, rank_positions
+from lgd.stream.plan import ORDER, Plan, World, eval_numbers, offsets, rank_positions
 
 GOLDEN = ("lgd-order/1", [2, 1, 0, 3, 11, 7, 10, 4, 8, 6, 9, 5])
 
@@ -145,7 +145,7 @@ def test_a_node_reads_its_share_of_the_shards_and_keeps_it(world):
 BILLION = """
 import sys, tracemalloc
 import numpy as np
-from lgd.data.plan import Plan
+from lgd.stream.plan import Plan
 for world in (1, 64):
     tracemalloc.start()
     plan = Plan(np.full(10**5, 10**4), seed=0, lanes=64)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd.data.image import decode
-from lgd.data.plan import Plan, World, rank_positions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.stream import Reader, in_batches, stream
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.shards.image import decode
+from lgd.shards.shard_set import ShardFolder
+from lgd.stream.plan import Plan, World, rank_positions
+from lgd.stream.reader import Reader, in_batches, stream
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def list_descriptors():
 
 
 def test_only_so_many_shards_stay_open(shards, monkeypatch):
-    monkeypatch.setattr("lgd.data.stream.OPEN_SHARDS", 2)
+    monkeypatch.setattr("lgd.stream.reader.OPEN_SHARDS", 2)
     before = list_descriptors()
     reader = Reader(shards, ("he",), 64)
     numbers = [int(number) for number in reader.first[:-1]]

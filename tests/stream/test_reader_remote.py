@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lgd.data.shard_set import ShardFolder
-from lgd.data.stream import Reader, in_batches, stream
-from lgd.errors import DataError
-from lgd.files import read_json
+from lgd.base.errors import DataError
+from lgd.io.files import read_json
+from lgd.shards.shard_set import ShardFolder
+from lgd.stream.reader import Reader, in_batches, stream
 from lgd.train.launch import train_under
 
 

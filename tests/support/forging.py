@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgd.data.archive import INDEX
-from lgd.data.image import encode
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.data.stream import Reader
-from lgd.data.verify import verify
-from lgd.errors import DataError
-from lgd.files import digest_of, sha256
+from lgd.base.errors import DataError
+from lgd.io.files import digest_of, sha256
+from lgd.shards.archive import INDEX
+from lgd.shards.builder import build
+from lgd.shards.image import encode
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.verify import verify
+from lgd.stream.reader import Reader
 
 FIRST = "train-000000"
 

@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-from lgd.remote import open_file
+from lgd.io.remote import open_file
 
 
 class Web:

@@ -13,12 +13,12 @@ import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lgd.base.errors import ConfigError, DataError
 from lgd.config import LEVEL_NAMES
-from lgd.data.sections import draw_pair, grade_of, shortcut_of, slide_level
-from lgd.data.synth import TRUTH_COLUMNS, SynthOptions, synthesise
-from lgd.data.tissue import MPP
-from lgd.errors import ConfigError, DataError
-from lgd.locks import LOCK, TakenError, exclusive
+from lgd.io.locks import LOCK, TakenError, exclusive
+from lgd.tissue.drawing import MPP
+from lgd.tissue.sections import draw_pair, grade_of, shortcut_of, slide_level
+from lgd.tissue.synth import TRUTH_COLUMNS, SynthOptions, synthesise
 
 _DAB = np.linalg.inv([(0.650, 0.704, 0.286), (0.268, 0.570, 0.776), (0.6, -0.55, 0.25)])[:, 1]
 
@@ -267,7 +267,7 @@ def test_one_process_at_a_time_draws_into_a_folder(drawn, tmp_path):
 def test_nothing_is_drawn_after_a_killed_command_and_no_process_is_left(tmp_path):
     code = (
         "import sys\n"
-        "from lgd.data.synth import SynthOptions, synthesise\n"
+        "from lgd.tissue.synth import SynthOptions, synthesise\n"
         "if __name__ == '__main__': synthesise(SynthOptions(out=sys.argv[1], pairs=4000, size=64, workers=2))\n"
     )
     (tmp_path / "draw.py").write_text(code)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lgd.data.shard_set import ShardSet
+from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents
 from lgd.train.launch import train_under
 
@@ -15,8 +15,8 @@ def long_run(tissue, tissue_config, change, tmp_path_factory):
 
     Its training split has seven shards: three or more for each of two ranks.
     """
-    from lgd.data.shard_options import ShardOptions
-    from lgd.data.shards import build
+    from lgd.shards.builder import build
+    from lgd.shards.options import ShardOptions
 
     folder = tmp_path_factory.mktemp("long")
     split = {"slides": str(tissue / "truth.csv"), "split": "group:0.75,0.15,0.1"}

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from lgd.data.augment import d4, d4_grid
-from lgd.data.plan import Plan, World
-from lgd.data.shard_set import ShardFolder
-from lgd.data.stream import Reader, stream
-from lgd.errors import DataError
+from lgd.base.errors import DataError
+from lgd.shards.shard_set import ShardFolder
 from lgd.store.cache import cache_latents
-from lgd.store.latents import Rows, Store
+from lgd.store.store import Rows, Store
+from lgd.stream.augment import d4, d4_grid
+from lgd.stream.plan import Plan, World
+from lgd.stream.reader import Reader, stream
 from lgd.train.batch import BatchOptions, augment, collate, evaluation_batches, training_batches
 
 TARGETS = ("pooled", "map", "nuclei", "membrane")

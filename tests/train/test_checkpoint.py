@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lgd.errors import DataError
+from lgd.base.errors import DataError
 from lgd.train import checkpoint
 from lgd.train.checkpoint import Best, Checkpoint, adopt, complete, find, load, load_best, problems, save
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
+from lgd.base.errors import ConfigError, DataError
 from lgd.config import Train
-from lgd.data.plan import World
-from lgd.errors import ConfigError, DataError
+from lgd.stream.plan import World
 from lgd.train import prepare
 from lgd.train.deepspeed_engine import build_extension, deepspeed_environment, deepspeed_problem
 from lgd.train.prepare import choose_engine, make_engine

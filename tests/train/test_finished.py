@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_loop import AfterReads, log_of
 
+from lgd.base.errors import DataError
 from lgd.cli import main
-from lgd.errors import DataError
-from lgd.evaluate.predict import load_scorer
+from lgd.scoring.predict import load_scorer
 from lgd.train import launch
 from lgd.train.finished import fit_temperature
 from lgd.train.launch import train_under

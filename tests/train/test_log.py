@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from lgd.logs import show_logs
+from lgd.base.logs import show_logs
 from lgd.train.log import Log
 
 

@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
+from lgd.base.errors import DataError
 from lgd.config import OnBad
-from lgd.data.image import decode, encode
-from lgd.data.plan import Plan, World
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder, ShardSet
-from lgd.data.shards import build
-from lgd.data.stream import Reader
-from lgd.errors import DataError
-from lgd.files import read_json
+from lgd.io.files import read_json
+from lgd.shards.builder import build
+from lgd.shards.image import decode, encode
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder, ShardSet
 from lgd.store.cache import cache_latents
-from lgd.store.latents import Store, read_all
+from lgd.store.store import Store, read_all
+from lgd.stream.plan import Plan, World
+from lgd.stream.reader import Reader
 from lgd.train import launch, loop
 from lgd.train.batch import Batch
 from lgd.train.deepspeed_engine import deepspeed_problem

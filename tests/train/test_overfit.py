@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardSet
-from lgd.data.shards import build
-from lgd.evaluate.predict import load_scorer, score_shards
+from lgd.scoring.predict import load_scorer, score_shards
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents
 from lgd.train.launch import train_under
 

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loop import assert_same_curve, log_of
 
-from lgd.data.plan import Plan, World
-from lgd.data.shard_set import ShardFolder
-from lgd.data.stream import Reader
-from lgd.errors import DataError
+from lgd.base.errors import DataError
 from lgd.models.losses import Negatives
 from lgd.models.methods import Distil, LgdNet
 from lgd.models.teacher import load_teacher
-from lgd.store.latents import Store, as_levels, read_all
+from lgd.shards.shard_set import ShardFolder
+from lgd.store.store import Store, as_levels, read_all
+from lgd.stream.plan import Plan, World
+from lgd.stream.reader import Reader
 from lgd.train.batch import BatchOptions, training_batches
 from lgd.train.launch import train_under
 from lgd.train.log import Log

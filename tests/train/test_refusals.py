@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import nn
 
+from lgd.base.errors import DataError
 from lgd.cli import main
 from lgd.config import Train
-from lgd.data.plan import World
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder, ShardSet
-from lgd.data.shards import build
-from lgd.data.synth import SynthOptions, synthesise
-from lgd.errors import DataError
-from lgd.files import read_json
-from lgd.store.latents import Store, commit
+from lgd.io.files import read_json
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder, ShardSet
+from lgd.store.store import Store, commit
 from lgd.store.writer import shard_writer
+from lgd.stream.plan import World
+from lgd.tissue.synth import SynthOptions, synthesise
 from lgd.train import checkpoint
 from lgd.train.prepare import make_engine
 

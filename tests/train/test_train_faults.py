@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from test_loop import AfterReads, log_of
 from torch.multiprocessing.spawn import spawn
 
-from lgd.data.plan import Plan
-from lgd.data.shard_set import ShardSet
-from lgd.errors import Stopped
-from lgd.files import digest_of, read_json, write_json, xxh3
+from lgd.base.errors import Stopped
+from lgd.io.files import digest_of, read_json, write_json, xxh3
+from lgd.shards.shard_set import ShardSet
+from lgd.stream.plan import Plan
 from lgd.train import checkpoint, launch, prepare
 from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under, worker

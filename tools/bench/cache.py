@@ -21,16 +21,16 @@ import torch
 from torch.nn import functional as F
 
 from lgd.config import Config
-from lgd.data.archive import Shard, read_sample
-from lgd.data.image import decode
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.distribute import map_with
+from lgd.config_files import load_config
 from lgd.models.description import NOT_TRAINED
 from lgd.models.export import save_model
 from lgd.models.teacher import load_teacher, new_teacher
-from lgd.options import load_config
+from lgd.ray_jobs import map_with
+from lgd.shards.archive import Shard, read_sample
+from lgd.shards.builder import build
+from lgd.shards.image import decode
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.cache import SHARDS_AT_ONCE, Cacher
 from lgd.store.recipe import PATCHES, TEACHER

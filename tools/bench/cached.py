@@ -23,11 +23,11 @@ import torch
 from torch.nn import functional as F
 
 from lgd.config import Config
-from lgd.data.image import decode
-from lgd.data.plan import World
-from lgd.data.stream import Reader, Sample
 from lgd.models.teacher import load_teacher
+from lgd.shards.image import decode
 from lgd.stain.targets import membrane_grid, nuclei_grid
+from lgd.stream.plan import World
+from lgd.stream.reader import Reader, Sample
 from lgd.train.batch import Batch, Step
 from lgd.train.launch import join_world
 from lgd.train.tasks import StudentTask, Task

@@ -2,11 +2,11 @@
 
 import argparse
 
-from lgd.arguments import make_parser
+from lgd.base.arguments import make_parser
+from lgd.base.text import print_json, print_lines
 from lgd.cli import run_command
-from lgd.options import add_option_arguments
-from lgd.tables import print_table
-from lgd.text import print_json, print_lines
+from lgd.config_files import add_option_arguments
+from lgd.io.tables import print_table
 from tools.bench.measure import Settings
 from tools.bench.suite import BENCHMARKS, bench, rows, summary
 

@@ -1,6 +1,6 @@
 """`decode`: scaled JPEG decoding against a full decode and the fastest antialiased resize, and what a teacher notices.
 
-A is `lgd.data.image.decode` to the input size, B a full decode by the same library and the fastest resize that was
+A is `lgd.shards.image.decode` to the input size, B a full decode by the same library and the fastest resize that was
 found here, one thread each. A teacher then sees the IHC both ways. Its facts also hold the time of each resize, and
 rate and bytes of the formats that a shard set can be built in.
 """
@@ -15,10 +15,10 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.data.pairs import PatchPair, find_pairs
-from lgd.errors import DataError
 from lgd.models.teacher import Teacher, load_teacher
+from lgd.shards.pairs import PatchPair, find_pairs
 from tools.bench.formats import formats
 from tools.bench.inputs import Inputs, draw
 from tools.bench.loader import count_for, pixels

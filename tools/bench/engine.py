@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lgd.config import Config
-from lgd.data.plan import World
+from lgd.stream.plan import World
 from lgd.train.batch import Batch, Step
 from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import join_world

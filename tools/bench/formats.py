@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lgd.data.image import decode, encode
-from lgd.data.pairs import PatchPair
+from lgd.shards.image import decode, encode
+from lgd.shards.pairs import PatchPair
 from tools.bench.measure import Settings
 
 _TILE = 256

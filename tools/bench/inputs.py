@@ -12,15 +12,15 @@ from typing import Any
 
 import simplejpeg
 
+from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.data.archive import Shard, read_sample
-from lgd.data.image import header, kind
-from lgd.data.pairs import PatchPair, find_pairs
-from lgd.data.sections import draw_pair
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.errors import DataError
+from lgd.shards.archive import Shard, read_sample
+from lgd.shards.builder import build
+from lgd.shards.image import header, kind
+from lgd.shards.options import ShardOptions
+from lgd.shards.pairs import PatchPair, find_pairs
+from lgd.shards.shard_set import ShardFolder
+from lgd.tissue.sections import draw_pair
 from tools.bench.measure import Settings
 
 _DRAWN = 16
@@ -125,7 +125,7 @@ def draw(root: Path, slides: range, settings: Settings) -> None:
 
 def _draw(root: Path, slide: int, side: int) -> None:
     he, ihc, truth = draw_pair(0, slide, 0, side)
-    name = f"{slide:05d}_train_{LEVEL_NAMES[truth['level']]}.png"
+    name = f"{slide:05d}_train_{LEVEL_NAMES[int(truth['level'])]}.png"
     for role, pixels in (("HE", he), ("IHC", ihc)):
         content = simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="420")
         (root / role / "train" / name).write_bytes(content)

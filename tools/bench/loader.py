@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from lgd.config import Data
-from lgd.data.archive import Shard
-from lgd.data.image import decode
-from lgd.data.plan import Plan
-from lgd.data.stream import Reader
+from lgd.shards.archive import Shard
+from lgd.shards.image import decode
+from lgd.stream.plan import Plan
+from lgd.stream.reader import Reader
 from lgd.train.batch import Batch, BatchOptions, training_batches
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Outcome, Rate, Settings, alternate, steady, timed

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lgd.doctor import version_of
-from lgd.errors import require
+from lgd.base.environment import version_of
+from lgd.base.errors import require
 
 logger = logging.getLogger(f"lgd.{__name__}")
 

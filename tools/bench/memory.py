@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 
 from lgd.config import LEVEL_NAMES, Data
-from lgd.data.archive import Shard
-from lgd.data.image import encode
-from lgd.data.plan import Plan, World, rank_positions
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shard_set import ShardFolder
-from lgd.data.shards import build
-from lgd.data.stream import Reader
-from lgd.store.latents import Rows, Store, commit
+from lgd.shards.archive import Shard
+from lgd.shards.builder import build
+from lgd.shards.image import encode
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardFolder
+from lgd.store.store import Rows, Store, commit
 from lgd.store.writer import shard_writer
+from lgd.stream.plan import Plan, World, rank_positions
+from lgd.stream.reader import Reader
 from lgd.train.batch import BatchOptions, training_batches
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Outcome, Ratio, Settings

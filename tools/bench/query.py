@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from lgd.data.archive import Shard
-from lgd.store.exact import Latents, nearest, overlap
-from lgd.store.faiss_file import cells_of, code_bytes
-from lgd.store.index import build_index, choose
-from lgd.store.latents import Store, commit
-from lgd.store.search import IndexDocument, Searcher, import_faiss, index_folder
+from lgd.retrieval.faiss_file import cells_of, code_bytes
+from lgd.retrieval.index import build_index, choose
+from lgd.retrieval.search import IndexDocument, Searcher, import_faiss, index_folder
+from lgd.retrieval.vectors import Latents, nearest, overlap
+from lgd.shards.archive import Shard
+from lgd.store.store import Store, commit
 from lgd.store.writer import shard_writer
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Outcome, Ratio, Settings
@@ -171,7 +171,7 @@ def extrapolation(document: IndexDocument, table_bytes: int) -> dict[str, Any]:
         "rows": found,
         "machine": f"{_MEMORY / 2**30:.0f} GiB of memory, the cores of this one",
         "rules": {
-            "factory": "lgd.store.index.choose",
+            "factory": "lgd.retrieval.index.choose",
             "vectors_bytes": "rows x 512 x 2: the pooled latents in the parts",
             "index_bytes": "rows x (bytes of a code, and 8 of its position in a cell) + cells x 512 x 4",
             "table_bytes": "rows x bytes of a row of keys.npy",

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from lgd.config import Config
-from lgd.data.plan import World
+from lgd.stream.plan import World
 from lgd.train.tasks import StudentTask
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Outcome, Rate, Ratio, Settings, compare, cpu_seconds

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from lgd.config import Data
-from lgd.data.archive import Shard
-from lgd.data.plan import Plan, offsets
-from lgd.store.latents import SUPERVISION, TEACHER, Rows, Store, commit
+from lgd.shards.archive import Shard
 from lgd.store.parts import Part
 from lgd.store.recipe import Recipe, TargetsRecipe, TeacherRecipe
+from lgd.store.store import SUPERVISION, TEACHER, Rows, Store, commit
 from lgd.store.writer import shard_writer
+from lgd.stream.plan import Plan, offsets
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Outcome, Rate, Settings, alternate, timed
 

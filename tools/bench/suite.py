@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lgd.errors import require
-from lgd.text import escape_text
+from lgd.base.errors import require
+from lgd.base.text import escape_text
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Settings, machine, pinned, versions
 

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lgd.data.shard_options import ShardOptions
-from lgd.data.shards import build
-from lgd.data.synth import SynthOptions, synthesise
-from lgd.files import read_json
-from lgd.options import load_config
+from lgd.config_files import load_config
+from lgd.io.files import read_json
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
+from lgd.tissue.synth import SynthOptions, synthesise
 from lgd.train.launch import train_under
 from tools.bench.measure import Settings
 

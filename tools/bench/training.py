@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from lgd.config import Config
-from lgd.data.plan import Plan, World
-from lgd.data.shard_set import ShardSet
-from lgd.data.stream import Reader
+from lgd.config_files import load_config
 from lgd.models.description import NOT_TRAINED
 from lgd.models.export import save_model
 from lgd.models.teacher import new_teacher
-from lgd.options import load_config
+from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents
-from lgd.store.latents import Rows
+from lgd.store.store import Rows
+from lgd.stream.plan import Plan, World
+from lgd.stream.reader import Reader
 from lgd.train.batch import BatchOptions, Skipped, Step, augment, training_batches
 from lgd.train.log import Log
 from lgd.train.loop import take_step

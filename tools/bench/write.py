@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lgd.data.archive import Shard
-from lgd.files import sync
+from lgd.io.files import sync
+from lgd.shards.archive import Shard
 from lgd.store.cache import SHARDS_AT_ONCE
 from lgd.store.recipe import PATCHES, TEACHER
 from lgd.store.sidecar import part_name

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lgd.arguments import make_parser
+from lgd.base.arguments import make_parser
+from lgd.base.text import print_lines
 from lgd.cli import run_command
-from lgd.text import print_lines
 
 logger = logging.getLogger("lgd.studies")
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lgd.ablate import read_table
-from lgd.arguments import make_parser
+from lgd.base.arguments import make_parser
+from lgd.base.errors import ConfigError
+from lgd.base.markup import markdown_table
+from lgd.base.text import print_lines
 from lgd.cli import run_command
-from lgd.errors import ConfigError
-from lgd.evaluate.ablation_table import LGD_NET, METRICS
-from lgd.evaluate.figures import gain_curves
-from lgd.evaluate.markdown import format_interval
-from lgd.markup import markdown_table
-from lgd.text import print_lines
+from lgd.report.ablation import read_table
+from lgd.report.ablation_table import LGD_NET, METRICS
+from lgd.report.figures import gain_curves
+from lgd.report.markdown import format_interval
 
 
 def run(args: list[str]) -> int:

@@ -11,15 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lgd.ablate import read_answers
-from lgd.arguments import make_parser
+from lgd.base.arguments import make_parser
+from lgd.base.errors import require
+from lgd.base.markup import markdown_table
+from lgd.base.text import print_lines
 from lgd.cli import run_command
-from lgd.errors import require
-from lgd.evaluate.ablation_table import METRICS
-from lgd.evaluate.markdown import format_interval
-from lgd.evaluate.seeds import difference, mean_of
-from lgd.markup import markdown_table
-from lgd.text import print_lines
+from lgd.report.ablation import read_answers
+from lgd.report.ablation_table import METRICS
+from lgd.report.markdown import format_interval
+from lgd.report.seeds import difference, mean_of
 
 
 def run(args: list[str]) -> int:

@@ -15,8 +15,8 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from lgd.errors import ConfigError, DataError
-from lgd.store.search import IndexDocument
+from lgd.base.errors import ConfigError, DataError
+from lgd.retrieval.search import IndexDocument
 from tools.bench import cached, decode, engine, loader, memory, peers, query, training
 from tools.bench.command import main
 from tools.bench.inputs import Inputs

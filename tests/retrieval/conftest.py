@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from lgd.data.archive import Shard
-from lgd.store.index import build_index
-from lgd.store.latents import Store, commit
+from lgd.retrieval.index import build_index
+from lgd.shards.archive import Shard
 from lgd.store.recipe import Recipe, TargetsRecipe, TeacherRecipe
+from lgd.store.store import Store, commit
 from lgd.store.writer import shard_writer
 
 RECIPE = Recipe(

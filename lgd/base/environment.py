@@ -1,0 +1,68 @@
+"""Where a stage ran: versions of packages, the commit of our own checkout, host and device."""
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import lgd
+from lgd.base.records import Line, Record
+
+_PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "h5py", "transformers")
+
+
+class Environment(Record):
+    """Versions, commit, host and device of a stage."""
+
+    lgd: Line
+    commit: Line | None
+    python: Line
+    torch: Line | None
+    deepspeed: Line | None
+    ray: Line | None
+    webdataset: Line | None
+    h5py: Line | None
+    transformers: Line | None
+    host: Line
+    device: Line
+
+    @classmethod
+    def here(cls) -> "Environment":
+        """Of this process."""
+        import torch
+
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+        versions = {name: version_of(name) for name in _PACKAGES}
+        python, host = platform.python_version(), platform.node()
+        return cls(lgd=lgd.__version__, commit=_commit(), python=python, host=host, device=device, **versions)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of lgd's own checkout; None elsewhere, such as for a wheel inside another project's repository."""
+    package = Path(lgd.__file__).resolve().parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        top = _run_git(package, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() == package.parent:
+            # Who installs into the folder of a repository does not track what is installed there.
+            _run_git(package, "ls-files", "--error-unmatch", "__init__.py")
+            return _run_git(package, "rev-parse", "HEAD")
+    return None
+
+
+def _run_git(folder: Path, *args: str) -> str:
+    # A hook of git runs with variables that name the hook's repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(folder), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
