@@ -12,7 +12,8 @@ from tools.bench.suite import BENCHMARKS, bench, rows, summary
 
 _ABOUT = """Speed and memory of lgd's parts, as ratios against a bare loop or a peer, measured
 in turn in one run."""
-_MINUTES = "The benchmarks, and their minutes with the default options on 2 cores of an AMD EPYC:"
+_MINUTES = """The benchmarks, and the minutes that each takes with the default options, measured on 2 cores
+of an AMD EPYC that had other work, or estimated (~):"""
 _OPTIONS = (
     *("images", "size", "batch", "threads", "seconds", "rounds", "teacher", "rows"),
     *("model", "train_batch", "precision"),
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> int:
 def _run(args: list[str]) -> int:
     parser = make_parser("python tools/bench", _ABOUT)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "\n".join([_MINUTES, *(f"  {name:21}{one.minutes:3g}" for name, one in BENCHMARKS.items())])
+    lines = [f"  {name:21}{'~' if one.estimated else ' '}{one.minutes:g}" for name, one in BENCHMARKS.items()]
+    parser.epilog = "\n".join([_MINUTES, *lines])
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks of the list below; by default all")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     hidden = [name for name in Settings.__dataclass_fields__ if name not in _OPTIONS]
