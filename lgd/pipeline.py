@@ -20,7 +20,7 @@ from lgd.config_files import Given
 from lgd.io.location import as_location, require_local
 from lgd.io.locks import exclusive
 from lgd.models.description import ModelConfig
-from lgd.ray_jobs import disconnect
+from lgd.ray_jobs.cluster import disconnect
 from lgd.runs.document import Ablated, Cached, Evaluated, Indexed, Trained
 from lgd.runs.folder import command, note_changes, record
 from lgd.shards.builder import build

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgd import ray_jobs
 from lgd.base.errors import DataError
 from lgd.base.logs import progress, show_logs
 from lgd.cli import main
 from lgd.io.files import read_json
+from lgd.ray_jobs import cluster, mapping, training
 from lgd.store.store import Store
 from lgd.train.deepspeed_engine import deepspeed_problem
 
@@ -31,7 +31,7 @@ def no_cluster(monkeypatch):
     """The verbs must start a Ray of their own, whatever this machine has."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     yield
-    ray_jobs.disconnect()
+    cluster.disconnect()
 
 
 def losses(folder: Path) -> list[float]:
@@ -96,10 +96,10 @@ def run_saying(folder: Path) -> None:
         return lambda number: logging.getLogger("lgd.store").info("part %d", number)
 
     try:
-        ray_jobs.launch(say, {}, workers=2, max_failures=0, storage=folder / "ray", name="teacher")
-        list(ray_jobs.map_with(make, [1, 2], workers=1, option_name="--workers"))
+        training.launch(say, {}, workers=2, max_failures=0, storage=folder / "ray", name="teacher")
+        list(mapping.map_with(make, [1, 2], workers=1, option_name="--workers"))
     finally:
-        ray_jobs.disconnect()
+        cluster.disconnect()
 
 
 def test_what_workers_log_is_told_once_and_what_libraries_print_is_not(tmp_path, capfd, monkeypatch):
@@ -136,7 +136,7 @@ def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():
         return fail
 
     with pytest.raises(DataError, match="a.tar is broken: fetch it again"):
-        list(ray_jobs.map_with(make, ["a.tar"], workers=1, option_name="--workers"))
+        list(mapping.map_with(make, ["a.tar"], workers=1, option_name="--workers"))
 
 
 def test_bad_data_in_a_training_worker_is_told_once_and_not_tried_again(tmp_path):
@@ -147,7 +147,7 @@ def test_bad_data_in_a_training_worker_is_told_once_and_not_tried_again(tmp_path
 
     argument = {"tries": str(tmp_path / "tries")}
     with pytest.raises(DataError, match=r"^shards/train-000000.tar, row 3: crc32 does not match: fetch it again$"):
-        ray_jobs.launch(fail, argument, workers=1, max_failures=3, storage=tmp_path / "ray", name="teacher")
+        training.launch(fail, argument, workers=1, max_failures=3, storage=tmp_path / "ray", name="teacher")
     assert (tmp_path / "tries").read_text() == "x"
 
 
@@ -160,7 +160,7 @@ def test_workers_that_are_lost_too_often_are_told(tmp_path, after):
         time.sleep(60)
 
     with pytest.raises(DataError, match=r"lost more often than train\.max_failures 0 allows: the same command goes on"):
-        ray_jobs.launch(die, {}, workers=2, max_failures=0, storage=tmp_path / "ray", name="teacher")
+        training.launch(die, {}, workers=2, max_failures=0, storage=tmp_path / "ray", name="teacher")
 
 
 def test_results_come_from_all_workers_and_each_makes_its_function_once():
@@ -169,10 +169,10 @@ def test_results_come_from_all_workers_and_each_makes_its_function_once():
         made.append(os.getpid())
         return lambda number: (number * number, os.getpid(), len(made))
 
-    results = list(ray_jobs.map_with(make, list(range(12)), workers=2, option_name="--workers"))
+    results = list(mapping.map_with(make, list(range(12)), workers=2, option_name="--workers"))
     assert sorted(square for square, _, _ in results) == [number**2 for number in range(12)]
     assert all(pid != os.getpid() and times == 1 for _, pid, times in results)
-    here = list(ray_jobs.map_with(make, [3], workers=0, option_name="--workers"))
+    here = list(mapping.map_with(make, [3], workers=0, option_name="--workers"))
     assert here == [(9, os.getpid(), 1)]
 
 
@@ -192,7 +192,7 @@ def meeting(first):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_worker_has_several_arguments_at_once_where_it_may(workers):
     results = list(
-        ray_jobs.map_with(meeting(2 * max(1, workers)), list(range(8)), workers=workers, option_name="x", at_once=2)
+        mapping.map_with(meeting(2 * max(1, workers)), list(range(8)), workers=workers, option_name="x", at_once=2)
     )
     assert sorted(number for _, number, _ in results) == list(range(8))
     assert len({pid for _, _, pid in results}) == max(1, workers)
@@ -216,7 +216,7 @@ class Endless:
 def test_calls_that_are_not_wanted_any_more_are_stopped():
     began = time.monotonic()
     with pytest.raises(DataError, match="three"):
-        list(ray_jobs.map_with(Endless, [1, 3, 5], workers=0, option_name="x", at_once=2))
+        list(mapping.map_with(Endless, [1, 3, 5], workers=0, option_name="x", at_once=2))
     assert time.monotonic() - began < 30
 
 
@@ -225,7 +225,7 @@ def test_calls_that_are_not_wanted_any_more_are_stopped():
 def test_results_ahead_come_in_order_and_never_more_than_asked(total, count, threads):
     begun = []
     with ThreadPoolExecutor(threads) as pool:
-        results = ray_jobs.map_ordered_prefetch(
+        results = threads.map_ordered_prefetch(
             pool, lambda number: begun.append(number) or 7 * number, range(total), count
         )
         for taken, result in enumerate(results):
@@ -236,7 +236,7 @@ def test_results_ahead_come_in_order_and_never_more_than_asked(total, count, thr
 def test_an_address_without_a_cluster_is_told(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(DataError, match="RAY_ADDRESS=127.0.0.1:1 .*--workers"):
-        ray_jobs.connect(1, "--workers")
+        cluster.connect(1, "--workers")
 
 
 def test_the_error_of_a_worker_keeps_its_lines(tmp_path):
@@ -247,6 +247,6 @@ def test_the_error_of_a_worker_keeps_its_lines(tmp_path):
         raise DataError("2 problems:", "a\nb", "é")
 
     with pytest.raises(DataError):
-        ray_jobs._run_recording_user_error(fail, note, contextlib.nullcontext, {})
+        training._run_recording_user_error(fail, note, contextlib.nullcontext, {})
     assert read_json(note) == ["2 problems:", "a\nb", "é"]
-    ray_jobs._run_recording_user_error(fail, note, contextlib.nullcontext, {})
+    training._run_recording_user_error(fail, note, contextlib.nullcontext, {})

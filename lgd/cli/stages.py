@@ -84,7 +84,7 @@ def _make_stage(
         def run(namespace: Namespace) -> None:
             config = config_of(namespace)
             from lgd import pipeline
-            from lgd.ray_jobs import disconnect
+            from lgd.ray_jobs.cluster import disconnect
             from lgd.runs.folder import explain_overrides
 
             try:

@@ -39,7 +39,7 @@ from lgd.base.errors import DataError
 from lgd.io.files import list_folder, publish, remove, xxh3
 from lgd.io.location import Location
 from lgd.io.locks import exclusive
-from lgd.ray_jobs import map_with
+from lgd.ray_jobs.mapping import map_with
 from lgd.retrieval.faiss_file import cells_of, check_file, code_bytes
 from lgd.retrieval.search import (
     IndexDocument,

@@ -26,7 +26,8 @@ from lgd.base.logs import progress
 from lgd.io.files import digest_of, exists, write_bytes
 from lgd.io.location import Location, as_location
 from lgd.io.locks import exclusive
-from lgd.ray_jobs import map_with, restore_connection
+from lgd.ray_jobs.cluster import restore_connection
+from lgd.ray_jobs.mapping import map_with
 from lgd.shards.archive import write_archive
 from lgd.shards.building import (
     Building,

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from lgd.base.errors import DataError
 from lgd.base.records import Sha256
+from lgd.base.threads import in_threads
 from lgd.io.documents import Document, MissingDocument
 from lgd.io.files import create_json, list_folder, may_have_sha256, peek_kind, publish, remove, try_writing
 from lgd.io.location import Location, RemoteError, as_output_location
@@ -22,7 +23,6 @@ from lgd.shards.layouts import Problem
 from lgd.shards.manifest import Entry, Manifest, Options, Sources
 from lgd.shards.meta import Text
 from lgd.shards.shard_set import ShardFolder
-from lgd.shards.sources import in_threads
 
 _SHARD = r"[A-Za-z0-9_]+-\d{6}"
 _FILE = rf"({_SHARD}\.(tar|idx)|\.{_SHARD}\.json|manifest\.json|patches\.npy|rejected\.csv|\.building\.json)"

@@ -7,16 +7,15 @@ made.
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from lgd.base.errors import ConfigError, DataError
+from lgd.base.threads import in_threads
 from lgd.config import LEVEL_NAMES
 from lgd.io.files import digest_of, read_bytes
 from lgd.io.location import Location, MissingError, RemoteError
-from lgd.ray_jobs import map_ordered_prefetch
 from lgd.shards.image import Header, check, decode_upright, encode
 from lgd.shards.layouts import Problem
 from lgd.shards.meta import Digests, PatchMeta
@@ -67,16 +66,6 @@ class CheckJob:
     reencode: bool
     """Whether images are stored anew, which turns those that EXIF says to turn, rather than as they are."""
     threads: int
-
-
-def in_threads(function: Callable[[Argument], Result], arguments: Iterable[Argument], threads: int) -> Iterator[Result]:
-    """Results in the order of the arguments; a few are worked out ahead, never all of them."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield from map_ordered_prefetch(pool, function, arguments, 2 * threads)
-    finally:
-        # As in `lgd.stream.reader`: whatever thread collects what was abandoned must not wait.
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read(path: Location, name: str) -> bytes:

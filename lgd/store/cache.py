@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lgd import ray_jobs
+from lgd.base import threads
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
 from lgd.config import Config
 from lgd.io.files import exists, list_folder
 from lgd.io.location import Location, as_location
 from lgd.io.locks import LOCK, exclusive
+from lgd.ray_jobs import mapping
 from lgd.shards.archive import Shard
 from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import is_complete
@@ -110,7 +111,7 @@ def _fill(config: Config, recipe: Recipe, missing: Sequence[Shard], workers: int
     with progress(total, "caching", "patches") as bar:
         # A worker is elsewhere: its patches are counted when its part is done.
         make = functools.partial(Cacher, config, recipe, bar if workers == 0 else None)
-        done = ray_jobs.map_with(make, missing, workers=workers, option_name="train.workers", at_once=SHARDS_AT_ONCE)
+        done = mapping.map_with(make, missing, workers=workers, option_name="train.workers", at_once=SHARDS_AT_ONCE)
         for rows in done:
             bar.update(rows if workers else 0)
 
@@ -131,7 +132,7 @@ class Cacher:
         batch, make = self.config.latents.batch, self.supervision
         reader = make.reader([shard])
         prepare = functools.partial(make.prepare, reader)
-        prepared = ray_jobs.map_ordered_prefetch(self._pool, prepare, range(shard.samples), count=batch)
+        prepared = threads.map_ordered_prefetch(self._pool, prepare, range(shard.samples), count=batch)
         with shard_writer(as_location(self.config.latents.dir), shard, self.recipe) as writer:
             while samples := list(itertools.islice(map(self._counted, prepared), batch)):
                 arrays = stored(self._rows(samples), samples, shard, self.config.latents.dtype, writer.rounding)

@@ -115,7 +115,7 @@ def _is_reused(task: Task, config: Config, shards: ShardSet, overwrite: bool | N
 
 
 def _train_locked(task: Task, config: Config, shards: ShardSet, name: str, overwrite: bool | None, first: bool) -> None:
-    from lgd.ray_jobs import launch
+    from lgd.ray_jobs.training import launch
 
     require_own_folder(task)
     inputs = inputs_of(task, config, shards)

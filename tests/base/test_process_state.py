@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from lgd import ray_jobs
 from lgd.base.process_state import default_environment, stop_signals, undo_changes
 from lgd.cli import main
+from lgd.ray_jobs import cluster, training
 from lgd.train.deepspeed_engine import deepspeed_environment, deepspeed_problem
 from lgd.train.launch import train_under
 
@@ -91,7 +91,7 @@ def import_deepspeed():
 def fail_to_connect():
     os.environ["RAY_ADDRESS"] = "127.0.0.1:1"
     with pytest.raises(ValueError, match="RAY_ADDRESS"):
-        ray_jobs.connect(1, "--workers")
+        cluster.connect(1, "--workers")
     del os.environ["RAY_ADDRESS"]
 
 
@@ -124,16 +124,16 @@ def test_a_failed_training_leaves_its_process_as_it_was(unchanged, tissue_config
 
 def test_a_training_under_ray_leaves_its_process_as_it_was(unchanged, tmp_path):
     try:
-        ray_jobs.launch(lambda _: None, {}, workers=2, max_failures=0, storage=tmp_path / "ray", name="teacher")
+        training.launch(lambda _: None, {}, workers=2, max_failures=0, storage=tmp_path / "ray", name="teacher")
     finally:
-        ray_jobs.disconnect()
+        cluster.disconnect()
 
 
 def test_a_ray_that_does_not_start_leaves_its_process_as_it_was(unchanged, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "127.0.0.1:1")
         with pytest.raises(ValueError, match="RAY_ADDRESS"):
-            ray_jobs.connect(1, "--workers")
+            cluster.connect(1, "--workers")
 
 
 # ---- the tools ----

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lgd.base.errors import DataError
 from lgd.io.files import digest_of, read_json, xxh3
 from lgd.io.locks import TakenError, exclusive
-from lgd.ray_jobs import disconnect
+from lgd.ray_jobs.cluster import disconnect
 from lgd.retrieval import index, search
 from lgd.retrieval.faiss_file import cells_of
 from lgd.retrieval.index import build_index, choose

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lgd import ray_jobs
 from lgd.base.errors import DataError
 from lgd.cli import main
+from lgd.ray_jobs import cluster
 from lgd.shards.builder import build
 from lgd.shards.image import encode
 from lgd.shards.options import ShardOptions
@@ -108,7 +108,7 @@ def test_workers_of_ray_read_and_write_urls(s3, root, local, capsys, monkeypatch
     try:
         assert main(["build-shards", *asked, "--workers", "2"]) == 0
     finally:
-        ray_jobs.disconnect()
+        cluster.disconnect()
     assert stored(s3, "ray") == contents(local[0])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["split", "samples", "0", "1+", "2+", "3+", "unknown", "shards", "MB"]

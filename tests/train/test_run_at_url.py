@@ -14,12 +14,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_loop import AfterReads
 
-from lgd import pipeline, ray_jobs
+from lgd import pipeline
 from lgd.base.errors import DataError, Stopped
 from lgd.cli import main
 from lgd.config_files import load_config
 from lgd.io.files import read_bytes, read_json
 from lgd.io.location import as_location
+from lgd.ray_jobs import cluster
 from lgd.train import checkpoint, launch
 from lgd.train.launch import train_under
 
@@ -36,7 +37,7 @@ def copies(tmp_path, monkeypatch):
     monkeypatch.setenv("LGD_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     yield
-    ray_jobs.disconnect()
+    cluster.disconnect()
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def test_workers_of_ray_stop_and_go_on_in_a_bucket(at_url, tissue_run, s3, caplo
         train_under(config, "student")
     assert "stopping: the workers end their step and save a checkpoint" in caplog.messages
     assert not any(name.endswith(".stop") for name in names(s3, "ray/ray"))
-    ray_jobs.disconnect()
+    cluster.disconnect()
     done = len(curve("s3://runs/ray/student"))
     assert 2 <= done < 100
     assert train_under(at_url("ray", student={"epochs": 40}, train={"workers": 0} | few), "student")

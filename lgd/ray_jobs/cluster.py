@@ -1,0 +1,132 @@
+"""Join the cluster that RAY_ADDRESS names, or start a local one, and leave it."""
+
+import atexit
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lgd.base.errors import DataError
+from lgd.base.logs import LOGGER
+from lgd.base.process_state import default_environment, undo_changes
+
+logger = logging.getLogger(__name__)
+
+_connection = contextlib.ExitStack()
+"""Undoes what `connect` changes in this process."""
+
+# Ray Train prints each line twice otherwise, and warns of a default that does not concern us. The colours of what
+# workers print would be escaped.
+_QUIET = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_COLOR_PREFIX": "0",
+}
+
+
+def connect(workers: int, option_name: str, use_gpus: bool = True) -> float:
+    """Join the cluster that RAY_ADDRESS names, or start a local one; return the CPUs for each worker.
+
+    Raises `DataError` when the cluster cannot give `workers` workers a GPU or a CPU each (with `use_gpus` False a
+    CPU each, whatever it has); `option_name` is the option that asked for them.
+    """
+    try:
+        # A folder named `ray`, as a run has one, would pass for a package. The variable is set by the import for good.
+        with default_environment({"RAY_CLIENT_MODE": "0"}):
+            import ray._version
+    except ImportError as error:
+        raise DataError(f"Ray is not installed: pip install 'ray[default,train]', or set {option_name} to 0") from error
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        try:
+            _start_ray(address)
+        except (OSError, RuntimeError, ValueError) as error:
+            cluster = f"the cluster of RAY_ADDRESS={address}" if address else "a local Ray"
+            raise DataError(
+                f"{cluster} cannot be reached or started ({error}); set {option_name} to 0 to do without"
+            ) from error
+    gpus, cpus = count_slots("GPU"), count_slots("CPU")
+    slots, kind = (gpus, "GPUs") if gpus and use_gpus else (cpus, "CPUs")
+    if workers > slots:
+        raise DataError(
+            f"{option_name} is {workers}, but this Ray cluster has {cpus} CPUs and {gpus} GPUs: set it to {slots} or "
+            f"less, or add nodes (one worker takes one of its {kind})"
+        )
+    logger.debug("Ray has %d CPUs and %d GPUs for %d workers", cpus, gpus, workers)
+    # On a cluster of one's own the workers share all CPUs; on a shared one each takes a single slot.
+    return 1 if os.environ.get("RAY_ADDRESS") else max(1, cpus // max(workers, 1))
+
+
+def _start_ray(address: str | None) -> None:
+    """Join or start Ray. What its processes print is shown at DEBUG only; their log records come by `_collect_logs`."""
+    import ray
+
+    debug = LOGGER.isEnabledFor(logging.DEBUG)
+    options: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
+    if address:
+        _check_reachable(address)
+        options |= {"address": address}
+    else:
+        # Ray Train asks the dashboard's process whether its controller lives, and complains without one.
+        options |= {"address": "local", "include_dashboard": True}
+    # One machine has no preemption notice to watch for.
+    variables = _QUIET if address else _QUIET | {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    # Ray takes SIGTERM for itself, and its processes and Ray Train read the variables later.
+    with undo_changes() as undo:
+        for name, value in variables.items():
+            os.environ.setdefault(name, value)
+        ray.init(**options)
+    _connection.push(undo)
+    # At the end of the process it would write a code for colours, though Ray writes none, to what `lgd.base.text`
+    # escapes.
+    if colorama := sys.modules.get("colorama.initialise"):
+        atexit.unregister(colorama.reset_all)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise `OSError` when nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+
+
+def disconnect() -> None:
+    """Leave the cluster; a local one that `connect` started is stopped. What `connect` changed here is undone."""
+    with _connection:
+        if _is_connected():
+            sys.modules["ray"].shutdown()
+
+
+@contextlib.contextmanager
+def restore_connection() -> Iterator[None]:
+    """Leave the cluster at the end, unless this process was in one before."""
+    before = _is_connected()
+    try:
+        yield
+    finally:
+        if not before:
+            disconnect()
+
+
+def _is_connected() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def count_slots(kind: str, free: bool = False) -> int:
+    """The CPUs or GPUs of the cluster, or those of them that nothing uses."""
+    import ray
+
+    resources: Callable[[], dict[str, float]] = ray.available_resources if free else ray.cluster_resources
+    return int(resources().get(kind, 0))
+
+
+def note_if_busy(workers: int, kind: str) -> None:
+    """Log that this waits for the cluster, where others use it."""
+    free, has = count_slots(kind, free=True), count_slots(kind)
+    if free < workers:
+        logger.warning("waiting for the cluster: %d %ss are needed, %d of %d are free", workers, kind, free, has)

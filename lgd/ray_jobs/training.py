@@ -1,0 +1,132 @@
+"""Training workers under Ray Train, and how they are asked to stop."""
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, cast
+
+from lgd.base.errors import ConfigError, DataError, Stopped
+from lgd.base.process_state import stop_signals
+from lgd.io.files import exists, read_json, remove, write_bytes, write_json
+from lgd.io.location import Location, as_arrow
+from lgd.ray_jobs.cluster import connect, count_slots, note_if_busy
+from lgd.ray_jobs.logs import collect_logs
+
+logger = logging.getLogger(__name__)
+
+
+def launch(
+    function: Callable[[dict[str, Any]], None],
+    argument: dict[str, Any],
+    *,
+    workers: int,
+    max_failures: int,
+    storage: Location,
+    name: str,
+) -> None:
+    """Run `function(argument)` once in each training worker, with a process group between them.
+
+    0 workers: in this process. Otherwise under Ray Train, which restarts the workers up to `max_failures` times
+    when one is lost; `function` must then go on from its own checkpoints. SIGTERM and Ctrl-C make the file
+    `argument["stop"]`, at whose appearance the workers should save what they have and end.
+    """
+    if workers == 0:
+        function(argument)
+        return
+    cpus = connect(workers, "train.workers")
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    use_gpu = bool(count_slots("GPU"))
+    storage = storage.absolute()
+    note, stop = storage / f"{name}.error.json", storage / f"{name}.stop"
+    for old in (note, stop):
+        remove(old)
+    note_if_busy(workers, "GPU" if use_gpu else "CPU")
+    resources = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+    failures, (path, filesystem) = FailureConfig(max_failures=max_failures), as_arrow(storage)
+    try:
+        with collect_logs(several=False) as send, _stopping_by(stop):
+            trainer = TorchTrainer(
+                functools.partial(_run_recording_user_error, function, note, send),
+                train_loop_config=argument | {"stop": str(stop)},
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+                run_config=RunConfig(
+                    name=name, failure_config=failures, storage_path=path, storage_filesystem=filesystem
+                ),
+            )
+            _in_thread(trainer.fit)
+    except ray.train.TrainingFailedError as error:
+        if not exists(note):
+            raise _lost(error, max_failures) from error
+    if exists(note):
+        raise DataError(*read_json(note))
+
+
+@contextlib.contextmanager
+def _stopping_by(stop: Location) -> Iterator[None]:
+    """Answer SIGTERM and Ctrl-C by making the file `stop`; the second one ends this process as usual."""
+
+    def ask(number: int, frame: Any) -> None:
+        write_bytes(stop, b"")
+        restore()
+        logger.warning("stopping: the workers end their step and save a checkpoint")
+
+    with stop_signals(ask) as restore:
+        try:
+            yield
+        finally:
+            restore()
+            remove(stop)
+
+
+def _in_thread(function: Callable[[], Any]) -> None:
+    """Call a function outside of the main thread, where Ray Train would put its own answer to Ctrl-C in our place."""
+    done: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - `result` raises it in the main thread
+            done.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    done.result()
+
+
+def _lost(error: Any, max_failures: int) -> BaseException:
+    """The error of workers that were lost too often; the error itself where they failed by themselves."""
+    from ray.exceptions import RayActorError
+
+    # A worker that dies while all start is the controller's failure. Those that are left fail for want of a lost one.
+    failures = [getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
+    causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
+    if not any(isinstance(cause, RayActorError) for cause in causes):
+        return cast(BaseException, error)
+    return DataError(
+        f"workers were lost more often than train.max_failures {max_failures} allows: the same command goes on from "
+        "the newest checkpoint"
+    )
+
+
+def _run_recording_user_error(
+    function: Callable[[dict[str, Any]], None],
+    note: Location,
+    send: Callable[[], contextlib.AbstractContextManager[None]],
+    argument: dict[str, Any],
+) -> None:
+    """Run a worker. Bad data is bad after a restart too: its error is noted, and restarted workers end at once."""
+    if exists(note):
+        return
+    try:
+        with send():
+            function(argument)
+    except (DataError, ConfigError) as error:
+        write_json(note, [str(line) for line in error.args])
+        # All workers stop at the same step; where one alone meets an error the others must be ended.
+        if not isinstance(error, Stopped):
+            raise
