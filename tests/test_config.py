@@ -8,7 +8,7 @@ from lgd.base.plain_yaml import read_yaml
 from lgd.cli import main
 from lgd.config import Config, Data, OnBad
 from lgd.config_files import load_config
-from lgd.io.files import digest_of
+from lgd.io.digests import digest_of
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

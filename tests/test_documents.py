@@ -12,8 +12,8 @@ import pytest
 
 from lgd.base.errors import DataError
 from lgd.cli import main
+from lgd.io.digests import digest_of
 from lgd.io.documents import Document
-from lgd.io.files import digest_of
 from lgd.metrics import Interval
 from lgd.report.ablation_table import AblationDocument, Compared
 from lgd.shards import builder

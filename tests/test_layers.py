@@ -10,7 +10,7 @@ ROOT = Path(lgd.__file__).parent
 ORDER = """
 base.errors base.extensions base.text base.logs base.process_state base.threads base.markup base.plain_yaml base.records
 base.environment base.arguments
-io.location io.files io.folders io.tables io.locks io.download_cache io.remote io.documents
+io.location io.digests io.files io.folders io.tables io.locks io.download_cache io.remote io.documents
 config config_files metrics
 ray_jobs.cluster ray_jobs.logs ray_jobs.mapping ray_jobs.training
 stain.deconvolve stain.targets stain.checks
@@ -26,8 +26,8 @@ store.export
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.passes train.log
 train.prepare train.finished train.loop train.launch
 scoring.notes scoring.scale scoring.images scoring.predict scoring.slide_rows
-retrieval.faiss_file retrieval.table retrieval.search retrieval.vectors retrieval.index retrieval.answers
-retrieval.keys retrieval.queries
+retrieval.faiss_file retrieval.table retrieval.search retrieval.vectors retrieval.factory retrieval.index
+retrieval.answers retrieval.keys retrieval.queries
 runs.document runs.folder
 report.results report.colour report.seeds report.markdown report.ablation_table report.figures report.ranking
 report.sheet report.embeddings report.compare report.robustness report.caveats report.evaluation report.slides

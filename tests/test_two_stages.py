@@ -12,7 +12,8 @@ import torch
 
 from lgd import pipeline
 from lgd.base.errors import DataError
-from lgd.io.files import read_json, sha256
+from lgd.io.digests import sha256
+from lgd.io.files import read_json
 from lgd.io.locks import LOCK
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions

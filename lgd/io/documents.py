@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Self
 
 from lgd.base.errors import DataError
 from lgd.base.records import Record, load_json
-from lgd.io.files import digest_of, read_parsed, write_json
+from lgd.io.digests import digest_of
+from lgd.io.files import read_parsed, write_json
 from lgd.io.location import Location
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lgd.base.errors import DataError
+from lgd.io.digests import matches
 from lgd.io.download_cache import (
     DIGEST,
     copy_path,
@@ -17,7 +18,7 @@ from lgd.io.download_cache import (
     open_copy,
     reserve,
 )
-from lgd.io.files import matches, sync
+from lgd.io.files import sync
 from lgd.io.location import Location, MissingError, as_location, call, fresh_options
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from torch import nn
 
 from lgd.base.errors import DataError
 from lgd.base.extensions import refuse_unnamed
-from lgd.io.files import publish, remove, sha256
+from lgd.io.digests import sha256
+from lgd.io.files import publish, remove
 from lgd.io.location import Location, as_location
 from lgd.io.remote import open_checked
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig

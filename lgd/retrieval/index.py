@@ -1,32 +1,10 @@
 """Store -> FAISS index over the teacher's pooled latents (the first view): built, and its recall measured.
 
 Run by `lgd build-index`; it leaves DIR/index/TEACHER/ as `lgd.retrieval.search` describes it, which also opens it.
-
-`latents.index: auto` chooses by size. Measured on 2 cores that others shared, one query on one core; vectors of 512
-dimensions clustered by level and slide, of a flatter spectrum (1/k) than a teacher's, which is the harder case:
-
-    rows                                 1e3      1e4      1e5     1e6
-    exact, ms                            0.08     1.3      14      130
-    IVF, queries of the same slides      0.04     0.15     0.22    0.65    at recall@10 0.99 to 0.999
-
-    1e5 rows, queries of other slides    recall@10 with 2.5, 5 and 10 % of the latents probed
-    316 cells (sqrt(rows))               0.85     0.95     0.990
-    632 cells                            0.89     0.96     0.989
-    1264 cells (4 sqrt(rows))            0.94     0.98     0.996
-    1e6 rows, 4000 cells                 with 1.6, 3.2 and 6.4 %: 0.90, 0.96, 0.993; 3.8, 6.4 and 9.0 ms
-
-Exact (`Flat`) up to EXACT_ROWS: that is less than the forward pass which makes the query. Beyond, `IVFn,SQfp16` with
-4 sqrt(rows) cells. It codes what is left of a vector beside its centroid, which lost no recall to `IVFn,Flat` (0.9998
-and 0.9999 at 1e5, all else alike), and takes half the memory and two thirds of the time. When even that exceeds half of
-the machine's memory, `IVFn,SQ8`: half of it again, but recall ends at 0.98, so it wants a lower `latents.recall`.
-PQ64x4fsr before a refinement reached 0.77 at a k_factor of 16, and 0.18 at the default 1; to refine takes the float16
-vectors too and saves no memory. It is not built.
 """
 
 import functools
 import logging
-import math
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -36,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.io.files import list_folder, publish, remove, xxh3
+from lgd.io.digests import xxh3
+from lgd.io.files import list_folder, publish, remove
 from lgd.io.location import Location
 from lgd.io.locks import exclusive
 from lgd.ray_jobs.mapping import map_with
-from lgd.retrieval.faiss_file import cells_of, check_file, code_bytes
+from lgd.retrieval.factory import check_factory, choose_factory, memory_bytes, move_to_gpu, train_index
+from lgd.retrieval.faiss_file import cells_of, check_file
 from lgd.retrieval.search import (
     IndexDocument,
     IndexFile,
@@ -58,10 +38,6 @@ from lgd.store.store import TEACHER, Store
 
 logger = logging.getLogger(__name__)
 
-EXACT_ROWS = 100_000
-TRAIN_ROWS = 40
-"""Latents a cell from which the cells are learnt; FAISS asks for 39. At 1e5 rows 256 a cell reached no more than 64."""
-_TRAIN_ROUNDS = 10
 _GROUP_ROWS = 100_000
 """Rows, or one part, that are added together: 100 MB of float16."""
 _QUERIES = 1000
@@ -113,8 +89,10 @@ def _publish_index(
 ) -> IndexDocument:
     folder, factory, gallery, recall = index_folder(store), asked["asked"], list(asked["gallery"]), asked["target"]
     latents = Latents(indexed)
-    chosen, why = choose(latents.rows, latents.dim, _memory()) if factory == "auto" else (factory, "as asked for")
-    _check_factory(chosen, latents.rows)
+    chosen, why = (
+        choose_factory(latents.rows, latents.dim, memory_bytes()) if factory == "auto" else (factory, "as asked for")
+    )
+    check_factory(chosen, latents.rows)
     numbers = [store.parts.index(part) for part in indexed]
     index, order_n, told = _built(store, latents, numbers, chosen, seed, workers)
     queries_nD, described = _queries(parts, latents, gallery, seed)
@@ -144,33 +122,6 @@ def _publish_index(
     return document
 
 
-def choose(rows: int, dim: int, memory: int) -> tuple[str, str]:
-    """The factory string for so many latents on a machine with so many bytes of memory, and why, in one sentence."""
-    if rows <= EXACT_ROWS:
-        return "Flat", f"up to {EXACT_ROWS} latents an exact search takes some milliseconds"
-    cells = round(4 * math.sqrt(rows))
-    size = rows * code_bytes("IVF1,SQfp16", dim)
-    if size <= memory / 2:
-        return f"IVF{cells},SQfp16", f"beyond {EXACT_ROWS} latents cells spare time, and float16 costs no recall"
-    return (
-        f"IVF{cells},SQ8",
-        f"as float16 the latents take {size / 1e9:.1f} GB, more than half of this machine's {memory / 1e9:.1f} GB",
-    )
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _check_factory(factory: str, rows: int) -> None:
-    try:
-        cells = cells_of(factory)
-    except ValueError as error:
-        raise DataError(f"latents.index {error}") from error
-    if cells > rows:
-        raise DataError(f"latents.index {factory!r} has more cells than there are latents ({rows}): use auto")
-
-
 def _built(
     store: Store, latents: Latents, numbers: list[int], factory: str, seed: int, workers: int
 ) -> tuple[Any, np.ndarray | None, dict[str, Any]]:
@@ -182,7 +133,7 @@ def _built(
         for _, vectors_nD in latents.blocks():
             index.add(vectors_nD)
         return index, None, {"trained_on": 0, "seconds": {"train": 0.0, "add": time.monotonic() - began}}
-    index, sampled = _trained(faiss, latents, factory, seed)
+    index, sampled = train_index(faiss, latents, factory, seed)
     trained = time.monotonic()
     # Each worker gets an empty copy of the trained index, and gives it back filled.
     empty = faiss.serialize_index(index)
@@ -193,37 +144,6 @@ def _built(
     order_n = _in_order(faiss, index)
     seconds = {"train": trained - began, "add": time.monotonic() - trained}
     return index, order_n, {"trained_on": sampled, "seconds": seconds}
-
-
-def _trained(faiss: Any, latents: Latents, factory: str, seed: int) -> tuple[Any, int]:
-    """An empty index that has its cells and its coding, and on how many latents it was trained."""
-    index = faiss.index_factory(latents.dim, factory, faiss.METRIC_INNER_PRODUCT)
-    sampled = min(latents.rows, TRAIN_ROWS * index.nlist)
-    row_n = np.random.default_rng(seed).choice(latents.rows, sampled, replace=False, shuffle=False)
-    sample_nD = latents.at(np.sort(row_n))
-    options = faiss.ClusteringParameters()
-    # Centroids of length 1: the nearest by inner product would else be the longest.
-    options.niter, options.seed, options.spherical = _TRAIN_ROUNDS, seed % 2**31, True
-    options.min_points_per_centroid, options.max_points_per_centroid = 1, TRAIN_ROWS
-    clustering = faiss.Clustering(latents.dim, index.nlist, options)
-    clustering.train(sample_nD, _on_gpu(faiss, faiss.IndexFlatIP(latents.dim)))
-    index.quantizer.add(faiss.vector_to_array(clustering.centroids).reshape(index.nlist, latents.dim))
-    # With its cells there, this learns the ranges of SQ8 only.
-    index.train(sample_nD)
-    return index, sampled
-
-
-def _on_gpu(faiss: Any, index: Any) -> Any:
-    """A flat index on the first GPU where FAISS can use one, else the index itself."""
-    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
-        return index
-    try:
-        moved = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-        moved.search(np.zeros((1, index.d), np.float32), 1)
-        return moved
-    except RuntimeError as error:
-        logger.warning("[index] on the CPU, FAISS cannot use the GPU: %s", str(error).splitlines()[0])
-        return index
 
 
 def _groups(latents: Latents) -> list[list[int]]:
@@ -249,7 +169,7 @@ class _Add:
         self.empty = empty
         # The quantizer is the index's, and goes with it.
         self.index = self.faiss.deserialize_index(empty)
-        self.coarse = _on_gpu(self.faiss, self.faiss.downcast_index(self.index.quantizer))
+        self.coarse = move_to_gpu(self.faiss, self.faiss.downcast_index(self.index.quantizer))
 
     def __call__(self, group: list[int]) -> np.ndarray:
         """The filled copy, serialised; its positions are rows of the latents."""

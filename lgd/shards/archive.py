@@ -17,7 +17,8 @@ import numpy as np
 from zlib_ng.zlib_ng import crc32
 
 from lgd.base.errors import DataError
-from lgd.io.files import publish, sha256
+from lgd.io.digests import sha256
+from lgd.io.files import publish
 from lgd.io.location import Location
 from lgd.io.remote import drop_damaged, name_with_copy, open_file
 from lgd.shards.image import kind

@@ -11,7 +11,6 @@
 A killed build goes on where it stopped (`lgd.shards.building`). Pairs may lie behind urls, and so may OUT.
 """
 
-import collections
 import contextlib
 import functools
 import hashlib
@@ -23,7 +22,8 @@ from typing import Any, ParamSpec
 
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
-from lgd.io.files import digest_of, exists, write_bytes
+from lgd.io.digests import digest_of
+from lgd.io.files import exists, write_bytes
 from lgd.io.location import Location, as_location
 from lgd.io.locks import exclusive
 from lgd.ray_jobs.cluster import restore_connection
@@ -32,12 +32,14 @@ from lgd.shards.archive import write_archive
 from lgd.shards.building import (
     Building,
     begin,
+    describe_split,
     finish,
     has_entry,
     open_target,
     read_entry,
     require_marker,
     reused,
+    split_samples,
     write_entry,
     write_rejected,
 )
@@ -46,15 +48,12 @@ from lgd.shards.image import codecs
 from lgd.shards.layouts import Problem
 from lgd.shards.manifest import (
     HER2,
-    UNKNOWN,
     Entry,
     Extensions,
     File,
     Manifest,
     Options,
-    Shape,
     Sources,
-    Split,
 )
 from lgd.shards.options import Encoding, ShardOptions
 from lgd.shards.pairs import find_pairs
@@ -70,7 +69,7 @@ from lgd.shards.sources import (
     members,
     same_types,
 )
-from lgd.shards.split import SPLITS, parse_split
+from lgd.shards.split import parse_split
 
 # Pairs that a worker checks at a time.
 _CHUNK = 64
@@ -128,7 +127,7 @@ def _build(options: ShardOptions, map_jobs: MapJobs, out: Location, finished: bo
     if problems:
         write_rejected(out, problems)
 
-    of_split = _by_split(samples)
+    of_split = split_samples(samples)
     jobs = _jobs(options, of_split, extensions, out, names, recipe.digest)
     what = "build tiles" if options.tile else "build pairs"
     entries = list(_with_progress(what, write_shard, jobs, len(samples), map_jobs))
@@ -146,7 +145,7 @@ def _build(options: ShardOptions, map_jobs: MapJobs, out: Location, finished: bo
         virtual=_is_virtual(options),
         may_leak=any(source.pair.slide is None for source in sources),
         caveats=tuple(caveats(samples, rule)),
-        splits={name: _describe_split(options, name, some, entries) for name, some in of_split.items()},
+        splits={name: describe_split(options, name, some, entries) for name, some in of_split.items()},
     )
     require_marker(out, recipe.digest)
     manifest.write(out / "manifest.json")
@@ -202,13 +201,6 @@ def _with_progress(
             yield result
 
 
-def _by_split(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    """The samples of each split, in the order of the manifest."""
-    present = {sample.split for sample in samples}
-    names = sorted(present, key=lambda name: (*SPLITS, name).index(name))
-    return {name: [sample for sample in samples if sample.split == name] for name in names}
-
-
 def _jobs(
     options: ShardOptions,
     of_split: dict[str, list[Sample]],
@@ -234,26 +226,6 @@ def _jobs(
             )
             jobs.append(job)
     return jobs
-
-
-def _describe_split(options: ShardOptions, name: str, samples: Sequence[Sample], entries: Sequence[Entry]) -> Split:
-    """A split of the manifest; the shards are those of `entries`, in any order, that are of it."""
-    counts = collections.Counter(sample.source.pair.label for sample in samples)
-    tile = options.tile
-    shapes = collections.Counter(
-        (tile or source.width, tile or source.height, source.pair.mpp or options.known_mpp)
-        for source in (sample.source for sample in samples)
-    )
-    commonest = sorted(shapes.items(), key=lambda item: (-item[1], *item[0][:2], item[0][2] or 0))
-    mine = [entry for entry in entries if entry.file.rpartition("-")[0] == name]
-    return Split(
-        samples=len(samples),
-        labels={label: counts[value] for value, label in enumerate(HER2.classes)} | {UNKNOWN: counts[None]},
-        shapes=tuple(
-            Shape(width=width, height=height, mpp=mpp, samples=count) for (width, height, mpp), count in commonest
-        ),
-        shards=tuple(sorted(mine, key=lambda entry: entry.file)),
-    )
 
 
 def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], list[Problem]]:

@@ -6,6 +6,7 @@ gone at the end. One build at a time works in a local folder (`lgd.io.locks`). A
 .building.json stays, where the store can do that, and a build that finds another one stops.
 """
 
+import collections
 import contextlib
 import re
 from collections.abc import Iterable, Sequence
@@ -14,15 +15,19 @@ from typing import ClassVar
 from lgd.base.errors import DataError
 from lgd.base.records import Sha256
 from lgd.base.threads import in_threads
+from lgd.io.digests import may_have_sha256
 from lgd.io.documents import Document, MissingDocument
-from lgd.io.files import create_json, list_folder, may_have_sha256, peek_kind, publish, remove, try_writing
+from lgd.io.files import create_json, list_folder, peek_kind, publish, remove, try_writing
 from lgd.io.location import Location, RemoteError, as_output_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.io.tables import write_csv
 from lgd.shards.layouts import Problem
-from lgd.shards.manifest import Entry, Manifest, Options, Sources
+from lgd.shards.manifest import HER2, UNKNOWN, Entry, Manifest, Options, Shape, Sources, Split
 from lgd.shards.meta import Text
+from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder
+from lgd.shards.sources import Sample
+from lgd.shards.split import SPLITS
 
 _SHARD = r"[A-Za-z0-9_]+-\d{6}"
 _FILE = rf"({_SHARD}\.(tar|idx)|\.{_SHARD}\.json|manifest\.json|patches\.npy|rejected\.csv|\.building\.json)"
@@ -175,3 +180,30 @@ def finish(out: Location) -> None:
 def _remove(out: Location, names: Iterable[str]) -> None:
     for _ in in_threads(lambda name: remove(out / name), names, _REMOVALS):
         pass
+
+
+def split_samples(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """The samples of each split, in the order of the manifest."""
+    present = {sample.split for sample in samples}
+    names = sorted(present, key=lambda name: (*SPLITS, name).index(name))
+    return {name: [sample for sample in samples if sample.split == name] for name in names}
+
+
+def describe_split(options: ShardOptions, name: str, samples: Sequence[Sample], entries: Sequence[Entry]) -> Split:
+    """A split of the manifest; the shards are those of `entries`, in any order, that are of it."""
+    counts = collections.Counter(sample.source.pair.label for sample in samples)
+    tile = options.tile
+    shapes = collections.Counter(
+        (tile or source.width, tile or source.height, source.pair.mpp or options.known_mpp)
+        for source in (sample.source for sample in samples)
+    )
+    commonest = sorted(shapes.items(), key=lambda item: (-item[1], *item[0][:2], item[0][2] or 0))
+    mine = [entry for entry in entries if entry.file.rpartition("-")[0] == name]
+    return Split(
+        samples=len(samples),
+        labels={label: counts[value] for value, label in enumerate(HER2.classes)} | {UNKNOWN: counts[None]},
+        shapes=tuple(
+            Shape(width=width, height=height, mpp=mpp, samples=count) for (width, height, mpp), count in commonest
+        ),
+        shards=tuple(sorted(mine, key=lambda entry: entry.file)),
+    )

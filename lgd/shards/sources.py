@@ -14,7 +14,8 @@ from typing import TypeVar
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.threads import in_threads
 from lgd.config import LEVEL_NAMES
-from lgd.io.files import digest_of, read_bytes
+from lgd.io.digests import digest_of
+from lgd.io.files import read_bytes
 from lgd.io.location import Location, MissingError, RemoteError
 from lgd.shards.image import Header, check, decode_upright, encode
 from lgd.shards.layouts import Problem

@@ -14,7 +14,8 @@ import numpy as np
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.logs import progress
-from lgd.io.files import list_folder, matches
+from lgd.io.digests import matches
+from lgd.io.files import list_folder
 from lgd.io.location import Location, RemoteError
 from lgd.io.remote import drop_damaged
 from lgd.shards.archive import Shard, read_sample

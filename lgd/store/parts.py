@@ -16,7 +16,7 @@ import xxhash
 
 from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.io.files import digest_of, xxh3
+from lgd.io.digests import digest_of, xxh3
 from lgd.io.location import Location
 from lgd.io.remote import drop_damaged, open_file
 from lgd.store.recipe import PATCHES

@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 
 from lgd.base.errors import DataError
 from lgd.base.records import Count, Many, Record, Sha256, Xxh3
+from lgd.io.digests import digest_of
 from lgd.io.documents import Document
-from lgd.io.files import digest_of, size_of
+from lgd.io.files import size_of
 from lgd.io.location import Location
 from lgd.shards.archive import Shard
 from lgd.shards.meta import Key, Word

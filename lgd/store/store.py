@@ -16,8 +16,9 @@ import numpy as np
 
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
+from lgd.io.digests import digest_of, format_diff
 from lgd.io.documents import MissingDocument
-from lgd.io.files import digest_of, format_diff, list_folder, remove
+from lgd.io.files import list_folder, remove
 from lgd.io.location import Location, as_location
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardFolder

@@ -18,7 +18,8 @@ import numpy as np
 import xxhash
 
 from lgd.base.errors import DataError
-from lgd.io.files import digest_of, publish, sync
+from lgd.io.digests import digest_of
+from lgd.io.files import publish, sync
 from lgd.io.location import Location
 from lgd.shards.archive import Shard
 from lgd.store.recipe import PATCHES, TEACHER, Recipe

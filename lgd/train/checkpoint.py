@@ -20,8 +20,9 @@ from pydantic import Field, JsonValue, model_validator
 
 from lgd.base.errors import DataError
 from lgd.base.records import Count, Many, Record, Xxh3
+from lgd.io.digests import format_diff, xxh3
 from lgd.io.documents import Document
-from lgd.io.files import exists, format_diff, is_same, list_folder, publish, remove_folder, xxh3
+from lgd.io.files import exists, is_same, list_folder, publish, remove_folder
 from lgd.io.folders import discard_folder, publish_folder
 from lgd.io.location import Location
 from lgd.io.remote import open_checked

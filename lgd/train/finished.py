@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 import lgd
 from lgd.base.errors import DataError
-from lgd.io.files import digest_of, exists, format_diff
+from lgd.io.digests import digest_of, format_diff
+from lgd.io.files import exists
 from lgd.io.location import RemoteError
 from lgd.metrics import Floats, Ints
 from lgd.models.description import ModelConfig, describe_training

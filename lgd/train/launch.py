@@ -16,7 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 from lgd.base.errors import DataError
 from lgd.base.process_state import default_environment, stop_signals
 from lgd.config import LEVEL_NAMES, Config
-from lgd.io.files import digest_of, exists, list_folder, may_have_sha256, remove_folder
+from lgd.io.digests import digest_of, may_have_sha256
+from lgd.io.files import exists, list_folder, remove_folder
 from lgd.io.location import as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.shards.manifest import UNKNOWN

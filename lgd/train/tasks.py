@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lgd.config import Config
-from lgd.io.files import digest_of
+from lgd.io.digests import digest_of
 from lgd.io.location import Location, as_location
 from lgd.models.description import ModelConfig, TeacherRef
 from lgd.models.export import read_student_config, read_teacher_config

@@ -9,8 +9,8 @@ from web import Web
 
 from lgd.base.errors import DataError
 from lgd.base.records import Count, Line, Many, Record, Sha256, load_json
+from lgd.io.digests import digest_of
 from lgd.io.documents import Document, MissingDocument
-from lgd.io.files import digest_of
 
 
 class Inner(Record):

@@ -11,7 +11,7 @@ import pytest
 from lgd.base.errors import DataError
 from lgd.cli.check import check, find_kind
 from lgd.config_files import find_in_run, load_config
-from lgd.io.files import digest_of
+from lgd.io.digests import digest_of
 from lgd.models.export import read_student_config
 from lgd.train.checkpoint import State
 

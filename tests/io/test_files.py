@@ -6,17 +6,15 @@ import sys
 import pytest
 
 from lgd.base.errors import DataError
+from lgd.io.digests import digest_of, may_have_sha256, sha256
 from lgd.io.files import (
-    digest_of,
     exists,
     is_same,
     list_folder,
-    may_have_sha256,
     peek_kind,
     publish,
     read_json,
     read_parsed,
-    sha256,
     try_writing,
     write_bytes,
     write_json,

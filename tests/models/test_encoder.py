@@ -17,7 +17,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 import lgd
 from lgd.base.errors import ConfigError, DataError
-from lgd.io.files import digest_of
+from lgd.io.digests import digest_of
 from lgd.models.description import NOT_TRAINED
 from lgd.models.encoder import PRESETS, Encoder, build_encoder
 from lgd.models.export import save_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lgd.base.errors import DataError
-from lgd.io.files import digest_of, sha256
+from lgd.io.digests import digest_of, sha256
 from lgd.models.description import NOT_TRAINED, StudentConfig
 from lgd.models.encoder import build_encoder
 from lgd.models.export import load_weights, read_student_config, save_model

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
-from lgd.io.files import digest_of, read_json, xxh3
+from lgd.io.digests import digest_of, xxh3
+from lgd.io.files import read_json
 from lgd.io.locks import TakenError, exclusive
 from lgd.ray_jobs.cluster import disconnect
 from lgd.retrieval import index, search
+from lgd.retrieval.factory import EXACT_ROWS, choose_factory
 from lgd.retrieval.faiss_file import cells_of
-from lgd.retrieval.index import build_index, choose
+from lgd.retrieval.index import build_index
 from lgd.retrieval.search import Searcher, index_folder, problems, unit
 from lgd.retrieval.vectors import Latents, nearest, overlap
 from lgd.shards.archive import Shard
@@ -502,7 +504,8 @@ SWEEP = """
 import sys
 import numpy as np
 from lgd.base.errors import DataError
-from lgd.io.files import digest_of, read_json, write_json, xxh3
+from lgd.io.files import read_json, write_json
+from lgd.io.digests import digest_of, xxh3
 from lgd.store.store import Store
 from lgd.retrieval.search import Searcher
 sys.path.insert(0, sys.argv[1])
@@ -562,8 +565,8 @@ def test_unit_vectors_have_length_1_and_zeros_stay():
 
 
 def test_auto_is_exact_until_it_is_large_and_compresses_for_memory_only():
-    decide = functools.partial(choose, dim=512, memory=24 * 2**30)
-    assert decide(index.EXACT_ROWS)[0] == "Flat"
+    decide = functools.partial(choose_factory, dim=512, memory=24 * 2**30)
+    assert decide(EXACT_ROWS)[0] == "Flat"
     assert decide(1_000_000)[0] == "IVF4000,SQfp16"
     assert decide(12 * 2**20)[0] == "IVF14189,SQfp16"
     factory, why = decide(12 * 2**20 + 1)

@@ -9,7 +9,8 @@ from PIL import Image
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
 from lgd.config import LEVEL_NAMES
-from lgd.io.files import digest_of, read_json, write_json
+from lgd.io.digests import digest_of
+from lgd.io.files import read_json, write_json
 from lgd.report.sheet import Gallery
 from lgd.retrieval.index import build_index
 from lgd.retrieval.queries import check_pair, query

@@ -12,7 +12,7 @@ import webdataset
 from containers import tiff, with_exif, with_segments
 
 from lgd.base.errors import ConfigError, DataError
-from lgd.io.files import digest_of
+from lgd.io.digests import digest_of
 from lgd.shards.archive import read_member
 from lgd.shards.builder import build
 from lgd.shards.image import decode, encode

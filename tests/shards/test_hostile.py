@@ -30,7 +30,7 @@ from forging import (
 from PIL import Image
 
 from lgd.base.errors import DataError
-from lgd.io.files import digest_of
+from lgd.io.digests import digest_of
 from lgd.shards.image import EXTENSIONS, decode
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.verify import verify

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgd.io.files import digest_of, sha256
+from lgd.io.digests import digest_of, sha256
 from lgd.shards.archive import INDEX
 from lgd.shards.builder import build
 from lgd.shards.image import encode

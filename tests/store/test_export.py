@@ -8,7 +8,7 @@ import pytest
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
-from lgd.io.files import digest_of
+from lgd.io.digests import digest_of
 from lgd.io.locks import LOCK, TakenError, exclusive
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions

@@ -8,7 +8,8 @@ import pytest
 from filling import RECIPE
 
 from lgd.base.errors import DataError
-from lgd.io.files import digest_of, write_json
+from lgd.io.digests import digest_of
+from lgd.io.files import write_json
 from lgd.shards.archive import Shard
 from lgd.store import parts
 from lgd.store.sidecar import is_complete, part_name

@@ -21,7 +21,8 @@ from filling import contents_of
 
 from lgd.base.errors import DataError
 from lgd.cli import main
-from lgd.io.files import digest_of, read_json, write_json, xxh3
+from lgd.io.digests import digest_of, xxh3
+from lgd.io.files import read_json, write_json
 from lgd.io.locks import LOCK, read_owner
 from lgd.retrieval.index import build_index
 from lgd.retrieval.search import Searcher, problems

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lgd.base.errors import DataError
-from lgd.io.files import digest_of, sha256
+from lgd.io.digests import digest_of, sha256
 from lgd.shards.archive import INDEX
 from lgd.shards.builder import build
 from lgd.shards.image import encode

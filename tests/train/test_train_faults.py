@@ -24,7 +24,8 @@ from test_loop import AfterReads, log_of
 from torch.multiprocessing.spawn import spawn
 
 from lgd.base.errors import Stopped
-from lgd.io.files import digest_of, read_json, write_json, xxh3
+from lgd.io.digests import digest_of, xxh3
+from lgd.io.files import read_json, write_json
 from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import Plan
 from lgd.train import checkpoint, launch, prepare

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from lgd.retrieval.factory import choose_factory
 from lgd.retrieval.faiss_file import cells_of, code_bytes
-from lgd.retrieval.index import build_index, choose
+from lgd.retrieval.index import build_index
 from lgd.retrieval.search import IndexDocument, Searcher, import_faiss, index_folder
 from lgd.retrieval.vectors import Latents, nearest, overlap
 from lgd.shards.archive import Shard
@@ -150,7 +151,7 @@ def extrapolation(document: IndexDocument, table_bytes: int) -> dict[str, Any]:
     found = []
     for power in range(3, 10):
         more = 10**power
-        factory, _ = choose(more, DIM, _MEMORY)
+        factory, _ = choose_factory(more, DIM, _MEMORY)
         their = cells_of(factory)
         code = code_bytes(factory, DIM)
         index = more * (code + (8 if their else 0)) + 4 * DIM * their
@@ -171,7 +172,7 @@ def extrapolation(document: IndexDocument, table_bytes: int) -> dict[str, Any]:
         "rows": found,
         "machine": f"{_MEMORY / 2**30:.0f} GiB of memory, the cores of this one",
         "rules": {
-            "factory": "lgd.retrieval.index.choose",
+            "factory": "lgd.retrieval.factory.choose_factory",
             "vectors_bytes": "rows x 512 x 2: the pooled latents in the parts",
             "index_bytes": "rows x (bytes of a code, and 8 of its position in a cell) + cells x 512 x 4",
             "table_bytes": "rows x bytes of a row of keys.npy",
