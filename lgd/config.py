@@ -5,29 +5,19 @@ Every field has a one-line docstring, which is also its `--help`. Checks that ne
 """
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from lgd.base.errors import require
+from lgd.base.errors import OnBad, require
 from lgd.base.extensions import is_python
 from lgd.base.plain_yaml import write_yaml
-from lgd.io.location import as_location, as_output_location
 
 LEVEL_NAMES = ("0", "1+", "2+", "3+")
 
 # These are facts of `train:`; a second place for them would let the two disagree.
 _REFUSED_IN_DEEPSPEED = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "fp16",
-    "torch_autocast",
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "scheduler", "bf16", "fp16", "torch_autocast"),
 )
 
 
@@ -44,24 +34,6 @@ class Run:
         require(0 <= self.seed < 2**32, f"run.seed is {self.seed}: use 0 to {2**32 - 1}")
 
 
-@dataclass(frozen=True, slots=True)
-class OnBad:
-    """What training does at samples that cannot be read: `stop`, or `skip:N`."""
-
-    skips: int = 0
-    """Samples that it may leave out."""
-
-    @classmethod
-    def parse(cls, text: str) -> "OnBad":
-        """Read it as it is written; `ValueError` for another form."""
-        if re.fullmatch(r"stop|skip:[1-9]\d{0,8}", text) is None:
-            raise ValueError(f"{text!r:.100}: use stop, or skip:N to leave out up to N samples")
-        return cls(int(text.partition(":")[2] or 0))
-
-    def __str__(self) -> str:
-        return f"skip:{self.skips}" if self.skips else "stop"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
     """The shards and how they are read."""
@@ -74,7 +46,7 @@ class Data:
     """Threads that read and decode, in each worker."""
     lanes: int = 64
     """Shards that a batch is mixed from at a time: at least train.batch; the order of samples depends on it."""
-    on_bad: OnBad = OnBad()
+    on_bad: OnBad = field(default_factory=OnBad)
     """Training stops at a sample that cannot be read, or `skip:N` leaves out up to N, each told and counted."""
     augment: Literal["none", "d4", "d4+stain"] = "d4+stain"
     """Training augmentation that keeps a cached target valid: turns and flips, and jitter of stain and light."""
@@ -285,59 +257,15 @@ class Config:
 
     def __post_init__(self) -> None:
         for key in _REFUSED_IN_DEEPSPEED:
-            require(
-                key not in self.deepspeed,
-                f"deepspeed.{key} is set: batch size, precision, clipping, optimizer and schedule are set in "
-                "train: only; remove it there",
-            )
+            remedy = "batch size, precision, clipping, optimizer and schedule are set in train: only; remove it there"
+            require(key not in self.deepspeed, f"deepspeed.{key} is set: {remedy}")
         for name in ("run", "teacher", "student", "report"):
             folder = getattr(self, name).dir
-            require(
-                not folder.startswith(("http://", "https://")),
-                f"{name}.dir is {folder}, and nothing can be written there: use s3://, gs:// or a folder that all "
-                "nodes share",
-            )
-        if self.train.engine == "torch":
-            require(
-                not self.deepspeed,
-                "deepspeed: is set but train.engine is torch, which would ignore it; remove one of the two",
-            )
-
-    def resolved(self) -> "Config":
-        """The same run with every default folder filled in, and paths absolute: workers have other working folders."""
-        root = _absolute(self.run.dir, "run.dir")
-
-        def output(folder: str, name: str) -> str:
-            return _absolute(folder, f"{name}.dir") if folder else f"{root}/{name}"
-
-        def encoder(name: str) -> str:
-            local = name.startswith("~") or ("/" in name and Path(name).is_dir())
-            return _absolute(name) if local else name
-
-        replace, shards, resume = dataclasses.replace, self.data.shards, self.train.resume
-        return replace(
-            self,
-            run=replace(self.run, dir=root),
-            data=replace(
-                self.data,
-                shards=[
-                    _absolute(folder) if folder else f"{root}/shards"
-                    for folder in ([shards] if isinstance(shards, str) else shards)
-                ],
-            ),
-            teacher=replace(
-                self.teacher, dir=output(self.teacher.dir, "teacher"), encoder=encoder(self.teacher.encoder)
-            ),
-            latents=replace(self.latents, dir=output(self.latents.dir, "latents")),
-            student=replace(
-                self.student, dir=output(self.student.dir, "student"), encoder=encoder(self.student.encoder)
-            ),
-            train=replace(self.train, resume=resume if resume in ("auto", "never") else _absolute(resume)),
-            report=replace(
-                self.report,
-                dir=output(self.report.dir, "report"),
-                also=[_absolute(folder) for folder in self.report.also],
-            ),
+            remedy = "nothing can be written there: use s3://, gs:// or a folder that all nodes share"
+            require(not folder.startswith(("http://", "https://")), f"{name}.dir is {folder}, and {remedy}")
+        ignored = self.deepspeed and self.train.engine == "torch"
+        require(
+            not ignored, "deepspeed: is set but train.engine is torch, which would ignore it; remove one of the two"
         )
 
     @property
@@ -369,11 +297,3 @@ class Config:
             for name, value in fields.items()
         }
         return fields | {"deepspeed": self.deepspeed}
-
-
-def _absolute(folder: str, output: str = "") -> str:
-    """A path that is the same in every working folder, or a url; `output` is the field of what will be written."""
-    scheme, is_url, rest = folder.partition("://")
-    if is_url and scheme != "file":
-        return f"{scheme}://{rest.rstrip('/')}"
-    return str((as_output_location(folder, output) if output else as_location(folder)).absolute())

@@ -8,20 +8,19 @@ import argparse
 import dataclasses
 import functools
 import json
-import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from lgd.base.arguments import Namespace, Parser, make_parser, suggest_name
+from lgd.base.arguments import Namespace, Parser, as_type, make_parser, suggest_name, typed
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.plain_yaml import MOST_BYTES, YamlError, check_text, read_yaml
 from lgd.base.text import escape_text
 from lgd.config import Config
 from lgd.io.files import exists, read_first_bytes
-from lgd.io.location import Location, as_location
+from lgd.io.location import Location, as_location, as_output_location
 
-_UNIONS = (types.UnionType, typing.Union)
 _SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
 _PARTS = {"student": ("config.json", "train"), "latents": ("store.json", "cache-latents")}
 """What is looked for in a run: the document that each has, and the verb that makes it."""
@@ -155,7 +154,7 @@ def config_of(namespace: Namespace) -> Config:
     made: dict[str, Any] = {
         name: fields if name == "deepspeed" else _SECTIONS[name](**fields) for name, fields in content.items()
     }
-    return Config(**made).resolved()
+    return resolve_config(Config(**made))
 
 
 def given_of(namespace: Namespace, verb: str = "", **own: Any) -> Given:
@@ -194,7 +193,7 @@ def _read_file(path: str) -> dict[str, dict[str, Any]]:
             if key not in known:
                 raise ConfigError(f"{where}: there is no field {name}.{key:.60}{suggest_name(key, known, f'{name}.')}")
             try:
-                fields[key] = _as_type(known[key], value)
+                fields[key] = as_type(known[key], value)
             except ValueError as error:
                 raise ConfigError(f"{where}: {name}.{key}: {error}") from error
     return content
@@ -217,50 +216,47 @@ def _read_text(path: str) -> str:
         raise ConfigError(f"{name} is no UTF-8 text: save it as such") from error
 
 
-def typed(kind: Any) -> Callable[[str], Any]:
-    """An argparse type: text stays as it is where `kind` allows any, all else is read as YAML of that kind."""
-    return functools.partial(_read_argument, kind)
+def resolve_config(config: Config) -> Config:
+    """The same run with every default folder filled in, and paths absolute: workers have other working folders."""
+    root = _absolute(config.run.dir, "run.dir")
+
+    def output(folder: str, name: str) -> str:
+        return _absolute(folder, f"{name}.dir") if folder else f"{root}/{name}"
+
+    def encoder(name: str) -> str:
+        local = name.startswith("~") or ("/" in name and Path(name).is_dir())
+        return _absolute(name) if local else name
+
+    replace, shards, resume = dataclasses.replace, config.data.shards, config.train.resume
+    return replace(
+        config,
+        run=replace(config.run, dir=root),
+        data=replace(
+            config.data,
+            shards=[
+                _absolute(folder) if folder else f"{root}/shards"
+                for folder in ([shards] if isinstance(shards, str) else shards)
+            ],
+        ),
+        teacher=replace(
+            config.teacher, dir=output(config.teacher.dir, "teacher"), encoder=encoder(config.teacher.encoder)
+        ),
+        latents=replace(config.latents, dir=output(config.latents.dir, "latents")),
+        student=replace(
+            config.student, dir=output(config.student.dir, "student"), encoder=encoder(config.student.encoder)
+        ),
+        train=replace(config.train, resume=resume if resume in ("auto", "never") else _absolute(resume)),
+        report=replace(
+            config.report,
+            dir=output(config.report.dir, "report"),
+            also=[_absolute(folder) for folder in config.report.also],
+        ),
+    )
 
 
-def _read_argument(kind: Any, text: str) -> Any:
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
-    words = [word for one in kinds if typing.get_origin(one) is Literal for word in typing.get_args(one)]
-    is_list = any(typing.get_origin(one) is list for one in kinds) and text.lstrip().startswith("[")
-    is_text = str in kinds or (words and all(isinstance(word, str) for word in words) and len(kinds) == 1)
-    try:
-        return _as_type(kind, text if text in words or (is_text and not is_list) else read_yaml(text).value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _as_type(kind: Any, value: Any) -> Any:
-    """A plain value as one of a field's type, which may `parse` a text; `ValueError` says what it should be."""
-    from pydantic import ValidationError
-
-    if hasattr(kind, "parse"):
-        return kind.parse(str(value))
-    try:
-        return _adapter(kind).validate_python(value)
-    except ValidationError as error:
-        quotes = kind is str and isinstance(value, int | float | None)
-        raise ValueError(f"{value!r:.100} should be {'put in quotes' if quotes else _describe(kind)}") from error
-
-
-@functools.cache
-def _adapter(kind: Any) -> Any:
-    from pydantic import ConfigDict, TypeAdapter
-
-    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
-
-
-def _describe(kind: Any) -> str:
-    """A type in words."""
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if typing.get_origin(kind) in _UNIONS:
-        return " or ".join(map(_describe, arguments))
-    if typing.get_origin(kind) is list:
-        return "a list of texts, such as [train, val]"
-    words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-    return words.get(kind, "null" if kind is type(None) else "a mapping, such as {stage: 1}")
+def _absolute(folder: str, output: str = "") -> str:
+    """A path that is the same in every working folder, or a url; `output` is the field of what will be written."""
+    scheme, is_url, rest = folder.partition("://")
+    if is_url and scheme != "file":
+        return f"{scheme}://{rest.rstrip('/')}"
+    return str((as_output_location(folder, output) if output else as_location(folder)).absolute())

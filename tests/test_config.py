@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from lgd.base.errors import ConfigError
+from lgd.base.errors import ConfigError, OnBad
 from lgd.base.plain_yaml import read_yaml
 from lgd.cli import main
-from lgd.config import Config, Data, OnBad
+from lgd.config import Config, Data
 from lgd.config_files import load_config
 from lgd.io.digests import digest_of
 

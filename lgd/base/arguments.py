@@ -7,11 +7,13 @@ Nothing is guessed: an unknown or abbreviated option, a missing argument and a v
 import argparse
 import difflib
 import functools
+import types
 import typing
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 from lgd.base.errors import ConfigError
+from lgd.base.plain_yaml import read_yaml
 from lgd.base.text import escape_text
 
 
@@ -123,3 +125,55 @@ def _name(action: argparse.Action) -> str:
 def _usage_of(action: argparse.Action) -> str:
     name = _name(action)
     return {"+": f"{name} ...", "*": f"[{name} ...]", "?": f"[{name}]"}.get(str(action.nargs), name)
+
+
+_UNIONS = (types.UnionType, typing.Union)
+
+
+def typed(kind: Any) -> Callable[[str], Any]:
+    """An argparse type: text stays as it is where `kind` allows any, all else is read as YAML of that kind."""
+    return functools.partial(_read_argument, kind)
+
+
+def _read_argument(kind: Any, text: str) -> Any:
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
+    words = [word for one in kinds if typing.get_origin(one) is Literal for word in typing.get_args(one)]
+    is_list = any(typing.get_origin(one) is list for one in kinds) and text.lstrip().startswith("[")
+    is_text = str in kinds or (words and all(isinstance(word, str) for word in words) and len(kinds) == 1)
+    try:
+        return as_type(kind, text if text in words or (is_text and not is_list) else read_yaml(text).value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def as_type(kind: Any, value: Any) -> Any:
+    """A plain value as one of a field's type, which may `parse` a text; `ValueError` says what it should be."""
+    from pydantic import ValidationError
+
+    if hasattr(kind, "parse"):
+        return kind.parse(str(value))
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        quotes = kind is str and isinstance(value, int | float | None)
+        raise ValueError(f"{value!r:.100} should be {'put in quotes' if quotes else _describe(kind)}") from error
+
+
+@functools.cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _describe(kind: Any) -> str:
+    """A type in words."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if typing.get_origin(kind) in _UNIONS:
+        return " or ".join(map(_describe, arguments))
+    if typing.get_origin(kind) is list:
+        return "a list of texts, such as [train, val]"
+    words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    return words.get(kind, "null" if kind is type(None) else "a mapping, such as {stage: 1}")

@@ -4,6 +4,9 @@ The arguments of an error are the lines of its message. Text of others never bre
 break in it could otherwise forge a line of ours.
 """
 
+import re
+from dataclasses import dataclass
+
 
 class _Error(ValueError):
     def __str__(self) -> str:
@@ -26,3 +29,21 @@ def require(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class OnBad:
+    """What training does at samples that cannot be read: `stop`, or `skip:N`."""
+
+    skips: int = 0
+    """Samples that it may leave out."""
+
+    @classmethod
+    def parse(cls, text: str) -> "OnBad":
+        """Read it as it is written; `ValueError` for another form."""
+        if re.fullmatch(r"stop|skip:[1-9]\d{0,8}", text) is None:
+            raise ValueError(f"{text!r:.100}: use stop, or skip:N to leave out up to N samples")
+        return cls(int(text.partition(":")[2] or 0))
+
+    def __str__(self) -> str:
+        return f"skip:{self.skips}" if self.skips else "stop"

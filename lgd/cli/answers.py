@@ -5,12 +5,12 @@ import logging
 from collections.abc import Collection
 from typing import Literal
 
-from lgd.base.arguments import Namespace, Parser
+from lgd.base.arguments import Namespace, Parser, typed
 from lgd.base.errors import ConfigError, DataError, require
 from lgd.base.text import print_json, print_lines
 from lgd.cli.verb import Run, Verb, add_code_argument, read_options
 from lgd.config import Config
-from lgd.config_files import add_config_arguments, add_option_arguments, config_of, find_in_run, typed
+from lgd.config_files import add_config_arguments, add_option_arguments, config_of, find_in_run
 from lgd.io.location import Location, as_location, as_output_location
 from lgd.io.tables import print_csv, print_table
 

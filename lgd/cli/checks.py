@@ -1,10 +1,9 @@
 """The verbs that look: what a folder is, what is wrong with it, what this machine has."""
 
-from lgd.base.arguments import Namespace, Parser
+from lgd.base.arguments import Namespace, Parser, typed
 from lgd.base.errors import DataError
 from lgd.base.text import print_json, print_lines
 from lgd.cli.verb import Run, Verb, add_code_argument
-from lgd.config_files import typed
 from lgd.io.location import as_location
 
 _FOLDER = "a run, shards, a feature store, a trained network or a checkpoint"

@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from lgd.base.arguments import Namespace, Parser
+from lgd.base.arguments import Namespace, Parser, typed
 from lgd.base.text import print_lines
 from lgd.cli.verb import Run, Verb, add_code_argument, read_options
-from lgd.config_files import add_config_arguments, add_option_arguments, config_of, given_of, typed
+from lgd.config_files import add_config_arguments, add_option_arguments, config_of, given_of
 from lgd.io.tables import print_table
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from lgd.base.errors import DataError
-from lgd.config import OnBad
+from lgd.base.errors import DataError, OnBad
 from lgd.io.files import read_json
 from lgd.shards.builder import build
 from lgd.shards.image import decode, encode
