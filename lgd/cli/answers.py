@@ -115,58 +115,58 @@ def _add_query(parser: Parser) -> Run:
     )
     parser.add_argument("--sheet", default="", metavar="PNG", help="draw queries and neighbours into this file")
     add_config_arguments(parser, listed=False)
+    return _run_query
 
-    def run(namespace: Namespace) -> None:
-        config = _read_config(namespace)
-        require(bool(namespace.images or namespace.key), "name what to ask for: IMAGE ..., or stored patches by --key")
-        drawn = as_output_location(namespace.sheet, "--sheet") if namespace.sheet else None
-        from lgd.report import sheet
-        from lgd.retrieval import answers, queries
-        from lgd.runs.folder import explain_overrides
-        from lgd.scoring import images, notes, predict
-        from lgd.store.store import Store
 
-        store_folder = _find_store(namespace, config)
-        with explain_overrides(config):
-            # Keys are answered from the store alone.
-            code = _named_code(namespace, config)
-            scorer = predict.load_scorer(_find_student(namespace, config), code=code) if namespace.images else None
-            store = Store(store_folder)
-            paths = images.find_images(namespace.images)
-            if drawn:
-                sheet.check_sheet(len(paths) + len(namespace.key), namespace.k)
-            replies = queries.query(
-                scorer,
-                store,
-                paths,
-                namespace.k,
-                keys=namespace.key,
-                splits=namespace.split.split(",") if namespace.split else None,
-                levels=namespace.level.split(",") if namespace.level else None,
-                exclude_same_slide=namespace.exclude_same_slide,
-                slides=as_location(namespace.slides) if namespace.slides else None,
-                mpp=namespace.mpp,
-                keep_going=True,
-            )
-        problems = notes.describe_unusable({one.name: one.notes for one in replies if not one.usable}, len(replies))
-        replies = [one for one in replies if one.usable]
-        if not replies:
-            raise DataError(*problems)
+def _run_query(namespace: Namespace) -> None:
+    config = _read_config(namespace)
+    require(bool(namespace.images or namespace.key), "name what to ask for: IMAGE ..., or stored patches by --key")
+    drawn = as_output_location(namespace.sheet, "--sheet") if namespace.sheet else None
+    from lgd.report import sheet
+    from lgd.retrieval import answers, queries
+    from lgd.runs.folder import explain_overrides
+    from lgd.scoring import images, notes, predict
+    from lgd.store.store import Store
+
+    store_folder = _find_store(namespace, config)
+    with explain_overrides(config):
+        # Keys are answered from the store alone.
+        code = _named_code(namespace, config)
+        scorer = predict.load_scorer(_find_student(namespace, config), code=code) if namespace.images else None
+        store = Store(store_folder)
+        paths = images.find_images(namespace.images)
         if drawn:
-            sheet.draw_sheet(store, replies, drawn)
-        logger.info("%s", answers.count_neighbours(replies))
-        for note in answers.collect_notes(store, replies):
-            logger.warning("%s", note)
-        if namespace.json:
-            print_json(answers.as_json(replies))
-        elif namespace.csv:
-            print_csv(answers.as_rows(replies))
-        else:
-            print_table(answers.as_table(replies))
-        if problems:
-            raise DataError(*problems)
-
-    return run
+            sheet.check_sheet(len(paths) + len(namespace.key), namespace.k)
+        replies = queries.query(
+            scorer,
+            store,
+            paths,
+            namespace.k,
+            keys=namespace.key,
+            splits=namespace.split.split(",") if namespace.split else None,
+            levels=namespace.level.split(",") if namespace.level else None,
+            exclude_same_slide=namespace.exclude_same_slide,
+            slides=as_location(namespace.slides) if namespace.slides else None,
+            mpp=namespace.mpp,
+            keep_going=True,
+        )
+    problems = notes.describe_unusable({one.name: one.notes for one in replies if not one.usable}, len(replies))
+    replies = [one for one in replies if one.usable]
+    if not replies:
+        raise DataError(*problems)
+    if drawn:
+        sheet.draw_sheet(store, replies, drawn)
+    logger.info("%s", answers.count_neighbours(replies))
+    for note in answers.collect_notes(store, replies):
+        logger.warning("%s", note)
+    if namespace.json:
+        print_json(answers.as_json(replies))
+    elif namespace.csv:
+        print_csv(answers.as_rows(replies))
+    else:
+        print_table(answers.as_table(replies))
+    if problems:
+        raise DataError(*problems)
 
 
 def _add_export(parser: Parser) -> Run:
