@@ -28,7 +28,7 @@ from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder
 from lgd.stream.reader import Reader
 
-STUDIES = Path(__file__).parents[1] / "tools" / "studies"
+STUDIES = Path(__file__).parents[2] / "tools" / "studies"
 CORE = ["H&E-only", "two streams", "label distillation", "LGD-Net"]
 CONTROLS = METHODS[PROPOSED].controls
 
@@ -194,11 +194,7 @@ def test_gains_are_drawn_against_the_coupling(run, tmp_path, capsys):
     """Two runs stand for two worlds; bad input is one message."""
     assert main(command(run, tmp_path, "--seeds", "1")) == 0
     capsys.readouterr()
-    tool = [
-        sys.executable,
-        str(Path(__file__).parents[1] / "tools" / "studies" / "plot_coupling.py"),
-        str(tmp_path / "a.png"),
-    ]
+    tool = [sys.executable, str(STUDIES / "plot_coupling.py"), str(tmp_path / "a.png")]
     done = subprocess.run([*tool, f"0={run.run.dir}", f"0.5={run.run.dir}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| label distillation |" in done.stdout and "| 0.0 | 0.5 |" in done.stdout

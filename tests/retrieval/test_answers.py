@@ -91,10 +91,10 @@ def test_the_json_has_the_same_fields_for_images_and_keys(answers):
 
 
 def test_csv_rows_have_the_columns_that_the_docstring_lists(answers):
-    from lgd.retrieval import answers
+    from lgd.retrieval import answers as module
 
     rows = as_rows(answers)
-    listed = (answers.__doc__ or "").split("one row a neighbour (`as_rows`):")[1].split(".")[0]
+    listed = (module.__doc__ or "").split("one row a neighbour (`as_rows`):")[1].split(".")[0]
     assert all([*row] == [name.strip() for name in listed.split(",")] for row in rows)
     assert [row["rank"] for row in rows] == [1, 2, 3, 1]
     assert [row["query_key"] for row in rows] == [None, None, None, "q"]

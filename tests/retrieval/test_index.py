@@ -314,7 +314,7 @@ def test_exact_search_in_blocks_is_exact(store, monkeypatch):
     vectors = np.concatenate([unit(part.array("pooled")[:, 0]) for part in store.parts])
     wanted = np.argsort(-(unit(QUERIES) @ vectors.T), axis=1)[:, :12]
     for block in (7, 150, 1000):
-        monkeypatch.setattr(vectors, "_BLOCK", block)
+        monkeypatch.setattr("lgd.retrieval.vectors._BLOCK", block)
         assert np.array_equal(np.concatenate([found for _, found in latents.blocks()]), vectors)
         assert nearest(latents, unit(QUERIES), 12).tolist() == wanted.tolist()
     rows = np.array([0, 149, 150, 169, 170, 299])
@@ -508,7 +508,7 @@ from lgd.io.files import read_json, write_json
 from lgd.io.digests import digest_of, xxh3
 from lgd.store.store import Store
 from lgd.retrieval.search import Searcher
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(":")
 from test_index import QUERIES, file_of, forge
 store, faults, seed = Store(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 content, random = file_of(store, ".faiss").read_bytes(), np.random.default_rng(seed)
@@ -538,10 +538,10 @@ print(refused, answered)
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_forged_index_is_refused_or_harmless(indexed, kind, tmp_path, fault_count, request):
+def test_a_forged_index_is_refused_or_harmless(indexed, kind, tmp_path, fault_count):
     store = copied(indexed[kind], tmp_path)
     faults = fault_count(400)
-    command = [sys.executable, "-c", SWEEP, request.path.parent, store.folder, faults, 0]
+    command = [sys.executable, "-c", SWEEP, ":".join(sys.path), store.folder, faults, 0]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     refused, answered = map(int, done.stdout.split())
