@@ -47,7 +47,7 @@ class Data:
     lanes: int = 64
     """Shards that a batch is mixed from at a time: at least train.batch; the order of samples depends on it."""
     on_bad: OnBad = field(default_factory=OnBad)
-    """Training stops at a sample that cannot be read, or `skip:N` leaves out up to N, each told and counted."""
+    """Training stops at a sample that cannot be read, or `skip:N` leaves out up to N, each logged and counted."""
     augment: Literal["none", "d4", "d4+stain"] = "d4+stain"
     """Training augmentation that keeps a cached target valid: turns and flips, and jitter of stain and light."""
     stain_jitter: float = 0.1
@@ -137,7 +137,7 @@ class Student:
     contrast_weight: float = 0.0
     """Weight of the contrastive hallucination loss (InfoNCE against latents of other levels); 0 leaves it out."""
     contrast_queue: int = 4096
-    """Latents that it tells a sample's own from."""
+    """Latents that a sample's own is compared with."""
     contrast_temperature: float = 0.07
     """Its temperature."""
     distil_weight: float = 0.0

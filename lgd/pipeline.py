@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[dict[str, str]]:
-    """Log how a stage ended (`told["done"]`) and how long it took."""
-    told = {"done": "done"}
+    """Log how a stage ended (`outcome["done"]`) and how long it took."""
+    outcome = {"done": "done"}
     began = time.monotonic()
-    yield told
-    logger.info("[%s] %s  (%.1f s)", name, told["done"], time.monotonic() - began)
+    yield outcome
+    logger.info("[%s] %s  (%.1f s)", name, outcome["done"], time.monotonic() - began)
 
 
 def begin(name: str, verb: str, config: Config) -> None:
@@ -61,10 +61,10 @@ def train_teacher(
     from lgd.train.launch import train_under
 
     begin("teacher", "train-teacher", config)
-    with stage("teacher") as told:
+    with stage("teacher") as outcome:
         shards = shards or open_disjoint(config.shard_dirs)
         folder, trained = config.teacher.dir, train_under(config, "teacher", overwrite, shards)
-        told["done"] = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
+        outcome["done"] = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
     record(config, shards, "train-teacher", _facts(read_teacher_config(folder)), folder, given)
 
 
@@ -75,12 +75,12 @@ def cache_latents(
     from lgd.store.cache import cache_latents as fill
 
     begin("latents", "cache-latents", config)
-    with stage("latents") as told:
+    with stage("latents") as outcome:
         shards = shards or open_disjoint(config.shard_dirs)
         store, computed, pruned = fill(config, shards.shards, config.train.workers, prune)
         did = [f"{computed} of {len(store.parts)} parts computed"] if computed else []
         did += [f"{pruned} parts of other shards removed"] if pruned else []
-        told["done"] = f"{', '.join(did) or 'reused, nothing changed'}, {store.rows} rows: {store.folder}"
+        outcome["done"] = f"{', '.join(did) or 'reused, nothing changed'}, {store.rows} rows: {store.folder}"
     record(config, shards, "cache-latents", Cached(digest=store.digest, rows=store.rows), config.latents.dir, given)
 
 
@@ -90,7 +90,7 @@ def build_index(config: Config, given: Given | None = None, shards: ShardSet | N
     from lgd.store.store import Store
 
     begin("index", "build-index", config)
-    with stage("index") as told:
+    with stage("index") as outcome:
         store, latents = Store(config.latents.dir), config.latents
         shards = shards or open_disjoint(config.shard_dirs)
         made, new = index.build_index(
@@ -102,7 +102,7 @@ def build_index(config: Config, given: Given | None = None, shards: ShardSet | N
             config.run.seed,
             config.train.workers,
         )
-        told["done"] = (
+        outcome["done"] = (
             f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents, "
             f"recall@10 {made.recall_at_10:.3f}: {made.why}"
         )
@@ -121,10 +121,10 @@ def train_student(
     from lgd.train.launch import train_under
 
     begin(config.student.method, "train", config)
-    with stage(config.student.method) as told:
+    with stage(config.student.method) as outcome:
         shards = shards or open_disjoint(config.shard_dirs)
         folder, trained = config.student.dir, train_under(config, "student", overwrite, shards)
-        told["done"] = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
+        outcome["done"] = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
     record(config, shards, "train", _facts(read_student_config(folder)), folder, given)
 
 
@@ -143,13 +143,13 @@ def evaluate(
 
     begin("report", "evaluate", config)
     # Locked before the scoring, which can take hours.
-    with stage("report") as told, exclusive(config.report.dir, "evaluating"):
+    with stage("report") as outcome, exclusive(config.report.dir, "evaluating"):
         shards = shards or open_disjoint(config.shard_dirs)
         provenance = {"command": command(config, "evaluate"), **Environment.here().as_json()}
         measured = evaluation.evaluate(config, shards, provenance, {*code, *config.code})
         results = report.write_report(as_location(config.report.dir), measured)
         report.show_pictures(as_location(config.report.dir), as_location(config.student.dir))
-        told["done"] = f"written: {config.report.dir}"
+        outcome["done"] = f"written: {config.report.dir}"
     headline = {model.name: model.by_patch.metrics for model in results.models}
     facts = Evaluated(split=config.report.split, by_patch=headline)
     record(config, shards, "evaluate", facts, config.report.dir, given)
@@ -164,9 +164,9 @@ def ablate(config: Config, options: Any, given: Given | None = None) -> str:
     try:
         train_teacher(config, given, shards=shards)
         cache_latents(config, given, shards=shards)
-        with stage("ablate") as told, exclusive(as_location(config.run.dir) / "ablation", "comparing methods"):
+        with stage("ablate") as outcome, exclusive(as_location(config.run.dir) / "ablation", "comparing methods"):
             table = harness.ablate(config, shards, options)
-            told["done"] = f"written: {config.run.dir}/ablation/ablation.md"
+            outcome["done"] = f"written: {config.run.dir}/ablation/ablation.md"
         facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)
         record(config, shards, "ablate", facts, f"{config.run.dir}/ablation", given)
     finally:
@@ -211,12 +211,12 @@ def demo(config: Config, pairs: int, size: int, given: Given | None = None) -> s
     if len(config.shard_dirs) > 1:
         raise ConfigError(f"--data.shards names {len(config.shard_dirs)} folders, and the demo builds one: name one")
     tissue, (folder,) = tissue_dir(config), config.shard_dirs
-    with stage("synth") as told:
+    with stage("synth") as outcome:
         # Many slides of few patches: what is learnt must hold on other slides, and intervals are over slides.
         slides, seed = max(8, pairs // 4), config.run.seed
         made = synthesise(SynthOptions(out=str(tissue), pairs=pairs, size=size, slides=slides, coupling=0.9, seed=seed))
-        told["done"] = f"{'reused, nothing changed' if made.get('reused') else f'{pairs} pairs drawn'}: {tissue}"
-    with stage("shards") as told:
+        outcome["done"] = f"{'reused, nothing changed' if made.get('reused') else f'{pairs} pairs drawn'}: {tissue}"
+    with stage("shards") as outcome:
         _, built = build(
             ShardOptions(
                 layout="bci",
@@ -228,5 +228,5 @@ def demo(config: Config, pairs: int, size: int, given: Given | None = None) -> s
                 mpp=0.46,
             )
         )
-        told["done"] = f"{'built' if built else 'reused, nothing changed'}: {folder}"
+        outcome["done"] = f"{'built' if built else 'reused, nothing changed'}: {folder}"
     return run(config, given)

@@ -54,7 +54,7 @@ class LineHandler(logging.Handler):
 
 def _bars_aside() -> contextlib.AbstractContextManager[None]:
     """Take live bars off the terminal for a moment."""
-    # Without an import: whoever draws a bar has imported it.
+    # Without an import: the one that draws a bar has imported it.
     tqdm = sys.modules.get("tqdm")
     return tqdm.tqdm.external_write_mode(sys.stderr) if tqdm and sys.stderr.isatty() else contextlib.nullcontext()
 

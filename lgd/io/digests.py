@@ -28,7 +28,7 @@ def may_have_sha256(path: Location, digest: str) -> bool:
 def xxh3(file: BinaryIO) -> str:
     """XXH3-128 of what is left to read of an open file, as hexadecimal: finds damage, at ten times SHA-256's speed.
 
-    It finds no malice: whoever reads the file must bear any content.
+    It finds no malice: a reader of the file must bear any content.
     """
     return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
 

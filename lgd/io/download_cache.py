@@ -7,8 +7,8 @@ name, are the user's:
 
     lgd-DIGEST.tar             a copy; DIGEST is the SHA-256 or XXH3-128 of its content
     .lgd-DIGEST.tar.SIZE.tmp   a download of SIZE bytes
-    .lgd-DIGEST.tar.lock       held by whoever adds or drops the copy
-    .lgd-room.lock             held for moments by whoever counts, adds or evicts copies
+    .lgd-DIGEST.tar.lock       held while the copy is added or dropped
+    .lgd-room.lock             held for moments while copies are counted, added or evicted
 """
 
 import contextlib
@@ -52,8 +52,8 @@ def open_cache() -> tuple[Path, int]:
         folder = Path(given).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
-        told = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{given} cannot be made ({told}): name another folder in LGD_CACHE") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{given} cannot be made ({reason}): name another folder in LGD_CACHE") from error
     return folder, limit
 
 
@@ -82,7 +82,7 @@ def explain_errors(folder: Path, url: Location) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_copy(copy: Path) -> Iterator[None]:
-    """The lock of one copy, for whoever adds or drops it."""
+    """The lock of one copy, to add or drop it."""
     with hold_lock(_lock_path(copy), "downloading", remedy=_REMEDY):
         yield
 
@@ -112,7 +112,7 @@ def open_copy(copy: Path, size: int | None) -> BinaryIO | None:
 
 
 def reserve(copy: Path, size: int, limit: int) -> Path:
-    """Make room, and the temporary file; its name tells its size, so that other downloads leave it room.
+    """Make room, and the temporary file; its name holds its size, so that other downloads leave it room.
 
     The caller holds the lock of `copy`.
     """

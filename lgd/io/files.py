@@ -258,7 +258,7 @@ def remove_folder(path: str | Location) -> None:
 
 
 def try_writing(path: Location) -> None:
-    """Write an empty file to a url and remove it: that a bucket or a permission is missing should be told early."""
+    """Write an empty file to a url and remove it: that a bucket or a permission is missing should show early."""
     if not isinstance(path, Path):
         write_bytes(path, b"")
         remove(path)

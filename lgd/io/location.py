@@ -124,7 +124,7 @@ def require_local(text: str | Location, refusal: str) -> Path:
 
 
 def waits_for_network(text: str | Location) -> bool:
-    """Whether whoever reads there waits rather than works, so that many reads at a time are quicker."""
+    """Whether a reader there waits rather than works, so that many reads at a time are quicker."""
     return not isinstance(as_location(text), Path)
 
 
@@ -178,9 +178,9 @@ def _module(error: BaseException) -> str:
 def _explained(url: "UPath", doing: str, error: BaseException, status: int | None) -> DataError:
     """What a client library's error means, with the remedy."""
     scheme = {"s3a": "s3", "gcs": "gs"}.get(url.protocol, url.protocol)
-    told = f"{url} cannot be {doing}"
+    problem = f"{url} cannot be {doing}"
     if "bucket does not exist" in str(error):
-        return RemoteError(f"{told}: its bucket does not exist: create it, or correct the url")
+        return RemoteError(f"{problem}: its bucket does not exist: create it, or correct the url")
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return MissingError(f"{url} is missing: correct the url")
     if (
@@ -189,11 +189,13 @@ def _explained(url: "UPath", doing: str, error: BaseException, status: int | Non
         or re.search("Credentials|Profile", type(error).__name__)
     ):
         remedy = f"set {_KEYS[scheme]} for every process" if scheme in _KEYS else "ask its owner for access"
-        return RemoteError(f"{told}: access is denied ({error}): {remedy}")
+        return RemoteError(f"{problem}: access is denied ({error}): {remedy}")
     if isinstance(error, NotImplementedError) or status in (405, 501):
-        return RemoteError(f"{told}: {scheme} urls do not offer that: use s3://, gs:// or a local folder")
+        return RemoteError(f"{problem}: {scheme} urls do not offer that: use s3://, gs:// or a local folder")
     address = " and AWS_ENDPOINT_URL" if scheme == "s3" else ""
-    return RemoteError(f"{told} ({type(error).__name__}: {error}): check the url, the network{address}, and try again")
+    return RemoteError(
+        f"{problem} ({type(error).__name__}: {error}): check the url, the network{address}, and try again"
+    )
 
 
 def fresh_options(url: "UPath") -> dict[str, Any]:
@@ -211,7 +213,7 @@ def upload(local: Path, url: "UPath") -> None:
 def create(url: "UPath", content: bytes) -> bool:
     """Write a small file to a url unless there is one; returns whether it was written.
 
-    A store that has no such request is asked first, and two that write at once may then both be told that they did.
+    A store that has no such request is asked first, and two that write at once may then both learn that they did.
     """
 
     def write() -> bool:

@@ -44,7 +44,7 @@ _NO_FILE = {errno.ELOOP, errno.ENXIO, errno.EISDIR}
 _LONGEST_PAUSE, _LONGEST_NAME = 0.05, 10_000
 # More often than others can remove a folder in between; /proc takes no file however often it is asked.
 _LOST_FOLDERS = 100
-# Whoever took a lock a moment ago has not written its name yet.
+# The owner of a lock that was taken a moment ago has not written its name yet.
 _NAMING = 1.0
 _QUIET_WAIT = 30.0
 
@@ -72,7 +72,7 @@ class TakenError(DataError):
 def exclusive(folder: str | Location, doing: str) -> Iterator[None]:
     """Let one process at a time work on a folder, which is made; a folder at a url is given to everybody.
 
-    `doing` is told to others: "training", "building shards". A folder that is empty at the end is removed if it was
+    `doing` is shown to others: "training", "building shards". A folder that is empty at the end is removed if it was
     made here. Raises `TakenError` with who is at work, and `DataError` for a file system without locks.
     """
     at = as_location(folder)
@@ -91,7 +91,7 @@ def exclusive(folder: str | Location, doing: str) -> Iterator[None]:
 def hold_lock(path: Location, doing: str, *, wait: bool = True, remedy: str = DEFAULT_REMEDY) -> Iterator[None]:
     """Hold the lock that the file `path` stands for; it is made with its folder, and removed at the end.
 
-    Threads exclude each other like processes. Without `wait`, `TakenError` tells who holds it; a long wait is told on
+    Threads exclude each other like processes. Without `wait`, `TakenError` names who holds it; a long wait is logged on
     standard error. `remedy` is what to do where the file system has no locks. A url has none, and all may enter.
     """
     if not isinstance(path, Path):

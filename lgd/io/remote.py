@@ -50,7 +50,7 @@ def open_checked(path: str | Location, digest: str, size: int | None, remedy: st
 def drop_damaged(path: str | Location, digest: str, file: BinaryIO) -> bool:
     """Whether `file`, which `open_file` gave, is a copy that no longer has its digest; the cache then forgets it.
 
-    Whoever finds the content of a file wrong asks here, and opens it once more where the answer is yes. All of the
+    One that finds the content of a file wrong asks here, and opens it once more where the answer is yes. All of the
     file is read, whatever other threads read from it.
     """
     url = as_location(path)
@@ -134,7 +134,7 @@ def _download(url: "UPath", copy: Path, digest: str, size: int | None, limit: in
         else:
             raise DataError(f"{url} {problem}: it was damaged or replaced: upload it again")
         sync(temporary)
-        # Whoever counts what lies in the folder must meet it under one of its two names, and nobody may evict it here.
+        # What counts the files of the folder must meet it under one of its two names, and nobody may evict it here.
         with lock_room(copy.parent):
             temporary.replace(copy)
             opened = copy.open("rb", buffering=0)

@@ -14,7 +14,7 @@ Terms = dict[str, torch.Tensor]
 
 
 class Negatives(NamedTuple):
-    """The latents that a contrastive loss tells those of a batch apart from."""
+    """The latents that a contrastive loss compares those of a batch with."""
 
     source_B: torch.Tensor
     """int64: number of the sample whose latents are taught."""

@@ -1,4 +1,4 @@
-"""What colour alone tells of the level: a logistic regression on an H&E's stain and background, blind to every shape.
+"""What colour alone says of the level: a logistic regression on an H&E's stain and background, blind to every shape.
 
 Where laboratory or scanner goes with the level, a network can learn the stain instead of the tissue, and held-out
 patches that share the stain do not show it. What this row reaches, such a network can reach too.

@@ -134,7 +134,7 @@ def robustness_curves(robustness: Robustness, path: str | Location) -> None:
             rows = model.changes[column].at
             labels[1:] = [row.label for row in rows]
             measures = [model.unchanged, *(row.metrics for row in rows)]
-            # Side by side, so that the bars of one strength can be told apart.
+            # Side by side, so that the bars of one strength can be distinguished.
             place = np.arange(len(measures)) + 0.08 * (number - (len(robustness.models) - 1) / 2)
             style = {"color": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)]}
             for axes, name in zip(grid[:, column], ("accuracy", "ece"), strict=True):
@@ -190,7 +190,7 @@ def gain_curves(tables: dict[float, AblationDocument], metric: str, path: str | 
 def contact_sheet(rows: Sequence[Query], path: str | Location) -> None:
     """A row a query: its H&E, its own IHC (if any query has one), and the IHCs that it found with level and distance.
 
-    The frame of a found IHC, and that of the H&E for its predicted level, tells how far the level is from the
+    The frame of a found IHC, and that of the H&E for its predicted level, shows how far the level is from the
     query's true one.
     """
     first = 1 + any(row.ihc is not None for row in rows)

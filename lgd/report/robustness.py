@@ -56,7 +56,7 @@ class Change:
 
     name: str
     what: str
-    """What a reader of the report is told of it."""
+    """Its description in the report."""
     strengths: dict[float, str]
     """Strength -> how a table names it; 0, the image as it is, is not among them."""
     why: str
@@ -66,7 +66,7 @@ class Change:
 
 
 def altered(change: Change, role: str, strength: float, seed: int, image_BHW3: Images, keys: Sequence[str]) -> Images:
-    """The images under a change; `role` (he or ihc) tells which stains they hold. Strength 0: the images themselves."""
+    """The images under a change; `role` (he or ihc) says which stains they hold. Strength 0: the images themselves."""
     return image_BHW3 if strength == 0 else change.apply(image_BHW3, keys, role, strength, seed)
 
 

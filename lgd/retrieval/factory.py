@@ -30,7 +30,7 @@ import numpy as np
 
 from lgd.base.errors import DataError
 from lgd.retrieval.faiss_file import cells_of, code_bytes
-from lgd.retrieval.vectors import Latents
+from lgd.retrieval.vectors import UnitVectors
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def check_factory(factory: str, rows: int) -> None:
         raise DataError(f"latents.index {factory!r} has more cells than there are latents ({rows}): use auto")
 
 
-def train_index(faiss: Any, latents: Latents, factory: str, seed: int) -> tuple[Any, int]:
+def train_index(faiss: Any, latents: UnitVectors, factory: str, seed: int) -> tuple[Any, int]:
     """An empty index that has its cells and its coding, and on how many latents it was trained."""
     index = faiss.index_factory(latents.dim, factory, faiss.METRIC_INNER_PRODUCT)
     sampled = min(latents.rows, TRAIN_ROWS * index.nlist)

@@ -31,7 +31,7 @@ from lgd.retrieval.search import (
     unit,
 )
 from lgd.retrieval.table import write_table
-from lgd.retrieval.vectors import Latents, nearest, overlap
+from lgd.retrieval.vectors import UnitVectors, nearest, overlap
 from lgd.shards.archive import Shard
 from lgd.store.parts import Part
 from lgd.store.store import TEACHER, Store
@@ -88,13 +88,13 @@ def _publish_index(
     store: Store, parts: Sequence[Part], indexed: Sequence[Part], asked: dict[str, Any], seed: int, workers: int
 ) -> IndexDocument:
     folder, factory, gallery, recall = index_folder(store), asked["asked"], list(asked["gallery"]), asked["target"]
-    latents = Latents(indexed)
+    latents = UnitVectors(indexed)
     chosen, why = (
         choose_factory(latents.rows, latents.dim, memory_bytes()) if factory == "auto" else (factory, "as asked for")
     )
     check_factory(chosen, latents.rows)
     numbers = [store.parts.index(part) for part in indexed]
-    index, order_n, told = _built(store, latents, numbers, chosen, seed, workers)
+    index, order_n, facts = _built(store, latents, numbers, chosen, seed, workers)
     queries_nD, described = _queries(parts, latents, gallery, seed)
     truth_nk = nearest(latents, queries_nD, min(_NEAREST, latents.rows))
     measured, probes = _reach_recall(index, truth_nk, order_n, queries_nD, recall, chosen)
@@ -110,11 +110,11 @@ def _publish_index(
         faiss=_publish(folder, ".faiss", lambda path: _write(index, path, kind)),
         table=_publish(folder, ".npy", lambda path: write_table(path, latents.parts, order_n)),
         **asked,
-        trained_on=told["trained_on"],
-        seconds=told["seconds"],
+        trained_on=facts["trained_on"],
+        seconds=facts["seconds"],
     )
     document.write(folder / "index.json")
-    # Those of the index that was there; whoever has them open keeps them.
+    # Those of the index that was there; a process that has them open keeps them.
     named = {"index.json", f"{document.faiss.xxh3}.faiss", f"{document.table.xxh3}.npy"}
     for name in list_folder(folder):
         if re.fullmatch(r"[0-9a-f]{32}\.(faiss|npy)", name) and name not in named:
@@ -123,9 +123,9 @@ def _publish_index(
 
 
 def _built(
-    store: Store, latents: Latents, numbers: list[int], factory: str, seed: int, workers: int
+    store: Store, latents: UnitVectors, numbers: list[int], factory: str, seed: int, workers: int
 ) -> tuple[Any, np.ndarray | None, dict[str, Any]]:
-    """The filled index, the latents' rows in its order (None for their own), and what index.json tells of the build."""
+    """The filled index, the latents' rows in its order (None for their own), and what index.json says of the build."""
     faiss = import_faiss()
     began = time.monotonic()
     if factory == "Flat":
@@ -146,7 +146,7 @@ def _built(
     return index, order_n, {"trained_on": sampled, "seconds": seconds}
 
 
-def _groups(latents: Latents) -> list[list[int]]:
+def _groups(latents: UnitVectors) -> list[list[int]]:
     """The parts by their number, in groups of some rows."""
     groups: list[list[int]] = [[]]
     rows = 0
@@ -165,7 +165,7 @@ class _Add:
     def __init__(self, folder: str, numbers: list[int], empty: np.ndarray) -> None:
         self.faiss = import_faiss()
         parts = Store(folder).parts
-        self.latents = Latents([parts[number] for number in numbers])
+        self.latents = UnitVectors([parts[number] for number in numbers])
         self.empty = empty
         # The quantizer is the index's, and goes with it.
         self.index = self.faiss.deserialize_index(empty)
@@ -175,7 +175,7 @@ class _Add:
         """The filled copy, serialised; its positions are rows of the latents."""
         faiss, index = self.faiss, self.faiss.deserialize_index(self.empty)
         before = self.latents.first[group[0]]
-        for first, vectors_nD in Latents([self.latents.parts[number] for number in group]).blocks():
+        for first, vectors_nD in UnitVectors([self.latents.parts[number] for number in group]).blocks():
             cell_n = np.ascontiguousarray(self.coarse.search(vectors_nD, 1)[1][:, 0])
             row_n = np.arange(before + first, before + first + len(vectors_nD))
             index.add_core(len(vectors_nD), *map(faiss.swig_ptr, (vectors_nD, row_n, cell_n)))
@@ -204,13 +204,13 @@ def _in_order(faiss: Any, index: Any) -> np.ndarray:
     return order_n
 
 
-def _queries(parts: Sequence[Part], latents: Latents, gallery: list[str], seed: int) -> tuple[np.ndarray, str]:
+def _queries(parts: Sequence[Part], latents: UnitVectors, gallery: list[str], seed: int) -> tuple[np.ndarray, str]:
     """Held-out queries (n, D), and what they are."""
     random = np.random.default_rng(seed)
     others = [part for part in parts if part.split not in gallery]
     # Probes are chosen by these, and nothing is chosen by a test split where there is another.
     others = [part for part in others if part.split == "val"] or others
-    source = Latents(others) if others else latents
+    source = UnitVectors(others) if others else latents
     row_n = np.sort(random.choice(source.rows, min(_QUERIES, source.rows), replace=False, shuffle=False))
     vectors_nD = source.at(row_n)
     if others:
@@ -261,7 +261,7 @@ def _publish(folder: Location, suffix: str, write: Callable[[Path], None]) -> In
 def _write(index: Any, path: Path, kind: tuple[str, int, int, int]) -> None:
     faiss = import_faiss()
     with path.open("wb") as file:
-        # Of a full disk FAISS's own writer tells in a text only.
+        # Of a full disk FAISS's own writer reports in a text only.
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
     with path.open("rb") as file:
         # Another release of FAISS may write other bytes, which no search would take.

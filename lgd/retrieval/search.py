@@ -6,8 +6,8 @@
 
 Both files are mapped, not read: what is resident is the operating system's cache, which it can take back. Opening
 costs their digest and a look at their structure: 1.1 s and 31 MB at a million 512-dimensional latents (1.07 GB).
-Files are named by their digest, so that an index which is replaced is the old one or the new one for whoever reads it.
-Whoever cuts a file short while it is mapped ends the process; `build_index` writes new files instead.
+Files are named by their digest, so that an index which is replaced is the old one or the new one to each reader.
+A file that is cut short while it is mapped ends the process; `build_index` writes new files instead.
 """
 
 import importlib.util

@@ -41,7 +41,7 @@ def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray | None) -
     head = _head(kind, rows)
     with path.open("wb") as file:
         file.write(head)
-        # Whoever writes through a map where the disk is full is killed by SIGBUS.
+        # A process that writes through a map where the disk is full is killed by SIGBUS.
         os.posix_fallocate(file.fileno(), 0, len(head) + rows * kind.itemsize)
     table: np.memmap = np.memmap(path, kind, "r+", len(head), (rows,))
     position_n = np.arange(rows)

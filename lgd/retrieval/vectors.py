@@ -15,7 +15,7 @@ _BLOCK = 16_384
 """Rows that are held as float32: 34 MB at 512 dimensions."""
 
 
-class Latents:
+class UnitVectors:
     """The pooled latents (the first view) of some parts, one row after the other, as unit vectors."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -51,7 +51,7 @@ def _finite(vectors_nD: np.ndarray) -> np.ndarray:
     return vectors_nD
 
 
-def nearest(latents: Latents, queries_nD: np.ndarray, k: int) -> np.ndarray:
+def nearest(latents: UnitVectors, queries_nD: np.ndarray, k: int) -> np.ndarray:
     """Rows of the k nearest latents of each query, int64 (n, k), nearest first."""
     faiss = import_faiss()
     best_nk, rows_nk = np.empty((len(queries_nD), 0), np.float32), np.empty((len(queries_nD), 0), np.int64)

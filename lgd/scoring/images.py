@@ -186,7 +186,7 @@ def _files(folder: Path) -> Iterator[Path]:
 def _is_image(path: Path) -> bool:
     named = path.suffix.lower() in _SUFFIXES
     if not path.is_file():
-        # A link to nowhere is told as an image that cannot be read; a pipe would be waited for.
+        # A link to nowhere is reported as an image that cannot be read; a pipe would be waited for.
         return named and not path.exists()
     try:
         with path.open("rb") as stream:

@@ -1,6 +1,6 @@
 """Pairs -> byte-identical WebDataset tars + an offset index + a manifest, and back to bytes.
 
-`lgd build-shards` runs `build`. It leaves on disk (format `lgd-shards/2`, told in shards/README.md):
+`lgd build-shards` runs `build`. It leaves on disk (format `lgd-shards/2`, described in shards/README.md):
 
     OUT/{split}-{000000}.tar   KEY.json, KEY.he.EXT, KEY.ihc.EXT of each sample, contiguous
     OUT/{split}-{000000}.idx   offset, length and crc32 of every member
@@ -100,7 +100,7 @@ def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> tuple[Manif
     `map_jobs(function, jobs)` applies a function to every job, in any order and in any process; by default here, or by
     the workers of Ray that `options` ask for. Raises `DataError` with the full list of unusable pairs, or for an OUT
     that holds something else, and `ConfigError` for a split that these pairs do not have; while another process builds
-    in a local OUT, `TakenError` tells of it.
+    in a local OUT, `TakenError` says so.
     """
     out = open_target(options.out)
     # A finished set is only read, and may lie where nothing can be written.

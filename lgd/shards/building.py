@@ -1,6 +1,6 @@
 """The folder that a build of shards writes to: what may lie in it, how an interrupted build goes on, how it ends.
 
-OUT/.building.json tells what is being built, and OUT/.{split}-{000000}.json is a shard's entry of the manifest, which
+OUT/.building.json says what is being built, and OUT/.{split}-{000000}.json is a shard's entry of the manifest, which
 is published after its tar and its index: a shard is taken over only if its entry is of the same build. All of them are
 gone at the end. One build at a time works in a local folder (`lgd.io.locks`). A url has no lock: there the first
 .building.json stays, where the store can do that, and a build that finds another one stops.
@@ -73,12 +73,12 @@ def open_target(text: str | Location) -> Location:
     if peek_kind(out, "folder") not in ("folder", None):
         raise DataError(f"{out} is no folder: give --out an empty or new one")
     names = [name for name in list_folder(out) if name != LOCK and not _LEFTOVER.fullmatch(name)]
-    strangers = [name for name in names if not _OURS.fullmatch(name)]
-    if not strangers and not {"manifest.json", _MARKER} & set(names):
-        strangers = names
-    if strangers:
+    foreign = [name for name in names if not _OURS.fullmatch(name)]
+    if not foreign and not {"manifest.json", _MARKER} & set(names):
+        foreign = names
+    if foreign:
         raise DataError(
-            f"{out} already holds something else ({', '.join(strangers[:3])}): give --out an empty or new one"
+            f"{out} already holds something else ({', '.join(foreign[:3])}): give --out an empty or new one"
         )
     try_writing(out / ".manifest.json.0.tmp")
     return out
@@ -94,7 +94,7 @@ def reused(out: Location, recipe: Building) -> Manifest:
             "give --out another folder"
         )
     finish(out)
-    # What a build that was killed at its very end has left; whoever is alive keeps it.
+    # What a build that was killed at its very end has left; a build that is alive keeps it.
     if LOCK in list_folder(out):
         with contextlib.suppress(DataError, OSError), exclusive(out, "reusing shards"):
             pass

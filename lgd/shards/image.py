@@ -1,6 +1,6 @@
 """Image bytes <-> pixels: the one place that decides what an image file is.
 
-The type is told by the content, never by the name: BCI's `.png` files hold JPEG streams. JPEG, PNG and WebP
+The type is recognised by the content, never by the name: BCI's `.png` files hold JPEG streams. JPEG, PNG and WebP
 are accepted; every other content raises `DataError`, and so does a truncated or broken stream, and one of more than
 8 bits a channel, whose lower bits would be lost.
 """

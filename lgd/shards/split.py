@@ -100,7 +100,7 @@ def _respell(text: str) -> str:
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
         text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
         text = re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
-    # Between two numbers a blank tells them apart.
+    # Between two numbers a blank separates them.
     text = re.sub(r"(?<!\d) | (?!\d)", "", " ".join(text.split()))
     if number := re.fullmatch(r"(\d+)[.,]0*", text):
         text = number[1]

@@ -184,7 +184,7 @@ def _unsorted(shard: Shard, facts: Sequence[Fact], last: dict[str, str]) -> list
 
 
 def _wrong_counts(manifest: Manifest, counts: collections.Counter[tuple[str, Any]], unnamed: bool) -> Iterator[str]:
-    """The manifest's counts against the samples; told only where every sample could be read."""
+    """The manifest's counts against the samples; reported only where every sample could be read."""
     for name, split in manifest.splits.items():
         labels = {label: counts[name, value] for value, label in enumerate(manifest.target.classes)}
         labels[UNKNOWN] = counts[name, None]

@@ -1,4 +1,4 @@
-"""store.json, which makes parts a store, and sources.json, which tells where its shards and teachers were."""
+"""store.json, which makes parts a store, and sources.json, which says where its shards and teachers were."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self

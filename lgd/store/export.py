@@ -149,9 +149,9 @@ def _claimed(out: Location, files: Iterable[str]) -> list[str]:
     if "export.json" in there:
         # An export.json from elsewhere must not have other files removed.
         ours = set(ExportDocument.read(out / "export.json").files)
-    strangers = [name for name in there if name not in ours and name != "export.json"]
-    if strangers:
-        raise DataError(f"{out} holds something else than an export ({strangers[0]}): name another folder as --out")
+    foreign = [name for name in there if name not in ours and name != "export.json"]
+    if foreign:
+        raise DataError(f"{out} holds something else than an export ({foreign[0]}): name another folder as --out")
     return sorted(ours & set(there) - set(files))
 
 

@@ -1,7 +1,7 @@
 """The rows of one shard, read through maps of its parts, one a layer of the store.
 
 The datasets of a part are contiguous and unfiltered: rows are read where the sidecar says that they lie, after each
-dataset's digest was found right, so that whoever reads pooled latents alone never reads the maps. HDF5 itself is asked
+dataset's digest was found right, so that a reader of pooled latents alone never reads the maps. HDF5 itself is asked
 by `lgd verify` only.
 """
 
@@ -162,7 +162,7 @@ class Part:
         mapped = self._mapped
         if mapped is not None and names <= mapped.names:
             return mapped
-        # Whoever comes first checks the digests; those who want other parts do not wait.
+        # The first reader checks the digests; those who want other parts do not wait.
         with self._lock:
             before = mapped = self._mapped
             if mapped is None or not names <= mapped.names:

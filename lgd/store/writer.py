@@ -37,7 +37,7 @@ class PartWriter:
     """Takes the rows of a part, batch by batch."""
 
     def __init__(self, path: Path, rows: int, rounding: dict[str, Rounding]) -> None:
-        """`rounding`: what is told of the loss by the stored type, of these datasets and maybe others."""
+        """`rounding`: what is known of the loss by the stored type, of these datasets and maybe others."""
         import h5py
 
         self._path, self._rows, self._row = path, rows, 0
@@ -106,7 +106,7 @@ class PartWriter:
         self._held.clear()
 
     def finish(self) -> "Written":
-        """Write what is left; tells what was written."""
+        """Write what is left; returns what was written."""
         assert self._done == self._rows, f"{self._done} of {self._rows} rows were written"
         self._put()
         # HDF5 knows no width of 0.

@@ -82,7 +82,7 @@ class Reader:
         """A shard's file and index, kept open for the next sample; a remote one is fetched first."""
         with self._lock:
             opening = self._opening[shard]
-        # Whoever comes first opens the shard, which may take a download; those who want others do not wait.
+        # The first reader opens the shard, which may take a download; those who want others do not wait.
         with opening:
             with self._lock:
                 if shard in self._open:
@@ -207,7 +207,7 @@ def _fetched_ahead(reader: Reader, batches: Iterable[Numbers]) -> Iterator[Numbe
         for numbers in batches:
             for shard in np.unique(reader.first.searchsorted(numbers, side="right") - 1).tolist():
                 if shard not in asked:
-                    # What fails here fails again, and is told, where the sample is read.
+                    # What fails here fails again, and is reported, where the sample is read.
                     pool.submit(reader.open, shard)
                 asked[shard] = None
                 asked.move_to_end(shard)

@@ -86,14 +86,14 @@ def draw_pair(
     return he, ihc, {**truth, **counts, **measured}
 
 
-def shortcut_of(seed: int, slide: int, told: float) -> int:
+def shortcut_of(seed: int, slide: int, share: float) -> int:
     """The strength of a slide's H&E stain, or the grey of its background, where it gives the level away.
 
-    For the share `told` of the slides it is the slide's level, for all others any.
+    For this `share` of the slides it is the slide's level, for all others any.
     """
     rng = _stream(_SHORTCUT, seed, slide)
-    tells, other = rng.random() < told, int(rng.integers(4))
-    return slide_level(seed, slide) if tells else other
+    reveals, other = rng.random() < share, int(rng.integers(4))
+    return slide_level(seed, slide) if reveals else other
 
 
 def grade_of(seed: int, slide: int, patch: int, level: int, coupling: float) -> float:

@@ -67,7 +67,7 @@ class SynthOptions:
     coupling: float = 0.7
     """How much the H&E's morphology reveals of the level: 0 nothing, 1 much."""
     shortcut: float | None = None
-    """Give each slide's H&E one of four strengths of stain (see shortcut_in), which tells the level of this share of
+    """Give each slide's H&E one of four strengths of stain (see shortcut_in), which reveals the level of this share of
     the training slides and nothing in the folder `test`: 0 is the control of 0.9, with the same test images. By default
     each slide has a strength of its own."""
     shortcut_in: Literal["stain", "background"] = "stain"

@@ -56,8 +56,8 @@ def deepspeed_environment(device: str) -> Iterator[None]:
 def build_extension() -> None:
     """Compile DeepSpeed's extension for the CPU in TORCH_EXTENSIONS_DIR, unless it is there.
 
-    PyTorch's own lock on that outlives a killed process, and whoever comes next waits for ever. So a lock of the
-    kernel's tells that nobody builds.
+    PyTorch's own lock on that outlives a killed process, and the next one waits for ever. So a lock of the
+    kernel shows that nobody builds.
     """
     from deepspeed.ops.op_builder import ShareMemCommBuilder
 

@@ -98,7 +98,7 @@ def keeps_others(task: Task, inputs: dict[str, Any]) -> bool:
 
 
 def _inputs_of(task: Task, digest: str) -> dict[str, Any] | None:
-    """The inputs of this digest, as the newest checkpoint of their training tells them."""
+    """The inputs of this digest, as the newest checkpoint of their training states them."""
     for path in checkpoint.complete(task.folder / "checkpoints")[-1:]:
         with contextlib.suppress(DataError):
             inputs = checkpoint.State.read(path / "state.json").inputs

@@ -22,7 +22,7 @@ from lgd.retrieval.factory import EXACT_ROWS, choose_factory
 from lgd.retrieval.faiss_file import cells_of
 from lgd.retrieval.index import build_index
 from lgd.retrieval.search import Searcher, index_folder, problems, unit
-from lgd.retrieval.vectors import Latents, nearest, overlap
+from lgd.retrieval.vectors import UnitVectors, nearest, overlap
 from lgd.shards.archive import Shard
 from lgd.store.store import Store, commit
 from lgd.store.writer import shard_writer
@@ -310,7 +310,7 @@ def test_a_store_at_a_url_is_indexed_and_searched_there(s3_server, store, indexe
 
 
 def test_exact_search_in_blocks_is_exact(store, monkeypatch):
-    latents = Latents(store.parts)
+    latents = UnitVectors(store.parts)
     vectors = np.concatenate([unit(part.array("pooled")[:, 0]) for part in store.parts])
     wanted = np.argsort(-(unit(QUERIES) @ vectors.T), axis=1)[:, :12]
     for block in (7, 150, 1000):

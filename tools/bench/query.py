@@ -22,7 +22,7 @@ from lgd.retrieval.factory import choose_factory
 from lgd.retrieval.faiss_file import cells_of, code_bytes
 from lgd.retrieval.index import build_index
 from lgd.retrieval.search import IndexDocument, Searcher, import_faiss, index_folder
-from lgd.retrieval.vectors import Latents, nearest, overlap
+from lgd.retrieval.vectors import UnitVectors, nearest, overlap
 from lgd.shards.archive import Shard
 from lgd.store.store import Store, commit
 from lgd.store.writer import shard_writer
@@ -252,7 +252,7 @@ def _measured(store: Store, shards: Sequence[Shard], settings: Settings) -> Outc
     faiss, rows = import_faiss(), settings.rows
     queries_nD = draw(_QUERIES, 10**5 - 1)["pooled"][:, 0].astype(np.float32)
     faiss.normalize_L2(queries_nD)
-    latents = Latents([part for part in store.parts if part.split == "train"])
+    latents = UnitVectors([part for part in store.parts if part.split == "train"])
     truth_nk = nearest(latents, queries_nD, 10)
     searcher, facts = _built(store, shards, "auto")
     began = time.perf_counter()
