@@ -66,7 +66,7 @@ def harm(fields, dice):
 
 @pytest.fixture(scope="module")
 def at(tissue, tmp_path_factory):
-    """A folder with every kind of document: builder, a run, an export, virtual tissue, shards that are half built."""
+    """A folder with every kind of document: shards, a run, an export, virtual tissue, shards that are half built."""
     at = tmp_path_factory.mktemp("documents") / "all"
     split = {"slides": str(tissue / "truth.csv"), "split": "group:0.5,0.25,0.25"}
     build(ShardOptions(layout="bci", root=str(tissue), out=str(at / "shards"), shard_size=8, mpp=0.46, **split))
@@ -103,7 +103,7 @@ def at(tissue, tmp_path_factory):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(builder, "_describe_split", interrupt)
+        patch.setattr(builder, "describe_split", interrupt)
         build(ShardOptions(layout="bci", root=str(tissue), out=str(at / "begun"), shard_size=8, mpp=0.46))
     return at
 
