@@ -13,6 +13,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,7 +195,14 @@ def peek_kind(path: Location, presumed: Kind) -> Kind | None:
     """What lies at a local path, None where nothing does; a url is not asked, but taken for what is presumed."""
     if not isinstance(path, Path):
         return presumed
-    return "folder" if path.is_dir() else "file" if path.is_file() else "other" if path.exists() else None
+    try:
+        # Asked once: another process may make it meanwhile.
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return None
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
 def is_same(one: Location, other: Location) -> bool:

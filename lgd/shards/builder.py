@@ -105,7 +105,11 @@ def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> tuple[Manif
     out = open_target(options.out)
     # A finished set is only read, and may lie where nothing can be written.
     finished = exists(out / "manifest.json")
-    with contextlib.nullcontext() if finished else exclusive(out, "building shards"), restore_connection():
+    with contextlib.ExitStack() as stack:
+        if not finished:
+            stack.enter_context(exclusive(out, "building shards"))
+        if options.workers:
+            stack.enter_context(restore_connection())
         return _build(options, map_jobs or functools.partial(_map_with_workers, options.workers), out, finished)
 
 

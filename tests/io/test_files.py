@@ -2,6 +2,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -158,3 +159,20 @@ def test_a_url_that_cannot_be_written_to_is_told_early(tmp_path, bucket):
         try_writing(as_location("s3://nowhere/.probe"))
     try_writing(tmp_path / "new" / ".probe")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_appears_is_none_or_a_folder(tmp_path):
+    path, ended = tmp_path / "there", threading.Event()
+
+    def come_and_go():
+        while not ended.is_set():
+            path.mkdir()
+            path.rmdir()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert {peek_kind(path, "folder") for _ in range(20_000)} <= {"folder", None}
+    finally:
+        ended.set()
+        thread.join()
