@@ -22,7 +22,7 @@ from test_train_faults import (
     worker_that_records,
 )
 
-from lgd.ray_jobs import cluster
+from lgd.ray_jobs.cluster import connect, disconnect
 from lgd.train import launch
 from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under
@@ -60,7 +60,7 @@ def nodes(monkeypatch):
         cluster.add_node(**second)
 
     yield lose_one
-    cluster.disconnect()
+    disconnect()
     cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -110,7 +110,7 @@ def test_lost_workers_and_nodes_are_replaced_and_the_run_goes_on(
     monkeypatch.setattr(launch, "worker", worker_that_records(records))
     config = disturbed(workers=2, max_failures=-1, engine=engine)
     # Ray starts nodes in the main thread only, so training takes another.
-    cluster.connect(2, "train.workers")
+    connect(2, "train.workers")
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(train_under, config, "student")
         strike(records, faults, nodes)
