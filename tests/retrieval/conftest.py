@@ -2,30 +2,12 @@
 
 import numpy as np
 import pytest
+from filling import RECIPE
 
 from lgd.retrieval.index import build_index
 from lgd.shards.archive import Shard
-from lgd.store.recipe import Recipe, TargetsRecipe, TeacherRecipe
 from lgd.store.store import Store, commit
 from lgd.store.writer import shard_writer
-
-RECIPE = Recipe(
-    targets=TargetsRecipe(nuclei_grid=8, membrane_grid=4, dtype="float16", settings={"version": 1}),
-    teacher=TeacherRecipe(
-        source="trained",
-        weights_sha256="a" * 64,
-        encoder={"name": "resnet10"},
-        pool="mean",
-        size=64,
-        mpp=None,
-        resize="none",
-        precision="fp32",
-        views=1,
-        map=2,
-        dtype="float16",
-    ),
-)
-"""Of rows that no teacher made."""
 
 
 @pytest.fixture(scope="session")

@@ -217,7 +217,7 @@ def test_of_two_builders_one_makes_its_set_and_the_other_is_refused(forks, root,
         assert contents(out) == alone[(first, second)[winner]].files, outcomes
         met += max(began for began, _, _ in ends) < min(ended for _, ended, _ in ends)
     print(f"{met} of {count} pairs met")
-    assert met > count / 2
+    assert met > 0.7 * count
 
 
 @pytest.mark.faults
@@ -264,7 +264,7 @@ def test_two_builders_into_one_url_are_not_mixed_unnoticed(forks, root, alone, f
             assert found == alone[(first, second)[outcomes.index("built")]].files or verify(out)
         met += max(began for began, _, _ in ends) < min(ended for _, ended, _ in ends)
     print(f"{met} of {count} pairs met")
-    assert met > count / 2
+    assert met > 0.7 * count
 
 
 def test_the_first_marker_at_a_url_stays(root, alone, s3_server):
