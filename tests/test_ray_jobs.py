@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lgd.base import threads
 from lgd.base.errors import DataError
 from lgd.base.logs import progress, show_logs
 from lgd.cli import main
@@ -222,9 +223,9 @@ def test_calls_that_are_not_wanted_any_more_are_stopped():
 
 @given(st.integers(0, 30), st.integers(1, 40), st.integers(1, 4))
 @settings(deadline=None, max_examples=30)
-def test_results_ahead_come_in_order_and_never_more_than_asked(total, count, threads):
+def test_results_ahead_come_in_order_and_never_more_than_asked(total, count, pool_size):
     begun = []
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(pool_size) as pool:
         results = threads.map_ordered_prefetch(
             pool, lambda number: begun.append(number) or 7 * number, range(total), count
         )
