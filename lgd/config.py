@@ -1,24 +1,22 @@
-"""A run as frozen dataclasses; `lgd.config_files` reads them from YAML and command lines.
+"""A run as frozen dataclasses, which `lgd.config_files` reads; the docstring of a field is also its `--help`."""
 
-Every field has a one-line docstring, which is also its `--help`. Checks that need more than one field sit in
-`__post_init__` and name the field and the fix.
-"""
-
-import dataclasses
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from lgd.base.errors import OnBad, require
 from lgd.base.extensions import is_python
 from lgd.base.plain_yaml import write_yaml
 
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
 LEVEL_NAMES = ("0", "1+", "2+", "3+")
 
 # These are facts of `train:`; a second place for them would let the two disagree.
-_REFUSED_IN_DEEPSPEED = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("optimizer", "scheduler", "bf16", "fp16", "torch_autocast"),
-)
+_REFUSED_IN_DEEPSPEED = """
+train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler
+bf16 fp16 torch_autocast
+""".split()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +51,7 @@ class Data:
     stain_jitter: float = 0.1
     """Standard deviation of the factor on each stain's optical density under `d4+stain`."""
     light_jitter: float = 0.0
-    """Standard deviation of the logarithm of the factor on each H&E's light under `d4+stain`: other exposures, and
-    backgrounds from white to grey."""
+    """Standard deviation of the logarithm of the factor on each H&E's light under `d4+stain`: white to grey glass."""
 
     def __post_init__(self) -> None:
         require(self.size >= 32, f"data.size is {self.size}: use at least 32 pixels")
@@ -71,9 +68,8 @@ class Teacher:
     dir: str = ""
     """Folder of the trained teacher; default RUN/teacher."""
     encoder: str = "resnet10"
-    """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny), `hf:ORG/NAME` or a folder as transformers saves
-    it, with safetensors and preprocessor_config.json, of which no code is run; or code outside LGD as
-    `python:package.module:factory` (see lgd/models/encoder.py), which is imported."""
+    """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny); `hf:ORG/NAME` or a folder as transformers saves
+    it, of which no code is run; or code outside LGD as `python:package.module:factory`, which is imported."""
     epochs: float = 20.0
     """Passes over the training split."""
 
@@ -157,9 +153,8 @@ class Student:
         for name in ("hallucination", "contrast", "distil", "nuclei", "membrane"):
             weight = getattr(self, f"{name}_weight")
             require(weight >= 0, f"student.{name}_weight is {weight}: use 0 or more")
-        for name in ("contrast_temperature", "distil_temperature", "contrast_queue"):
+        for name in ("contrast_temperature", "distil_temperature", "contrast_queue", "epochs"):
             require(getattr(self, name) > 0, f"student.{name} is {getattr(self, name)}: use more than 0")
-        require(self.epochs > 0, f"student.epochs is {self.epochs}: use more than 0")
         require(0 <= self.warmup <= 1, f"student.warmup is {self.warmup}: use a share of the steps, 0 to 1")
 
 
@@ -192,8 +187,7 @@ class Train:
     evaluate_every: int = 0
     """Steps between validations; 0 for once an epoch."""
     patience: int = 0
-    """Validations without a better `metric` after which training ends; the best network is taken. 0 trains all steps
-    and takes the last one."""
+    """Validations without a better `metric` that end training, with the best network; 0: all steps, and the last."""
     metric: Literal["kappa", "macro_f1", "accuracy"] = "kappa"
     """Validation metric by which the best checkpoint is kept."""
     keep: int = 2
@@ -243,7 +237,21 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """One run, whole."""
+    """One run, whole.
+
+    Args:
+        run: Folder and seed.
+        data: The shards and how they are read.
+        teacher: The IHC encoder.
+        latents: The feature store and its index.
+        student: The H&E network and its losses.
+        train: How both networks are trained.
+        report: The evaluation.
+        deepspeed: Passed to DeepSpeed as it is, for example `zero_optimization: {stage: 2}`.
+
+    Raises:
+        ConfigError: A field is out of its range, or two do not fit; the message names them and the fix.
+    """
 
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
@@ -252,8 +260,7 @@ class Config:
     student: Student = field(default_factory=Student)
     train: Train = field(default_factory=Train)
     report: Report = field(default_factory=Report)
-    deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Passed to DeepSpeed as it is, for example `zero_optimization: {stage: 2}`."""
+    deepspeed: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in _REFUSED_IN_DEEPSPEED:
@@ -263,10 +270,8 @@ class Config:
             folder = getattr(self, name).dir
             remedy = "nothing can be written there: use s3://, gs:// or a folder that all nodes share"
             require(not folder.startswith(("http://", "https://")), f"{name}.dir is {folder}, and {remedy}")
-        ignored = self.deepspeed and self.train.engine == "torch"
-        require(
-            not ignored, "deepspeed: is set but train.engine is torch, which would ignore it; remove one of the two"
-        )
+        ignored = "deepspeed: is set but train.engine is torch, which would ignore it; remove one of the two"
+        require(not self.deepspeed or self.train.engine != "torch", ignored)
 
     @property
     def code(self) -> frozenset[str]:
@@ -282,18 +287,14 @@ class Config:
         """The run as YAML that reads back as the same run."""
         return write_yaml(self._as_sections())
 
-    def _as_sections(self) -> dict[str, dict[str, Any]]:
-        """The plain values of each field, by section."""
-        sections = dataclasses.asdict(self)
+    def _as_sections(self) -> dict[str, dict[str, "JsonValue"]]:
+        sections = asdict(self)
         sections["data"]["on_bad"] = str(self.data.on_bad)
         return sections
 
-    def as_fields(self) -> dict[str, Any]:
+    def as_fields(self) -> dict[str, "JsonValue"]:
         """The value of each field by its dotted name."""
-        fields = {
-            f"{section}.{name}": value
-            for section, fields in self._as_sections().items()
-            if section != "deepspeed"
-            for name, value in fields.items()
-        }
-        return fields | {"deepspeed": self.deepspeed}
+        sections = self._as_sections()
+        deepspeed = sections.pop("deepspeed")
+        fields = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+        return {**fields, "deepspeed": deepspeed}

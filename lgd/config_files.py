@@ -11,7 +11,7 @@ import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lgd.base.arguments import Namespace, Parser, as_type, make_parser, suggest_name, typed
 from lgd.base.errors import ConfigError, DataError
@@ -21,10 +21,15 @@ from lgd.config import Config
 from lgd.io.files import exists, read_first_bytes
 from lgd.io.location import Location, as_location, as_output_location
 
-_SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from pydantic import JsonValue
+
+_SECTIONS: dict[str, Any] = {
+    section.name: section.type for section in dataclasses.fields(Config) if section.name != "deepspeed"
+}
 _PARTS = {"student": ("config.json", "train"), "latents": ("store.json", "cache-latents")}
 """What is looked for in a run: the document that each has, and the verb that makes it."""
-_DEEPSPEED = "Passed to DeepSpeed as it is."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,7 +37,7 @@ class Given:
     """A verb and what was given to it on the command line, by field."""
 
     verb: str = ""
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, "JsonValue"] = dataclasses.field(default_factory=dict)
 
 
 def add_config_arguments(
@@ -48,19 +53,18 @@ def add_config_arguments(
     if not listed:
         parser.epilog = "Any field of the run may be given as --section.field VALUE: `lgd train --help` lists them."
     for section, kind in _SECTIONS.items():
-        if section == "deepspeed":
-            group = parser.add_argument_group(section, _DEEPSPEED) if listed else parser
-            _add_argument(group, ["--deepspeed"], kind, "such as {zero_optimization: {stage: 2}}", listed, dest=section)
-            continue
         group = parser.add_argument_group(section, kind.__doc__) if listed else parser
         for option in dataclasses.fields(kind):
             name = f"{section}.{option.name}"
             alias = [aliases[name]] if aliases and name in aliases else []
             text = f"{_described(kind)[option.name]} {_default(option)}" if listed else ""
             _add_argument(parser if alias else group, [*alias, f"--{name}"], option.type, text, listed, dest=name)
+    group = parser.add_argument_group("deepspeed", "Passed to DeepSpeed as it is.") if listed else parser
+    text = "such as {zero_optimization: {stage: 2}}"
+    _add_argument(group, ["--deepspeed"], dict[str, object], text, listed, dest="deepspeed")
 
 
-def add_option_arguments(parser: Parser, kind: Any, skip: Sequence[str] = ()) -> None:
+def add_option_arguments(parser: Parser, kind: "type[DataclassInstance]", skip: Sequence[str] = ()) -> None:
     """Give a parser one `--hyphened-option` a field of a dataclass, with the field's docstring as its help."""
     for option in dataclasses.fields(kind):
         if option.name in skip:
@@ -74,7 +78,9 @@ def add_option_arguments(parser: Parser, kind: Any, skip: Sequence[str] = ()) ->
             _add_argument(parser, flags, option.type, f"{text} {_default(option)}", default=option.default)
 
 
-def _add_argument(parser: Any, flags: list[str], kind: Any, text: str, listed: bool = True, **options: Any) -> None:
+def _add_argument(
+    parser: argparse._ActionsContainer, flags: list[str], kind: object, text: str, listed: bool = True, **options: Any
+) -> None:
     """Add an option whose value is read as one of a type, and which is left out of the namespace unless given."""
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     metavar = "{" + ",".join(map(str, choices)) + "}" if choices else flags[0].rpartition(".")[2].strip("-").upper()
@@ -85,23 +91,31 @@ def _add_argument(parser: Any, flags: list[str], kind: Any, text: str, listed: b
 
 
 @functools.cache
-def _described(kind: Any) -> dict[str, str]:
+def _described(kind: "type[DataclassInstance]") -> dict[str, str]:
     """The docstring of each field of a dataclass."""
     import docstring_parser
 
     return {p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(kind).params}
 
 
-def _default(option: dataclasses.Field[Any]) -> str:
+def _default(option: dataclasses.Field[object]) -> str:
     made = option.default_factory() if option.default_factory is not dataclasses.MISSING else option.default
     made = str(made) if hasattr(made, "parse") else made
     return "" if made in ("", None) else f"(default: {made if isinstance(made, str) else json.dumps(made)})"
 
 
 def load_config(path: str | Location | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `--section.field value` overrides, and return the resolved run.
+    """Read a YAML file and apply overrides.
 
-    Raises `ConfigError` for an unknown key, a value of the wrong type or a broken cross-field rule.
+    Args:
+        path: The file, or its url; without one, the defaults.
+        overrides: As on a command line, such as `["--train.batch", "64"]`.
+
+    Returns:
+        The run, with every default folder filled in and paths absolute.
+
+    Raises:
+        ConfigError: The file cannot be read, a key is unknown, a value is of another type, or two do not fit.
     """
     parser = make_parser()
     add_config_arguments(parser)
@@ -124,8 +138,8 @@ def find_in_run(folder: str | Location, part: Literal["student", "latents"]) -> 
         return folder
     path = folder / part
     if exists(folder / "config.yaml"):
-        fields = load_config(str(folder / "config.yaml")).as_fields()
-        named, root = fields[f"{part}.dir"], f"{fields['run.dir']}/"
+        config = load_config(folder / "config.yaml")
+        named, root = getattr(config, part).dir, f"{config.run.dir}/"
         # The folder of a run may have been moved or copied, with what is in it or without.
         below = folder / named.removeprefix(root) if named.startswith(root) else as_location(named)
         path = below if exists(below / document) else as_location(named)
@@ -139,7 +153,7 @@ def config_of(namespace: Namespace) -> Config:
 
     Later files win over earlier ones, and options over files.
     """
-    content: dict[str, dict[str, Any]] = {}
+    content: dict[str, dict[str, JsonValue]] = {}
     for file in namespace.config or namespace._config:
         for name, fields in _read_file(file).items():
             content[name] = fields if name == "deepspeed" else content.get(name, {}) | fields
@@ -151,13 +165,12 @@ def config_of(namespace: Namespace) -> Config:
             except YamlError as error:
                 raise ConfigError(f"--{name}: {error}") from error
         content[section] = content.get(section, {}) | {field: value} if field else value
-    made: dict[str, Any] = {
-        name: fields if name == "deepspeed" else _SECTIONS[name](**fields) for name, fields in content.items()
-    }
-    return resolve_config(Config(**made))
+    deepspeed = content.pop("deepspeed", {})
+    sections = {name: _SECTIONS[name](**fields) for name, fields in content.items()}
+    return resolve_config(Config(**sections, deepspeed={**deepspeed}))
 
 
-def given_of(namespace: Namespace, verb: str = "", **own: Any) -> Given:
+def given_of(namespace: Namespace, verb: str = "", **own: "JsonValue") -> Given:
     """The fields of the run that a command line gave, the files that it named, and the verb's `own` options."""
     files = {"config": list(namespace.config)} if namespace.config else {}
     fields = {
@@ -170,7 +183,16 @@ def _given_fields(namespace: Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(namespace).items() if "." in name or name == "deepspeed"}
 
 
-def _read_file(path: str) -> dict[str, dict[str, Any]]:
+def locate_field(given: Given | None, name: str) -> str:
+    """`FILE, line N: ` for an error about a field, where a YAML file of the command line gave it."""
+    files = given.fields.get("config") if given and name not in given.fields else None
+    for path in map(str, reversed(files if isinstance(files, list) else [])):
+        if line := read_yaml(_read_text(path)).lines.get(name):
+            return f"{escape_text(path)}, line {line}: "
+    return ""
+
+
+def _read_file(path: str) -> dict[str, dict[str, "JsonValue"]]:
     """The sections and fields of a YAML file; `ConfigError` names it and the line of what `Config` has not."""
     text, path = _read_text(path), escape_text(path)
     try:
@@ -179,10 +201,11 @@ def _read_file(path: str) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{path}, line {error.line}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no sections such as `train:`; see the files in configs/")
+    sections = [*_SECTIONS, "deepspeed"]
     for name, fields in content.items():
         where = f"{path}, line {lines[name]}"
-        if name not in _SECTIONS:
-            raise ConfigError(f"{where}: there is no section {name:.60}{suggest_name(name, _SECTIONS)}")
+        if name not in sections:
+            raise ConfigError(f"{where}: there is no section {name:.60}{suggest_name(name, sections)}")
         if not isinstance(fields, dict):
             raise ConfigError(f"{where}: section {name} is {fields!r:.60}: give it fields, or remove it")
         if name == "deepspeed":
@@ -220,37 +243,26 @@ def resolve_config(config: Config) -> Config:
     """The same run with every default folder filled in, and paths absolute: workers have other working folders."""
     root = _absolute(config.run.dir, "run.dir")
 
-    def output(folder: str, name: str) -> str:
+    def output(name: str) -> str:
+        folder: str = getattr(config, name).dir
         return _absolute(folder, f"{name}.dir") if folder else f"{root}/{name}"
 
     def encoder(name: str) -> str:
         local = name.startswith("~") or ("/" in name and Path(name).is_dir())
         return _absolute(name) if local else name
 
-    replace, shards, resume = dataclasses.replace, config.data.shards, config.train.resume
+    replace, resume = dataclasses.replace, config.train.resume
+    shards = [_absolute(folder) if folder else f"{root}/shards" for folder in config.shard_dirs]
+    also = [_absolute(folder) for folder in config.report.also]
     return replace(
         config,
         run=replace(config.run, dir=root),
-        data=replace(
-            config.data,
-            shards=[
-                _absolute(folder) if folder else f"{root}/shards"
-                for folder in ([shards] if isinstance(shards, str) else shards)
-            ],
-        ),
-        teacher=replace(
-            config.teacher, dir=output(config.teacher.dir, "teacher"), encoder=encoder(config.teacher.encoder)
-        ),
-        latents=replace(config.latents, dir=output(config.latents.dir, "latents")),
-        student=replace(
-            config.student, dir=output(config.student.dir, "student"), encoder=encoder(config.student.encoder)
-        ),
+        data=replace(config.data, shards=shards),
+        teacher=replace(config.teacher, dir=output("teacher"), encoder=encoder(config.teacher.encoder)),
+        latents=replace(config.latents, dir=output("latents")),
+        student=replace(config.student, dir=output("student"), encoder=encoder(config.student.encoder)),
         train=replace(config.train, resume=resume if resume in ("auto", "never") else _absolute(resume)),
-        report=replace(
-            config.report,
-            dir=output(config.report.dir, "report"),
-            also=[_absolute(folder) for folder in config.report.also],
-        ),
+        report=replace(config.report, dir=output("report"), also=also),
     )
 
 

@@ -11,23 +11,24 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lgd.base.environment import Environment
 from lgd.base.errors import ConfigError
 from lgd.config import Config
-from lgd.config_files import Given
+from lgd.config_files import Given, locate_field
 from lgd.io.location import as_location, require_local
 from lgd.io.locks import exclusive
-from lgd.models.description import ModelConfig
 from lgd.ray_jobs.cluster import disconnect
-from lgd.runs.document import Ablated, Cached, Evaluated, Indexed, Trained
-from lgd.runs.folder import command, note_changes, record
+from lgd.runs.folder import Ablated, Cached, Evaluated, Indexed, Trained, command, note_changes, record
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.overlap import open_disjoint
 from lgd.shards.shard_set import ShardSet
 from lgd.tissue.synth import SynthOptions, synthesise
+
+if TYPE_CHECKING:
+    from lgd.report.ablation import AblateOptions
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +42,17 @@ def stage(name: str) -> Iterator[dict[str, str]]:
     logger.info("[%s] %s  (%.1f s)", name, outcome["done"], time.monotonic() - began)
 
 
-def begin(name: str, verb: str, config: Config) -> None:
+def begin(name: str, verb: str, config: Config, given: Given | None) -> None:
     """Tell on which fields this stage and earlier ones of its run disagree.
 
     Refuses a run whose method is not known, and one that cannot be recorded.
     """
     from lgd.models.methods import find_method
 
-    find_method(config.student.method)(config)
+    try:
+        find_method(config.student.method)(config)
+    except ConfigError as error:
+        raise ConfigError(f"{locate_field(given, 'student.method')}{error}") from error
     if note := note_changes(config, verb):
         logger.warning("[%s] %s", name, note)
 
@@ -57,15 +61,34 @@ def train_teacher(
     config: Config, given: Given | None = None, overwrite: bool | None = None, shards: ShardSet | None = None
 ) -> None:
     """Train the IHC encoder, or reuse the one of the same shards and settings (`overwrite`: see `train_under`)."""
-    from lgd.models.export import read_teacher_config
+    _train("teacher", "train-teacher", config, given, overwrite, shards)
+
+
+def train_student(
+    config: Config, given: Given | None = None, overwrite: bool | None = None, shards: ShardSet | None = None
+) -> None:
+    """Train the student, or reuse the one of the same shards, teacher, store and settings.
+
+    `overwrite`: see `train_under`.
+    """
+    _train("student", "train", config, given, overwrite, shards)
+
+
+def _train(
+    task: str, verb: str, config: Config, given: Given | None, overwrite: bool | None, shards: ShardSet | None
+) -> None:
+    from lgd.models.export import read_student_config, read_teacher_config
     from lgd.train.launch import train_under
 
-    begin("teacher", "train-teacher", config)
-    with stage("teacher") as outcome:
+    name, folder = config.student.method if task == "student" else task, getattr(config, task).dir
+    begin(name, verb, config, given)
+    with stage(name) as outcome:
         shards = shards or open_disjoint(config.shard_dirs)
-        folder, trained = config.teacher.dir, train_under(config, "teacher", overwrite, shards)
+        trained = train_under(config, task, overwrite, shards)
         outcome["done"] = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
-    record(config, shards, "train-teacher", _facts(read_teacher_config(folder)), folder, given)
+    made = read_student_config(folder) if task == "student" else read_teacher_config(folder)
+    facts = Trained(**{field: getattr(made, field) for field in Trained.model_fields})
+    record(config, shards, verb, facts, folder, given)
 
 
 def cache_latents(
@@ -74,7 +97,7 @@ def cache_latents(
     """Fill the feature store: every part that is missing; `prune` removes those of other shards."""
     from lgd.store.cache import cache_latents as fill
 
-    begin("latents", "cache-latents", config)
+    begin("latents", "cache-latents", config, given)
     with stage("latents") as outcome:
         shards = shards or open_disjoint(config.shard_dirs)
         store, computed, pruned = fill(config, shards.shards, config.train.workers, prune)
@@ -89,7 +112,7 @@ def build_index(config: Config, given: Given | None = None, shards: ShardSet | N
     from lgd.retrieval import index
     from lgd.store.store import Store
 
-    begin("index", "build-index", config)
+    begin("index", "build-index", config, given)
     with stage("index") as outcome:
         store, latents = Store(config.latents.dir), config.latents
         shards = shards or open_disjoint(config.shard_dirs)
@@ -110,28 +133,6 @@ def build_index(config: Config, given: Given | None = None, shards: ShardSet | N
     record(config, shards, "build-index", facts, config.latents.dir, given)
 
 
-def train_student(
-    config: Config, given: Given | None = None, overwrite: bool | None = None, shards: ShardSet | None = None
-) -> None:
-    """Train the student, or reuse the one of the same shards, teacher, store and settings.
-
-    `overwrite`: see `train_under`.
-    """
-    from lgd.models.export import read_student_config
-    from lgd.train.launch import train_under
-
-    begin(config.student.method, "train", config)
-    with stage(config.student.method) as outcome:
-        shards = shards or open_disjoint(config.shard_dirs)
-        folder, trained = config.student.dir, train_under(config, "student", overwrite, shards)
-        outcome["done"] = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
-    record(config, shards, "train", _facts(read_student_config(folder)), folder, given)
-
-
-def _facts(made: ModelConfig) -> Trained:
-    return Trained(**{name: getattr(made, name) for name in Trained.model_fields})
-
-
 def evaluate(
     config: Config, given: Given | None = None, code: Collection[str] = (), shards: ShardSet | None = None
 ) -> str:
@@ -141,7 +142,7 @@ def evaluate(
     """
     from lgd.report import evaluation, report
 
-    begin("report", "evaluate", config)
+    begin("report", "evaluate", config, given)
     # Locked before the scoring, which can take hours.
     with stage("report") as outcome, exclusive(config.report.dir, "evaluating"):
         shards = shards or open_disjoint(config.shard_dirs)
@@ -156,7 +157,7 @@ def evaluate(
     return report.format_table(measured)
 
 
-def ablate(config: Config, options: Any, given: Given | None = None) -> str:
+def ablate(config: Config, options: "AblateOptions", given: Given | None = None) -> str:
     """The table of LGD-Net, its controls and its parts (`lgd.report.ablation`), after the teacher and the store."""
     from lgd.report import ablation as harness
 

@@ -274,3 +274,14 @@ def test_a_job_refuses_other_relative_outputs(tissue_run, tmp_path, monkeypatch,
     assert main([arg.format(latents=tissue_run.latents.dir) for arg in args]) == 2
     assert "and a job of Ray works in a copy of your folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_method_is_refused_by_the_file_and_its_line(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run: {{dir: {tmp_path / 'run'}}}\nstudent:\n  epochs: 1\n  method: lgd-nett\n")
+    assert main(["train", "--config", str(path)]) == 2
+    problem = "student.method is 'lgd-nett': use one of he-only, "
+    assert capsys.readouterr().err.startswith(f"lgd: {path}, line 4: {problem}")
+    # What the command line gives stands in no file.
+    assert main(["train", "--config", str(path), "--student.method", "other"]) == 2
+    assert capsys.readouterr().err.startswith("lgd: student.method is 'other': use one of he-only, ")

@@ -13,7 +13,7 @@ from PIL import Image
 from lgd.cli import main
 from lgd.config_files import load_config
 from lgd.io.files import read_json
-from lgd.runs.document import RunDocument
+from lgd.runs.folder import RunDocument
 from lgd.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,7 +28,7 @@ train.prepare train.finished train.loop train.launch
 scoring.notes scoring.scale scoring.images scoring.predict scoring.slide_rows
 retrieval.faiss_file retrieval.table retrieval.search retrieval.vectors retrieval.factory retrieval.index
 retrieval.answers retrieval.keys retrieval.queries
-runs.document runs.folder
+runs.folder
 report.results report.colour report.seeds report.markdown report.ablation_table report.figures report.ranking
 report.sheet report.embeddings report.compare report.robustness report.caveats report.evaluation report.slides
 report.report report.ablation

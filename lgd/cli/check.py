@@ -131,7 +131,7 @@ def _check_run(folder: Location, reencode: int, teacher: str, code: Collection[s
 
 def list_folders(folder: Location) -> Iterator[Location]:
     """Shards, teacher, store and networks of a run, each once."""
-    from lgd.runs.document import RunDocument
+    from lgd.runs.folder import RunDocument
 
     config = load_config(folder / "config.yaml")
     stages = RunDocument.read(folder / "run.json").stages

@@ -14,7 +14,7 @@ from lgd.config_files import find_in_run
 from lgd.io.documents import MissingDocument
 from lgd.io.location import Location
 from lgd.models.description import StudentConfig, TeacherConfig, read_kind
-from lgd.runs.document import RunDocument, Stage
+from lgd.runs.folder import RunDocument, Stage
 from lgd.shards.manifest import Manifest, Shape
 from lgd.store.document import StoreDocument
 

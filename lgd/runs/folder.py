@@ -13,19 +13,22 @@ import contextlib
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, ClassVar
 
-from lgd.config import Config
-from lgd.shards.shard_set import ShardSet
-from lgd.base.errors import ConfigError, DataError, Stopped
-from lgd.io.files import exists, write_bytes
-from lgd.io.locks import hold_lock
-from lgd.config_files import Given, load_config
-from lgd.io.documents import MissingDocument
+from pydantic import Field, JsonValue
+
 from lgd.base.environment import Environment
-from lgd.runs.document import Facts, RunDocument, Stage
+from lgd.base.errors import ConfigError, DataError, Stopped
+from lgd.base.records import Count, Line, Many, Record, Sha256
 from lgd.base.text import escape_text
+from lgd.config import Config
+from lgd.config_files import Given, load_config
+from lgd.io.documents import Document, MissingDocument
+from lgd.io.files import exists, write_bytes
 from lgd.io.location import as_location
+from lgd.io.locks import hold_lock
+from lgd.metrics import Interval
+from lgd.shards.shard_set import ShardSet
 
 _CONFIG, _RUN = "config.yaml", "run.json"
 _MOST, _LONGEST = 3, 300
@@ -61,11 +64,84 @@ _FOLDERS = {
 }
 """Stage -> the field that names what it makes."""
 
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Trained(Record):
+    """What training a teacher or a student came to."""
+
+    weights_sha256: Sha256
+    inputs: Sha256
+    steps: Count
+    engine: Line
+    workers: Count
+    validation: dict[Line, Number]
+
+
+class Cached(Record):
+    """What filling the feature store came to."""
+
+    digest: Sha256
+    rows: Count
+
+
+class Indexed(Record):
+    """What building the index came to."""
+
+    factory: Line
+    rows: Count
+    recall_at_10: Number
+    digest: Sha256
+
+
+class Evaluated(Record):
+    """What an evaluation came to: metrics by the models' names."""
+
+    split: Line
+    by_patch: dict[Line, dict[Line, Interval]]
+
+
+class Ablated(Record):
+    """What `lgd ablate` was asked for."""
+
+    seeds: Count
+    full: bool
+    split: Line
+
+
+Facts = Trained | Cached | Indexed | Evaluated | Ablated
+
+
+class Stage(Record):
+    """A stage that ended well."""
+
+    folder: Line
+    """What it made; a later stage of this name that makes the same takes this one's place."""
+    verb: Line
+    """The verb that was called; empty where Python called."""
+    given: dict[Line, JsonValue]
+    """Fields of the command line, and its `config` files."""
+    differing: dict[Line, JsonValue]
+    """Fields that are not as in config.yaml."""
+    environment: Environment
+    shards: dict[Line, Sha256]
+    """Digests of the shard folders' manifests."""
+    facts: Facts
+
+
+class RunDocument(Document):
+    """run.json: the stages by their names, of each name the newest last."""
+
+    FORMAT: ClassVar = "lgd-run/1"
+    ABSENT: ClassVar = "finish a stage of the run first"
+    REMEDY: ClassVar = "move it elsewhere to keep what it says, and the next stage begins another"
+
+    stages: dict[Line, Many[Stage]]
+
 
 def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: str, given: Given | None = None) -> None:
     """Write config.yaml if there is none, and add to run.json what a stage made in `folder`."""
-    at, given = as_location(config.run.dir), given or Given()
-    here = Environment.here()
+    at, given, here = as_location(config.run.dir), given or Given(), Environment.here()
     with hold_lock(at / f".{_RUN}.lock", "recording a stage"):
         if not exists(at / _CONFIG):
             write_bytes(at / _CONFIG, config.as_yaml().encode())
@@ -79,7 +155,7 @@ def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: s
             facts=facts,
         )
         stages = _read_stages(config)
-        others = tuple(one for one in stages.get(stage, ()) if one.folder != entry.folder)
+        others = tuple(one for one in stages.get(stage, ()) if one.folder != folder)
         RunDocument(stages=stages | {stage: (*others, entry)}).write(at / _RUN)
 
 
@@ -90,7 +166,7 @@ def _read_stages(config: Config) -> dict[str, tuple[Stage, ...]]:
         return {}
 
 
-def _kept_fields(config: Config) -> dict[str, Any]:
+def _kept_fields(config: Config) -> dict[str, JsonValue]:
     """The fields of config.yaml, or of `config` where there is none yet."""
     path = as_location(config.run.dir) / _CONFIG
     if not exists(path):
@@ -101,7 +177,7 @@ def _kept_fields(config: Config) -> dict[str, Any]:
         raise ConfigError(f"{error}; it is what this run's earlier stages had: correct it or move it away") from error
 
 
-def _differing(config: Config) -> dict[str, Any]:
+def _differing(config: Config) -> dict[str, JsonValue]:
     kept = _kept_fields(config)
     return {name: value for name, value in config.as_fields().items() if value != kept[name]}
 
@@ -126,8 +202,8 @@ def note_changes(config: Config, stage: str) -> str:
                     changes.setdefault(name, f"{name} is {is_now} and was {was} for {earlier}")
     if not changes:
         return ""
-    more = [f"and {len(changes) - _MOST} more"] if len(changes) > _MOST else []
-    return f"note: {', '.join([*list(changes.values())[:_MOST], *more])}; run.json tells each stage's values"
+    shown = [*changes.values()][:_MOST] + ([f"and {len(changes) - _MOST} more"] if len(changes) > _MOST else [])
+    return f"note: {', '.join(shown)}; run.json tells each stage's values"
 
 
 def _is_used(name: str, stage: str) -> bool:
@@ -155,7 +231,7 @@ def _hints(config: Config, message: str) -> Iterator[str]:
     except DataError:
         return
     for stage, field in _FOLDERS.items():
-        folder = config.as_fields()[field]
+        folder = str(config.as_fields()[field])
         if folder not in message:
             continue
         section = field.partition(".")[0]
@@ -175,9 +251,9 @@ def command(config: Config, verb: str, only: Sequence[str] = ()) -> str:
     return f"lgd {verb} --config {shlex.quote(path)}{_as_options(differing)}"
 
 
-def _as_options(fields: dict[str, Any]) -> str:
+def _as_options(fields: dict[str, JsonValue]) -> str:
     return "".join(f" --{name} {shlex.quote(_as_text(value))}" for name, value in fields.items())
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: JsonValue) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

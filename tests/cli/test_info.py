@@ -8,8 +8,7 @@ import pytest
 
 from lgd.cli import main
 from lgd.cli.info import as_lines, describe
-from lgd.runs.document import Cached
-from lgd.runs.folder import record
+from lgd.runs.folder import Cached, record
 from lgd.shards.shard_set import ShardSet
 
 

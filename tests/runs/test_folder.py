@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from lgd.cli import main
-from lgd.shards.shard_set import ShardSet
 from lgd.base.errors import DataError
-from lgd.io.files import read_json
+from lgd.cli import main
 from lgd.config_files import Given, load_config
-from lgd.runs.document import Cached, RunDocument
-from lgd.runs.folder import command, note_changes, record
+from lgd.io.files import read_json
+from lgd.runs.folder import Cached, RunDocument, command, note_changes, record
+from lgd.shards.shard_set import ShardSet
 
 FACTS = Cached(digest="0" * 64, rows=3)
 
@@ -53,7 +52,7 @@ import sys, time
 from pathlib import Path
 from lgd.shards.shard_set import ShardSet
 from lgd.config_files import load_config
-from lgd.runs.document import Cached
+from lgd.runs.folder import Cached
 from lgd.runs.folder import record
 name, other, folder = sys.argv[1:]
 config = load_config(f"{folder}/c.yaml", ["--report.split", name])
