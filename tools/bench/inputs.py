@@ -70,7 +70,7 @@ class Inputs:
         count = max(4, self.settings.workers)
         out = self.folder / "shards"
         size = -(-self.settings.pairs // count)
-        build(ShardOptions(layout="bci", root=str(self.files), out=str(out), shard_size=size))
+        build(ShardOptions(layout="bci", root=str(self.files), out=str(out), shard_size=size, mpp="unknown"))
         return list(ShardFolder.open(out).shards)
 
     def sample_contents(self) -> list[bytes]:
