@@ -23,7 +23,7 @@ from lgd.ray_jobs.cluster import disconnect
 from lgd.runs.folder import Ablated, Cached, Evaluated, Indexed, Trained, command, note_changes, record
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
-from lgd.shards.overlap import open_disjoint
+from lgd.shards.repeats import open_disjoint
 from lgd.shards.shard_set import ShardSet
 from lgd.tissue.synth import SynthOptions, synthesise
 

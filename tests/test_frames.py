@@ -55,7 +55,7 @@ def test_one_pair_into_a_shard(tissue, tmp_path):
     csv.write_text("he,ihc,label,split,mpp\nHE.png,IHC.png,2+,train,0.5\n")
     options = ShardOptions(layout="csv", root=str(csv), out=str(tmp_path / "out"))
     names = read_modules(lambda: build(options))
-    assert len(names) <= 15, names
+    assert len(names) <= 8, names
 
 
 def test_one_sample_into_a_batch(prepared):

@@ -15,9 +15,8 @@ config config_files metrics
 ray_jobs.cluster ray_jobs.logs ray_jobs.mapping ray_jobs.training
 stain.deconvolve stain.targets stain.checks
 tissue.look tissue.drawing tissue.sections tissue.synth
-shards.meta shards.layouts shards.pairs shards.split shards.options shards.tags shards.image shards.index
-shards.archive shards.manifest shards.shard_set shards.sources shards.patches shards.duplicates shards.building
-shards.builder shards.repeats shards.overlap shards.verify
+shards.manifest shards.layouts shards.pairs shards.options shards.tags shards.image shards.archive shards.shard_set
+shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader stream.augment
 models.spec models.weights models.pretrained models.backbone models.encoder models.description models.export
 models.teacher models.student models.losses models.methods
@@ -41,7 +40,7 @@ OWNERS = {
     "faiss": {"retrieval.search", "cli.doctor"},
     "deepspeed": {"train.deepspeed_engine"},
     "h5py": {"store.parts", "store.writer", "store.export"},
-    "webdataset": {"shards.archive"},
+    "webdataset": {"shards.writer"},
     "transformers": {"models.backbone"},
     "huggingface_hub": {"models.pretrained"},
     "matplotlib": {"report.figures"},

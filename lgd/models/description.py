@@ -11,8 +11,7 @@ from lgd.io.documents import Document
 from lgd.io.files import read_json
 from lgd.io.location import Location
 from lgd.models.spec import EncoderSpec
-from lgd.shards.manifest import HER2, UNKNOWN, Shape, Target
-from lgd.shards.meta import Text
+from lgd.shards.manifest import HER2, UNKNOWN, Shape, Target, Text
 from lgd.shards.shard_set import ShardSet
 
 FORMAT = "lgd-model/2"

@@ -25,7 +25,7 @@ from lgd.io.location import Location
 from lgd.io.remote import open_checked
 from lgd.retrieval.faiss_file import cells_of, check_file
 from lgd.retrieval.table import read_table
-from lgd.shards.meta import Text, Word
+from lgd.shards.manifest import Text, Word
 from lgd.store.parts import Part
 from lgd.store.store import TEACHER, Store
 

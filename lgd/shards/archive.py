@@ -5,27 +5,34 @@ tile the tar exactly, and every read checks the tar header, the crc32 and the KE
 """
 
 import functools
+import io
 import itertools
+import math
 import os
+import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
+from pydantic import ValidationError
 from zlib_ng.zlib_ng import crc32
 
 from lgd.base.errors import DataError
-from lgd.io.digests import sha256
-from lgd.io.files import publish
+from lgd.base.records import explain, load_json
 from lgd.io.location import Location
-from lgd.io.remote import drop_damaged, name_with_copy, open_file
+from lgd.io.remote import drop_damaged, name_with_copy, open_checked, open_file
 from lgd.shards.image import kind
-from lgd.shards.index import INDEX, REBUILD, load_index, tiled
-from lgd.shards.meta import PatchMeta, parse_meta
+from lgd.shards.manifest import REBUILD, PatchMeta
+
+INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
+"""Type of one entry of an `.idx`, which holds `numpy.save` content of shape (samples, members of a sample)."""
+SKIPPED = PatchMeta.model_construct(key="", label=None, slide=None, group="", mpp=None)
+"""In the place of one that could not be read."""
 
 _BLOCK = tarfile.BLOCKSIZE
+_LONGEST_JSON = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +60,11 @@ class Shard:
 
     def index(self) -> np.ndarray:
         """The offset index: (samples, members) of `INDEX`, columns as `roles`, read-only."""
-        return load_index(self.path.with_suffix(".idx"), self.samples, len(self.extensions), self.idx_sha256)
+        path, shape = self.path.with_suffix(".idx"), (self.samples, len(self.extensions))
+        table = load_table(path, self.idx_sha256, None, INDEX, shape)
+        if table is None:
+            raise DataError(f"{path} is no index of {self.samples} samples, or broken: {REBUILD}")
+        return table
 
     def open(self) -> tuple[BinaryIO, np.ndarray]:
         """The tar, unbuffered, and its index, checked against each other and against the manifest.
@@ -87,6 +98,55 @@ class Shard:
         return file, reason
 
 
+def read_meta(shard: Shard, row: int) -> PatchMeta:
+    """KEY.json of one sample of a shard that is not open."""
+    file, index = shard.open()
+    with file:
+        return read_sample(file, index, row, shard, ())[0]
+
+
+def load_table(
+    path: Location, digest: str, size: int | None, dtype: np.dtype[np.void], shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """What `numpy.save` wrote of this type and shape, read-only; None for any other content.
+
+    `DataError` for a file that is missing, or not of this SHA-256 and, where it is known, of this size.
+    """
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype.descr, "fortran_order": False, "shape": shape})
+    # numpy.load would also take zip files and pickles; and it parses the head with `ast`, which fails now and then when
+    # several threads of Python 3.11 do so at once.
+    head = stream.getvalue()
+    expected = len(head) + math.prod(shape) * dtype.itemsize
+    with open_checked(path, digest, size, REBUILD) as file:
+        # The size comes first: the count of a hostile manifest would ask for any amount of memory.
+        content = file.read(expected) if os.fstat(file.fileno()).st_size == expected else b""
+    return np.frombuffer(content, dtype, offset=len(head)).reshape(shape) if content.startswith(head) else None
+
+
+def tiled(index: np.ndarray, roles: tuple[str, ...], size: int) -> tuple[int, str]:
+    """Where the last member of a tar of `size` bytes ends, and why its index does not tile it, or nothing."""
+    entries = index.reshape(-1)
+    # Places follow from the lengths alone: each member has one header and is padded to whole blocks.
+    lengths = entries["length"].astype(np.int64)
+    steps = _BLOCK + -(-lengths // _BLOCK) * _BLOCK
+    ends = np.cumsum(steps)
+    wrong = np.flatnonzero(entries["offset"] != (ends - steps + _BLOCK).astype(np.uint64))
+    end = int(ends[-1])
+    if wrong.size:
+        row, column = divmod(int(wrong[0]), len(roles))
+        return end, (
+            f"row {row}, {roles[column]}: the index places it at byte {entries['offset'][wrong[0]]}, but the members "
+            f"before it end at {ends[wrong[0]] - steps[wrong[0]]}: the index is of another tar, or was changed"
+        )
+    # A tar ends with two empty blocks, and is filled up to whole records.
+    record = tarfile.RECORDSIZE
+    if -(-(end + 2 * _BLOCK) // record) * record != size:
+        return end, f"has {size} bytes, but its index describes members that end at byte {end}"
+    longest = int(index["length"][:, 0].max())
+    return end, f"holds a KEY.json of {longest} bytes" if longest > _LONGEST_JSON else ""
+
+
 def read_sample(
     file: BinaryIO, index: np.ndarray, row: int, shard: Shard, roles: Sequence[str]
 ) -> tuple[PatchMeta, dict[str, memoryview]]:
@@ -116,25 +176,43 @@ def read_sample(
             if crc32(content) != crc:
                 raise _damaged(file, shard, row, meta, role, "its crc32 is not the index's, so the shard is damaged")
             if column == 0:
-                meta, reason = _checked_meta(content, shard)
+                meta, reason = _parse_meta(content, shard)
             else:
                 reason = "" if kind(content) == shard.extensions[role] else f"is no {shard.extensions[role]} image"
                 contents[role] = content
             if not reason:
                 assert meta is not None, "its json is the first member of a sample"
-                reason = _wrong_header(block[at - _BLOCK : at], member_name(meta, role, shard), length)
+                name = f"{meta.key}.json" if column == 0 else f"{meta.key}.{role}.{shard.extensions[role]}"
+                reason = _wrong_header(block[at - _BLOCK : at], name, length)
             if reason:
                 raise _damaged(file, shard, row, meta, role, reason)
     assert meta is not None
     return meta, contents
 
 
-def _checked_meta(content: memoryview, shard: Shard) -> tuple[PatchMeta | None, str]:
-    meta, reason = parse_meta(content, shard.split)
-    label = meta.label if meta and not reason else None
+def _parse_meta(content: memoryview, shard: Shard) -> tuple[PatchMeta | None, str]:
+    """A KEY.json of a shard, or None, and what is wrong with it, or nothing."""
+    try:
+        meta = PatchMeta.model_validate_json(bytes(content))
+    except ValidationError as error:
+        return None, _explain(content, error)
+    if meta.split != shard.split:
+        return meta, f"field split is {meta.split!r:.80}, but the shard is of {shard.split}"
+    label = meta.label
     if shard.labels and label is not None and (type(label) is not int or not 0 <= label < shard.labels):
-        reason = f"field label is {label!r:.80}, and the set has {shard.labels} classes"
-    return meta, reason
+        return meta, f"field label is {label!r:.80}, and the set has {shard.labels} classes"
+    return meta, ""
+
+
+def _explain(content: memoryview, error: ValidationError) -> str:
+    try:
+        found = load_json(content)
+    except ValueError as broken:
+        return f"no valid JSON ({broken})"
+    key = found.get("key") if isinstance(found, dict) else None
+    if not isinstance(key, str) or not re.fullmatch("[A-Za-z0-9_+-]{1,90}", key):
+        return "has no key of letters, digits, _, + and -"
+    return f"{key}: {explain(error)}"
 
 
 @functools.lru_cache
@@ -150,11 +228,6 @@ def _damaged(file: BinaryIO, shard: Shard, row: int, meta: PatchMeta | None, rol
     return DataError(f"{name_with_copy(shard.path, file)}, row {row}, {key}{role}: {reason}: {REBUILD}")
 
 
-def member_name(meta: PatchMeta, role: str, shard: Shard) -> str:
-    """The file name of a sample's member."""
-    return f"{meta.key}.json" if role == "json" else f"{meta.key}.{role}.{shard.extensions[role]}"
-
-
 def _wrong_header(header: memoryview, name: str, length: int) -> str:
     """What is wrong with a member's tar header, or nothing."""
     if header[156] != ord("0"):
@@ -166,67 +239,3 @@ def _wrong_header(header: memoryview, name: str, length: int) -> str:
     if header[124:136] != b"%011o\0" % length:
         return "its tar header states another length than the index"
     return ""
-
-
-def read_member(fd: int, entry: np.void, what: str) -> bytes:
-    """Read one member of an open tar at its `INDEX` entry, from any thread, and check its crc32.
-
-    `what` names shard and key in the `DataError` for a short read or another checksum.
-    """
-    length = int(entry["length"])
-    try:
-        content = os.pread(fd, length, int(entry["offset"]))
-    except (OSError, OverflowError) as error:
-        raise DataError(f"{what}: cannot be read ({error}): {REBUILD}") from error
-    if len(content) != length:
-        raise DataError(f"{what}: the file ends after {len(content)} of {length} bytes: {REBUILD}")
-    if crc32(content) != entry["crc32"]:
-        raise DataError(f"{what}: its crc32 is not the index's, so the shard is damaged: {REBUILD}")
-    return content
-
-
-class Written(NamedTuple):
-    """What a manifest states of a tar, and the digest of its index."""
-
-    bytes: int
-    sha256: str
-    idx_sha256: str
-
-
-def write_archive(
-    path: Location, samples: Iterable[tuple[str, Sequence[bytes]]], extensions: dict[str, str]
-) -> Written:
-    """Publish a tar at `path`, then its index beside it.
-
-    `samples`: each key with the content of each of its members; `extensions`: of each role, in their order.
-    """
-    import webdataset
-
-    suffixes = [extension if role == "json" else f"{role}.{extension}" for role, extension in extensions.items()]
-    crcs: list[int] = []
-    with publish(path) as temporary:
-        form = {"user": "lgd", "group": "lgd", "mtime": 0, "encoder": False}
-        with temporary.open("wb") as stream, webdataset.TarWriter(stream, **form) as writer:
-            for key, contents in samples:
-                for suffix, content in zip(suffixes, contents, strict=True):
-                    # One call a member: of one call's members the writer keeps the alphabetical order.
-                    writer.write({"__key__": key, suffix: content})
-                    crcs.append(crc32(content))
-        # Read back rather than computed, so that the index cannot disagree with the tar.
-        places = [(member.offset_data, member.size) for member in tar_members(temporary)]
-        size, digest = temporary.stat().st_size, sha256(temporary)
-    rows = [(*place, crc) for place, crc in zip(places, crcs, strict=True)]
-    index = np.array(rows, dtype=INDEX).reshape(-1, len(extensions))
-    with publish(path.with_suffix(".idx")) as temporary:
-        with temporary.open("wb") as stream:
-            np.save(stream, index, allow_pickle=False)
-        return Written(size, digest, sha256(temporary))
-
-
-def tar_members(path: Path) -> list[tarfile.TarInfo]:
-    """Headers of a tar's members, in order; `DataError` when it is no tar."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return tar.getmembers()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{path}: is no readable tar ({error}): {REBUILD}") from error

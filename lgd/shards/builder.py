@@ -4,105 +4,84 @@
 
     OUT/{split}-{000000}.tar   KEY.json, KEY.he.EXT, KEY.ihc.EXT of each sample, contiguous
     OUT/{split}-{000000}.idx   offset, length and crc32 of every member
-    OUT/patches.npy            what must not lie on two sides of a split (`lgd.shards.patches`)
+    OUT/patches.npy            what must not lie on two sides of a split (`lgd.shards.manifest.PATCHES`)
     OUT/rejected.csv           what `--on-bad skip` left out
     OUT/manifest.json          what, from where, how many, digests; written last
 
-A killed build goes on where it stopped (`lgd.shards.building`). Pairs may lie behind urls, and so may OUT.
+A killed build goes on where it stopped (`lgd.shards.writer`), and nothing but these files is left at the end. Pairs may
+lie behind urls, and so may OUT. One build at a time works in a local folder (`lgd.io.locks`). A url has no lock: there
+the first .building.json stays, where the store can do that, and a build that finds another one stops.
 """
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ParamSpec
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import ParamSpec, Protocol, TypeVar
+
+import numpy as np
 
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
 from lgd.io.digests import digest_of
-from lgd.io.files import exists, write_bytes
-from lgd.io.location import Location, as_location
-from lgd.io.locks import exclusive
+from lgd.io.files import exists, list_folder, peek_kind, try_writing, write_bytes
+from lgd.io.location import Location, as_location, as_output_location
+from lgd.io.locks import LOCK, exclusive
 from lgd.ray_jobs.cluster import restore_connection
 from lgd.ray_jobs.mapping import map_with
-from lgd.shards.archive import write_archive
-from lgd.shards.building import (
-    Building,
-    begin,
-    describe_split,
-    finish,
-    has_entry,
-    open_target,
-    read_entry,
-    require_marker,
-    reused,
-    split_samples,
-    write_entry,
-    write_rejected,
-)
-from lgd.shards.duplicates import leave_out_duplicates, refuse_spellings
 from lgd.shards.image import codecs
-from lgd.shards.layouts import Problem
-from lgd.shards.manifest import (
-    HER2,
-    Entry,
-    Extensions,
-    File,
-    Manifest,
-    Options,
-    Sources,
-)
-from lgd.shards.options import Encoding, ShardOptions
-from lgd.shards.pairs import find_pairs
-from lgd.shards.patches import FILE, as_patches
-from lgd.shards.sources import (
+from lgd.shards.layouts import Problem, write_problems
+from lgd.shards.manifest import HER2, PATCHES, Extensions, File, Manifest, Options, Sources, patch_entry
+from lgd.shards.options import SPLITS, ShardOptions, describe_split, list_caveats, make_samples
+from lgd.shards.pairs import Source, find_pairs, leave_out_duplicates, refuse_spellings
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.writer import (
+    FILE,
+    LEFTOVER,
+    MARKER,
+    Building,
     CheckJob,
-    Sample,
-    Source,
-    assign,
-    caveats,
+    ShardJob,
+    begin,
     check_chunk,
-    hide_levels,
-    members,
-    same_types,
+    entry_path,
+    finish,
+    require_marker,
+    write_shard,
 )
-from lgd.shards.split import parse_split
 
 # Pairs that a worker checks at a time.
 _CHUNK = 64
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardJob:
-    """All that decides one shard's bytes, and how it is made."""
-
-    path: Location
-    samples: tuple[Sample, ...]
-    encoding: Encoding
-    extensions: dict[str, str]
-    mpp: float | None
-    threads: int
-    building: str
-    """Digest of the build that it is of."""
-    left: bool
-    """Whether an interrupted build left it, with its entry."""
+Job = TypeVar("Job", CheckJob, ShardJob)
+Result = TypeVar("Result")
+Fields = ParamSpec("Fields")
 
 
-MapJobs = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+class MapJobs(Protocol):
+    """Applies a function to every job, in any order and in any process."""
+
+    def __call__(self, function: Callable[[Job], Result], jobs: Sequence[Job], /) -> Iterable[Result]:
+        """The results as they come."""
 
 
 def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> tuple[Manifest, bool]:
     """Build a shard set; returns its manifest, and whether it was built now rather than found in OUT.
 
-    `map_jobs(function, jobs)` applies a function to every job, in any order and in any process; by default here, or by
-    the workers of Ray that `options` ask for. Raises `DataError` with the full list of unusable pairs, or for an OUT
-    that holds something else, and `ConfigError` for a split that these pairs do not have; while another process builds
-    in a local OUT, `TakenError` says so.
+    Jobs run here, or in the workers of Ray that `options` ask for, or by `map_jobs`. Raises `DataError` with the full
+    list of unusable pairs, or for an OUT that holds something else, and `ConfigError` for a split that these pairs do
+    not have; while another process builds in a local OUT, `TakenError` says so.
     """
-    out = open_target(options.out)
+
+    def map_in_workers(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterable[Result]:
+        if not options.workers:
+            return map(function, jobs)
+        return map_with(lambda: function, jobs, workers=options.workers, option_name="--workers", use_gpus=False)
+
+    out = _open_target(options.out)
     # A finished set is only read, and may lie where nothing can be written.
     finished = exists(out / "manifest.json")
     with contextlib.ExitStack() as stack:
@@ -110,33 +89,46 @@ def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> tuple[Manif
             stack.enter_context(exclusive(out, "building shards"))
         if options.workers:
             stack.enter_context(restore_connection())
-        return _build(options, map_jobs or functools.partial(_map_with_workers, options.workers), out, finished)
-
-
-def _map_with_workers(workers: int, function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
-    return map_with(lambda: function, jobs, workers=workers, option_name="--workers", use_gpus=False)
+        return _build(options, map_jobs or map_in_workers, out, finished)
 
 
 def _build(options: ShardOptions, map_jobs: MapJobs, out: Location, finished: bool) -> tuple[Manifest, bool]:
-    sources, problems = _usable(options, map_jobs)
-    rule = parse_split(options.split)
-    samples = hide_levels(assign(sources, rule, options.salt, options.tile), options.labelled, options.salt)
-    kept = options.encoding.extension
-    he, ihc = (kept, kept) if kept else same_types(sources)
-    extensions = Extensions.from_json({"hes": None, "he": he, "ihc": ihc})
+    sources, problems = _check_pairs(options, map_jobs)
+    samples = make_samples(sources, options)
+    extensions = _choose_extensions(options, sources)
     recipe = _recipe(options, sources, len(problems))
     if finished or exists(out / "manifest.json"):
-        return reused(out, recipe), False
+        return _reuse(out, recipe), False
     names = begin(out, recipe)
     if problems:
-        write_rejected(out, problems)
+        write_problems(out / "rejected.csv", problems)
 
-    of_split = split_samples(samples)
-    jobs = _jobs(options, of_split, extensions, out, names, recipe.digest)
-    what = "build tiles" if options.tile else "build pairs"
-    entries = list(_with_progress(what, write_shard, jobs, len(samples), map_jobs))
-    patches = as_patches([sample for some in of_split.values() for sample in some])
-    write_bytes(out / FILE, patches)
+    present = sorted({sample.split for sample in samples}, key=lambda name: (*SPLITS, name).index(name))
+    of_split = {name: [sample for sample in samples if sample.split == name] for name in present}
+    jobs = [
+        ShardJob(
+            path=path,
+            samples=tuple(some[start : start + options.shard_size]),
+            options=options,
+            extensions=extensions,
+            building=recipe.digest,
+            left={path.name, path.with_suffix(".idx").name, entry_path(path).name} <= names,
+        )
+        for name, some in of_split.items()
+        for start in range(0, len(some), options.shard_size)
+        for path in (out / f"{name}-{start // options.shard_size:06d}.tar",)
+    ]
+    entries = []
+    with progress(len(samples), "build", "tiles" if options.tile else "pairs") as bar:
+        for entry in map_jobs(write_shard, jobs):
+            entries.append(entry)
+            bar.update(entry.samples)
+    stream, in_order = io.BytesIO(), (sample for some in of_split.values() for sample in some)
+    rows = [patch_entry(*sample.source.sha256, sample.source.pair.group) for sample in in_order]
+    np.save(stream, np.array(rows, PATCHES), allow_pickle=False)
+    patches = stream.getvalue()
+    write_bytes(out / "patches.npy", patches)
+    root = as_location(options.root)
     manifest = Manifest(
         layout=options.layout,
         options=recipe.options,
@@ -146,18 +138,15 @@ def _build(options: ShardOptions, map_jobs: MapJobs, out: Location, finished: bo
         extensions=extensions,
         patches=File(bytes=len(patches), sha256=hashlib.sha256(patches).hexdigest()),
         # `lgd synth` leaves this file; reports of virtual tissue must say that it is not tissue.
-        virtual=_is_virtual(options),
+        virtual=root.suffix.lower() != ".csv" and exists(root / "synth.json"),
         may_leak=any(source.pair.slide is None for source in sources),
-        caveats=tuple(caveats(samples, rule)),
+        caveats=tuple(list_caveats(samples, options.rule)),
         splits={name: describe_split(options, name, some, entries) for name, some in of_split.items()},
     )
     require_marker(out, recipe.digest)
     manifest.write(out / "manifest.json")
     finish(out)
     return manifest, True
-
-
-Fields = ParamSpec("Fields")
 
 
 def _take_fields(kind: Callable[Fields, ShardOptions]) -> Callable[Fields, Manifest]:
@@ -189,75 +178,44 @@ def _take_fields(kind: Callable[Fields, ShardOptions]) -> Callable[Fields, Manif
 build_shards = _take_fields(ShardOptions)
 
 
-def _is_virtual(options: ShardOptions) -> bool:
-    root = as_location(options.root)
-    return root.suffix.lower() != ".csv" and exists(root / "synth.json")
-
-
-def _with_progress(
-    what: str, function: Callable[[Any], Any], jobs: Sequence[Any], total: int, map_jobs: MapJobs
-) -> Iterator[Any]:
-    """The result of every job, as it comes, behind a bar that counts pairs or tiles."""
-    does, unit = what.split()
-    with progress(total, does, unit) as bar:
-        for result in map_jobs(function, jobs):
-            bar.update(result.samples if isinstance(result, Entry) else len(result[1]))
-            yield result
-
-
-def _jobs(
-    options: ShardOptions,
-    of_split: dict[str, list[Sample]],
-    extensions: Extensions,
-    out: Location,
-    names: set[str],
-    building: str,
-) -> list[ShardJob]:
-    """One job a shard; `names` lie in OUT."""
-    jobs = []
-    for name, samples in of_split.items():
-        for start in range(0, len(samples), options.shard_size):
-            path = out / f"{name}-{start // options.shard_size:06d}.tar"
-            job = ShardJob(
-                path=path,
-                samples=tuple(samples[start : start + options.shard_size]),
-                encoding=options.encoding,
-                extensions=extensions.by_role(),
-                mpp=options.known_mpp,
-                threads=options.threads,
-                building=building,
-                left=has_entry(path, names),
-            )
-            jobs.append(job)
-    return jobs
-
-
-def _usable(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], list[Problem]]:
+def _check_pairs(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], list[Problem]]:
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
     pairs, problems = find_pairs(options.layout, as_location(options.root).absolute(), options.slides or None)
     refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
     jobs = [
-        CheckJob(
-            start=start,
-            pairs=tuple(pairs[start : start + _CHUNK]),
-            tile=options.tile,
-            reencode=options.encoding.extension is not None,
-            threads=options.threads,
-        )
+        CheckJob(start=start, pairs=tuple(pairs[start : start + _CHUNK]), options=options)
         for start in range(0, len(pairs), _CHUNK)
     ]
-    checked = sorted(
-        _with_progress("check pairs", check_chunk, jobs, len(pairs), map_jobs), key=lambda result: result[0]
-    )
-    sources = [entry for _, found in checked for entry in found if isinstance(entry, Source)]
-    more = [entry for _, found in checked for entry in found if isinstance(entry, Problem)]
-    sources, shared = leave_out_duplicates(sources, parse_split(options.split))
-    problems = sorted(problems + more + shared, key=Problem.order)
+    checked: dict[int, list[Source | Problem]] = {}
+    with progress(len(pairs), "check", "pairs") as bar:
+        for start, found in map_jobs(check_chunk, jobs):
+            checked[start] = found
+            bar.update(len(found))
+    entries = [entry for start in sorted(checked) for entry in checked[start]]
+    problems += [entry for entry in entries if isinstance(entry, Problem)]
+    sources = [entry for entry in entries if isinstance(entry, Source)]
+    sources, shared = leave_out_duplicates(sources, options.rule.keep)
+    problems = sorted(problems + shared, key=Problem.order)
     if problems and (options.on_bad == "stop" or not sources):
         lines = [f"  {problem.name}: {problem.reason}" for problem in problems]
         remedy = "leave them out with --on-bad skip" if sources else "no pair is left"
         raise DataError(f"{options.root}: {len(problems)} problems, {remedy}:", *lines)
     return sources, problems
+
+
+def _choose_extensions(options: ShardOptions, sources: Sequence[Source]) -> Extensions:
+    """The one type of all H&E and of all IHC images; `DataError` names two files that differ."""
+    kept, first = options.encoding.extension, sources[0]
+    he, ihc = (kept, kept) if kept else first.extensions
+    for source in sources if not kept else ():
+        names = zip(source.pair.names, first.pair.names, strict=True)
+        for (name, other), mine, theirs in zip(names, source.extensions, first.extensions, strict=True):
+            if mine != theirs:
+                raise DataError(
+                    f"{other} holds {theirs} and {name} holds {mine}, but a shard set keeps one type a "
+                    "stain: use --image png or --image jpeg:95 to re-encode them all"
+                )
+    return Extensions.from_json({"hes": None, "he": he, "ihc": ihc})
 
 
 def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> Building:
@@ -276,24 +234,38 @@ def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> 
     )
 
 
-def write_shard(job: ShardJob) -> Entry:
-    """Write one tar and its index, unless this build left both before it was interrupted; return its manifest entry.
+def _open_target(text: str | Location) -> Location:
+    """OUT as a path or a url that can be written to; `DataError` where something else lies there.
 
-    The entry is published last.
+    Nothing of the user's is ever overwritten.
     """
-    entry = read_entry(job.path, job.building) if job.left else None
-    if entry:
-        return entry
-    written = write_archive(job.path, _contents(job), job.extensions)
-    entry = Entry(file=job.path.name, samples=len(job.samples), **written._asdict())
-    write_entry(job.path, job.building, entry)
-    return entry
+    out = as_output_location(text, "--out").absolute()
+    if peek_kind(out, "folder") not in ("folder", None):
+        raise DataError(f"{out} is no folder: give --out an empty or new one")
+    names = [name for name in list_folder(out) if name != LOCK and not LEFTOVER.fullmatch(name)]
+    foreign = [name for name in names if not re.fullmatch(FILE, name)]
+    if not foreign and not {"manifest.json", MARKER} & set(names):
+        foreign = names
+    if foreign:
+        raise DataError(
+            f"{out} already holds something else ({', '.join(foreign[:3])}): give --out an empty or new one"
+        )
+    try_writing(out / ".manifest.json.0.tmp")
+    return out
 
 
-def _contents(job: ShardJob) -> Iterator[tuple[str, list[bytes]]]:
-    """The key and the members of each sample."""
-    made = members(job.samples, job.encoding, job.mpp, job.threads)
-    for sample, contents in zip(job.samples, made, strict=True):
-        yield sample.key, contents
-    # Before the tar appears: a worker may outlive its command.
-    require_marker(job.path.parent, job.building)
+def _reuse(out: Location, recipe: Building) -> Manifest:
+    """The manifest of a finished OUT, if it is of this set; versions of codecs may have moved on since."""
+    manifest = ShardFolder.open(out).manifest
+    differing = [name for name in ("layout", "options", "sources") if getattr(manifest, name) != getattr(recipe, name)]
+    if differing:
+        raise DataError(
+            f"{out} already holds another shard set (other {', '.join(differing)}): remove it, or "
+            "give --out another folder"
+        )
+    finish(out)
+    # What a build that was killed at its very end has left; a build that is alive keeps it.
+    if LOCK in list_folder(out):
+        with contextlib.suppress(DataError, OSError), exclusive(out, "reusing shards"):
+            pass
+    return manifest

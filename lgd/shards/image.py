@@ -242,6 +242,18 @@ def check(content: bytes, name: str) -> Header:
     return found
 
 
+def check_upright(content: bytes, name: str, turns: bool) -> Header:
+    """`check` an image; its type, and its size when it is upright. It must be stored upright, unless one `turns` it."""
+    found = check(content, name)
+    orientation = read_orientation(content, found.extension)
+    if orientation != 1 and not turns:
+        raise DataError(
+            f"{name}: has EXIF orientation {orientation}: viewers show it {ORIENTATIONS[orientation]}, but training "
+            "reads the pixels as they are stored: use --image png or --image jpeg:95, which turn them"
+        )
+    return found._replace(width=found.height, height=found.width) if orientation >= 5 else found
+
+
 def encode(pixels: np.ndarray, extension: str, quality: int = 95) -> bytes:
     """Encode (height, width, 3) uint8 RGB pixels as `png`, or as `jpg` of the given quality.
 

@@ -10,27 +10,23 @@ paired comes back as a `Problem`. A layout of another package is named `python:p
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from lgd.base.errors import ConfigError, DataError, require
 from lgd.base.extensions import FORM, is_python, load_object
 from lgd.config import LEVEL_NAMES
-from lgd.io.files import Kind, list_folder, peek_kind
+from lgd.io.files import Kind, list_folder, peek_kind, publish
 from lgd.io.location import Location
-from lgd.io.tables import read_csv
-from lgd.shards.meta import Origin
+from lgd.io.tables import read_csv, write_csv
+from lgd.shards.manifest import NOWHERE, Origin
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 _TEXTS = ("marker", "center", "scanner", "ihc_slide")
 _NUMBERS = ("alignment", "x", "y", "side", "ihc_x", "ihc_y", "ihc_side")
 _SPLIT = re.compile("[A-Za-z0-9_]+")
 _COLUMNS = ("he", "ihc", "key", "label", "level", "slide", "split", "mpp", *_TEXTS, *_NUMBERS)
-
-
-NOWHERE = Origin.from_json(dict.fromkeys(Origin.model_fields))
-"""Of a pair of which nothing more is known."""
 
 
 class Problem(NamedTuple):
@@ -44,9 +40,20 @@ class Problem(NamedTuple):
     he: str = ""
     ihc: str = ""
 
-    def order(self) -> tuple[Any, ...]:
+    def order(self) -> tuple[int | str, ...]:
         """To sort by: by name, with row 9 before row 10."""
         return (*(int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", self.name)), *self)
+
+
+def write_problems(path: Location, problems: Sequence[Problem]) -> None:
+    """Publish a CSV of what was left out, and why."""
+    with publish(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        rows = []
+        for problem in problems:
+            where = problem.he or problem.ihc
+            reason = problem.reason if where == problem.name else f"{problem.name}: {problem.reason}"
+            rows.append([problem.key, problem.he, problem.ihc, reason])
+        write_csv(stream, ["key", "he", "ihc", "reason"], rows)
 
 
 class Candidate(NamedTuple):
@@ -115,13 +122,13 @@ class Bci(Layout):
                 if isinstance(entry, Problem):
                     yield entry
                     continue
-                stem, he, ihc = entry
-                level = stem.rpartition("_")[2]
-                if level not in LEVEL_NAMES:
-                    reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
-                    yield Problem(he, reason, "", he, ihc)
+                level = entry.stem.rpartition("_")[2]
+                if level in LEVEL_NAMES:
+                    yield entry._replace(label=LEVEL_NAMES.index(level), split=split)
                     continue
-                yield Candidate(stem, root / he, root / ihc, LEVEL_NAMES.index(level), split=split)
+                he, ihc = f"HE/{split}/{entry.he.name}", f"IHC/{split}/{entry.ihc.name}"
+                reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
+                yield Problem(he, reason, "", he, ihc)
 
 
 class Mist(Layout):
@@ -133,12 +140,10 @@ class Mist(Layout):
     def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         for folder, split in {"train": "train", "val": "test", "test": "test"}.items():
             for entry in _match(root, f"{folder}A", f"{folder}B"):
-                if isinstance(entry, Problem):
-                    yield entry
-                    continue
-                stem, he, ihc = entry
-                slide = re.fullmatch(r"(.+)_\d+_\d+", stem)
-                yield Candidate(stem, root / he, root / ihc, None, slide=slide[1] if slide else None, split=split)
+                if isinstance(entry, Candidate):
+                    slide = re.fullmatch(r"(.+)_\d+_\d+", entry.stem)
+                    entry = entry._replace(slide=slide[1] if slide else None, split=split)
+                yield entry
 
 
 class Csv(Layout):
@@ -188,8 +193,8 @@ def _is_hidden_or_image(name: str) -> bool:
     return name.startswith(".") or PurePosixPath(name).suffix.lower() in _SUFFIXES
 
 
-def _match(root: Location, he: str, ihc: str) -> Iterator[tuple[str, str, str] | Problem]:
-    """Pair the patches of two folders by stem: stem, H&E and IHC, relative to the root."""
+def _match(root: Location, he: str, ihc: str) -> Iterator[Candidate | Problem]:
+    """Pair the patches of two folders by stem."""
     listed = {folder: list_folder(root / folder) for folder in (he, ihc)}
     he_patches, ihc_patches = _patches(listed[he]), _patches(listed[ihc])
     for stem in sorted(he_patches.keys() | ihc_patches.keys()):
@@ -208,7 +213,7 @@ def _match(root: Location, he: str, ihc: str) -> Iterator[tuple[str, str, str] |
         elif len(names) > 2:
             yield Problem(names[0], f"its pair is ambiguous ({', '.join(names)}): keep one a stain")
         else:
-            yield stem, names[0], names[1]
+            yield Candidate(stem, root / names[0], root / names[1], label=None)
 
 
 def _patches(listed: dict[str, Kind]) -> dict[str, list[str]]:
@@ -259,7 +264,7 @@ def _parse_label(row: dict[str, str]) -> int | None:
 
 
 def _parse_origin(row: dict[str, str]) -> Origin:
-    fields: dict[str, Any] = {name: row.get(name) or None for name in _TEXTS}
+    fields: dict[str, str | float | None] = {name: row.get(name) or None for name in _TEXTS}
     for name in _NUMBERS:
         try:
             fields[name] = float(row[name]) if row.get(name) else None

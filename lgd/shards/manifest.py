@@ -1,22 +1,101 @@
-"""manifest.json: what a shard set holds, from where, how many, and the digests of its files; it is not trusted."""
+"""What a shard set says of itself: KEY.json of each pair, and manifest.json and patches.npy of all. None is trusted.
 
+KEY.json has no digest of its own: the index has its crc32, and the manifest the digests of tar and index.
+"""
+
+import decimal
+import hashlib
+import re
+import unicodedata
 from typing import Annotated, ClassVar, Literal, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from lgd.base.records import Count, Line, Many, Record, Sha256
 from lgd.config import LEVEL_NAMES
 from lgd.io.documents import Document
-from lgd.io.location import Location
-from lgd.shards.archive import Shard
-from lgd.shards.index import REBUILD, ROLES
-from lgd.shards.meta import Mpp, Pixels, Text, Word
 
-FORMAT = "lgd-shards/2"
+ROLES = ("json", "hes", "he", "ihc")
+"""All members that a sample may have, in their order: a reader of the H&E stops before the IHC."""
+REBUILD = "fetch it again, or build the set again into an empty folder"
 UNKNOWN = "unknown"
 """Where the samples without a label are counted; and the `--mpp` of who knows that there is none."""
 
-_BLOCK = 512
+Word = Annotated[str, Field(pattern="^[A-Za-z0-9_]{1,64}$")]
+"""The name of a split."""
+Key = Annotated[str, Field(pattern="^[A-Za-z0-9_+-]{1,90}$")]
+Mpp = Annotated[float, Field(gt=0, lt=100)]
+"""Micrometres per pixel."""
+Pixels = Annotated[int, Field(ge=1, lt=2**31)]
+Text = Annotated[Line, Field(min_length=1)]
+
+
+class Digests(Record):
+    """SHA-256 of something of each image."""
+
+    he: Sha256 | None
+    ihc: Sha256 | None
+
+
+class Origin(Record):
+    """Where a pair comes from, as far as it is known.
+
+    Places are in pixels of level 0 of the slide, at the patch's upper left corner.
+    """
+
+    marker: Text | None
+    """What the second image is stained for, such as HER2."""
+    center: Text | None
+    scanner: Text | None
+    alignment: float | None
+    """How well the two images show the same field: standard deviations above that of displaced ones."""
+    x: float | None
+    """Place of the patch on the H&E slide."""
+    y: float | None
+    side: float | None
+    ihc_slide: Text | None
+    ihc_x: float | None
+    ihc_y: float | None
+    ihc_side: float | None
+
+
+PATCHES = np.dtype([("he", "<u8"), ("ihc", "<u8"), ("group", "<u8")])
+"""Type of an entry of patches.npy: what must not lie on two sides of a split, of every sample, in the order of the
+shards. It has the first 64 bits of the SHA-256 of the file that the H&E was, of the IHC's (0 where there is none), and
+of the group's `canonical_group`."""
+
+NOWHERE = Origin.from_json(dict.fromkeys(Origin.model_fields))
+"""Of a pair of which nothing more is known."""
+
+
+class PatchMeta(Origin):
+    """What KEY.json says: these facts, and those of its `Origin`."""
+
+    key: Key
+    """Unique in the set."""
+    label: int | float | None
+    """Number of a class of the set's target, or the value of a numeric one; None where unknown."""
+    slide: Text | None
+    group: Text
+    """The slide, else the source patch: never on two sides of a split; shared by all tiles of a patch."""
+    split: Word
+    source: Line
+    """The H&E file, relative to the root."""
+    width: Pixels
+    """Of both images, in pixels."""
+    height: Pixels
+    mpp: Mpp | None
+    icc: Digests
+    """Digests of the colour profiles that the source images carry."""
+    sha256: Digests
+    """Digests of the members."""
+
+    @model_validator(mode="after")
+    def _check_group(self) -> Self:
+        if self.slide is not None and self.group != self.slide:
+            raise ValueError(f"fields slide and group are {self.slide!r:.80} and {self.group!r:.80}")
+        return self
 
 
 class Target(Record):
@@ -89,7 +168,7 @@ class Entry(Record):
     @model_validator(mode="after")
     def _check_size(self) -> Self:
         # The least sample has two headers.
-        if self.samples > self.bytes // (2 * _BLOCK):
+        if self.samples > self.bytes // (2 * 512):
             raise ValueError(f"{self.samples} samples in {self.bytes} bytes of {self.file!r:.80}")
         return self
 
@@ -124,7 +203,7 @@ class File(Record):
 class Manifest(Document):
     """What `lgd build-shards` states of a set."""
 
-    FORMAT: ClassVar[str] = FORMAT
+    FORMAT: ClassVar[str] = "lgd-shards/2"
     ABSENT: ClassVar[str] = "it is no finished shard set; run lgd build-shards"
     REMEDY: ClassVar[str] = REBUILD
 
@@ -135,7 +214,7 @@ class Manifest(Document):
     target: Target
     extensions: Extensions
     patches: File
-    """`lgd.shards.patches`."""
+    """patches.npy, of `PATCHES`."""
     virtual: bool
     """Whether the tissue was drawn by a program."""
     may_leak: bool
@@ -162,21 +241,51 @@ class Manifest(Document):
                 raise ValueError(f"split {name} counts the labels {', '.join(map(repr, split.labels))[:200]}")
         return self
 
-    def shards(self, folder: Location) -> list[Shard]:
-        """The shards, which lie in `folder`, in the order of the manifest."""
-        extensions = self.extensions.by_role()
-        return [
-            Shard(
-                path=folder / entry.file,
-                name=entry.file.removesuffix(".tar"),
-                split=name,
-                samples=entry.samples,
-                bytes=entry.bytes,
-                sha256=entry.sha256,
-                idx_sha256=entry.idx_sha256,
-                extensions=extensions,
-                labels=len(self.target.classes),
-            )
-            for name, split in self.splits.items()
-            for entry in split.shards
-        ]
+
+def patch_entry(he: str | None, ihc: str | None, group: str) -> tuple[int, int, int]:
+    """An entry of patches.npy, from the SHA-256 of the image files and the group."""
+    digests = (
+        bytes.fromhex(he or ""),
+        bytes.fromhex(ihc or ""),
+        hashlib.sha256(canonical_group(group).encode()).digest(),
+    )
+    first, second, third = (int.from_bytes(digest[:8], "little") for digest in digests)
+    return first, second, third
+
+
+def canonical_group(name: str) -> str:
+    """The form in which all spellings of one slide's name are equal; never empty.
+
+    They may differ in case, in blanks and characters that are not seen, in Unicode's composition and width of letters,
+    in zeros before a number (S-7, S-07), and where the whole name is a number also in its form, as spreadsheets change
+    it (7, 007, 7.0, 7,0, 1.2E+07). Other letters and other numbers stay different: 1 and 10, 7.1 and 7.10.
+    """
+    text = _respell(name)
+    # Folding can make letters that fold once more.
+    while (again := _respell(text)) != text:
+        text = again
+    return text or name
+
+
+def _respell(text: str) -> str:
+    if text.isascii():
+        text = text.lower()
+    else:
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+        text = re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
+    # Between two numbers a blank separates them.
+    text = re.sub(r"(?<!\d) | (?!\d)", "", " ".join(text.split()))
+    if number := re.fullmatch(r"(\d+)[.,]0*", text):
+        text = number[1]
+    elif re.fullmatch(r"\d([.,]\d+)?e\+\d\d", text):
+        value = decimal.Decimal(text.replace(",", "."))
+        text = f"{value:f}" if value == value.to_integral_value() else text
+    return re.sub(r"\d+(?:[.,]\d+)*", _without_zeros, text)
+
+
+def _without_zeros(number: re.Match[str]) -> str:
+    """A number without the zeros before it; what follows a single point is a fraction, in which zeros count."""
+    parts = re.split("[.,]", number[0])
+    count = 1 if len(parts) == 2 else len(parts)
+    return ".".join([part.lstrip("0") or "0" for part in parts[:count]] + parts[count:])

@@ -1,26 +1,37 @@
-"""What `lgd build-shards` is asked for, and how it stores images."""
+"""What `lgd build-shards` is asked for, and the samples that follow: tiles of pairs, each on one side of the split.
 
+A group (the slide, else the source patch) never lies on two sides: leakage lives or dies here. It goes to a side by a
+hash of its name alone, and stays there whatever else the data set gains or loses.
+"""
+
+import collections
+import hashlib
+import itertools
+import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from lgd.base.errors import require
+from lgd.base.errors import ConfigError, DataError, require
+from lgd.config import LEVEL_NAMES
+from lgd.io.digests import digest_of
 from lgd.io.location import waits_for_network
 from lgd.shards.layouts import check_layout
-from lgd.shards.split import parse_split
+from lgd.shards.manifest import HER2, UNKNOWN, Entry, Shape, Split
+from lgd.shards.pairs import Source
+
+SPLITS = ("train", "val", "test")
 
 # A remote answers each request late, but many at once.
 _REMOTE_THREADS = 16
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Encoding:
+class Encoding(NamedTuple):
     """How images are stored."""
 
-    tile: int
-    """Side of the tiles, in pixels; 0 for whole patches."""
     extension: str | None
     """Type to encode to; None keeps the original bytes."""
     quality: int
@@ -34,8 +45,42 @@ class Encoding:
         require(1 <= quality <= 100, f"--image {image}: use keep, png or jpeg:95 (a quality from 1 to 100)")
         assert form is not None
         if form[3]:
-            return cls(tile=tile, extension="jpg", quality=quality)
-        return cls(tile=tile, extension="png" if form[2] or tile else None, quality=0)
+            return cls("jpg", quality)
+        return cls("png" if form[2] or tile else None, 0)
+
+
+class SplitRule(NamedTuple):
+    """A parsed `--split`."""
+
+    keep: bool
+    """The published split stays; the shares then only divide its `train`."""
+    shares: dict[str, float]
+    """Share of each split, adding up to 1; empty where nothing is to be drawn."""
+
+    @classmethod
+    def parse(cls, text: str) -> "SplitRule":
+        """Parse `keep`, `keep:VAL` (a share of train, by group) or `group:TRAIN,VAL,TEST`.
+
+        Raises `ConfigError` that names `--split`.
+        """
+        kind, colon, numbers = text.partition(":")
+        usage = f"--split {text}: use keep, keep:0.1 (validation share of train) or group:0.8,0.1,0.1"
+        if kind not in ("keep", "group") or (kind == "group") > bool(colon):
+            raise ConfigError(usage)
+        if not colon:
+            return cls(True, {})
+        try:
+            shares = [float(number) for number in numbers.split(",")]
+        except ValueError as error:
+            raise ConfigError(usage) from error
+        require(all(0 <= share <= 1 for share in shares), f"{usage}; a share lies between 0 and 1")
+        if kind == "keep":
+            require(len(shares) == 1 and 0 < shares[0] < 1, f"{usage}; keep takes one share between 0 and 1")
+            return cls(True, {"train": 1 - shares[0], "val": shares[0]})
+        require(len(shares) == len(SPLITS), f"{usage}; group takes three shares: train, val, test")
+        total = sum(shares)
+        require(math.isclose(total, 1, abs_tol=1e-9), f"{usage}; the shares add up to {total:g}, not to 1")
+        return cls(False, dict(zip(SPLITS, shares, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +116,7 @@ class ShardOptions:
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
-        parse_split(self.split)
+        SplitRule.parse(self.split)
         require(self.shard_size >= 1, f"--shard-size {self.shard_size}: use at least 1")
         require(self.tile >= 0, f"--tile {self.tile}: use 0 for whole patches, or the tile's side")
         require(self.labelled >= 0, f"--labelled {self.labelled}: use 0 (all) or more")
@@ -79,6 +124,11 @@ class ShardOptions:
         Encoding.parse(self.image, self.tile)
         good = self.known_mpp is None or 0 < self.known_mpp < 100
         require(good, f"--mpp {self.mpp}: use micrometres, such as 0.46")
+
+    @property
+    def rule(self) -> SplitRule:
+        """How samples are split."""
+        return SplitRule.parse(self.split)
 
     @property
     def encoding(self) -> Encoding:
@@ -95,3 +145,140 @@ class ShardOptions:
         """Threads of each process; a worker of Ray has about one CPU, and reads while it encodes."""
         local = 2 if self.workers else os.cpu_count() or 1
         return max(local, _REMOTE_THREADS) if waits_for_network(self.root) else local
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A whole source, or one tile of it, with its place in the set."""
+
+    key: str
+    source: Source
+    split: str
+    row: int = 0
+    column: int = 0
+
+
+def assign(group: str, shares: dict[str, float], salt: str = "") -> str:
+    """The split of a group: a point in [0, 1) from the SHA-256 of salt and name, against the summed shares.
+
+    A split of share 0 gets nothing. Another `salt` draws another split.
+    """
+    # The length keeps ("a", "bc") and ("ab", "c") apart.
+    digest = hashlib.sha256(f"{len(salt)}:{salt}{group}".encode()).digest()
+    # 53 bits, so that the quotient is exact and stays below 1.
+    point = (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+    drawn = [(name, share) for name, share in shares.items() if share > 0]
+    above = 0.0
+    for name, share in drawn:
+        above += share
+        if point < above:
+            return name
+    # Only rounding of the sum leads here.
+    return drawn[-1][0]
+
+
+def split_of(rule: SplitRule, group: str, published: str | None, salt: str = "") -> str | None:
+    """The split of a sample under a rule; None where the rule keeps a split that was never published."""
+    if rule.keep and (published != "train" or not rule.shares):
+        return published
+    return assign(group, rule.shares, salt)
+
+
+def make_samples(sources: Sequence[Source], options: ShardOptions) -> list[Sample]:
+    """Give every source its split and cut it into tiles; sorted by key.
+
+    Raises `ConfigError` that names `--split` where there is nothing to keep, and `DataError` where it would
+    put one slide on two sides.
+    """
+    rule, tile = options.rule, options.tile
+    samples = []
+    for source in sources:
+        pair = source.pair
+        split = split_of(rule, pair.group, pair.split, options.salt)
+        if split is None:
+            raise ConfigError(f"--split keep: {pair.source} has no published split: use --split group:0.8,0.1,0.1")
+        if rule.keep and rule.shares and pair.split == "val":
+            raise ConfigError("--split keep:SHARE would add to the published val: use --split keep")
+        if not tile:
+            samples.append(Sample(key=pair.key, source=source, split=split))
+            continue
+        for row, column in itertools.product(range(source.height // tile), range(source.width // tile)):
+            key = f"{pair.key}_y{row}_x{column}"
+            samples.append(Sample(key=key, source=source, split=split, row=row, column=column))
+    _refuse_leak(samples)
+    return _hide_levels(sorted(samples, key=lambda sample: sample.key), options.labelled, options.salt)
+
+
+def _hide_levels(samples: list[Sample], labelled: int, salt: str) -> list[Sample]:
+    """Samples of which, in train, only so many groups of each level keep their level; 0 leaves all as they are.
+
+    Which ones depends on their names and the salt alone. The level of a group is the highest of its patches. Raises
+    `ConfigError` where a level has fewer groups than that.
+    """
+    if not labelled:
+        return samples
+    level_of: dict[str, int] = {}
+    for sample in samples:
+        pair = sample.source.pair
+        if sample.split == "train" and pair.label is not None:
+            level_of[pair.group] = max(pair.label, level_of.get(pair.group, 0))
+    kept: set[str] = set()
+    for level, name in enumerate(LEVEL_NAMES):
+        groups = [group for group, highest in level_of.items() if highest == level]
+        if len(groups) < labelled:
+            raise ConfigError(f"--labelled {labelled}: train has {len(groups)} slides of level {name}: use fewer")
+        kept.update(sorted(groups, key=lambda group: digest_of([salt, "labelled", group]))[:labelled])
+    return [
+        sample
+        if sample.split != "train" or sample.source.pair.group in kept
+        else replace(sample, source=replace(sample.source, pair=replace(sample.source.pair, label=None)))
+        for sample in samples
+    ]
+
+
+def _refuse_leak(samples: Sequence[Sample]) -> None:
+    sides: dict[str, set[str]] = {}
+    for sample in samples:
+        sides.setdefault(sample.source.pair.group, set()).add(sample.split)
+    leaking = sorted(group for group, splits in sides.items() if len(splits) > 1)
+    if leaking:
+        raise DataError(
+            f"--split keep puts {len(leaking)} slides on two sides, such as {leaking[0]} in "
+            f"{' and '.join(sorted(sides[leaking[0]]))}: use --split group:0.8,0.1,0.1"
+        )
+
+
+def list_caveats(samples: Sequence[Sample], rule: SplitRule) -> list[str]:
+    """Sentences that every report on these samples must repeat."""
+    unknown = sum(sample.source.pair.slide is None for sample in samples)
+    said = []
+    if unknown:
+        said.append(
+            f"The slides of {unknown} of {len(samples)} samples are unknown: one slide may lie on both sides "
+            "of the split, and a score on it may be inflated by slides seen in training."
+        )
+    present = {sample.split for sample in samples}
+    for split, share in rule.shares.items():
+        if share > 0 and split not in present and (not rule.keep or "train" in present):
+            said.append(f"The split {split} is empty: there are too few groups for its share of {share:g}.")
+    return said
+
+
+def describe_split(options: ShardOptions, name: str, samples: Sequence[Sample], entries: Sequence[Entry]) -> Split:
+    """A split of the manifest; the shards are those of `entries`, in any order, that are of it."""
+    counts = collections.Counter(sample.source.pair.label for sample in samples)
+    tile = options.tile
+    shapes = collections.Counter(
+        (tile or source.width, tile or source.height, source.pair.mpp or options.known_mpp)
+        for source in (sample.source for sample in samples)
+    )
+    commonest = sorted(shapes.items(), key=lambda entry: (-entry[1], *entry[0][:2], entry[0][2] or 0))
+    mine = [entry for entry in entries if entry.file.rpartition("-")[0] == name]
+    return Split(
+        samples=len(samples),
+        labels={label: counts[value] for value, label in enumerate(HER2.classes)} | {UNKNOWN: counts[None]},
+        shapes=tuple(
+            Shape(width=width, height=height, mpp=mpp, samples=count) for (width, height, mpp), count in commonest
+        ),
+        shards=tuple(sorted(mine, key=lambda entry: entry.file)),
+    )

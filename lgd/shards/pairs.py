@@ -1,16 +1,32 @@
-"""What a layout gives -> `PatchPair`s: their keys, slides and names; `lgd.shards.builder` reads the contents."""
+"""What a layout gives -> the pairs that may go into a set: named, and none of them twice.
 
+A slide under two spellings, and one image under two keys or as both stains, would leak or count twice. All pairs of a
+set are looked at together for that, in memory and time that grow with their number, and in an order that does not
+depend on how they were checked.
+"""
+
+import collections
+import itertools
+import re
+import unicodedata
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lgd.base.errors import DataError
+from lgd.config import LEVEL_NAMES
 from lgd.io.files import exists, list_folder, peek_kind
 from lgd.io.location import Location, as_location, relative_name
 from lgd.io.tables import read_csv
-from lgd.shards.layouts import NOWHERE, Candidate, Problem, find_layout, is_csv, safe_key
-from lgd.shards.meta import UNPRINTABLE, Origin
+from lgd.shards.layouts import Candidate, Problem, find_layout, is_csv, safe_key
+from lgd.shards.manifest import NOWHERE, Origin, canonical_group
 
 # With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.
 _LONGEST_KEY = 72
+# Escapes for terminals, line breaks, and halves of letters that cannot be written to any file.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_STAINS = ("H&E", "IHC")
+_MOST = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,13 +44,40 @@ class PatchPair:
     label: int | None
     """Number of the class; None where unknown."""
     slide: str | None
-    group: str
-    """The slide where it is known, else the key: what must never lie on two sides of a split."""
     split: str | None
     """The published split; None where there is none."""
     mpp: float | None
     """Micrometres per pixel; None where unknown."""
     origin: Origin = NOWHERE
+
+    @property
+    def group(self) -> str:
+        """The slide where it is known, else the key: what must never lie on two sides of a split."""
+        return self.slide or self.key
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The files of the H&E and of the IHC, relative to the root."""
+        return self.source, self.ihc_source
+
+    def problem(self, reason: str, name: str = "") -> Problem:
+        """Why the pair cannot be used; `name` is the file at fault, by default the H&E."""
+        return Problem(name or self.source, reason, self.key, self.source, self.ihc_source)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A pair whose two images were read and decoded in full."""
+
+    pair: PatchPair
+    width: int
+    height: int
+    extensions: tuple[str, str]
+    """True types of the H&E and the IHC: jpg, png or webp."""
+    sha256: tuple[str, str]
+    """Digests of the H&E and the IHC file."""
+    icc: tuple[str | None, str | None]
+    """Digests of the colour profiles in them."""
 
 
 def find_pairs(
@@ -52,15 +95,11 @@ def find_pairs(
         raise DataError(f"{root} does not exist: give --root an existing folder or url")
     if not folder and not scanner.takes_csv:
         raise DataError(f"{root} is no folder: give --root the folder of the {layout} layout")
-    found: list[Candidate] = []
-    problems: list[Problem] = []
-    for entry in scanner.scan(root):
-        if isinstance(entry, Problem):
-            problems.append(entry)
-        else:
-            found.append(entry)
-    if not found and not problems:
+    entries = list(scanner.scan(root))
+    if not entries:
         raise DataError(f"{root} holds no pairs of the {layout} layout: check --root and --layout")
+    problems = [entry for entry in entries if isinstance(entry, Problem)]
+    found = [entry for entry in entries if not isinstance(entry, Problem)]
     pairs = _with_keys(found, root if folder else root.parent, problems)
     if slides is not None:
         pairs = _with_slides(pairs, as_location(slides), problems)
@@ -72,8 +111,8 @@ def _printable(pairs: list[PatchPair], problems: list[Problem]) -> list[PatchPai
     """Pairs whose names can be written and shown; control characters and broken text become problems."""
     good = []
     for pair in pairs:
-        names = (pair.source, pair.ihc_source, pair.slide or "")
-        if not any(map(UNPRINTABLE.search, names)):
+        names = (*pair.names, pair.slide or "")
+        if not any(map(_UNPRINTABLE.search, names)):
             good.append(pair)
             continue
         source, ihc, slide = (name.encode("unicode_escape").decode() for name in names)
@@ -84,26 +123,25 @@ def _printable(pairs: list[PatchPair], problems: list[Problem]) -> list[PatchPai
 
 def _with_keys(found: list[Candidate], base: Location, problems: list[Problem]) -> list[PatchPair]:
     """Turn stems into keys; too long and shared keys become problems, for every pair that has them."""
-    owners: dict[str, list[Candidate]] = {}
+    owners: dict[str, list[PatchPair]] = {}
     for entry in found:
-        owners.setdefault(safe_key(entry.stem), []).append(entry)
-    pairs = []
-    for key, entries in owners.items():
-        for entry in entries:
-            source = relative_name(entry.he, base)
-            reason = ""
-            if len(entries) > 1:
-                others = ", ".join(relative_name(other.he, base) for other in entries if other is not entry)
+        source, ihc_source = relative_name(entry.he, base), relative_name(entry.ihc, base)
+        facts = entry._asdict()
+        key = safe_key(facts.pop("stem"))
+        owners.setdefault(key, []).append(PatchPair(key=key, source=source, ihc_source=ihc_source, **facts))
+    good = []
+    for key, pairs in owners.items():
+        if len(pairs) == 1 and 1 <= len(key) <= _LONGEST_KEY:
+            good += pairs
+            continue
+        for pair in pairs:
+            others = ", ".join(other.source for other in pairs if other is not pair)
+            if others:
                 reason = f"has the key {key} of {others} too: rename one, or name keys in a CSV"
-            elif not key or len(key) > _LONGEST_KEY:
+            else:
                 reason = f"its key has {len(key)} characters: use 1 to {_LONGEST_KEY}"
-            if reason:
-                problems.append(Problem(source, reason, key, source, relative_name(entry.ihc, base)))
-                continue
-            fields = {name: getattr(entry, name) for name in ("he", "ihc", "label", "slide", "split", "mpp", "origin")}
-            ihc = relative_name(entry.ihc, base)
-            pairs.append(PatchPair(key=key, source=source, ihc_source=ihc, group=entry.slide or key, **fields))
-    return pairs
+            problems.append(pair.problem(reason))
+    return good
 
 
 def read_slides(path: str | Location) -> dict[str, str]:
@@ -119,11 +157,143 @@ def read_slides(path: str | Location) -> dict[str, str]:
 def _with_slides(pairs: list[PatchPair], path: Location, problems: list[Problem]) -> list[PatchPair]:
     """Name each pair's slide from a CSV; a pair that it does not name becomes a problem."""
     known = read_slides(path)
-    named = []
+    problems += [
+        pair.problem(f"key {pair.key} has no slide in {path}: add the row") for pair in pairs if pair.key not in known
+    ]
+    return [replace(pair, slide=known[pair.key]) for pair in pairs if pair.key in known]
+
+
+def refuse_spellings(pairs: Sequence[PatchPair], where: str) -> None:
+    """Raise `DataError` where two names of slides differ by their spelling only (`canonical_group`).
+
+    `where` names the CSV that names the slides, or is empty where the files do.
+    """
+    first: dict[str, dict[str, PatchPair]] = {}
     for pair in pairs:
-        if pair.key in known:
-            named.append(replace(pair, slide=known[pair.key], group=known[pair.key]))
-        else:
-            reason = f"key {pair.key} has no slide in {path}: add the row"
-            problems.append(Problem(pair.source, reason, pair.key, pair.source, pair.ihc_source))
-    return named
+        if pair.slide is not None:
+            first.setdefault(canonical_group(pair.slide), {}).setdefault(pair.slide, pair)
+    several = [spelled for _, spelled in sorted(first.items()) if len(spelled) > 1]
+    if not several:
+        return
+    lines = [f"  {' and '.join(_show_spellings(spelled))}" for spelled in several[:_MOST]]
+    more = [f"  and {len(several) - _MOST} more"] if len(several) > _MOST else []
+    column = f"in {where}, column slide" if where else "in a CSV with the columns key and slide (--slides)"
+    slides = "a slide is" if len(several) == 1 else f"{len(several)} slides are"
+    raise DataError(
+        f"{slides} written in more than one way: write it in one way {column}, or rename one where they are different "
+        "slides:",
+        *lines,
+        *more,
+    )
+
+
+def _show_spellings(spelled: dict[str, PatchPair]) -> list[str]:
+    composed = {unicodedata.normalize("NFC", name) for name in spelled}
+    # Both forms of a composed letter look the same.
+    show = repr if len(composed) == len(spelled) else ascii
+    return [f"{show(name)} ({pair.key})" for name, pair in sorted(spelled.items())]
+
+
+class _Use(NamedTuple):
+    """One image of one source, with what two copies of a pair must agree in to leave one of them out without loss."""
+
+    number: int
+    """Place of the source."""
+    stain: int
+    """0 as H&E, 1 as IHC."""
+    source: Source
+    split: str | None
+    """The published split, where it is kept."""
+
+    @property
+    def facts(self) -> tuple[Hashable, ...]:
+        pair = self.source.pair
+        return self.source.sha256, self.split, pair.label, pair.slide, pair.mpp, pair.origin
+
+    def contradicts(self, other: "_Use") -> tuple[bool, ...]:
+        """How strongly: two stains, two sides, two labels, any difference."""
+        labels = self.source.pair.label, other.source.pair.label
+        return self.stain != other.stain, self.split != other.split, labels[0] != labels[1], self.facts != other.facts
+
+
+def leave_out_duplicates(sources: Sequence[Source], keeps_split: bool) -> tuple[list[Source], list[Problem]]:
+    """The sources whose images are theirs alone, in their order, and a problem for each of the others.
+
+    Of copies that agree in images, published split (where it is kept) and all other facts the first stays.
+    Every other pair that shares an image with another pair, or with itself, is a problem: either may be wrong.
+    """
+    counts = collections.Counter(itertools.chain.from_iterable(source.sha256 for source in sources))
+    users: dict[str, list[_Use]] = {}
+    for number, source in enumerate(sources):
+        for stain, digest in enumerate(source.sha256):
+            if digest and counts[digest] > 1:
+                use = _Use(number, stain, source, source.pair.split if keeps_split else None)
+                users.setdefault(digest, []).append(use)
+    problems: dict[int, Problem] = {}
+    copies: dict[int, Problem] = {}
+    for uses in users.values():
+        first = uses[0]
+        if len({(use.stain, use.facts) for use in uses}) == 1:
+            for use in uses[1:]:
+                kept = first.source.pair
+                reason = f"{use.source.pair.key} is the same pair as {kept.key} ({kept.source}): remove one"
+                copies.setdefault(use.number, use.source.pair.problem(reason))
+            continue
+        witnesses = _witnesses(uses)
+        for use in uses:
+            if len(set(use.source.sha256)) == 1:
+                other = use._replace(stain=1 - use.stain)
+            else:
+                other = max(witnesses, key=use.contradicts)
+            problems.setdefault(use.number, _conflict(use, other))
+    problems = copies | problems
+    return [source for number, source in enumerate(sources) if number not in problems], list(problems.values())
+
+
+def _witnesses(uses: Sequence[_Use]) -> list[_Use]:
+    """A few of the uses of an image that is not all copies, among which each use finds one that contradicts it."""
+    kinds: dict[Hashable, _Use] = {}
+    for use in uses:
+        kinds.setdefault((use.stain, use.split, use.source.pair.label), use)
+    # Of each two kinds one is another than a use's own.
+    others = [use for use in uses if use.facts != uses[0].facts][:1]
+    return [uses[0], *others, *list(kinds.values())[:_MOST]]
+
+
+def _conflict(use: _Use, other: _Use) -> Problem:
+    """Two uses of an image that cannot both be right."""
+    pair, theirs = use.source.pair, other.source.pair
+    file, stain = theirs.names[other.stain], _STAINS[use.stain]
+    if use.number == other.number:
+        reason = f"is both the H&E and the IHC of {pair.key}: name the two images of the field"
+    elif use.stain != other.stain:
+        reason = (
+            f"is the {stain} of {pair.key} and, byte for byte, the {_STAINS[other.stain]} of {theirs.key} "
+            f"({file}): correct the wrong one"
+        )
+    else:
+        reason = (
+            f"is the {stain} of {pair.key} and, byte for byte, of {theirs.key} ({file}), but "
+            f"{_format_difference(use, other)}: keep the right pair only"
+        )
+    return pair.problem(reason, pair.names[use.stain])
+
+
+def _format_difference(use: _Use, other: _Use) -> str:
+    """In what two pairs that share an image differ; the most harmful first."""
+    mine, theirs = use.source.pair, other.source.pair
+    shown = [
+        ("split", use.split, other.split),
+        *((name, getattr(mine, name), getattr(theirs, name)) for name in ("label", "slide", "mpp")),
+        *((name, value, getattr(theirs.origin, name)) for name, value in mine.origin),
+    ]
+    said = [f"their {name} is {_show(name, one)} and {_show(name, two)}" for name, one, two in shown if one != two]
+    if use.source.sha256[1 - use.stain] != other.source.sha256[1 - use.stain]:
+        said.append(f"their {_STAINS[1 - use.stain]} is not the same")
+    return ", ".join(said)
+
+
+def _show(name: str, value: object) -> str:
+    if name == "label" and isinstance(value, int) and 0 <= value < len(LEVEL_NAMES):
+        return LEVEL_NAMES[value]
+    return "unknown" if value is None else str(value)

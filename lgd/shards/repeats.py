@@ -1,24 +1,41 @@
-"""What a shard set holds more than once, and should not: keys, slides on two sides or in two spellings, and images.
+"""What shards hold more than once, and should not: keys, slides on two sides or in two spellings, and images.
+
+`find_repeats` is for `lgd verify`. `open_disjoint(config.shard_dirs)` opens the folders of a run for whatever trains,
+caches or scores: a slide or an image on two sides of the split makes its scores worthless. It reads the manifest and
+`patches.npy` of each folder, and no shard unless there is something to refuse.
 
 64 bits of each name are compared, in arrays, so that sets of any size fit; of what repeats KEY.json is read again, to
 name it.
 """
 
 import hashlib
+import itertools
+import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from lgd.shards.archive import Shard, read_sample
-from lgd.shards.meta import PatchMeta
-from lgd.shards.split import canonical_group
+from lgd.base.errors import DataError
+from lgd.io.location import Location
+from lgd.shards.archive import Shard, read_meta
+from lgd.shards.manifest import PatchMeta, canonical_group, patch_entry
+from lgd.shards.shard_set import ShardFolder, ShardSet
+
+logger = logging.getLogger(__name__)
 
 SEEN = np.dtype([("key", "<u8"), ("pair", "<u8"), ("group", "<u8"), ("known", "?"), ("shard", "<i4"), ("row", "<i4")])
 """What is kept of a sample: 64 bits of a digest of its key, of the key of the pair that it is or was cut from, and of
 its group; whether that is a slide; and its address."""
 _MOST = 100
 _STAINS = ("H&E", "IHC")
+_REMEDY = (
+    "training would see what is scored; build these sets with one --split group:0.8,0.1,0.1, one --salt and the names "
+    "of the slides, or leave one out; slides that only happen to be called alike need other names"
+)
 
 
 def hash_64(text: str) -> int:
@@ -43,10 +60,8 @@ def unlike_patches(
     `keeps_files`: whether the images are the files that the set was built from, whose digests patches.npy has.
     """
     for row, meta in rows:
-        stated = {"group": hash_64(canonical_group(meta.group))}
-        if keeps_files:
-            digests = meta.sha256.as_json().items()
-            stated |= {role: int.from_bytes(bytes.fromhex(digest or "")[:8], "little") for role, digest in digests}
+        he, ihc, group = patch_entry(meta.sha256.he, meta.sha256.ihc, meta.group)
+        stated = {"group": group, **({"he": he, "ihc": ihc} if keeps_files else {})}
         if wrong := [name for name, value in stated.items() if patches_n[row][name] != value]:
             return [
                 f"{shard.path}, row {row}, {meta.key}: its row of patches.npy is another sample's ({', '.join(wrong)})"
@@ -81,6 +96,15 @@ def differs(value_n: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return differing
 
 
+def _find_mixed(value_n: np.ndarray, *facts: np.ndarray) -> list[np.ndarray]:
+    """Of each of the first 100 values (n,) whose places differ in one of the facts (n,): those places."""
+    if not len(value_n):
+        return []
+    order, starts, ends = equal_runs(value_n)
+    mixed = np.any([differs(fact_n[order], starts) for fact_n in facts], axis=0)
+    return [order[start:end] for start, end in np.column_stack([starts, ends])[mixed][:_MOST]]
+
+
 def _same_keys(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
     """Keys that occur twice."""
     order = np.argsort(seen["key"], kind="stable")
@@ -94,33 +118,25 @@ def _same_keys(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
 
 def _leaks(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
     """Groups on two sides of the split."""
-    if not len(seen):
-        return []
-    names, side_n = _sides(shards, seen)
-    order, starts, ends = equal_runs(seen["group"])
-    several = differs(side_n[order], starts)
+    names = sorted({shard.split for shard in shards})
+    side_n = np.array([names.index(shard.split) for shard in shards], np.int32)[seen["shard"]]
     return [
-        f"group {_meta(shards, seen[order[start]]).group} lies in the splits "
-        f"{' and '.join(names[side] for side in np.unique(side_n[order[start:end]]))}: the set leaks"
-        for start, end in np.column_stack([starts, ends])[several][:_MOST]
+        f"group {_meta(shards, seen[places[0]]).group} lies in the splits "
+        f"{' and '.join(names[side] for side in np.unique(side_n[places]))}: the set leaks"
+        for places in _find_mixed(seen["group"], side_n)
     ]
 
 
 def _spellings(shards: Sequence[Shard], seen: np.ndarray, canonical_n: np.ndarray) -> list[str]:
     """Slides of two names that differ by their spelling only."""
     known = np.flatnonzero(seen["known"])
-    if not len(known):
-        return []
-    order, starts, ends = equal_runs(canonical_n[known])
-    several = differs(seen["group"][known][order], starts)
     problems = []
-    for start, end in np.column_stack([starts, ends])[several][:_MOST]:
-        places = known[order[start:end]]
+    for mixed in _find_mixed(canonical_n[known], seen["group"][known]):
+        places = known[mixed]
         first = places[np.unique(seen["group"][places], return_index=True)[1]]
-        names = [
-            f"{meta.slide!r} ({meta.split})" for meta in (_meta(shards, seen[place]) for place in np.sort(first)[:3])
-        ]
-        problems.append(f"slides {' and '.join(names)} are one name in other spellings: name each slide in one way")
+        metas = [_meta(shards, seen[place]) for place in np.sort(first)[:3]]
+        names = " and ".join(f"{meta.slide!r} ({meta.split})" for meta in metas)
+        problems.append(f"slides {names} are one name in other spellings: name each slide in one way")
     return problems
 
 
@@ -129,12 +145,10 @@ def _same_images(shards: Sequence[Shard], seen: np.ndarray, patches_n: np.ndarra
     # In one column, so that an H&E is compared with every IHC as well.
     value_n = np.concatenate([patches_n["he"], patches_n["ihc"]])
     pair_n, stain_n = np.tile(seen["pair"], 2), np.repeat([0, 1], len(seen))
-    order, starts, ends = equal_runs(value_n)
-    several = differs(pair_n[order], starts) | differs(stain_n[order], starts)
-    several &= value_n[order[starts]] != 0
+    there = np.flatnonzero(value_n)
     problems = []
-    for start, end in np.column_stack([starts, ends])[several][:_MOST]:
-        places = order[start:end]
+    for mixed in _find_mixed(value_n[there], pair_n[there], stain_n[there]):
+        places = there[mixed]
         others = (pair_n[places] != pair_n[places[0]]) | (stain_n[places] != stain_n[places[0]])
         uses = [
             f"the {_STAINS[stain_n[place]]} of {_meta(shards, at).key} ({_address(shards, at)})"
@@ -145,19 +159,131 @@ def _same_images(shards: Sequence[Shard], seen: np.ndarray, patches_n: np.ndarra
     return problems
 
 
-def _sides(shards: Sequence[Shard], seen: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The names of the splits, and the split of each sample."""
-    names = sorted({shard.split for shard in shards})
-    return names, np.array([names.index(shard.split) for shard in shards], np.int32)[seen["shard"]]
-
-
 def _address(shards: Sequence[Shard], place: np.void) -> str:
     return f"{shards[place['shard']].path.name}, row {place['row']}"
 
 
 def _meta(shards: Sequence[Shard], place: np.void) -> PatchMeta:
-    """KEY.json of a sample, read again."""
-    shard = shards[place["shard"]]
-    file, index = shard.open()
-    with file:
-        return read_sample(file, index, int(place["row"]), shard, ())[0]
+    return read_meta(shards[place["shard"]], int(place["row"]))
+
+
+class Shared(NamedTuple):
+    """The values that rows of more than one folder have."""
+
+    leaks: list[np.ndarray]
+    """Of each value that lies on two sides of the split, its places."""
+    same_side: int
+    """How many lie on one side."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A patch of one of the folders, by its KEY.json."""
+
+    opened: ShardFolder
+    meta: PatchMeta
+    stain: int
+    """0 for the H&E, 1 for the IHC, where an image is meant."""
+
+    def __str__(self) -> str:
+        return f"{self.meta.key} ({self.meta.split} of {self.opened.folder})"
+
+
+def open_disjoint(folders: Iterable[str | Location]) -> ShardSet:
+    """Open shard folders that share no slide and no image on two sides of the split.
+
+    Raises `DataError` where they do, or hold one set twice, and as `ShardSet.open`. A note names slides and images that
+    folders share on one side.
+    """
+    shards = ShardSet.open(folders)
+    if len(shards.folders) > 1:
+        _refuse_overlaps(shards.folders)
+    return shards
+
+
+def _refuse_overlaps(opened: Sequence[ShardFolder]) -> None:
+    _refuse_copies(opened)
+    tables = [one.read_patches() for one in opened]
+    table_n = np.concatenate(tables)
+    folder_n = np.repeat(np.arange(len(opened)), [len(table) for table in tables])
+    splits = sorted({shard.split for one in opened for shard in one.shards})
+    sides = [(splits.index(shard.split), shard.samples) for one in opened for shard in one.shards]
+    side_n = np.repeat(*np.array(sides).T)
+
+    # In one column, so that an H&E is compared with every IHC as well.
+    image_n = np.concatenate([table_n["he"], table_n["ihc"]])
+    images = find_shared(image_n, np.tile(folder_n, 2), np.tile(side_n, 2))
+    slides = find_shared(table_n["group"], folder_n, side_n)
+    for shared, describe in ((images, _describe_image), (slides, _describe_slide)):
+        for places in shared.leaks:
+            pair = _opposed(places, folder_n, side_n)
+            if reason := describe(*(_read_place(opened, number) for number in pair)):
+                more = f" ({len(shared.leaks)} in all)" if len(shared.leaks) > 1 else ""
+                raise DataError(f"data.shards: {reason}{more}: {_REMEDY}")
+    if (images.same_side or slides.same_side) and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            f"data.shards: its folders share, on one side of the split, images: {images.same_side} (each counts "
+            f"twice), slides: {slides.same_side}"
+        )
+
+
+def _refuse_copies(opened: Sequence[ShardFolder]) -> None:
+    first: dict[str, Location] = {}
+    for one in opened:
+        folder = one.folder
+        other = first.setdefault(one.manifest.digest, folder)
+        if other is not folder:
+            same = "is listed twice" if other == folder else f"holds the same set as {other}"
+            raise DataError(f"data.shards: {folder} {same}, and each patch would count twice: remove it from the list")
+
+
+def find_shared(value_n: np.ndarray, folder_n: np.ndarray, side_n: np.ndarray) -> Shared:
+    """Values (n,) uint64, of which 0 is none, that lie in more than one folder."""
+    if not len(value_n):
+        return Shared([], 0)
+    order, starts, ends = equal_runs(value_n)
+    several = differs(folder_n[order], starts) & (value_n[order[starts]] != 0)
+    two_sides = differs(side_n[order], starts)
+    leaks = several & two_sides
+    runs = zip(starts[leaks].tolist(), ends[leaks].tolist(), strict=True)
+    return Shared([order[start:end] for start, end in runs], int((several & ~two_sides).sum()))
+
+
+def _opposed(places: np.ndarray, folder_n: np.ndarray, side_n: np.ndarray) -> tuple[int, int]:
+    """Two of the places that are of other folders and other sides; where there are several of both, there are such."""
+    # Backwards, so that the first of each kind is kept.
+    first = {(folder_n[at % len(folder_n)], side_n[at % len(folder_n)]): at for at in sorted(places.tolist())[::-1]}
+    return next(
+        (one, other)
+        for (here, one), (there, other) in itertools.combinations(sorted(first.items()), 2)
+        if here[0] != there[0] and here[1] != there[1]
+    )
+
+
+def _read_place(opened: Sequence[ShardFolder], number: int) -> Place:
+    """The patch of a place: its row in all tables, one behind the other, and behind them once more for its IHC."""
+    stain, row = divmod(number, sum(shard.samples for one in opened for shard in one.shards))
+    for one in opened:
+        for shard in one.shards:
+            if row < shard.samples:
+                return Place(opened=one, meta=read_meta(shard, row), stain=stain)
+            row -= shard.samples
+    raise AssertionError(number)
+
+
+def _describe_image(one: Place, other: Place) -> str:
+    """What two places of an image are; nothing where the 64 bits agree and the images do not."""
+    digests = [(at.meta.sha256.he, at.meta.sha256.ihc)[at.stain] for at in (one, other) if at.opened.keeps_files]
+    if len(digests) == 2 and digests[0] != digests[1]:
+        return ""
+    uses = " and ".join(f"the {_STAINS[at.stain]} of {at}" for at in (one, other))
+    return f"an image lies on two sides of the split, as {uses}"
+
+
+def _describe_slide(one: Place, other: Place) -> str:
+    mine, theirs = one.meta.group, other.meta.group
+    if canonical_group(mine) != canonical_group(theirs):
+        return ""
+    what = "a patch of an unknown slide" if one.meta.slide is None is other.meta.slide else "a slide"
+    names = repr(mine) if mine == theirs else f"{mine!r} and {theirs!r}"
+    return f"{what}, {names}, lies on two sides of the split, with {one} and {other}"

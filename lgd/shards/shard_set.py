@@ -9,13 +9,14 @@ What a run reads of its manifests is read here; nothing downstream opens a manif
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
 from lgd.io.folders import list_local_sizes
 from lgd.io.location import Location, as_location
-from lgd.shards.archive import Shard
-from lgd.shards.index import REBUILD
-from lgd.shards.manifest import HER2, UNKNOWN, Manifest
+from lgd.shards.archive import Shard, load_table
+from lgd.shards.manifest import HER2, PATCHES, REBUILD, UNKNOWN, Manifest
 
 _MOST = 20
 
@@ -38,7 +39,23 @@ class ShardFolder:
             raise DataError(
                 f"{path}: field target is {manifest.target.name!r}, and this version of lgd learns HER2 only"
             )
-        return cls(folder, manifest, tuple(manifest.shards(folder)))
+        extensions = manifest.extensions.by_role()
+        shards = [
+            Shard(
+                path=folder / entry.file,
+                name=entry.file.removesuffix(".tar"),
+                split=name,
+                samples=entry.samples,
+                bytes=entry.bytes,
+                sha256=entry.sha256,
+                idx_sha256=entry.idx_sha256,
+                extensions=extensions,
+                labels=len(manifest.target.classes),
+            )
+            for name, split in manifest.splits.items()
+            for entry in split.shards
+        ]
+        return cls(folder, manifest, tuple(shards))
 
     @classmethod
     def open(cls, folder: str | Location) -> "ShardFolder":
@@ -67,6 +84,15 @@ class ShardFolder:
             if wrong:
                 problems[shard.name] = wrong
         return problems
+
+    def read_patches(self) -> np.ndarray:
+        """The table of patches.npy, (samples,) of `PATCHES`; `DataError` for a file that is not the manifest's."""
+        path, said = self.folder / "patches.npy", self.manifest.patches
+        samples = sum(shard.samples for shard in self.shards)
+        table = load_table(path, said.sha256, said.bytes, PATCHES, (samples,))
+        if table is None:
+            raise DataError(f"{path} is no table of {samples} samples: {REBUILD}")
+        return table
 
     @property
     def keeps_files(self) -> bool:

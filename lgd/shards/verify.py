@@ -20,10 +20,8 @@ from lgd.io.location import Location, RemoteError
 from lgd.io.remote import drop_damaged
 from lgd.shards.archive import Shard, read_sample
 from lgd.shards.image import check, codecs
-from lgd.shards.manifest import UNKNOWN, Manifest
-from lgd.shards.meta import PatchMeta
+from lgd.shards.manifest import UNKNOWN, Manifest, PatchMeta
 from lgd.shards.options import ShardOptions
-from lgd.shards.patches import read_patches
 from lgd.shards.repeats import SEEN, as_seen, find_repeats, unlike_patches
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.tags import read_orientation
@@ -58,7 +56,7 @@ def verify(folder: str | Location) -> list[str]:
     problems += _strangers(folder, shards)
     patches_n = None
     try:
-        patches_n = read_patches(folder, manifest)
+        patches_n = opened.read_patches()
     except DataError as error:
         problems.append(str(error))
     counts: collections.Counter[tuple[str, Any]] = collections.Counter()

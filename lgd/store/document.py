@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from lgd.base.records import Line, Many, Record, Sha256
 from lgd.io.documents import Document
-from lgd.shards.meta import Key, Text, Word
+from lgd.shards.manifest import Key, Text, Word
 from lgd.store.recipe import PATCHES, TEACHER, Recipe, TargetsRecipe, TeacherRecipe
 from lgd.store.sidecar import FORMAT, REMEDY, Layout, Name, PartName, Rounding, Rows, Sidecar
 

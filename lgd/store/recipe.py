@@ -6,7 +6,7 @@ from pydantic import Field, JsonValue
 
 from lgd.base.records import Record, Sha256
 from lgd.models.description import Grid
-from lgd.shards.meta import Mpp, Text
+from lgd.shards.manifest import Mpp, Text
 
 PATCHES = "patches"
 """The layer of a store that does not depend on a teacher: keys, labels, slides and domain targets."""

@@ -17,7 +17,7 @@ from lgd.io.documents import Document
 from lgd.io.files import size_of
 from lgd.io.location import Location
 from lgd.shards.archive import Shard
-from lgd.shards.meta import Key, Word
+from lgd.shards.manifest import Key, Word
 from lgd.store.recipe import Recipe
 
 FORMAT = "lgd-latents/2"

@@ -17,9 +17,9 @@ import numpy as np
 from lgd.base.errors import DataError
 from lgd.io.location import waits_for_network
 from lgd.io.remote import drop_damaged
-from lgd.shards.archive import Shard, read_sample
+from lgd.shards.archive import SKIPPED, Shard, read_sample
 from lgd.shards.image import decode
-from lgd.shards.meta import SKIPPED, PatchMeta
+from lgd.shards.manifest import PatchMeta
 from lgd.stream.plan import offsets
 
 Numbers = Sequence[int] | np.ndarray

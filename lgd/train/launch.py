@@ -21,7 +21,7 @@ from lgd.io.files import exists, list_folder, remove_folder
 from lgd.io.location import as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.shards.manifest import UNKNOWN
-from lgd.shards.overlap import open_disjoint
+from lgd.shards.repeats import open_disjoint
 from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import World
 from lgd.train import checkpoint

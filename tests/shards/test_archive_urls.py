@@ -12,7 +12,6 @@ from forging import forge, with_content
 
 from lgd.base.errors import DataError
 from lgd.shards.archive import read_sample
-from lgd.shards.patches import read_patches
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.verify import verify
 from lgd.stream.reader import Reader
@@ -118,7 +117,7 @@ def test_a_copy_that_is_damaged_in_the_cache_is_fetched_again(served, ours, suff
             continue
         reader = Reader(shards, ("he", "ihc"), None)
         assert [reader.read(number).meta for number in range(reader.total)] == [row[1] for row in ours[1]]
-        read_patches(shards[0].path.parent, ShardFolder.read(url).manifest)
+        ShardFolder.read(url).read_patches()
     assert len([path for path in (folder.parent / "cache").iterdir() if path.suffix == suffix]) == len(copies)
 
 

@@ -13,13 +13,10 @@ from hypothesis import strategies as st
 from lgd.base.errors import DataError
 from lgd.shards.archive import read_sample
 from lgd.shards.builder import build
-from lgd.shards.duplicates import leave_out_duplicates
 from lgd.shards.image import encode
 from lgd.shards.options import ShardOptions
-from lgd.shards.pairs import PatchPair
+from lgd.shards.pairs import PatchPair, Source, leave_out_duplicates
 from lgd.shards.shard_set import ShardFolder
-from lgd.shards.sources import Source
-from lgd.shards.split import parse_split
 from lgd.shards.verify import verify
 
 COLUMNS = ("key", "he", "ihc", "level", "slide", "split")
@@ -219,7 +216,6 @@ def source(number, he, ihc, label=None, split=None, slide=None):
         ihc_source=f"{ihc}-{number}",
         label=label,
         slide=slide,
-        group=f"k{number}",
         split=split,
         mpp=None,
     )
@@ -240,7 +236,7 @@ pairs = st.lists(
 @given(pairs, st.sampled_from(["keep", "group:0.8,0.1,0.1"]))
 def test_what_stays_shares_nothing_and_what_goes_did(drawn, rule):
     sources = [source(number, *fields) for number, fields in enumerate(drawn)]
-    kept, problems = leave_out_duplicates(sources, parse_split(rule))
+    kept, problems = leave_out_duplicates(sources, rule == "keep")
     stay = {one.pair.key for one in kept}
     assert stay | {problem.key for problem in problems} == {one.pair.key for one in sources}
     assert len(stay) + len(problems) == len(sources) and [one for one in sources if one.pair.key in stay] == kept
@@ -258,7 +254,7 @@ def test_many_pairs_that_share_one_image_are_compared_in_time():
     many = [source(number, f"h{number}", "blank", label=number % 4, split="train") for number in range(20_000)]
     many += [source(number, f"h{number}", f"c{number}") for number in range(20_000, 40_000)]
     began = time.process_time()
-    kept, problems = leave_out_duplicates(many, parse_split("keep"))
+    kept, problems = leave_out_duplicates(many, True)
     assert len(kept) == len(problems) == 20_000
     # A second; were every two compared, it would take minutes.
     assert time.process_time() - began < 20

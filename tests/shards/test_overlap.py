@@ -16,8 +16,7 @@ from lgd.shards.builder import build
 from lgd.shards.image import encode
 from lgd.shards.manifest import File, Manifest
 from lgd.shards.options import ShardOptions
-from lgd.shards.overlap import find_shared, open_disjoint
-from lgd.shards.patches import FILE, read_patches
+from lgd.shards.repeats import find_shared, open_disjoint
 from lgd.shards.shard_set import ShardFolder
 
 
@@ -150,15 +149,15 @@ def test_behind_a_url_no_shard_is_read_unless_it_is_named(make, tmp_path, monkey
 def test_other_images_and_slides_with_the_same_64_bits_are_no_leak(make, tmp_path):
     a, b = make("a", *A), make("b", ("b", 20, 21, "test", "S9"))
     manifest = ShardFolder.read(b).manifest
-    table = read_patches(tmp_path / "b", manifest).copy()
-    table[0] = read_patches(tmp_path / "a", ShardFolder.read(a).manifest)[0]
-    np.save(tmp_path / "b" / FILE, table)
-    content = (tmp_path / "b" / FILE).read_bytes()
+    table = ShardFolder.read(tmp_path / "b").read_patches().copy()
+    table[0] = ShardFolder.read(a).read_patches()[0]
+    np.save(tmp_path / "b" / "patches.npy", table)
+    content = (tmp_path / "b" / "patches.npy").read_bytes()
     patches = File(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     Manifest(**{name: getattr(manifest, name) for name in Manifest.model_fields} | {"patches": patches}).write(
         tmp_path / "b" / "manifest.json"
     )
-    first = [read_patches(tmp_path / name, ShardFolder.read(tmp_path / name).manifest)[0] for name in "ab"]
+    first = [ShardFolder.read(tmp_path / name).read_patches()[0] for name in "ab"]
     assert first[0] == first[1], "they look alike until the shards are read"
     open_disjoint([a, b])
 

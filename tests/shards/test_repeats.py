@@ -11,11 +11,10 @@ from forging import forge, make, remanifest, virtual
 
 from lgd.shards.archive import read_sample
 from lgd.shards.builder import build
+from lgd.shards.manifest import PATCHES, canonical_group
 from lgd.shards.options import ShardOptions
-from lgd.shards.patches import FILE, PATCHES
 from lgd.shards.repeats import SEEN, find_repeats, hash_64
 from lgd.shards.shard_set import ShardFolder
-from lgd.shards.split import canonical_group
 from lgd.shards.verify import verify
 
 
@@ -55,8 +54,8 @@ def repatch(out):
 
 
 def write_patches(out, table):
-    np.save(out / FILE, table)
-    content = (out / FILE).read_bytes()
+    np.save(out / "patches.npy", table)
+    content = (out / "patches.npy").read_bytes()
     facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     remanifest(out, lambda manifest: manifest.update(patches=facts))
 
@@ -94,14 +93,14 @@ def test_what_a_set_holds_twice_is_found(out, row, name, changes, told):
 
 
 def test_patches_that_are_not_of_the_set_are_found(out):
-    table = np.load(out / FILE)
+    table = np.load(out / "patches.npy")
     table["group"][1] = table["he"][3] = 5
     write_patches(out, table)
     assert verify(out) == [
         f"{out}/train-000000.tar, row 1, p1: its row of patches.npy is another sample's (group)",
         f"{out}/test-000000.tar, row 0, p3: its row of patches.npy is another sample's (he)",
     ]
-    (out / FILE).write_bytes(b"")
+    (out / "patches.npy").write_bytes(b"")
     assert len(verify(out)) == 1 and "patches.npy has 0 bytes instead of" in verify(out)[0]
 
 
@@ -109,7 +108,7 @@ def test_patches_that_are_not_of_the_set_are_found(out):
 def test_of_tiles_and_new_encodings_the_files_are_compared_that_they_come_from(out, tmp_path, options):
     build(ShardOptions(layout="csv", root=str(tmp_path), out=str(tmp_path / "other"), **options))
     assert verify(tmp_path / "other") == []
-    table = np.load(tmp_path / "other" / FILE)
+    table = np.load(tmp_path / "other" / "patches.npy")
     table["he"][-1] = table["he"][0]
     write_patches(tmp_path / "other", table)
     (problem,) = verify(tmp_path / "other")

@@ -17,8 +17,8 @@ from lgd.io.files import list_folder, read_bytes, read_json, write_json
 from lgd.io.location import as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.shards.builder import build
-from lgd.shards.sources import CheckJob
 from lgd.shards.verify import verify
+from lgd.shards.writer import CheckJob
 
 PAIRS = 8
 KINDS = ({}, {"image": "jpeg:40"}, {"image": "png"}, {"salt": "x", "split": "group:0.5,0.25,0.25"})

@@ -17,11 +17,10 @@ from lgd.io.files import list_folder, read_bytes, write_bytes, write_json
 from lgd.io.location import RemoteError, as_location
 from lgd.io.tables import read_csv
 from lgd.shards.builder import build
-from lgd.shards.building import write_rejected
-from lgd.shards.layouts import Problem
+from lgd.shards.layouts import Problem, write_problems
 from lgd.shards.options import ShardOptions
 from lgd.shards.pairs import find_pairs
-from lgd.shards.sources import CheckJob, check_chunk
+from lgd.shards.writer import CheckJob, check_chunk
 
 PAIRS = 10
 
@@ -128,7 +127,7 @@ def test_an_unreachable_store_is_not_a_bad_pair(given, store):
     """With --on-bad skip an outage would leave out good pairs."""
     root, _, _ = given
     pairs, _ = find_pairs("bci", "s3://data/bci")
-    job = CheckJob(start=0, pairs=tuple(pairs), tile=0, reencode=False, threads=2)
+    job = CheckJob(start=0, pairs=tuple(pairs), options=options("s3://data/bci", "s3://data/e"))
     store.let_in(3)
     try:
         with pytest.raises(RemoteError, match="access is denied .*set AWS_ACCESS_KEY_ID"):
@@ -170,7 +169,8 @@ def test_what_a_build_left_after_its_manifest_is_removed(given, tmp_path):
 
 def test_what_was_left_out_is_no_formula_and_reads_back(tmp_path):
     given = {"key": "-1", "he": "=cmd|'/c calc'!A1.png", "ihc": "'=x\n\x1b[2J.png", "reason": "@a: b"}
-    write_rejected(tmp_path, [Problem(given["he"], given["reason"], given["key"], given["he"], given["ihc"])])
+    problem = Problem(given["he"], given["reason"], given["key"], given["he"], given["ihc"])
+    write_problems(tmp_path / "rejected.csv", [problem])
     text = (tmp_path / "rejected.csv").read_text()
     assert text.splitlines()[1].startswith("'-1,'=cmd|'/c calc'!A1.png,") and "\x1b" not in text
     assert [row for _, row in read_csv(tmp_path / "rejected.csv", required=("key",), allowed=None)] == [given]

@@ -1,0 +1,298 @@
+"""The folder that a build of shards writes to, and what a worker does for it: it checks pairs, and writes shards.
+
+All that lies in a shard is a pure function of files and options, so that it comes out the same wherever it is made.
+OUT/.building.json says what is being built, and OUT/.{split}-{000000}.json is a shard's entry of the manifest, which
+is published after its tar and its index: a shard is taken over only if its entry is of the same build.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from zlib_ng.zlib_ng import crc32
+
+from lgd.base.errors import DataError
+from lgd.base.records import Sha256
+from lgd.base.threads import in_threads
+from lgd.io.digests import may_have_sha256, sha256
+from lgd.io.documents import Document, MissingDocument
+from lgd.io.files import create_json, list_folder, publish, read_bytes, remove
+from lgd.io.location import Location, MissingError, RemoteError
+from lgd.shards.archive import INDEX
+from lgd.shards.image import check_upright, decode_upright, encode
+from lgd.shards.layouts import Problem
+from lgd.shards.manifest import Digests, Entry, Extensions, Options, PatchMeta, Sources, Text
+from lgd.shards.options import Sample, ShardOptions
+from lgd.shards.pairs import PatchPair, Source
+from lgd.shards.tags import read_icc_digest
+
+MARKER = ".building.json"
+_SHARD = r"[A-Za-z0-9_]+-\d{6}"
+FILE = rf"({_SHARD}\.(tar|idx)|\.{_SHARD}\.json|manifest\.json|patches\.npy|rejected\.csv|\.building\.json)"
+"""A name in OUT."""
+LEFTOVER = re.compile(rf"\.{FILE}\.[A-Za-z0-9-]+\.tmp")
+"""What lgd.io.files.publish leaves behind when it is killed."""
+_REMOVALS = 16
+_ANEW = "remove the folder, and build the set again"
+
+
+class Building(Document):
+    """OUT/.building.json: what decides the bytes of the set that is being built."""
+
+    FORMAT: ClassVar[str] = "lgd-building/2"
+    ABSENT: ClassVar[str] = _ANEW
+    REMEDY: ClassVar[str] = _ANEW
+
+    layout: Text
+    options: Options
+    codecs: dict[Text, Text | None]
+    sources: Sources
+
+
+class BuiltShard(Document):
+    """OUT/.{split}-{000000}.json: a shard that is there whole."""
+
+    FORMAT: ClassVar[str] = "lgd-built-shard/2"
+    ABSENT: ClassVar[str] = _ANEW
+    REMEDY: ClassVar[str] = _ANEW
+
+    building: Sha256
+    """Digest of the build that it is of."""
+    entry: Entry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckJob:
+    """Pairs to be checked by one worker."""
+
+    start: int
+    """Place of the first of them in the list of all pairs."""
+    pairs: tuple[PatchPair, ...]
+    options: ShardOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardJob:
+    """All that decides one shard's bytes, and how it is made."""
+
+    path: Location
+    samples: tuple[Sample, ...]
+    options: ShardOptions
+    extensions: Extensions
+    building: str
+    """Digest of the build that it is of."""
+    left: bool
+    """Whether an interrupted build left it, with its entry."""
+
+
+def begin(out: Location, recipe: Building) -> set[str]:
+    """Mark OUT as being built from this recipe, or see that an interrupted build was of the same; what lies there."""
+    marker = out / MARKER
+    names = set(list_folder(out))
+    begun = MARKER in names or not create_json(marker, recipe.document())
+    if begun and Building.read(marker) != recipe:
+        raise DataError(
+            f"{out} holds an unfinished build of something else (other options, sources or codecs): "
+            "remove it, or give --out another folder"
+        )
+    _remove(out, filter(LEFTOVER.fullmatch, names))
+    return names
+
+
+def finish(out: Location) -> None:
+    """Remove what only an unfinished build needs; its marker last."""
+    names = list_folder(out)
+    _remove(out, (name for name in names if re.fullmatch(rf"\.{_SHARD}\.json", name)))
+    _remove(out, {MARKER} & names.keys())
+
+
+def _remove(out: Location, names: Iterable[str]) -> None:
+    for _ in in_threads(lambda name: remove(out / name), names, _REMOVALS):
+        pass
+
+
+def check_chunk(job: CheckJob) -> tuple[int, list[Source | Problem]]:
+    """The place of a job's first pair, and what was found of each, in order."""
+    return job.start, list(in_threads(lambda pair: check_pair(pair, job.options), job.pairs, job.options.threads))
+
+
+def check_pair(pair: PatchPair, options: ShardOptions) -> Source | Problem:
+    """Read and fully decode both images of a pair; they must be of one size, and hold at least one tile.
+
+    Sizes are those of the upright images. One that is kept as it is must be stored upright.
+
+    A remote that cannot be reached says nothing of the pair: that raises `RemoteError`.
+    """
+    turns = options.encoding.extension is not None
+    try:
+        images = [_read(path, name) for path, name in zip((pair.he, pair.ihc), pair.names, strict=True)]
+        he, ihc = (check_upright(content, name, turns) for content, name in zip(images, pair.names, strict=True))
+        if he[1:] != ihc[1:]:
+            raise DataError(
+                f"{pair.source}: is {he.width} x {he.height} pixels but its IHC {pair.ihc_source} is "
+                f"{ihc.width} x {ihc.height}: register the two, so that they show the same field"
+            )
+        if min(he[1:]) < options.tile:
+            raise DataError(
+                f"{pair.source}: is {he.width} x {he.height} pixels, smaller than --tile {options.tile}: use a smaller "
+                "tile"
+            )
+    except RemoteError:
+        raise
+    except DataError as error:
+        message = str(error)
+        name = pair.ihc_source if message.startswith(f"{pair.ihc_source}: ") else pair.source
+        return pair.problem(message.removeprefix(f"{name}: "), name)
+    return Source(
+        pair=pair,
+        width=he.width,
+        height=he.height,
+        extensions=(he.extension, ihc.extension),
+        sha256=(hashlib.sha256(images[0]).hexdigest(), hashlib.sha256(images[1]).hexdigest()),
+        icc=(read_icc_digest(images[0], he.extension), read_icc_digest(images[1], ihc.extension)),
+    )
+
+
+def _read(path: Location, name: str) -> bytes:
+    try:
+        return read_bytes(path)
+    except MissingError as error:
+        raise DataError(f"{name}: is missing: correct it or remove the pair") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror}): correct it or remove the pair") from error
+
+
+def write_shard(job: ShardJob) -> Entry:
+    """Write one tar and its index, unless this build left both before it was interrupted; return its manifest entry.
+
+    The entry is published last.
+    """
+    entry = _read_entry(job.path, job.building) if job.left else None
+    if entry is None:
+        entry = _write_archive(job)
+        require_marker(job.path.parent, job.building)
+        BuiltShard(building=job.building, entry=entry).write(entry_path(job.path))
+    return entry
+
+
+def entry_path(tar: Location) -> Location:
+    """Where the entry of a shard lies until the set is finished."""
+    return tar.with_name(f".{tar.stem}.json")
+
+
+def _read_entry(tar: Location, building: str) -> Entry | None:
+    """The entry of a shard that this build finished before it was interrupted; None for any other.
+
+    Of a local one the digests are compared; one behind a url appeared whole, and is not downloaded.
+    """
+    try:
+        built = BuiltShard.read(entry_path(tar))
+    except RemoteError:
+        raise
+    except DataError:
+        return None
+    entry, idx = built.entry, tar.with_suffix(".idx")
+    same = built.building == building and entry.file == tar.name
+    return entry if same and may_have_sha256(tar, entry.sha256) and may_have_sha256(idx, entry.idx_sha256) else None
+
+
+def require_marker(out: Location, building: str) -> None:
+    """Raise `DataError` unless OUT is still being built by this build, which has this digest."""
+    try:
+        if Building.read(out / MARKER).digest == building:
+            return
+    except MissingDocument:
+        pass
+    raise DataError(
+        f"{out} is not being built by this command any more ({out / MARKER} is gone, or of other options): let the "
+        "other build end, or give --out another folder"
+    )
+
+
+def _write_archive(job: ShardJob) -> Entry:
+    """Publish a tar, then its index beside it."""
+    import webdataset
+
+    roles = job.extensions.by_role()
+    suffixes = [extension if role == "json" else f"{role}.{extension}" for role, extension in roles.items()]
+    crcs: list[int] = []
+    with publish(job.path) as temporary:
+        form = {"user": "lgd", "group": "lgd", "mtime": 0, "encoder": False}
+        with temporary.open("wb") as stream, webdataset.TarWriter(stream, **form) as writer:
+            for key, contents in _members(job):
+                for suffix, content in zip(suffixes, contents, strict=True):
+                    # One call a member: of one call's members the writer keeps the alphabetical order.
+                    writer.write({"__key__": key, suffix: content})
+                    crcs.append(crc32(content))
+        # Read back rather than computed, so that the index cannot disagree with the tar.
+        with tarfile.open(temporary, "r:") as tar:
+            places = [(member.offset_data, member.size) for member in tar]
+        size, digest = temporary.stat().st_size, sha256(temporary)
+    rows = [(*place, crc) for place, crc in zip(places, crcs, strict=True)]
+    index = np.array(rows, dtype=INDEX).reshape(-1, len(roles))
+    with publish(job.path.with_suffix(".idx")) as temporary:
+        with temporary.open("wb") as stream:
+            np.save(stream, index, allow_pickle=False)
+        idx_digest = sha256(temporary)
+    return Entry(file=job.path.name, samples=len(job.samples), bytes=size, sha256=digest, idx_sha256=idx_digest)
+
+
+def _members(job: ShardJob) -> Iterator[tuple[str, list[bytes]]]:
+    """The key of each sample, and its json, H&E and IHC bytes, in order; sources are read and encoded in threads.
+
+    Raises `DataError` for a source that is no longer the file that was checked.
+    """
+    groups = (list(group) for _, group in itertools.groupby(job.samples, key=lambda sample: sample.source))
+    for made in in_threads(functools.partial(_members_of, job.options), groups, job.options.threads):
+        yield from made
+    # Before the tar appears: a worker may outlive its command.
+    require_marker(job.path.parent, job.building)
+
+
+def _members_of(options: ShardOptions, samples: Sequence[Sample]) -> list[tuple[str, list[bytes]]]:
+    """The members of samples of one source."""
+    source, encoding = samples[0].source, options.encoding
+    names = source.pair.names
+    images = [_read(path, name) for path, name in zip((source.pair.he, source.pair.ihc), names, strict=True)]
+    for content, name, digest in zip(images, names, source.sha256, strict=True):
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise DataError(f"{name}: changed while the shards were built: build them again")
+    if encoding.extension is None:
+        return [(sample.key, [_describe(sample, source.sha256, options), *images]) for sample in samples]
+    decoded = [decode_upright(content, name) for content, name in zip(images, names, strict=True)]
+    made = []
+    for sample in samples:
+        tile_h, tile_w = options.tile or source.height, options.tile or source.width
+        top, left = sample.row * tile_h, sample.column * tile_w
+        cut = [pixels[top : top + tile_h, left : left + tile_w] for pixels in decoded]
+        images = [encode(pixels, encoding.extension, encoding.quality) for pixels in cut]
+        digests = [hashlib.sha256(content).hexdigest() for content in images]
+        made.append((sample.key, [_describe(sample, digests, options), *images]))
+    return made
+
+
+def _describe(sample: Sample, digests: Sequence[str], options: ShardOptions) -> bytes:
+    """KEY.json; `digests` are those of the H&E and the IHC."""
+    source, pair = sample.source, sample.source.pair
+    meta = PatchMeta(
+        key=sample.key,
+        label=pair.label,
+        slide=pair.slide,
+        group=pair.group,
+        split=sample.split,
+        source=pair.source,
+        width=options.tile or source.width,
+        height=options.tile or source.height,
+        mpp=pair.mpp or options.known_mpp,
+        icc=Digests(he=source.icc[0], ihc=source.icc[1]),
+        sha256=Digests(he=digests[0], ihc=digests[1]),
+        **pair.origin.as_json(),
+    )
+    return json.dumps(meta.as_json(), ensure_ascii=False, allow_nan=False).encode()
