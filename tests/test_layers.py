@@ -22,7 +22,7 @@ models.spec models.weights models.pretrained models.backbone models.encoder mode
 models.teacher models.student models.losses models.methods
 store.recipe store.sidecar store.document store.writer store.parts store.store store.supervision store.cache
 store.export
-train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.passes train.log
+train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
 scoring.notes scoring.scale scoring.images scoring.predict scoring.slide_rows
 retrieval.faiss_file retrieval.table retrieval.search retrieval.vectors retrieval.factory retrieval.index

@@ -80,7 +80,7 @@ def test_ctrl_c_at_the_driver_saves_a_checkpoint(tissue_run, tmp_path):
 def run_saying(folder: Path) -> None:
     """Work that logs, here by functions within one: workers cannot import this module."""
 
-    def say(argument: dict) -> None:
+    def say(stop: str) -> None:
         """A worker that logs, draws a bar, and uses libraries that print."""
         print("noise on standard output")
         print("noise on standard error", file=sys.stderr)
@@ -97,7 +97,7 @@ def run_saying(folder: Path) -> None:
         return lambda number: logging.getLogger("lgd.store").info("part %d", number)
 
     try:
-        training.launch(say, {}, workers=2, max_failures=0, storage=folder / "ray", name="teacher")
+        training.launch(say, workers=2, max_failures=0, storage=folder / "ray", name="teacher")
         list(mapping.map_with(make, [1, 2], workers=1, option_name="--workers"))
     finally:
         cluster.disconnect()
@@ -141,27 +141,27 @@ def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():
 
 
 def test_bad_data_in_a_training_worker_is_told_once_and_not_tried_again(tmp_path):
-    def fail(argument: dict) -> None:
-        with Path(argument["tries"]).open("a") as tries:
+    def fail(stop: str) -> None:
+        with told.open("a") as tries:
             tries.write("x")
         raise DataError("shards/train-000000.tar, row 3: crc32 does not match: fetch it again")
 
-    argument = {"tries": str(tmp_path / "tries")}
+    told = tmp_path / "tries"
     with pytest.raises(DataError, match=r"^shards/train-000000.tar, row 3: crc32 does not match: fetch it again$"):
-        training.launch(fail, argument, workers=1, max_failures=3, storage=tmp_path / "ray", name="teacher")
-    assert (tmp_path / "tries").read_text() == "x"
+        training.launch(fail, workers=1, max_failures=3, storage=tmp_path / "ray", name="teacher")
+    assert told.read_text() == "x"
 
 
 @pytest.mark.parametrize("after", [0, 5])
 def test_workers_that_are_lost_too_often_are_told(tmp_path, after):
-    def die(argument: dict) -> None:
+    def die(stop: str) -> None:
         if os.environ["RANK"] == "1":
             time.sleep(after)
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
 
     with pytest.raises(DataError, match=r"lost more often than train\.max_failures 0 allows: the same command goes on"):
-        training.launch(die, {}, workers=2, max_failures=0, storage=tmp_path / "ray", name="teacher")
+        training.launch(die, workers=2, max_failures=0, storage=tmp_path / "ray", name="teacher")
 
 
 def test_results_come_from_all_workers_and_each_makes_its_function_once():

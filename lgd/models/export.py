@@ -21,7 +21,15 @@ from lgd.io.remote import open_checked
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig
 from lgd.models.weights import compare_shapes, load_tensors, read_shapes, shapes_of
 
-Network = TypeVar("Network", bound=nn.Module)
+Built = TypeVar("Built", bound=nn.Module)
+
+
+class Network(nn.Module):
+    """A network that lies in a folder."""
+
+    def describe(self, **facts: object) -> ModelConfig:
+        """What builds it again, beside its weights, with the facts of its training."""
+        raise NotImplementedError
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -60,8 +68,8 @@ def read_student_config(folder: str | Location) -> StudentConfig:
 
 
 def load_weights(
-    folder: str | Location, build: Callable[[], Network], config: ModelConfig, code: Collection[str] = ()
-) -> Network:
+    folder: str | Location, build: Callable[[], Built], config: ModelConfig, code: Collection[str] = ()
+) -> Built:
     """The network that `build` makes, with the checked weights of a folder; `DataError` for those of another one.
 
     Nothing is built where `config` names code that is not in `code`. It is drafted first, without memory for its

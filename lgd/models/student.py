@@ -5,7 +5,7 @@ abstract says. Its hallucination stream has its own encoder, started from the te
 or shares the trunk of the morphology stream. Which method trains which network is said in `lgd.models.methods`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from lgd.config import LEVEL_NAMES
 from lgd.models.description import StudentConfig
 from lgd.models.encoder import Encoder
+from lgd.models.export import Network
 
 Outputs = dict[str, torch.Tensor]
 """What a network gives, by name."""
 
 
-class Student(nn.Module):
+class Student(Network):
     """H&E -> level, by the morphology stream alone.
 
     All students are built by the same arguments, so that one is built again from the config.json of its folder.
@@ -51,11 +52,10 @@ class Student(nn.Module):
         morphology_BC = self.morphology(he_B3HW).mean(dim=(2, 3))
         return {"logits": self.head(morphology_BC), "features": morphology_BC}
 
-    def describe(self, **facts: Any) -> StudentConfig:
-        """What `load_student` needs beside the weights, with the method and the facts of its training."""
+    def describe(self, **facts: object) -> StudentConfig:
         own = getattr(self, "hallucination", None)
         facts |= {"morphology": self.morphology.spec, "hallucination": None if own is None else own.spec}
-        return StudentConfig(**(facts | self.sizes))
+        return StudentConfig.from_json(facts | self.sizes)
 
 
 class _Fused(NamedTuple):

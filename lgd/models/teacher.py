@@ -1,7 +1,7 @@
 """The IHC teacher: trained once on the level, then frozen; its latents are what the student hallucinates."""
 
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,10 +11,10 @@ from lgd.config import LEVEL_NAMES
 from lgd.io.location import Location
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder, build_encoder
-from lgd.models.export import load_weights, read_teacher_config
+from lgd.models.export import Network, load_weights, read_teacher_config
 
 
-class Teacher(nn.Module):
+class Teacher(Network):
     """IHC -> latent map, pooled latent and level; its encoder was trained here."""
 
     source: Literal["trained", "frozen"] = "trained"
@@ -72,9 +72,8 @@ class Teacher(nn.Module):
         super().train(mode and not self.frozen)
         return self
 
-    def describe(self, **facts: Any) -> TeacherConfig:
-        """What `load_teacher` needs beside the weights, with the facts of its training."""
-        return TeacherConfig(source=self.source, encoder=self.encoder.spec, pool="mean", **facts)
+    def describe(self, **facts: object) -> TeacherConfig:
+        return TeacherConfig.from_json({"source": self.source, "encoder": self.encoder.spec, "pool": "mean"} | facts)
 
 
 def new_teacher(encoder: str) -> Teacher:

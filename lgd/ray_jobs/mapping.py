@@ -51,7 +51,7 @@ def map_with(
     with collect_logs(several=True) as send:
         actors = [actor.options(max_concurrency=at_once).remote(send) for _ in range(min(workers, len(arguments)))]
         # An actor that stands in the pool twice gets two arguments at a time; the first turn goes round all actors.
-        pool: Any = ActorPool(actors * at_once)
+        pool = ActorPool(actors * at_once)
         try:
             yield from pool.map_unordered(lambda worker, argument: worker.apply.remote(argument), list(arguments))
         except ray.exceptions.RayTaskError as error:
@@ -74,9 +74,9 @@ def _map_here(function: Callable[[Argument], Result], arguments: Sequence[Argume
         pool.shutdown(cancel_futures=True)
 
 
-def _cause(error: Any) -> BaseException:
+def _cause(error: Exception) -> BaseException:
     """The user's error behind a remote one, so that it is raised as if it had happened here."""
-    cause: Any = getattr(error, "cause", None)
-    while getattr(cause, "cause", None) not in (None, cause):
+    cause = getattr(error, "cause", None)
+    while cause is not None and getattr(cause, "cause", None) not in (None, cause):
         cause = cause.cause
     return cause if isinstance(cause, (ValueError, OSError)) else error

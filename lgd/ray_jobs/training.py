@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, cast
 
 from lgd.base.errors import ConfigError, DataError, Stopped
 from lgd.base.process_state import stop_signals
@@ -19,22 +18,21 @@ logger = logging.getLogger(__name__)
 
 
 def launch(
-    function: Callable[[dict[str, Any]], None],
-    argument: dict[str, Any],
+    function: Callable[[str | None], None],
     *,
     workers: int,
     max_failures: int,
     storage: Location,
     name: str,
 ) -> None:
-    """Run `function(argument)` once in each training worker, with a process group between them.
+    """Run `function(stop)` once in each training worker, with a process group between them.
 
-    0 workers: in this process. Otherwise under Ray Train, which restarts the workers up to `max_failures` times
-    when one is lost; `function` must then go on from its own checkpoints. SIGTERM and Ctrl-C make the file
-    `argument["stop"]`, at whose appearance the workers should save what they have and end.
+    0 workers: in this process, with `stop` None. Otherwise under Ray Train, which restarts the workers up to
+    `max_failures` times when one is lost; `function` must then go on from its own checkpoints. SIGTERM and Ctrl-C make
+    the file `stop`, at whose appearance the workers should save what they have and end.
     """
     if workers == 0:
-        function(argument)
+        function(None)
         return
     cpus = connect(workers, "train.workers")
     import ray
@@ -52,8 +50,7 @@ def launch(
     try:
         with collect_logs(several=False) as send, _stopping_by(stop):
             trainer = TorchTrainer(
-                functools.partial(_run_recording_user_error, function, note, send),
-                train_loop_config=argument | {"stop": str(stop)},
+                functools.partial(_run_recording_user_error, functools.partial(function, str(stop)), note, send),
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
                 run_config=RunConfig(
                     name=name, failure_config=failures, storage_path=path, storage_filesystem=filesystem
@@ -71,7 +68,7 @@ def launch(
 def _stopping_by(stop: Location) -> Iterator[None]:
     """Answer SIGTERM and Ctrl-C by making the file `stop`; the second one ends this process as usual."""
 
-    def ask(number: int, frame: Any) -> None:
+    def ask(number: int, frame: object) -> None:
         write_bytes(stop, b"")
         restore()
         logger.warning("stopping: the workers end their step and save a checkpoint")
@@ -84,9 +81,9 @@ def _stopping_by(stop: Location) -> Iterator[None]:
             remove(stop)
 
 
-def _in_thread(function: Callable[[], Any]) -> None:
+def _in_thread(function: Callable[[], object]) -> None:
     """Call a function outside of the main thread, where Ray Train would put its own answer to Ctrl-C in our place."""
-    done: Future[Any] = Future()
+    done: Future[object] = Future()
 
     def call() -> None:
         try:
@@ -98,7 +95,7 @@ def _in_thread(function: Callable[[], Any]) -> None:
     done.result()
 
 
-def _lost(error: Any, max_failures: int) -> BaseException:
+def _lost(error: Exception, max_failures: int) -> Exception:
     """The error of workers that were lost too often; the error itself where they failed by themselves."""
     from ray.exceptions import RayActorError
 
@@ -106,7 +103,7 @@ def _lost(error: Any, max_failures: int) -> BaseException:
     failures = [getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
     causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
     if not any(isinstance(cause, RayActorError) for cause in causes):
-        return cast(BaseException, error)
+        return error
     return DataError(
         f"workers were lost more often than train.max_failures {max_failures} allows: the same command goes on from "
         "the newest checkpoint"
@@ -114,17 +111,14 @@ def _lost(error: Any, max_failures: int) -> BaseException:
 
 
 def _run_recording_user_error(
-    function: Callable[[dict[str, Any]], None],
-    note: Location,
-    send: Callable[[], contextlib.AbstractContextManager[None]],
-    argument: dict[str, Any],
+    function: Callable[[], None], note: Location, send: Callable[[], contextlib.AbstractContextManager[None]]
 ) -> None:
     """Run a worker. Bad data is bad after a restart too: its error is noted, and restarted workers end at once."""
     if exists(note):
         return
     try:
         with send():
-            function(argument)
+            function()
     except (DataError, ConfigError) as error:
         write_json(note, [str(line) for line in error.args])
         # All workers stop at the same step; where one alone meets an error the others must be ended.

@@ -8,7 +8,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from lgd.stream.reader import Reader, Sample, Samples, in_batches, stream
 from lgd.train.targets import Queue
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +208,13 @@ def training_batches(
         yield Step([one.to(world.device) for one in micro], position + batch)
 
 
+def gather(mine: Sequence[Value], world: World) -> list[Value]:
+    """What all ranks have, in their order; every rank calls this."""
+    everyone: list[Sequence[Value]] = [[]] * world.size
+    dist.all_gather_object(everyone, mine)
+    return [value for values in everyone for value in values]
+
+
 class Skipped:
     """The samples that could not be read and were skipped, against the budget of `data.on_bad`; alike on every rank."""
 
@@ -221,9 +230,7 @@ class Skipped:
         """
         for error in mine.values():
             logger.warning("[data] skipped: %s", error)
-        everyone: list[Any] = [None] * world.size
-        dist.all_gather_object(everyone, sorted(mine))
-        self.numbers.update(*everyone)
+        self.numbers.update(gather(sorted(mine), world))
         if len(self.numbers) > self.data.on_bad.skips:
             raise DataError(
                 f"{len(self.numbers)} bad samples were skipped, more than data.on_bad {self.data.on_bad} allows: each "

@@ -13,7 +13,7 @@ import contextlib
 import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, BinaryIO, ClassVar, Self
+from typing import Annotated, BinaryIO, ClassVar, Self
 
 import torch
 from pydantic import Field, JsonValue, model_validator
@@ -99,7 +99,7 @@ class Checkpoint:
     step: int
     position: int
     """The plan's position after that step."""
-    inputs: dict[str, Any]
+    inputs: dict[str, JsonValue]
     """What the run depends on (`tasks.inputs_of`)."""
     skipped: list[int]
     """Numbers of the bad samples that were skipped so far."""
@@ -173,7 +173,7 @@ def _open_tensors(path: Location, file: str, state: State) -> BinaryIO:
     return open_checked(path / file, state.xxh3.of(file), None, f"delete {path} to go on from an older one")
 
 
-def _read_state(path: Location, inputs: dict[str, Any]) -> State:
+def _read_state(path: Location, inputs: dict[str, JsonValue]) -> State:
     """state.json; `DataError` for one that is damaged, or of a run with other inputs, with the difference."""
     state = State.read(path / _STATE)
     if state.inputs != inputs:
@@ -185,7 +185,7 @@ def _read_state(path: Location, inputs: dict[str, Any]) -> State:
     return state
 
 
-def load(path: Location, inputs: dict[str, Any]) -> Checkpoint:
+def load(path: Location, inputs: dict[str, JsonValue]) -> Checkpoint:
     """Read a checkpoint; `DataError` for one that is damaged, or of a run with other inputs."""
     from safetensors.torch import load_file
 
@@ -211,7 +211,7 @@ def load(path: Location, inputs: dict[str, Any]) -> Checkpoint:
     )
 
 
-def find(folder: Location, inputs: dict[str, Any]) -> Checkpoint | None:
+def find(folder: Location, inputs: dict[str, JsonValue]) -> Checkpoint | None:
     """The newest complete checkpoint under `folder`, or None where there is none yet."""
     done = complete(folder)
     if not done:
@@ -222,12 +222,12 @@ def find(folder: Location, inputs: dict[str, Any]) -> Checkpoint | None:
     return found if kept else replace(found, best=Best())
 
 
-def load_best(folder: Location, best: Best, inputs: dict[str, Any]) -> Checkpoint:
+def load_best(folder: Location, best: Best, inputs: dict[str, JsonValue]) -> Checkpoint:
     """The checkpoint of the best validation."""
     return load(folder / _name(best.step), inputs)
 
 
-def adopt(folder: Location, path: Location, inputs: dict[str, Any], alone: bool = False) -> None:
+def adopt(folder: Location, path: Location, inputs: dict[str, JsonValue], alone: bool = False) -> None:
     """Make the checkpoint at `path` the newest one under `folder`, or the only one if `alone`: later ones (all others)
     are removed, a foreign one is copied.
 

@@ -10,9 +10,9 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from lgd.base.process_state import default_environment
 from lgd.config import Train
 from lgd.io.locks import LOCK, hold_lock
 from lgd.stream.plan import World
-from lgd.train.engine import Moments, load_moments, make_adamw, place_model, read_moments
+from lgd.train.engine import Engine, Moments, copy_float32
 
 logger = logging.getLogger(__name__)
 
@@ -82,16 +82,16 @@ def leave_world() -> None:
     groups._WORLD_GROUP = groups.mesh_device = None
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """DeepSpeed with AdamW of PyTorch, ZeRO stages 0 to 3 by the configuration's `deepspeed:` section."""
 
     name = "deepspeed"
 
-    def __init__(self, model: nn.Module, train: Train, extra: dict[str, Any], world: World) -> None:
-        self.world, self.train = world, train
-        stage = (extra.get("zero_optimization") or {}).get("stage", 0)
+    def __init__(self, model: nn.Module, train: Train, extra: Mapping[str, object], world: World) -> None:
+        super().__init__(model, train, world)
+        zero = extra.get("zero_optimization")
         # PyTorch's own optimizer on whole tensors.
-        self.plain = stage == 0
+        self.plain = not (isinstance(zero, dict) and zero.get("stage"))
         settings = {
             "train_batch_size": train.batch,
             "train_micro_batch_size_per_gpu": train.batch // (world.size * train.accumulate),
@@ -105,22 +105,17 @@ class DeepSpeedEngine:
             "steps_per_print": 10**9,
             **extra,
         }
-        model = place_model(model, train, world)
         with deepspeed_environment(world.device):
             import deepspeed
 
             if world.device == "cpu":
                 build_extension()
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=make_adamw(model, train), config=settings, dist_init_required=False
+            self.engine, self.zero, _, _ = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
             )
+        self.model, self.optimizer = self.engine.module, self.zero
         if not self.plain:
             self._prime()
-
-    @property
-    def model(self) -> nn.Module:
-        """The network itself."""
-        return cast(nn.Module, self.engine.module)
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         return cast(dict[str, torch.Tensor], self.engine(image))
@@ -132,14 +127,15 @@ class DeepSpeedEngine:
             self.engine.step()
 
     def step(self, lr: float) -> float:
+        if self.plain:
+            return super().step(lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.plain:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
-            self.engine.step()
-            return float(norm)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
+
+    def update(self) -> None:
+        self.engine.step()
 
     def _prime(self) -> None:
         """Give the partitioned optimizer the moments that AdamW starts from, so that they can be set before a step.
@@ -147,9 +143,9 @@ class DeepSpeedEngine:
         DeepSpeed links parameters to moments after the first parameter group's first step, when those of the
         second group do not exist yet, and never again (0.19.8).
         """
-        stage_3 = hasattr(self.optimizer, "fp32_partitioned_groups_flat")
-        groups = [[p] for p in self.optimizer.fp32_partitioned_groups_flat] if stage_3 else None
-        inner = self.optimizer.optimizer
+        stage_3 = hasattr(self.zero, "fp32_partitioned_groups_flat")
+        groups = [[p] for p in self.zero.fp32_partitioned_groups_flat] if stage_3 else None
+        inner = self.zero.optimizer
         for p in itertools.chain.from_iterable(groups or [group["params"] for group in inner.param_groups]):
             inner.state[p] = {
                 "step": torch.tensor(0.0, device=p.device),
@@ -157,26 +153,23 @@ class DeepSpeedEngine:
                 "exp_avg_sq": torch.zeros_like(p.data),
             }
         if not stage_3:
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+            self.zero._lazy_init_hp_params_optimizer_state()
 
     def state(self) -> tuple[dict[str, torch.Tensor], Moments]:
         if self.plain:
-            weights = {name: t.detach().float().cpu().clone() for name, t in self.model.state_dict().items()}
-            return weights, read_moments(self.model, self.optimizer)
+            return super().state()
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         moments: Moments = {}
-        weights = {name: t.detach().float().cpu().clone() for name, t in _buffers(self.model).items()}
+        weights = {name: copy_float32(buffer) for name, buffer in _buffers(self.model).items()}
         for name, p in self.model.named_parameters():
-            weights[name] = safe_get_full_fp32_param(p).detach().cpu().clone()
-            held = {m: safe_get_full_optimizer_state(p, m) for m in ("exp_avg", "exp_avg_sq")}
-            moments[name] = {m: tensor.detach().float().cpu().clone() for m, tensor in held.items()}
+            weights[name] = copy_float32(safe_get_full_fp32_param(p))
+            moments[name] = {m: copy_float32(safe_get_full_optimizer_state(p, m)) for m in ("exp_avg", "exp_avg_sq")}
         return weights, moments
 
     def load(self, weights: dict[str, torch.Tensor], moments: Moments, steps: int) -> None:
         if self.plain:
-            self.model.load_state_dict(weights)
-            load_moments(self.model, self.optimizer, moments, steps)
+            super().load(weights, moments, steps)
             return
         import deepspeed
 
@@ -189,7 +182,7 @@ class DeepSpeedEngine:
                 p.copy_(weights[name])
         for name, buffer in _buffers(self.model).items():
             buffer.copy_(weights[name])
-        for held in self.optimizer.optimizer.state.values():
+        for held in self.zero.optimizer.state.values():
             held["step"].fill_(steps)
 
     def _set(self, p: nn.Parameter, full: torch.Tensor, moment: str | None) -> None:

@@ -1,10 +1,9 @@
-"""The finished network in a task's folder: how it gets there, and that it is replaced only where that was asked for."""
+"""What is made of a network when its steps are done: its scores, centre and temperature, and its folder."""
 
-import contextlib
 import functools
 import math
 import platform
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,16 +11,72 @@ import torch.distributed as dist
 
 import lgd
 from lgd.base.errors import DataError
-from lgd.io.digests import digest_of, format_diff
-from lgd.io.files import exists
-from lgd.io.location import RemoteError
-from lgd.metrics import Floats, Ints
-from lgd.models.description import ModelConfig, describe_training
-from lgd.models.export import save_model
-from lgd.train import checkpoint
-from lgd.train.passes import validate
+from lgd.config import Config
+from lgd.io.digests import digest_of
+from lgd.metrics import Floats, Ints, score
+from lgd.models.description import describe_training
+from lgd.models.export import Network, save_model
+from lgd.models.teacher import Teacher
+from lgd.shards.archive import Shard
+from lgd.stream.plan import World
+from lgd.stream.reader import Reader
+from lgd.train.batch import Batch, evaluation_batches, gather
+from lgd.train.engine import Engine
 from lgd.train.prepare import Prepared
 from lgd.train.tasks import Task
+
+
+def forward_split(
+    engine: Engine, role: str, shards: list[Shard], config: Config, world: World, skip: bool = False
+) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+    """One pass without gradients over this rank's share of the shards: each batch, and what the network gives.
+
+    `skip`: samples that cannot be read are in the batch as invalid ones, instead of raising `DataError`.
+    """
+    reader = Reader(shards, (role,), config.data.size)
+    batch = max(1, config.train.batch // world.size)
+    rounds = math.ceil(math.ceil(reader.total / world.size) / batch)
+    engine.model.eval()
+    with torch.no_grad():
+        for one in evaluation_batches(reader, batch=batch, world=world, threads=config.data.threads, skip=skip):
+            yield one, engine.forward(one.to(world.device).images[role])
+            rounds -= 1
+        # Under ZeRO-3 a forward pass is a collective: a rank with fewer batches joins in with an empty one.
+        for _ in range(rounds):
+            engine.forward(torch.zeros(1, 3, config.data.size, config.data.size, device=world.device))
+    engine.model.train()
+    reader.close()
+
+
+def validate(
+    engine: Engine, task: Task, shards: list[Shard], config: Config, world: World
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Logits (n, 4) and levels (n,) of all labelled samples of the shards, on every rank, and their scores."""
+    mine = [
+        (out["logits"].float().cpu().numpy(), one.level_B.numpy())
+        for one, out in forward_split(engine, task.role, shards, config, world)
+    ]
+    pairs = gather(mine, world)
+    logits = np.concatenate([np.zeros((0, 4), np.float32), *(a for a, _ in pairs)])
+    levels = np.concatenate([np.zeros(0, np.int64), *(b for _, b in pairs)])
+    logits, levels = logits[levels >= 0], levels[levels >= 0]
+    chances = torch.from_numpy(logits).double().softmax(dim=1).numpy()
+    return logits, levels, score(levels, chances) if len(levels) else {}
+
+
+def centre_latents(engine: Engine, shards: list[Shard], config: Config, world: World) -> None:
+    """Put the origin of the teacher's latents at their mean over the training split, skipping what training skipped."""
+    assert isinstance(engine.model, Teacher)
+    dim = engine.model.dim
+    sums = torch.zeros(2 * dim + 1, dtype=torch.float64, device=world.device)
+    for batch, out in forward_split(engine, "ihc", shards, config, world, skip=config.data.on_bad.skips > 0):
+        ones = out["pooled"].new_ones(len(batch), 1)
+        rows = torch.cat([out["pooled"], out["map"].mean(dim=(2, 3)), ones], dim=1)
+        sums += rows[batch.valid_B.to(rows.device)].double().sum(dim=0)
+    if world.size > 1:
+        dist.all_reduce(sums)
+    mean = (sums[:-1] / sums[-1]).float()
+    engine.model.centre(mean[:dim], mean[dim:])
 
 
 def export(run: Prepared, step: int) -> None:
@@ -38,6 +93,7 @@ def export(run: Prepared, step: int) -> None:
             log.validation(step, scores, logits, levels)
     weights, _ = engine.state()
     if log:
+        assert isinstance(engine.model, Network)
         describe = functools.partial(
             learner.task.describe,
             engine.model,
@@ -57,60 +113,6 @@ def export(run: Prepared, step: int) -> None:
         save_model(learner.task.folder, weights, describe)
         log.summary()
     dist.barrier()
-
-
-def read_finished(task: Task) -> ModelConfig | None:
-    """What is said of the network in a task's folder; None where there is none, or nothing that can be read."""
-    try:
-        return task.read_config()
-    except RemoteError:
-        raise
-    except DataError:
-        return None
-
-
-def refuse_finished(task: Task, inputs: dict[str, Any], is_same: bool, overwrite: bool | None) -> None:
-    """Raise `DataError`, with the difference and the remedy, for a finished network that training would replace.
-
-    `is_same` says that it is whole and of these very inputs; `overwrite` allows to replace it, None stands for a
-    command that has no such option.
-    """
-    if overwrite or not exists(task.folder / "config.json") or not exists(task.folder / "model.safetensors"):
-        return
-    kind, made = task.field.partition(".")[0], read_finished(task)
-    remedy = f"give --overwrite to replace it, or name another folder as {task.field}"
-    if overwrite is None:
-        remedy = f"remove {task.folder}, or name another folder as run.dir"
-    if made is None:
-        raise DataError(f"{task.folder} holds what cannot be read as a {kind}: {remedy}")
-    if is_same:
-        raise DataError(f"{task.folder} holds the {kind} of this very run, finished: {remedy}")
-    # Of the same inputs it is damaged.
-    if made.inputs != digest_of(inputs):
-        difference = _format_diff(task, made.inputs, inputs)
-        raise DataError(f"{task.folder} holds a finished {kind} of other inputs:", *difference, remedy)
-
-
-def keeps_others(task: Task, inputs: dict[str, Any]) -> bool:
-    """Whether the checkpoints in the folder are those of its finished network, which is of other inputs."""
-    made = read_finished(task)
-    return made is not None and made.inputs != digest_of(inputs) and _inputs_of(task, made.inputs) is not None
-
-
-def _inputs_of(task: Task, digest: str) -> dict[str, Any] | None:
-    """The inputs of this digest, as the newest checkpoint of their training states them."""
-    for path in checkpoint.complete(task.folder / "checkpoints")[-1:]:
-        with contextlib.suppress(DataError):
-            inputs = checkpoint.State.read(path / "state.json").inputs
-            return inputs if digest_of(inputs) == digest else None
-    return None
-
-
-def _format_diff(task: Task, digest: str, inputs: dict[str, Any]) -> list[str]:
-    made = _inputs_of(task, digest)
-    if made is None:
-        return [f"  its checkpoints, which would tell the difference, are not in {task.folder / 'checkpoints'}"]
-    return format_diff(made, inputs, "in the folder")
 
 
 def fit_temperature(level_n: Ints, logits_n4: Floats) -> float:

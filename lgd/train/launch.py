@@ -1,35 +1,37 @@
 """Where training runs: in this process, in torchrun's, or in Ray's workers; and how it is asked to end."""
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import JsonValue
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from lgd.base.errors import DataError
 from lgd.base.process_state import default_environment, stop_signals
 from lgd.config import LEVEL_NAMES, Config
-from lgd.io.digests import digest_of, may_have_sha256
+from lgd.io.digests import digest_of, format_diff, may_have_sha256
 from lgd.io.files import exists, list_folder, remove_folder
-from lgd.io.location import as_location
+from lgd.io.location import RemoteError, as_location
 from lgd.io.locks import LOCK, exclusive
+from lgd.models.description import ModelConfig
+from lgd.ray_jobs.training import launch
 from lgd.shards.manifest import UNKNOWN
 from lgd.shards.repeats import open_disjoint
 from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import World
 from lgd.train import checkpoint
 from lgd.train.deepspeed_engine import leave_world
-from lgd.train.finished import keeps_others, read_finished, refuse_finished
-from lgd.train.loop import TASKS, train
+from lgd.train.loop import train
 from lgd.train.prepare import choose_engine
-from lgd.train.tasks import Task, inputs_of
+from lgd.train.tasks import TASKS, Task, inputs_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def require_own_folder(task: Task) -> None:
     if foreign:
         raise DataError(
             f"{task.folder} already holds something else ({', '.join(foreign[:3])}): name another folder as "
-            f"{task.field}"
+            f"{task.kind}.dir"
         )
 
 
@@ -93,76 +95,108 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
     otherwise, and while another process trains in the same local folder.
     """
     shards = shards or open_disjoint(config.shard_dirs)
-    built = TASKS[task](config)
+    built, resume = TASKS[task](config), config.train.resume
     if not shards.of_split("train"):
         raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
     check_levels(built, shards)
     check_scales(shards)
-    if _is_reused(built, config, shards, overwrite):
+    inputs = inputs_of(built, shards)
+    anew = resume == "never" or (resume != "auto" and overwrite)
+    if not anew and is_finished(built, inputs):
         return False
     # Here, and not in the workers, which Ray may restart. Under torchrun one process stands for all.
     first = os.environ.get("RANK", "0") == "0"
     with exclusive(built.folder, "training") if first else contextlib.nullcontext():
-        if _is_reused(built, config, shards, overwrite):
+        # Another process may have done it meanwhile.
+        if not anew and is_finished(built, inputs):
             return False
-        _train_locked(built, config, shards, task, overwrite, first)
+        require_own_folder(built)
+        refuse_finished(built, inputs, overwrite)
+        engine = choose_engine(config.train.engine)
+        # Once, here: a worker that Ray restarts must go on from its own checkpoints. Under torchrun one process does
+        # it, before the others can be past the meeting with it.
+        if first:
+            choose_checkpoints(built, inputs, bool(overwrite))
+        launch(
+            functools.partial(worker, config, shards, task, engine),
+            workers=config.train.workers,
+            max_failures=config.train.max_failures,
+            storage=as_location(config.run.dir) / "ray",
+            # Folders of one name may be trained in at a time, as those of a seed.
+            name=f"{built.folder.name}-{digest_of(str(built.folder))[:8]}",
+        )
     return True
 
 
-def _is_reused(task: Task, config: Config, shards: ShardSet, overwrite: bool | None) -> bool:
-    """Whether nothing is to be done: the same command again changes nothing."""
-    anew = config.train.resume == "never" or (config.train.resume != "auto" and overwrite)
-    return not anew and is_finished(task, config, shards)
+def choose_checkpoints(task: Task, inputs: dict[str, JsonValue], overwrite: bool) -> None:
+    """Leave in the task's folder the checkpoints that training goes on from, by `train.resume`."""
+    folder, resume = task.folder / "checkpoints", task.config.train.resume
+    made = read_finished(task)
+    # Those of a finished network of other inputs, which is replaced.
+    others = overwrite and made is not None and made.inputs != digest_of(inputs)
+    others = others and made is not None and read_inputs(task, made.inputs) is not None
+    if resume not in ("auto", "never"):
+        checkpoint.adopt(folder, as_location(resume), inputs, alone=others)
+    elif others or resume == "never":
+        remove_folder(folder)
 
 
-def _train_locked(task: Task, config: Config, shards: ShardSet, name: str, overwrite: bool | None, first: bool) -> None:
-    from lgd.ray_jobs.training import launch
-
-    require_own_folder(task)
-    inputs = inputs_of(task, config, shards)
-    refuse_finished(task, inputs, is_finished(task, config, shards), overwrite)
-    engine = choose_engine(config.train.engine)
-    # Once, here: a worker that Ray restarts must go on from its own checkpoints. Under torchrun one process does it,
-    # before the others can be past the meeting with it.
-    if first:
-        folder, resume = task.folder / "checkpoints", config.train.resume
-        replaced = bool(overwrite) and keeps_others(task, inputs)
-        if resume not in ("auto", "never"):
-            checkpoint.adopt(folder, as_location(resume), inputs, alone=replaced)
-        elif replaced or resume == "never":
-            remove_folder(folder)
-    launch(
-        worker,
-        {"config": config, "shards": shards, "task": name, "engine": engine},
-        workers=config.train.workers,
-        max_failures=config.train.max_failures,
-        storage=as_location(config.run.dir) / "ray",
-        # Folders of one name may be trained in at a time, as those of a seed.
-        name=f"{task.folder.name}-{digest_of(str(task.folder))[:8]}",
-    )
+def read_finished(task: Task) -> ModelConfig | None:
+    """What is said of the network in a task's folder; None where there is none, or nothing that can be read."""
+    try:
+        return task.read_config()
+    except RemoteError:
+        raise
+    except DataError:
+        return None
 
 
-def is_finished(task: Task, config: Config, shards: ShardSet) -> bool:
-    """Whether the task's folder holds the network that this run would train."""
+def is_finished(task: Task, inputs: dict[str, JsonValue]) -> bool:
+    """Whether the task's folder holds the network of these inputs, whole."""
     path, weights = task.folder / "config.json", task.folder / "model.safetensors"
-    if not exists(path) or not exists(weights):
-        return False
-    made, inputs = read_finished(task), digest_of(inputs_of(task, config, shards))
-    return made is not None and made.inputs == inputs and may_have_sha256(weights, made.weights_sha256)
+    made = read_finished(task) if exists(path) and exists(weights) else None
+    return made is not None and made.inputs == digest_of(inputs) and may_have_sha256(weights, made.weights_sha256)
 
 
-def worker(argument: dict[str, Any]) -> None:
-    """What each training process runs.
+def refuse_finished(task: Task, inputs: dict[str, JsonValue], overwrite: bool | None) -> None:
+    """Raise `DataError`, with the difference and the remedy, for a finished network that training would replace.
 
-    `argument` has `config`, `shards`, `task` (teacher or student), `engine`, and under Ray
-    `stop`, the file that asks to end.
+    `overwrite` allows to replace it, None stands for a command that has no such option.
     """
-    config: Config = argument["config"]
+    if overwrite or not exists(task.folder / "config.json") or not exists(task.folder / "model.safetensors"):
+        return
+    made, holds = read_finished(task), f"{task.folder} holds"
+    remedy = f"give --overwrite to replace it, or name another folder as {task.kind}.dir"
+    if overwrite is None:
+        remedy = f"remove {task.folder}, or name another folder as run.dir"
+    if made is None:
+        raise DataError(f"{holds} what cannot be read as a {task.kind}: {remedy}")
+    if is_finished(task, inputs):
+        raise DataError(f"{holds} the {task.kind} of this very run, finished: {remedy}")
+    # Of the same inputs it is damaged.
+    if made.inputs != digest_of(inputs):
+        before, checkpoints = read_inputs(task, made.inputs), task.folder / "checkpoints"
+        lost = [f"  its checkpoints, which would tell the difference, are not in {checkpoints}"]
+        difference = lost if before is None else format_diff(before, inputs, "in the folder")
+        raise DataError(f"{holds} a finished {task.kind} of other inputs:", *difference, remedy)
+
+
+def read_inputs(task: Task, digest: str) -> dict[str, JsonValue] | None:
+    """The inputs of this digest, as the newest checkpoint of their training states them."""
+    for path in checkpoint.complete(task.folder / "checkpoints")[-1:]:
+        with contextlib.suppress(DataError):
+            inputs = checkpoint.State.read(path / "state.json").inputs
+            return inputs if digest_of(inputs) == digest else None
+    return None
+
+
+def worker(config: Config, shards: ShardSet, task: str, engine: str, stop: str | None) -> None:
+    """What each training process runs; `stop` is the file that asks to end."""
     with join_world() as world:
         torch.manual_seed(config.run.seed)
         # One rank is enough: at each step all agree on whether any of them was asked to stop.
-        with stop_flag(argument.get("stop") if world.rank == 0 else None) as stop:
-            train(config, argument["shards"], TASKS[argument["task"]](config), world, argument["engine"], stop)
+        with stop_flag(stop if world.rank == 0 else None) as flag:
+            train(config, shards, TASKS[task](config), world, engine, flag)
 
 
 @contextlib.contextmanager

@@ -19,13 +19,10 @@ from lgd.config import Config
 from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import World
 from lgd.train import checkpoint
-from lgd.train.batch import Batch
-from lgd.train.finished import export
-from lgd.train.passes import centre_latents, validate
+from lgd.train.batch import Batch, gather
+from lgd.train.finished import centre_latents, export, validate
 from lgd.train.prepare import Learner, Prepared, prepare
-from lgd.train.tasks import StudentTask, Task, TeacherTask
-
-TASKS: dict[str, type[TeacherTask] | type[StudentTask]] = {"teacher": TeacherTask, "student": StudentTask}
+from lgd.train.tasks import Task, TeacherTask
 
 
 def train(config: Config, shards: ShardSet, task: Task, world: World, engine: str, stop: threading.Event) -> None:
@@ -208,9 +205,7 @@ def not_finite(learner: Learner, micro: list[Batch]) -> str:
             values = torch.stack(list(task.losses(out, batch).values()))
             wrong_B = (~torch.isfinite(values)).any(dim=0) & batch.valid_B
             keys += [key for key, wrong in zip(batch.keys, wrong_B.tolist(), strict=True) if wrong]
-    everyone: list[Any] = [None] * world.size
-    dist.all_gather_object(everyone, keys[:4])
-    found = [key for one in everyone for key in one]
+    found = gather(keys[:4], world)
     return f"by {', '.join(found[:4])}" if found else f"in a batch with {list_keys(micro)}"
 
 

@@ -2,10 +2,10 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from pydantic import JsonValue
 from torch import nn
 
 from lgd.base.errors import ConfigError, DataError
@@ -42,7 +42,7 @@ class Prepared:
 
     learner: Learner
     shards: ShardSet
-    inputs: dict[str, Any]
+    inputs: dict[str, JsonValue]
     """All that the result depends on (`lgd.train.tasks.inputs_of`)."""
     reader: Reader
     plan: Plan
@@ -110,7 +110,7 @@ def choose_engine(asked: str) -> str:
     return "torch" if problem else "deepspeed"
 
 
-def make_engine(name: str, model: nn.Module, train: Train, extra: dict[str, Any], world: World) -> Engine:
+def make_engine(name: str, model: nn.Module, train: Train, extra: Mapping[str, object], world: World) -> Engine:
     """The engine around a model. `extra` is the configuration's `deepspeed:` section."""
     if name == "torch":
         if extra:
@@ -132,7 +132,6 @@ def prepare(config: Config, shards: ShardSet, task: Task, world: World, engine: 
         )
     if settings.patience and not shards.of_split("val"):
         raise DataError("train.patience needs a validation split, and the shards have no split `val`")
-    inputs = inputs_of(task, config, shards)
     reader = Reader(shards.of_split("train"), (task.role,), config.data.size)
     plan = Plan(reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
     learner = Learner(
@@ -146,7 +145,7 @@ def prepare(config: Config, shards: ShardSet, task: Task, world: World, engine: 
     return Prepared(
         learner=learner,
         shards=shards,
-        inputs=inputs,
+        inputs=inputs_of(task, shards),
         reader=reader,
         plan=plan,
         every=settings.evaluate_every or math.ceil(plan.total / settings.batch),

@@ -124,7 +124,7 @@ def test_a_failed_training_leaves_its_process_as_it_was(unchanged, tissue_config
 
 def test_a_training_under_ray_leaves_its_process_as_it_was(unchanged, tmp_path):
     try:
-        training.launch(lambda _: None, {}, workers=2, max_failures=0, storage=tmp_path / "ray", name="teacher")
+        training.launch(lambda _: None, workers=2, max_failures=0, storage=tmp_path / "ray", name="teacher")
     finally:
         cluster.disconnect()
 

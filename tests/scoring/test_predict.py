@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.special import softmax
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
@@ -23,7 +24,6 @@ from lgd.shards.pairs import read_slides
 from lgd.shards.shard_set import ShardSet
 from lgd.stain.checks import NEARLY_BLANK, NO_HE
 from lgd.stream.reader import Reader
-from lgd.train.passes import softmax
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_the_teacher_reads_the_ihc(tissue_run):
 def test_training_wrote_the_scores_of_the_exported_network(scorer, tissue_run):
     predictions, _ = score_shards(scorer, ShardSet.open(tissue_run.shard_dirs).of_split("val"), threads=1)
     # Without the temperature, as during training.
-    chances = softmax(np.log(predictions.probability), 1 / scorer.config.temperature)
+    chances = softmax(np.log(predictions.probability) * scorer.config.temperature, axis=1)
     again = score(predictions.level, chances)
     written = scorer.config.validation
     assert written and written == pytest.approx({name: again[name] for name in written}, abs=1e-4)

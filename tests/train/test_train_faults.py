@@ -48,7 +48,7 @@ TERMS, NORM, WEIGHTS = 5e-4, 5e-2, 4e-3
 def worker_that_records(folder):
     """What trains in a worker, and notes the samples: a file for each attempt of a rank, a line for each step."""
 
-    def work(argument):
+    def work(*arguments):
         real = prepare.training_batches
 
         def batches(reader, plan, targets, options, **rest):
@@ -63,7 +63,7 @@ def worker_that_records(folder):
 
         prepare.training_batches = batches
         try:
-            worker(argument)
+            worker(*arguments)
         finally:
             prepare.training_batches = real
 
