@@ -9,9 +9,9 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from lgd.models.pretrained import shorten
 from lgd.models.spec import list_values, names_layers
 from lgd.models.weights import Shapes, count_numbers, load_tensors, read_shapes, shapes_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 # DINOv3's largest has 6.7 billion.
 _MOST_PARAMETERS = 10_000_000_000
 # A draft's calls of torch: 1.1 billion parameters in 40 layers take 4,000, in about a second.
@@ -29,7 +32,7 @@ _MOST_CALLS = 10_000
 _OUTPUT_NORMS = "hidden_states_norms."
 
 
-def new_backbone(settings: dict[str, Any]) -> nn.Module:
+def new_backbone(settings: Mapping[str, object]) -> nn.Module:
     """A backbone with random weights; `ValueError` where the fields make none, or one too large."""
     draft(json.dumps(settings))
     network: nn.Module = _auto_backbone().from_config(_make_config(settings), trust_remote_code=False)
@@ -43,7 +46,7 @@ def _auto_backbone() -> Any:
     return AutoBackbone
 
 
-def load_backbone(settings: dict[str, Any], files: list[Path]) -> nn.Module:
+def load_backbone(settings: Mapping[str, object], files: list[Path]) -> nn.Module:
     """A backbone with the weights of safetensors files, in float32; `ValueError` where they are not its own."""
     stored: Shapes = {}
     for path in files:
@@ -68,7 +71,8 @@ def load_backbone(settings: dict[str, Any], files: list[Path]) -> nn.Module:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    _check_loaded(backbone, found, needed)
+    mismatched = [name for name, *_ in found["mismatched_keys"]]
+    _check_loaded(backbone, needed, found["missing_keys"], mismatched, found["unexpected_keys"])
     return cast(nn.Module, backbone.float())
 
 
@@ -83,16 +87,17 @@ def list_fields(kind: str) -> set[str]:
     return names | {"model_type", "out_features", "out_indices"}
 
 
-def _make_config(settings: dict[str, Any]) -> Any:
+def _make_config(settings: Mapping[str, object]) -> "PreTrainedConfig":
     """The configuration of transformers; `ValueError` names a field that it does not know."""
     from transformers import CONFIG_MAPPING, __version__
 
-    kind = settings["model_type"]
+    kind = str(settings["model_type"])
     strange = sorted(settings.keys() - list_fields(kind))
     if strange:
         raise ValueError(f"field {strange[0]!r:.80} is none of {kind} in transformers {__version__}")
+    fields: dict[str, Any] = {field: value for field, value in settings.items() if field != "model_type"}
     with _errors_of_transformers("its fields make no network"):
-        return CONFIG_MAPPING[kind](**{field: value for field, value in settings.items() if field != "model_type"})
+        return CONFIG_MAPPING[kind](**fields)
 
 
 @functools.lru_cache(8)
@@ -116,16 +121,18 @@ def draft(settings: str) -> tuple[Any, Shapes]:
     return type(network), shapes
 
 
-def _explain_size(fields: dict[str, Any], budget: "_Budget") -> str:
+def _explain_size(fields: Mapping[str, object], budget: "_Budget") -> str:
     """What made a draft too large."""
     if budget.parameters <= _MOST_PARAMETERS:
         return f"by its layers in {', '.join(repr(field) for field in fields if names_layers(field)):.200}"
-    largest = max((n, field) for field, value in fields.items() for n in list_values(field, value) if _is_number(n))
-    return f"more than {_MOST_PARAMETERS:,} parameters; its largest field is {largest[1]!r:.80}, {largest[0]}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    sizes = [
+        (number, field)
+        for field, value in fields.items()
+        for number in list_values(field, value)
+        if isinstance(number, int | float) and not isinstance(number, bool)
+    ]
+    largest, field = max(sizes)
+    return f"more than {_MOST_PARAMETERS:,} parameters; its largest field is {field!r:.80}, {largest}"
 
 
 class _Budget(TorchFunctionMode):
@@ -139,7 +146,13 @@ class _Budget(TorchFunctionMode):
     def spent(self) -> bool:
         return self.parameters > _MOST_PARAMETERS or self.calls > _MOST_CALLS
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        function: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         self.calls += 1
@@ -153,15 +166,17 @@ class _Budget(TorchFunctionMode):
         return out
 
 
-def _check_loaded(backbone: nn.Module, found: dict[str, Any], needed: Shapes) -> None:
+def _check_loaded(
+    backbone: nn.Module, needed: Shapes, lacking: Iterable[str], mismatched: list[str], unexpected: Iterable[str]
+) -> None:
     """`ValueError` where weights were missing, of another shape, left over, or no numbers."""
     learnt = {name for name, _ in backbone.named_parameters()} | {name for name in needed if "running_" in name}
-    missing = [name for name in found["missing_keys"] if name in learnt & needed.keys() and "mask_token" not in name]
+    missing = [name for name in lacking if name in learnt & needed.keys() and "mask_token" not in name]
     layers = {_mask_numbers(name) for name in needed}
-    beyond = [name for name in found["unexpected_keys"] if _mask_numbers(name) in layers]
+    beyond = [name for name in unexpected if _mask_numbers(name) in layers]
     for names, problem in (
         (missing, "lack"),
-        ([name for name, *_ in found["mismatched_keys"]], "have other shapes of"),
+        (mismatched, "have other shapes of"),
         (beyond, "have more layers:"),
     ):
         if names:

@@ -1,7 +1,7 @@
 """config.json of a model's folder: how the network is built, what it was trained on, and what it may be used for."""
 
 from collections import Counter
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,7 +11,7 @@ from lgd.io.documents import Document
 from lgd.io.files import read_json
 from lgd.io.location import Location
 from lgd.models.spec import EncoderSpec
-from lgd.shards.manifest import HER2, UNKNOWN, Shape, Target, Text
+from lgd.shards.manifest import UNKNOWN, Shape, Target, Text
 from lgd.shards.shard_set import ShardSet
 
 FORMAT = "lgd-model/2"
@@ -158,26 +158,3 @@ def describe_training(shards: ShardSet) -> Training:
         virtual=shards.all_virtual,
         shards=shards.digests,
     )
-
-
-NOT_TRAINED: dict[str, Any] = {
-    "training": Training(
-        target=HER2,
-        marker=None,
-        labels=dict.fromkeys((*HER2.classes, UNKNOWN), 0),
-        shapes=(),
-        virtual=True,
-        shards=(),
-    ),
-    "licence": None,
-    "temperature": 1.0,
-    "validation": {},
-    "inputs": "0" * 64,
-    "steps": 0,
-    "epochs": 1.0,
-    "skipped": 0,
-    "engine": "none",
-    "workers": 1,
-    "versions": {},
-}
-"""The facts of a network that was not trained, as benchmarks use it."""

@@ -13,9 +13,9 @@ Nothing here depends on the other images of a batch: presets get GroupNorm, othe
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,130 +30,81 @@ from lgd.models.spec import EncoderSpec
 # (virtual H&E, one seed: 0.39 against 0.55 of the training patches after 10 epochs).
 _FROM_SCRATCH_MEAN, _FROM_SCRATCH_STD = (0.6, 0.6, 0.6), (0.5, 0.5, 0.5)
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "resnet10": {
-        "model_type": "resnet",
-        "embedding_size": 16,
-        "hidden_sizes": [16, 32, 64, 128],
-        "depths": [1, 1, 1, 1],
-        "layer_type": "basic",
-    },
-    "resnet18": {
-        "model_type": "resnet",
-        "embedding_size": 64,
-        "hidden_sizes": [64, 128, 256, 512],
-        "depths": [2, 2, 2, 2],
-        "layer_type": "basic",
-    },
+_BASIC = {"model_type": "resnet", "layer_type": "basic"}
+PRESETS: dict[str, dict[str, object]] = {
+    "resnet10": {**_BASIC, "embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]},
+    "resnet18": {**_BASIC, "embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]},
     "resnet50": {"model_type": "resnet"},
-    "convnext-tiny": {
-        "model_type": "convnext",
-        "hidden_sizes": [96, 192, 384, 768],
-        "depths": [3, 3, 9, 3],
-    },
+    "convnext-tiny": {"model_type": "convnext", "hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3]},
 }
 
 
-class Kind:
+class Kind(NamedTuple):
     """A kind of encoders, which a name leads to."""
 
-    form: ClassVar[str]
+    form: str
     """How such encoders are named."""
-
-    @classmethod
-    def matches(cls, name: str) -> bool:
-        """Whether a name is one of this kind."""
-        raise NotImplementedError
-
-    @classmethod
-    def describe(cls, name: str) -> EncoderSpec:
-        """The specification of an encoder; `ValueError` for one that is not accepted."""
-        raise NotImplementedError
-
-    @classmethod
-    def load(cls, spec: EncoderSpec) -> nn.Module:
-        """The network with the weights that it comes with; `ValueError` where they are not its own."""
-        raise NotImplementedError
+    matches: Callable[[str], bool]
+    """Whether a name is one of this kind."""
+    describe: Callable[[str], EncoderSpec]
+    """The specification of an encoder; `ValueError` for one that is not accepted."""
+    load: Callable[[EncoderSpec], nn.Module]
+    """The network with the weights that it comes with; `ValueError` where they are not its own."""
 
 
-class Preset(Kind):
-    """An architecture with random weights."""
-
-    form = ", ".join(PRESETS)
-
-    @classmethod
-    def matches(cls, name: str) -> bool:
-        return name in PRESETS
-
-    @classmethod
-    def describe(cls, name: str) -> EncoderSpec:
-        backbone = {"backbone": PRESETS[name], "batchnorm": "group"}
-        return _make_spec(name, **backbone, mean=_FROM_SCRATCH_MEAN, std=_FROM_SCRATCH_STD)
-
-    @classmethod
-    def load(cls, spec: EncoderSpec) -> nn.Module:
-        return new_backbone(spec.backbone)
-
-
-class Outside(Kind):
-    """Code outside LGD."""
-
-    form = "python:package.module:factory"
-
-    @classmethod
-    def matches(cls, name: str) -> bool:
-        return is_python(name)
-
-    @classmethod
-    def describe(cls, name: str) -> EncoderSpec:
-        return _make_spec(name, backbone={}, batchnorm="frozen", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-
-    @classmethod
-    def load(cls, spec: EncoderSpec) -> nn.Module:
-        network = load_object(spec.name, "the encoder")()
-        if not isinstance(network, nn.Module) or not isinstance(getattr(network, "channels", None), int):
-            raise ConfigError(
-                f"encoder {spec.name} gives a {type(network).__name__}, and should give a torch.nn.Module with the "
-                "number of its channels as `channels`, which maps (B, 3, H, W) in 0..255 to (B, channels, h, w)"
-            )
-        return network
-
-
-class Pretrained(Kind):
-    """A folder as transformers saves it, or a repository of the hub."""
-
-    form = "hf:ORG/NAME or a local folder"
-
-    @classmethod
-    def matches(cls, name: str) -> bool:
-        return name.startswith("hf:") or Path(name).is_dir()
-
-    @classmethod
-    def describe(cls, name: str) -> EncoderSpec:
-        folder = find_folder(name)
-        settings = read_settings(folder)
-        # Those of the hub are copied when all else has passed.
-        if not name.startswith("hf:"):
-            find_weights(folder)
-        mean, std = read_normalisation(folder)
-        fields = list_fields(settings["model_type"])
-        backbone = {field: value for field, value in settings.items() if field in fields}
-        return _make_spec(name, backbone=backbone, batchnorm="frozen", mean=mean, std=std)
-
-    @classmethod
-    def load(cls, spec: EncoderSpec) -> nn.Module:
-        return load_backbone(spec.backbone, find_weights(find_folder(spec.name, weights=True)))
-
-
-KINDS: tuple[type[Kind], ...] = (Preset, Outside, Pretrained)
-"""The kinds of encoders; the first that matches a name has it."""
-
-
-def _make_spec(name: str, **fields: Any) -> EncoderSpec:
+def _make_spec(name: str, **fields: object) -> EncoderSpec:
     return EncoderSpec.from_json({"name": name, "pool": "mean", "size": None, "mpp": None, "licence": None} | fields)
 
 
-def find_kind(name: str) -> type[Kind]:
+def _describe_preset(name: str) -> EncoderSpec:
+    mean, std = _FROM_SCRATCH_MEAN, _FROM_SCRATCH_STD
+    return _make_spec(name, backbone=PRESETS[name], batchnorm="group", mean=mean, std=std)
+
+
+def _describe_outside(name: str) -> EncoderSpec:
+    return _make_spec(name, backbone={}, batchnorm="frozen", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def _load_outside(spec: EncoderSpec) -> nn.Module:
+    network = load_object(spec.name, "the encoder")()
+    if not isinstance(network, nn.Module) or not isinstance(getattr(network, "channels", None), int):
+        raise ConfigError(
+            f"encoder {spec.name} gives a {type(network).__name__}, and should give a torch.nn.Module with the "
+            "number of its channels as `channels`, which maps (B, 3, H, W) in 0..255 to (B, channels, h, w)"
+        )
+    return network
+
+
+def _describe_pretrained(name: str) -> EncoderSpec:
+    folder = find_folder(name)
+    settings = read_settings(folder)
+    # Those of the hub are copied when all else has passed.
+    if not name.startswith("hf:"):
+        find_weights(folder)
+    mean, std = read_normalisation(folder)
+    fields = list_fields(str(settings["model_type"]))
+    backbone = {field: value for field, value in settings.items() if field in fields}
+    return _make_spec(name, backbone=backbone, batchnorm="frozen", mean=mean, std=std)
+
+
+def _load_pretrained(spec: EncoderSpec) -> nn.Module:
+    return load_backbone(spec.backbone, find_weights(find_folder(spec.name, weights=True)))
+
+
+KINDS = (
+    Kind(", ".join(PRESETS), lambda name: name in PRESETS, _describe_preset, lambda spec: new_backbone(spec.backbone)),
+    Kind("python:package.module:factory", is_python, _describe_outside, _load_outside),
+    Kind(
+        "hf:ORG/NAME or a local folder",
+        lambda name: name.startswith("hf:") or Path(name).is_dir(),
+        _describe_pretrained,
+        _load_pretrained,
+    ),
+)
+"""The kinds of encoders; the first that matches a name has it."""
+
+
+def find_kind(name: str) -> Kind:
     """The kind of an encoder; `ConfigError` for a name of none."""
     for kind in KINDS:
         if kind.matches(name):
@@ -181,7 +132,11 @@ class Encoder(nn.Module):
         """
         super().__init__()
         self.spec = spec
-        self.backbone: Any = _new_backbone(spec) if backbone is None else backbone
+        if backbone is None:
+            with _naming(spec.name):
+                # Where it came from may be gone.
+                backbone = _load_outside(spec) if is_python(spec.name) else new_backbone(spec.backbone)
+        self.backbone = backbone
         self.is_outside = is_python(spec.name)
         if spec.batchnorm == "group":
             _batchnorm_to_groupnorm(self.backbone)
@@ -189,7 +144,7 @@ class Encoder(nn.Module):
         self.std: torch.Tensor
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
-        channels: Any = self.backbone.channels
+        channels: Any = backbone.channels
         self.channels: int = channels if self.is_outside else list(channels)[-1]
 
     def forward(self, rgb_B3HW: torch.Tensor) -> torch.Tensor:
@@ -220,13 +175,6 @@ def build_encoder(name: str) -> Encoder:
     spec = describe(name)
     with _naming(name):
         return Encoder(spec, find_kind(name).load(spec))
-
-
-def _new_backbone(spec: EncoderSpec) -> nn.Module:
-    """The network of a specification, whose weights are loaded then."""
-    with _naming(spec.name):
-        # Where it came from may be gone.
-        return Outside.load(spec) if is_python(spec.name) else new_backbone(spec.backbone)
 
 
 @contextlib.contextmanager

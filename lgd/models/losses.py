@@ -3,8 +3,8 @@
 None assumes that H&E and IHC are aligned to the pixel.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -28,25 +28,17 @@ class Negatives(NamedTuple):
     """int64: their levels."""
 
 
-class Lesson(Protocol):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lesson:
     """What losses are computed from, beside what the network gives; a batch of training is one."""
 
-    @property
-    def level_B(self) -> torch.Tensor:
-        """int64: 0 to 3, or -1 for unknown."""
-        ...
-
-    @property
-    def stored(self) -> Mapping[str, torch.Tensor]:
-        """`pooled` (B, D), `map` (B, D, m, m), `nuclei` (B, g, g) and `membrane` (B, k, k, 3), float32: what the method
-        needs of them.
-        """
-        ...
-
-    @property
-    def negatives(self) -> Negatives | None:
-        """None without a queue."""
-        ...
+    level_B: torch.Tensor
+    """int64: 0 to 3, or -1 for unknown."""
+    stored: dict[str, torch.Tensor]
+    """`pooled` (B, D), `map` (B, D, m, m), `nuclei` (B, g, g) and `membrane` (B, k, k, 3), float32: what the method
+    needs of them."""
+    negatives: Negatives | None = None
+    """None without a queue."""
 
 
 def level_loss(logits_BK: torch.Tensor, level_B: torch.Tensor) -> torch.Tensor:

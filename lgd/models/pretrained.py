@@ -8,7 +8,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -84,7 +84,7 @@ def _explain_hub(error: Exception, repository: str) -> str:
     return f"it cannot be copied from the hub ({shorten(error)}): try again, {offline}"
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, object]:
     """The fields of `config.json`; `ValueError` for code, an unknown architecture and an absurd network."""
     settings = _read_object(folder / CONFIG, _AGAIN)
     with _naming(CONFIG):
@@ -141,7 +141,7 @@ def shorten(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]!s:.160}"
 
 
-def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+def _read_object(path: Path, remedy: str) -> dict[str, object]:
     """A JSON object of a file; `ValueError` where it is absent, broken or far too large."""
     if not path.is_file():
         raise ValueError(f"{path.name} is missing: {remedy}")

@@ -5,29 +5,17 @@ within the bounds below, of an architecture that LGD knows, before any library s
 """
 
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
 
 from pydantic import Field, Strict, ValidationInfo, field_validator
 
 from lgd.base.extensions import is_python
 from lgd.base.records import Line, Record
 
-ARCHITECTURES = (
-    "beit",
-    "bit",
-    "convnext",
-    "convnextv2",
-    "dinov2",
-    "dinov2_with_registers",
-    "dinov3_convnext",
-    "dinov3_vit",
-    "focalnet",
-    "pvt_v2",
-    "resnet",
-    "swin",
-    "swinv2",
-)
+ARCHITECTURES = """
+beit bit convnext convnextv2 dinov2 dinov2_with_registers dinov3_convnext dinov3_vit focalnet pvt_v2 resnet swin swinv2
+""".split()
 """Architectures of transformers whose feature maps a test compares with those of the whole network."""
 
 # The largest encoders today have 40 layers, widths of 8,192 (DINOv3, 6.7 billion parameters) and images of 4,096 px.
@@ -55,7 +43,7 @@ class EncoderSpec(Record):
 
     name: Line
     """As the user named it: a preset, hf:ORG/NAME, a folder, or code outside LGD."""
-    backbone: dict[str, Any]
+    backbone: dict[str, object]
     """The architecture (`model_type`) and the fields of its configuration in transformers; empty for code."""
     batchnorm: Literal["group", "frozen"]
     """Batch norms become group norms, or keep their stored statistics."""
@@ -72,7 +60,7 @@ class EncoderSpec(Record):
 
     @field_validator("backbone")
     @classmethod
-    def _check_backbone(cls, settings: dict[str, Any], known: ValidationInfo) -> dict[str, Any]:
+    def _check_backbone(cls, settings: dict[str, object], known: ValidationInfo) -> dict[str, object]:
         if is_python(known.data.get("name", "")):
             if settings:
                 raise ValueError("it should be empty, since the encoder is code of its own")
@@ -86,7 +74,7 @@ class EncoderSpec(Record):
         return settings
 
 
-def refuse_code(settings: Any) -> None:
+def refuse_code(settings: object) -> None:
     """`ValueError` where JSON names code, at any depth."""
     for field, value in _walk_fields(settings):
         if field in _CODE and value:
@@ -106,7 +94,7 @@ def names_layers(field: str) -> bool:
     return bool(_LAYERS.search(field))
 
 
-def check_architecture(settings: dict[str, Any]) -> None:
+def check_architecture(settings: Mapping[str, object]) -> None:
     """`ValueError` for an architecture that LGD does not know as an encoder."""
     kind = settings.get("model_type")
     if kind not in ARCHITECTURES:
@@ -114,7 +102,7 @@ def check_architecture(settings: dict[str, Any]) -> None:
         raise ValueError(f"field 'model_type' {problem}: choose an encoder of {', '.join(ARCHITECTURES)}")
 
 
-def check_sizes(settings: dict[str, Any]) -> None:
+def check_sizes(settings: Mapping[str, object]) -> None:
     """`ValueError` where a field asks for an absurd network or is no plain value; objects are passed over."""
     for field, value in settings.items():
         if isinstance(value, dict):
@@ -131,7 +119,7 @@ def check_sizes(settings: dict[str, Any]) -> None:
             raise ValueError(f"field {field!r} is {value!r:.80}: an encoder sees RGB, which is 3 channels")
 
 
-def list_values(field: str, value: Any) -> list[Any]:
+def list_values(field: str, value: object) -> list[object]:
     """The plain values of a field, of a list or of a list of lists."""
     values = [value]
     for _ in range(3):
@@ -148,7 +136,7 @@ def list_values(field: str, value: Any) -> list[Any]:
     return values
 
 
-def _walk_fields(settings: Any) -> Iterator[tuple[str, Any]]:
+def _walk_fields(settings: object) -> Iterator[tuple[str, object]]:
     """Every named field of plain JSON, at any depth."""
     left = [settings]
     while left:

@@ -5,8 +5,6 @@ abstract says. Its hallucination stream has its own encoder, started from the te
 or shares the trunk of the morphology stream. Which method trains which network is said in `lgd.models.methods`.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -58,15 +56,6 @@ class Student(Network):
         return StudentConfig.from_json(facts | self.sizes)
 
 
-class _Fused(NamedTuple):
-    """What both streams give."""
-
-    out: Outputs
-    morphology_BCHW: torch.Tensor
-    latent_BDHW: torch.Tensor
-    pooled_BD: torch.Tensor
-
-
 class TwoStreamStudent(Student):
     """H&E -> level, by two streams that a gate fuses."""
 
@@ -82,9 +71,6 @@ class TwoStreamStudent(Student):
 
     def forward(self, he_B3HW: torch.Tensor) -> Outputs:
         """As of `Student`, and `gate` (B, width): 1 trusts the morphology."""
-        return self._fuse(he_B3HW).out
-
-    def _fuse(self, he_B3HW: torch.Tensor) -> _Fused:
         map_BCHW = self.morphology(he_B3HW)
         morphology_BC = map_BCHW.mean(dim=(2, 3))
         source_BCHW = map_BCHW if self.hallucination is None else self.hallucination(he_B3HW)
@@ -93,8 +79,16 @@ class TwoStreamStudent(Student):
         molecular_BC = self.from_latent(pooled_BD)
         gate_BC = torch.sigmoid(self.gate(torch.cat([morphology_BC, molecular_BC], dim=1)))
         logits = self.head(gate_BC * morphology_BC + (1 - gate_BC) * molecular_BC)
-        out = {"logits": logits, "features": morphology_BC, "gate": gate_BC}
-        return _Fused(out, map_BCHW, latent_BDHW, pooled_BD)
+        return {
+            "logits": logits,
+            "features": morphology_BC,
+            "gate": gate_BC,
+            **self.hallucinate(map_BCHW, latent_BDHW, pooled_BD),
+        }
+
+    def hallucinate(self, map_BCHW: torch.Tensor, latent_BDHW: torch.Tensor, pooled_BD: torch.Tensor) -> Outputs:
+        """What is given beside, of the morphology's map, the latents' and the pooled latents: nothing here."""
+        return {}
 
 
 class HallucinatingStudent(TwoStreamStudent):
@@ -105,12 +99,11 @@ class HallucinatingStudent(TwoStreamStudent):
         self.nuclei_head = nn.Conv2d(morphology.channels, 1, 1)
         self.membrane_head = nn.Conv2d(latent_dim, 3, 1)
 
-    def forward(self, he_B3HW: torch.Tensor) -> Outputs:
-        """As of `TwoStreamStudent`, and `pooled` (B, D), `map` (B, D, m, m) when maps are cached, `nuclei` (B, g, g) as
-        log(1 + density), `membrane` (B, k, k, 3).
+    def hallucinate(self, map_BCHW: torch.Tensor, latent_BDHW: torch.Tensor, pooled_BD: torch.Tensor) -> Outputs:
+        """`pooled` (B, D), `map` (B, D, m, m) when maps are cached, `nuclei` (B, g, g) as log(1 + density), `membrane`
+        (B, k, k, 3).
         """
-        out, map_BCHW, latent_BDHW, pooled_BD = self._fuse(he_B3HW)
-        out["pooled"] = pooled_BD
+        out = {"pooled": pooled_BD}
         if self.sizes["latent_map"]:
             out["map"] = F.adaptive_avg_pool2d(latent_BDHW, self.sizes["latent_map"])
         nuclei_BCGG = _resize(map_BCHW, self.sizes["nuclei_grid"])

@@ -81,17 +81,12 @@ def new_teacher(encoder: str) -> Teacher:
     return Teacher(build_encoder(encoder))
 
 
-TEACHERS: dict[str, type[Teacher]] = {"trained": Teacher}
-"""The kinds of teachers, by `source` in config.json."""
-
-
 def load_teacher(folder: str | Location, code: Collection[str] = ()) -> tuple[Teacher, TeacherConfig]:
     """The frozen teacher of a folder, and its `config.json`.
 
     Raises `DataError` for what cannot be read, and for code that it names and `code`, what the user named, lacks.
     """
     config = read_teacher_config(folder)
-    if config.source not in TEACHERS:
+    if config.source != Teacher.source:
         raise DataError(f"{folder}: field source is {config.source}, which this version of lgd cannot load")
-    kind = TEACHERS[config.source]
-    return load_weights(folder, lambda: kind(Encoder(config.encoder)), config, code).freeze(), config
+    return load_weights(folder, lambda: Teacher(Encoder(config.encoder)), config, code).freeze(), config

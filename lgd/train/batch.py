@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from lgd.base.errors import DataError
 from lgd.config import Config, Data
-from lgd.models.losses import Negatives
+from lgd.models.losses import Lesson, Negatives
 from lgd.store.store import Rows
 from lgd.stream.augment import d4, drawn_views, jitter_he, turn_stored
 from lgd.stream.plan import Plan, World, eval_numbers, rank_positions
@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
+class Batch(Lesson):
     """Samples on their way into a network."""
 
     keys: list[str]
@@ -44,17 +44,12 @@ class Batch:
     """int64: the element of D4 that training applies; 0 is none."""
     valid_B: torch.Tensor
     """bool: false for a sample that could not be read and is skipped; its image is black and it has no loss."""
-    level_B: torch.Tensor
-    """int64: 0 to 3, or -1 for unknown."""
     label_count: int
     """Samples whose level is known."""
     valid_count: int
     """Samples that are valid, also those that `drop_unlabelled` left out."""
     images: dict[str, torch.Tensor]
     """Role -> (B, 3, H, W) in 0..255, uint8 as decoded or float32."""
-    stored: dict[str, torch.Tensor]
-    """`pooled` (B, D), `map` (B, D, m, m), `nuclei` (B, g, g), `membrane` (B, k, k, 3), float32."""
-    negatives: Negatives | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -18,11 +18,11 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 import lgd
 from lgd.base.errors import ConfigError, DataError
 from lgd.io.digests import digest_of
-from lgd.models.description import NOT_TRAINED
 from lgd.models.encoder import PRESETS, Encoder, build_encoder
 from lgd.models.export import save_model
 from lgd.models.spec import EncoderSpec
 from lgd.models.student import Student
+from tools.bench.inputs import NOT_TRAINED
 
 
 def images(count: int, side: int = 64) -> torch.Tensor:

@@ -6,11 +6,11 @@ import pytest
 import lgd
 from lgd.base.errors import ConfigError, DataError
 from lgd.config import Config, Student
-from lgd.models.description import NOT_TRAINED
 from lgd.models.encoder import build_encoder
 from lgd.models.export import save_model
 from lgd.models.methods import BASELINE, METHODS, PROPOSED, Method, find_method, load_student
 from lgd.models.student import Student as Network
+from tools.bench.inputs import NOT_TRAINED
 
 ROOT = Path(lgd.__file__).parent
 

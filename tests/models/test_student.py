@@ -7,12 +7,13 @@ import torch
 
 from lgd.base.errors import DataError
 from lgd.io.digests import digest_of, sha256
-from lgd.models.description import NOT_TRAINED, StudentConfig
+from lgd.models.description import StudentConfig
 from lgd.models.encoder import build_encoder
 from lgd.models.export import load_weights, read_student_config, save_model
 from lgd.models.methods import METHODS, load_student, student_from
 from lgd.models.student import Student
 from lgd.models.teacher import load_teacher, new_teacher
+from tools.bench.inputs import NOT_TRAINED
 
 
 def student(method="lgd", own=True, latent_map=2, dim=24) -> Student:

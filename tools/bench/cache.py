@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from lgd.config import Config
 from lgd.config_files import load_config
-from lgd.models.description import NOT_TRAINED
 from lgd.models.export import save_model
 from lgd.models.teacher import load_teacher, new_teacher
 from lgd.ray_jobs.mapping import map_with
@@ -36,7 +35,7 @@ from lgd.store.cache import SHARDS_AT_ONCE, Cacher
 from lgd.store.recipe import PATCHES, TEACHER
 from lgd.store.sidecar import part_name, read_sidecar
 from lgd.store.supervision import recipe_of
-from tools.bench.inputs import Inputs
+from tools.bench.inputs import NOT_TRAINED, Inputs
 from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
 
 MARK = 0.95

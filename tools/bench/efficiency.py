@@ -29,14 +29,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgd.config import Latents
-from lgd.models.description import NOT_TRAINED
 from lgd.models.encoder import build_encoder
 from lgd.models.methods import PROPOSED
 from lgd.models.student import HallucinatingStudent, Student
 from lgd.models.teacher import Teacher, new_teacher
 from lgd.scoring.predict import Scorer
 from lgd.shards.image import decode
-from tools.bench.inputs import Inputs
+from tools.bench.inputs import NOT_TRAINED, Inputs
 from tools.bench.measure import Outcome, Rate, Settings, alternate, timed
 from tools.bench.staining import FORMATS, VirtualStaining
 from tools.bench.training import settle

@@ -14,9 +14,11 @@ import simplejpeg
 
 from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
+from lgd.models.description import Training
 from lgd.shards.archive import Shard, read_sample
 from lgd.shards.builder import build
 from lgd.shards.image import header, kind
+from lgd.shards.manifest import HER2, UNKNOWN
 from lgd.shards.options import ShardOptions
 from lgd.shards.pairs import PatchPair, find_pairs
 from lgd.shards.shard_set import ShardFolder
@@ -129,3 +131,26 @@ def _draw(root: Path, slide: int, side: int) -> None:
     for role, pixels in (("HE", he), ("IHC", ihc)):
         content = simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="420")
         (root / role / "train" / name).write_bytes(content)
+
+
+NOT_TRAINED: dict[str, Any] = {
+    "training": Training(
+        target=HER2,
+        marker=None,
+        labels=dict.fromkeys((*HER2.classes, UNKNOWN), 0),
+        shapes=(),
+        virtual=True,
+        shards=(),
+    ),
+    "licence": None,
+    "temperature": 1.0,
+    "validation": {},
+    "inputs": "0" * 64,
+    "steps": 0,
+    "epochs": 1.0,
+    "skipped": 0,
+    "engine": "none",
+    "workers": 1,
+    "versions": {},
+}
+"""The facts of a network that was not trained, as benchmarks use it."""

@@ -19,7 +19,6 @@ import torch
 
 from lgd.config import Config
 from lgd.config_files import load_config
-from lgd.models.description import NOT_TRAINED
 from lgd.models.export import save_model
 from lgd.models.teacher import new_teacher
 from lgd.shards.shard_set import ShardSet
@@ -32,7 +31,7 @@ from lgd.train.log import Log
 from lgd.train.loop import take_step
 from lgd.train.prepare import Learner, make_engine
 from lgd.train.tasks import StudentTask, Task
-from tools.bench.inputs import Inputs
+from tools.bench.inputs import NOT_TRAINED, Inputs
 from tools.bench.measure import Rate, Settings, cpu_seconds
 
 logger = logging.getLogger(f"lgd.{__name__}")
