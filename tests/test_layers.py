@@ -14,7 +14,7 @@ io.location io.digests io.files io.folders io.tables io.locks io.download_cache 
 config config_files metrics
 ray_jobs.cluster ray_jobs.logs ray_jobs.mapping ray_jobs.training
 stain.deconvolve stain.targets stain.checks
-tissue.look tissue.drawing tissue.sections tissue.synth
+tissue.drawing tissue.sections tissue.synth
 shards.manifest shards.layouts shards.pairs shards.options shards.tags shards.image shards.archive shards.shard_set
 shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader stream.augment

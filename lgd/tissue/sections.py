@@ -6,15 +6,13 @@ enters the H&E through one number only, the grade (see `grade_of`): at coupling 
 byte for byte, whatever its level.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage, special
 
-from lgd.tissue.drawing import MPP, TUMOUR, Cells, Place, Tissue, locate, smooth_noise
-from lgd.tissue.look import Look, draw_look
+from lgd.tissue.drawing import MPP, TUMOUR, Cells, Look, Place, Tissue, locate, smooth_noise
 
 # One random stream for each of these, so that none can leak into another.
 _LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC, _SHORTCUT = range(7)
@@ -69,13 +67,12 @@ def draw_pair(
     base 10, on the IHC's tumour membranes), membrane_completeness (0..1, of the stained cells; 0 without any),
     stained_fraction (of the tumour cells), discordant (0 or 1).
     """
-    look = draw_look(_stream(_LOOK, seed, slide))
+    look = Look(_stream(_LOOK, seed, slide))
     if shortcut.strength is not None:
         own = _STRENGTHS[shortcut.strength] * _stream(_SHORTCUT, seed, slide, 0).lognormal(0.0, 0.08, 2)
-        look = dataclasses.replace(look, hematoxylin_amount=own[0], eosin_amount=own[1])
+        look.hematoxylin_amount, look.eosin_amount = own
     if shortcut.glass is not None:
-        white = _GLASS[shortcut.glass] * _stream(_SHORTCUT, seed, slide, 1).normal(1.0, 0.008, 3)
-        look = dataclasses.replace(look, he_white=white)
+        look.he_white = _GLASS[shortcut.glass] * _stream(_SHORTCUT, seed, slide, 1).normal(1.0, 0.008, 3)
     truth = _intent(seed, slide, patch, slide_level(seed, slide) if level is None else level)
     grade = grade_of(seed, slide, patch, int(truth["patch_level"]), coupling)
     tissue = Tissue(_stream(_TISSUE, seed, slide, patch), look, grade, size, bool(truth.pop("barren")))

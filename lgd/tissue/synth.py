@@ -7,6 +7,8 @@ OUT/synth.json. The same options give the same bytes with any number of workers.
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -16,10 +18,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
+from pydantic import JsonValue
 
 from lgd.base.errors import DataError, require
 from lgd.base.logs import progress
@@ -32,20 +35,10 @@ from lgd.io.locks import LOCK, exclusive
 from lgd.io.tables import write_csv
 from lgd.tissue.sections import Shortcut, draw_pair, shortcut_of, slide_level
 
-TRUTH_COLUMNS = (
-    "key",
-    "slide",
-    "split",
-    "level",
-    "patch_level",
-    "nuclei",
-    "tumour_nuclei",
-    "membrane_od",
-    "membrane_completeness",
-    "stained_fraction",
-    "discordant",
-    "coupling",
-)
+_TRUTH = """
+level patch_level nuclei tumour_nuclei membrane_od membrane_completeness stained_fraction discordant
+""".split()
+TRUTH_COLUMNS = ("key", "slide", "split", *_TRUTH, "coupling")
 _QUALITY = 92
 _DONE, _BEGUN = "synth.json", ".synth-begun"
 
@@ -123,22 +116,24 @@ class Drawing(Document):
     summary: Summary
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
+class _Pair(NamedTuple):
     """One pair to draw."""
 
     key: str
     slide: int
     patch: int
     split: str
-    options: SynthOptions
 
 
-_Drawn = tuple[dict[str, Any], dict[str, bytes]]
-"""A row of the truth, and the files' content by stain."""
+class _Drawn(NamedTuple):
+    """One that was drawn."""
+
+    truth: dict[str, float]
+    files: dict[str, bytes]
+    """The files' content by stain."""
 
 
-def synthesise(options: SynthOptions) -> dict[str, Any]:
+def synthesise(options: SynthOptions) -> dict[str, JsonValue]:
     """Draw the set, or find it already drawn; return its summary.
 
     The summary holds out, pairs, slides, train, test, levels (pairs by level name), discordant (pairs), bytes of
@@ -146,47 +141,53 @@ def synthesise(options: SynthOptions) -> dict[str, Any]:
     `out` holds anything else, or a set with other options, and while another process draws there. One that was
     interrupted is redone from scratch.
     """
-    given, recipe = as_output_location(options.out, "OUT"), _recipe(options)
+    given = as_output_location(options.out, "OUT")
     out = require_local(given, f"OUT is {given}: virtual tissue is drawn into a local folder: name one")
-    options = dataclasses.replace(options, out=str(out))
+    # The options that decide about the bytes.
+    recipe = dataclasses.asdict(options) | {"slides": options.slide_count}
+    del recipe["out"], recipe["workers"]
     # A finished set is only read, and may lie where nothing can be written.
     finished = (out / _DONE).exists()
     with contextlib.nullcontext() if finished else exclusive(out, "drawing virtual tissue"):
-        if finished or (out / _DONE).exists():
-            return {"out": str(out), **_reuse(out, recipe).as_json(), "reused": True}
-        return {"out": str(out), **_draw_set(out, options, recipe).as_json(), "reused": False}
+        reused = finished or (out / _DONE).exists()
+        summary = _reuse(out, recipe) if reused else _draw_set(out, options, recipe)
+        return {"out": str(out), **summary.as_json(), "reused": reused}
 
 
-def _draw_set(out: Path, options: SynthOptions, recipe: dict[str, Any]) -> Summary:
+def _draw_set(out: Path, options: SynthOptions, recipe: dict[str, int | float | str | None]) -> Summary:
     """Draw the set into a folder that nobody else works on; returns its summary."""
     _claim(out)
-    tasks = _plan(options)
-    for stain in ("HE", "IHC"):
-        for split in {task.split for task in tasks}:
-            (out / stain / split).mkdir(parents=True)
-    rows = []
-    for task, (row, streams) in zip(tasks, _draw_all(tasks, options.workers or os.cpu_count() or 1), strict=True):
+    pairs = _plan(options)
+    for stain, split in itertools.product(("HE", "IHC"), {pair.split for pair in pairs}):
+        (out / stain / split).mkdir(parents=True)
+    truths = {}
+    for pair, drawn in zip(pairs, _draw_all(pairs, options), strict=True):
         # Written here and not where it was drawn: a process that draws may outlive this one, and its lock.
-        for stain, content in streams.items():
-            (out / stain / task.split / f"{task.key}.png").write_bytes(content)
-        rows.append(row)
-    rows.sort(key=lambda row: row["key"])
+        for stain, content in drawn.files.items():
+            (out / stain / pair.split / f"{pair.key}.png").write_bytes(content)
+        truths[pair] = drawn.truth
+    rows = (
+        [pair.key, f"slide-{pair.slide:04d}", pair.split, *(truth[name] for name in _TRUTH), options.coupling]
+        for pair, truth in sorted(truths.items(), key=lambda one: one[0].key)
+    )
     with publish(out / "truth.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        write_csv(stream, TRUTH_COLUMNS, ([row[name] for name in TRUTH_COLUMNS] for row in rows))
-    summary = _summary(out, rows)
+        write_csv(stream, TRUTH_COLUMNS, rows)
+    splits, levels = Counter(pair.split for pair in pairs), Counter(truth["level"] for truth in truths.values())
+    summary = Summary(
+        pairs=len(pairs),
+        slides=len({pair.slide for pair in pairs}),
+        train=splits["train"],
+        test=splits["test"],
+        levels={name: levels[level] for level, name in enumerate(LEVEL_NAMES)},
+        discordant=sum(int(truth["discordant"]) for truth in truths.values()),
+        bytes=_count_bytes(out),
+    )
     Drawing(options=recipe, summary=summary).write(out / _DONE)
     (out / _BEGUN).unlink()
     return summary
 
 
-def _recipe(options: SynthOptions) -> dict[str, Any]:
-    """The options that decide about the bytes."""
-    recipe = dataclasses.asdict(options) | {"slides": options.slide_count}
-    del recipe["out"], recipe["workers"]
-    return recipe
-
-
-def _reuse(out: Path, recipe: dict[str, Any]) -> Summary:
+def _reuse(out: Path, recipe: dict[str, int | float | str | None]) -> Summary:
     """The summary of a complete set, when it was made with this recipe and is still whole."""
     made = Drawing.read(out / _DONE)
     differing = [
@@ -196,13 +197,17 @@ def _reuse(out: Path, recipe: dict[str, Any]) -> Summary:
         raise DataError(
             f"{out} holds virtual tissue made with {', '.join(differing)}: choose another folder, or delete it"
         )
-    found = sum(path.stat().st_size for path in _images(out))
+    found = _count_bytes(out)
     if found != made.summary.bytes or not (out / "truth.csv").exists():
         raise DataError(
             f"{out} is not as it was made (its images hold {found} bytes, not "
             f"{made.summary.bytes}, or truth.csv is gone): delete it and draw it again"
         )
     return made.summary
+
+
+def _count_bytes(out: Path) -> int:
+    return sum(path.stat().st_size for stain in ("HE", "IHC") for path in (out / stain).glob("*/*.png"))
 
 
 def _claim(out: Path) -> None:
@@ -216,35 +221,33 @@ def _claim(out: Path) -> None:
     (out / _BEGUN).touch()
 
 
-def _plan(options: SynthOptions) -> list[_Task]:
+def _plan(options: SynthOptions) -> list[_Pair]:
     """The pairs to draw. The last slides are the test's: whole slides, levels as balanced as four in a row are."""
     slides = options.slide_count
     held_out = min(max(round(options.test * slides), 1), slides - 1) if options.test else 0
     numbers = np.random.default_rng((options.seed, options.pairs)).permutation(options.pairs)
-    tasks = []
+    pairs = []
     for position, number in enumerate(numbers):
         slide, patch = position % slides, position // slides
         split = "test" if slide >= slides - held_out else "train"
         key = f"{number:05d}_{split}_{LEVEL_NAMES[slide_level(options.seed, slide)]}"
-        tasks.append(_Task(key, slide, patch, split, options))
-    return tasks
+        pairs.append(_Pair(key, slide, patch, split))
+    return pairs
 
 
-def _draw_all(tasks: list[_Task], workers: int) -> Iterator[_Drawn]:
-    """Draw every task, in the tasks' order."""
-    bar = progress(len(tasks), "virtual tissue", "pairs")
-    with bar:
-        if workers == 1:
-            for task in tasks:
-                yield _draw(task)
-                bar.update()
-            return
-        # Spawned, because a fork of a process with threads (torch, Ray) can hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_end_with_parent) as pool:
-            for drawn in pool.map(_draw, tasks, chunksize=4):
-                yield drawn
-                bar.update()
+def _draw_all(pairs: list[_Pair], options: SynthOptions) -> Iterator[_Drawn]:
+    """Draw every pair, in their order."""
+    draw, workers = functools.partial(_draw, options), options.workers or os.cpu_count() or 1
+    with progress(len(pairs), "virtual tissue", "pairs") as bar, contextlib.ExitStack() as stack:
+        all_drawn: Iterator[_Drawn] = map(draw, pairs)
+        if workers > 1:
+            # Spawned, because a fork of a process with threads (torch, Ray) can hang.
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(min(workers, len(pairs)), mp_context=context, initializer=_end_with_parent)
+            all_drawn = stack.enter_context(pool).map(draw, pairs, chunksize=4)
+        for drawn in all_drawn:
+            yield drawn
+            bar.update()
 
 
 def _end_with_parent() -> None:
@@ -259,36 +262,13 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _draw(task: _Task) -> _Drawn:
+def _draw(options: SynthOptions, pair: _Pair) -> _Drawn:
     """Draw one pair."""
-    options = task.options
     shortcut = Shortcut()
     if options.shortcut is not None:
         name = {"stain": "strength", "background": "glass"}[options.shortcut_in]
-        drawn = shortcut_of(options.seed, task.slide, options.shortcut if task.split == "train" else 0.0)
+        drawn = shortcut_of(options.seed, pair.slide, options.shortcut if pair.split == "train" else 0.0)
         shortcut = Shortcut(**{name: drawn})
-    he, ihc, truth = draw_pair(options.seed, task.slide, task.patch, options.size, options.coupling, shortcut=shortcut)
-    streams = {
-        stain: simplejpeg.encode_jpeg(image, quality=_QUALITY, colorsubsampling="420")
-        for stain, image in (("HE", he), ("IHC", ihc))
-    }
-    slide = f"slide-{task.slide:04d}"
-    row = {"key": task.key, "slide": slide, "split": task.split, **truth, "coupling": options.coupling}
-    return row, streams
-
-
-def _images(out: Path) -> list[Path]:
-    return sorted(path for stain in ("HE", "IHC") for path in (out / stain).glob("*/*.png"))
-
-
-def _summary(out: Path, rows: list[dict[str, Any]]) -> Summary:
-    splits, levels = (Counter(row[column] for row in rows) for column in ("split", "level"))
-    return Summary(
-        pairs=len(rows),
-        slides=len({row["slide"] for row in rows}),
-        train=splits["train"],
-        test=splits["test"],
-        levels={name: levels[level] for level, name in enumerate(LEVEL_NAMES)},
-        discordant=sum(row["discordant"] for row in rows),
-        bytes=sum(path.stat().st_size for path in _images(out)),
-    )
+    he, ihc, truth = draw_pair(options.seed, pair.slide, pair.patch, options.size, options.coupling, shortcut=shortcut)
+    encode = functools.partial(simplejpeg.encode_jpeg, quality=_QUALITY, colorsubsampling="420")
+    return _Drawn(truth, {"HE": encode(he), "IHC": encode(ihc)})
