@@ -17,9 +17,7 @@ from lgd.shards.shard_set import ShardSet
 FORMAT = "lgd-model/2"
 _COPY = "copy the folder again, or train it again"
 
-Side = Annotated[int, Field(ge=1, le=4096)]
 Grid = Annotated[int, Field(ge=1, le=256)]
-Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class TeacherRef(Record):

@@ -1,16 +1,16 @@
-"""Join the cluster that RAY_ADDRESS names, or start a local one, and leave it."""
+"""Join the cluster that RAY_ADDRESS names, or start a local one, and leave it; the log records of its workers."""
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from lgd.base.errors import DataError
-from lgd.base.logs import LOGGER
+from lgd.base.logs import LOGGER, receive_logs, send_logs
 from lgd.base.process_state import default_environment, undo_changes
 
 logger = logging.getLogger(__name__)
@@ -62,24 +62,25 @@ def connect(workers: int, option_name: str, use_gpus: bool = True) -> float:
 
 
 def _start_ray(address: str | None) -> None:
-    """Join or start Ray. What its processes print is shown at DEBUG only; their log records come by `_collect_logs`."""
+    """Join or start Ray. What its processes print is shown at DEBUG only; their log records come by `collect_logs`."""
     import ray
 
     debug = LOGGER.isEnabledFor(logging.DEBUG)
-    options: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     if address:
         _check_reachable(address)
-        options |= {"address": address}
-    else:
-        # Ray Train asks the dashboard's process whether its controller lives, and complains without one.
-        options |= {"address": "local", "include_dashboard": True}
     # One machine has no preemption notice to watch for.
     variables = _QUIET if address else _QUIET | {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
     # Ray takes SIGTERM for itself, and its processes and Ray Train read the variables later.
     with undo_changes() as undo:
         for name, value in variables.items():
             os.environ.setdefault(name, value)
-        ray.init(**options)
+        ray.init(
+            address=address or "local",
+            # Ray Train asks the dashboard's process whether its controller lives, and complains without one.
+            include_dashboard=None if address else True,
+            log_to_driver=debug,
+            logging_level=logging.INFO if debug else logging.ERROR,
+        )
     _connection.push(undo)
     # At the end of the process it would write a code for colours, though Ray writes none, to what `lgd.base.text`
     # escapes.
@@ -130,3 +131,49 @@ def note_if_busy(workers: int, kind: str) -> None:
     free, has = count_slots(kind, free=True), count_slots(kind)
     if free < workers:
         logger.warning("waiting for the cluster: %d %ss are needed, %d of %d are free", workers, kind, free, has)
+
+
+class _RecordQueue:
+    """A queue on the cluster by which workers send their log records to the driver."""
+
+    def __init__(self) -> None:
+        from ray.util.queue import Queue
+
+        self._queue = Queue(actor_options={"num_cpus": 0})
+
+    def put_nowait(self, record: logging.LogRecord | None) -> None:
+        """Add a record, or None where there will be no more."""
+        from ray.exceptions import RayError
+
+        try:
+            self._queue.put_nowait(record)
+        except RayError:
+            # Who reads has ended by itself then.
+            if record is not None:
+                raise
+
+    def get(self, block: bool) -> logging.LogRecord | None:
+        """The next record; None where there will be no more."""
+        from ray.exceptions import RayError
+
+        try:
+            record: logging.LogRecord | None = self._queue.get(block)
+        except RayError as error:
+            logger.warning("the messages of the workers are lost from here on, their work is not: %s", error)
+            return None
+        return record
+
+    def close(self) -> None:
+        """End the queue's process."""
+        self._queue.shutdown(force=True)
+
+
+@contextlib.contextmanager
+def collect_logs(several: bool) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """What a worker must enter to have its log records and bars appear here (`several`: see `receive_logs`)."""
+    queue, level = _RecordQueue(), LOGGER.getEffectiveLevel()
+    try:
+        with receive_logs(queue, several):
+            yield functools.partial(send_logs, queue, level)
+    finally:
+        queue.close()

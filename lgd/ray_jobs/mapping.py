@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
 
-from lgd.ray_jobs.cluster import connect, count_slots
-from lgd.ray_jobs.logs import collect_logs
+from lgd.ray_jobs.cluster import collect_logs, connect, count_slots
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")

@@ -11,8 +11,7 @@ from lgd.base.errors import ConfigError, DataError, Stopped
 from lgd.base.process_state import stop_signals
 from lgd.io.files import exists, read_json, remove, write_bytes, write_json
 from lgd.io.location import Location, as_arrow
-from lgd.ray_jobs.cluster import connect, count_slots, note_if_busy
-from lgd.ray_jobs.logs import collect_logs
+from lgd.ray_jobs.cluster import collect_logs, connect, count_slots, note_if_busy
 
 logger = logging.getLogger(__name__)
 

@@ -57,20 +57,6 @@ class Colours(NamedTuple):
     brown: float
     """Share of the tissue that is brown."""
 
-    @property
-    def is_nearly_blank(self) -> bool:
-        """Whether there is hardly any tissue."""
-        return self.tissue < _S["tissue_least"]
-
-    @property
-    def looks_like_he(self) -> bool:
-        """Whether the tissue has the colours of hematoxylin and eosin; not to be asked of blank patches."""
-        return (
-            self.green_over_blue >= _S["green_over_blue"]
-            and self.red_over_green <= _S["red_over_green"]
-            and self.brown <= _S["brown_most"]
-        )
-
 
 def find_notes(rgb_HW3: np.ndarray) -> list[str]:
     """What a reader of a patch's result must know of the patch: `NEARLY_BLANK`, or `NO_HE`, or nothing.
@@ -78,9 +64,14 @@ def find_notes(rgb_HW3: np.ndarray) -> list[str]:
     `rgb_HW3` is uint8, of 32 px or more; at native size or shrunk to a network's.
     """
     colours = measure_colours(rgb_HW3)
-    if colours.is_nearly_blank:
+    if colours.tissue < _S["tissue_least"]:
         return [NEARLY_BLANK]
-    return [] if colours.looks_like_he else [NO_HE]
+    looks_like_he = (
+        colours.green_over_blue >= _S["green_over_blue"]
+        and colours.red_over_green <= _S["red_over_green"]
+        and colours.brown <= _S["brown_most"]
+    )
+    return [] if looks_like_he else [NO_HE]
 
 
 def measure_colours(rgb_HW3: np.ndarray) -> Colours:

@@ -36,27 +36,12 @@ def rgb_to_od(rgb_B3HW: Tensor, white: float | Tensor = 255.0) -> Tensor:
     """Optical density -log10(max(rgb, 1) / white) as float32.
 
     `rgb_B3HW` is uint8, or float in 0..255. `white` is the unstained background: one number, or a tensor that
-    broadcasts, such as (B, 3, 1, 1). Brighter than white gives a negative OD: nothing is clipped, so that
-    `od_to_rgb` turns it back.
+    broadcasts, such as (B, 3, 1, 1). Brighter than white gives a negative OD: nothing is clipped.
     """
     scaled = rgb_B3HW.to(torch.float32).clamp(min=1.0) / white
     return scaled.log10_().neg_()
 
 
-def od_to_rgb(od_B3HW: Tensor, white: float | Tensor = 255.0) -> Tensor:
-    """RGB as float, white * 10^-od: the inverse of `rgb_to_od`, neither clipped nor rounded."""
-    return torch.pow(10.0, -od_B3HW) * white
-
-
 def unmix(od_B3HW: Tensor, stains_33: Tensor) -> Tensor:
     """Concentration of each stain, (B, 3, H, W), in OD along its unit vector; may be negative."""
-    return _across_channels(od_B3HW, torch.linalg.inv(stains_33))
-
-
-def mix(concentration_B3HW: Tensor, stains_33: Tensor) -> Tensor:
-    """Optical density of stain concentrations, (B, 3, H, W): the inverse of `unmix`."""
-    return _across_channels(concentration_B3HW, stains_33)
-
-
-def _across_channels(x_B3HW: Tensor, matrix_33: Tensor) -> Tensor:
-    return torch.einsum("bchw,cs->bshw", x_B3HW, matrix_33.to(x_B3HW))
+    return torch.einsum("bchw,cs->bshw", od_B3HW, torch.linalg.inv(stains_33).to(od_B3HW))

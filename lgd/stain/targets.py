@@ -12,6 +12,7 @@ Shapes: B batch, H and W pixels, g and m sides of the grids, N detected nuclei, 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,7 @@ def nuclei_grid(he_B3HW: Tensor, grid: int, mpp: float | None) -> Tensor:
     local maximum of a difference of Gaussians of the hematoxylin, at the scale of a nucleus. Crowded or
     pale nuclei are undercounted. Raises `DataError` for an `mpp` that is not positive.
     """
-    mpp = _checked(mpp)
-    return torch.cat([_nuclei_grid(part, grid, mpp) for part in _chunks(he_B3HW)])
+    return _by_chunks(_nuclei_grid, he_B3HW, grid, mpp)
 
 
 def _nuclei_grid(he_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
@@ -85,8 +85,7 @@ def membrane_grid(ihc_B3HW: Tensor, grid: int, mpp: float | None) -> Tensor:
 
     Raises `DataError` for an `mpp` that is not positive.
     """
-    mpp = _checked(mpp)
-    return torch.cat([_membrane_grid(part, grid, mpp) for part in _chunks(ihc_B3HW)])
+    return _by_chunks(_membrane_grid, ihc_B3HW, grid, mpp)
 
 
 def _membrane_grid(ihc_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
@@ -179,17 +178,16 @@ def _sum_by_cell(mask_BHW: Tensor, value_N: Tensor, grid: int) -> Tensor:
     return total.view(batch, grid, grid).float()
 
 
-def _checked(mpp: float | None) -> float:
-    if mpp is None:
-        return _S["default_mpp"]
+def _by_chunks(
+    measure: Callable[[Tensor, int, float], Tensor], rgb_B3HW: Tensor, grid: int, mpp: float | None
+) -> Tensor:
+    """What is measured on so many images at a time as fit the memory."""
+    mpp = _S["default_mpp"] if mpp is None else mpp
     if not 0 < mpp < math.inf:
         raise DataError(f"mpp is {mpp}: give the image's micrometres per pixel, or null where it is unknown")
-    return mpp
-
-
-def _chunks(rgb_B3HW: Tensor) -> tuple[Tensor, ...]:
     # Decoders give channels last; whole planes made everything after them nearly twice as fast.
-    return torch.split(rgb_B3HW.contiguous(), max(1, _CHUNK_PIXELS // rgb_B3HW[0, 0].numel()))
+    chunks = torch.split(rgb_B3HW.contiguous(), max(1, _CHUNK_PIXELS // rgb_B3HW[0, 0].numel()))
+    return torch.cat([measure(part, grid, mpp) for part in chunks])
 
 
 def _detection_step(mpp: float) -> int:

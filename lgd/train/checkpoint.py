@@ -12,7 +12,7 @@ sample.
 import contextlib
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, BinaryIO, ClassVar, Self
 
 import torch
@@ -29,15 +29,23 @@ from lgd.io.remote import open_checked
 from lgd.models.export import write_tensors
 from lgd.train.engine import Moments
 
-_TENSORS, _STATE = ("weights.safetensors", "moments.safetensors"), "state.json"
+_TENSORS, _STATE = ("weights", "moments"), "state.json"
 
 
-class BestState(Record):
-    """The best validation so far, as state.json has it."""
+class Best(Record):
+    """The best validation so far."""
 
-    step: Count
-    score: float | None
-    stale: Count
+    step: Count = 0
+    """0 before the first."""
+    score: float | None = None
+    stale: Count = 0
+    """Validations since."""
+
+    def after(self, step: int, score: float) -> "Best":
+        """The best one, when another validation is known. NaN never is."""
+        if score > (float("-inf") if self.score is None else self.score):
+            return Best(step=step, score=score)
+        return Best(step=self.step, score=self.score, stale=self.stale + 1)
 
 
 class Digests(Record):
@@ -45,11 +53,6 @@ class Digests(Record):
 
     weights: Xxh3
     moments: Xxh3
-
-    def of(self, file: str) -> str:
-        """That of one of them."""
-        digest: str = getattr(self, file.removesuffix(".safetensors"))
-        return digest
 
 
 class State(Document):
@@ -63,7 +66,7 @@ class State(Document):
     position: Count
     inputs: dict[str, JsonValue]
     skipped: Many[Count]
-    best: BestState
+    best: Best
     xxh3: Digests
 
     @model_validator(mode="after")
@@ -71,25 +74,6 @@ class State(Document):
         if self.position < self.step or self.best.step > self.step:
             raise ValueError(f"position {self.position} and best step {self.best.step} do not fit step {self.step}")
         return self
-
-
-@dataclass(kw_only=True, slots=True)
-class Best:
-    """The best validation so far."""
-
-    step: int = 0
-    """0 before the first."""
-    score: float | None = None
-    stale: int = 0
-    """Validations since."""
-
-    def better(self, step: int, score: float) -> bool:
-        """Note a validation; whether it is the best one. NaN never is."""
-        if score > (float("-inf") if self.score is None else self.score):
-            self.step, self.score, self.stale = step, score, 0
-            return True
-        self.stale += 1
-        return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,18 +98,18 @@ def save(folder: Location, checkpoint: Checkpoint, keep: int) -> Location:
     with publish_folder(path, _STATE) as temporary:
         flat = {f"{p}|{m}": t for p, pair in checkpoint.moments.items() for m, t in pair.items()}
         digests = {}
-        for file, tensors in zip(_TENSORS, (checkpoint.weights, flat), strict=True):
-            with publish(temporary / file) as written:
+        for name, tensors in zip(_TENSORS, (checkpoint.weights, flat), strict=True):
+            with publish(temporary / f"{name}.safetensors") as written:
                 write_tensors(written, tensors)
                 with written.open("rb") as content:
-                    digests[file] = xxh3(content)
+                    digests[name] = xxh3(content)
         state = State(
             step=checkpoint.step,
             position=checkpoint.position,
             inputs=checkpoint.inputs,
             skipped=tuple(checkpoint.skipped),
-            best=BestState(**asdict(checkpoint.best)),
-            xxh3=Digests(weights=digests[_TENSORS[0]], moments=digests[_TENSORS[1]]),
+            best=checkpoint.best,
+            xxh3=Digests(**digests),
         )
         state.write(temporary / _STATE)
     prune(folder, checkpoint.best, keep)
@@ -160,17 +144,18 @@ def problems(path: Location) -> list[str]:
     except DataError as error:
         return [str(error)]
     found = []
-    for file in _TENSORS:
+    for name in _TENSORS:
         try:
-            _open_tensors(path, file, state).close()
+            _open_tensors(path, name, state).close()
         except DataError as error:
             found.append(str(error))
     return found
 
 
-def _open_tensors(path: Location, file: str, state: State) -> BinaryIO:
+def _open_tensors(path: Location, name: str, state: State) -> BinaryIO:
     """A file of a checkpoint; `DataError` for one that is missing or damaged."""
-    return open_checked(path / file, state.xxh3.of(file), None, f"delete {path} to go on from an older one")
+    file, digest = path / f"{name}.safetensors", getattr(state.xxh3, name)
+    return open_checked(file, digest, None, f"delete {path} to go on from an older one")
 
 
 def _read_state(path: Location, inputs: dict[str, JsonValue]) -> State:
@@ -191,13 +176,12 @@ def load(path: Location, inputs: dict[str, JsonValue]) -> Checkpoint:
 
     state = _read_state(path, inputs)
     moments: Moments = {}
-    tensors = []
-    for file in _TENSORS:
-        with _open_tensors(path, file, state) as opened:
+    tensors = {}
+    for name in _TENSORS:
+        with _open_tensors(path, name, state) as opened:
             # The descriptor names the file that was checked, whatever has taken its place meanwhile.
-            tensors.append(load_file(f"/dev/fd/{opened.fileno()}"))
-    weights, pairs = tensors
-    for key, tensor in pairs.items():
+            tensors[name] = load_file(f"/dev/fd/{opened.fileno()}")
+    for key, tensor in tensors["moments"].items():
         parameter, moment = key.rsplit("|", 1)
         moments.setdefault(parameter, {})[moment] = tensor
     return Checkpoint(
@@ -205,9 +189,9 @@ def load(path: Location, inputs: dict[str, JsonValue]) -> Checkpoint:
         position=state.position,
         inputs=inputs,
         skipped=list(state.skipped),
-        weights=weights,
+        weights=tensors["weights"],
         moments=moments,
-        best=Best(**state.best.as_json()),
+        best=state.best,
     )
 
 
@@ -238,14 +222,14 @@ def adopt(folder: Location, path: Location, inputs: dict[str, JsonValue], alone:
     state = _read_state(path, inputs)
     own = folder / _name(state.step)
     with contextlib.ExitStack() as stack:
-        opened = {file: stack.enter_context(_open_tensors(path, file, state)) for file in _TENSORS}
+        opened = {name: stack.enter_context(_open_tensors(path, name, state)) for name in _TENSORS}
         for other in complete(folder):
             if other.name > own.name or (alone and other != path):
                 discard_folder(other, _STATE)
         if is_same(path, own):
             return
         with publish_folder(own, _STATE) as temporary:
-            for file, source in opened.items():
-                with publish(temporary / file) as copy, copy.open("wb") as target:
+            for name, source in opened.items():
+                with publish(temporary / f"{name}.safetensors") as copy, copy.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
             state.write(temporary / _STATE)

@@ -131,10 +131,9 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
 def choose_checkpoints(task: Task, inputs: dict[str, JsonValue], overwrite: bool) -> None:
     """Leave in the task's folder the checkpoints that training goes on from, by `train.resume`."""
     folder, resume = task.folder / "checkpoints", task.config.train.resume
-    made = read_finished(task)
+    made = read_finished(task) if overwrite else None
     # Those of a finished network of other inputs, which is replaced.
-    others = overwrite and made is not None and made.inputs != digest_of(inputs)
-    others = others and made is not None and read_inputs(task, made.inputs) is not None
+    others = made is not None and made.inputs != digest_of(inputs) and read_inputs(task, made.inputs) is not None
     if resume not in ("auto", "never"):
         checkpoint.adopt(folder, as_location(resume), inputs, alone=others)
     elif others or resume == "never":

@@ -69,7 +69,10 @@ class Log:
             if math.isfinite(value):
                 self.board.add_scalar(f"val/{name}", value, step)
         if scores:
-            self.board.add_text("val/confusion", _table(confusion(level_n, logits_n4.argmax(1))), step)
+            counts_44 = confusion(level_n, logits_n4.argmax(1)).tolist()
+            rows = [[name, *map(str, row)] for name, row in zip(LEVEL_NAMES, counts_44, strict=True)]
+            table = "\n".join(markdown_table(["true / called", *LEVEL_NAMES], rows))
+            self.board.add_text("val/confusion", table, step)
             kappa, accuracy = scores["kappa"], scores["accuracy"]
             logger.info("%s: step %d/%d  val kappa %.3f  accuracy %.3f", self.name, step, self.steps, kappa, accuracy)
 
@@ -108,9 +111,3 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     # Linux counts kibibytes, macOS bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _table(counts_44: np.ndarray) -> str:
-    """A confusion matrix in Markdown, a row a true level."""
-    rows = [[name, *map(str, row)] for name, row in zip(LEVEL_NAMES, counts_44.tolist(), strict=True)]
-    return "\n".join(markdown_table(["true / called", *LEVEL_NAMES], rows))

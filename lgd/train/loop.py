@@ -79,7 +79,8 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
         improved = False
         if held_out and done % run.every == 0 and (done < steps or settings.patience):
             logits, levels, scores = validate(engine, task, held_out, config, world)
-            improved = best.better(done, scores.get(settings.metric, math.nan))
+            best = best.after(done, scores.get(settings.metric, math.nan))
+            improved = best.step == done
             if log:
                 log.validation(done, scores, logits, levels)
         enough = 0 < settings.patience <= best.stale

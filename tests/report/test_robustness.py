@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from optics import mix, od_to_rgb
 from PIL import Image
 
 from lgd import pipeline
@@ -14,7 +15,7 @@ from lgd.report.robustness import CHANGES, Change, altered
 from lgd.scoring.predict import load_scorer, score_shards
 from lgd.shards.image import decode, encode
 from lgd.shards.shard_set import ShardSet
-from lgd.stain.deconvolve import H_DAB, H_E, mix, od_to_rgb, rgb_to_od, unmix
+from lgd.stain.deconvolve import H_DAB, H_E, rgb_to_od, unmix
 from lgd.stain.targets import estimate_white
 
 EVERY = [(change, strength) for change in CHANGES for strength in change.strengths]

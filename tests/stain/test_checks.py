@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from optics import mix, od_to_rgb
 from PIL import Image
 
 from lgd.shards.image import decode
 from lgd.stain.checks import NEARLY_BLANK, NO_HE, find_notes, measure_colours
-from lgd.stain.deconvolve import H_DAB, H_E, mix, od_to_rgb, rgb_to_od, unmix
+from lgd.stain.deconvolve import H_DAB, H_E, rgb_to_od, unmix
 from lgd.stain.targets import TARGET_SETTINGS, estimate_white
 from lgd.tissue.sections import Shortcut, draw_pair
 

@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from optics import mix, od_to_rgb
 from skimage.color import combine_stains, separate_stains
 
-from lgd.stain.deconvolve import DAB, H_DAB, H_E, mix, od_to_rgb, rgb_to_od, stain_matrix, unmix
+from lgd.stain.deconvolve import DAB, H_DAB, H_E, rgb_to_od, stain_matrix, unmix
 
 MATRICES = pytest.mark.parametrize("stains", [H_E, H_DAB], ids=["H_E", "H_DAB"])
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from optics import mix, od_to_rgb
 from scipy.stats import spearmanr
 
-from lgd.stain.deconvolve import H_E, mix, od_to_rgb, rgb_to_od, unmix
+from lgd.stain.deconvolve import H_E, rgb_to_od, unmix
 from lgd.stain.targets import estimate_white, membrane_grid, nuclei_grid
 from lgd.tissue.drawing import MPP
 from lgd.tissue.sections import draw_pair

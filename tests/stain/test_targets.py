@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from optics import mix, od_to_rgb
 from PIL import Image
 from scipy import spatial
 
 from lgd.base.errors import DataError
-from lgd.stain.deconvolve import H_DAB, H_E, mix, od_to_rgb
+from lgd.stain.deconvolve import H_DAB, H_E
 from lgd.stain.targets import TARGET_SETTINGS, detect_nuclei, estimate_white, membrane_grid, nuclei_grid
 from lgd.stream.augment import d4, d4_grid
 

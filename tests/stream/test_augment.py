@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from optics import mix, od_to_rgb
 
-from lgd.stain.deconvolve import EOSIN, H_E, HEMATOXYLIN, mix, od_to_rgb, rgb_to_od, unmix
+from lgd.stain.deconvolve import EOSIN, H_E, HEMATOXYLIN, rgb_to_od, unmix
 from lgd.stream.augment import D4_ORDER, d4, d4_grid, draw, light_jitter, stain_jitter
 from lgd.stream.plan import splitmix64
 

@@ -130,7 +130,8 @@ def test_resume_finds_the_newest():
 def test_the_best_is_kept_beside_the_newest(tmp_path):
     best, scores = Best(), [0.1, 0.5, float("nan"), 0.4, 0.5]
     for step, score in enumerate(scores, 1):
-        assert best.better(step, score) == (step <= 2)
+        best = best.after(step, score)
+        assert (best.step == step) == (step <= 2)
         save(tmp_path, replace(some(step), best=best), keep=1)
     assert [path.name for path in complete(tmp_path)] == ["step-00000002", "step-00000005"]
     found = find(tmp_path, RUN)
