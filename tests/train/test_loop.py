@@ -34,7 +34,7 @@ from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
 from lgd.train.log import Log
 from lgd.train.loop import learning_rate
-from lgd.train.tasks import StudentTask
+from lgd.train.tasks import StudentTask, TeacherTask
 
 
 @pytest.fixture
@@ -358,12 +358,12 @@ def test_sigterm_saves_and_ctrl_c_works_again_afterwards(student):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def rank_main(rank, size, port, argument):
+def rank_main(rank, size, port, *arguments):
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    worker(argument)
+    worker(*arguments, stop=None)
 
 
 @pytest.fixture
@@ -449,8 +449,8 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shards = ShardSet.open(configs[1].shard_dirs)
-    argument = {"config": configs[1], "shards": shards, "task": "teacher", "engine": "torch"}
-    spawn(rank_main, (2, port, argument), nprocs=2)
+    arguments = (configs[1], shards, "teacher", "torch")
+    spawn(rank_main, (2, port, *arguments), nprocs=2)
     # Undisturbed runs with other thread counts differ by some 1e-7; Adam's first steps magnify that.
     assert_same_curve(*(log_of(config.teacher.dir) for config in configs), tolerance=1e-4)
     one, two = (read_json(Path(config.teacher.dir) / "config.json") for config in configs)
@@ -461,7 +461,7 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
 
 
 def test_the_batch_must_divide_by_the_ranks(tissue_run):
-    task, shards = loop.TASKS["teacher"](tissue_run), ShardSet.open(tissue_run.shard_dirs)
+    task, shards = TeacherTask(tissue_run), ShardSet.open(tissue_run.shard_dirs)
     with pytest.raises(DataError, match=r"train.batch 8 does not divide into 3 workers x train.accumulate 1"):
         loop.train(tissue_run, shards, task, World(rank=0, size=3), "torch", threading.Event())
 
