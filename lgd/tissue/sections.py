@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage, special
 
-from lgd.tissue.drawing import MPP, TUMOUR, Cells, Look, Place, Tissue, locate, smooth_noise
+from lgd.tissue.drawing import MPP, TUMOUR, Look, Tissue, locate, smooth_noise
 
 # One random stream for each of these, so that none can leak into another.
 _LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC, _SHORTCUT = range(7)
@@ -94,7 +94,7 @@ def shortcut_of(seed: int, slide: int, share: float) -> int:
 
 
 def grade_of(seed: int, slide: int, patch: int, level: int, coupling: float) -> float:
-    """The latent grade in [0, 1] behind the H&E's morphology: the level's part, the slide's own, and patch noise."""
+    """The latent grade in [0, 1] behind the H&E's morphology: the level's part, the slide's own, and patch cut."""
     own = _stream(_GRADE, seed, slide).random()
     noise = _stream(_GRADE, seed, slide, patch).normal(0.0, 0.10)
     return float(np.clip(coupling * level / 3 + (1 - coupling) * own + noise, 0.0, 1.0))
@@ -119,20 +119,16 @@ def _draw_he(
     rng: np.random.Generator, look: Look, grade: float, tissue: Tissue, size: int
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The H&E (H, W, 3) uint8, and its counts of nuclei."""
-    cells = tissue.section(rng, drift=0.0)
-    noise = _Noise(rng, size)
-    yx = _grid(size) + noise.ripples()
-    place = locate(tissue, cells, yx, noise.broad)
-    tumour = place.kind == TUMOUR
-    body = tumour * np.clip(place.edge / MPP + 0.5, 0, 1)
-    chromatin = _chromatin(rng, cells, place, noise, grade)
-    cleft = look.cleft * np.clip(0.5 + 0.7 * noise.wide, 0, 1.5)
+    cut = _Cut(rng, tissue, size, neighbouring=False)
+    cells, place, tumour, body = cut.cells, cut.place, cut.tumour, cut.body
+    chromatin = _chromatin(rng, cut, grade)
+    cleft = look.cleft * np.clip(0.5 + 0.7 * cut.wide, 0, 1.5)
     gap = tumour * np.clip((cleft + place.edge) / 1.0, 0, 1) * (1 - body) if look.cleft else 0.0 * body
-    fibres = tissue.fibres(yx)
-    bundles = look.pink * np.clip(1 + look.fibre * fibres + 0.2 * noise.wide + 0.06 * noise.fine, 0.1, 3.0)
+    fibres = tissue.fibres(cut.yx)
+    bundles = look.pink * np.clip(1 + look.fibre * fibres + 0.2 * cut.wide + 0.06 * cut.fine, 0.1, 3.0)
     ground = (1 - body) * (1 - gap)
     plump = np.exp(rng.normal(0.0, 0.16, len(cells.yx))).astype(np.float32)[place.cell]
-    cytoplasm = plump * (1 + 0.15 * noise.broad + 0.10 * noise.wide + 0.08 * noise.fine)
+    cytoplasm = plump * (1 + 0.15 * cut.broad + 0.10 * cut.wide + 0.08 * cut.fine)
     hematoxylin = ground * (0.05 + 0.06 * bundles) + body * look.basophilia * cytoplasm
     eosin = ground * bundles + body * (0.20 * cytoplasm + 0.04 * np.exp(-((place.edge / 0.5) ** 2)))
     hematoxylin = hematoxylin * (1 - 0.6 * place.cover) + chromatin
@@ -148,14 +144,14 @@ def _draw_he(
     return _scan(rng, look, amounts, look.he_white), counts
 
 
-def _chromatin(rng: np.random.Generator, cells: Cells, place: Place, noise: "_Noise", grade: float) -> np.ndarray:
+def _chromatin(rng: np.random.Generator, cut: "_Cut", grade: float) -> np.ndarray:
     """Amount of hematoxylin in nuclei (H, W). A high grade has open, clumped chromatin, a crisp rim and nucleoli."""
-    n = len(cells.yx)
+    cells, place, n = cut.cells, cut.place, len(cut.cells.yx)
     grades = np.where(cells.kind == TUMOUR, np.clip(grade + rng.normal(0.0, 0.15, n), 0, 1), 0.1).astype(np.float32)
     nucleolus = ((rng.random(n) < 0.9 * grades) * rng.uniform(0.5, 1.0, n)).astype(np.float32)
     spot = (rng.normal(0.0, 0.22, (n, 2)) * cells.nucleus).astype(np.float32)
     g = grades[place.cell]
-    clumps = (0.10 + 0.10 * g) * noise.fine + (0.06 + 0.22 * g) * noise.broad
+    clumps = (0.10 + 0.10 * g) * cut.fine + (0.06 + 0.22 * g) * cut.broad
     rim = np.exp(-(((1 - place.rho) * cells.nucleus[place.cell, 0] / 0.45) ** 2))
     away = np.hypot(*np.moveaxis(place.from_nucleus - spot[place.cell], -1, 0))
     dots = nucleolus[place.cell] * np.exp(-((away / 0.75) ** 2))
@@ -169,19 +165,15 @@ def _draw_ihc(
     rng: np.random.Generator, look: Look, level: int, tissue: Tissue, size: int
 ) -> tuple[np.ndarray, dict[str, float]]:
     """The IHC (H, W, 3) uint8 of the next section, and what its DAB truly is."""
-    cells = tissue.section(rng, drift=0.9)
-    noise = _Noise(rng, size)
-    yx = _neighbouring(rng, size) + noise.ripples()
-    place = locate(tissue, cells, yx, noise.broad)
-    tumour = place.kind == TUMOUR
-    body = tumour * np.clip(place.edge / MPP + 0.5, 0, 1)
-    dab, measured = _membranes(rng, cells, place, noise, level)
-    nuclei = 0.55 + 0.5 * np.exp(-(((1 - place.rho) * 3 / 0.5) ** 2)) + 0.10 * noise.fine + 0.10 * noise.broad
+    cut = _Cut(rng, tissue, size, neighbouring=True)
+    cells, place, tumour, body = cut.cells, cut.place, cut.tumour, cut.body
+    dab, measured = _membranes(rng, cut, level)
+    nuclei = 0.55 + 0.5 * np.exp(-(((1 - place.rho) * 3 / 0.5) ** 2)) + 0.10 * cut.fine + 0.10 * cut.broad
     nuclei *= cells.density[place.cell] * place.cover
-    fibres = np.clip(0.5 + 0.3 * tissue.fibres(yx), 0, 1.5)
+    fibres = np.clip(0.5 + 0.3 * tissue.fibres(cut.yx), 0, 1.5)
     counter = look.counter * (nuclei + 0.10 * body + 0.12 * fibres * (1 - body))
     here = 1 - place.hole
-    haze = look.haze * (0.5 + 0.9 * body + 0.3 * fibres * (1 - body)) * np.clip(1 + 0.3 * noise.wide, 0, 2)
+    haze = look.haze * (0.5 + 0.9 * body + 0.3 * fibres * (1 - body)) * np.clip(1 + 0.3 * cut.wide, 0, 2)
     dab = look.dab_amount * dab
     membrane = tumour & (np.abs(place.edge) < 0.5) & (here > 0.5)
     measured["membrane_od"] = round(float(dab[membrane].mean()), 4) if membrane.any() else 0.0
@@ -189,13 +181,11 @@ def _draw_ihc(
     return _scan(rng, look, amounts, look.ihc_white), measured
 
 
-def _membranes(
-    rng: np.random.Generator, cells: Cells, place: Place, noise: "_Noise", level: int
-) -> tuple[np.ndarray, dict[str, float]]:
+def _membranes(rng: np.random.Generator, cut: "_Cut", level: int) -> tuple[np.ndarray, dict[str, float]]:
     """Amount of DAB (H, W), and the truth about completeness and share of stained cells."""
     *ranges, width = _STAINING[level]
     share, density, complete = (rng.uniform(*limits) for limits in ranges)
-    n = len(cells.yx)
+    cells, place, tumour, n = cut.cells, cut.place, cut.tumour, len(cut.cells.yx)
     # Neighbours are alike: a clone's cells stain together.
     mood = smooth_noise(rng, (16, 16), 1.2)
     row, column = (np.clip(cells.yx, 0, None) / 12).astype(int).T % 16
@@ -203,15 +193,14 @@ def _membranes(
     stained = (rank < share) & (cells.kind == TUMOUR)
     amount = (stained * density * rng.lognormal(0.0, 0.22, n)).astype(np.float32)
     completeness = np.clip(complete + rng.normal(0.0, 0.08, n), 0.05, 1.1).astype(np.float32)
-    tumour = place.kind == TUMOUR
     own, across = place.cell, place.other
     stain = np.maximum(amount[own], amount[across])
     owner = np.where(amount[own] >= amount[across], own, across)
-    gate = special.expit((completeness[owner] - special.ndtr(noise.wide)) / 0.05)
+    gate = special.expit((completeness[owner] - special.ndtr(cut.wide)) / 0.05)
     sigma = width / 2.355
     membrane = np.exp(-0.5 * (place.edge / sigma) ** 2) * gate
-    cytoplasm = 0.13 * np.clip(place.edge / 0.5, 0, 1) * (1 + 0.5 * noise.broad) * (1 - 0.6 * place.cover)
-    dab = tumour * (stain * membrane * (1 + 0.15 * noise.fine) + amount[own] * cytoplasm)
+    cytoplasm = 0.13 * np.clip(place.edge / 0.5, 0, 1) * (1 + 0.5 * cut.broad) * (1 - 0.6 * place.cover)
+    dab = tumour * (stain * membrane * (1 + 0.15 * cut.fine) + amount[own] * cytoplasm)
     seen = np.unique(own[tumour & (place.edge > 0)])
     line = tumour & (np.abs(place.edge) < 0.5) & (stain > 0)
     measured = {
@@ -222,17 +211,19 @@ def _membranes(
     return np.maximum(dab, 0), measured
 
 
-class _Noise:
-    """Textures of one section in its own pixels: grain, clumps and patches (H, W)."""
+class _Cut:
+    """One section of the tissue in its own pixels (H, W)."""
 
-    def __init__(self, rng: np.random.Generator, size: int):
-        self.fine = smooth_noise(rng, (size, size), 0.7)
-        self.broad = smooth_noise(rng, (size, size), 1.7)
-        self.wide = smooth_noise(rng, (size, size), 6.0)
-
-    def ripples(self) -> np.ndarray:
-        """Displacements (H, W, 2) of about half a micrometre: membranes are not straight."""
-        return np.float32(0.45) * np.stack([np.roll(self.wide, 7, 0), np.roll(self.wide, 7, 1)], -1)
+    def __init__(self, rng: np.random.Generator, tissue: Tissue, size: int, *, neighbouring: bool) -> None:
+        self.cells = tissue.section(rng, drift=0.9 if neighbouring else 0.0)
+        # Textures: grain, clumps and patches.
+        self.fine, self.broad, self.wide = (smooth_noise(rng, (size, size), sigma) for sigma in (0.7, 1.7, 6.0))
+        # Membranes are not straight.
+        ripples = np.float32(0.45) * np.stack([np.roll(self.wide, 7, 0), np.roll(self.wide, 7, 1)], -1)
+        self.yx = (_neighbouring(rng, size) if neighbouring else _grid(size)) + ripples
+        self.place = locate(tissue, self.cells, self.yx, self.broad)
+        self.tumour = self.place.kind == TUMOUR
+        self.body = self.tumour * np.clip(self.place.edge / MPP + 0.5, 0, 1)
 
 
 def _grid(size: int) -> np.ndarray:

@@ -263,7 +263,6 @@ def _end_with_parent() -> None:
 
 
 def _draw(options: SynthOptions, pair: _Pair) -> _Drawn:
-    """Draw one pair."""
     shortcut = Shortcut()
     if options.shortcut is not None:
         name = {"stain": "strength", "background": "glass"}[options.shortcut_in]
