@@ -10,7 +10,7 @@ from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
 from lgd.io.location import Location
 from lgd.models.description import TeacherConfig
-from lgd.models.encoder import Encoder, build_encoder
+from lgd.models.encoder import Encoder
 from lgd.models.export import Network, load_weights, read_teacher_config
 
 
@@ -74,11 +74,6 @@ class Teacher(Network):
 
     def describe(self, **facts: object) -> TeacherConfig:
         return TeacherConfig.from_json({"source": self.source, "encoder": self.encoder.spec, "pool": "mean"} | facts)
-
-
-def new_teacher(encoder: str) -> Teacher:
-    """An untrained teacher on the named encoder."""
-    return Teacher(build_encoder(encoder))
 
 
 def load_teacher(folder: str | Location, code: Collection[str] = ()) -> tuple[Teacher, TeacherConfig]:

@@ -5,14 +5,15 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import JsonValue
 
-from lgd.config import Config, Student, Teacher
+from lgd.config import Config
 from lgd.io.digests import digest_of
 from lgd.io.location import as_location
 from lgd.models.description import ModelConfig, TeacherRef
+from lgd.models.encoder import build_encoder
 from lgd.models.export import Network, read_student_config, read_teacher_config
 from lgd.models.losses import Lesson, Terms, level_loss
 from lgd.models.methods import find_method
-from lgd.models.teacher import new_teacher
+from lgd.models.teacher import Teacher
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import TEACHER, Store
 from lgd.store.supervision import recipe_of
@@ -28,7 +29,7 @@ class Task:
     """The image that it reads: he or ihc."""
 
     def __init__(self, config: Config) -> None:
-        section: Teacher | Student = getattr(config, self.kind)
+        section = config.teacher if self.kind == "teacher" else config.student
         self.config, self.epochs = config, section.epochs
         self.folder = as_location(section.dir)
         self.store: Store | None = None
@@ -66,7 +67,7 @@ class TeacherTask(Task):
     kind, role = "teacher", "ihc"
 
     def build(self) -> Network:
-        return new_teacher(self.config.teacher.encoder)
+        return Teacher(build_encoder(self.config.teacher.encoder))
 
     def inputs(self) -> dict[str, JsonValue]:
         return {"encoder": self.config.teacher.encoder, "epochs": self.epochs}

@@ -12,7 +12,7 @@ from lgd.models.encoder import build_encoder
 from lgd.models.export import load_weights, read_student_config, save_model
 from lgd.models.methods import METHODS, load_student, student_from
 from lgd.models.student import Student
-from lgd.models.teacher import load_teacher, new_teacher
+from lgd.models.teacher import Teacher, load_teacher
 from tools.bench.inputs import NOT_TRAINED
 
 
@@ -167,7 +167,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_a_frozen_teacher_stays_frozen():
-    teacher = new_teacher("resnet10").freeze()
+    teacher = Teacher(build_encoder("resnet10")).freeze()
     teacher.train()
     assert not [name for name, module in teacher.named_modules() if module.training]
     assert not [p for p in teacher.parameters() if p.requires_grad]
@@ -175,7 +175,7 @@ def test_a_frozen_teacher_stays_frozen():
 
 
 def test_latents_are_relative_to_their_mean_and_levels_are_not():
-    teacher = new_teacher("resnet10").freeze()
+    teacher = Teacher(build_encoder("resnet10")).freeze()
     before = teacher(IMAGES)
     pooled, place = before["pooled"].mean(0), before["map"].mean((0, 2, 3))
     teacher.centre(pooled, place)

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from lgd.config import Config
 from lgd.config_files import load_config
+from lgd.models.encoder import build_encoder
 from lgd.models.export import save_model
-from lgd.models.teacher import load_teacher, new_teacher
+from lgd.models.teacher import Teacher, load_teacher
 from lgd.ray_jobs.mapping import map_with
 from lgd.shards.archive import Shard, read_sample
 from lgd.shards.builder import build
@@ -51,7 +52,7 @@ Patch = tuple[bytes, bytes, float | None]
 def teacher_in(folder: Path, size: int) -> Path:
     """An untrained teacher, which costs what a trained one costs."""
     torch.manual_seed(0)
-    teacher = new_teacher("resnet10")
+    teacher = Teacher(build_encoder("resnet10"))
     describe = functools.partial(teacher.describe, size=size, **NOT_TRAINED)
     save_model(folder, dict(teacher.state_dict()), describe)
     return folder

@@ -32,7 +32,7 @@ from lgd.config import Latents
 from lgd.models.encoder import build_encoder
 from lgd.models.methods import PROPOSED
 from lgd.models.student import HallucinatingStudent, Student
-from lgd.models.teacher import Teacher, new_teacher
+from lgd.models.teacher import Teacher
 from lgd.scoring.predict import Scorer
 from lgd.shards.image import decode
 from tools.bench.inputs import NOT_TRAINED, Inputs
@@ -49,7 +49,7 @@ _STATUS, _PEAK_STARTS_ANEW = Path("/proc/self/status"), Path("/proc/self/clear_r
 
 def networks(settings: Settings) -> tuple[Student, Teacher]:
     """The full LGD-Net, both encoders `--model`, and the teacher on it; the sizes of the config's defaults."""
-    latents, teacher = Latents(), new_teacher(settings.model)
+    latents, teacher = Latents(), Teacher(build_encoder(settings.model))
     student = HallucinatingStudent(
         morphology=build_encoder(settings.model),
         hallucination=build_encoder(settings.model),

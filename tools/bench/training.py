@@ -19,8 +19,9 @@ import torch
 
 from lgd.config import Config
 from lgd.config_files import load_config
+from lgd.models.encoder import build_encoder
 from lgd.models.export import save_model
-from lgd.models.teacher import new_teacher
+from lgd.models.teacher import Teacher
 from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents
 from lgd.store.store import Rows
@@ -74,7 +75,7 @@ def prepare(settings: Settings, inputs: Inputs) -> Config:
     if not (folder / "teacher" / "config.json").exists():
         torch.manual_seed(0)
         # Untrained, it costs what a trained one costs.
-        teacher = new_teacher(settings.model)
+        teacher = Teacher(build_encoder(settings.model))
         describe = functools.partial(teacher.describe, size=settings.size, **NOT_TRAINED)
         save_model(folder / "teacher", dict(teacher.state_dict()), describe)
     shards = ShardSet.open(config.shard_dirs).of_split("train")
