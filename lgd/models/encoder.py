@@ -1,8 +1,7 @@
 """A backbone by name -> feature map, with its own normalisation.
 
-Presets start from random weights and need no download. `hf:ORG/NAME` and local folders bring pretrained weights, as
-safetensors, of the architectures in `lgd.models.spec`. From its specification the same network is built again without
-the hub. Nothing of a folder or a specification is run, and its weights become float32 whatever they are stored as.
+Presets start from random weights. `hf:ORG/NAME` and local folders bring pretrained weights, as safetensors, which
+become float32; nothing of them is run. From its specification the same network is built again without the hub.
 
 `python:package.module:factory` is code outside LGD: called without arguments, `factory` gives a network (`nn.Module`)
 that maps RGB, float32 (B, 3, H, W) in 0..255, to a feature map (B, channels, h, w), with the number of its `channels`,

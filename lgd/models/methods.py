@@ -54,9 +54,7 @@ class Method:
 
     @classmethod
     def row_fields(cls, config: Config) -> Mapping[str, float | str]:
-        """The fields of `student:` that its row of `lgd ablate` has, beside the method, where those of the run do not
-        do.
-        """
+        """The fields of `student:` in its row of `lgd ablate`, beside the method, where those of the run do not do."""
         return {}
 
     @property
@@ -266,9 +264,8 @@ def find_method(name: str) -> type[Method]:
             raise ConfigError(f"student.method is {name!r:.120}: use one of {', '.join(METHODS)}, or {FORM}")
         return METHODS[name]
     method = load_object(name, "student.method")
-    if not (
-        isinstance(method, type) and issubclass(method, Method) and isinstance(getattr(method, "title", None), str)
-    ):
+    is_method = isinstance(method, type) and issubclass(method, Method)
+    if not is_method or not isinstance(getattr(method, "title", None), str):
         raise ConfigError(
             f"student.method is {name}, which is no method: derive it from lgd.models.methods.Method, with a `title`"
         )
