@@ -264,12 +264,11 @@ def find_method(name: str) -> type[Method]:
             raise ConfigError(f"student.method is {name!r:.120}: use one of {', '.join(METHODS)}, or {FORM}")
         return METHODS[name]
     method = load_object(name, "student.method")
-    is_method = isinstance(method, type) and issubclass(method, Method)
-    if not is_method or not isinstance(getattr(method, "title", None), str):
-        raise ConfigError(
-            f"student.method is {name}, which is no method: derive it from lgd.models.methods.Method, with a `title`"
-        )
-    return method
+    if isinstance(method, type) and issubclass(method, Method) and isinstance(getattr(method, "title", None), str):
+        return method
+    raise ConfigError(
+        f"student.method is {name}, which is no method: derive it from lgd.models.methods.Method, with a `title`"
+    )
 
 
 def student_from(config: StudentConfig) -> Student:
