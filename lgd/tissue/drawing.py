@@ -126,15 +126,12 @@ class Tissue:
     """
 
     def __init__(self, rng: np.random.Generator, look: Look, grade: float, size: int, barren: bool):
-        self.extent = size * MPP
+        self.look, self.grade, self.extent = look, grade, size * MPP
         side = int(np.ceil(self.extent + 2 * _MARGIN))
         shape = (side, side)
         share = np.clip(look.share + rng.normal(0.0, 0.12), 0.15, 0.9)
         share = rng.uniform(0.0, 0.05) if barren else share
-        broad, branching = (
-            smooth_noise(rng, shape, look.nest_size),
-            smooth_noise(rng, shape, 0.8 * look.nest_size),
-        )
+        broad, branching = (smooth_noise(rng, shape, part * look.nest_size) for part in (1.0, 0.8))
         fine = smooth_noise(rng, shape, 5.0)
         nest = (1 - look.cords) * broad - look.cords * 1.5 * np.abs(branching) + 0.12 * fine
         inner = nest[int(_MARGIN) : -int(_MARGIN), int(_MARGIN) : -int(_MARGIN)]
@@ -148,14 +145,14 @@ class Tissue:
         self.bend = smooth_noise(rng, shape, 22.0)
         self.fibre = smooth_noise(rng, (2 * side, 2 * side), (1.0, 6.0))
         self.direction = rng.uniform(0, np.pi)
-        self.cells = self._populate(rng, look, grade, side)
+        self.cells = self._populate(rng, side)
 
-    def _populate(self, rng: np.random.Generator, look: Look, grade: float, side: int) -> Cells:
-        pitch = (10.8 - 2.0 * grade) * look.pitch
+    def _populate(self, rng: np.random.Generator, side: int) -> Cells:
+        pitch = (10.8 - 2.0 * self.grade) * self.look.pitch
         tumour = _scatter(rng, side, pitch, 0.24)
         tumour = tumour[(_at(self.nest, tumour) > 0) & (_at(self.lumen, tumour) < 0) & (_at(self.rim, tumour) < 0)]
         immune = _scatter(rng, side, 7.6, 0.35)
-        keep = (_at(self.crowd, immune) > special.ndtri(1 - look.lymphocytes)) | (rng.random(len(immune)) < 0.02)
+        keep = (_at(self.crowd, immune) > special.ndtri(1 - self.look.lymphocytes)) | (rng.random(len(immune)) < 0.02)
         immune = immune[keep & (_at(self.nest, immune) < -5) & (_at(self.rim, immune) < -3)]
         spindle = _scatter(rng, side, 15.0, 0.45)
         spindle = spindle[(_at(self.nest, spindle) < -5) & (_at(self.rim, spindle) < -3)]
@@ -165,20 +162,12 @@ class Tissue:
         spindle = np.concatenate([spindle, np.full((_CANDIDATES, 2), -50.0 * _MARGIN)])
         yx = np.concatenate([spindle, immune, tumour])
         kind = np.repeat([STROMA, LYMPHOCYTE, TUMOUR], [len(spindle), len(immune), len(tumour)])
-        return self._cells(rng, look, grade, yx, kind, pitch)
+        return self._cells(rng, yx, kind, pitch)
 
-    def _cells(
-        self,
-        rng: np.random.Generator,
-        look: Look,
-        grade: float,
-        yx: np.ndarray,
-        kind: np.ndarray,
-        pitch: float,
-    ) -> Cells:
-        n = len(yx)
+    def _cells(self, rng: np.random.Generator, yx: np.ndarray, kind: np.ndarray, pitch: float) -> Cells:
+        grade, n = self.grade, len(yx)
         is_tumour, is_stroma = kind == TUMOUR, kind == STROMA
-        radius = (2.8 + 1.1 * grade) * look.girth * rng.lognormal(0.0, 0.07 + 0.13 * grade, n)
+        radius = (2.8 + 1.1 * grade) * self.look.girth * rng.lognormal(0.0, 0.07 + 0.13 * grade, n)
         stretch = rng.lognormal(0.0, 0.10 + 0.12 * grade, n)
         long, short = radius * stretch, radius / stretch
         long = np.where(is_stroma, rng.uniform(4.0, 7.0, n), np.where(is_tumour, long, rng.uniform(2.5, 3.1, n)))
