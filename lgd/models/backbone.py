@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lgd.models.pretrained import shorten
-from lgd.models.spec import list_values, names_layers
+from lgd.models.spec import LAYERS, list_values
 from lgd.models.weights import Shapes, count_numbers, load_tensors, read_shapes, shapes_of
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def draft(settings: str) -> tuple[Any, Shapes]:
 def _explain_size(fields: Mapping[str, object], budget: "_Budget") -> str:
     """What made a draft too large."""
     if budget.parameters <= _MOST_PARAMETERS:
-        return f"by its layers in {', '.join(repr(field) for field in fields if names_layers(field)):.200}"
+        return f"by its layers in {', '.join(repr(field) for field in fields if LAYERS.search(field)):.200}"
     sizes = [
         (number, field)
         for field, value in fields.items()

@@ -25,7 +25,8 @@ _MOST_ENTRIES = 256
 
 _MOST_WINDOW = 512
 
-_LAYERS = re.compile(r"(layers|depths?|blocks|stages|levels|convs)$")
+LAYERS = re.compile(r"(layers|depths?|blocks|stages|levels|convs)$")
+"""Fields whose numbers say how often a part is repeated."""
 _WINDOWS = re.compile(r"(patch|kernel|window|stride|dilation|padding)")
 _MAY_BE_NEGATIVE = ("out_indices", "semantic_loss_ignore_index")
 _CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
@@ -89,11 +90,6 @@ def refuse_code(settings: object) -> None:
             )
 
 
-def names_layers(field: str) -> bool:
-    """Whether the numbers of a field say how often a part is repeated."""
-    return bool(_LAYERS.search(field))
-
-
 def check_architecture(settings: Mapping[str, object]) -> None:
     """`ValueError` for an architecture that LGD does not know as an encoder."""
     kind = settings.get("model_type")
@@ -109,11 +105,11 @@ def check_sizes(settings: Mapping[str, object]) -> None:
             continue
         numbers = [number for number in list_values(field, value) if isinstance(number, int | float)]
         least = -_MOST_SIZE if field in _MAY_BE_NEGATIVE else 0
-        most = MOST_LAYERS if names_layers(field) else _MOST_WINDOW if _WINDOWS.search(field) else _MOST_SIZE
+        most = MOST_LAYERS if LAYERS.search(field) else _MOST_WINDOW if _WINDOWS.search(field) else _MOST_SIZE
         for number in numbers:
             if not least <= number <= most:
                 raise ValueError(f"field {field!r:.80} holds {number!r:.40}: an encoder has {least} to {most} there")
-        if names_layers(field) and sum(numbers) > MOST_LAYERS:
+        if LAYERS.search(field) and sum(numbers) > MOST_LAYERS:
             raise ValueError(f"field {field!r:.80} states {sum(numbers)} layers: an encoder has {MOST_LAYERS} at most")
         if field == "num_channels" and value != 3:
             raise ValueError(f"field {field!r} is {value!r:.80}: an encoder sees RGB, which is 3 channels")

@@ -17,12 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def launch(
-    function: Callable[[str | None], None],
-    *,
-    workers: int,
-    max_failures: int,
-    storage: Location,
-    name: str,
+    function: Callable[[str | None], None], *, workers: int, max_failures: int, storage: Location, name: str
 ) -> None:
     """Run `function(stop)` once in each training worker, with a process group between them.
 
