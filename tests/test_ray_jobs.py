@@ -244,10 +244,10 @@ def test_the_error_of_a_worker_keeps_its_lines(tmp_path):
     """A line break within one is that of a name, and is escaped where it is printed."""
     note = tmp_path / "train.error.json"
 
-    def fail(argument):
+    def fail():
         raise DataError("2 problems:", "a\nb", "é")
 
     with pytest.raises(DataError):
-        training._run_recording_user_error(fail, note, contextlib.nullcontext, {})
+        training._run_recording_user_error(fail, note, contextlib.nullcontext)
     assert read_json(note) == ["2 problems:", "a\nb", "é"]
-    training._run_recording_user_error(fail, note, contextlib.nullcontext, {})
+    training._run_recording_user_error(fail, note, contextlib.nullcontext)
