@@ -17,7 +17,7 @@ stain.deconvolve stain.targets stain.checks
 tissue.drawing tissue.sections tissue.synth
 shards.manifest shards.layouts shards.pairs shards.options shards.tags shards.image shards.archive shards.shard_set
 shards.writer shards.builder shards.repeats shards.verify
-stream.plan stream.reader stream.augment
+stream.plan stream.reader
 models.spec models.weights models.pretrained models.backbone models.encoder models.description models.export
 models.teacher models.student models.losses models.methods
 store.recipe store.sidecar store.document store.writer store.parts store.store store.supervision store.cache

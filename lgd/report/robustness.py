@@ -33,7 +33,7 @@ from lgd.shards.archive import Shard
 from lgd.shards.image import decode, encode
 from lgd.stain.deconvolve import H_DAB, H_E, rgb_to_od
 from lgd.stain.targets import estimate_white
-from lgd.stream.augment import draw
+from lgd.stream.plan import draw
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _restain(image_BHW3: Images, stains_33: torch.Tensor, amount_B2: torch.Tenso
     """Unmix by one stain matrix, scale the amounts, mix by the other two vectors; the residual stays."""
     rgb_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2)
     od_B3HW = rgb_to_od(rgb_B3HW, estimate_white(rgb_B3HW))
-    # As in `lgd.stream.augment.stain_jitter`: only the added OD is worked out, so that no change changes nothing.
+    # As in `lgd.stream.plan.stain_jitter`: only the added OD is worked out, so that no change changes nothing.
     new_B33 = torch.cat([amount_B2[..., None] * stains_B23, stains_33[2].expand(len(stains_B23), 1, 3)], dim=1)
     change_B33 = torch.linalg.inv(stains_33) @ new_B33 - torch.eye(3, dtype=new_B33.dtype)
     added_B3HW = torch.einsum("bchw,bcs->bshw", od_B3HW, change_B33.to(od_B3HW))

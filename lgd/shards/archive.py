@@ -196,6 +196,8 @@ def _parse_meta(content: memoryview, shard: Shard) -> tuple[PatchMeta | None, st
         meta = PatchMeta.model_validate_json(bytes(content))
     except ValidationError as error:
         return None, _explain(content, error)
+    if meta.slide not in (None, meta.group):
+        return None, f"{meta.key}: fields slide and group are {meta.slide!r:.80} and {meta.group!r:.80}"
     if meta.split != shard.split:
         return meta, f"field split is {meta.split!r:.80}, but the shard is of {shard.split}"
     label = meta.label

@@ -91,12 +91,6 @@ class PatchMeta(Origin):
     sha256: Digests
     """Digests of the members."""
 
-    @model_validator(mode="after")
-    def _check_group(self) -> Self:
-        if self.slide is not None and self.group != self.slide:
-            raise ValueError(f"fields slide and group are {self.slide!r:.80} and {self.group!r:.80}")
-        return self
-
 
 class Target(Record):
     """What is predicted."""

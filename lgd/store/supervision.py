@@ -223,7 +223,7 @@ def _teacher_rows(ihc_BHW3: np.ndarray, teacher: Any, recipe: TeacherRecipe) -> 
     import torch
     from torch.nn import functional as F
 
-    from lgd.stream.augment import d4
+    from lgd.stream.plan import d4
 
     device = next(teacher.parameters()).device
     ihc_B3HW = torch.from_numpy(ihc_BHW3).to(device).permute(0, 3, 1, 2)

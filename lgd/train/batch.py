@@ -18,8 +18,7 @@ from lgd.base.errors import DataError
 from lgd.config import Config, Data
 from lgd.models.losses import Lesson, Negatives
 from lgd.store.store import Rows
-from lgd.stream.augment import d4, drawn_views, jitter_he, turn_stored
-from lgd.stream.plan import Plan, World, eval_numbers, rank_positions
+from lgd.stream.plan import Plan, World, d4, drawn_views, eval_numbers, jitter_he, rank_positions, turn_stored
 from lgd.stream.reader import Reader, Sample, Samples, in_batches, stream
 from lgd.train.targets import Queue
 

@@ -13,8 +13,7 @@ import torch
 from lgd.models.losses import Negatives
 from lgd.store.parts import Part
 from lgd.store.store import SUPERVISION, Rows, read_levels
-from lgd.stream.augment import drawn_views
-from lgd.stream.plan import Plan, offsets
+from lgd.stream.plan import Plan, drawn_views, offsets
 
 
 def partners(level_n: np.ndarray, within: bool, seed: int) -> np.ndarray:

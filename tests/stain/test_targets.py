@@ -12,7 +12,7 @@ from scipy import spatial
 from lgd.base.errors import DataError
 from lgd.stain.deconvolve import H_DAB, H_E
 from lgd.stain.targets import TARGET_SETTINGS, detect_nuclei, estimate_white, membrane_grid, nuclei_grid
-from lgd.stream.augment import d4, d4_grid
+from lgd.stream.plan import d4, d4_grid
 
 MPP = 0.46
 SIZE = 256

@@ -8,8 +8,7 @@ from lgd.base.errors import DataError
 from lgd.shards.shard_set import ShardFolder
 from lgd.store.cache import cache_latents
 from lgd.store.store import Rows, Store
-from lgd.stream.augment import d4, d4_grid
-from lgd.stream.plan import Plan, World
+from lgd.stream.plan import Plan, World, d4, d4_grid
 from lgd.stream.reader import Reader, stream
 from lgd.train.batch import BatchOptions, augment, collate, evaluation_batches, training_batches
 
