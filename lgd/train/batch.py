@@ -6,7 +6,7 @@ A shard and its part mirror each other, so (shard, row) finds both; the stored k
 import collections
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -161,22 +161,16 @@ class BatchOptions:
     """Mark samples that cannot be read instead of raising `DataError`."""
     labels_only: bool = False
     """Leave out samples of unknown level."""
+    queue: Queue | None = None
+    """Gives each batch its negatives."""
+    augment: Callable[[Batch], Batch] | None = None
+    """Changes each batch on its device."""
 
 
 def training_batches(
-    reader: Reader,
-    plan: Plan,
-    store: Rows | None,
-    options: BatchOptions,
-    *,
-    start: int,
-    steps: int,
-    queue: Queue | None = None,
+    reader: Reader, plan: Plan, store: Rows | None, options: BatchOptions, start: int, steps: int
 ) -> Iterator[Step]:
-    """This rank's share of `steps` steps from position `start` on, on its device.
-
-    With a `queue` each batch has its negatives.
-    """
+    """This rank's share of `steps` steps from position `start` on, on its device."""
     batch, accumulate, world = options.batch, options.accumulate, options.world
     epochs: collections.deque[np.ndarray] = collections.deque()
     positions = range(start, start + steps * batch, batch)
@@ -195,11 +189,14 @@ def training_batches(
             collate(samples, epochs.popleft(), store, plan.seed, options.turn)
             for samples in itertools.islice(batches, accumulate)
         ]
-        if queue:
-            micro = [replace(one, negatives=queue.negatives(one.number_B, position + batch)) for one in micro]
+        if options.queue:
+            micro = [replace(one, negatives=options.queue.negatives(one.number_B, position + batch)) for one in micro]
         if options.labels_only:
             micro = [one.drop_unlabelled() for one in micro]
-        yield Step([one.to(world.device) for one in micro], position + batch)
+        micro = [one.to(world.device) for one in micro]
+        if options.augment:
+            micro = [options.augment(one) for one in micro]
+        yield Step(micro, position + batch)
 
 
 def gather(mine: Sequence[Value], world: World) -> list[Value]:

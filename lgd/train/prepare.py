@@ -1,8 +1,9 @@
 """What a training needs before its first step: shards, order, network, engine."""
 
+import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pydantic import JsonValue
@@ -46,6 +47,8 @@ class Prepared:
     """All that the result depends on (`lgd.train.tasks.inputs_of`)."""
     reader: Reader
     plan: Plan
+    batches: Callable[[int, int], Iterator[Step]]
+    """This rank's share of so many steps from a position of the plan on, augmented on its device."""
     every: int
     """Steps between validations."""
     log: Log | None = None
@@ -65,33 +68,6 @@ class Prepared:
                 f"{self.log.name}: data.lanes {lanes} is far below train.batch {settings.batch}: batches are mixed "
                 "less than by a full shuffle; lanes near the batch, in a multiple of the workers, mix them fully"
             )
-
-    def batches(self, position: int, steps: int) -> Iterator[Step]:
-        """This rank's share of so many steps from the plan's `position` on, augmented on its device."""
-        config, task, targets, queue = self.learner.config, self.learner.task, None, None
-        turn = config.data.augment != "none"
-        if isinstance(task, StudentTask) and task.store:
-            method = task.method
-            parts = task.store.parts_of(self.shards.of_split("train"))
-            targets = Targets(parts, method.pairs, config.run.seed, method.needs)
-            if method.queue:
-                # Of one stored view the latents are not turned with the image.
-                queue = Queue(targets, self.plan, method.queue, turn)
-        options = BatchOptions(
-            batch=config.train.batch,
-            accumulate=config.train.accumulate,
-            world=self.learner.world,
-            threads=config.data.threads,
-            turn=turn,
-            skip=config.data.on_bad.skips > 0,
-            # Without a store levels alone teach: an unlabelled patch would cost as much, and its loss is 0.
-            labels_only=task.store is None,
-        )
-        steps_read = training_batches(
-            self.reader, self.plan, targets, options, start=position, steps=steps, queue=queue
-        )
-        for micro, after in steps_read:
-            yield Step([augment(batch, task.role, config) for batch in micro], after)
 
     def close(self) -> None:
         """Close files; what was logged so far is on the disk."""
@@ -148,5 +124,33 @@ def prepare(config: Config, shards: ShardSet, task: Task, world: World, engine: 
         inputs=inputs_of(task, shards),
         reader=reader,
         plan=plan,
+        batches=_make_batches(learner, reader, plan, shards),
         every=settings.evaluate_every or math.ceil(plan.total / settings.batch),
     )
+
+
+def _make_batches(
+    learner: Learner, reader: Reader, plan: Plan, shards: ShardSet
+) -> Callable[[int, int], Iterator[Step]]:
+    config, task, targets, queue = learner.config, learner.task, None, None
+    turn = config.data.augment != "none"
+    if isinstance(task, StudentTask) and task.store:
+        method = task.method
+        parts = task.store.parts_of(shards.of_split("train"))
+        targets = Targets(parts, method.pairs, config.run.seed, method.needs)
+        if method.queue:
+            # Of one stored view the latents are not turned with the image.
+            queue = Queue(targets, plan, method.queue, turn)
+    options = BatchOptions(
+        batch=config.train.batch,
+        accumulate=config.train.accumulate,
+        world=learner.world,
+        threads=config.data.threads,
+        turn=turn,
+        skip=config.data.on_bad.skips > 0,
+        # Without a store levels alone teach: an unlabelled patch would cost as much, and its loss is 0.
+        labels_only=task.store is None,
+        queue=queue,
+        augment=functools.partial(augment, role=task.role, config=config),
+    )
+    return functools.partial(training_batches, reader, plan, targets, options)

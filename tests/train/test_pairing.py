@@ -94,9 +94,9 @@ def test_ranks_and_micro_batches_have_the_same_queue(parts, shards):
 
     def steps(world, accumulate):
         targets = Targets(parts)
-        options = BatchOptions(batch=8, accumulate=accumulate, world=world, threads=1, turn=True)
         queue = Queue(targets, plan, 20, turn=True)
-        return list(training_batches(reader, plan, targets, options, start=8, steps=3, queue=queue))
+        options = BatchOptions(batch=8, accumulate=accumulate, world=world, threads=1, turn=True, queue=queue)
+        return list(training_batches(reader, plan, targets, options, start=8, steps=3))
 
     whole = steps(World(), 1)
     for rank in (0, 1):

@@ -51,12 +51,12 @@ def worker_that_records(folder):
     def work(*arguments):
         real = prepare.training_batches
 
-        def batches(reader, plan, targets, options, **rest):
+        def batches(reader, plan, targets, options, *rest):
             world = options.world
             Path(folder).mkdir(parents=True, exist_ok=True)
             name = f"{time.time_ns()}-{world.rank}-{world.size}-{os.getpid()}"
             with Path(folder, name).open("w", buffering=1) as file:
-                for step in real(reader, plan, targets, options, **rest):
+                for step in real(reader, plan, targets, options, *rest):
                     taken = [(int(e), int(n)) for b in step.micro for e, n in zip(b.epoch_B, b.number_B, strict=True)]
                     file.write(json.dumps([step.position, taken]) + "\n")
                     yield step
