@@ -12,6 +12,9 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+if typing.TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 from lgd.base.errors import ConfigError
 from lgd.base.plain_yaml import read_yaml
 from lgd.base.text import escape_text
@@ -79,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         """What is left for argparse to find."""
         raise ConfigError(escape_text(message, 1000))
 
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         try:
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
@@ -130,12 +133,12 @@ def _usage_of(action: argparse.Action) -> str:
 _UNIONS = (types.UnionType, typing.Union)
 
 
-def typed(kind: Any) -> Callable[[str], Any]:
+def typed(kind: object) -> Callable[[str], object]:
     """An argparse type: text stays as it is where `kind` allows any, all else is read as YAML of that kind."""
     return functools.partial(_read_argument, kind)
 
 
-def _read_argument(kind: Any, text: str) -> Any:
+def _read_argument(kind: object, text: str) -> object:
     kinds = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
     words = [word for one in kinds if typing.get_origin(one) is Literal for word in typing.get_args(one)]
     is_list = any(typing.get_origin(one) is list for one in kinds) and text.lstrip().startswith("[")
@@ -146,7 +149,7 @@ def _read_argument(kind: Any, text: str) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def as_type(kind: Any, value: Any) -> Any:
+def as_type(kind: object, value: object) -> Any:
     """A plain value as one of a field's type, which may `parse` a text; `ValueError` says what it should be."""
     from pydantic import ValidationError
 
@@ -160,13 +163,13 @@ def as_type(kind: Any, value: Any) -> Any:
 
 
 @functools.cache
-def _adapter(kind: Any) -> Any:
+def _adapter(kind: Any) -> "TypeAdapter[object]":
     from pydantic import ConfigDict, TypeAdapter
 
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
-def _describe(kind: Any) -> str:
+def _describe(kind: object) -> str:
     """A type in words."""
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
@@ -175,5 +178,5 @@ def _describe(kind: Any) -> str:
         return " or ".join(map(_describe, arguments))
     if typing.get_origin(kind) is list:
         return "a list of texts, such as [train, val]"
-    words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    words: dict[object, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
     return words.get(kind, "null" if kind is type(None) else "a mapping, such as {stage: 1}")

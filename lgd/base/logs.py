@@ -16,9 +16,12 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from logging.handlers import QueueHandler, QueueListener
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lgd.base.text import escape_text, print_lines
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LOGGER = logging.getLogger("lgd")
 """The parent of each module's logger."""
@@ -120,14 +123,14 @@ class BarState:
     closed: bool
 
 
-def progress(total: int, desc: str, unit: str, done: int = 0) -> Any:
+def progress(total: int, desc: str, unit: str, done: int = 0) -> "tqdm":
     """A bar of progress (tqdm) with rate and time left.
 
     On the command line's terminal it is drawn on standard error; in a worker it is sent to the driver, which draws it;
     else it is logged as a line now and then. `done`: how much was done before.
     """
     # Each update looks at the clock: otherwise tqdm needs a thread of its own to notice that a stage has become slow.
-    options: dict[str, Any] = {"total": total, "desc": escape_text(desc), "unit": f" {unit}", "initial": done}
+    options: dict[str, object] = {"total": total, "desc": escape_text(desc), "unit": f" {unit}", "initial": done}
     options |= {"miniters": 1, "ncols": 0, "file": io.StringIO()}
     drawn, logged, sent = _bar_classes()
     if any(isinstance(handler, QueueHandler) for handler in LOGGER.handlers):
@@ -205,7 +208,7 @@ class _Receiver(QueueListener):
     def __init__(self, queue: Any, several: bool) -> None:
         super().__init__(queue)
         self.several = several
-        self.bars: dict[tuple[str, int | None], Any] = {}
+        self.bars: dict[tuple[str, int | None], tqdm] = {}
 
     def handle(self, record: logging.LogRecord) -> None:
         state: BarState | None = getattr(record, "bar", None)

@@ -10,6 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 import yaml
+from pydantic import JsonValue
 
 MOST_BYTES = 2**20
 _MOST_TOKENS, _MOST_LEVELS, _MOST_CHARACTERS = 40_000, 30, 10_000
@@ -33,7 +34,7 @@ _OPENING = (
 )
 _CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 # libyaml is thirty times as fast, and not everywhere.
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class YamlError(ValueError):
@@ -84,13 +85,13 @@ def _check_tokens(text: str) -> None:
             raise YamlError(line, f"more than {_MOST_TOKENS // 4:,} values")
 
 
-def _value(node: yaml.Node, path: str, lines: dict[str, int]) -> Any:
+def _value(node: yaml.Node, path: str, lines: dict[str, int]) -> JsonValue:
     """The plain value of a node at a dotted path; notes the lines of the names below it."""
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node)
     if isinstance(node, yaml.SequenceNode):
         return [_value(child, f"{path}[]", {}) for child in node.value]
-    values: dict[str, Any] = {}
+    values: dict[str, JsonValue] = {}
     for key_node, child in node.value:
         line = key_node.start_mark.line + 1
         key = _scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
@@ -105,8 +106,9 @@ def _value(node: yaml.Node, path: str, lines: dict[str, int]) -> Any:
     return values
 
 
-def _scalar(node: yaml.ScalarNode) -> Any:
-    text, line = node.value, node.start_mark.line + 1
+def _scalar(node: yaml.ScalarNode) -> JsonValue:
+    text: str = node.value
+    line = node.start_mark.line + 1
     check_text(text, line)
     if not node.style:
         if text in _NULLS:
@@ -148,13 +150,13 @@ def _line_at(text: str, position: int) -> int:
 class _Dumper(yaml.SafeDumper):
     """Quotes each text that `read_yaml` would take for something else."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^(?:{_FLOAT.pattern})$"), list("+-.0123456789"))
 
 
-def write_yaml(document: Any) -> str:
+def write_yaml(document: object) -> str:
     """Plain data as YAML that `read_yaml` reads back."""
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)

@@ -5,9 +5,10 @@ A part of a document, or one that lies in a file which has a digest, is a plain 
 """
 
 import json
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, Strict, ValidationError
+from pydantic_core import ErrorDetails
 
 Value = TypeVar("Value")
 
@@ -38,7 +39,7 @@ class Record(BaseModel):
         return self.model_dump(mode="json")
 
     @classmethod
-    def from_json(cls, fields: Any) -> Self:
+    def from_json(cls, fields: object) -> Self:
         """The record of some plain JSON; `ValueError` names the fields that are wrong."""
         try:
             return cls.model_validate(fields)
@@ -46,15 +47,16 @@ class Record(BaseModel):
             raise ValueError(explain(error)) from error
 
 
-def load_json(content: bytes | str | memoryview) -> Any:
+def load_json(content: bytes | str | memoryview) -> JsonValue:
     """Plain JSON, which knows no NaN; `ValueError` for anything else."""
     try:
-        return _JSON.decode(content if isinstance(content, str) else str(content, "utf-8"))
+        document: JsonValue = _JSON.decode(content if isinstance(content, str) else str(content, "utf-8"))
     except RecursionError as error:
         raise ValueError("too deeply nested") from error
+    return document
 
 
-def _refuse(constant: str) -> Any:
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
@@ -71,8 +73,8 @@ def explain(error: ValidationError) -> str:
     return "; ".join(found[:_MOST] + more)
 
 
-def _plain(error: Any) -> str:
+def _plain(error: ErrorDetails) -> str:
     if error.get("ctx", {}).get("pattern") == _LINE or error["type"] == "string_unicode":
         return "should be a text that can be printed, without control characters"
-    message: str = error["msg"].removeprefix("Value error, ").replace("Extra inputs", "extra fields")
+    message = error["msg"].removeprefix("Value error, ").replace("Extra inputs", "extra fields")
     return message.replace("Input should", "should").replace("String should", "should")

@@ -9,8 +9,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
-from typing import Any, TextIO, cast
+from collections.abc import Iterable, Iterator
+from typing import TextIO, cast
 
 from lgd.base.errors import DataError
 
@@ -65,14 +65,15 @@ class _Escaped:
         self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name == "stream":
             raise AttributeError(name)
-        return getattr(self.stream, name)
+        found: object = getattr(self.stream, name)
+        return found
 
 
 @contextlib.contextmanager
@@ -85,7 +86,7 @@ def escaped_output() -> Iterator[None]:
         yield
 
 
-def dump_json(document: Any, indent: int | None = None, encoding: str = "utf-8") -> str:
+def dump_json(document: object, indent: int | None = None, encoding: str = "utf-8") -> str:
     """Strict JSON, in which what is unseen, or is not in `encoding`, is escaped; it reads back as it was.
 
     Raises `DataError` that names the field of a number which JSON does not know.
@@ -105,7 +106,7 @@ def dump_json(document: Any, indent: int | None = None, encoding: str = "utf-8")
     return text
 
 
-def _find_not_finite(value: Any, at: str = "") -> str | None:
+def _find_not_finite(value: object, at: str = "") -> str | None:
     """The dotted name of the first NaN or infinity in a JSON document."""
     if isinstance(value, float):
         return None if math.isfinite(value) else at or "."
@@ -117,6 +118,6 @@ def _find_not_finite(value: Any, at: str = "") -> str | None:
     return None
 
 
-def print_json(document: Any) -> None:
+def print_json(document: object) -> None:
     """Print one strict JSON document to standard output."""
     sys.stdout.write(dump_json(document, indent=1, encoding=sys.stdout.encoding or "utf-8") + "\n")

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import xxhash
 
@@ -43,13 +44,13 @@ def matches(file: BinaryIO, digest: str) -> bool:
     return hasher.hexdigest() == digest
 
 
-def digest_of(document: Any) -> str:
+def digest_of(document: object) -> str:
     """SHA-256 of a JSON document in its canonical form."""
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def format_diff(there: dict[str, Any], asked: dict[str, Any], place: str) -> list[str]:
+def format_diff(there: Mapping[str, object], asked: Mapping[str, object], place: str) -> list[str]:
     """A line for each field, by its dotted name, in which two JSON documents differ; `place` is where `there` is."""
     before, now = _flat(there), _flat(asked)
     return [
@@ -59,14 +60,14 @@ def format_diff(there: dict[str, Any], asked: dict[str, Any], place: str) -> lis
     ]
 
 
-def _flat(document: dict[str, Any], before: str = "") -> dict[str, Any]:
+def _flat(document: Mapping[str, object], before: str = "") -> dict[str, object]:
     """The leaves of a document by their dotted names."""
-    leaves: dict[str, Any] = {}
+    leaves: dict[str, object] = {}
     for name, value in document.items():
         leaves |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
     return leaves
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 70 else text[:67] + "..."

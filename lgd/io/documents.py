@@ -14,7 +14,10 @@ JSON. A part of a document is a plain `Record`.
 """
 
 import functools
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+from pydantic import JsonValue
 
 from lgd.base.errors import DataError
 from lgd.base.records import Record, load_json
@@ -38,13 +41,13 @@ class Document(Record):
         """SHA-256 of format and fields, in canonical JSON."""
         return digest_of({"format": self.FORMAT, **self.as_json()})
 
-    def model_copy(self, **changes: Any) -> Self:
+    def model_copy(self, *, update: Mapping[str, object] | None = None, deep: bool = False) -> Self:
         """A changed copy, with a digest of its own."""
-        copy = super().model_copy(**changes)
+        copy = super().model_copy(update=update, deep=deep)
         copy.__dict__.pop("digest", None)
         return copy
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, JsonValue]:
         """What lies on disk."""
         return {"format": self.FORMAT, **self.as_json(), "digest": self.digest}
 
@@ -72,7 +75,7 @@ class Document(Record):
         except ValueError as error:
             raise DataError(f"{name} is not valid JSON ({error}): {cls.REMEDY}") from error
         said = found.get("format") if isinstance(found, dict) else None
-        if said != cls.FORMAT:
+        if not isinstance(found, dict) or said != cls.FORMAT:
             kind, version = cls.FORMAT.split("/")
             other = isinstance(said, str) and said.startswith(f"{kind}/")
             why = f"this version of lgd reads format {version} only" if other else f"it should be {cls.FORMAT}"

@@ -106,12 +106,12 @@ def write_bytes(path: str | Location, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def write_json(path: str | Location, document: Any) -> None:
+def write_json(path: str | Location, document: object) -> None:
     """Publish a strict JSON document at `path`; `DataError` names the field of a number that is not finite."""
     write_bytes(path, _encode(path, document))
 
 
-def create_json(path: str | Location, document: Any) -> bool:
+def create_json(path: str | Location, document: object) -> bool:
     """Publish a JSON document at `path`, unless there is one at that url already; whether it is this one.
 
     Not every store can do that at once; one that cannot replaces it. A local folder should be locked by the caller.
@@ -123,7 +123,7 @@ def create_json(path: str | Location, document: Any) -> bool:
     return True
 
 
-def _encode(path: str | Location, document: Any) -> bytes:
+def _encode(path: str | Location, document: object) -> bytes:
     try:
         return f"{dump_json(document, indent=1)}\n".encode()
     except DataError as error:
@@ -139,8 +139,10 @@ def read_bytes(path: str | Location, fresh: bool = False) -> bytes:
     if isinstance(at, Path):
         return at.read_bytes()
     # s3fs would ask for the size first, and read large files in pieces.
-    options = {"max_concurrency": 1} if at.protocol in ("s3", "s3a") else {}
-    return bytes(call(at, "read", at.fs.cat_file, at.path, **options, **(fresh_options(at) if fresh else {})))
+    options: dict[str, object] = {"max_concurrency": 1} if at.protocol in ("s3", "s3a") else {}
+    if fresh:
+        options |= fresh_options(at)
+    return bytes(call(at, "read", at.fs.cat_file, at.path, **options))
 
 
 def read_parsed(path: str | Location, parse: Callable[[bytes], Result]) -> Result:

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Union
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, Union
 
 from lgd.base.errors import ConfigError, DataError
 
@@ -87,15 +87,13 @@ def as_location(text: str | Location) -> Location:
     from upath import UPath
 
     # Listings are not kept: other processes write to the same folders.
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if scheme in _HTTP:
-        import aiohttp
+    if scheme not in _HTTP:
+        return UPath(text.rstrip("/"), use_listings_cache=False)
+    import aiohttp
 
-        # Its own limit of 5 minutes in all would cut the download of a large shard; proxies are taken as usual.
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-        options["client_kwargs"] = {"timeout": limits, "trust_env": True}
-    url: UPath = UPath(text.rstrip("/"), **options)
-    return url
+    # Its own limit of 5 minutes in all would cut the download of a large shard; proxies are taken as usual.
+    client = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60), "trust_env": True}
+    return UPath(text.rstrip("/"), use_listings_cache=False, client_kwargs=client)
 
 
 def as_output_location(text: str | Location, option: str) -> Location:
@@ -198,7 +196,7 @@ def _explained(url: "UPath", doing: str, error: BaseException, status: int | Non
     )
 
 
-def fresh_options(url: "UPath") -> dict[str, Any]:
+def fresh_options(url: "UPath") -> dict[str, dict[str, str]]:
     """What a file system's reading functions take so that caches on the way ask the origin again; S3 has no such."""
     return {"headers": {"Cache-Control": "no-cache"}} if url.protocol in _HTTP else {}
 

@@ -3,8 +3,9 @@
 import contextlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from lgd.base.errors import DataError
 from lgd.io.digests import matches
@@ -144,7 +145,7 @@ def _download(url: "UPath", copy: Path, digest: str, size: int | None, limit: in
         temporary.unlink(missing_ok=True)
 
 
-def _get_file(url: "UPath", temporary: Path, limit: int, options: dict[str, Any]) -> None:
+def _get_file(url: "UPath", temporary: Path, limit: int, options: Mapping[str, object]) -> None:
     """Download into a file, but never more bytes than the cache may hold, whatever the server has stated."""
     from fsspec.callbacks import Callback
 

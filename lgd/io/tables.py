@@ -11,8 +11,8 @@ import json
 import numbers
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TextIO
 
 from lgd.base.errors import DataError
 from lgd.base.text import UNSEEN, dump_json, escape_text, print_lines
@@ -28,7 +28,7 @@ WIDEST = 500
 """Characters of a cell of a table that are shown."""
 
 
-def escape_cell(value: Any) -> Any:
+def escape_cell(value: object) -> object:
     """A value as a cell of CSV: numbers and None as they are, and as text what no spreadsheet takes for a formula."""
     if value is None or isinstance(value, numbers.Number):
         return value
@@ -42,7 +42,7 @@ def unescape_cell(cell: str) -> str:
     """The text of a cell: exactly what `escape_cell` makes of some text becomes that text, all else stays."""
     if not _ESCAPED.match(cell):
         return cell
-    text: Any = cell[1:]
+    text = cell[1:]
     if text[0] == '"':
         try:
             text = json.loads(text)
@@ -51,22 +51,22 @@ def unescape_cell(cell: str) -> str:
     return text if escape_cell(text) == cell else cell
 
 
-def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a head and rows of cells, escaped."""
     writer = csv.writer(file, lineterminator="\n")
     for row in (columns, *rows):
         writer.writerow(map(escape_cell, row))
 
 
-def print_csv(rows: list[dict[str, Any]]) -> None:
+def print_csv(rows: Sequence[Mapping[str, object]]) -> None:
     """Print rows of the same columns as CSV."""
     write_csv(sys.stdout, list(rows[0]), ([row[name] for name in rows[0]] for row in rows))
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: Sequence[Mapping[str, object]]) -> None:
     """Print rows of the same columns for a person, aligned."""
 
-    def text(value: Any) -> str:
+    def text(value: object) -> str:
         if value is None:
             return "-"
         return f"{value:.3f}" if isinstance(value, float) else escape_text(value, WIDEST)
@@ -78,8 +78,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     )
 
 
-def read_csv(path: Location, required: tuple[str, ...], allowed: Any) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a CSV with their line numbers; values are stripped of blanks, and of what `write_csv` escaped."""
+def read_csv(
+    path: Location, required: Sequence[str], allowed: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a CSV with their line numbers; values are stripped of blanks, and of what `write_csv` escaped.
+
+    All columns are `allowed` where none is named.
+    """
     try:
         with io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="") as stream:
             reader = csv.DictReader(stream, strict=True)

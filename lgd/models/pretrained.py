@@ -148,7 +148,7 @@ def _read_object(path: Path, remedy: str) -> dict[str, object]:
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, {_MOST_BYTES} at most: {remedy}")
     try:
-        found = load_json(path.read_bytes())
+        found: object = load_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path.name} is not valid JSON ({error}): {remedy}") from error
     if not isinstance(found, dict):

@@ -16,8 +16,6 @@ from lgd.base.records import Count, Line, Many, Record, Sha256
 from lgd.config import LEVEL_NAMES
 from lgd.io.documents import Document
 
-ROLES = ("json", "hes", "he", "ihc")
-"""All members that a sample may have, in their order: a reader of the H&E stops before the IHC."""
 REBUILD = "fetch it again, or build the set again into an empty folder"
 UNKNOWN = "unknown"
 """Where the samples without a label are counted; and the `--mpp` of who knows that there is none."""
@@ -146,8 +144,9 @@ class Extensions(Record):
 
     def by_role(self) -> dict[str, str]:
         """Role -> extension of the members that there are, in their order."""
-        given = {"json": "json", **self.as_json()}
-        return {role: given[role] for role in ROLES if given[role]}
+        # A reader of the H&E stops before the IHC.
+        given = {"json": "json", "hes": self.hes, "he": self.he, "ihc": self.ihc}
+        return {role: extension for role, extension in given.items() if extension}
 
 
 class Entry(Record):

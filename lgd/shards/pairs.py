@@ -147,7 +147,7 @@ def _with_keys(found: list[Candidate], base: Location, problems: list[Problem]) 
 def read_slides(path: str | Location) -> dict[str, str]:
     """Key (`safe_key` of a file stem) -> slide, from a CSV with the columns key and slide; empty ones are left out."""
     known: dict[str, str] = {}
-    for number, row in read_csv(as_location(path), required=("key", "slide"), allowed=None):
+    for number, row in read_csv(as_location(path), required=("key", "slide")):
         key, slide = safe_key(row["key"]), row["slide"]
         if slide and known.setdefault(key, slide) != slide:
             raise DataError(f"{path}: row {number}: slide {slide} of {key} was {known[key]} above: keep one of them")

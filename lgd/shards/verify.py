@@ -8,7 +8,7 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,11 @@ from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import SEEN, as_seen, find_repeats, unlike_patches
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.tags import read_orientation
+
+if TYPE_CHECKING:
+    from multiprocessing.pool import ThreadPool
+
+    from tqdm import tqdm
 
 _MOST = 100
 
@@ -59,7 +64,7 @@ def verify(folder: str | Location) -> list[str]:
         patches_n = opened.read_patches()
     except DataError as error:
         problems.append(str(error))
-    counts: collections.Counter[tuple[str, Any]] = collections.Counter()
+    counts: collections.Counter[tuple[str, object]] = collections.Counter()
     seen, unnamed, last = [np.empty(0, SEEN)], False, dict.fromkeys(manifest.splits, "")
     tiled, start = manifest.options.tile > 0, 0
     total = sum(shard.samples for shard in shards)
@@ -115,7 +120,7 @@ def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str
             yield f"{shard.name} has {shard.samples} samples, but options.shard_size is {options.shard_size}"
 
 
-def _verify_shard(shard: Shard, pool: Any, bar: Any) -> tuple[list[str], list[Fact]]:
+def _verify_shard(shard: Shard, pool: "ThreadPool", bar: "tqdm") -> tuple[list[str], list[Fact]]:
     """Problems of one shard, and the KEY.json and row of each sample that could be read."""
     try:
         file, index = shard.open()
@@ -181,7 +186,7 @@ def _unsorted(shard: Shard, facts: Sequence[Fact], last: dict[str, str]) -> list
     return []
 
 
-def _wrong_counts(manifest: Manifest, counts: collections.Counter[tuple[str, Any]], unnamed: bool) -> Iterator[str]:
+def _wrong_counts(manifest: Manifest, counts: collections.Counter[tuple[str, object]], unnamed: bool) -> Iterator[str]:
     """The manifest's counts against the samples; reported only where every sample could be read."""
     for name, split in manifest.splits.items():
         labels = {label: counts[name, value] for value, label in enumerate(manifest.target.classes)}

@@ -293,6 +293,6 @@ def _describe(sample: Sample, digests: Sequence[str], options: ShardOptions) -> 
         mpp=pair.mpp or options.known_mpp,
         icc=Digests(he=source.icc[0], ihc=source.icc[1]),
         sha256=Digests(he=digests[0], ihc=digests[1]),
-        **pair.origin.as_json(),
+        **dict(pair.origin),
     )
     return json.dumps(meta.as_json(), ensure_ascii=False, allow_nan=False).encode()
