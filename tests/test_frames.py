@@ -61,7 +61,7 @@ def test_one_pair_into_a_shard(tissue, tmp_path):
 def test_one_sample_into_a_batch(prepared):
     next(prepared.batches(0, 1))
     names = read_modules(lambda: next(prepared.batches(0, 1)))
-    assert len(names) <= 14, names
+    assert len(names) <= 8, names
 
 
 def test_one_training_step(prepared):
