@@ -53,7 +53,7 @@ def read_checkpoint(folder, inputs):
     found = checkpoint.load(folder, inputs)
     tensors = {name: tensor.numpy().tobytes() for name, tensor in found.weights.items()}
     moments = {name: {m: t.numpy().tobytes() for m, t in pair.items()} for name, pair in found.moments.items()}
-    return found.step, found.position, found.skipped, found.best, tensors, moments
+    return found.progress, tensors, moments
 
 
 @pytest.fixture(scope="module")

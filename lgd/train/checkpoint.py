@@ -12,8 +12,7 @@ sample.
 import contextlib
 import re
 import shutil
-from dataclasses import dataclass, field, replace
-from typing import Annotated, BinaryIO, ClassVar, Self
+from typing import Annotated, BinaryIO, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import Field, JsonValue, model_validator
@@ -55,19 +54,17 @@ class Digests(Record):
     moments: Xxh3
 
 
-class State(Document):
-    """state.json."""
-
-    FORMAT: ClassVar[str] = "lgd-checkpoint/2"
-    ABSENT: ClassVar[str] = "it is no complete checkpoint; use another one"
-    REMEDY: ClassVar[str] = "delete the folder to go on from an older one"
+class Progress(Record):
+    """How far a run has come."""
 
     step: Annotated[int, Field(ge=0, lt=2**40)]
     position: Count
+    """The plan's position after that step."""
     inputs: dict[str, JsonValue]
+    """What the run depends on (`tasks.inputs_of`)."""
     skipped: Many[Count]
+    """Numbers of the bad samples that were skipped so far."""
     best: Best
-    xxh3: Digests
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
@@ -76,25 +73,28 @@ class State(Document):
         return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpoint:
+class State(Progress, Document):
+    """state.json."""
+
+    FORMAT: ClassVar[str] = "lgd-checkpoint/2"
+    ABSENT: ClassVar[str] = "it is no complete checkpoint; use another one"
+    REMEDY: ClassVar[str] = "delete the folder to go on from an older one"
+
+    xxh3: Digests
+
+
+class Checkpoint(NamedTuple):
     """What a run needs to go on."""
 
-    step: int
-    position: int
-    """The plan's position after that step."""
-    inputs: dict[str, JsonValue]
-    """What the run depends on (`tasks.inputs_of`)."""
-    skipped: list[int]
-    """Numbers of the bad samples that were skipped so far."""
+    progress: Progress
     weights: dict[str, torch.Tensor]
     moments: Moments
-    best: Best = field(default_factory=Best)
 
 
 def save(folder: Location, checkpoint: Checkpoint, keep: int) -> Location:
     """Publish a checkpoint under `folder` and remove all but the newest `keep` and the best."""
-    path = folder / _name(checkpoint.step)
+    progress = checkpoint.progress
+    path = folder / _name(progress.step)
     with publish_folder(path, _STATE) as temporary:
         flat = {f"{p}|{m}": t for p, pair in checkpoint.moments.items() for m, t in pair.items()}
         digests = {}
@@ -103,16 +103,9 @@ def save(folder: Location, checkpoint: Checkpoint, keep: int) -> Location:
                 write_tensors(written, tensors)
                 with written.open("rb") as content:
                     digests[name] = xxh3(content)
-        state = State(
-            step=checkpoint.step,
-            position=checkpoint.position,
-            inputs=checkpoint.inputs,
-            skipped=tuple(checkpoint.skipped),
-            best=checkpoint.best,
-            xxh3=Digests(**digests),
-        )
-        state.write(temporary / _STATE)
-    prune(folder, checkpoint.best, keep)
+        fields = {name: getattr(progress, name) for name in Progress.model_fields}
+        State(**fields, xxh3=Digests(**digests)).write(temporary / _STATE)
+    prune(folder, progress.best, keep)
     return path
 
 
@@ -184,15 +177,7 @@ def load(path: Location, inputs: dict[str, JsonValue]) -> Checkpoint:
     for key, tensor in tensors["moments"].items():
         parameter, moment = key.rsplit("|", 1)
         moments.setdefault(parameter, {})[moment] = tensor
-    return Checkpoint(
-        step=state.step,
-        position=state.position,
-        inputs=inputs,
-        skipped=list(state.skipped),
-        weights=tensors["weights"],
-        moments=moments,
-        best=state.best,
-    )
+    return Checkpoint(state, tensors["weights"], moments)
 
 
 def find(folder: Location, inputs: dict[str, JsonValue]) -> Checkpoint | None:
@@ -202,8 +187,9 @@ def find(folder: Location, inputs: dict[str, JsonValue]) -> Checkpoint | None:
         return None
     found = load(done[-1], inputs)
     # One that was adopted comes without the best of its run.
-    kept = (folder / _name(found.best.step)) in done
-    return found if kept else replace(found, best=Best())
+    if folder / _name(found.progress.best.step) in done:
+        return found
+    return found._replace(progress=found.progress.model_copy(update={"best": Best()}))
 
 
 def load_best(folder: Location, best: Best, inputs: dict[str, JsonValue]) -> Checkpoint:

@@ -52,9 +52,9 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
     # Resume.
     done, start, best = 0, 0, checkpoint.Best()
     if saved := checkpoint.find(folder, run.inputs):
-        done, start, best = saved.step, saved.position, saved.best
-        learner.skipped.numbers.update(saved.skipped)
-        engine.load(saved.weights, saved.moments, saved.step)
+        done, start, best = saved.progress.step, saved.progress.position, saved.progress.best
+        learner.skipped.numbers.update(saved.progress.skipped)
+        engine.load(saved.weights, saved.moments, done)
     # It is as large as the network with its moments.
     del saved
     if world.rank == 0:
@@ -91,17 +91,11 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
             if log:
                 # First, so that the log of a run that goes on from here has no gap.
                 log.publish()
-                made = checkpoint.Checkpoint(
-                    step=done,
-                    position=position,
-                    inputs=run.inputs,
-                    skipped=sorted(learner.skipped.numbers),
-                    best=best,
-                    weights=weights,
-                    moments=moments,
+                skipped = tuple(sorted(learner.skipped.numbers))
+                progress = checkpoint.Progress(
+                    step=done, position=position, inputs=run.inputs, skipped=skipped, best=best
                 )
-                checkpoint.save(folder, made, settings.keep)
-                del made
+                checkpoint.save(folder, checkpoint.Checkpoint(progress, weights, moments), settings.keep)
             del weights, moments
             dist.barrier()
 
@@ -115,7 +109,7 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
     # Take the best network.
     if settings.patience and best.step:
         chosen = checkpoint.load_best(folder, best, run.inputs)
-        engine.load(chosen.weights, chosen.moments, chosen.step)
+        engine.load(chosen.weights, chosen.moments, best.step)
     return best
 
 

@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,20 +8,25 @@ import torch
 
 from lgd.base.errors import DataError
 from lgd.train import checkpoint
-from lgd.train.checkpoint import Best, Checkpoint, adopt, complete, find, load, load_best, problems, save
+from lgd.train.checkpoint import Best, Checkpoint, Progress, adopt, complete, find, load, load_best, problems, save
 
 RUN = {"seed": 0, "train": {"lr": 0.1, "batch": 8}}
 
 
-def some(step, inputs=RUN):
+def progress(step, **others):
+    return Progress(**{"step": step, "position": 8 * step, "inputs": RUN, "skipped": (step,), "best": Best()} | others)
+
+
+def some(step, **others):
     torch.manual_seed(step)
     weights = {"conv.weight": torch.randn(2, 3), "head.bias": torch.randn(4)}
     moments = {name: {"exp_avg": torch.randn_like(t), "exp_avg_sq": torch.rand_like(t)} for name, t in weights.items()}
-    return Checkpoint(step=step, inputs=inputs, position=8 * step, skipped=[step], weights=weights, moments=moments)
+    return Checkpoint(progress(step, **others), weights, moments)
 
 
 def assert_same(a, b):
-    assert (a.step, a.position, a.inputs, a.skipped) == (b.step, b.position, b.inputs, b.skipped)
+    for name in ("step", "position", "inputs", "skipped", "best"):
+        assert getattr(a.progress, name) == getattr(b.progress, name)
     assert a.weights.keys() == b.weights.keys() and a.moments.keys() == b.moments.keys()
     assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
     assert all(torch.equal(a.moments[n][m], b.moments[n][m]) for n in a.moments for m in ("exp_avg", "exp_avg_sq"))
@@ -35,7 +39,7 @@ def test_what_is_saved_reads_back(tmp_path):
 
 
 def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path):
-    start = Checkpoint(step=0, position=0, inputs=RUN, skipped=[], weights={"w": torch.ones(2)}, moments={})
+    start = Checkpoint(progress(0, skipped=()), {"w": torch.ones(2)}, {})
     assert load(save(tmp_path, start, keep=1), RUN).moments == {}
 
 
@@ -72,14 +76,14 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(tmp_path):
     save(tmp_path, some(1), keep=2)
     # A kill leaves the folder under its temporary name, here as full as it can be.
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002.77.tmp")
-    assert find(tmp_path, RUN).step == 1
+    assert find(tmp_path, RUN).progress.step == 1
     save(tmp_path, some(3), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
 def test_the_same_step_can_be_saved_again(tmp_path):
     save(tmp_path, some(3), keep=1)
-    newer = Checkpoint(step=3, position=24, inputs=RUN, skipped=[], weights=some(4).weights, moments={})
+    newer = Checkpoint(progress(3, skipped=()), some(4).weights, {})
     save(tmp_path, newer, keep=1)
     assert_same(find(tmp_path, RUN), newer)
 
@@ -109,7 +113,7 @@ def test_a_damaged_one_is_refused_and_named(tmp_path, file):
         find(tmp_path, RUN)
     assert f"{path} does not match its digest: delete {path.parent}" in str(caught.value)
     shutil.rmtree(path.parent)
-    assert find(tmp_path, RUN).step == 1
+    assert find(tmp_path, RUN).progress.step == 1
 
 
 @pytest.mark.parametrize(
@@ -132,11 +136,12 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     for step, score in enumerate(scores, 1):
         best = best.after(step, score)
         assert (best.step == step) == (step <= 2)
-        save(tmp_path, replace(some(step), best=best), keep=1)
+        save(tmp_path, some(step, best=best), keep=1)
     assert [path.name for path in complete(tmp_path)] == ["step-00000002", "step-00000005"]
     found = find(tmp_path, RUN)
-    assert (found.best.step, found.best.score, found.best.stale) == (2, 0.5, 3)
-    assert load_best(tmp_path, found.best, RUN).step == 2
+    best = found.progress.best
+    assert (best.step, best.score, best.stale) == (2, 0.5, 3)
+    assert load_best(tmp_path, best, RUN).progress.step == 2
 
 
 def test_a_path_becomes_the_newest(tmp_path):
@@ -146,12 +151,12 @@ def test_a_path_becomes_the_newest(tmp_path):
     adopt(ours, path.with_name("step-00000002"), RUN)
     assert_same(find(ours, RUN), some(2))
     assert [path.name for path in complete(ours)] == ["step-00000001", "step-00000002"]
-    foreign = save(theirs, replace(some(2), position=5, best=Best(step=1, score=0.3)), keep=1)
+    foreign = save(theirs, some(2, position=5, best=Best(step=1, score=0.3)), keep=1)
     adopt(ours, foreign, RUN)
-    assert find(ours, RUN).position == 5 and problems(foreign) == []
+    assert find(ours, RUN).progress.position == 5 and problems(foreign) == []
     assert sorted(path.name for path in ours.iterdir()) == ["step-00000001", "step-00000002"]
     adopt(tmp_path / "new", foreign, RUN)
-    assert find(tmp_path / "new", RUN).best == Best(), "the best of its run stayed there"
+    assert find(tmp_path / "new", RUN).progress.best == Best(), "the best of its run stayed there"
 
 
 def test_a_path_without_a_whole_checkpoint_changes_nothing(tmp_path):

@@ -164,14 +164,9 @@ def operations_of(save, act):
 
 
 def small_checkpoint(step):
-    return checkpoint.Checkpoint(
-        step=step,
-        position=step,
-        inputs={},
-        skipped=[],
-        weights={"w": torch.zeros(3)},
-        moments={"w": {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}},
-    )
+    progress = checkpoint.Progress(step=step, position=step, inputs={}, skipped=(), best=checkpoint.Best())
+    moments = {"w": {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}}
+    return checkpoint.Checkpoint(progress, {"w": torch.zeros(3)}, moments)
 
 
 def list_operations(folder, names):
@@ -200,7 +195,7 @@ def train_until(config, records, step, operation):
 
     def save(folder, made, keep):
         nonlocal dying
-        dying = made.step == step
+        dying = made.progress.step == step
         return watched(folder, made, keep)
 
     checkpoint.save = save
