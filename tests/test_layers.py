@@ -20,13 +20,12 @@ shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
 models.spec models.weights models.pretrained models.backbone models.encoder models.description models.export
 models.teacher models.student models.losses models.methods
-store.recipe store.sidecar store.document store.writer store.parts store.store store.supervision store.cache
+store.sidecar store.document store.writer store.parts store.store store.supervision store.cache
 store.export
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
-scoring.notes scoring.scale scoring.images scoring.predict scoring.slide_rows
-retrieval.faiss_file retrieval.table retrieval.search retrieval.vectors retrieval.factory retrieval.index
-retrieval.answers retrieval.keys retrieval.queries
+scoring.images scoring.predict scoring.slide_rows
+retrieval.index_files retrieval.search retrieval.factory retrieval.index retrieval.answers retrieval.queries
 runs.folder
 report.results report.colour report.seeds report.markdown report.ablation_table report.figures report.ranking
 report.sheet report.embeddings report.compare report.robustness report.caveats report.evaluation report.slides

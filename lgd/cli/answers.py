@@ -73,20 +73,20 @@ def _add_predict(parser: Parser) -> Run:
         folder = _find_student(namespace, config)
         slides = as_location(namespace.slides) if namespace.slides else None
         from lgd.runs.folder import explain_overrides
-        from lgd.scoring import images, notes, predict, slide_rows
+        from lgd.scoring import images, predict, slide_rows
 
         paths = images.find_images(namespace.images)
         with explain_overrides(config):
             slide_of = slide_rows.slides_of_images(slides, paths) if slides else None
             scorer = predict.load_scorer(folder, code=_named_code(namespace, config))
             predictions = predict.predict(scorer, paths, mpp=namespace.mpp, keep_going=True)
-        problems = notes.describe_unusable(
+        problems = predict.describe_unusable(
             {one.image: one.notes for one in predictions if not one.usable}, len(predictions)
         )
         if not any(one.usable for one in predictions):
             raise DataError(*problems)
         scored = (one.notes for one in predictions if one.usable)
-        for note in notes.count_notes(scored, "images"):
+        for note in predict.count_notes(scored, "images"):
             logger.warning("%s", note)
         rows = predictions if slide_of is None else slide_rows.join_slides(predictions, slide_of)
         if namespace.json:
@@ -125,7 +125,7 @@ def _run_query(namespace: Namespace) -> None:
     from lgd.report import sheet
     from lgd.retrieval import answers, queries
     from lgd.runs.folder import explain_overrides
-    from lgd.scoring import images, notes, predict
+    from lgd.scoring import images, predict
     from lgd.store.store import Store
 
     store_folder = _find_store(namespace, config)
@@ -150,7 +150,7 @@ def _run_query(namespace: Namespace) -> None:
             mpp=namespace.mpp,
             keep_going=True,
         )
-    problems = notes.describe_unusable({one.name: one.notes for one in replies if not one.usable}, len(replies))
+    problems = predict.describe_unusable({one.name: one.notes for one in replies if not one.usable}, len(replies))
     replies = [one for one in replies if one.usable]
     if not replies:
         raise DataError(*problems)

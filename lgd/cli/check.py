@@ -84,16 +84,9 @@ def _check_store(folder: Location, reencode: int, teacher: str, code: Collection
         problems += index_problems(store)
     if problems or not reencode:
         return problems, []
-    from lgd.store.supervision import reencoded
+    from lgd.store.supervision import reencode as run_again
 
-    result = reencoded(store, reencode, teacher, code=code)
-    notes = [f"re-encoded {result.rows} rows, largest difference to what is stored:"]
-    notes += [
-        f"  {name}: {numbers['absolute']:.2g}, {numbers['relative']:.2g} of the row's length (at most "
-        f"{result.allowed[name]:.2g})"
-        for name, numbers in result.differences.items()
-    ]
-    return result.problems(store), notes
+    return run_again(store, reencode, teacher, code=code)
 
 
 def _check_network(folder: Location, kind: Kind, code: Collection[str]) -> list[str]:

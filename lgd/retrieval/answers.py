@@ -1,4 +1,4 @@
-"""What a query found: neighbours, the vote of their levels, near-duplicates; as JSON, and as rows for a table or CSV.
+"""Stored patches by key, and what a query found: neighbours, their vote, near-duplicates; as JSON, table and CSV.
 
 JSON, one object a query (`as_json`):
 
@@ -15,23 +15,27 @@ vote_share, vote_entropy_bits, vote_labelled, query_key, notes. The columns are 
 will come at the end. What is unknown is null, and empty in CSV.
 """
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
+from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.scoring.notes import count_notes, join_notes
-from lgd.scoring.predict import round_probabilities
-from lgd.store.store import Store
+from lgd.io.location import Location
+from lgd.scoring.predict import count_notes, join_notes, round_probabilities
+from lgd.shards.layouts import safe_key
+from lgd.shards.pairs import read_slides
+from lgd.store.store import Store, as_levels
 
 NEAR_DUPLICATE = 0.001
 """Cosine distance below which a neighbour is marked. Measured with a small teacher of virtual tissue: float16 moves a
 distance by less than 1e-7. Real IHC saved again as JPEG of quality 90 lies at 5e-5 from itself (median; 95 % within
 5e-4), moved by one pixel at 5e-4 (95 % within 2.5e-3). Of 480 different patches the nearest other one lies at 6e-3
 (median), but 11 pairs of them below 0.001: a mark is a reason to look, not a proof."""
+_NEAR_IN_ORDER = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,14 +78,14 @@ class Vote:
 class Answer:
     """A query and what it found."""
 
-    image: str | None
+    image: str | None = None
     """The H&E image: a path, or its place among those that were given, such as images[0]; None for a stored patch."""
-    level: str | None
+    level: str | None = None
     """The student's level of the image."""
-    probabilities: dict[str, float | None] | None
-    stored: Stored | None
+    probabilities: dict[str, float | None] | None = None
+    stored: Stored | None = None
     """The stored patch whose latent was the query."""
-    neighbours: list[Hit]
+    neighbours: Sequence[Hit] = ()
     """Nearest first."""
     notes: Sequence[str] = ()
     """What a reader must know of the image; or why it cannot be used."""
@@ -96,6 +100,62 @@ class Answer:
     def name(self) -> str:
         """The image's path or the stored key."""
         return self.stored.key if self.stored else self.image or ""
+
+
+def find_stored(store: Store, keys: Sequence[str]) -> list[Stored]:
+    """Each stored patch of the keys, in the order of the parts; `DataError` for a key that no part has."""
+    patches = []
+    for key in dict.fromkeys(keys):
+        found = store.find(key)
+        if not found:
+            close = difflib.get_close_matches(key, _near_in_order(store, key), 3, 0.6)
+            near = f"close to it are {', '.join(close)}" if close else "none of its keys is close"
+            if safe_key(key) != key:
+                near = "a key has no dots and no slashes, and images are named before --key"
+            raise DataError(f"the store {store.folder} has no patch {key!r:.120}; {near}")
+        for number, row in found:
+            part = store.parts[number]
+            level = name_level(int(as_levels(part.array("label")[row])))
+            slide = bytes(part.array("slide")[row]).decode()
+            patches.append(Stored(key=key, slide=slide or None, split=part.split, level=level, part=number, row=row))
+    return patches
+
+
+def name_level(level: int) -> str | None:
+    """The name of a level; None for -1, unknown."""
+    return None if level < 0 else LEVEL_NAMES[level]
+
+
+def _near_in_order(store: Store, key: str) -> list[str]:
+    """Keys that a mistyped one may mean: each part's first and last, and those beside its place in a part."""
+    near: dict[str, None] = {}
+    for part in store.parts:
+        near |= dict.fromkeys((part.first, part.last))
+        if part.first <= key <= part.last:
+            keys = part.array("key")
+            place = int(np.searchsorted(keys, key.encode()))
+            beside = keys[max(0, place - _NEAR_IN_ORDER) : place + _NEAR_IN_ORDER]
+            near |= dict.fromkeys(bytes(there).decode() for there in beside)
+    return list(near)
+
+
+def find_slides(store: Store, keys: Sequence[str], slides: Location | None) -> list[frozenset[str]]:
+    """The slides of each key: of the CSV, or of every stored patch of this key; `DataError` where one is unknown."""
+    named = read_slides(slides) if slides else {}
+    found = []
+    for key in keys:
+        if key in named:
+            found.append(frozenset([named[key]]))
+            continue
+        there = [bytes(store.parts[part].array("slide")[row]).decode() for part, row in store.find(key)]
+        found.append(frozenset(there) if all(there) else frozenset())
+    unknown = [key for key, known in zip(keys, found, strict=True) if not known]
+    if unknown:
+        raise DataError(
+            f"the slide of {len(unknown)} of {len(keys)} queries is unknown, the first of them {unknown[0]}, and "
+            f"--exclude-same-slide needs it: give --slides CSV (columns key,slide) with a row {unknown[0]},SLIDE"
+        )
+    return found
 
 
 def vote(hits: Sequence[Hit]) -> Vote:
@@ -148,14 +208,14 @@ def collect_notes(store: Store, answers: Sequence[Answer]) -> list[str]:
     return lines + count_notes((answer.notes for answer in answers), "queries")
 
 
-def as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def as_json(answers: Sequence[Answer]) -> list[dict[str, object]]:
     """The answers as plain JSON."""
     return [
         {
             "image": answer.image,
             "level": answer.level,
-            "probabilities": None if answer.probabilities is None else round_probabilities(answer.probabilities),
-            "stored": None if answer.stored is None else _shown(answer.stored),
+            "probabilities": answer.probabilities and round_probabilities(answer.probabilities),
+            "stored": answer.stored and _shown(answer.stored),
             "neighbours": [_shown(hit) for hit in answer.neighbours],
             "vote": asdict(answer.vote),
             "notes": list(answer.notes),
@@ -164,11 +224,11 @@ def as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     ]
 
 
-def _shown(stored: Stored) -> dict[str, Any]:
+def _shown(stored: Stored) -> dict[str, object]:
     return {name: value for name, value in asdict(stored).items() if name not in ("part", "row")}
 
 
-def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def as_rows(answers: Sequence[Answer]) -> list[dict[str, object]]:
     """One row a neighbour, for CSV."""
     rows = []
     for answer in answers:
@@ -186,11 +246,11 @@ def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return rows
 
 
-def as_table(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def as_table(answers: Sequence[Answer]) -> list[dict[str, object]]:
     """One row a neighbour and one for the vote of each query, for a person."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for answer in answers:
-        asked = {"query": answer.name} | ({} if answer.stored else {"predicted": answer.level})
+        asked: dict[str, object] = {"query": answer.name} | ({} if answer.stored else {"predicted": answer.level})
         for rank, hit in enumerate(answer.neighbours, 1):
             shown = _shown(hit) | {"duplicate_of": hit.duplicate_of or "", "notes": ""}
             rows.append(asked | {"rank": str(rank)} | shown)

@@ -1,4 +1,6 @@
-"""Which FAISS index a store gets: `latents.index: auto` chooses by size.
+"""The latents of some parts as unit vectors, exact search among them, and which FAISS index they get.
+
+Exact search is what an index's recall is measured against. `latents.index: auto` chooses an index by size.
 
 Measured on 2 cores that others shared, one query on one core; vectors of 512
 dimensions clustered by level and slide, of a flatter spectrum (1/k) than a teacher's, which is the harder case:
@@ -24,13 +26,18 @@ vectors too and saves no memory. It is not built.
 import logging
 import math
 import os
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.retrieval.faiss_file import cells_of, code_bytes
-from lgd.retrieval.vectors import UnitVectors
+from lgd.retrieval.index_files import cells_of, code_bytes
+from lgd.retrieval.search import import_faiss
+from lgd.store.parts import Part
+
+if TYPE_CHECKING:
+    from lgd.retrieval.search import Index, IndexIVF
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +45,67 @@ EXACT_ROWS = 100_000
 TRAIN_ROWS = 40
 """Latents a cell from which the cells are learnt; FAISS asks for 39. At 1e5 rows 256 a cell reached no more than 64."""
 _TRAIN_ROUNDS = 10
+_BLOCK = 16_384
+"""Rows that are held as float32: 34 MB at 512 dimensions."""
+
+
+def unit(vectors_nD: np.ndarray) -> np.ndarray:
+    """Scale each vector to length 1, float32."""
+    vectors_nD = np.asarray(vectors_nD, np.float32)
+    return np.ascontiguousarray(vectors_nD / np.maximum(np.linalg.norm(vectors_nD, axis=1, keepdims=True), 1e-12))
+
+
+class UnitVectors:
+    """The pooled latents (the first view) of some parts, one row after the other, as unit vectors."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        self.first = np.cumsum([0, *(part.rows for part in parts)])
+        self.rows, self.dim = int(self.first[-1]), parts[0].layout["pooled"].shape[-1]
+
+    def at(self, row_n: np.ndarray) -> np.ndarray:
+        """The vectors of some rows, which are sorted: float32 (n, D)."""
+        part_n = np.searchsorted(self.first, row_n, "right") - 1
+        found = [
+            self.parts[number].array("pooled")[row_n[part_n == number] - self.first[number], 0]
+            for number in np.unique(part_n).tolist()
+        ]
+        return _finite(np.concatenate(found))
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """All vectors, some thousands at a time, with the row of the first: float32 (n, D)."""
+        for start in range(0, self.rows, _BLOCK):
+            stop = min(start + _BLOCK, self.rows)
+            begin, end = np.searchsorted(self.first, (start, stop - 1), "right") - 1
+            pieces = [
+                self.parts[number].array("pooled")[max(0, start - self.first[number]) : stop - self.first[number], 0]
+                for number in range(begin, end + 1)
+            ]
+            yield start, _finite(np.concatenate(pieces))
+
+
+def _finite(vectors_nD: np.ndarray) -> np.ndarray:
+    vectors_nD = unit(vectors_nD)
+    if not np.isfinite(vectors_nD).all():
+        raise DataError("the store has latents that are not finite: the teacher diverged, train and cache it again")
+    return vectors_nD
+
+
+def nearest(latents: UnitVectors, queries_nD: np.ndarray, k: int) -> np.ndarray:
+    """Rows of the k nearest latents of each query, int64 (n, k), nearest first."""
+    faiss = import_faiss()
+    best_nk, rows_nk = np.empty((len(queries_nD), 0), np.float32), np.empty((len(queries_nD), 0), np.int64)
+    for first, vectors_nD in latents.blocks():
+        cosine_nk, found_nk = faiss.knn(queries_nD, vectors_nD, min(k, len(vectors_nD)), faiss.METRIC_INNER_PRODUCT)
+        best_nk, rows_nk = np.hstack([best_nk, cosine_nk]), np.hstack([rows_nk, found_nk + first])
+        kept_nk = np.argsort(-best_nk, axis=1, kind="stable")[:, :k]
+        best_nk, rows_nk = np.take_along_axis(best_nk, kept_nk, 1), np.take_along_axis(rows_nk, kept_nk, 1)
+    return rows_nk
+
+
+def overlap(one_nk: np.ndarray, other_nk: np.ndarray) -> float:
+    """Mean share of a row's numbers that are in the other's row too: recall@k, if one is exact."""
+    return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(one_nk, other_nk, strict=True)]))
 
 
 def choose_factory(rows: int, dim: int, memory: int) -> tuple[str, str]:
@@ -69,9 +137,10 @@ def check_factory(factory: str, rows: int) -> None:
         raise DataError(f"latents.index {factory!r} has more cells than there are latents ({rows}): use auto")
 
 
-def train_index(faiss: Any, latents: UnitVectors, factory: str, seed: int) -> tuple[Any, int]:
+def train_index(latents: UnitVectors, factory: str, seed: int) -> tuple["IndexIVF", int]:
     """An empty index that has its cells and its coding, and on how many latents it was trained."""
-    index = faiss.index_factory(latents.dim, factory, faiss.METRIC_INNER_PRODUCT)
+    faiss = import_faiss()
+    index: IndexIVF = faiss.index_factory(latents.dim, factory, faiss.METRIC_INNER_PRODUCT)
     sampled = min(latents.rows, TRAIN_ROWS * index.nlist)
     row_n = np.random.default_rng(seed).choice(latents.rows, sampled, replace=False, shuffle=False)
     sample_nD = latents.at(np.sort(row_n))
@@ -80,19 +149,20 @@ def train_index(faiss: Any, latents: UnitVectors, factory: str, seed: int) -> tu
     options.niter, options.seed, options.spherical = _TRAIN_ROUNDS, seed % 2**31, True
     options.min_points_per_centroid, options.max_points_per_centroid = 1, TRAIN_ROWS
     clustering = faiss.Clustering(latents.dim, index.nlist, options)
-    clustering.train(sample_nD, move_to_gpu(faiss, faiss.IndexFlatIP(latents.dim)))
+    clustering.train(sample_nD, move_to_gpu(faiss.IndexFlatIP(latents.dim)))
     index.quantizer.add(faiss.vector_to_array(clustering.centroids).reshape(index.nlist, latents.dim))
     # With its cells there, this learns the ranges of SQ8 only.
     index.train(sample_nD)
     return index, sampled
 
 
-def move_to_gpu(faiss: Any, index: Any) -> Any:
+def move_to_gpu(index: "Index") -> "Index":
     """A flat index on the first GPU where FAISS can use one, else the index itself."""
+    faiss = import_faiss()
     if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
         return index
     try:
-        moved = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        moved: Index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
         moved.search(np.zeros((1, index.d), np.float32), 1)
         return moved
     except RuntimeError as error:

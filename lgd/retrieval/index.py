@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,22 +19,33 @@ from lgd.io.files import list_folder, publish, remove
 from lgd.io.location import Location
 from lgd.io.locks import exclusive
 from lgd.ray_jobs.mapping import map_with
-from lgd.retrieval.factory import check_factory, choose_factory, memory_bytes, move_to_gpu, train_index
-from lgd.retrieval.faiss_file import cells_of, check_file
+from lgd.retrieval.factory import (
+    UnitVectors,
+    check_factory,
+    choose_factory,
+    memory_bytes,
+    move_to_gpu,
+    nearest,
+    overlap,
+    train_index,
+    unit,
+)
+from lgd.retrieval.index_files import check_file, write_table
 from lgd.retrieval.search import (
     IndexDocument,
     IndexFile,
+    IndexRequest,
     import_faiss,
     index_folder,
     problems,
     read_document,
-    unit,
 )
-from lgd.retrieval.table import write_table
-from lgd.retrieval.vectors import UnitVectors, nearest, overlap
 from lgd.shards.archive import Shard
 from lgd.store.parts import Part
 from lgd.store.store import TEACHER, Store
+
+if TYPE_CHECKING:
+    from lgd.retrieval.search import Index, IndexIVF
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +66,7 @@ def build_index(
 ) -> tuple[IndexDocument, bool]:
     """Index the gallery splits of some shards; returns index.json's content and whether it was built now.
 
-    `factory` is auto or one of `lgd.retrieval.faiss_file.KINDS`. The store may lie at a url. `workers` of Ray add the
+    `factory` is auto or one of `lgd.retrieval.index_files.KINDS`. The store may lie at a url. `workers` of Ray add the
     latents; 0 does it here. Raises `DataError` when the gallery is empty, and when the index misses `recall` even with
     all cells probed, and while another process builds it in a local store.
     """
@@ -68,39 +79,50 @@ def build_index(
             f"the store {store.folder} has no split {' or '.join(gallery)} to search, only {', '.join(splits)}: "
             "set latents.gallery"
         )
-    digests = tuple(part.digest(TEACHER) for part in indexed)
-    asked = {"asked": factory, "gallery": tuple(gallery), "target": recall, "parts": digests}
-    if there := _find(store, asked):
+    request = IndexRequest(
+        asked=factory,
+        gallery=tuple(gallery),
+        target=recall,
+        parts=tuple(part.digest(TEACHER) for part in indexed),
+    )
+    if there := _find(store, request):
         return there, False
     with exclusive(folder, "building an index"):
-        if there := _find(store, asked):
+        if there := _find(store, request):
             return there, False
-        return _publish_index(store, parts, indexed, asked, seed, workers), True
+        return _publish_index(store, parts, request, seed, workers), True
 
 
-def _find(store: Store, asked: dict[str, Any]) -> IndexDocument | None:
+def _find(store: Store, request: IndexRequest) -> IndexDocument | None:
     """The index that is there, if it is whole and the one that is asked for."""
     there = None if problems(store) else read_document(store)
-    return there if there and all(getattr(there, name) == value for name, value in asked.items()) else None
+    return there if there and request.as_json().items() <= there.as_json().items() else None
 
 
 def _publish_index(
-    store: Store, parts: Sequence[Part], indexed: Sequence[Part], asked: dict[str, Any], seed: int, workers: int
+    store: Store, parts: Sequence[Part], request: IndexRequest, seed: int, workers: int
 ) -> IndexDocument:
-    folder, factory, gallery, recall = index_folder(store), asked["asked"], list(asked["gallery"]), asked["target"]
-    latents = UnitVectors(indexed)
-    chosen, why = (
-        choose_factory(latents.rows, latents.dim, memory_bytes()) if factory == "auto" else (factory, "as asked for")
-    )
-    check_factory(chosen, latents.rows)
-    numbers = [store.parts.index(part) for part in indexed]
-    index, order_n, facts = _built(store, latents, numbers, chosen, seed, workers)
-    queries_nD, described = _queries(parts, latents, gallery, seed)
+    folder, factory = index_folder(store), request.asked
+    latents = UnitVectors([part for part in parts if part.split in request.gallery])
+    why = "as asked for"
+    if factory == "auto":
+        factory, why = choose_factory(latents.rows, latents.dim, memory_bytes())
+    check_factory(factory, latents.rows)
+    began = time.monotonic()
+    if factory == "Flat":
+        index, order_n, sampled, trained = _add_all(latents), None, 0, began
+    else:
+        index, sampled = train_index(latents, factory, seed)
+        trained = time.monotonic()
+        order_n = _fill(store, index, latents, workers)
+    seconds = {"train": trained - began, "add": time.monotonic() - trained}
+    queries_nD, described = _queries(parts, latents, request.gallery, seed)
     truth_nk = nearest(latents, queries_nD, min(_NEAREST, latents.rows))
-    measured, probes = _reach_recall(index, truth_nk, order_n, queries_nD, recall, chosen)
-    kind = (chosen, latents.rows, latents.dim, probes)
+    measured, probes = _reach_recall(index, truth_nk, order_n, queries_nD, request.target, factory)
+    kind = (factory, latents.rows, latents.dim, probes)
     document = IndexDocument(
-        factory=chosen,
+        **request.model_dump(),
+        factory=factory,
         nprobe=probes,
         rows=latents.rows,
         dim=latents.dim,
@@ -109,9 +131,8 @@ def _publish_index(
         queries=described,
         faiss=_publish(folder, ".faiss", lambda path: _write(index, path, kind)),
         table=_publish(folder, ".npy", lambda path: write_table(path, latents.parts, order_n)),
-        **asked,
-        trained_on=facts["trained_on"],
-        seconds=facts["seconds"],
+        trained_on=sampled,
+        seconds=seconds,
     )
     document.write(folder / "index.json")
     # Those of the index that was there; a process that has them open keeps them.
@@ -122,28 +143,24 @@ def _publish_index(
     return document
 
 
-def _built(
-    store: Store, latents: UnitVectors, numbers: list[int], factory: str, seed: int, workers: int
-) -> tuple[Any, np.ndarray | None, dict[str, Any]]:
-    """The filled index, the latents' rows in its order (None for their own), and what index.json says of the build."""
+def _add_all(latents: UnitVectors) -> "Index":
+    """An exact index, filled."""
+    index: Index = import_faiss().IndexFlatIP(latents.dim)
+    for _, vectors_nD in latents.blocks():
+        index.add(vectors_nD)
+    return index
+
+
+def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -> np.ndarray:
+    """Fill a trained index; returns the latents' rows in its order."""
     faiss = import_faiss()
-    began = time.monotonic()
-    if factory == "Flat":
-        index = faiss.IndexFlatIP(latents.dim)
-        for _, vectors_nD in latents.blocks():
-            index.add(vectors_nD)
-        return index, None, {"trained_on": 0, "seconds": {"train": 0.0, "add": time.monotonic() - began}}
-    index, sampled = train_index(faiss, latents, factory, seed)
-    trained = time.monotonic()
+    numbers = [store.parts.index(part) for part in latents.parts]
     # Each worker gets an empty copy of the trained index, and gives it back filled.
-    empty = faiss.serialize_index(index)
+    add = functools.partial(_Add, str(store.folder.absolute()), numbers, faiss.serialize_index(index))
     groups = _groups(latents)
-    add = functools.partial(_Add, str(store.folder.absolute()), numbers, empty)
     for filled in map_with(add, groups, workers=workers if len(groups) > 1 else 0, option_name="train.workers"):
         index.merge_from(faiss.deserialize_index(filled), 0)
-    order_n = _in_order(faiss, index)
-    seconds = {"train": trained - began, "add": time.monotonic() - trained}
-    return index, order_n, {"trained_on": sampled, "seconds": seconds}
+    return _in_order(index)
 
 
 def _groups(latents: UnitVectors) -> list[list[int]]:
@@ -169,7 +186,7 @@ class _Add:
         self.empty = empty
         # The quantizer is the index's, and goes with it.
         self.index = self.faiss.deserialize_index(empty)
-        self.coarse = move_to_gpu(self.faiss, self.faiss.downcast_index(self.index.quantizer))
+        self.coarse = move_to_gpu(self.faiss.downcast_index(self.index.quantizer))
 
     def __call__(self, group: list[int]) -> np.ndarray:
         """The filled copy, serialised; its positions are rows of the latents."""
@@ -183,19 +200,21 @@ class _Add:
         return content
 
 
-def _in_order(faiss: Any, index: Any) -> np.ndarray:
+def _in_order(index: "IndexIVF") -> np.ndarray:
     """Sort each cell by row, whatever order the groups came in, and number the positions through the cells.
 
     A position then leads to its cell without a map. Returns the row at each position.
     """
+    faiss, lists = import_faiss(), index.invlists
+    assert lists is not None
     order_n = np.empty(index.ntotal, np.int64)
     first = 0
     for cell in range(index.nlist):
-        count = index.invlists.list_size(cell)
+        count = lists.list_size(cell)
         if count == 0:
             continue
-        row_n = faiss.rev_swig_ptr(index.invlists.get_ids(cell), count)
-        codes = faiss.rev_swig_ptr(index.invlists.get_codes(cell), count * index.code_size).reshape(count, -1)
+        row_n = faiss.rev_swig_ptr(lists.get_ids(cell), count)
+        codes = faiss.rev_swig_ptr(lists.get_codes(cell), count * index.code_size).reshape(count, -1)
         sorted_n = np.argsort(row_n)
         order_n[first : first + count] = row_n[sorted_n]
         codes[:] = codes[sorted_n]
@@ -204,7 +223,7 @@ def _in_order(faiss: Any, index: Any) -> np.ndarray:
     return order_n
 
 
-def _queries(parts: Sequence[Part], latents: UnitVectors, gallery: list[str], seed: int) -> tuple[np.ndarray, str]:
+def _queries(parts: Sequence[Part], latents: UnitVectors, gallery: Sequence[str], seed: int) -> tuple[np.ndarray, str]:
     """Held-out queries (n, D), and what they are."""
     random = np.random.default_rng(seed)
     others = [part for part in parts if part.split not in gallery]
@@ -220,7 +239,12 @@ def _queries(parts: Sequence[Part], latents: UnitVectors, gallery: list[str], se
 
 
 def _reach_recall(
-    index: Any, truth_nk: np.ndarray, order_n: np.ndarray | None, queries_nD: np.ndarray, target: float, factory: str
+    index: "Index",
+    truth_nk: np.ndarray,
+    order_n: np.ndarray | None,
+    queries_nD: np.ndarray,
+    target: float,
+    factory: str,
 ) -> tuple[float, int]:
     """Recall against the exact rows, and the cells to probe for it: half as many more until it is enough."""
 
@@ -228,13 +252,13 @@ def _reach_recall(
         found_nk = index.search(queries_nD, truth_nk.shape[1])[1]
         return overlap(truth_nk, found_nk if order_n is None else np.where(found_nk < 0, -1, order_n[found_nk]))
 
-    cells = cells_of(factory)
+    ivf: IndexIVF | None = import_faiss().try_extract_index_ivf(index)
     probes = 0
-    if cells:
-        index.nprobe = probes = 1
+    if ivf:
+        ivf.nprobe = probes = 1
     measured = recall()
-    while measured < target and probes < cells:
-        index.nprobe = probes = min(cells, probes + max(1, probes // 2))
+    while ivf and measured < target and probes < ivf.nlist:
+        ivf.nprobe = probes = min(ivf.nlist, probes + max(1, probes // 2))
         measured = recall()
     if measured < target:
         raise DataError(
@@ -258,7 +282,7 @@ def _publish(folder: Location, suffix: str, write: Callable[[Path], None]) -> In
     return made[0]
 
 
-def _write(index: Any, path: Path, kind: tuple[str, int, int, int]) -> None:
+def _write(index: "Index", path: Path, kind: tuple[str, int, int, int]) -> None:
     faiss = import_faiss()
     with path.open("wb") as file:
         # Of a full disk FAISS's own writer reports in a text only.

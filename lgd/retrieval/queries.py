@@ -8,8 +8,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -18,26 +17,13 @@ from lgd.config import LEVEL_NAMES
 from lgd.config_files import find_in_run
 from lgd.io.location import Location, as_location
 from lgd.models.methods import METHODS, PROPOSED
-from lgd.retrieval.answers import Answer, Hit, Stored, near_duplicates
-from lgd.retrieval.keys import find_slides, find_stored, name_level
+from lgd.retrieval.answers import Answer, Hit, Stored, find_slides, find_stored, name_level, near_duplicates
 from lgd.retrieval.search import Searcher
-from lgd.scoring.images import Images, OneImage, list_sources, take_images
-from lgd.scoring.predict import Scorer, choose_level, load_scorer, name_probabilities, score_images
-from lgd.scoring.scale import Mpp
+from lgd.scoring.images import Images, Mpp, list_sources, take_images
+from lgd.scoring.predict import Scorer, load_scorer, score_images
 from lgd.scoring.slide_rows import require_names
 from lgd.shards.layouts import safe_key
 from lgd.store.store import Store, as_levels
-
-_NO_VECTOR = np.empty(0, np.float32)
-
-
-class _Question(NamedTuple):
-    """A query before it is searched."""
-
-    answer: Answer
-    """Without neighbours."""
-    vector_D: np.ndarray
-    """Its latent; empty where the image cannot be used."""
 
 
 def check_pair(scorer: Scorer, store: Store) -> None:
@@ -114,9 +100,15 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
             require_names(table, taken)
         names = [safe_key(image.stem) for image in taken] or [patch.key for patch in stored]
         excluded = find_slides(opened, names, table)
+    answers, vectors = [], []
     # Last, because it takes the longest.
-    asked = _ask_images(student, taken, mpp, keep_going) if student else _ask_stored(opened, stored)
-    return _answer(searcher, opened, asked, k, allowed, excluded)
+    for one in score_images(student, taken, mpp, keep_going=keep_going) if student else ():
+        answers.append(Answer(**asdict(one.prediction)))
+        vectors.append(one.values.get("pooled", np.empty(0)))
+    for patch in stored:
+        answers.append(Answer(stored=patch))
+        vectors.append(np.asarray(opened.parts[patch.part].array("pooled")[patch.row, 0], np.float32))
+    return _find_neighbours(searcher, opened, answers, vectors, k, allowed, excluded)
 
 
 def _check_request(sources: Sequence[object], k: int, keys: Sequence[str]) -> None:
@@ -134,52 +126,6 @@ def _open_student(scorer: Scorer | str | Location | None, store: Store) -> Score
     student = scorer if isinstance(scorer, Scorer) else load_scorer(scorer)
     check_pair(student, store)
     return student
-
-
-def _ask_images(scorer: Scorer, images: Sequence[OneImage], mpp: Mpp, keep_going: bool) -> list[_Question]:
-    asked = []
-    for scored in score_images(scorer, images, mpp, keep_going=keep_going):
-        probabilities = name_probabilities(scored.values.get("probability"))
-        answer = Answer(
-            image=str(scored.image),
-            level=choose_level(probabilities),
-            probabilities=probabilities,
-            stored=None,
-            neighbours=[],
-            notes=scored.notes,
-            usable=bool(scored.values),
-        )
-        asked.append(_Question(answer, scored.values["pooled"] if scored.values else _NO_VECTOR))
-    return asked
-
-
-def _ask_stored(store: Store, stored: Sequence[Stored]) -> list[_Question]:
-    return [
-        _Question(
-            Answer(image=None, level=None, probabilities=None, stored=patch, neighbours=[]),
-            np.asarray(store.parts[patch.part].array("pooled")[patch.row, 0], np.float32),
-        )
-        for patch in stored
-    ]
-
-
-def _answer(
-    searcher: Searcher,
-    store: Store,
-    asked: Sequence[_Question],
-    k: int,
-    allowed: np.ndarray | None,
-    excluded: Sequence[frozenset[str]] | None,
-) -> list[Answer]:
-    """All answers, in the order of the questions."""
-    usable = [number for number, question in enumerate(asked) if question.answer.usable]
-    of_usable = None if excluded is None else [excluded[number] for number in usable]
-    answers = [question.answer for question in asked]
-    if usable:
-        found = _search_all(searcher, store, [asked[number] for number in usable], k, allowed, of_usable)
-        for number, hits in zip(usable, found, strict=True):
-            answers[number] = replace(answers[number], neighbours=hits)
-    return answers
 
 
 def search(
@@ -234,30 +180,33 @@ def _hits(searcher: Searcher, store: Store, distance_k: np.ndarray, position_k: 
     ]
 
 
-def _search_all(
+def _find_neighbours(
     searcher: Searcher,
     store: Store,
-    asked: Sequence[_Question],
+    answers: Sequence[Answer],
+    vectors: Sequence[np.ndarray],
     k: int,
     allowed: np.ndarray | None,
     excluded: Sequence[frozenset[str]] | None,
-) -> list[list[Hit]]:
-    """One search for all queries of the same filter: one in all, or one a distinct slide that is left out."""
-    vectors_nD = np.stack([question.vector_D for question in asked])
-    own = [question.answer.stored for question in asked] if asked[0].answer.stored else None
-    if excluded is None:
-        found = search(searcher, store, vectors_nD, k, allowed, own)
-    else:
-        found = [[] for _ in asked]
+) -> list[Answer]:
+    """The answers with their neighbours, by one search for all of the same filter: one for each slide left out."""
+    groups: dict[frozenset[str], list[int]] = {}
+    for number, answer in enumerate(answers):
+        if answer.usable:
+            groups.setdefault(excluded[number] if excluded else frozenset(), []).append(number)
+    found = list(answers)
+    if excluded:
         names, slide_m = np.unique(searcher.table["slide"], return_inverse=True)
-        for slides in dict.fromkeys(excluded):
-            rows = [row for row, those in enumerate(excluded) if those == slides]
-            other = ~np.isin(names, [b"", *(slide.encode() for slide in slides)])[slide_m]
-            mine = [own[row] for row in rows] if own else None
-            answers = search(searcher, store, vectors_nD[rows], k, other if allowed is None else allowed & other, mine)
-            for row, hits in zip(rows, answers, strict=True):
-                found[row] = hits
-    lacking = [question.answer.name for question, hits in zip(asked, found, strict=True) if not hits]
+    for slides, numbers in groups.items():
+        allowed_m = allowed
+        if slides:
+            other_m = ~np.isin(names, [b"", *(slide.encode() for slide in slides)])[slide_m]
+            allowed_m = other_m if allowed is None else allowed & other_m
+        own = [answers[number].stored for number in numbers] if answers[0].stored else None
+        vectors_nD = np.stack([vectors[number] for number in numbers])
+        for number, hits in zip(numbers, search(searcher, store, vectors_nD, k, allowed_m, own), strict=True):
+            found[number] = replace(answers[number], neighbours=hits)
+    lacking = [answer.name for answer in found if answer.usable and not answer.neighbours]
     if lacking:
         why = "once its own row is left out"
         if excluded is not None:

@@ -10,10 +10,12 @@ Files are named by their digest, so that an index which is replaced is the old o
 A file that is cut short while it is mapped ends the process; `build_index` writes new files instead.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple, Self
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, BinaryIO, ClassVar, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -23,11 +25,16 @@ from lgd.base.records import Count, Many, Record, Sha256, Xxh3
 from lgd.io.documents import Document
 from lgd.io.location import Location
 from lgd.io.remote import open_checked
-from lgd.retrieval.faiss_file import cells_of, check_file
-from lgd.retrieval.table import read_table
+from lgd.retrieval.index_files import cells_of, check_file, read_table
 from lgd.shards.manifest import Text, Word
-from lgd.store.parts import Part
 from lgd.store.store import TEACHER, Store
+
+if TYPE_CHECKING:
+    from faiss import Index as Index
+    from faiss import IndexIVF as IndexIVF
+    from faiss import SearchParameters
+
+Read = TypeVar("Read")
 
 _REMEDY = "run lgd build-index"
 _ATTEMPTS = 5
@@ -40,12 +47,8 @@ class IndexFile(Record):
     xxh3: Xxh3
 
 
-class IndexDocument(Document):
-    """index.json."""
-
-    FORMAT: ClassVar[str] = "lgd-index/3"
-    ABSENT: ClassVar[str] = f"there is no index; {_REMEDY}"
-    REMEDY: ClassVar[str] = _REMEDY
+class IndexRequest(Record):
+    """What an index is asked to be."""
 
     asked: Text
     """latents.index."""
@@ -54,6 +57,15 @@ class IndexDocument(Document):
     """latents.recall."""
     parts: Annotated[Many[Sha256], Field(min_length=1)]
     """Digest of each of the parts that are indexed."""
+
+
+class IndexDocument(Document, IndexRequest):
+    """index.json."""
+
+    FORMAT: ClassVar[str] = "lgd-index/3"
+    ABSENT: ClassVar[str] = f"there is no index; {_REMEDY}"
+    REMEDY: ClassVar[str] = _REMEDY
+
     factory: Text
     nprobe: Count
     rows: Annotated[int, Field(ge=1, lt=2**40)]
@@ -88,18 +100,12 @@ def require_faiss() -> None:
         raise DataError(problem)
 
 
-def import_faiss() -> Any:
+def import_faiss() -> ModuleType:
     """The package, or `DataError` with the remedy."""
     require_faiss()
     import faiss
 
     return faiss
-
-
-def unit(vectors_nD: np.ndarray) -> np.ndarray:
-    """Scale each vector to length 1, float32."""
-    vectors_nD = np.asarray(vectors_nD, np.float32)
-    return np.ascontiguousarray(vectors_nD / np.maximum(np.linalg.norm(vectors_nD, axis=1, keepdims=True), 1e-12))
 
 
 def index_folder(store: Store) -> Location:
@@ -121,7 +127,7 @@ def _numbers(store: Store) -> dict[str, int]:
     return {part.digest(TEACHER): number for number, part in enumerate(store.parts)}
 
 
-def _opened(path: Location, said: IndexFile, read: Callable[[BinaryIO], Any]) -> Any:
+def _read_file(path: Location, said: IndexFile, read: Callable[[BinaryIO], Read]) -> Read:
     """What `read` makes of a file of the index, which must be as index.json says."""
     try:
         with open_checked(path, said.xxh3, said.bytes, _REMEDY) as file:
@@ -132,52 +138,39 @@ def _opened(path: Location, said: IndexFile, read: Callable[[BinaryIO], Any]) ->
         raise DataError(f"{path} is not the index that index.json describes ({error}): {_REMEDY}") from error
 
 
-def _read_index(document: IndexDocument, file: BinaryIO) -> Any:
-    check_index(document, file)
-    faiss = import_faiss()
-    # The descriptor names the file that was checked, whatever has taken its place meanwhile.
-    return faiss.read_index(f"/dev/fd/{file.fileno()}", faiss.IO_FLAG_MMAP_IFC)
+def open_index(store: Store, read: Callable[[IndexDocument, BinaryIO], Read]) -> tuple[IndexDocument, np.ndarray, Read]:
+    """The document, the table and the FAISS file of a store's index; `read` opens the last.
 
-
-class Opened(NamedTuple):
-    """An index as it was at one moment."""
-
-    document: IndexDocument
-    parts: list[int]
-    """Number in the store of each of its parts."""
-    table: np.ndarray
-    index: Any
-
-
-def open_index(store: Store, read: Callable[[IndexDocument, BinaryIO], Any]) -> Opened:
-    """The index of a store, of which `read` opens the FAISS file; `DataError` for one that is missing or damaged."""
+    Raises `DataError` for one that is missing or damaged.
+    """
     folder = index_folder(store)
     for attempt in range(_ATTEMPTS):
         document, numbers = read_document(store), _numbers(store)
-        parts = [numbers[digest] for digest in document.parts]
-        of = [store.parts[number] for number in parts]
-
-        def read_keys(file: BinaryIO, document: IndexDocument = document, of: list[Part] = of) -> np.ndarray:
-            return read_table(file, document.rows, of)
-
-        def read_faiss(file: BinaryIO, document: IndexDocument = document) -> Any:
-            return read(document, file)
-
+        parts = [store.parts[numbers[digest]] for digest in document.parts]
+        read_keys = functools.partial(read_table, rows=document.rows, parts=parts)
         try:
-            table = _opened(folder / f"{document.table.xxh3}.npy", document.table, read_keys)
-            index = _opened(folder / f"{document.faiss.xxh3}.faiss", document.faiss, read_faiss)
+            table = _read_file(folder / f"{document.table.xxh3}.npy", document.table, read_keys)
+            faiss_file = folder / f"{document.faiss.xxh3}.faiss"
+            return document, table, _read_file(faiss_file, document.faiss, functools.partial(read, document))
         except FileNotFoundError as error:
             # It was replaced between the two readings.
             if attempt + 1 < _ATTEMPTS and read_document(store) != document:
                 continue
             raise DataError(f"{folder} lacks a file that index.json names ({error.__cause__}): {_REMEDY}") from error
-        return Opened(document, parts, table, index)
     raise AssertionError
 
 
 def check_index(document: IndexDocument, file: BinaryIO) -> None:
     """Raise `ValueError` unless a file is of the kind and size that index.json states."""
     check_file(file, document.factory, document.rows, document.dim, document.nprobe)
+
+
+def _read_index(document: IndexDocument, file: BinaryIO) -> "Index":
+    check_index(document, file)
+    faiss = import_faiss()
+    # The descriptor names the file that was checked, whatever has taken its place meanwhile.
+    index: Index = faiss.read_index(f"/dev/fd/{file.fileno()}", faiss.IO_FLAG_MMAP_IFC)
+    return index
 
 
 def problems(store: Store) -> list[str]:
@@ -199,14 +192,12 @@ class Searcher:
         """Open the index of a store; raises `DataError` for one that is missing, damaged or outdated."""
         # Without it `lgd build-index` would be no remedy for an index that is missing.
         require_faiss()
-        opened = open_index(store, _read_index)
-        self.document, self.table = opened.document, opened.table
-        self.parts = np.array(opened.parts)
+        self.document, self.table, self.index = open_index(store, _read_index)
+        numbers = _numbers(store)
+        self.parts = np.array([numbers[digest] for digest in self.document.parts])
         """Number in the store of each part that the table names."""
-        # FAISS's own, for those who need more of it.
-        self.index = opened.index
         self._faiss = import_faiss()
-        self._ivf = self._faiss.try_extract_index_ivf(self.index)
+        self._ivf: IndexIVF | None = self._faiss.try_extract_index_ivf(self.index)
         self._process = os.getpid()
         if self._ivf is not None:
             sizes = [self._ivf.invlists.list_size(cell) for cell in range(self._ivf.nlist)]
@@ -227,48 +218,33 @@ class Searcher:
         if vectors_nD.ndim != 2 or vectors_nD.shape[1] != self.document.dim:
             raise DataError(f"vectors of shape {vectors_nD.shape}, and the index has {self.document.dim} dimensions")
         self._faiss.normalize_L2(vectors_nD)
-        rows = len(self.table) if allowed is None else int(np.count_nonzero(allowed))
-        most = min(k, rows)
-        if most and len(vectors_nD):
-            distance_nk, position_nk = self._found(vectors_nD, most, allowed, rows)
-        else:
-            distance_nk, position_nk = (np.empty((len(vectors_nD), 0), kind) for kind in (np.float32, np.int64))
-            most = 0
-        if most < k:
-            short = ((0, 0), (0, k - most))
-            distance_nk = np.pad(distance_nk, short, constant_values=np.inf)
-            position_nk = np.pad(position_nk, short, constant_values=-1)
-        return distance_nk, position_nk
-
-    def _found(
-        self, vectors_nD: np.ndarray, most: int, allowed: np.ndarray | None, rows: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The `most` nearest of the `rows` allowed ones, which are all there."""
-        params = None
+        rows, nprobe = len(self.table), self.document.nprobe
         if allowed is not None:
             assert allowed.shape == self.table.shape and allowed.dtype == bool
+            rows = int(np.count_nonzero(allowed))
             # Those that are allowed may lie far away, where no cell is probed: with a level, a quarter of a million
             # latents, allowed, even four times the probes lost a tenth of the neighbours.
-            nprobe = self.document.nprobe if 2 * rows > len(self.table) else self.document.rows
-            params = self._parameters(nprobe, allowed)
-        cosine_nk, position_nk = self.index.search(vectors_nD, most, params=params)
-        if position_nk[:, -1].min() < 0:
+            nprobe = nprobe if 2 * rows > len(self.table) else self.document.rows
+        cosine_nk, position_nk = self.index.search(vectors_nD, k, params=self._parameters(nprobe, allowed))
+        short_n = (position_nk >= 0).sum(1) < min(k, rows)
+        if short_n.any():
             if not np.isfinite(vectors_nD).all():
                 raise DataError("a latent is not finite: the training diverged, lower train.lr")
             # The cells that were probed hold too few.
-            short = position_nk[:, -1] < 0
             params = self._parameters(self.document.rows, allowed)
-            cosine_nk[short], position_nk[short] = self.index.search(vectors_nD[short], most, params=params)
-            cosine_nk[position_nk < 0] = -np.inf
+            cosine_nk[short_n], position_nk[short_n] = self.index.search(vectors_nD[short_n], k, params=params)
+        cosine_nk[position_nk < 0] = -np.inf
         return np.subtract(1, cosine_nk, out=cosine_nk), position_nk
 
-    def _parameters(self, nprobe: int, allowed: np.ndarray | None) -> Any:
+    def _parameters(self, nprobe: int, allowed: np.ndarray | None) -> "SearchParameters":
         faiss, options = self._faiss, {}
         if allowed is not None:
             options["sel"] = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        if self._ivf is None:
-            return faiss.SearchParameters(**options)
-        return faiss.SearchParametersIVF(nprobe=min(nprobe, self._ivf.nlist), **options)
+        kind = faiss.SearchParameters
+        if self._ivf is not None:
+            kind, options["nprobe"] = faiss.SearchParametersIVF, min(nprobe, self._ivf.nlist)
+        parameters: SearchParameters = kind(**options)
+        return parameters
 
     def vectors(self, position_n: np.ndarray) -> np.ndarray:
         """The unit vectors at some positions as the index holds them, float32 (n, D)."""

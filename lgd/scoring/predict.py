@@ -1,9 +1,14 @@
-"""H&E files -> levels and probabilities, by patch and by slide."""
+"""H&E files -> levels and probabilities by patch, with notes: what a reader must know of the result of one image.
+
+Notes stand in an image's row. A kind of note is one fixed sentence, so that it can be counted: ten thousand images give
+one line a kind.
+"""
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +22,7 @@ from lgd.metrics import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.methods import Method, find_method, load_student
 from lgd.models.teacher import load_teacher
-from lgd.scoring.images import Images, OneImage, read_fitted, take_images
-from lgd.scoring.scale import Mpp
+from lgd.scoring.images import Images, Mpp, OneImage, read_fitted, take_images
 from lgd.shards.archive import Shard
 from lgd.stain.checks import find_notes
 from lgd.stream.reader import Reader, in_batches, stream
@@ -27,6 +31,8 @@ _READ = ("logits", "pooled", "features")
 NO_NUMBER = "the network gives no number for this image, and so no level: its training diverged"
 NO_LABELS = "the network saw no label in training and gives no level; its latents can be queried"
 VIRTUAL = "the network was trained on virtual tissue only: what it says of real tissue means nothing"
+_MOST = 20
+"""Images that a message lists."""
 
 Alter = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 """A change of a batch: uint8 (B, size, size, 3) and the samples' keys -> the same shape and type."""
@@ -78,8 +84,15 @@ def load_scorer(folder: str | Location, kind: str = "student", code: Collection[
         kind: `student`, or `teacher`.
         code: Code outside LGD that the network may run, as `python:package.module:name`.
 
+    Returns:
+        What `predict` and `query` take, so that the network is loaded once for many calls.
+
     Raises:
         DataError: For a folder without such a network, and for one that names other code.
+
+    Example:
+        >>> scorer = lgd.load_scorer("runs/demo/student")
+        >>> rows = lgd.predict(scorer, "he.png")
     """
     folder = find_in_run(folder, "student") if kind == "student" else folder
     model, config = load_student(folder, code) if kind == "student" else load_teacher(folder, code)
@@ -120,14 +133,28 @@ def score_shards(
     return predictions, vectors_nD
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What a network says of one image."""
+
+    image: str
+    """The file's path; of an image in memory its place among those that were given, such as images[0]."""
+    level: str | None
+    """0, 1+, 2+ or 3+; None where the network gives none."""
+    probabilities: dict[str, float | None]
+    """Level -> its probability."""
+    notes: list[str]
+    """Sentences that a reader must know; or why the image cannot be used."""
+    usable: bool = True
+
+
 class ScoredImage(NamedTuple):
     """An image and what the network gave for it."""
 
     image: OneImage
     values: dict[str, np.ndarray]
     """Its row of each array that `Scorer.score` gives; none where the image cannot be used."""
-    notes: list[str]
-    """What a reader must know; or why the image cannot be used."""
+    prediction: Prediction
 
 
 def score_images(
@@ -139,22 +166,27 @@ def score_images(
     """
     for start in range(0, len(images), batch):
         read = [_try_to_read(scorer, image, mpp, keep_going) for image in images[start : start + batch]]
-        for shape, alike in itertools.groupby(read, lambda one: None if one.image_HW3 is None else one.image_HW3.shape):
+        for _, alike in itertools.groupby(read, lambda one: one.image_HW3.shape):
             some = list(alike)
-            if shape is None:
-                yield from (ScoredImage(one.image, {}, one.notes) for one in some)
-                continue
-            out = scorer.score(np.stack([one.image_HW3 for one in some]))
+            out = scorer.score(np.stack([one.image_HW3 for one in some])) if some[0].image_HW3.size else {}
             for row, one in enumerate(some):
                 values = {name: array[row] for name, array in out.items()}
-                notes = one.notes + collect_notes(scorer, one.image_HW3, values)
-                yield ScoredImage(one.image, values, notes)
+                notes = one.notes + (collect_notes(scorer, one.image_HW3, values) if values else [])
+                probabilities = name_probabilities(values.get("probability"))
+                prediction = Prediction(
+                    image=str(one.image),
+                    level=choose_level(probabilities),
+                    probabilities=probabilities,
+                    notes=notes,
+                    usable=bool(values),
+                )
+                yield ScoredImage(one.image, values, prediction)
 
 
 class _Read(NamedTuple):
     image: OneImage
-    image_HW3: Any
-    """None where the image cannot be used."""
+    image_HW3: np.ndarray
+    """Empty where the image cannot be used."""
     notes: list[str]
 
 
@@ -164,7 +196,7 @@ def _try_to_read(scorer: Scorer, image: OneImage, mpp: Mpp, keep_going: bool) ->
     except DataError as error:
         if not keep_going:
             raise
-        return _Read(image, None, [str(error).removeprefix(str(image)).lstrip(": ")])
+        return _Read(image, np.empty(0, np.uint8), [str(error).removeprefix(str(image)).lstrip(": ")])
 
 
 def collect_notes(scorer: Scorer, image_HW3: np.ndarray, values: dict[str, np.ndarray]) -> list[str]:
@@ -197,21 +229,6 @@ def round_probabilities(probabilities: Mapping[str, float | None]) -> dict[str, 
     return {name: None if one is None else round(one, 4) for name, one in probabilities.items()}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """What a network says of one image."""
-
-    image: str
-    """The file's path; of an image in memory its place among those that were given, such as images[0]."""
-    level: str | None
-    """0, 1+, 2+ or 3+; None where the network gives none."""
-    probabilities: dict[str, float | None]
-    """Level -> its probability."""
-    notes: list[str]
-    """Sentences that a reader must know; or why the image cannot be used."""
-    usable: bool = True
-
-
 def predict(
     scorer: Scorer | str | Location, images: Images, *, mpp: Mpp = None, keep_going: bool = False
 ) -> list[Prediction]:
@@ -239,16 +256,31 @@ def predict(
     """
     if not isinstance(scorer, Scorer):
         scorer = load_scorer(scorer)
-    rows = []
-    for scored in score_images(scorer, take_images(images), mpp, keep_going=keep_going):
-        probabilities = name_probabilities(scored.values.get("probability"))
-        rows.append(
-            Prediction(
-                image=str(scored.image),
-                level=choose_level(probabilities),
-                probabilities=probabilities,
-                notes=scored.notes,
-                usable=bool(scored.values),
-            )
-        )
-    return rows
+    scored = score_images(scorer, take_images(images), mpp, keep_going=keep_going)
+    return [one.prediction for one in scored]
+
+
+def count_notes(notes_of: Iterable[Sequence[str]], what: str) -> list[str]:
+    """One line a kind of note, `3 of 48 images: nearly blank`, in the order in which they were met.
+
+    `notes_of` has the notes of each image (of each `what`).
+    """
+    total, counts = 0, Counter[str]()
+    for notes in notes_of:
+        total += 1
+        counts.update(dict.fromkeys(notes, 1))
+    return [f"{count} of {total} {what}: {note}" for note, count in counts.items()]
+
+
+def join_notes(notes: Sequence[str]) -> str:
+    """The notes of a row as one cell of a table or a CSV."""
+    return "; ".join(notes)
+
+
+def describe_unusable(reasons: Mapping[str, Sequence[str]], total: int) -> list[str]:
+    """The message on images, by name, that cannot be used; none where all can."""
+    if not reasons:
+        return []
+    lines = [f"  {image}: {join_notes(notes)}" for image, notes in reasons.items()]
+    more = [f"  and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
+    return [f"{len(lines)} of {total} images have no answer:", *lines[:_MOST], *more]

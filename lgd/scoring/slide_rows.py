@@ -3,15 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lgd.base.errors import DataError
 from lgd.io.location import Location
 from lgd.scoring.images import OneImage
-from lgd.scoring.notes import count_notes, join_notes
-from lgd.scoring.predict import Prediction, choose_level, name_probabilities, round_probabilities
+from lgd.scoring.predict import (
+    Prediction,
+    choose_level,
+    count_notes,
+    join_notes,
+    name_probabilities,
+    round_probabilities,
+)
 from lgd.shards.layouts import safe_key
 from lgd.shards.pairs import read_slides
 
@@ -77,15 +82,15 @@ def join_slides(predictions: Sequence[Prediction], slide_of: Mapping[str, str]) 
     return rows
 
 
-def as_json(row: Prediction | SlidePrediction) -> dict[str, Any]:
+def as_json(row: Prediction | SlidePrediction) -> dict[str, object]:
     """A row as it is printed: `image`, or `slide` and `patches`; `level`, `probabilities` and `notes`."""
     fields = asdict(row) | {"probabilities": round_probabilities(row.probabilities)}
     fields.pop("usable", None)
     return fields
 
 
-def as_cells(row: Prediction | SlidePrediction) -> dict[str, Any]:
+def as_cells(row: Prediction | SlidePrediction) -> dict[str, object]:
     """A row for a table or a CSV: a column a probability, the notes in the last one."""
     fields = as_json(row)
-    plain = {name: value for name, value in fields.items() if name not in ("probabilities", "notes")}
-    return {**plain, **fields["probabilities"], "notes": join_notes(fields["notes"])}
+    del fields["probabilities"], fields["notes"]
+    return {**fields, **round_probabilities(row.probabilities), "notes": join_notes(row.notes)}

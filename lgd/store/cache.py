@@ -9,7 +9,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,17 +17,21 @@ from lgd.base import threads
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
 from lgd.config import Config
-from lgd.io.files import exists, list_folder
+from lgd.io.digests import digest_of
+from lgd.io.files import exists, list_folder, size_of
 from lgd.io.location import Location, as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.ray_jobs import mapping
 from lgd.shards.archive import Shard
-from lgd.store.recipe import PATCHES, TEACHER, Recipe
-from lgd.store.sidecar import is_complete
+from lgd.store.document import PATCHES, TEACHER, Recipe
+from lgd.store.sidecar import part_name, read_sidecar
 from lgd.store.store import Store, commit
 from lgd.store.supervision import Supervision, recipe_of, stored
 from lgd.store.writer import shard_writer
 from lgd.stream.reader import Sample
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 SHARDS_AT_ONCE = 2
 """Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""
@@ -52,12 +56,12 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
     same local folder.
     """
     folder, recipe = as_location(config.latents.dir), recipe_of(config)
-    if not prune and (store := _whole(folder, recipe, shards)):
-        return Cached(store, 0, 0)
-    before: set[str] = set()
-    if exists(folder / "store.json"):
-        before = {part.name for part in Store(folder, recipe).parts}
-    else:
+    there = Store(folder, recipe) if exists(folder / "store.json") else None
+    before = {part.name: part.tar_sha256 for part in there.parts} if there else {}
+    has_all = {*before.values()} >= {shard.sha256 for shard in shards}
+    if there and not prune and has_all and not _missing(folder, recipe, shards):
+        return Cached(there, 0, 0)
+    if there is None:
         _require_own(folder)
     with exclusive(folder, "caching latents"):
         missing = _missing(folder, recipe, shards)
@@ -71,16 +75,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
             versions={name: importlib.metadata.version(name) for name in ("torch", "transformers")},
             prune=prune,
         )
-        return Cached(store, len(missing), len(before - {part.name for part in store.parts}))
-
-
-def _whole(folder: Location, recipe: Recipe, shards: Sequence[Shard]) -> Store | None:
-    """The store, if it has all of these shards."""
-    if not exists(folder / "store.json"):
-        return None
-    store = Store(folder, recipe)
-    there = {part.tar_sha256 for part in store.parts}
-    return store if there >= {shard.sha256 for shard in shards} and not _missing(folder, recipe, shards) else None
+        return Cached(store, len(missing), len(before.keys() - {part.name for part in store.parts}))
 
 
 def _require_own(folder: Location) -> None:
@@ -103,6 +98,18 @@ def _missing(folder: Location, recipe: Recipe, shards: Sequence[Shard]) -> list[
     ]
 
 
+def is_complete(store: Location, layer: str, shard: Shard, recipe: Recipe) -> bool:
+    """Whether a layer of the shard's part was committed under this recipe, and its file is there in its size."""
+    folder, name = store / "parts" / layer, part_name(shard)
+    try:
+        sidecar = read_sidecar(folder, name)
+        size = size_of(folder / f"{name}.h5")
+    except (DataError, FileNotFoundError):
+        return False
+    asked = (digest_of(recipe.of(layer).as_json()), shard.sha256, shard.samples, size)
+    return (sidecar.recipe, sidecar.tar_sha256, sidecar.rows, sidecar.bytes) == asked
+
+
 def _fill(config: Config, recipe: Recipe, missing: Sequence[Shard], workers: int) -> None:
     """Compute parts, behind a bar with patches a second and the time left."""
     if not missing:
@@ -119,7 +126,7 @@ def _fill(config: Config, recipe: Recipe, missing: Sequence[Shard], workers: int
 class Cacher:
     """Turns shards into parts; it may be called from several threads, which share its threads and its teacher."""
 
-    def __init__(self, config: Config, recipe: Recipe, bar: Any = None) -> None:
+    def __init__(self, config: Config, recipe: Recipe, bar: "tqdm[None] | None" = None) -> None:
         """`bar` counts the patches."""
         self.config, self.recipe, self.bar = config, recipe, bar
         self.supervision = Supervision(config.teacher.dir, recipe, config.code)

@@ -1,15 +1,65 @@
-"""store.json, which makes parts a store, and sources.json, which says where its shards and teachers were."""
+"""store.json, which makes parts a store, and sources.json, which says where its shards and teachers were.
+
+A recipe is what the numbers of a store depend on beside the shards: one of the domain targets, one of each teacher.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from lgd.base.records import Line, Many, Record, Sha256
 from lgd.io.documents import Document
-from lgd.shards.manifest import Key, Text, Word
-from lgd.store.recipe import PATCHES, TEACHER, Recipe, TargetsRecipe, TeacherRecipe
-from lgd.store.sidecar import FORMAT, REMEDY, Layout, Name, PartName, Rounding, Rows, Sidecar
+from lgd.models.description import Grid
+from lgd.shards.manifest import Key, Mpp, Text, Word
+from lgd.store.sidecar import REMEDY, Layout, Name, PartName, Rounding, Rows, Sidecar
+
+PATCHES = "patches"
+"""The layer of a store that does not depend on a teacher: keys, labels, slides and domain targets."""
+TEACHER = "teacher"
+"""The name of the latents of a run's teacher."""
+
+Dtype = Literal["float16", "float32"]
+
+
+class TargetsRecipe(Record):
+    """Of the domain targets."""
+
+    nuclei_grid: Grid
+    membrane_grid: Grid
+    dtype: Dtype
+    settings: dict[Text, float]
+    """Every number behind them (`lgd.stain.targets`)."""
+
+
+class TeacherRecipe(Record):
+    """Of a teacher's latents."""
+
+    source: Literal["trained", "frozen", "imported"]
+    weights_sha256: Sha256
+    encoder: dict[str, JsonValue]
+    pool: Literal["cls", "mean", "cls+mean"]
+    size: Annotated[int, Field(ge=1, le=16_384)]
+    """Side of its input, in pixels."""
+    mpp: Mpp | None
+    """The scale that it expects; None for that of the patches."""
+    resize: Text
+    """How images are shrunk to that."""
+    precision: Literal["fp32", "bf16"]
+    views: Literal[1, 8]
+    map: Annotated[int, Field(ge=0, le=256)]
+    dtype: Dtype
+
+
+class Recipe(Record):
+    """Of what a student is trained against."""
+
+    targets: TargetsRecipe
+    teacher: TeacherRecipe
+
+    def of(self, layer: str) -> TargetsRecipe | TeacherRecipe:
+        """That of one layer of the store."""
+        return self.targets if layer == PATCHES else self.teacher
 
 
 class Entry(Record):
@@ -56,7 +106,7 @@ class TeacherLayer(Layer):
 class StoreDocument(Document):
     """What `lgd cache-latents` states of a store."""
 
-    FORMAT: ClassVar[str] = FORMAT
+    FORMAT: ClassVar[str] = "lgd-latents/2"
     ABSENT: ClassVar[str] = "it is no finished feature store; run lgd cache-latents"
     REMEDY: ClassVar[str] = REMEDY
 
@@ -104,50 +154,25 @@ class SourcesDocument(Document):
 
 def as_document(recipe: Recipe, sidecars: Mapping[str, Sequence[Sidecar]], versions: dict[str, str]) -> StoreDocument:
     """The document over the sidecars of each layer, alike ordered."""
-    entries = [
-        Entry(
-            name=one.name,
-            split=one.split,
-            tar_sha256=one.tar_sha256,
-            rows=one.rows,
-            first=one.first,
-            last=one.last,
-        )
-        for one in sidecars[PATCHES]
-    ]
+    shared = set(Entry.model_fields)
+    teacher = TeacherLayer(
+        recipe=recipe.teacher,
+        licence=None,
+        versions=versions,
+        probe=None,
+        centre=None,
+        **dict(_join_layer(sidecars[TEACHER])),
+    )
     return StoreDocument(
-        entries=tuple(entries),
-        patches=TargetsLayer(recipe=recipe.targets, **_common(sidecars[PATCHES])),
-        teachers={
-            TEACHER: TeacherLayer(
-                recipe=recipe.teacher,
-                licence=None,
-                versions=versions,
-                probe=None,
-                centre=None,
-                **_common(sidecars[TEACHER]),
-            )
-        },
+        entries=tuple(Entry(**one.model_dump(include=shared)) for one in sidecars[PATCHES]),
+        patches=TargetsLayer(recipe=recipe.targets, **dict(_join_layer(sidecars[PATCHES]))),
+        teachers={TEACHER: teacher},
     )
 
 
-def _common(sidecars: Sequence[Sidecar]) -> dict[str, Any]:
-    layout = sidecars[0].layout
+def _join_layer(sidecars: Sequence[Sidecar]) -> Layer:
+    layout, rounding = sidecars[0].layout, dict[str, Rounding]()
     assert all(sidecar.layout == layout for sidecar in sidecars), "parts of one recipe have the same datasets"
-    return {
-        "datasets": layout,
-        "rounding": _largest([sidecar.rounding for sidecar in sidecars]),
-        "parts": tuple(sidecar.digest for sidecar in sidecars),
-    }
-
-
-def _largest(roundings: Sequence[dict[str, Rounding]]) -> dict[str, Rounding]:
-    """The largest of each number over the parts."""
-    found: dict[str, Rounding] = {}
-    for rounding in roundings:
-        for name, numbers in rounding.items():
-            there = found.get(name, numbers)
-            found[name] = Rounding(
-                absolute=max(numbers.absolute, there.absolute), relative=max(numbers.relative, there.relative)
-            )
-    return found
+    for sidecar in sidecars:
+        rounding |= {name: lost.largest(rounding.get(name)) for name, lost in sidecar.rounding.items()}
+    return Layer(datasets=layout, rounding=rounding, parts=tuple(sidecar.digest for sidecar in sidecars))

@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -19,7 +19,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.io.digests import digest_of, xxh3
 from lgd.io.location import Location
 from lgd.io.remote import drop_damaged, open_file
-from lgd.store.recipe import PATCHES
+from lgd.store.document import PATCHES
 from lgd.store.sidecar import REMEDY, Dataset, Layout, Sidecar, read_sidecar
 
 OPEN_PARTS = 16_384
@@ -111,9 +111,9 @@ class PartFile:
             if identity != self._identity:
                 self._identity, self._checked = identity, set()
             # Unlike numpy.memmap this keeps no descriptor: thousands of parts would use up what a process may have.
-            storage: Any = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", False, facts.st_size)
-        content: Any = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
-        return memoryview(content).toreadonly()
+            size, name = facts.st_size, f"/dev/fd/{file.fileno()}"
+            content = torch.from_file(name, shared=False, size=size, dtype=torch.uint8).numpy()
+        return content.data.toreadonly()
 
     def forget(self) -> None:
         """Drop the map."""

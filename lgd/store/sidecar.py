@@ -12,15 +12,11 @@ from pydantic import Field, model_validator
 
 from lgd.base.errors import DataError
 from lgd.base.records import Count, Many, Record, Sha256, Xxh3
-from lgd.io.digests import digest_of
 from lgd.io.documents import Document
-from lgd.io.files import size_of
 from lgd.io.location import Location
 from lgd.shards.archive import Shard
 from lgd.shards.manifest import Key, Word
-from lgd.store.recipe import Recipe
 
-FORMAT = "lgd-latents/2"
 REMEDY = "delete it and run lgd cache-latents again"
 
 PartName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,120}$")]
@@ -67,6 +63,11 @@ class Rounding(Record):
     absolute: float
     relative: float
     """Of a row's length."""
+
+    def largest(self, other: "Rounding | None") -> "Rounding":
+        """The larger of each number."""
+        one = other or self
+        return Rounding(absolute=max(self.absolute, one.absolute), relative=max(self.relative, one.relative))
 
 
 class Sidecar(Document):
@@ -126,15 +127,3 @@ def read_sidecar(folder: Location, name: str) -> Sidecar:
     if (sidecar.name, sidecar.layer) != (name, folder.name):
         raise DataError(f"sidecar {path} is of part {sidecar.name} of {sidecar.layer}: {REMEDY}")
     return sidecar
-
-
-def is_complete(store: Location, layer: str, shard: Shard, recipe: Recipe) -> bool:
-    """Whether a layer of the shard's part was committed under this recipe, and its file is there in its size."""
-    folder, name = store / "parts" / layer, part_name(shard)
-    try:
-        sidecar = read_sidecar(folder, name)
-        size = size_of(folder / f"{name}.h5")
-    except (DataError, FileNotFoundError):
-        return False
-    asked = (digest_of(recipe.of(layer).as_json()), shard.sha256, shard.samples, size)
-    return (sidecar.recipe, sidecar.tar_sha256, sidecar.rows, sidecar.bytes) == asked

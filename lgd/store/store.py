@@ -10,7 +10,7 @@ DIR/.lgd.lock                     while `lgd cache-latents` runs, or after it wa
 import contextlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,9 +22,8 @@ from lgd.io.files import list_folder, remove
 from lgd.io.location import Location, as_location
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardFolder
-from lgd.store.document import SourcesDocument, StoreDocument, as_document
+from lgd.store.document import PATCHES, TEACHER, Recipe, SourcesDocument, StoreDocument, as_document
 from lgd.store.parts import Part, PartFile
-from lgd.store.recipe import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import REMEDY, Layout, part_name, read_sidecar
 
 __all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store", "commit", "read_all", "read_levels"]
@@ -206,7 +205,7 @@ def check_recipe(path: Location, there: Recipe, asked: Recipe) -> None:
 class _Field(NamedTuple):
     """A dataset, as rows of it are read."""
 
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
     """Of one row, or of one view of it."""
     views: int

@@ -9,23 +9,25 @@ import math
 import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 from lgd.base.errors import DataError
 from lgd.config import Config
 from lgd.models.export import read_teacher_config
+from lgd.models.teacher import load_teacher
 from lgd.shards.archive import Shard
 from lgd.shards.image import RESIZE, decode
-from lgd.stain.targets import TARGET_SETTINGS
-from lgd.store.recipe import TEACHER, Recipe, TargetsRecipe, TeacherRecipe
+from lgd.stain.targets import TARGET_SETTINGS, membrane_grid, nuclei_grid
+from lgd.store.document import TEACHER, Recipe, TargetsRecipe, TeacherRecipe
 from lgd.store.sidecar import Rounding
 from lgd.store.store import Store
+from lgd.stream.plan import d4
 from lgd.stream.reader import Reader, Sample, in_batches
-
-Arrays = dict[str, np.ndarray]
 
 _CPU_BATCH = 4
 
@@ -65,10 +67,6 @@ class Supervision:
 
         Raises `DataError` for another teacher, and for a precision that this device does not support.
         """
-        import torch
-
-        from lgd.models.teacher import load_teacher
-
         self.recipe = recipe
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if recipe.teacher.precision == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported(False)):
@@ -88,10 +86,6 @@ class Supervision:
 
         Native images are dropped here: those of a batch would take gigabytes.
         """
-        import torch
-
-        from lgd.stain.targets import membrane_grid, nuclei_grid
-
         sample = reader.read(number)
         mpp = sample.meta.mpp
 
@@ -105,7 +99,7 @@ class Supervision:
         }
         return replace(sample, images=images)
 
-    def rows(self, samples: Sequence[Sample]) -> Arrays:
+    def rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
         """The rows of prepared samples, float32: `pooled` (B, views, D), `map` (B, views, D, m, m), and the targets."""
         stacked = {name: np.stack([sample.images[name] for sample in samples]) for name in samples[0].images}
         ihc_BHW3 = stacked.pop("ihc")
@@ -136,47 +130,28 @@ def stored(
                 f"{shard.path}, {bad.key}: {name} is not finite as {dtype}: train the teacher anew, or set "
                 "latents.dtype to float32"
             )
-        lost, there = differences(arrays[name], full), rounding.get(name)
-        before = there.as_json() if there else dict.fromkeys(lost, 0.0)
-        rounding[name] = Rounding(**{what: max(number, before[what]) for what, number in lost.items()})
+        rounding[name] = _differ(arrays[name], full).largest(rounding.get(name))
     labels = [math.nan if sample.meta.label is None else sample.meta.label for sample in samples]
     slides = [(sample.meta.slide or "").encode() for sample in samples]
     arrays |= {"label": np.array(labels, np.float32), "slide": np.array(slides, "S")}
     return arrays | {"key": np.array([sample.key.encode() for sample in samples], "S")}
 
 
-def differences(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+def _differ(a: np.ndarray, b: np.ndarray) -> Rounding:
     """The largest difference of two arrays, and the largest length of a row's difference by that of the row of b."""
     a_nd, b_nd = (np.asarray(array, np.float64).reshape(len(array), -1) for array in (a, b))
     length_n = np.linalg.norm(b_nd, axis=1)
     relative_n = np.linalg.norm(a_nd - b_nd, axis=1) / np.where(length_n > 0, length_n, 1)
-    return {"absolute": float(np.abs(a_nd - b_nd).max()), "relative": float(relative_n.max())}
+    return Rounding(absolute=float(np.abs(a_nd - b_nd).max()), relative=float(relative_n.max()))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reencoded:
-    """What `reencoded` found."""
-
-    rows: int
-    differences: dict[str, dict[str, float]]
-    """Of each dataset, as `differences` gives them."""
-    allowed: dict[str, float]
-    """The largest relative difference of each dataset that rounding and arithmetic explain."""
-
-    def problems(self, store: Store) -> list[str]:
-        """The datasets that differ by more."""
-        return [
-            f"{store.folder}: {name} differs from what its teacher and targets give by {numbers['relative']:.2g} of a "
-            f"row's length, more than {self.allowed[name]:.2g}: its shards or its teacher are others than it states"
-            for name, numbers in self.differences.items()
-            if numbers["relative"] > self.allowed[name]
-        ]
-
-
-def reencoded(store: Store, count: int, teacher: str = "", seed: int = 0, code: Collection[str] = ()) -> Reencoded:
+def reencode(
+    store: Store, count: int, teacher: str = "", seed: int = 0, code: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
     """Run teacher and targets again on `count` rows, drawn over the whole store, and compare them with what is stored.
 
-    Raises `DataError` when the shards, or the teacher, are not where they were; `teacher` names another folder of it.
+    Returns the problems, and a line on each dataset. Raises `DataError` when the shards, or the teacher, are not where
+    they were; `teacher` names another folder of it.
     """
     of_tar = store.open_sources()
     changed = [part.name for part in store.parts if part.tar_sha256 not in of_tar]
@@ -186,20 +161,28 @@ def reencoded(store: Store, count: int, teacher: str = "", seed: int = 0, code: 
     supervision = Supervision(teacher or store.sources.teachers[TEACHER], store.recipe, code)
     reader = supervision.reader([of_tar[part.tar_sha256] for part in store.parts])
     numbers_n = np.sort(np.random.default_rng(seed).choice(reader.total, min(count, reader.total), replace=False))
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Rounding] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for numbers in in_batches(numbers_n.tolist(), 16):
             samples = list(pool.map(functools.partial(supervision.prepare, reader), numbers))
             for name, full in supervision.rows(samples).items():
                 there = np.stack([store.parts[sample.shard].array(name)[sample.row] for sample in samples])
-                before = found.setdefault(name, {"absolute": 0.0, "relative": 0.0})
-                found[name] = {what: max(number, before[what]) for what, number in differences(there, full).items()}
+                found[name] = _differ(there, full).largest(found.get(name))
     reader.close()
     # Other neighbours in a batch, other threads and another device change sums in their last digits.
     arithmetic = 0.05 if store.recipe.teacher.precision == "bf16" else 1e-3
     rounding = store.document.patches.rounding | store.document.teachers[TEACHER].rounding
-    allowed = {name: arithmetic + 2 * rounding[name].relative for name in found}
-    return Reencoded(rows=len(numbers_n), differences=found, allowed=allowed)
+    problems = []
+    notes = [f"re-encoded {len(numbers_n)} rows, largest difference to what is stored:"]
+    for name, one in found.items():
+        allowed = arithmetic + 2 * rounding[name].relative
+        notes.append(f"  {name}: {one.absolute:.2g}, {one.relative:.2g} of the row's length (at most {allowed:.2g})")
+        if one.relative > allowed:
+            problems.append(
+                f"{store.folder}: {name} differs from what its teacher and targets give by {one.relative:.2g} of a "
+                f"row's length, more than {allowed:.2g}: its shards or its teacher are others than it states"
+            )
+    return problems, notes
 
 
 class _NativeReader(Reader):
@@ -218,13 +201,8 @@ class _NativeReader(Reader):
         return images
 
 
-def _teacher_rows(ihc_BHW3: np.ndarray, teacher: Any, recipe: TeacherRecipe) -> dict[str, np.ndarray]:
+def _teacher_rows(ihc_BHW3: np.ndarray, teacher: nn.Module, recipe: TeacherRecipe) -> dict[str, np.ndarray]:
     """`pooled` (B, views, D) and, when maps are stored, `map` (B, views, D, m, m), float32."""
-    import torch
-    from torch.nn import functional as F
-
-    from lgd.stream.plan import d4
-
     device = next(teacher.parameters()).device
     ihc_B3HW = torch.from_numpy(ihc_BHW3).to(device).permute(0, 3, 1, 2)
     pooled, maps = [], []

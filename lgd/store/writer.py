@@ -9,10 +9,10 @@ A part is named for its shard and the first digits of the tar's digest, so a cha
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import xxhash
@@ -22,13 +22,18 @@ from lgd.io.digests import digest_of
 from lgd.io.files import publish, sync
 from lgd.io.location import Location
 from lgd.shards.archive import Shard
-from lgd.store.recipe import PATCHES, TEACHER, Recipe
+from lgd.store.document import PATCHES, TEACHER, Recipe
 from lgd.store.sidecar import Dataset, Rounding, Sidecar, part_name
+
+if TYPE_CHECKING:
+    pass
 
 _LATENTS = ("pooled", "map")
 """The datasets that depend on a teacher."""
 _METADATA = 65_536
 """Bytes that HDF5 takes for itself, at most; it needs about 3,000."""
+_UNKNOWN = "0" * 32
+"""Stands for a digest until the file is written."""
 _HELD_BYTES, _HELD_BATCHES = 8 << 20, 512
 """Batches are held back until they are so much, since small writes cost a fifth more; Linux takes 1,024 in a call."""
 
@@ -36,8 +41,7 @@ _HELD_BYTES, _HELD_BATCHES = 8 << 20, 512
 class PartWriter:
     """Takes the rows of a part, batch by batch."""
 
-    def __init__(self, path: Path, rows: int, rounding: dict[str, Rounding]) -> None:
-        """`rounding`: what is known of the loss by the stored type, of these datasets and maybe others."""
+    def __init__(self, path: Path, rows: int) -> None:
         import h5py
 
         self._path, self._rows, self._row = path, rows, 0
@@ -48,8 +52,7 @@ class PartWriter:
         self._file = h5py.File(path, "r+", libver="latest")
         self._held: list[dict[str, np.ndarray]] = []
         self._texts: dict[str, list[bytes]] = {}
-        self._datasets: dict[str, Any] = {}
-        self._rounding = rounding
+        self._datasets: dict[str, h5py.Dataset] = {}
 
     def _reserve(self, size: int) -> None:
         # HDF5 2.0 crashes some time after it has met a full disk: it may only write where there is room for sure.
@@ -62,15 +65,21 @@ class PartWriter:
         The arrays are the writer's from now on: it may write them later. Raises `DataError` for keys that do not come
         in order: rows are found by key through that.
         """
+        import h5py
+
         stop = self._done + len(arrays["key"])
         assert stop <= self._rows and all(len(array) == stop - self._done for array in arrays.values())
         numbers = {name: array for name, array in arrays.items() if array.dtype.kind != "S"}
         if not self._done:
             self._row = sum(array[0].nbytes for array in numbers.values())
             self._reserve(self._rows * self._row)
+            # Each gets its place in the file, and nothing in it.
+            plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
             for name, array in numbers.items():
                 shape = (self._rows, *array.shape[1:])
-                self._datasets[name] = self._allocated(name, shape, array.dtype)
+                self._datasets[name] = self._file.create_dataset(name, shape, array.dtype, dcpl=plist)
         # The width of texts is that of the longest, so they are written at the end.
         for name in arrays.keys() - numbers.keys():
             self._texts.setdefault(name, []).extend(arrays[name].tolist())
@@ -81,15 +90,6 @@ class PartWriter:
         self._held.append(numbers)
         if len(self._held) == _HELD_BATCHES or (self._done - self._written) * self._row >= _HELD_BYTES:
             self._put()
-
-    def _allocated(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-        """A dataset that has its place in the file, and nothing in it."""
-        import h5py
-
-        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        return self._file.create_dataset(name, shape, dtype, dcpl=plist)
 
     def _put(self) -> None:
         """Write what is held, past HDF5, which takes twice as long as the write itself for a batch of rows."""
@@ -105,8 +105,8 @@ class PartWriter:
         self._written = self._done
         self._held.clear()
 
-    def finish(self) -> "Written":
-        """Write what is left; returns what was written."""
+    def finish(self) -> tuple[dict[str, Dataset], str, str]:
+        """Write what is left; returns what lies where, still without digests, and the first and the last key."""
         assert self._done == self._rows, f"{self._done} of {self._rows} rows were written"
         self._put()
         # HDF5 knows no width of 0.
@@ -115,29 +115,18 @@ class PartWriter:
         for name, array in texts.items():
             self._datasets[name] = self._file.create_dataset(name, data=array)
         self._file.flush()
-        extents = {
-            name: (dataset.dtype.str, tuple(dataset.shape), dataset.id.get_offset(), dataset.nbytes)
-            for name, dataset in self._datasets.items()
+        datasets = {
+            name: Dataset(dtype=one.dtype.str, shape=one.shape, offset=one.id.get_offset(), xxh3=_UNKNOWN)
+            for name, one in self._datasets.items()
         }
         keys = self._texts["key"]
-        rounding = {name: lost for name, lost in self._rounding.items() if name in extents}
-        return Written(extents, keys[0].decode(), keys[-1].decode(), rounding)
+        return datasets, keys[0].decode(), keys[-1].decode()
 
     def close(self) -> None:
         """Close the file, and cut off what was reserved and not used, of which HDF5 does not know."""
         size = self._file.id.get_filesize()
         self._file.close()
         os.truncate(self._path, size)
-
-
-class Written(NamedTuple):
-    """What a part holds."""
-
-    extents: dict[str, tuple[str, tuple[int, ...], int, int]]
-    """Type, shape, offset and bytes of each dataset."""
-    first: str
-    last: str
-    rounding: dict[str, Rounding]
 
 
 class ShardWriter(NamedTuple):
@@ -173,18 +162,14 @@ def _part_writer(
     """Give a writer for a shard's part of a layer; on success publish the part, and then its sidecar."""
     folder, name = store / "parts" / layer, part_name(shard)
     with publish(folder / f"{name}.h5") as temporary:
-        with contextlib.closing(PartWriter(temporary, shard.samples, rounding)) as writer:
+        with contextlib.closing(PartWriter(temporary, shard.samples)) as writer:
             yield writer
-            written = writer.finish()
+            datasets, first, last = writer.finish()
         # The disk takes the file while the digests are worked out.
         with ThreadPoolExecutor(1) as pool:
             synced = pool.submit(sync, temporary)
-            size, digest, of_dataset = _digests(temporary, written)
+            size, digest, digests = _digests(temporary, datasets)
             synced.result()
-    datasets = {
-        dataset: Dataset(dtype=dtype, shape=shape, offset=offset, xxh3=of_dataset[dataset])
-        for dataset, (dtype, shape, offset, _) in written.extents.items()
-    }
     sidecar = Sidecar(
         name=name,
         layer=layer,
@@ -195,23 +180,24 @@ def _part_writer(
         rows=shard.samples,
         bytes=size,
         xxh3=digest,
-        datasets=datasets,
-        first=written.first,
-        last=written.last,
-        rounding=written.rounding,
+        datasets={of: dataset.model_copy(update={"xxh3": digests[of]}) for of, dataset in datasets.items()},
+        first=first,
+        last=last,
+        rounding={of: lost for of, lost in rounding.items() if of in datasets},
     )
     sidecar.write(folder / f"{name}.json")
 
 
-def _digests(path: Path, written: Written) -> tuple[int, str, dict[str, str]]:
+def _digests(path: Path, datasets: Mapping[str, Dataset]) -> tuple[int, str, dict[str, str]]:
     """Bytes and digest of a file, and the digest of each dataset in it, in one pass."""
-    whole, of_dataset = xxhash.xxh3_128(), {name: xxhash.xxh3_128() for name in written.extents}
+    whole, of_dataset = xxhash.xxh3_128(), {name: xxhash.xxh3_128() for name in datasets}
     start = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(_HELD_BYTES):
             whole.update(block)
             view = memoryview(block)
-            for name, (_, _, offset, size) in written.extents.items():
-                of_dataset[name].update(view[max(0, offset - start) : max(0, offset + size - start)])
+            for name, dataset in datasets.items():
+                offset = dataset.offset - start
+                of_dataset[name].update(view[max(0, offset) : max(0, offset + dataset.bytes)])
             start += len(block)
     return start, whole.hexdigest(), {name: digest.hexdigest() for name, digest in of_dataset.items()}

@@ -18,11 +18,10 @@ from lgd.io.files import read_json
 from lgd.io.locks import TakenError, exclusive
 from lgd.ray_jobs.cluster import disconnect
 from lgd.retrieval import index, search
-from lgd.retrieval.factory import EXACT_ROWS, choose_factory
-from lgd.retrieval.faiss_file import cells_of
+from lgd.retrieval.factory import EXACT_ROWS, UnitVectors, choose_factory, nearest, overlap, unit
 from lgd.retrieval.index import build_index
-from lgd.retrieval.search import Searcher, index_folder, problems, unit
-from lgd.retrieval.vectors import UnitVectors, nearest, overlap
+from lgd.retrieval.index_files import cells_of
+from lgd.retrieval.search import Searcher, index_folder, problems
 from lgd.shards.archive import Shard
 from lgd.store.store import Store, commit
 from lgd.store.writer import shard_writer
@@ -314,7 +313,7 @@ def test_exact_search_in_blocks_is_exact(store, monkeypatch):
     vectors = np.concatenate([unit(part.array("pooled")[:, 0]) for part in store.parts])
     wanted = np.argsort(-(unit(QUERIES) @ vectors.T), axis=1)[:, :12]
     for block in (7, 150, 1000):
-        monkeypatch.setattr("lgd.retrieval.vectors._BLOCK", block)
+        monkeypatch.setattr("lgd.retrieval.factory._BLOCK", block)
         assert np.array_equal(np.concatenate([found for _, found in latents.blocks()]), vectors)
         assert nearest(latents, unit(QUERIES), 12).tolist() == wanted.tolist()
     rows = np.array([0, 149, 150, 169, 170, 299])

@@ -17,7 +17,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.metrics import score
 from lgd.models.methods import load_student
 from lgd.scoring.images import find_images, read_image
-from lgd.scoring.predict import load_scorer, predict, score_images, score_shards
+from lgd.scoring.predict import count_notes, join_notes, load_scorer, predict, score_images, score_shards
 from lgd.scoring.slide_rows import as_json, join_slides, slides_of_images
 from lgd.shards.image import decode
 from lgd.shards.pairs import read_slides
@@ -345,3 +345,13 @@ def test_real_patches_are_scored_whatever_their_names_say(scorer, real_data):
     rows = predict(scorer, find_images([str(real_data / "bci-native" / "HE")]), mpp="unknown")
     assert [Path(row.image).suffix for row in rows] == [".png", ".png"]
     assert rows[0].probabilities != rows[1].probabilities
+
+
+def test_notes_are_counted_by_image_in_the_order_in_which_they_came():
+    notes = [["pale", "small"], [], ["small", "small"], ["small"]]
+    assert count_notes(iter(notes), "images") == ["1 of 4 images: pale", "3 of 4 images: small"]
+    assert count_notes([[], []], "images") == count_notes([], "images") == []
+
+
+def test_a_cell_has_all_notes():
+    assert join_notes(["pale", "small"]) == "pale; small" and join_notes([]) == ""

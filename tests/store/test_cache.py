@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from filling import contents_of
+from lgd.stream.augment import d4
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -20,13 +21,12 @@ from lgd.shards.image import decode, encode
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder
 from lgd.stain.targets import membrane_grid, nuclei_grid
-from lgd.store.cache import cache_latents
-from lgd.store.recipe import TEACHER
-from lgd.store.sidecar import Rounding, is_complete
+from lgd.store.cache import cache_latents, is_complete
+from lgd.store.document import TEACHER
+from lgd.store.sidecar import Rounding
 from lgd.store.store import Store, commit
 from lgd.store.supervision import recipe_of
 from lgd.store.writer import shard_writer
-from lgd.stream.augment import d4
 from lgd.stream.reader import Reader
 
 

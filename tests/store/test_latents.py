@@ -12,7 +12,8 @@ from lgd.io.digests import digest_of
 from lgd.io.files import write_json
 from lgd.shards.archive import Shard
 from lgd.store import parts
-from lgd.store.sidecar import is_complete, part_name
+from lgd.store.cache import is_complete
+from lgd.store.sidecar import part_name
 from lgd.store.store import PATCHES, TEACHER, Rows, Store, commit, read_all
 from lgd.store.writer import shard_writer
 

@@ -27,9 +27,8 @@ from lgd.io.locks import LOCK, read_owner
 from lgd.retrieval.index import build_index
 from lgd.retrieval.search import Searcher, problems
 from lgd.shards.shard_set import ShardSet
-from lgd.store.cache import cache_latents
-from lgd.store.recipe import PATCHES, TEACHER
-from lgd.store.sidecar import is_complete
+from lgd.store.cache import cache_latents, is_complete
+from lgd.store.document import PATCHES, TEACHER
 from lgd.store.store import Store
 from lgd.store.supervision import recipe_of
 

@@ -1,6 +1,6 @@
 """What the tests of the store share."""
 
-from lgd.store.recipe import Recipe, TargetsRecipe, TeacherRecipe
+from lgd.store.document import Recipe, TargetsRecipe, TeacherRecipe
 
 RECIPE = Recipe(
     targets=TargetsRecipe(nuclei_grid=8, membrane_grid=4, dtype="float16", settings={"version": 1}),

@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from lgd.retrieval.factory import choose_factory
-from lgd.retrieval.faiss_file import cells_of, code_bytes
+from lgd.retrieval.factory import UnitVectors, choose_factory, nearest, overlap
 from lgd.retrieval.index import build_index
+from lgd.retrieval.index_files import cells_of, code_bytes
 from lgd.retrieval.search import IndexDocument, Searcher, import_faiss, index_folder
-from lgd.retrieval.vectors import UnitVectors, nearest, overlap
 from lgd.shards.archive import Shard
 from lgd.store.store import Store, commit
 from lgd.store.writer import shard_writer

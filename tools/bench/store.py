@@ -16,8 +16,8 @@ import numpy as np
 
 from lgd.config import Data
 from lgd.shards.archive import Shard
+from lgd.store.document import Recipe, TargetsRecipe, TeacherRecipe
 from lgd.store.parts import Part
-from lgd.store.recipe import Recipe, TargetsRecipe, TeacherRecipe
 from lgd.store.store import SUPERVISION, TEACHER, Rows, Store, commit
 from lgd.store.writer import shard_writer
 from lgd.stream.plan import Plan, offsets

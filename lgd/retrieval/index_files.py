@@ -1,4 +1,6 @@
-"""What a faiss.index of ours looks like, byte for byte, so that FAISS is given no file of another kind.
+"""The two files of an index: what a faiss.index of ours looks like, and the table of the latents that it holds.
+
+A query is answered from the table alone, without opening a part. It is written and read through a map of the file.
 
 FAISS reads a file by trusting it: the lengths, type codes and cell numbers in it are used as they stand, and of 140
 corrupted files `read_index` accepted 91. Only four kinds are built here (`Flat`, and `IVFn` before `Flat`, `SQfp16` or
@@ -9,13 +11,18 @@ So a file that was forged together with its digests can still hold other vectors
 finite: its answers are wrong then, but they are positions of the table, found in bounded time and memory.
 """
 
+import io
 import mmap
+import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from lgd.store.parts import Part, check_rows
 
 KINDS = "auto, Flat, or IVFn (n cells) before ,Flat ,SQfp16 or ,SQ8"
 _FACTORY = re.compile("Flat|IVF([1-9][0-9]{0,6}),(Flat|SQfp16|SQ8)")
@@ -23,6 +30,8 @@ _POSITION = 8
 """Bytes of a position in a cell."""
 # Number of the scalar quantizer's type, bytes a dimension, floats a dimension that it has learnt.
 _QUANTIZER = {"SQfp16": (4, 2, 0), "SQ8": (0, 1, 2)}
+_BLOCK = 1_000_000
+"""Rows of a table that are looked at together."""
 
 
 def cells_of(factory: str) -> int:
@@ -107,3 +116,66 @@ def _check_cells(content: mmap.mmap, at: int, cells: int, rows: int, size: int) 
         at += count * _POSITION
         first += count
     return at
+
+
+def _type(key: int, slide: int) -> np.dtype[np.void]:
+    """Type of a row, with the widths of its texts. A label of NaN and an empty slide are unknown."""
+    return np.dtype([("part", "<u4"), ("row", "<u4"), ("label", "<f4"), ("key", f"S{key}"), ("slide", f"S{slide}")])
+
+
+def _head(kind: np.dtype[np.void], rows: int) -> bytes:
+    """What `numpy.save` writes before the rows."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": kind.descr, "fortran_order": False, "shape": (rows,)})
+    return stream.getvalue()
+
+
+def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray | None) -> None:
+    """Write the rows of some parts, which are counted from 0; `order_n` is the row at each position."""
+    layout = parts[0].layout
+    keys, slides = (
+        max(part.array(name).dtype.itemsize if name in layout else 1 for part in parts) for name in ("key", "slide")
+    )
+    rows = sum(part.rows for part in parts)
+    kind = _type(keys, slides)
+    head = _head(kind, rows)
+    with path.open("wb") as file:
+        file.write(head)
+        # A process that writes through a map where the disk is full is killed by SIGBUS.
+        os.posix_fallocate(file.fileno(), 0, len(head) + rows * kind.itemsize)
+    table: np.memmap = np.memmap(path, kind, "r+", len(head), (rows,))
+    position_n = np.arange(rows)
+    if order_n is not None:
+        position_n[order_n] = np.arange(rows)
+    first = 0
+    for number, part in enumerate(parts):
+        at = position_n[first : first + part.rows]
+        table["part"][at], table["row"][at] = number, np.arange(part.rows)
+        table["key"][at] = part.array("key")
+        table["label"][at] = part.array("label") if "label" in layout else np.nan
+        table["slide"][at] = part.array("slide") if "slide" in layout else b""
+        first += part.rows
+    table.flush()
+
+
+def read_table(file: BinaryIO, rows: int, parts: Sequence[Part]) -> np.ndarray:
+    """Map a table of so many rows of some parts, (rows,), read-only; `ValueError` for anything else."""
+    # numpy's own reader parses the head with `ast`, which fails now and then where several threads of Python 3.11 do so
+    # at once.
+    start = os.pread(file.fileno(), 1024, 0)
+    widths = [int(width) for width in re.findall(rb"'\|S([1-9]\d{0,3})'", start)]
+    if len(widths) != 2:
+        raise ValueError(f"no table: it begins with {start[:40]!r}")
+    kind = _type(*widths)
+    head = _head(kind, rows)
+    if not start.startswith(head) or os.fstat(file.fileno()).st_size != len(head) + rows * kind.itemsize:
+        raise ValueError(f"no table of {rows} rows: it begins with {start[:200]!r}")
+    table: np.ndarray = np.memmap(f"/dev/fd/{file.fileno()}", kind, "r", len(head), (rows,))
+    rows_of_part = np.array([part.rows for part in parts])
+    for first in range(0, rows, _BLOCK):
+        part_n, row_n = table["part"][first : first + _BLOCK], table["row"][first : first + _BLOCK]
+        if part_n.max() >= len(parts) or (row_n >= rows_of_part[part_n]).any():
+            raise ValueError("it names rows that the parts do not have")
+        for name in ("key", "slide", "label"):
+            check_rows(name, table[name][first : first + _BLOCK])
+    return table
