@@ -19,7 +19,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -79,8 +79,17 @@ class Patch(NamedTuple):
     mpp: float | None
 
 
-def export(options: ExportOptions) -> list[dict[str, Any]]:
-    """Write a file a slide; returns file, slide, patches and whether their places are known, of each.
+class Exported(NamedTuple):
+    """A file of an export."""
+
+    file: str
+    slide: str
+    patches: int
+    coords_known: bool
+
+
+def export(options: ExportOptions) -> list[Exported]:
+    """Write a file a slide.
 
     Raises `ConfigError` for a split that the store does not have, and `DataError` where the shards are gone or the
     folder holds something else, and while another process exports into a local one.
@@ -92,20 +101,16 @@ def export(options: ExportOptions) -> list[dict[str, Any]]:
         if split not in splits:
             raise ConfigError(f"--split: the store has no split {split!r}, only {', '.join(splits)}")
     with exclusive(out, "exporting latents"):
-        return _export(store, out, asked)
-
-
-def _export(store: Store, out: Location, asked: Sequence[str]) -> list[dict[str, Any]]:
-    groups: dict[str, list[Patch]] = {}
-    for patch in patches_of(store, asked):
-        groups.setdefault(patch.group, []).append(patch)
-    files = {group: file_name(group) for group in groups}
-    for stale in _claimed(out, files.values()):
-        remove(out / stale)
-    facts = {"store": store.digest, "teacher": store.recipe.teacher.weights_sha256, "splits": ",".join(asked)}
-    ExportDocument(files=tuple(sorted(files.values())), **facts).write(out / "export.json")
-    rows = [_write(out / files[group], group, patches, facts) for group, patches in groups.items()]
-    unknown = sum(not row["coords_known"] for row in rows)
+        groups: dict[str, list[Patch]] = {}
+        for patch in patches_of(store, asked):
+            groups.setdefault(patch.group, []).append(patch)
+        files = {group: file_name(group) for group in groups}
+        for stale in _claimed(out, files.values()):
+            remove(out / stale)
+        facts = {"store": store.digest, "teacher": store.recipe.teacher.weights_sha256, "splits": ",".join(asked)}
+        ExportDocument(files=tuple(sorted(files.values())), **facts).write(out / "export.json")
+        rows = [_write(out / files[group], group, patches, facts) for group, patches in groups.items()]
+    unknown = sum(not row.coords_known for row in rows)
     if unknown:
         logger.warning(
             f"lgd: of {unknown} of {len(rows)} files the patches' places are unknown: they are laid side by side, "
@@ -175,7 +180,7 @@ def _side(patches: Sequence[Patch]) -> int:
     return max(max(patch.size) for patch in patches)
 
 
-def _write(path: Location, group: str, patches: Sequence[Patch], facts: dict[str, str]) -> dict[str, Any]:
+def _write(path: Location, group: str, patches: Sequence[Patch], facts: dict[str, str]) -> Exported:
     import h5py
 
     coords_n2, known = places(patches)
@@ -206,4 +211,4 @@ def _write(path: Location, group: str, patches: Sequence[Patch], facts: dict[str
         file.attrs.update(facts)
         file.flush()
         write_bytes(path, file.id.get_file_image())
-    return {"file": path.name, "slide": group, "patches": len(patches), "coords_known": known}
+    return Exported(path.name, group, len(patches), known)

@@ -33,14 +33,31 @@ SUPERVISION = ("pooled", "map", "nuclei", "membrane")
 
 
 class Store:
-    """A finished store, read by (part, row)."""
+    """A finished feature store: the latents, targets, labels and slides of patches, read by (part, row).
+
+    Args:
+        folder: The store's folder, or a url.
+        recipe: What the store must have been made by; by default it may be anything.
+
+    Raises:
+        DataError: For a folder that holds no finished store, and, field by field, for one of another `recipe`.
+
+    Example:
+        >>> store = lgd.Store("runs/demo/latents")
+        >>> ((part, row),) = store.find("00012_test_3+")
+        >>> store.parts[part].array("pooled")[row]
+    """
 
     def __init__(self, folder: str | Location, recipe: Recipe | None = None) -> None:
-        """Open a store, which may lie at a url; one made by another `recipe` is refused with the difference."""
         self.folder = as_location(folder)
-        self.document = StoreDocument.read(self.folder / "store.json")
-        if recipe is not None:
-            check_recipe(self.folder / "store.json", self.document.recipe, recipe)
+        path = self.folder / "store.json"
+        self.document = StoreDocument.read(path)
+        if recipe not in (None, self.recipe):
+            raise DataError(
+                f"{path} was made by another recipe:",
+                *format_diff(self.recipe.as_json(), recipe.as_json(), "in the store"),
+                "Use the teacher and settings that made it, name another folder as latents.dir, or delete this one",
+            )
         layers = self.document.layers
         self.parts = [
             Part(
@@ -70,10 +87,17 @@ class Store:
         return SourcesDocument.read(self.folder / "sources.json")
 
     def open_sources(self, known: Sequence[ShardFolder] = (), otherwise: str = "") -> dict[str, Shard]:
-        """The shards of the folders that the store was made of, by the digest of their tar.
+        """Open the shards that the store was made of.
 
-        `known` are open already. Raises `DataError` for a folder that is gone; `otherwise` is another way out than to
-        put it back.
+        Args:
+            known: Shard folders that are open already.
+            otherwise: Another way out than to put a folder back, for the message.
+
+        Returns:
+            The shards by the digest of their tar.
+
+        Raises:
+            DataError: For a folder that is gone.
         """
         shards: dict[str, Shard] = {}
         by_folder = {str(one.folder): one for one in known}
@@ -97,7 +121,11 @@ class Store:
         return digest_of([self.recipe.as_json(), [part.digest(TEACHER) for part in self.parts_of(shards)]])
 
     def parts_of(self, shards: Sequence[Shard]) -> list[Part]:
-        """The part of each shard, so that a shard's number is its part's number too."""
+        """Look up the part of each shard, so that a shard's number is its part's number too.
+
+        Raises:
+            DataError: For a shard that the store does not have, or has with another number of samples.
+        """
         lacking = [shard for shard in shards if shard.sha256 not in self._of_tar]
         if lacking:
             raise DataError(
@@ -113,10 +141,20 @@ class Store:
         return parts
 
     def find(self, key: str) -> list[tuple[int, int]]:
-        """The (part, row) of a key; several where shard sets that were cached together share it.
+        """Look up a key.
 
         Keys are sorted within a part, and store.json has the first and last one of each: no index is needed, and
         only parts that may hold the key are opened.
+
+        Args:
+            key: The key of a patch.
+
+        Returns:
+            Its (part, row), the number in `parts` and the place in it: none where the store does not have it, several
+            where shard sets that were cached together share it.
+
+        Raises:
+            DataError: For a part that is missing or damaged.
         """
         found = []
         for number, part in enumerate(self.parts):
@@ -128,7 +166,11 @@ class Store:
         return found
 
     def verify(self) -> list[str]:
-        """Every problem of the store's parts, and files that are none, behind a bar of progress."""
+        """Read everything, behind a bar of progress.
+
+        Returns:
+            A line for each problem of the store's parts, and for each file that is none of it.
+        """
         problems = []
         try:
             SourcesDocument.read(self.folder / "sources.json")
@@ -191,17 +233,6 @@ def commit(
     return Store(folder)
 
 
-def check_recipe(path: Location, there: Recipe, asked: Recipe) -> None:
-    """Raise `DataError` that shows, field by field, how two recipes differ."""
-    if there == asked:
-        return
-    raise DataError(
-        f"{path} was made by another recipe:",
-        *format_diff(there.as_json(), asked.as_json(), "in the store"),
-        "Use the teacher and settings that made it, name another folder as latents.dir, or delete this one",
-    )
-
-
 class _Field(NamedTuple):
     """A dataset, as rows of it are read."""
 
@@ -259,10 +290,10 @@ class Rows:
 
 
 def _field(name: str, layout: Layout) -> _Field:
-    dtype, shape, views = np.dtype(layout.dtype), tuple(layout.shape), 1
+    dtype, shape, views = np.dtype(layout.dtype), layout.shape, 1
     if name in ("pooled", "map"):
-        views, *shape = shape  # type: ignore[assignment]
-    return _Field(dtype, tuple(shape), views, math.prod(shape) * dtype.itemsize)
+        views, shape = shape[0], shape[1:]
+    return _Field(dtype, shape, views, math.prod(shape) * dtype.itemsize)
 
 
 def read_all(parts: Sequence[Part], dataset: str) -> np.ndarray:

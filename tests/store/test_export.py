@@ -45,7 +45,7 @@ def test_a_file_a_slide_has_the_latents_of_its_patches(exported):
     slides = rows_of(store)
     assert len(slides) == 12 and sum(map(len, slides.values())) == 48
     assert sorted(path.name for path in out.iterdir()) == sorted(["export.json", *(f"{s}.h5" for s in slides)])
-    assert {row["slide"]: row["patches"] for row in told} == {slide: len(rows) for slide, rows in slides.items()}
+    assert {row.slide: row.patches for row in told} == {slide: len(rows) for slide, rows in slides.items()}
     for slide, rows in slides.items():
         features, coords, attributes = read(out / f"{slide}.h5")
         assert features.dtype == np.float32 and coords.dtype == np.int64 and attributes["name"] == slide
@@ -58,8 +58,8 @@ def test_a_file_a_slide_has_the_latents_of_its_patches(exported):
 
 def test_unknown_places_are_laid_side_by_side_and_said_to_be(exported, capsys):
     _, out, told = exported
-    assert not any(row["coords_known"] for row in told)
-    features, coords, attributes = read(out / told[0]["file"])
+    assert not any(row.coords_known for row in told)
+    features, coords, attributes = read(out / told[0].file)
     assert attributes["patch_size_level0"] == 128 and not attributes["coords_known"]
     assert coords.tolist() == [[128 * number, 0] for number in range(len(features))]
     assert "level0_magnification" not in attributes and attributes["mpp"] == 0.46
@@ -73,9 +73,9 @@ def test_tiles_of_a_patch_have_their_places(tissue, tissue_run, change, tmp_path
     config = change(tissue_run, latents={"dir": str(tmp_path / "l")}, data={"shards": [str(tmp_path / "s")]})
     store = cache_latents(config, ShardFolder.open(tmp_path / "s").shards, workers=0).store
     told = export(ExportOptions(store=str(store.folder), out=str(tmp_path / "out"), split="train"))
-    assert told and all(row["coords_known"] and row["patches"] == 4 for row in told)
+    assert told and all(row.coords_known and row.patches == 4 for row in told)
     for row in told:
-        with h5py.File(tmp_path / "out" / row["file"]) as file:
+        with h5py.File(tmp_path / "out" / row.file) as file:
             names, attributes = file["key"][:], dict(file["coords"].attrs)
             where = dict(zip((name.decode()[-5:] for name in names), file["coords"][:].tolist(), strict=True))
         assert where == {"y0_x0": [0, 0], "y0_x1": [64, 0], "y1_x0": [0, 64], "y1_x1": [64, 64]}
@@ -117,7 +117,7 @@ def test_a_second_export_overwrites_its_own_files_only(exported, tissue_run, tmp
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     told = export(ExportOptions(store=tissue_run.latents.dir, out=str(out), split="test"))
     after = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert sorted(after) == sorted(["export.json", *(row["file"] for row in told)]) and len(after) < len(before)
+    assert sorted(after) == sorted(["export.json", *(row.file for row in told)]) and len(after) < len(before)
     assert json.loads(after["export.json"])["splits"] == "test"
     export(ExportOptions(store=tissue_run.latents.dir, out=str(out)))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
