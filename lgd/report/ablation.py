@@ -31,8 +31,8 @@ from lgd.ray_jobs.mapping import map_with
 from lgd.report.ablation_table import LGD_NET, UPPER_BOUND, AblationDocument, compare_rows, format_ablation
 from lgd.report.caveats import ONE_TRAINING, caveats_of
 from lgd.report.colour import COLOUR, colour_only
-from lgd.report.compare import pooled_latents
 from lgd.report.embeddings import explained_by_levels
+from lgd.report.evaluation import pooled_latents
 from lgd.runs.folder import command
 from lgd.scoring.predict import load_scorer, score_shards
 from lgd.shards.archive import Shard
@@ -195,7 +195,7 @@ def answers(
     weights = read(folder).weights_sha256
     stamp = f"{weights} {' '.join(shard.sha256 for shard in shards)}"
     if exists(at):
-        kept, kept_stamp = _kept(at, name)
+        kept, kept_stamp = read_kept(at, name)
         if kept_stamp == stamp:
             return kept
     found, _ = score_shards(load_scorer(folder, kind, config.code), shards, threads=config.data.threads)
@@ -206,17 +206,12 @@ def answers(
 
 def _keep(at: Location, found: Predictions, stamp: str) -> None:
     with publish(at) as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            stamp=np.array(stamp),
-            keys=np.array(found.keys),
-            groups=np.array(found.groups),
-            level=found.level,
-            probability=found.probability,
-        )
+        level, probability = found.level, found.probability
+        np.savez(file, stamp=stamp, keys=found.keys, groups=found.groups, level=level, probability=probability)
 
 
-def _kept(at: Location, name: str) -> tuple[Predictions, str]:
+def read_kept(at: Location, name: str) -> tuple[Predictions, str]:
+    """What `answers` kept of a row, and the stamp of the network and the shards that it is of."""
     with np.load(io.BytesIO(read_bytes(at))) as kept:
         found = Predictions(
             name=name,
@@ -226,19 +221,3 @@ def _kept(at: Location, name: str) -> tuple[Predictions, str]:
             probability=kept["probability"],
         )
         return found, str(kept["stamp"])
-
-
-def read_table(run: Location) -> AblationDocument:
-    """What `ablate` left of a run: its ablation.json; `DataError` where there is none."""
-    return AblationDocument.read(run / "ablation" / "ablation.json")
-
-
-def read_answers(run: Location) -> dict[str, list[Predictions]]:
-    """The answers behind the table of a run, by row: one a seed, and one of the teacher and of colour."""
-    folder, table = run / "ablation", read_table(run)
-    return {
-        name: [_kept(folder / SINGLE_RUN_ROWS[name], name)[0]]
-        if name in SINGLE_RUN_ROWS
-        else [_kept(folder / slug(name) / f"seed-{number}.npz", name)[0] for number in range(table.seeds)]
-        for name in table.rows
-    }

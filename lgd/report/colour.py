@@ -5,7 +5,6 @@ patches that share the stain do not show it. What this row reaches, such a netwo
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +29,6 @@ _SIZE = 64
 _FIT_ROWS = 20_000
 
 
-class _Colours(NamedTuple):
-    keys: list[str]
-    groups: list[str]
-    level_n: Ints
-    colour_n9: Floats
-
-
 def colour_only(training: Sequence[Shard], scored: Sequence[Shard], threads: int) -> Predictions | None:
     """Fit on the labelled patches of some shards, and score all patches of others in their order.
 
@@ -48,22 +40,22 @@ def colour_only(training: Sequence[Shard], scored: Sequence[Shard], threads: int
 
     if not training:
         return None
-    known = _colours(training, threads, _FIT_ROWS)
-    labelled_n = known.level_n >= 0
-    if len(np.unique(known.level_n[labelled_n])) < 2:
+    _, _, level_n, colour_n9 = _colours(training, threads, _FIT_ROWS)
+    labelled_n = level_n >= 0
+    if len(np.unique(level_n[labelled_n])) < 2:
         return None
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    model.fit(known.colour_n9[labelled_n], known.level_n[labelled_n])
-    found = _colours(scored, threads)
-    probability_n4 = np.zeros((len(found.keys), len(LEVEL_NAMES)))
-    probability_n4[:, model.classes_] = model.predict_proba(found.colour_n9)
-    return Predictions(
-        name=COLOUR, keys=found.keys, groups=found.groups, level=found.level_n, probability=probability_n4
-    )
+    model.fit(colour_n9[labelled_n], level_n[labelled_n])
+    keys, groups, level_n, colour_n9 = _colours(scored, threads)
+    probability_n4 = np.zeros((len(keys), len(LEVEL_NAMES)))
+    probability_n4[:, model.classes_] = model.predict_proba(colour_n9)
+    return Predictions(name=COLOUR, keys=keys, groups=groups, level=level_n, probability=probability_n4)
 
 
-def _colours(shards: Sequence[Shard], threads: int, most: int | None = None) -> _Colours:
-    """Of all patches, or of `most` evenly spaced ones."""
+def _colours(
+    shards: Sequence[Shard], threads: int, most: int | None = None
+) -> tuple[list[str], list[str], Ints, Floats]:
+    """Key, group, level and colour of all patches, or of `most` evenly spaced ones."""
     reader = Reader(shards, ("he",), _SIZE)
     rows = range(reader.total)
     if most is not None and most < reader.total:
@@ -75,7 +67,7 @@ def _colours(shards: Sequence[Shard], threads: int, most: int | None = None) -> 
         levels += [sample.level for sample in samples]
         colours.append(_colour(images["he"]))
     reader.close()
-    return _Colours(keys, groups, np.array(levels, np.int64), np.concatenate(colours))
+    return keys, groups, np.array(levels, np.int64), np.concatenate(colours)
 
 
 def _colour(image_BHW3: np.ndarray) -> Floats:

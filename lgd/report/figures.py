@@ -7,7 +7,7 @@ and Ito (2008), which colour-blind readers can tell apart; what a colour says is
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +17,18 @@ from lgd.config import LEVEL_NAMES
 from lgd.io.files import publish
 from lgd.io.location import Location
 from lgd.metrics import BINS, Floats, Interval, Predictions, confidence_bins, confusion, score
-from lgd.report.ablation_table import AblationDocument
 from lgd.report.results import Robustness
+from lgd.retrieval.answers import Hit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Image = NDArray[np.uint8]
 DPI = 110
 _GREEN, _ORANGE, _RED, _GREY = "#009E73", "#E69F00", "#D55E00", "#999999"
-_LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_MARKERS = "osD^vPX*"
+LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = "osD^vPX*"
 _WIDEST = 80
 """Characters of a line that are drawn."""
 # A found level beside the query's: colour and style of the frame, and the words of the caption.
@@ -33,37 +37,22 @@ _BEYOND, _UNKNOWN = (_RED, ":", "further off"), (_GREY, "-.", "not comparable")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Neighbour:
-    """One IHC that a query found."""
-
-    key: str
-    slide: str | None
-    split: str
-    level: int | None
-    """0 to 3, or None where unknown."""
-    distance: float
-    """Distance of its latent to the hallucinated one."""
-    image: Image | None
-    """(H, W, 3) uint8 of the IHC, or None where it is not at hand."""
-    duplicate_of: str | None = None
-    """`query`, or the key of a nearer neighbour, where its latent is all but the same."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Query:
     """One patch, its own IHC where there is one, and the IHCs that it found, nearest first."""
 
     key: str
     slide: str | None
-    level: int | None
-    """0 to 3, or None where unknown."""
-    predicted: int | None
+    level: str | None
+    """None where unknown."""
+    predicted: str | None
     """The student's level, or None where it was not asked."""
     he: Image
     """(H, W, 3) uint8."""
     ihc: Image | None
     """(H, W, 3) uint8; never an input of the student."""
-    neighbours: list[Neighbour]
+    neighbours: Sequence[Hit]
+    images: Sequence[Image]
+    """(H, W, 3) uint8, the IHC of each neighbour."""
     asks_with_ihc: bool = False
     """The stored latent of the IHC was the query, not the H&E."""
     vote: str = ""
@@ -75,7 +64,7 @@ def confusion_matrix(predictions: Predictions, path: str | Location, title: str)
     counts = confusion(predictions.level, predictions.predicted)
     totals = counts.sum(1)
     share = counts / np.maximum(totals, 1)[:, None]
-    figure = _figure(5.4, 4.8)
+    figure = new_figure(5.4, 4.8)
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(counts.shape):
@@ -89,7 +78,7 @@ def confusion_matrix(predictions: Predictions, path: str | Location, title: str)
     axes.set_ylabel("true level")
     axes.set_title(title, fontsize=11)
     figure.colorbar(image, ax=axes, label="share of the true level", fraction=0.046)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def reliability_diagram(scored: Sequence[Predictions], path: str | Location) -> None:
@@ -97,7 +86,7 @@ def reliability_diagram(scored: Sequence[Predictions], path: str | Location) -> 
 
     A marker's area grows with its number of patches: a bin of a few patches says little.
     """
-    figure = _figure(5.6, 6.2 + 0.2 * len(scored))
+    figure = new_figure(5.6, 6.2 + 0.2 * len(scored))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     curves = above.plot([0, 1], [0, 1], color=_GREY, linestyle="--")
     edges = np.linspace(0, 1, BINS + 1)
@@ -109,7 +98,7 @@ def reliability_diagram(scored: Sequence[Predictions], path: str | Location) -> 
         seen = count > 0
         confidence = np.bincount(bins, known.probability.max(1), BINS)[seen] / count[seen]
         right = np.bincount(bins, known.predicted == known.level, BINS)[seen] / count[seen]
-        colour, marker = _LINES[number % len(_LINES)], _MARKERS[number % len(_MARKERS)]
+        colour, marker = LINES[number % len(LINES)], MARKERS[number % len(MARKERS)]
         curves += above.plot(confidence, right, color=colour, linewidth=1, marker=marker, markersize=3)
         above.scatter(confidence, right, 500 * count[seen] / count.sum(), color=colour, marker=marker, alpha=0.5)
         below.stairs(count, edges, color=colour, linewidth=1.6)
@@ -118,7 +107,7 @@ def reliability_diagram(scored: Sequence[Predictions], path: str | Location) -> 
     below.set(xlabel="confidence: probability of the predicted level", ylabel="patches", ylim=(0, None))
     below.yaxis.get_major_locator().set_params(integer=True)
     figure.legend(curves, names, fontsize=9, loc="outside lower center")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def robustness_curves(robustness: Robustness, path: str | Location) -> None:
@@ -126,7 +115,7 @@ def robustness_curves(robustness: Robustness, path: str | Location) -> None:
 
     The first strength of every panel is the unchanged image.
     """
-    figure = _figure(3.3 * len(robustness.changes), 5.6 + 0.2 * len(robustness.models))
+    figure = new_figure(3.3 * len(robustness.changes), 5.6 + 0.2 * len(robustness.models))
     grid = figure.subplots(2, len(robustness.changes), sharey="row", squeeze=False)
     for column, change in enumerate(robustness.changes):
         labels = ["as it is"]
@@ -136,9 +125,9 @@ def robustness_curves(robustness: Robustness, path: str | Location) -> None:
             measures = [model.unchanged, *(row.metrics for row in rows)]
             # Side by side, so that the bars of one strength can be distinguished.
             place = np.arange(len(measures)) + 0.08 * (number - (len(robustness.models) - 1) / 2)
-            style = {"color": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)]}
+            style = {"color": LINES[number % len(LINES)], "marker": MARKERS[number % len(MARKERS)]}
             for axes, name in zip(grid[:, column], ("accuracy", "ece"), strict=True):
-                value, bars = _error_bars([metrics[name] for metrics in measures])
+                value, bars = error_bars([metrics[name] for metrics in measures])
                 axes.errorbar(place, value, bars, label=model.name, linewidth=1, elinewidth=0.8, **style)
         for axes in grid[:, column]:
             axes.set_xticks(range(len(labels)), list(map(_short, labels)), fontsize=8)
@@ -147,44 +136,14 @@ def robustness_curves(robustness: Robustness, path: str | Location) -> None:
     grid[1, 0].set(ylabel="ECE (lower is better)", ylim=(0, None))
     names = grid[0, 0].get_legend_handles_labels()
     figure.legend(*names, fontsize=9, loc="outside lower center")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _error_bars(intervals: Sequence[Interval | None]) -> tuple[Floats, Floats]:
+def error_bars(intervals: Sequence[Interval | None]) -> tuple[Floats, Floats]:
     """Values, NaN where undefined, and what their bars reach below and above them."""
     parts = [(one.value, one.low, one.high) if one else (None, None, None) for one in intervals]
     value, low, high = np.array(parts, dtype=np.float64).T
     return value, np.nan_to_num([value - low, high - value])
-
-
-def gain_curves(tables: dict[float, AblationDocument], metric: str, path: str | Location) -> None:
-    """What LGD-Net gains over each control, and how well each row does, against the coupling of virtual tissue.
-
-    `tables` are the documents of `lgd ablate`, by coupling; bars are 95 % intervals over slides and seeds.
-    """
-    figure = _figure(9.0, 4.4)
-    scores, gains = figure.subplots(1, 2)
-    couplings = sorted(tables)
-    # What all tables have.
-    names = [name for name in tables[couplings[0]].rows if all(name in table.rows for table in tables.values())]
-    for number, name in enumerate(names):
-        style = {"color": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)], "linewidth": 1}
-        place = np.array(couplings) + 0.006 * (number - (len(names) - 1) / 2)
-        compared = [tables[coupling].rows[name][metric] for coupling in couplings]
-        for axes, intervals in (
-            (scores, [one.mean for one in compared]),
-            (gains, [one.lgd_minus for one in compared]),
-        ):
-            if all(intervals):
-                value, bars = _error_bars(intervals)
-                axes.errorbar(place, value, bars, label=name, **style)
-    gains.axhline(0, color="black", linewidth=0.8)
-    scores.set(title="what each reaches", ylabel=metric)
-    gains.set(title="LGD-Net minus it", ylabel=f"difference of {metric}")
-    for axes in (scores, gains):
-        axes.set(xlabel="coupling: what the H&E reveals", xticks=couplings)
-    figure.legend(*scores.get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=3)
-    _save(figure, path)
 
 
 def contact_sheet(rows: Sequence[Query], path: str | Location) -> None:
@@ -196,11 +155,11 @@ def contact_sheet(rows: Sequence[Query], path: str | Location) -> None:
     first = 1 + any(row.ihc is not None for row in rows)
     columns = first + max((len(row.neighbours) for row in rows), default=0)
     # The caption of a panel has up to five lines.
-    figure = _figure(1.9 * columns, 2.7 * len(rows))
+    figure = new_figure(1.9 * columns, 2.7 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, row in zip(grid, rows, strict=True):
-        true = _level_name(row.level)
-        said = [] if row.predicted is None else [f"predicted {_level_name(row.predicted)}"]
+        true = row.level or "unknown"
+        said = [] if row.predicted is None else [f"predicted {row.predicted}"]
         frame = None if row.predicted is None else _agreement(row.level, row.predicted)
         vote = [row.vote] if row.vote else []
         lines = [_short(row.key), f"slide {_short(row.slide or 'unknown')}", ", ".join([f"true level {true}", *said])]
@@ -211,25 +170,25 @@ def contact_sheet(rows: Sequence[Query], path: str | Location) -> None:
             _panel(axes[0], row.he, ["H&E query", *lines, *vote], frame)
             if first == 2:
                 _panel(axes[1], row.ihc, ["its own IHC", "not given to the student", "", f"true level {true}"], None)
-        for rank, (ax, found) in enumerate(zip(axes[first:], row.neighbours, strict=False), 1):
+        for rank, (ax, found, image) in enumerate(zip(axes[first:], row.neighbours, row.images, strict=False), 1):
             agreement = _agreement(row.level, found.level)
             slide = f"slide {_short(found.slide or 'unknown')} ({found.split})"
-            level = f"level {_level_name(found.level)}, {agreement[2]}"
+            level = f"level {found.level or 'unknown'}, {agreement[2]}"
             distance = f"found {rank}, distance {found.distance:.3f}"
             twin = [f"near-duplicate of {_short(found.duplicate_of)}"] if found.duplicate_of else []
-            _panel(ax, found.image, [distance, _short(found.key), slide, level, *twin], agreement)
+            _panel(ax, image, [distance, _short(found.key), slide, level, *twin], agreement)
         for ax in axes[first + len(row.neighbours) :]:
             ax.set_axis_off()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _agreement(true: int | None, level: int | None) -> tuple[str, str, str]:
+def _agreement(true: str | None, level: str | None) -> tuple[str, str, str]:
     if true is None or level is None:
         return _UNKNOWN
-    return {0: _SAME, 1: _ONE_OFF}.get(abs(true - level), _BEYOND)
+    return {0: _SAME, 1: _ONE_OFF}.get(abs(LEVEL_NAMES.index(true) - LEVEL_NAMES.index(level)), _BEYOND)
 
 
-def _panel(axes: Any, image: Image | None, lines: list[str], frame: tuple[str, str, str] | None) -> None:
+def _panel(axes: "Axes", image: Image | None, lines: list[str], frame: tuple[str, str, str] | None) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     if image is None:
@@ -245,23 +204,20 @@ def _panel(axes: Any, image: Image | None, lines: list[str], frame: tuple[str, s
     axes.set_xlabel("\n".join(lines), fontsize=7.5, labelpad=5)
 
 
-def _level_name(level: int | None) -> str:
-    return "unknown" if level is None else LEVEL_NAMES[level]
-
-
 def _short(name: str, width: int = 24) -> str:
     """`name`, escaped, with its middle left out where it is too wide for a caption."""
     name = escape_text(name)
     return name if len(name) <= width else f"{name[: width // 2]}…{name[-width // 2 + 1 :]}"
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of a size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: str | Location) -> None:
+def save_figure(figure: "Figure", path: str | Location) -> None:
     """Publish a figure. Its texts are drawn as they are: nothing in them is a formula, unseen or endless."""
     import matplotlib
     from matplotlib.text import Text

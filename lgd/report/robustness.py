@@ -26,9 +26,8 @@ import torch
 
 from lgd.config import Config
 from lgd.metrics import Interval, Predictions, paired_difference, score_with_intervals
-from lgd.report.compare import Network
 from lgd.report.results import AtStrength, ChangeText, ModelRobustness, Robustness, UnderChange
-from lgd.scoring.predict import score_shards
+from lgd.scoring.predict import Scorer, score_shards
 from lgd.shards.archive import Shard
 from lgd.shards.image import decode, encode
 from lgd.stain.deconvolve import H_DAB, H_E, rgb_to_od
@@ -176,15 +175,14 @@ CHANGES = (
 )
 
 
-def measure(config: Config, networks: Sequence[Network], shards: Sequence[Shard]) -> Robustness:
+def measure(config: Config, networks: Sequence[tuple[Scorer, Predictions]], shards: Sequence[Shard]) -> Robustness:
     """`MEASURES` of each network under each change, and their paired difference to the unchanged images.
 
     `networks` were scored on the unchanged images of `shards`. One more pass over the split a network and strength.
     """
     resamples, seed, threads = config.report.bootstrap, config.run.seed, config.data.threads
     models = []
-    for network in networks:
-        scorer, before = network.scorer, network.predictions
+    for scorer, before in networks:
         changes = []
         for change in CHANGES:
             logger.info("[report] %s: scoring the split under change of %s", scorer.name, change.name)

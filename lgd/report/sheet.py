@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from lgd.base.errors import ConfigError, DataError
-from lgd.config import LEVEL_NAMES
 from lgd.io.location import Location
-from lgd.report.figures import Neighbour, Query, contact_sheet
-from lgd.retrieval.answers import Answer, Hit, Stored, Vote
+from lgd.report.figures import Query, contact_sheet
+from lgd.retrieval.answers import Answer, Stored, Vote
 from lgd.scoring.images import read_image
 from lgd.shards.shard_set import ShardFolder
 from lgd.store.store import Store
@@ -67,26 +66,14 @@ def _as_query(answer: Answer, gallery: Gallery, size: int) -> Query:
     return Query(
         key=stored.key if stored else Path(answer.name).stem,
         slide=stored.slide if stored else None,
-        level=_number(stored.level) if stored else None,
-        predicted=_number(answer.level),
+        level=stored.level if stored else None,
+        predicted=answer.level,
         he=he,
         ihc=ihc,
-        neighbours=[as_neighbour(hit, gallery) for hit in answer.neighbours],
+        neighbours=answer.neighbours,
+        images=[gallery.image(hit) for hit in answer.neighbours],
         asks_with_ihc=stored is not None,
         vote=_vote_line(answer.vote),
-    )
-
-
-def as_neighbour(hit: Hit, gallery: Gallery) -> Neighbour:
-    """A hit with its picture."""
-    return Neighbour(
-        key=hit.key,
-        slide=hit.slide,
-        split=hit.split,
-        level=_number(hit.level),
-        distance=hit.distance,
-        image=gallery.image(hit),
-        duplicate_of=hit.duplicate_of,
     )
 
 
@@ -95,7 +82,3 @@ def _vote_line(said: Vote) -> str:
     if said.level is None:
         return "vote unknown"
     return f"vote {said.level} ({said.shares[said.level]:.2f}), {said.entropy_bits:.2f} bits"
-
-
-def _number(level: str | None) -> int | None:
-    return None if level is None else LEVEL_NAMES.index(level)

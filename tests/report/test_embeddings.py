@@ -1,8 +1,25 @@
+import itertools
+import math
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from lgd.base.errors import DataError
 from lgd.metrics import Predictions
-from lgd.report.embeddings import Embedding, explained_by_levels, he_only, measure, ridge
+from lgd.report.embeddings import (
+    Embedding,
+    average_precision,
+    by_level,
+    explained_by_levels,
+    he_only,
+    mean_with_interval,
+    measure,
+    own_pair,
+    own_ranks,
+    ridge,
+)
 
 
 def predictions(level, groups):
@@ -95,3 +112,122 @@ def test_a_perfect_embedding_is_measured_as_one(made):
     )
     (row,) = measure([perfect], scored, train.level, 20, 0).embeddings
     assert row.by_level["overall"].value == row.by_level["overall"].low == 1
+
+
+def numbers(ranks, gallery):
+    return own_pair(ranks, gallery, [str(row) for row in range(len(ranks))], 20, 0)
+
+
+def test_own_ranks_equal_a_sort():
+    random = np.random.default_rng(0)
+    gallery = random.normal(size=(30, 5))
+    own = random.permutation(30)[:12]
+    queries = 0.7 * gallery[own] + random.normal(size=(12, 5))
+    expected = []
+    for vector, row in zip(queries, own, strict=True):
+        cosine = [q @ vector / np.linalg.norm(q) for q in gallery]
+        expected.append(sorted(cosine, reverse=True).index(cosine[row]) + 1)
+    ranks = own_ranks(queries, gallery, own)
+    assert ranks.tolist() == expected
+    found = numbers(ranks, 30)
+    assert found.median_rank == np.median(expected)
+    for k in (1, 5, 10):
+        entry = getattr(found, f"recall_at_{k}")
+        assert entry.value == np.mean(np.array(expected) <= k)
+        assert entry.low <= entry.value <= entry.high
+        assert getattr(found, f"chance_recall_at_{k}") == k / 30
+    assert 1 < found.median_rank < 15
+
+
+def test_a_collapsed_network_ranks_like_chance():
+    gallery = np.random.default_rng(0).normal(size=(21, 8))
+    found = numbers(own_ranks(np.tile(gallery[:1], (21, 1)), gallery, np.arange(21)), 21)
+    assert found.median_rank == found.chance_median_rank == 11
+    flat = numbers(own_ranks(gallery, np.ones((21, 8)), np.arange(21)), 21)
+    assert flat.median_rank == 11
+    assert flat.recall_at_10.value == 0
+
+
+def test_ranks_of_what_does_not_fit_are_refused():
+    with pytest.raises(DataError, match="do not fit"):
+        own_ranks(np.ones((2, 3)), np.ones((2, 4)), np.arange(2))
+    with pytest.raises(DataError, match="do not fit"):
+        own_ranks(np.ones((0, 3)), np.ones((2, 3)), np.arange(0))
+    with pytest.raises(DataError, match="not finite"):
+        own_ranks(np.full((1, 3), np.nan), np.ones((2, 3)), np.arange(1))
+
+
+def naive(query, level, gallery, levels, k):
+    """AP@k of one query, by the words of its definition."""
+    rows = [row for row in range(len(levels)) if levels[row] >= 0]
+    total = sum(levels[row] == level for row in rows)
+    if level < 0 or not total:
+        return math.nan
+    rows.sort(key=lambda row: -(gallery[row] @ query) / np.linalg.norm(gallery[row]))
+    relevant = [levels[row] == level for row in rows[:k]]
+    return sum(np.mean(relevant[: i + 1]) for i in range(len(relevant)) if relevant[i]) / min(k, total, len(rows))
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 100])
+def test_average_precision_equals_its_definition(k):
+    random = np.random.default_rng(k)
+    queries, gallery = random.normal(size=(40, 6)), random.normal(size=(35, 6))
+    level, levels = random.integers(-1, 4, 40), random.integers(-1, 3, 35)
+    found, _ = average_precision(queries, level, gallery, levels, k)
+    expected = [naive(q, own, gallery, levels, k) for q, own in zip(queries, level, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert np.isnan(found[level == 3]).all() and np.isnan(found[level == -1]).all()
+
+
+@given(levels=st.lists(st.integers(0, 1), min_size=1, max_size=6), k=st.integers(1, 7))
+@settings(max_examples=40, deadline=None)
+def test_chance_is_the_mean_over_all_rankings(levels, k):
+    """Vectors on a circle, so that the similarity to the query falls from row to row, in every order of the levels."""
+    angle = np.linspace(0.1, 1, len(levels))
+    gallery = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    orders = [np.array(order) for order in itertools.permutations(levels)]
+    query = np.array([[1.0, 0.0]])
+    found = [average_precision(query, np.array([1]), gallery, order, k) for order in orders]
+    chances = {round(float(chance[0]), 12) for _, chance in found}
+    if 1 not in levels:
+        assert math.isnan(found[0][0][0]) and math.isnan(found[0][1][0])
+        return
+    assert len(chances) == 1
+    assert float(found[0][1][0]) == pytest.approx(np.mean([precision[0] for precision, _ in found]))
+
+
+def test_ties_do_not_follow_the_order_of_the_gallery():
+    levels = np.repeat([0, 1, 2, 3], 50)
+    found, chance = average_precision(np.ones((4, 2)), np.arange(4), np.ones((200, 2)), levels, 200)
+    assert found == pytest.approx(chance, abs=0.1)
+
+
+def test_without_a_gallery_nothing_is_defined():
+    empty = average_precision(np.ones((3, 2)), np.arange(3), np.empty((0, 2)), np.empty(0, np.int64), 10)
+    assert np.isnan(empty).all()
+    found = by_level(*empty, np.arange(3), ["a", "b", "c"], 10, 0)
+    assert found["overall"].queries == 0
+    assert found["overall"].value is found["overall"].low is found["overall"].chance is None
+
+
+def test_means_by_level_leave_out_what_is_undefined():
+    precision = np.array([1.0, 0.5, np.nan, 0.25])
+    found = by_level(precision, np.full(4, 0.1), np.array([0, 0, 1, 2]), ["a", "b", "a", "b"], 50, 0)
+    assert found["overall"].value == pytest.approx(1.75 / 3)
+    assert found["0"].value == 0.75 and found["0"].low == 0.5 and found["0"].high == 1.0
+    assert found["1+"].queries == 0 and found["1+"].value is None
+    assert found["2+"].value == 0.25 and found["2+"].low is None, "one slide has no interval"
+    assert [found[name].queries for name in found] == [3, 2, 0, 1, 0]
+
+
+def test_the_interval_resamples_groups_as_a_loop_does():
+    random = np.random.default_rng(0)
+    values, groups = random.normal(size=30), [f"s{row % 5}" for row in range(30)]
+    found = mean_with_interval(values, groups, 4000, 0)
+    means = []
+    for _ in range(4000):
+        drawn = random.integers(0, 5, 5)
+        means.append(np.concatenate([values[s::5] for s in drawn]).mean())
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from lgd.metrics import Interval, Predictions
-from lgd.report.ablation_table import AblationDocument, Compared
-from lgd.report.figures import Neighbour, Query, confusion_matrix, contact_sheet, gain_curves, robustness_curves
+from lgd.report.figures import Query, confusion_matrix, contact_sheet, robustness_curves
 from lgd.report.results import AtStrength, ModelRobustness, Robustness, UnderChange
+from lgd.retrieval.answers import Hit
 
 BROKEN = [r"$\frac{$ & \x", "a\x1b[2J\x07\nb\t", "漢字 \udcff\u202e", "x" * 100_000, ""]
 
@@ -24,16 +24,14 @@ def test_any_text_can_be_drawn(tmp_path, name):
     changes = [UnderChange.model_construct(name=name, at=[AtStrength.model_construct(label=name, metrics=metrics)])]
     models = [ModelRobustness.model_construct(name=name, unchanged=metrics, changes=changes)]
     robust = Robustness.model_construct(changes=changes, models=models)
-    rows = {name or "row": {"kappa": Compared(mean=part, lgd_minus=part)}}
-    gain = {0.5: AblationDocument.model_construct(rows=rows)}
     image = np.zeros((8, 8, 3), np.uint8)
-    found = Neighbour(key=name, slide=name, split=name, level=1, distance=0.1, image=image, duplicate_of=name)
-    query = Query(key=name, slide=name, level=1, predicted=1, he=image, ihc=image, neighbours=[found], vote=name)
+    found = Hit(key=name, slide=name, split=name, level="1+", part=0, row=0, distance=0.1, duplicate_of=name)
+    shown = {"he": image, "ihc": image, "neighbours": [found], "images": [image]}
+    query = Query(key=name, slide=name, level="1+", predicted="1+", vote=name, **shown)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         confusion_matrix(scored, tmp_path / "confusion.png", name)
         robustness_curves(robust, tmp_path / "robustness.png")
-        gain_curves(gain, "kappa", tmp_path / "gain.png")
         contact_sheet([query], tmp_path / "sheet.png")
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:

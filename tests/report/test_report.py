@@ -13,8 +13,9 @@ from lgd.report.caveats import caveats_of
 from lgd.report.colour import COLOUR, HOW
 from lgd.report.embeddings import measure, of_ihc
 from lgd.report.evaluation import Evaluation
-from lgd.report.figures import Neighbour, Query, confusion_matrix, contact_sheet
+from lgd.report.figures import Query, confusion_matrix, contact_sheet
 from lgd.report.report import format_table, write_report
+from lgd.retrieval.answers import Hit, name_level
 from lgd.shards.manifest import Manifest, Split
 from lgd.shards.shard_set import ShardFolder, ShardSet
 
@@ -38,11 +39,18 @@ def query(level=2, ihc=True):
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     found = [
-        Neighbour(key=f"k_$1$_{other}", slide=None, split="train", level=other, distance=0.1, image=image)
-        for other in (2, 1, 0, None)
+        Hit(key=f"k_$1$_{other}", slide=None, split="train", level=name_level(other), part=0, row=0, distance=0.1)
+        for other in (2, 1, 0, -1)
     ]
     return Query(
-        key="q" * 60, slide="S1", level=level, predicted=1, he=image, ihc=image if ihc else None, neighbours=found
+        key="q" * 60,
+        slide="S1",
+        level=None if level is None else name_level(level),
+        predicted="1+",
+        he=image,
+        ihc=image if ihc else None,
+        neighbours=found,
+        images=[image] * 4,
     )
 
 
@@ -299,13 +307,14 @@ def test_real_patches_fill_a_sheet(real_data, tmp_path):
         stain: [np.array(Image.open(real_data / "bci-thumbs" / stain / "test" / name).convert("RGB")) for name in names]
         for stain in ("HE", "IHC")
     }
-    levels = [LEVEL_NAMES.index(name.removesuffix(".png").split("_")[2]) for name in names]
+    levels = [name.removesuffix(".png").split("_")[2] for name in names]
     found = [
-        Neighbour(key=name, slide=None, split="test", level=level, distance=0.5, image=image)
-        for name, level, image in zip(names, levels, images["IHC"], strict=True)
+        Hit(key=name, slide=None, split="test", level=level, part=0, row=0, distance=0.5)
+        for name, level in zip(names, levels, strict=True)
     ]
+    shown = {"neighbours": found[:2], "images": images["IHC"][:2]}
     rows = [
-        Query(key=name, slide=None, level=level, predicted=None, he=he, ihc=ihc, neighbours=found[:2])
+        Query(key=name, slide=None, level=level, predicted=None, he=he, ihc=ihc, **shown)
         for name, level, he, ihc in zip(names, levels, images["HE"], images["IHC"], strict=True)
     ]
     contact_sheet(rows, tmp_path / "sheet.png")

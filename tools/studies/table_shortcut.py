@@ -16,10 +16,22 @@ from lgd.base.errors import require
 from lgd.base.markup import markdown_table
 from lgd.base.text import print_lines
 from lgd.cli import run_command
-from lgd.report.ablation import read_answers
-from lgd.report.ablation_table import METRICS
+from lgd.metrics import Predictions
+from lgd.report.ablation import SINGLE_RUN_ROWS, read_kept, slug
+from lgd.report.ablation_table import METRICS, AblationDocument, difference, mean_of
 from lgd.report.markdown import format_interval
-from lgd.report.seeds import difference, mean_of
+
+
+def read_answers(run: Path) -> dict[str, list[Predictions]]:
+    """The answers behind the table of a run, by row: one a seed, and one of the teacher and of colour."""
+    folder = run / "ablation"
+    table = AblationDocument.read(folder / "ablation.json")
+    return {
+        name: [read_kept(folder / SINGLE_RUN_ROWS[name], name)[0]]
+        if name in SINGLE_RUN_ROWS
+        else [read_kept(folder / slug(name) / f"seed-{number}.npz", name)[0] for number in range(table.seeds)]
+        for name in table.rows
+    }
 
 
 def run(args: list[str]) -> int:

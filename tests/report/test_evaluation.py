@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from lgd.base.errors import DataError
-from lgd.report import compare
-from lgd.report.ranking import average_precision, own_ranks
+from lgd.config import LEVEL_NAMES
+from lgd.report import evaluation
+from lgd.report.embeddings import average_precision, own_ranks
 from lgd.scoring.predict import load_scorer, score_shards
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Store, as_levels, read_all
@@ -27,9 +28,9 @@ def measured(config, scorers):
     shards = ShardSet.open(config.shard_dirs)
     training = shards.of_split("train") if config.report.split != "train" else []
     split = shards.of_split(config.report.split)
-    scored = [compare.score_network(one, split, threads=1) for one in scorers]
+    scored = [evaluation.score_network(one, split, threads=1) for one in scorers]
     store = Store(config.latents.dir)
-    return compare.measure_retrieval(config, store, training, split, scored[0], scored[1:-1]), scored
+    return evaluation.measure_retrieval(config, store, training, split, scored[0], scored[1:-1]), scored
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +105,8 @@ def test_a_rival_of_another_teacher_has_no_row(tissue_run, scorers):
 def test_the_sheet_takes_the_levels_in_turn(tissue_run, scorers, change):
     config, shards = change(tissue_run, report={"queries": 4}), ShardSet.open(tissue_run.shard_dirs)
     store = Store(config.latents.dir)
-    scored = compare.score_network(scorers[0], shards.of_split("test"), threads=1)
-    rows = compare.sheet_rows(config, store, shards, scored)
-    assert {row.level for row in rows} == set(scored.predictions.level.tolist()) and len(rows) == 4
+    scored = evaluation.score_network(scorers[0], shards.of_split("test"), threads=1)
+    rows = evaluation.sheet_rows(config, store, shards, scored)
+    assert {LEVEL_NAMES.index(row.level) for row in rows} == set(scored.predictions.level.tolist()) and len(rows) == 4
     assert all(len(row.neighbours) == 4 and {hit.split for hit in row.neighbours} == {"train"} for row in rows)
-    assert compare.sheet_rows(change(config, report={"queries": 0}), store, shards, scored) == []
+    assert evaluation.sheet_rows(change(config, report={"queries": 0}), store, shards, scored) == []

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
 from lgd.metrics import Interval, Predictions, score
-from lgd.report.seeds import difference, gap_closed, mean_of
+from lgd.report.ablation_table import difference, gap_closed, mean_of
 
 
 def answers(seed, skill=0.5, slides=12, patches=5, name="x"):
