@@ -30,10 +30,12 @@ runs.folder
 report.results report.colour report.markdown report.ablation_table report.figures report.sheet report.embeddings
 report.robustness report.caveats report.evaluation report.slides report.report report.ablation
 pipeline
-cli.doctor cli.check cli.info cli.verb cli.stages cli.answers cli.checks
+cli.folders cli.verb cli.stages cli.answers cli.checks
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {
+    "ray": {"ray_jobs.cluster", "ray_jobs.mapping", "ray_jobs.training"},
+    "faiss": {"retrieval.search", "cli.checks"},
     "ray": {"ray_jobs.cluster", "ray_jobs.mapping", "ray_jobs.training"},
     "faiss": {"retrieval.search", "cli.doctor"},
     "deepspeed": {"train.deepspeed_engine"},

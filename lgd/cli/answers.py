@@ -175,7 +175,7 @@ def _add_export(parser: Parser) -> Run:
     add_option_arguments(parser, ExportOptions)
 
     def run(namespace: Namespace) -> None:
-        options: ExportOptions = read_options(namespace, ExportOptions)
+        options = read_options(namespace, ExportOptions)
         rows = export(dataclasses.replace(options, store=str(find_in_run(options.store, "latents"))))
         print_lines(f"wrote {sum(row.patches for row in rows)} latents in {len(rows)} files: {options.out}")
 

@@ -1,11 +1,16 @@
 """What a verb is to the command line."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import fields
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lgd.base.arguments import Namespace, Parser
 from lgd.base.extensions import FORM
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 Run = Callable[[Namespace], None]
 
 
@@ -18,9 +23,9 @@ class Verb(NamedTuple):
     """Adds its arguments to a parser, and gives the function that is called with what was parsed."""
 
 
-def read_options(namespace: Namespace, kind: type) -> Any:
+def read_options(namespace: Namespace, kind: type[Options]) -> Options:
     """The options dataclass of a verb, from a parsed command line."""
-    return kind(**{name: namespace[name] for name in kind.__dataclass_fields__})  # type: ignore[attr-defined]
+    return kind(**{field.name: namespace[field.name] for field in fields(kind)})
 
 
 def add_code_argument(parser: Parser) -> None:

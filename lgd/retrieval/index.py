@@ -79,6 +79,8 @@ def build_index(
             f"the store {store.folder} has no split {' or '.join(gallery)} to search, only {', '.join(splits)}: "
             "set latents.gallery"
         )
+    if factory != "auto":
+        check_factory(factory, sum(part.rows for part in indexed))
     request = IndexRequest(
         asked=factory,
         gallery=tuple(gallery),
@@ -107,7 +109,6 @@ def _publish_index(
     why = "as asked for"
     if factory == "auto":
         factory, why = choose_factory(latents.rows, latents.dim, memory_bytes())
-    check_factory(factory, latents.rows)
     began = time.monotonic()
     if factory == "Flat":
         index, order_n, sampled, trained = _add_all(latents), None, 0, began

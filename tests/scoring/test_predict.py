@@ -211,7 +211,7 @@ def test_the_command_counts_the_notes_on_standard_error(tissue_run, odd_images, 
 def test_a_teacher_reads_ihc_so_that_it_gets_no_note_for_it(tissue_run, odd_images):
     teacher = load_scorer(tissue_run.teacher.dir, "teacher")
     (scored,) = score_images(teacher, [odd_images / "ihc0.png"])
-    assert of_the_patch(scored.notes) == []
+    assert of_the_patch(scored.prediction.notes) == []
 
 
 def test_an_image_is_scored_upright(scorer, images):

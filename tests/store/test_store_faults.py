@@ -315,7 +315,7 @@ def in_a_dataset(path, place):
 
 def whats_wrong(folder):
     """What `lgd verify` tells."""
-    from lgd.cli.check import check
+    from lgd.cli.folders import check
 
     try:
         return check(folder)[1]
