@@ -20,14 +20,14 @@ shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
 models.spec models.weights models.pretrained models.backbone models.encoder models.description models.export
 models.teacher models.student models.losses models.methods
-store.sidecar store.document store.writer store.parts store.store store.supervision store.cache
+store.document store.writer store.parts store.store store.supervision store.cache
 store.export
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
 scoring.images scoring.predict scoring.slide_rows
 retrieval.index_files retrieval.search retrieval.factory retrieval.index retrieval.answers retrieval.queries
 runs.folder
-report.results report.colour report.markdown report.ablation_table report.figures report.sheet report.embeddings
+report.results report.colour report.ablation_table report.figures report.sheet report.embeddings
 report.robustness report.caveats report.evaluation report.slides report.report report.ablation
 pipeline
 cli.folders cli.verb cli.stages cli.answers cli.checks

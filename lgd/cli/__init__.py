@@ -62,19 +62,26 @@ def run_command(name: str, run: Callable[[list[str]], int], argv: Sequence[str])
                 if sys.stdout is not None:
                     sys.stdout.flush()
     except BrokenPipeError:
-        _discard_output()
+        # Python would complain at exit that what is still buffered cannot be written.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in _closed_outputs():
+            os.dup2(nowhere, number)
+        os.close(nowhere)
         return 141
 
 
 def _answer_errors(name: str, run: Callable[[list[str]], int], args: list[str], debug: bool) -> int:
     try:
         return run(args)
-    except ConfigError as error:
-        return _fail(name, error, 2, debug)
-    except (DataError, OSError) as error:
+    except (ConfigError, DataError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _closed_outputs():
             raise
-        return _fail(name, error, 1, debug)
+        if debug:
+            traceback.print_exception(error)
+        else:
+            first, *more = error.args if isinstance(error, ConfigError | DataError) and error.args else [error]
+            print_lines(f"{name}: {first}", *more, file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print_lines(f"{name}: interrupted", file=sys.stderr)
         return 130
@@ -103,15 +110,6 @@ def _run(args: list[str]) -> int:
     return 0
 
 
-def _fail(name: str, error: Exception, status: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
-        return status
-    first, *more = error.args if isinstance(error, ConfigError | DataError) and error.args else [error]
-    print_lines(f"{name}: {first}", *more, file=sys.stderr)
-    return status
-
-
 def _closed_outputs() -> list[int]:
     """Which of our outputs are pipes that nobody reads any more."""
     watch = select.poll()
@@ -120,11 +118,3 @@ def _closed_outputs() -> list[int]:
         with contextlib.suppress(AttributeError, io.UnsupportedOperation):
             watch.register(stream.fileno(), 0)
     return [number for number, event in watch.poll(0) if event & select.POLLERR]
-
-
-def _discard_output() -> None:
-    """Send what is still buffered nowhere: Python would complain at exit that it cannot be written."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for number in _closed_outputs():
-        os.dup2(nowhere, number)
-    os.close(nowhere)

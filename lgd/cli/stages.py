@@ -151,7 +151,6 @@ def _add_ablate(parser: Parser) -> Run:
 
 
 _OVERWRITE = {"overwrite": "replace a finished network of other inputs"}
-_PRUNE = {"prune": "remove the parts of shards that this run does not have"}
 
 VERBS = {
     "demo": Verb("the whole pipeline on virtual tissue, on this machine, in minutes", _add_demo),
@@ -159,7 +158,8 @@ VERBS = {
     "build-shards": Verb("pack paired patches into WebDataset shards", _add_build_shards),
     "train-teacher": Verb("train the IHC encoder and freeze it", _make_stage("train-teacher", flags=_OVERWRITE)),
     "cache-latents": Verb(
-        "fill the feature store with latents and domain targets", _make_stage("cache-latents", flags=_PRUNE)
+        "fill the feature store with latents and domain targets",
+        _make_stage("cache-latents", flags={"prune": "remove the parts of shards that this run does not have"}),
     ),
     "build-index": Verb("build the FAISS index and measure its recall", _make_stage("build-index")),
     "train": Verb("train the H&E student", _make_stage("train", {"train.resume": "--resume"}, _OVERWRITE)),

@@ -18,7 +18,7 @@ from lgd.io.documents import Document
 from lgd.metrics import Floats, Interval, Predictions, bootstrap, check_same, interval, score
 from lgd.models import methods
 from lgd.report.colour import COLOUR, HOW
-from lgd.report.markdown import format_interval
+from lgd.report.results import format_interval
 
 METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accuracy": "accuracy"}
 LGD_NET, BASELINE = (methods.METHODS[name].title for name in (methods.PROPOSED, methods.BASELINE))

@@ -8,8 +8,7 @@ import numpy as np
 from lgd.config import LEVEL_NAMES
 from lgd.metrics import Predictions
 from lgd.report.colour import COLOUR
-from lgd.report.markdown import format_interval
-from lgd.report.results import Difference, ModelScores, Retrieval
+from lgd.report.results import Difference, ModelScores, Retrieval, format_interval
 from lgd.shards.layouts import LAYOUTS, Layout
 from lgd.shards.shard_set import ShardSet
 

@@ -1,9 +1,8 @@
 """Everything that a report is made of: `lgd evaluate` measures it here, and `lgd.report.report` writes it down."""
 
-import dataclasses
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from pydantic import JsonValue
@@ -62,12 +61,7 @@ class Network:
     """Hallucinated or true latents, or the features of H&E alone."""
 
 
-def evaluate(
-    config: Config,
-    shards: ShardSet,
-    provenance: dict[str, JsonValue],
-    code: Collection[str],
-) -> Evaluation:
+def evaluate(config: Config, shards: ShardSet, provenance: dict[str, JsonValue], code: Collection[str]) -> Evaluation:
     """Score the student, `report.also` and the teacher on the report's split.
 
     `provenance` is what is known before the scoring; `code` is what the networks may run of code outside LGD. Raises
@@ -80,24 +74,29 @@ def evaluate(
     # Opened before the scoring, which can take hours.
     method = scorers[0].method
     store = Store(config.latents.dir) if method and method.retrieves_by == "latents" else None
-    has_sheet = store is not None and config.report.queries > 0 and _is_searchable(store)
+    has_sheet = store is not None and config.report.queries > 0
+    if store is not None and has_sheet:
+        if problem := faiss_problem():
+            logger.warning("[report] the contact sheet is left out: %s", problem)
+            has_sheet = False
+        else:
+            read_document(store)
     networks = [
         score_network(scorer, split, config.data.threads)
         for scorer in (*scorers, load_scorer(config.teacher.dir, "teacher", code))
     ]
-    student, *rivals, teacher = networks
-    labelled = student.scorer.config.training.labelled
+    labelled = scorers[0].config.training.labelled
     if not labelled:
         # Its levels are none, so there is nothing to compare either.
-        student, *rivals, teacher = map(_without_levels, networks)
+        unknown = np.full_like(networks[0].predictions.level, -1)
+        networks = [replace(one, predictions=replace(one.predictions, level=unknown)) for one in networks]
+    student, *rivals, teacher = networks
     retrieval = queries = shifted = None
     if store is not None:
         retrieval = measure_retrieval(config, store, training, split, student, rivals)
         queries = sheet_rows(config, store, shards, student) if has_sheet else None
     if config.report.robustness:
-        shifted = robustness.measure(
-            config, [(one.scorer, one.predictions) for one in (student, *rivals, teacher)], split
-        )
+        shifted = robustness.measure(config, [(one.scorer, one.predictions) for one in networks], split)
     colour = colour_only(training, split, config.data.threads)
     return Evaluation(
         student=student.predictions,
@@ -118,32 +117,13 @@ def evaluate(
     )
 
 
-def _without_levels(network: Network) -> Network:
-    predictions = network.predictions
-    unknown = dataclasses.replace(predictions, level=np.full_like(predictions.level, -1))
-    return dataclasses.replace(network, predictions=unknown)
-
-
-def _is_searchable(store: Store) -> bool:
-    """Whether the index of a store can be searched: not without FAISS; `DataError` without an index."""
-    problem = faiss_problem()
-    if problem:
-        logger.warning("[report] the contact sheet is left out: %s", problem)
-        return False
-    read_document(store)
-    return True
-
-
 def score_network(scorer: Scorer, shards: Sequence[Shard], threads: int) -> Network:
     """Score every sample once."""
-    predictions, vectors_nD = score_shards(scorer, shards, threads=threads, vectors=vectors_of(scorer))
+    by_latents = scorer.method is None or scorer.method.retrieves_by == "latents"
+    vectors = "pooled" if by_latents else "features"
+    predictions, vectors_nD = score_shards(scorer, shards, threads=threads, vectors=vectors)
     assert vectors_nD is not None, "every network has vectors"
     return Network(scorer=scorer, predictions=predictions, vectors_nD=vectors_nD)
-
-
-def vectors_of(scorer: Scorer) -> str:
-    """Which vectors a network is compared by: hallucinated or true latents, or the features of H&E alone."""
-    return "pooled" if scorer.method is None or scorer.method.retrieves_by == "latents" else "features"
 
 
 def measure_retrieval(
@@ -165,19 +145,16 @@ def measure_retrieval(
     level_m = read_levels(store.parts_of(training)) if training else np.empty(0, np.int64)
     embeddings = []
     for network in (student, *rivals):
-        scorer, predictions, vectors_nD = network.scorer, network.predictions, network.vectors_nD
+        scorer, name, vectors_nD = network.scorer, network.predictions.name, network.vectors_nD
         by = scorer.method and scorer.method.retrieves_by
         if by == "features" and training:
-            patches = sum(shard.samples for shard in training)
-            logger.info(
-                "[report] %s: scoring %d training patches, the gallery of its own features", scorer.name, patches
-            )
+            message = "[report] %s: scoring %d training patches, the gallery of its own features"
+            logger.info(message, scorer.name, sum(shard.samples for shard in training))
             train, train_mC = score_shards(scorer, training, threads=config.data.threads, vectors="features")
             assert train_mC is not None
-            embeddings += he_only(predictions.name, vectors_nD, train_mC, train, latents_mD, own_nD)
+            embeddings += he_only(name, vectors_nD, train_mC, train, latents_mD, own_nD)
         elif by == "latents" and scorer.config.teacher_sha256 == store.recipe.teacher.weights_sha256:
-            name = f"{predictions.name}, hallucinated latents"
-            embeddings.append(of_ihc(name, vectors_nD, latents_mD, own_nD))
+            embeddings.append(of_ihc(f"{name}, hallucinated latents", vectors_nD, latents_mD, own_nD))
     # What no hallucination can be expected to pass; its own pair would be the query itself.
     embeddings.append(of_ihc("IHC teacher, true latents", own_nD, latents_mD, None))
     return measure(embeddings, student.predictions, level_m, config.report.bootstrap, config.run.seed)
@@ -195,23 +172,20 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
     found = search(Searcher(store), store, student.vectors_nD[rows], 4) if len(rows) else []
     images = Gallery(store, 256, known=shards.folders)
     reader = Reader(shards.of_split(config.report.split), ("he", "ihc"), 256)
-
-    queries = []
-    for row, hits in zip(rows, found, strict=True):
-        sample = reader.read(int(row))
-        queries.append(
-            Query(
-                key=sample.key,
-                slide=sample.meta.slide,
-                level=name_level(sample.level),
-                predicted=choose_level(name_probabilities(predictions.probability[row])),
-                he=sample.images["he"],
-                ihc=sample.images["ihc"],
-                neighbours=hits,
-                images=[images.image(hit) for hit in hits],
-            )
+    samples = [reader.read(row) for row in rows.tolist()]
+    return [
+        Query(
+            key=sample.key,
+            slide=sample.meta.slide,
+            level=name_level(sample.level),
+            predicted=choose_level(name_probabilities(predictions.probability[row])),
+            he=sample.images["he"],
+            ihc=sample.images["ihc"],
+            neighbours=hits,
+            images=[images.image(hit) for hit in hits],
         )
-    return queries
+        for row, sample, hits in zip(rows, samples, found, strict=True)
+    ]
 
 
 def _spread(level_n: np.ndarray, count: int) -> np.ndarray:

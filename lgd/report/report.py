@@ -24,8 +24,15 @@ from lgd.report.caveats import chance_retrieval_caveats, colour_shortcut_caveats
 from lgd.report.colour import COLOUR, HOW
 from lgd.report.evaluation import Evaluation
 from lgd.report.figures import confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
-from lgd.report.markdown import format_interval, retrieval_sections, robustness_section, slide_rules_section
-from lgd.report.results import Difference, Results, Scores
+from lgd.report.results import (
+    Difference,
+    Results,
+    Scores,
+    format_interval,
+    retrieval_sections,
+    robustness_section,
+    slide_rules_section,
+)
 from lgd.report.slides import SLIDE_RULES, score_model
 
 _HEADLINE = {

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from lgd.base.errors import ConfigError, DataError
+from lgd.base.errors import ConfigError, DataError, require
 from lgd.config import LEVEL_NAMES
 from lgd.config_files import find_in_run
 from lgd.io.location import Location, as_location
@@ -85,11 +85,19 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
         >>> answer.neighbours[0].key, answer.neighbours[0].distance, answer.vote.level
     """
     sources = list_sources(images)
-    _check_request(sources, k, keys)
-    if slides and not exclude_same_slide:
-        raise ConfigError("--slides is used by --exclude-same-slide only: give both, or neither")
-    opened = store if isinstance(store, Store) else Store(find_in_run(store, "latents"))
-    student = _open_student(scorer, opened) if sources else None
+    require(k >= 1, f"-k is {k}: ask for at least 1 neighbour")
+    require(
+        not (sources and keys),
+        "distances of an image and of a stored latent do not compare: give images or --key, not both",
+    )
+    require(bool(sources or keys), "nothing is asked: give H&E images, or --key KEY of stored patches")
+    require(exclude_same_slide or not slides, "--slides is used by --exclude-same-slide only: give both, or neither")
+    opened, student = store if isinstance(store, Store) else Store(find_in_run(store, "latents")), None
+    if sources:
+        if scorer is None:
+            raise ConfigError("an image needs a student to hallucinate its latent: give one, such as --model DIR")
+        student = scorer if isinstance(scorer, Scorer) else load_scorer(scorer)
+        check_pair(student, opened)
     searcher = Searcher(opened)
     allowed = _allowed(searcher, opened, splits, levels)
     taken, stored = take_images(sources), find_stored(opened, keys)
@@ -109,23 +117,6 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
         answers.append(Answer(stored=patch))
         vectors.append(np.asarray(opened.parts[patch.part].array("pooled")[patch.row, 0], np.float32))
     return _find_neighbours(searcher, opened, answers, vectors, k, allowed, excluded)
-
-
-def _check_request(sources: Sequence[object], k: int, keys: Sequence[str]) -> None:
-    if k < 1:
-        raise ConfigError(f"-k is {k}: ask for at least 1 neighbour")
-    if sources and keys:
-        raise ConfigError("distances of an image and of a stored latent do not compare: give images or --key, not both")
-    if not sources and not keys:
-        raise ConfigError("nothing is asked: give H&E images, or --key KEY of stored patches")
-
-
-def _open_student(scorer: Scorer | str | Location | None, store: Store) -> Scorer:
-    if scorer is None:
-        raise ConfigError("an image needs a student to hallucinate its latent: give one, such as --model DIR")
-    student = scorer if isinstance(scorer, Scorer) else load_scorer(scorer)
-    check_pair(student, store)
-    return student
 
 
 def search(

@@ -23,8 +23,7 @@ from lgd.io.location import Location, as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.ray_jobs import mapping
 from lgd.shards.archive import Shard
-from lgd.store.document import PATCHES, TEACHER, Recipe
-from lgd.store.sidecar import part_name, read_sidecar
+from lgd.store.document import PATCHES, TEACHER, Recipe, part_name, read_sidecar
 from lgd.store.store import Store, commit
 from lgd.store.supervision import Supervision, recipe_of, stored
 from lgd.store.writer import shard_writer
@@ -141,9 +140,13 @@ class Cacher:
         prepare = functools.partial(make.prepare, reader)
         prepared = threads.map_ordered_prefetch(self._pool, prepare, range(shard.samples), count=batch)
         with shard_writer(as_location(self.config.latents.dir), shard, self.recipe) as writer:
-            while samples := list(itertools.islice(map(self._counted, prepared), batch)):
-                arrays = stored(self._rows(samples), samples, shard, self.config.latents.dtype, writer.rounding)
-                writer.add(arrays)
+            while samples := list(itertools.islice(prepared, batch)):
+                if self._stopping.is_set():
+                    raise InterruptedError("caching was stopped")
+                writer.add(stored(self._rows(samples), samples, shard, self.config.latents.dtype, writer.rounding))
+                if self.bar is not None:
+                    with self._counting:
+                        self.bar.update(len(samples))
         reader.close()
         return shard.samples
 
@@ -155,14 +158,6 @@ class Cacher:
         with self._turn:
             return self.supervision.rows(samples)
 
-    def _counted(self, sample: Sample) -> Sample:
-        if self._stopping.is_set():
-            raise InterruptedError("caching was stopped")
-        if self.bar is not None:
-            with self._counting:
-                self.bar.update()
-        return sample
-
     def stop(self) -> None:
-        """End the calls in other threads at their next sample."""
+        """End the calls in other threads at their next batch."""
         self._stopping.set()

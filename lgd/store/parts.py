@@ -19,8 +19,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.io.digests import digest_of, xxh3
 from lgd.io.location import Location
 from lgd.io.remote import drop_damaged, open_file
-from lgd.store.document import PATCHES
-from lgd.store.sidecar import REMEDY, Dataset, Layout, Sidecar, read_sidecar
+from lgd.store.document import PATCHES, REMEDY, Dataset, Entry, Layout, Sidecar, read_sidecar
 
 OPEN_PARTS = 16_384
 """Shards whose parts a process keeps mapped; Linux allows it 65,530 maps in all."""
@@ -34,7 +33,6 @@ _mapping = threading.Lock()
 class Mapped(NamedTuple):
     """Datasets over maps of their files, read-only."""
 
-    names: frozenset[str]
     arrays: dict[str, np.ndarray]
     """(rows, ...) each."""
     bytes: dict[str, memoryview]
@@ -44,12 +42,10 @@ class Mapped(NamedTuple):
 class PartFile:
     """One HDF5 file of a store, mapped lazily; the digest of a dataset is checked once before its first use."""
 
-    __slots__ = ("_checked", "_content", "_identity", "digest", "folder", "layout", "name")
-
     def __init__(self, folder: Location, name: str, digest: str, layout: Mapping[str, Layout]) -> None:
         """`folder` is the layer's; `digest` that of the sidecar which store.json was written over."""
         self.folder, self.name, self.digest, self.layout = folder, name, digest, layout
-        self._content: memoryview | None = None
+        self.content: memoryview | None = None
         self._identity: tuple[int, ...] = ()
         self._checked: set[str] = set()
 
@@ -81,12 +77,12 @@ class PartFile:
         part = self._read(sidecar, dataset)
         if name not in self._checked:
             if xxhash.xxh3_128_hexdigest(part) != dataset.xxh3:
-                self._content = None
+                self.content = None
                 with self.open(sidecar) as file:
                     dropped = drop_damaged(self.path, sidecar.xxh3, file)
                 part = self._read(sidecar, dataset)
                 if not dropped or xxhash.xxh3_128_hexdigest(part) != dataset.xxh3:
-                    self._content = None
+                    self.content = None
                     raise DataError(f"part {self.path} does not match its digest (dataset {name}): {REMEDY}")
             try:
                 check_rows(name, dataset.rows(part))
@@ -96,9 +92,9 @@ class PartFile:
         return dataset.rows(part), part
 
     def _read(self, sidecar: Sidecar, dataset: Dataset) -> memoryview:
-        if self._content is None:
-            self._content = self._map(sidecar)
-        return self._content[dataset.offset : dataset.offset + dataset.bytes]
+        if self.content is None:
+            self.content = self._map(sidecar)
+        return self.content[dataset.offset : dataset.offset + dataset.bytes]
 
     def _map(self, sidecar: Sidecar) -> memoryview:
         import torch
@@ -114,10 +110,6 @@ class PartFile:
             size, name = facts.st_size, f"/dev/fd/{file.fileno()}"
             content = torch.from_file(name, shared=False, size=size, dtype=torch.uint8).numpy()
         return content.data.toreadonly()
-
-    def forget(self) -> None:
-        """Drop the map."""
-        self._content = None
 
     def problem(self) -> str | None:
         """What is wrong with the part, or None; reads all of it."""
@@ -136,14 +128,10 @@ class PartFile:
 class Part:
     """The rows of one shard, over all layers of a store."""
 
-    __slots__ = tuple("_lock _mapped files first last layout name rows split tar_sha256".split())
-
-    def __init__(
-        self, files: Mapping[str, PartFile], *, name: str, split: str, tar_sha256: str, rows: int, first: str, last: str
-    ) -> None:
-        """`files` by their layer; `first` and `last` are the outermost keys, which are sorted."""
-        self.files, self.name, self.split, self.tar_sha256 = files, name, split, tar_sha256
-        self.rows, self.first, self.last = rows, first, last
+    def __init__(self, files: Mapping[str, PartFile], entry: Entry) -> None:
+        """`files` by their layer."""
+        self.files, self.name, self.split, self.tar_sha256 = files, entry.name, entry.split, entry.tar_sha256
+        self.rows, self.first, self.last = entry.rows, entry.first, entry.last
         self.layout = {name: layout for file in files.values() for name, layout in file.layout.items()}
         self._mapped: Mapped | None = None
         self._lock = threading.Lock()
@@ -160,15 +148,19 @@ class Part:
     def mapped(self, names: frozenset[str]) -> Mapped:
         """Some datasets at least; raises `DataError` for one that is missing, or not as its digest says."""
         mapped = self._mapped
-        if mapped is not None and names <= mapped.names:
+        if mapped is not None and names <= mapped.arrays.keys():
             return mapped
         # The first reader checks the digests; those who want other parts do not wait.
         with self._lock:
             before = mapped = self._mapped
-            if mapped is None or not names <= mapped.names:
-                mapped = self._mapped = self._map(names, before or Mapped(frozenset(), {}, {}))
+            if mapped is None or not names <= mapped.arrays.keys():
+                mapped = self._mapped = self._map(names, before or Mapped({}, {}))
         if before is None:
-            _keep_open(self)
+            with _mapping:
+                _open.append(self)
+                oldest = _open.popleft() if len(_open) > OPEN_PARTS else None
+            if oldest is not None:
+                oldest.forget()
         return mapped
 
     def _map(self, names: frozenset[str], before: Mapped) -> Mapped:
@@ -181,7 +173,7 @@ class Part:
                 arrays[name], bytes_[name] = file.read(sidecar, name)
         if lacking := sorted(names - arrays.keys()):
             raise DataError(f"{self.path} has no dataset {lacking[0]!r}: cache into a store that has it")
-        return Mapped(frozenset(arrays), arrays, bytes_)
+        return Mapped(arrays, bytes_)
 
     def array(self, dataset: str) -> np.ndarray:
         """One dataset, (rows, ...), read-only."""
@@ -192,7 +184,7 @@ class Part:
         with self._lock:
             self._mapped = None
             for file in self.files.values():
-                file.forget()
+                file.content = None
 
     def problems(self) -> list[str]:
         """What is wrong with the parts; reads all of them."""
@@ -208,14 +200,6 @@ def check_rows(name: str, rows_n: np.ndarray) -> None:
             raise ValueError(f"a {name} is not UTF-8") from error
     elif name == "label" and not (np.isnan(rows_n) | np.isin(rows_n, range(len(LEVEL_NAMES)))).all():
         raise ValueError(f"a label is none of 0 to {len(LEVEL_NAMES) - 1}")
-
-
-def _keep_open(part: Part) -> None:
-    with _mapping:
-        _open.append(part)
-        oldest = _open.popleft() if len(_open) > OPEN_PARTS else None
-    if oldest is not None:
-        oldest.forget()
 
 
 def _file_problem(path: Location, file: BinaryIO, sidecar: Sidecar) -> str | None:

@@ -22,9 +22,19 @@ from lgd.io.files import list_folder, remove
 from lgd.io.location import Location, as_location
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardFolder
-from lgd.store.document import PATCHES, TEACHER, Recipe, SourcesDocument, StoreDocument, as_document
+from lgd.store.document import (
+    PATCHES,
+    REMEDY,
+    TEACHER,
+    Layout,
+    Recipe,
+    SourcesDocument,
+    StoreDocument,
+    as_document,
+    part_name,
+    read_sidecar,
+)
 from lgd.store.parts import Part, PartFile
-from lgd.store.sidecar import REMEDY, Layout, part_name, read_sidecar
 
 __all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store", "commit", "read_all", "read_levels"]
 
@@ -65,7 +75,7 @@ class Store:
                     layer: PartFile(self.folder / "parts" / layer, entry.name, facts.parts[number], facts.datasets)
                     for layer, facts in layers.items()
                 },
-                **entry.as_json(),
+                entry,
             )
             for number, entry in enumerate(self.document.entries)
         ]

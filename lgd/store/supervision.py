@@ -23,8 +23,7 @@ from lgd.models.teacher import load_teacher
 from lgd.shards.archive import Shard
 from lgd.shards.image import RESIZE, decode
 from lgd.stain.targets import TARGET_SETTINGS, membrane_grid, nuclei_grid
-from lgd.store.document import TEACHER, Recipe, TargetsRecipe, TeacherRecipe
-from lgd.store.sidecar import Rounding
+from lgd.store.document import TEACHER, Recipe, Rounding, TargetsRecipe, TeacherRecipe
 from lgd.store.store import Store
 from lgd.stream.plan import d4
 from lgd.stream.reader import Reader, Sample, in_batches

@@ -1,7 +1,7 @@
 """One HDF5 part: written as its shard's batches come, committed by its sidecar.
 
     DIR/parts/LAYER/NAME.h5       contiguous datasets, one row a sample, in the order of the shard
-    DIR/parts/LAYER/NAME.json     the sidecar (`lgd.store.sidecar`); its appearance commits the part
+    DIR/parts/LAYER/NAME.json     the sidecar (`lgd.store.document`); its appearance commits the part
 
 A part is named for its shard and the first digits of the tar's digest, so a changed shard gets a new part.
 """
@@ -22,8 +22,7 @@ from lgd.io.digests import digest_of
 from lgd.io.files import publish, sync
 from lgd.io.location import Location
 from lgd.shards.archive import Shard
-from lgd.store.document import PATCHES, TEACHER, Recipe
-from lgd.store.sidecar import Dataset, Rounding, Sidecar, part_name
+from lgd.store.document import PATCHES, TEACHER, Dataset, Recipe, Rounding, Sidecar, part_name
 
 if TYPE_CHECKING:
     pass

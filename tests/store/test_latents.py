@@ -13,7 +13,7 @@ from lgd.io.files import write_json
 from lgd.shards.archive import Shard
 from lgd.store import parts
 from lgd.store.cache import is_complete
-from lgd.store.sidecar import part_name
+from lgd.store.document import part_name
 from lgd.store.store import PATCHES, TEACHER, Rows, Store, commit, read_all
 from lgd.store.writer import shard_writer
 

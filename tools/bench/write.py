@@ -19,8 +19,7 @@ import numpy as np
 from lgd.io.files import sync
 from lgd.shards.archive import Shard
 from lgd.store.cache import SHARDS_AT_ONCE
-from lgd.store.document import PATCHES, TEACHER
-from lgd.store.sidecar import part_name
+from lgd.store.document import PATCHES, TEACHER, part_name
 from lgd.store.writer import shard_writer
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Outcome, Rate, Settings, alternate, timed

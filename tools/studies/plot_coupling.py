@@ -18,7 +18,7 @@ from lgd.cli import run_command
 from lgd.io.location import Location
 from lgd.report.ablation_table import LGD_NET, METRICS, AblationDocument
 from lgd.report.figures import LINES, MARKERS, error_bars, new_figure, save_figure
-from lgd.report.markdown import format_interval
+from lgd.report.results import format_interval
 
 
 def gain_curves(tables: dict[float, AblationDocument], metric: str, path: str | Location) -> None:

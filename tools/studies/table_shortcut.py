@@ -19,7 +19,7 @@ from lgd.cli import run_command
 from lgd.metrics import Predictions
 from lgd.report.ablation import SINGLE_RUN_ROWS, read_kept, slug
 from lgd.report.ablation_table import METRICS, AblationDocument, difference, mean_of
-from lgd.report.markdown import format_interval
+from lgd.report.results import format_interval
 
 
 def read_answers(run: Path) -> dict[str, list[Predictions]]:
