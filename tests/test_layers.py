@@ -27,8 +27,8 @@ train.prepare train.finished train.loop train.launch
 scoring.images scoring.predict scoring.slide_rows
 retrieval.index_files retrieval.search retrieval.factory retrieval.index retrieval.answers retrieval.queries
 runs.folder
-report.results report.colour report.ablation_table report.figures report.sheet report.embeddings
-report.robustness report.caveats report.evaluation report.slides report.report report.ablation
+report.results report.caveats report.ablation_table report.figures report.sheet report.embeddings
+report.robustness report.evaluation report.slides report.report report.ablation
 pipeline
 cli.folders cli.verb cli.stages cli.answers cli.checks
 """.split()

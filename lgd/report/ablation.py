@@ -29,8 +29,7 @@ from lgd.models.methods import METHODS, PROPOSED, find_method
 from lgd.models.teacher import load_teacher
 from lgd.ray_jobs.mapping import map_with
 from lgd.report.ablation_table import LGD_NET, UPPER_BOUND, AblationDocument, compare_rows, format_ablation
-from lgd.report.caveats import ONE_TRAINING, caveats_of
-from lgd.report.colour import COLOUR, colour_only
+from lgd.report.caveats import COLOUR, ONE_TRAINING, caveats_of, colour_only
 from lgd.report.embeddings import explained_by_levels
 from lgd.report.evaluation import pooled_latents
 from lgd.runs.folder import command

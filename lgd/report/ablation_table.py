@@ -17,7 +17,7 @@ from lgd.base.records import Count, Line, Many, Record, Sha256
 from lgd.io.documents import Document
 from lgd.metrics import Floats, Interval, Predictions, bootstrap, check_same, interval, score
 from lgd.models import methods
-from lgd.report.colour import COLOUR, HOW
+from lgd.report.caveats import COLOUR, HOW
 from lgd.report.results import format_interval
 
 METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accuracy": "accuracy"}

@@ -10,8 +10,7 @@ from pydantic import JsonValue
 from lgd.config import Config
 from lgd.metrics import Predictions
 from lgd.report import robustness
-from lgd.report.caveats import ONE_TRAINING, UNTAUGHT, caveats_of
-from lgd.report.colour import colour_only
+from lgd.report.caveats import ONE_TRAINING, UNTAUGHT, caveats_of, colour_only
 from lgd.report.embeddings import he_only, measure, of_ihc
 from lgd.report.figures import Query
 from lgd.report.results import Retrieval, Robustness

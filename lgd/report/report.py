@@ -20,8 +20,7 @@ from lgd.io.files import exists, list_folder, read_bytes, remove, write_bytes
 from lgd.io.folders import WorkingFolder
 from lgd.io.location import Location
 from lgd.metrics import paired_difference, score_with_intervals
-from lgd.report.caveats import chance_retrieval_caveats, colour_shortcut_caveats
-from lgd.report.colour import COLOUR, HOW
+from lgd.report.caveats import COLOUR, HOW, chance_retrieval_caveats, colour_shortcut_caveats
 from lgd.report.evaluation import Evaluation
 from lgd.report.figures import confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
 from lgd.report.results import (

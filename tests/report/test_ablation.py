@@ -22,7 +22,7 @@ from lgd.models.methods import METHODS, PROPOSED
 from lgd.report import ablation
 from lgd.report.ablation import AblateOptions, slug, variants
 from lgd.report.ablation_table import LGD_NET, UPPER_BOUND
-from lgd.report.colour import COLOUR
+from lgd.report.caveats import COLOUR
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder

@@ -9,8 +9,7 @@ from PIL import Image
 from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
 from lgd.metrics import METRICS, Predictions, paired_difference, score
-from lgd.report.caveats import caveats_of
-from lgd.report.colour import COLOUR, HOW
+from lgd.report.caveats import COLOUR, HOW, caveats_of
 from lgd.report.embeddings import measure, of_ihc
 from lgd.report.evaluation import Evaluation
 from lgd.report.figures import Query, confusion_matrix, contact_sheet

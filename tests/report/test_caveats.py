@@ -7,7 +7,7 @@ import pytest
 import simplejpeg
 
 from lgd.metrics import score
-from lgd.report.colour import COLOUR, colour_only
+from lgd.report.caveats import COLOUR, colour_only
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder
