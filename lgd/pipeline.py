@@ -154,7 +154,7 @@ def evaluate(
     headline = {model.name: model.by_patch.metrics for model in results.models}
     facts = Evaluated(split=config.report.split, by_patch=headline)
     record(config, shards, "evaluate", facts, config.report.dir, given)
-    return report.format_table(measured)
+    return report.format_table(results)
 
 
 def ablate(config: Config, options: "AblateOptions", given: Given | None = None) -> str:

@@ -21,7 +21,8 @@ from lgd.retrieval.search import Searcher, faiss_problem, read_document
 from lgd.scoring.predict import Scorer, choose_level, load_scorer, name_probabilities, score_shards
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardSet
-from lgd.store.store import Store, read_all, read_levels
+from lgd.store.parts import read_all, read_levels
+from lgd.store.store import Store
 from lgd.stream.reader import Reader
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 `robustness.png`, `queries.png`) of what was measured.
 
     results = write_report(folder, evaluation)
-    print(format_table(evaluation))
+    print(format_table(results))
 
 A score never stands without its interval and its caveats. `summary.md` is written last. A group is a slide, or
 a source patch where slides are unknown.
@@ -19,7 +19,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.io.files import exists, list_folder, read_bytes, remove, write_bytes
 from lgd.io.folders import WorkingFolder
 from lgd.io.location import Location
-from lgd.metrics import paired_difference, score_with_intervals
+from lgd.metrics import paired_difference
 from lgd.report.caveats import COLOUR, HOW, chance_retrieval_caveats, colour_shortcut_caveats
 from lgd.report.evaluation import Evaluation
 from lgd.report.figures import confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
@@ -56,14 +56,13 @@ def write_report(folder: Location, evaluation: Evaluation) -> Results:
 
     Raises `DataError` where models were scored on different patches.
     """
-    student, scored = evaluation.student, evaluation.rows
-    results = _measure_results(evaluation)
+    student, results = evaluation.student, _measure_results(evaluation)
     # A picture of an earlier report would pass for one of this.
     for name in _PICTURES:
         remove(folder / name)
     if results.labelled:
         confusion_matrix(student, folder / "confusion.png", f"{student.name}: {results.labelled} patches")
-        reliability_diagram(scored, folder / "reliability.png")
+        reliability_diagram(evaluation.rows, folder / "reliability.png")
         if evaluation.robustness is not None:
             robustness_curves(evaluation.robustness, folder / "robustness.png")
     if evaluation.queries:
@@ -121,16 +120,15 @@ def show_pictures(report: Location, student: Location) -> None:
         working.publish()
 
 
-def format_table(evaluation: Evaluation) -> str:
+def format_table(results: Results) -> str:
     """Accuracy, kappa and macro-F1 of each model, with 95 % intervals, as text of fixed width."""
     names = ("accuracy", "kappa", "macro_f1")
     rows = [["model", "patches", "groups", "accuracy", "kappa", "macro-F1"]]
-    for predictions in evaluation.rows:
-        known = predictions.labelled()
-        scores = score_with_intervals(known, evaluation.resamples, evaluation.seed)
-        counts = [str(len(known.keys)), str(len(set(known.groups)))]
-        rows.append([known.name, *counts, *(format_interval(scores[name]) for name in names)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for model in results.models:
+        scores = model.by_patch
+        intervals = [format_interval(scores.metrics[name]) for name in names]
+        rows.append([model.name, str(scores.scored), str(scores.groups), *intervals])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 

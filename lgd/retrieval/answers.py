@@ -28,7 +28,8 @@ from lgd.io.location import Location
 from lgd.scoring.predict import count_notes, join_notes, round_probabilities
 from lgd.shards.layouts import safe_key
 from lgd.shards.pairs import read_slides
-from lgd.store.store import Store, as_levels
+from lgd.store.parts import as_levels
+from lgd.store.store import Store
 
 NEAR_DUPLICATE = 0.001
 """Cosine distance below which a neighbour is marked. Measured with a small teacher of virtual tissue: float16 moves a

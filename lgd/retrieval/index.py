@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GROUP_ROWS = 100_000
-"""Rows, or one part, that are added together: 100 MB of float16."""
+"""Rows of the parts that are added together: 100 MB of float16."""
 _QUERIES = 1000
 _NEAREST = 10
 
@@ -158,23 +158,13 @@ def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -
     numbers = [store.parts.index(part) for part in latents.parts]
     # Each worker gets an empty copy of the trained index, and gives it back filled.
     add = functools.partial(_Add, str(store.folder.absolute()), numbers, faiss.serialize_index(index))
-    groups = _groups(latents)
-    for filled in map_with(add, groups, workers=workers if len(groups) > 1 else 0, option_name="train.workers"):
+    groups: dict[int, list[int]] = {}
+    for number, first in enumerate(latents.first[:-1].tolist()):
+        groups.setdefault(first // _GROUP_ROWS, []).append(number)
+    workers = workers if len(groups) > 1 else 0
+    for filled in map_with(add, [*groups.values()], workers=workers, option_name="train.workers"):
         index.merge_from(faiss.deserialize_index(filled), 0)
     return _in_order(index)
-
-
-def _groups(latents: UnitVectors) -> list[list[int]]:
-    """The parts by their number, in groups of some rows."""
-    groups: list[list[int]] = [[]]
-    rows = 0
-    for number, part in enumerate(latents.parts):
-        if groups[-1] and rows + part.rows > _GROUP_ROWS:
-            groups.append([])
-            rows = 0
-        groups[-1].append(number)
-        rows += part.rows
-    return groups
 
 
 class _Add:

@@ -137,13 +137,10 @@ def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray | None) -
         max(part.array(name).dtype.itemsize if name in layout else 1 for part in parts) for name in ("key", "slide")
     )
     rows = sum(part.rows for part in parts)
-    kind = _type(keys, slides)
-    head = _head(kind, rows)
-    with path.open("wb") as file:
-        file.write(head)
-        # A process that writes through a map where the disk is full is killed by SIGBUS.
-        os.posix_fallocate(file.fileno(), 0, len(head) + rows * kind.itemsize)
-    table: np.memmap = np.memmap(path, kind, "r+", len(head), (rows,))
+    table = np.lib.format.open_memmap(path, "w+", _type(keys, slides), (rows,))
+    # A process that writes through a map where the disk is full is killed by SIGBUS.
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     position_n = np.arange(rows)
     if order_n is not None:
         position_n[order_n] = np.arange(rows)

@@ -23,7 +23,8 @@ from lgd.scoring.images import Images, Mpp, list_sources, take_images
 from lgd.scoring.predict import Scorer, load_scorer, score_images
 from lgd.scoring.slide_rows import require_names
 from lgd.shards.layouts import safe_key
-from lgd.store.store import Store, as_levels
+from lgd.store.parts import as_levels
+from lgd.store.store import Store
 
 
 def check_pair(scorer: Scorer, store: Store) -> None:
@@ -131,8 +132,6 @@ def search(
 
     `allowed`, bool over the index's table, leaves rows out; `own` names the row that each query is left without.
     """
-    if not np.isfinite(vectors_nD).all():
-        raise DataError("a latent is not finite: the training of the student diverged, lower train.lr")
     # One more than asked for, so that k are left without the query's own row.
     distance_nk, position_nk = searcher.search(vectors_nD, k if own is None else k + 1, allowed)
     found = []

@@ -62,10 +62,6 @@ class MemoryImage(NamedTuple):
         """As a path has it."""
         return self.name
 
-    def decode(self) -> np.ndarray:
-        """Its pixels, uint8 (H, W, 3), upright; `DataError` for a Pillow image that no file could be."""
-        return as_pixels(self.source, self.name) if isinstance(self.source, Image.Image) else self.source
-
 
 OneImage = Path | MemoryImage
 
@@ -169,7 +165,9 @@ def read_fitted(image: OneImage, shapes: Sequence[Shape], size: int, mpp: Mpp) -
             raise DataError(f"{image} {error}") from error
 
     if isinstance(image, MemoryImage):
-        pixels = image.decode()
+        # A Pillow image may be of a kind that no file could be.
+        given = image.source
+        pixels = as_pixels(given, image.name) if isinstance(given, Image.Image) else given
         height, width, notes = fit(*pixels.shape[:2])
     else:
         content, name = _read_bytes(image), str(image)

@@ -30,8 +30,8 @@ from lgd.io.documents import Document
 from lgd.io.files import list_folder, remove, write_bytes
 from lgd.io.location import Location, as_output_location
 from lgd.io.locks import LOCK, exclusive
-from lgd.store.parts import Part
-from lgd.store.store import Store, as_levels
+from lgd.store.parts import Part, as_levels
+from lgd.store.store import Store
 from lgd.stream.reader import Reader
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ by `lgd verify` only.
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -186,9 +186,20 @@ class Part:
             for file in self.files.values():
                 file.content = None
 
-    def problems(self) -> list[str]:
-        """What is wrong with the parts; reads all of them."""
-        return [problem for file in self.files.values() if (problem := file.problem())]
+
+def read_all(parts: Sequence[Part], dataset: str) -> np.ndarray:
+    """A whole dataset over the given parts, (rows, ...)."""
+    return np.concatenate([part.array(dataset) for part in parts])
+
+
+def read_levels(parts: Sequence[Part]) -> np.ndarray:
+    """The level of every row of the given parts, int64 (rows,), -1 where it is unknown."""
+    return as_levels(read_all(parts, "label"))
+
+
+def as_levels(label_n: np.ndarray) -> np.ndarray:
+    """Stored labels, NaN where unknown, as int64 with -1."""
+    return np.where(np.isnan(label_n), -1, label_n).astype(np.int64)
 
 
 def check_rows(name: str, rows_n: np.ndarray) -> None:

@@ -36,7 +36,7 @@ from lgd.store.document import (
 )
 from lgd.store.parts import Part, PartFile
 
-__all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store", "commit", "read_all", "read_levels"]
+__all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store", "commit"]
 
 SUPERVISION = ("pooled", "map", "nuclei", "membrane")
 """The datasets that a student is trained on."""
@@ -97,17 +97,10 @@ class Store:
         return SourcesDocument.read(self.folder / "sources.json")
 
     def open_sources(self, known: Sequence[ShardFolder] = (), otherwise: str = "") -> dict[str, Shard]:
-        """Open the shards that the store was made of.
+        """The shards of the folders that the store was made of, by the digest of their tar.
 
-        Args:
-            known: Shard folders that are open already.
-            otherwise: Another way out than to put a folder back, for the message.
-
-        Returns:
-            The shards by the digest of their tar.
-
-        Raises:
-            DataError: For a folder that is gone.
+        `known` are open already. Raises `DataError` for a folder that is gone; `otherwise` is another way out than to
+        put it back.
         """
         shards: dict[str, Shard] = {}
         by_folder = {str(one.folder): one for one in known}
@@ -188,7 +181,7 @@ class Store:
             problems.append(str(error))
         with progress(self.rows, "verify", "rows") as bar:
             for part in self.parts:
-                problems += part.problems()
+                problems += [problem for file in part.files.values() if (problem := file.problem())]
                 bar.update(part.rows)
         known = {f"{part.name}{suffix}" for part in self.parts for suffix in (".h5", ".json")}
         for layer in sorted(list_folder(self.folder / "parts")):
@@ -304,18 +297,3 @@ def _field(name: str, layout: Layout) -> _Field:
     if name in ("pooled", "map"):
         views, shape = shape[0], shape[1:]
     return _Field(dtype, shape, views, math.prod(shape) * dtype.itemsize)
-
-
-def read_all(parts: Sequence[Part], dataset: str) -> np.ndarray:
-    """A whole dataset over the given parts, (rows, ...)."""
-    return np.concatenate([part.array(dataset) for part in parts])
-
-
-def read_levels(parts: Sequence[Part]) -> np.ndarray:
-    """The level of every row of the given parts, int64 (rows,), -1 where it is unknown."""
-    return as_levels(read_all(parts, "label"))
-
-
-def as_levels(label_n: np.ndarray) -> np.ndarray:
-    """Stored labels, NaN where unknown, as int64 with -1."""
-    return np.where(np.isnan(label_n), -1, label_n).astype(np.int64)

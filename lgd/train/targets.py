@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from lgd.models.losses import Negatives
-from lgd.store.parts import Part
-from lgd.store.store import SUPERVISION, Rows, read_levels
+from lgd.store.parts import Part, read_levels
+from lgd.store.store import SUPERVISION, Rows
 from lgd.stream.plan import Plan, drawn_views, offsets
 
 

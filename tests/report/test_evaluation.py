@@ -12,7 +12,8 @@ from lgd.report import evaluation
 from lgd.report.embeddings import average_precision, own_ranks
 from lgd.scoring.predict import load_scorer, score_shards
 from lgd.shards.shard_set import ShardSet
-from lgd.store.store import Store, as_levels, read_all
+from lgd.store.parts import as_levels, read_all
+from lgd.store.store import Store
 from lgd.train.launch import train_under
 
 

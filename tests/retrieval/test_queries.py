@@ -18,7 +18,8 @@ from lgd.scoring.images import find_images
 from lgd.scoring.predict import load_scorer, score_images
 from lgd.shards.shard_set import ShardFolder
 from lgd.stain.checks import NO_HE
-from lgd.store.store import Store, as_levels
+from lgd.store.parts import as_levels
+from lgd.store.store import Store
 from lgd.stream.reader import Reader
 from lgd.train.launch import train_under
 

@@ -13,7 +13,8 @@ from lgd.config import LEVEL_NAMES
 from lgd.retrieval.answers import as_json, collect_notes, count_neighbours
 from lgd.retrieval.queries import query
 from lgd.retrieval.search import Searcher
-from lgd.store.store import Store, as_levels
+from lgd.store.parts import as_levels
+from lgd.store.store import Store
 
 
 @pytest.fixture(scope="module")

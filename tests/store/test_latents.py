@@ -14,7 +14,8 @@ from lgd.shards.archive import Shard
 from lgd.store import parts
 from lgd.store.cache import is_complete
 from lgd.store.document import part_name
-from lgd.store.store import PATCHES, TEACHER, Rows, Store, commit, read_all
+from lgd.store.parts import read_all
+from lgd.store.store import PATCHES, TEACHER, Rows, Store, commit
 from lgd.store.writer import shard_writer
 
 

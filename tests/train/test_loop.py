@@ -25,7 +25,8 @@ from lgd.shards.image import decode, encode
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder, ShardSet
 from lgd.store.cache import cache_latents
-from lgd.store.store import Store, read_all
+from lgd.store.parts import read_all
+from lgd.store.store import Store
 from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
 from lgd.train import launch, loop

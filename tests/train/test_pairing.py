@@ -14,7 +14,8 @@ from lgd.models.losses import Negatives
 from lgd.models.methods import Distil, LgdNet
 from lgd.models.teacher import load_teacher
 from lgd.shards.shard_set import ShardFolder
-from lgd.store.store import Store, as_levels, read_all
+from lgd.store.parts import as_levels, read_all
+from lgd.store.store import Store
 from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
 from lgd.train.batch import BatchOptions, training_batches
