@@ -10,7 +10,7 @@ What is listed here is the public API; it is imported on first use, so that `imp
 
 import importlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # A program that imports lgd sees what it logs only where the program asks for it.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -50,7 +50,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)

@@ -24,7 +24,7 @@ from lgd.store.store import Store
 pytestmark = pytest.mark.faults
 
 PRELOADED = ["pytest", "torch", "transformers", "h5py", "sklearn.metrics", "matplotlib.pyplot", "lgd.pipeline"]
-PRELOADED += ["torch.utils.tensorboard", "lgd.train.launch", "lgd.report.report", "lgd.report.compare"]
+PRELOADED += ["torch.utils.tensorboard", "lgd.train.launch", "lgd.report.report", "lgd.report.evaluation"]
 # What the first step of a training imports, in ten seconds.
 PRELOADED += ["torch._dynamo", "transformers.modeling_utils", "transformers.models.resnet.modeling_resnet"]
 

@@ -1,11 +1,7 @@
-"""Numbers -> the report: `metrics.json`, `summary.md`, and pictures (`confusion.png`, `reliability.png`,
-`robustness.png`, `queries.png`) of what was measured.
+"""Numbers -> the report: `metrics.json`, pictures of what was measured, and `summary.md`, which is written last.
 
-    results = write_report(folder, evaluation)
-    print(format_table(results))
-
-A score never stands without its interval and its caveats. `summary.md` is written last. A group is a slide, or
-a source patch where slides are unknown.
+A score never stands without its interval and its caveats. A group is a slide, or a source patch where slides are
+unknown.
 """
 
 import io

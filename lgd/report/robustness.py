@@ -1,15 +1,11 @@
 """Robustness: every network scored again on images as another scanner or laboratory would have made them.
 
-    measure(config, networks, shards)
-
-Its result goes into `metrics.json`, the table of `summary.md` and `robustness.png`. Every change is applied to what the
-scorer gets, the decoded uint8 image of the network's input size: after the shrinking, where a real scanner's change
-comes before it. A blur of one pixel or a JPEG block of eight therefore covers more tissue than at native resolution.
-The H&E is changed for students, the IHC for the teacher.
+Every change is applied to the decoded uint8 image of the network's input size: after the shrinking, where a real
+scanner's change comes before it. A blur of one pixel or a JPEG block of eight therefore covers more tissue than at
+native resolution. The H&E is changed for students, the IHC for the teacher.
 
 Draws are a hash of seed and key, so they depend neither on the order of the samples nor on how batches are cut, and a
-patch is drawn alike for every strength and network. Strengths were fixed before any network was scored under them;
-nothing is tuned here. Strength 0 gives the very image back.
+patch is drawn alike for every strength and network. Strengths were fixed before any network was scored under them.
 
 Shapes: B batch, H and W pixels, 3 channels or stains.
 """

@@ -1,10 +1,4 @@
-"""Patches -> slides, two ways, so that a report can compare them.
-
-By mean (`by_slide`): a slide's probabilities are the mean of its patches'. It is the headline.
-By area (`by_area`): a slide has the highest level that enough of its patches reach. It is named for what it copies
-from ASCO/CAP's rule, and gives a level but no probability.
-
-    score_model(predictions, resamples, seed)    # what `metrics.json` holds of one model
+"""Patches -> slides, by the mean of their probabilities (the headline) and by area, so that a report can compare them.
 
 Neither way is chosen, and the share is not tuned, on the patches that are scored.
 """
@@ -15,13 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.metrics import (
-    LEVELS,
-    Predictions,
-    confusion,
-    paired_difference,
-    score_with_intervals,
-)
+from lgd.metrics import LEVELS, Predictions, confusion, paired_difference, score_with_intervals
 from lgd.report.results import AreaScores, ModelScores, Scores
 
 PERCENT = 10

@@ -126,7 +126,6 @@ class Cacher:
     """Turns shards into parts; it may be called from several threads, which share its threads and its teacher."""
 
     def __init__(self, config: Config, recipe: Recipe, bar: "tqdm[None] | None" = None) -> None:
-        """`bar` counts the patches."""
         self.config, self.recipe, self.bar = config, recipe, bar
         self.supervision = Supervision(config.teacher.dir, recipe, config.code)
         self._pool = ThreadPoolExecutor(config.data.threads, thread_name_prefix="lgd-prepare")

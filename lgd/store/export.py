@@ -4,9 +4,8 @@
                        and beside them `key`, `level` (-1 unknown) and `size` (n, 2): width and height
     OUT/export.json    the files that are ours, and the store that they are of; written first
 
-The layout is that of TRIDENT's `save_h5` (Zhang et al., arXiv 2502.06750): a file a slide, the facts of the grid as
-attributes of `coords`. What is not known, such as the magnification, is left out. The teacher's mean is subtracted
-from the latents, as in the store.
+The layout is that of TRIDENT's `save_h5` (Zhang et al., arXiv 2502.06750). What is not known, such as the
+magnification, is left out. The teacher's mean is subtracted from the latents, as in the store.
 
 A slide is named by its patches' `slide`; where that is unknown, each source patch is one of its own. Its level 0 is
 whatever the positions are counted in: MIST states a patch's place on the slide in its name, and `build-shards --tile`
