@@ -21,7 +21,7 @@ from lgd.metrics import Predictions
 from lgd.models.methods import METHODS, PROPOSED
 from lgd.report import ablation
 from lgd.report.ablation import AblateOptions, slug, variants
-from lgd.report.ablation_table import LGD_NET, UPPER_BOUND
+from lgd.report.ablation_table import LGD_NET, UPPER_BOUND, AblationDocument
 from lgd.report.caveats import COLOUR
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
@@ -116,7 +116,7 @@ def test_answers_are_kept_at_a_url_too(s3_server, tmp_path):
     )
     for folder in (tmp_path, as_location("s3://kept/ablation")):
         ablation._keep(folder / "a.npz", given, "stamp")
-        found, stamp = ablation._kept(folder / "a.npz", "b")
+        found, stamp = ablation.read_kept(folder / "a.npz", "b")
         assert stamp == "stamp" and (found.name, found.keys, found.groups) == ("b", given.keys, given.groups)
         assert (found.level == given.level).all() and (found.probability == given.probability).all()
 
@@ -211,7 +211,7 @@ def test_the_fall_by_a_shortcut_is_paired_with_its_control(run, tmp_path, capsys
     tool = [sys.executable, str(STUDIES / "table_shortcut.py")]
     done = subprocess.run([*tool, f"0.2={run.run.dir},{run.run.dir}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    table = ablation.read_table(Path(run.run.dir))
+    table = AblationDocument.read(Path(run.run.dir) / "ablation" / "ablation.json")
     for name, row in table.rows.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"| 0.2 | {name} |"))
         assert line.count(f"| {row['kappa'].mean.value:.3f} [") == 2
