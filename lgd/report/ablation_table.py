@@ -61,7 +61,8 @@ def difference(
     ours: Sequence[Predictions], theirs: Sequence[Predictions], metric: str, resamples: int, seed: int
 ) -> Interval:
     """The mean of ours minus that of theirs; both see the same slides, and the same seeds where both have several."""
-    _check(ours, theirs)
+    for other in [*ours, *theirs]:
+        check_same(ours[0], other)
     (a, a_R), (b, b_R) = (_drawn(runs, metric, resamples, seed) for runs in (ours, theirs))
     return interval(a - b, a_R - b_R)
 
@@ -78,17 +79,13 @@ def gap_closed(
 
     NaN where `most` is not better than `least`; such resamples are left out.
     """
-    _check(ours, [*least, *most])
+    for other in [*ours, *least, *most]:
+        check_same(ours[0], other)
     (a, a_R), (low, low_R), (high, high_R) = (_drawn(runs, metric, resamples, seed) for runs in (ours, least, most))
     gap, gap_R = high - low, high_R - low_R
     with np.errstate(divide="ignore", invalid="ignore"):
         share_R = np.where(gap_R > 0, (a_R - low_R) / gap_R, np.nan)
     return interval((a - low) / gap if gap > 0 else np.nan, share_R)
-
-
-def _check(ours: Sequence[Predictions], theirs: Sequence[Predictions]) -> None:
-    for other in [*ours, *theirs]:
-        check_same(ours[0], other)
 
 
 def _drawn(runs: Sequence[Predictions], metric: str, resamples: int, seed: int) -> tuple[float, Floats]:

@@ -38,19 +38,19 @@ _FIT_ROWS = 20_000
 """Training rows that the ridge is fitted on at most, evenly spaced: 23 s on one core for 512 features and latents."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Embedding:
     """Vectors of the scored split, and the galleries that they search."""
 
     name: str
     """Its row in the report."""
-    gallery: str
-    """What the training gallery is made of, in words."""
     queries_nD: Floats
     """In the order of the predictions."""
     train_mD: Floats
-    own_nD: Floats | None
+    own_nD: Floats | None = None
     """The IHC latents of the scored split, or None where the vectors do not compare with them."""
+    gallery: str = "IHC latents of the training patches"
+    """What the training gallery is made of, in words."""
 
 
 def measure(
@@ -71,12 +71,6 @@ def measure(
     return Retrieval(caveats=GALLERY_CAVEATS, at=PRECISION_AT_K, gallery_rows=len(level_m), embeddings=tuple(rows))
 
 
-def of_ihc(name: str, queries_nD: np.ndarray, latents_mD: Floats, own_nD: Floats | None) -> Embedding:
-    """Vectors that search the teacher's latents."""
-    gallery = "IHC latents of the training patches"
-    return Embedding(name=name, gallery=gallery, queries_nD=queries_nD, train_mD=latents_mD, own_nD=own_nD)
-
-
 def he_only(
     name: str,
     features_nC: np.ndarray,
@@ -93,20 +87,12 @@ def he_only(
     # The teacher's latents are relative to their training mean too: without it all features share one direction.
     mean_C = train_features_mC.mean(0, dtype=np.float64)
     queries_nC, train_mC = features_nC - mean_C, train_features_mC - mean_C
-    found = [
-        Embedding(
-            name=f"{name}, its features",
-            gallery="H&E of the training patches",
-            queries_nD=queries_nC,
-            train_mD=train_mC,
-            own_nD=None,
-        )
-    ]
+    found = [Embedding(f"{name}, its features", queries_nC, train_mC, gallery="H&E of the training patches")]
     if len(set(train.groups)) < 2:
         # A fit on a single slide cannot be checked on another one.
         return found
     mapped_nD, alpha = ridge(train_mC, unit(latents_mD), train.groups, queries_nC)
-    return [*found, of_ihc(f"{name}, ridge to the latents (alpha {alpha:.3g})", mapped_nD, latents_mD, own_nD)]
+    return [*found, Embedding(f"{name}, ridge to the latents (alpha {alpha:.3g})", mapped_nD, latents_mD, own_nD)]
 
 
 def explained_by_levels(train_mD: Floats, train_m4: Floats, latents_nD: Floats, soft_n4: Floats) -> float:

@@ -11,7 +11,7 @@ from lgd.config import Config
 from lgd.metrics import Predictions
 from lgd.report import robustness
 from lgd.report.caveats import ONE_TRAINING, UNTAUGHT, caveats_of, colour_only
-from lgd.report.embeddings import he_only, measure, of_ihc
+from lgd.report.embeddings import Embedding, he_only, measure
 from lgd.report.figures import Query
 from lgd.report.results import Retrieval, Robustness
 from lgd.report.sheet import Gallery
@@ -154,9 +154,9 @@ def measure_retrieval(
             assert train_mC is not None
             embeddings += he_only(name, vectors_nD, train_mC, train, latents_mD, own_nD)
         elif by == "latents" and scorer.config.teacher_sha256 == store.recipe.teacher.weights_sha256:
-            embeddings.append(of_ihc(f"{name}, hallucinated latents", vectors_nD, latents_mD, own_nD))
+            embeddings.append(Embedding(f"{name}, hallucinated latents", vectors_nD, latents_mD, own_nD))
     # What no hallucination can be expected to pass; its own pair would be the query itself.
-    embeddings.append(of_ihc("IHC teacher, true latents", own_nD, latents_mD, None))
+    embeddings.append(Embedding("IHC teacher, true latents", own_nD, latents_mD))
     return measure(embeddings, student.predictions, level_m, config.report.bootstrap, config.run.seed)
 
 

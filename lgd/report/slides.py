@@ -55,13 +55,10 @@ def by_area(predictions: Predictions) -> Predictions:
 
     It copies the form of ASCO/CAP's rule, with patches for tumour cells, and is not that rule: a patch counts whole,
     however much tumour it holds; the patches are those of the data set, not the slide; intense staining in at most
-    10 % of the cells is 2+ there and does not count here. With ten patches two must reach a level, with nine or fewer
-    one is enough, so that errors towards higher levels weigh more than in the mean: a network that calls 11 % of a
-    negative slide's patches 3+ calls the slide 3+.
+    10 % of the cells is 2+ there and does not count here. Errors towards higher levels weigh more than in the mean.
 
-    The row of `probability` holds 1 for the level and 0 else: an answer and no probability. A chance that more than
-    10 % of the patches reach a level would need to know how errors of one slide's patches hang together; taking them
-    as independent makes it certain of itself on any slide of many patches. So only `ANSWERS` may be scored.
+    The row of `probability` holds 1 for the level and 0 else: only `ANSWERS` may be scored, for a chance that more than
+    10 % of the patches reach a level would need to know how errors of one slide's patches hang together.
 
     Patches of unknown level count. Raises `DataError` where a group's patches differ in level.
     """

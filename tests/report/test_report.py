@@ -10,7 +10,7 @@ from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
 from lgd.metrics import METRICS, Predictions, paired_difference, score
 from lgd.report.caveats import COLOUR, HOW, caveats_of
-from lgd.report.embeddings import measure, of_ihc
+from lgd.report.embeddings import Embedding, measure
 from lgd.report.evaluation import Evaluation
 from lgd.report.figures import Query, confusion_matrix, contact_sheet
 from lgd.report.report import format_table, write_report
@@ -81,7 +81,10 @@ def retrieval(predictions, level_m=(0, 1, 2, -1)):
     """An embedding that finds its own pair first, one that has none, and a gallery without level 3+."""
     latents = np.random.default_rng(0).normal(size=(len(predictions.keys), 4))
     gallery = np.random.default_rng(1).normal(size=(len(level_m), 4))
-    embeddings = [of_ihc("LGD-Net, latents", latents, gallery, latents), of_ihc("IHC|teacher", latents, gallery, None)]
+    embeddings = [
+        Embedding("LGD-Net, latents", latents, gallery, latents),
+        Embedding("IHC|teacher", latents, gallery, None),
+    ]
     return measure(embeddings, predictions, np.array(level_m, np.int64), 40, 0)
 
 
@@ -132,7 +135,7 @@ def test_latents_that_are_all_alike_are_told(written, tmp_path):
     assert document["caveats"] == ["Mind this."], "each finds its own first"
     latents = np.random.default_rng(0).normal(size=(len(scored[0].keys), 4))
     alike = np.ones(4) + 1e-3 * np.random.default_rng(1).normal(size=latents.shape)
-    found = measure([of_ihc("LGD-Net, latents", alike, latents, latents)], scored[0], scored[0].level, 40, 0)
+    found = measure([Embedding("LGD-Net, latents", alike, latents, latents)], scored[0], scored[0].level, 40, 0)
     [first, caveat] = report(tmp_path, scored, retrieval=found)["caveats"]
     assert first == "Mind this." and "LGD-Net, latents: they find their own IHC no better than by chance" in caveat
     assert caveat in (tmp_path / "summary.md").read_text()
