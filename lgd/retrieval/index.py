@@ -56,13 +56,7 @@ _NEAREST = 10
 
 
 def build_index(
-    store: Store,
-    shards: Sequence[Shard],
-    factory: str,
-    gallery: list[str],
-    recall: float,
-    seed: int,
-    workers: int = 0,
+    store: Store, shards: Sequence[Shard], factory: str, gallery: list[str], recall: float, seed: int, workers: int = 0
 ) -> tuple[IndexDocument, bool]:
     """Index the gallery splits of some shards; returns index.json's content and whether it was built now.
 
@@ -82,10 +76,7 @@ def build_index(
     if factory != "auto":
         check_factory(factory, sum(part.rows for part in indexed))
     request = IndexRequest(
-        asked=factory,
-        gallery=tuple(gallery),
-        target=recall,
-        parts=tuple(part.digest(TEACHER) for part in indexed),
+        asked=factory, gallery=tuple(gallery), target=recall, parts=tuple(part.digest(TEACHER) for part in indexed)
     )
     if there := _find(store, request):
         return there, False
