@@ -102,7 +102,10 @@ def _publish_index(
         factory, why = choose_factory(latents.rows, latents.dim, memory_bytes())
     began = time.monotonic()
     if factory == "Flat":
-        index, order_n, sampled, trained = _add_all(latents), None, 0, began
+        index, order_n, sampled = import_faiss().IndexFlatIP(latents.dim), np.arange(latents.rows), 0
+        trained = began
+        for _, vectors_nD in latents.blocks():
+            index.add(vectors_nD)
     else:
         index, sampled = train_index(latents, factory, seed)
         trained = time.monotonic()
@@ -133,14 +136,6 @@ def _publish_index(
         if re.fullmatch(r"[0-9a-f]{32}\.(faiss|npy)", name) and name not in named:
             remove(folder / name)
     return document
-
-
-def _add_all(latents: UnitVectors) -> "Index":
-    """An exact index, filled."""
-    index: Index = import_faiss().IndexFlatIP(latents.dim)
-    for _, vectors_nD in latents.blocks():
-        index.add(vectors_nD)
-    return index
 
 
 def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -> np.ndarray:
@@ -221,18 +216,13 @@ def _queries(parts: Sequence[Part], latents: UnitVectors, gallery: Sequence[str]
 
 
 def _reach_recall(
-    index: "Index",
-    truth_nk: np.ndarray,
-    order_n: np.ndarray | None,
-    queries_nD: np.ndarray,
-    target: float,
-    factory: str,
+    index: "Index", truth_nk: np.ndarray, order_n: np.ndarray, queries_nD: np.ndarray, target: float, factory: str
 ) -> tuple[float, int]:
     """Recall against the exact rows, and the cells to probe for it: half as many more until it is enough."""
 
     def recall() -> float:
         found_nk = index.search(queries_nD, truth_nk.shape[1])[1]
-        return overlap(truth_nk, found_nk if order_n is None else np.where(found_nk < 0, -1, order_n[found_nk]))
+        return overlap(truth_nk, np.where(found_nk < 0, -1, order_n[found_nk]))
 
     ivf: IndexIVF | None = import_faiss().try_extract_index_ivf(index)
     probes = 0

@@ -130,7 +130,7 @@ def _head(kind: np.dtype[np.void], rows: int) -> bytes:
     return stream.getvalue()
 
 
-def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray | None) -> None:
+def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray) -> None:
     """Write the rows of some parts, which are counted from 0; `order_n` is the row at each position."""
     layout = parts[0].layout
     keys, slides = (
@@ -141,9 +141,8 @@ def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray | None) -
     # A process that writes through a map where the disk is full is killed by SIGBUS.
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    position_n = np.arange(rows)
-    if order_n is not None:
-        position_n[order_n] = np.arange(rows)
+    position_n = np.empty_like(order_n)
+    position_n[order_n] = np.arange(rows)
     first = 0
     for number, part in enumerate(parts):
         at = position_n[first : first + part.rows]

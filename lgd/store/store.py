@@ -10,7 +10,6 @@ DIR/.lgd.lock                     while `lgd cache-latents` runs, or after it wa
 import contextlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +25,6 @@ from lgd.store.document import (
     PATCHES,
     REMEDY,
     TEACHER,
-    Layout,
     Recipe,
     SourcesDocument,
     StoreDocument,
@@ -236,17 +234,6 @@ def commit(
     return Store(folder)
 
 
-class _Field(NamedTuple):
-    """A dataset, as rows of it are read."""
-
-    dtype: np.dtype[np.generic]
-    shape: tuple[int, ...]
-    """Of one row, or of one view of it."""
-    views: int
-    bytes: int
-    """Of one row, or of one view of it."""
-
-
 class Rows:
     """Reads rows of some parts by address, as training needs them: from any thread."""
 
@@ -254,8 +241,8 @@ class Rows:
         """`parts` by their number, such as `Store.parts_of` gives; all of one store."""
         self.parts = parts
         layout = parts[0].layout
-        self._fields = {name: _field(name, layout[name]) for name in datasets if name in layout}
-        self._names = frozenset(("key", *self._fields))
+        self._layout = {name: layout[name] for name in datasets if name in layout}
+        self._names = frozenset(("key", *self._layout))
 
     def read(
         self,
@@ -279,21 +266,17 @@ class Rows:
                     f"{REMEDY}"
                 )
         found = {}
-        for name, field in self._fields.items():
-            size = field.bytes
-            starts = [row * field.views * size for row in row_n]
-            if field.views > 1 and view_n is not None:
+        for name, layout in self._layout.items():
+            dtype, shape, views = np.dtype(layout.dtype), layout.shape, 1
+            if name in ("pooled", "map"):
+                views, shape = shape[0], shape[1:]
+            size = math.prod(shape) * dtype.itemsize
+            starts = [row * views * size for row in row_n]
+            if views > 1 and view_n is not None:
                 starts = [start + view * size for start, view in zip(starts, view_n, strict=True)]
             # Joining slices of the maps takes half the time of copying rows of arrays one by one.
             joined = bytearray().join(
                 [mapped.bytes[name][start : start + size] for mapped, start in zip(maps, starts, strict=True)]
             )
-            found[name] = np.frombuffer(joined, field.dtype).reshape(len(maps), *field.shape)
+            found[name] = np.frombuffer(joined, dtype).reshape(len(maps), *shape)
         return found
-
-
-def _field(name: str, layout: Layout) -> _Field:
-    dtype, shape, views = np.dtype(layout.dtype), layout.shape, 1
-    if name in ("pooled", "map"):
-        views, shape = shape[0], shape[1:]
-    return _Field(dtype, shape, views, math.prod(shape) * dtype.itemsize)
