@@ -36,8 +36,6 @@ cli.folders cli.verb cli.stages cli.answers cli.checks
 OWNERS = {
     "ray": {"ray_jobs.cluster", "ray_jobs.mapping", "ray_jobs.training"},
     "faiss": {"retrieval.search", "cli.checks"},
-    "ray": {"ray_jobs.cluster", "ray_jobs.mapping", "ray_jobs.training"},
-    "faiss": {"retrieval.search", "cli.doctor"},
     "deepspeed": {"train.deepspeed_engine"},
     "h5py": {"store.parts", "store.writer", "store.export"},
     "webdataset": {"shards.writer"},
