@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from filling import contents_of
-from lgd.stream.augment import d4
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -26,6 +25,7 @@ from lgd.store.document import TEACHER, Rounding
 from lgd.store.store import Store, commit
 from lgd.store.supervision import recipe_of
 from lgd.store.writer import shard_writer
+from lgd.stream.plan import d4
 from lgd.stream.reader import Reader
 
 
