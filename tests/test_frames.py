@@ -14,7 +14,7 @@ from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Store
 from lgd.train.launch import join_world
 from lgd.train.loop import take_step
-from lgd.train.prepare import prepare
+from lgd.train.prepare import Prepared
 from lgd.train.tasks import StudentTask
 
 ROOT = Path(lgd.__file__).parent
@@ -42,7 +42,7 @@ def read_modules(function):
 def prepared(tissue_run):
     config = tissue_run
     with join_world() as world:
-        run = prepare(config, ShardSet.open(config.shard_dirs), StudentTask(config), world, "torch")
+        run = Prepared(config, ShardSet.open(config.shard_dirs), StudentTask(config), world, "torch")
         yield run
         run.reader.close()
 

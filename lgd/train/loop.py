@@ -21,7 +21,7 @@ from lgd.stream.plan import World
 from lgd.train import checkpoint
 from lgd.train.batch import Batch, gather
 from lgd.train.finished import centre_latents, export, validate
-from lgd.train.prepare import Learner, Prepared, prepare
+from lgd.train.prepare import Learner, Prepared
 from lgd.train.tasks import Task, TeacherTask
 
 
@@ -30,7 +30,7 @@ def train(config: Config, shards: ShardSet, task: Task, world: World, engine: st
 
     `stop` asks to save a checkpoint and to end; every rank reads it at each step.
     """
-    run = prepare(config, shards, task, world, engine)
+    run = Prepared(config, shards, task, world, engine)
     try:
         best = fit(run, stop)
         if isinstance(task, TeacherTask):

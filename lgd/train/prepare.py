@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from pydantic import JsonValue
 from torch import nn
 
 from lgd.base.errors import ConfigError, DataError
@@ -38,22 +37,55 @@ class Learner:
     skipped: Skipped
 
 
-@dataclass(kw_only=True, slots=True)
-class Prepared:
-    """A training in one of its processes."""
+def choose_engine(asked: str) -> str:
+    """The engine's name for `train.engine`; `auto` is DeepSpeed where it can run."""
+    if asked == "torch":
+        return "torch"
+    problem = deepspeed_problem()
+    if problem and asked == "deepspeed":
+        raise DataError(f"train.engine is deepspeed, but {problem}; or set train.engine to torch")
+    return "torch" if problem else "deepspeed"
 
-    learner: Learner
-    shards: ShardSet
-    inputs: dict[str, JsonValue]
-    """All that the result depends on (`lgd.train.tasks.inputs_of`)."""
-    reader: Reader
-    plan: Plan
-    batches: Callable[[int, int], Iterator[Step]]
-    """This rank's share of so many steps from a position of the plan on, augmented on its device."""
-    every: int
-    """Steps between validations."""
-    log: Log | None = None
-    """Of rank 0, once it is open."""
+
+def make_engine(name: str, model: nn.Module, train: Train, extra: Mapping[str, object], world: World) -> Engine:
+    """The engine around a model. `extra` is the configuration's `deepspeed:` section."""
+    if name == "torch":
+        if extra:
+            raise ConfigError("deepspeed: is set, but this run uses the torch engine: remove it, or install DeepSpeed")
+        return TorchEngine(model, train, world)
+    return DeepSpeedEngine(model, train, extra, world)
+
+
+class Prepared:
+    """A training in one of its processes: what it reads, its network and engine, and its log."""
+
+    def __init__(self, config: Config, shards: ShardSet, task: Task, world: World, engine: str) -> None:
+        """Raises `DataError` for a batch that the workers do not divide, and for early stopping without validation."""
+        settings = config.train
+        if settings.batch % (world.size * settings.accumulate):
+            raise DataError(
+                f"train.batch {settings.batch} does not divide into {world.size} workers x train.accumulate "
+                f"{settings.accumulate}: use a multiple of {world.size * settings.accumulate}"
+            )
+        if settings.patience and not shards.of_split("val"):
+            raise DataError("train.patience needs a validation split, and the shards have no split `val`")
+        self.shards, self.inputs = shards, inputs_of(task, shards)
+        self.reader = Reader(shards.of_split("train"), (task.role,), config.data.size)
+        plan = Plan(self.reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
+        self.learner = Learner(
+            config=config,
+            task=task,
+            world=world,
+            engine=make_engine(engine, task.build().train(), settings, config.deepspeed, world),
+            steps=max(1, math.ceil(task.epochs * plan.total / settings.batch)),
+            skipped=Skipped(config.data),
+        )
+        self.batches = _make_batches(self.learner, self.reader, plan, shards)
+        """This rank's share of so many steps from a position of the plan on, augmented on its device."""
+        self.every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
+        """Steps between validations."""
+        self.log: Log | None = None
+        """Of rank 0, once it is open."""
 
     def open_log(self, start: int) -> None:
         """Open the log of rank 0, of the steps after `start`, and note what may be unexpected."""
@@ -75,59 +107,6 @@ class Prepared:
         if self.log:
             self.log.close()
         self.reader.close()
-
-
-def choose_engine(asked: str) -> str:
-    """The engine's name for `train.engine`; `auto` is DeepSpeed where it can run."""
-    if asked == "torch":
-        return "torch"
-    problem = deepspeed_problem()
-    if problem and asked == "deepspeed":
-        raise DataError(f"train.engine is deepspeed, but {problem}; or set train.engine to torch")
-    return "torch" if problem else "deepspeed"
-
-
-def make_engine(name: str, model: nn.Module, train: Train, extra: Mapping[str, object], world: World) -> Engine:
-    """The engine around a model. `extra` is the configuration's `deepspeed:` section."""
-    if name == "torch":
-        if extra:
-            raise ConfigError("deepspeed: is set, but this run uses the torch engine: remove it, or install DeepSpeed")
-        return TorchEngine(model, train, world)
-    return DeepSpeedEngine(model, train, extra, world)
-
-
-def prepare(config: Config, shards: ShardSet, task: Task, world: World, engine: str) -> Prepared:
-    """Open what training reads, and build the network and its engine.
-
-    Raises `DataError` for a batch that the workers do not divide, and for early stopping without a validation split.
-    """
-    settings = config.train
-    if settings.batch % (world.size * settings.accumulate):
-        raise DataError(
-            f"train.batch {settings.batch} does not divide into {world.size} workers x train.accumulate "
-            f"{settings.accumulate}: use a multiple of {world.size * settings.accumulate}"
-        )
-    if settings.patience and not shards.of_split("val"):
-        raise DataError("train.patience needs a validation split, and the shards have no split `val`")
-    reader = Reader(shards.of_split("train"), (task.role,), config.data.size)
-    plan = Plan(reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
-    learner = Learner(
-        config=config,
-        task=task,
-        world=world,
-        engine=make_engine(engine, task.build().train(), settings, config.deepspeed, world),
-        steps=max(1, math.ceil(task.epochs * plan.total / settings.batch)),
-        skipped=Skipped(config.data),
-    )
-    return Prepared(
-        learner=learner,
-        shards=shards,
-        inputs=inputs_of(task, shards),
-        reader=reader,
-        plan=plan,
-        batches=_make_batches(learner, reader, plan, shards),
-        every=settings.evaluate_every or math.ceil(plan.total / settings.batch),
-    )
 
 
 def _make_batches(
