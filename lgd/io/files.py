@@ -29,7 +29,6 @@ from lgd.io.location import (
     Result,
     as_location,
     call,
-    create,
     fresh_options,
     upload,
 )
@@ -114,13 +113,27 @@ def write_json(path: str | Location, document: object) -> None:
 def create_json(path: str | Location, document: object) -> bool:
     """Publish a JSON document at `path`, unless there is one at that url already; whether it is this one.
 
-    Not every store can do that at once; one that cannot replaces it. A local folder should be locked by the caller.
+    A store that has no such request is asked first, and two that write at once may then both learn that they did. A
+    local folder should be locked by the caller.
     """
     at, content = as_location(path), _encode(path, document)
-    if not isinstance(at, Path):
-        return create(at, content)
-    write_bytes(at, content)
-    return True
+    if isinstance(at, Path):
+        write_bytes(at, content)
+        return True
+
+    def create() -> bool:
+        try:
+            at.fs.pipe_file(at.path, content, mode="create")
+        except (PermissionError, FileNotFoundError):
+            raise
+        except (OSError, NotImplementedError):
+            # Stores say in several ways that it is there, and that they do not know the request.
+            if at.fs.exists(at.path):
+                return False
+            at.fs.pipe_file(at.path, content)
+        return True
+
+    return call(at, "written", create)
 
 
 def _encode(path: str | Location, document: object) -> bytes:

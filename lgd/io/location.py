@@ -206,24 +206,3 @@ def upload(local: Path, url: "UPath") -> None:
     if url.protocol in _HTTP:
         raise RemoteError(f"{url} cannot be written: http urls do not offer that: use s3://, gs:// or a local folder")
     call(url, "written", url.fs.put_file, str(local), url.path)
-
-
-def create(url: "UPath", content: bytes) -> bool:
-    """Write a small file to a url unless there is one; returns whether it was written.
-
-    A store that has no such request is asked first, and two that write at once may then both learn that they did.
-    """
-
-    def write() -> bool:
-        try:
-            url.fs.pipe_file(url.path, content, mode="create")
-        except (PermissionError, FileNotFoundError):
-            raise
-        except (OSError, NotImplementedError):
-            # Stores say in several ways that it is there, and that they do not know the request.
-            if url.fs.exists(url.path):
-                return False
-            url.fs.pipe_file(url.path, content)
-        return True
-
-    return call(url, "written", write)

@@ -81,8 +81,7 @@ def _segments(
 ) -> Iterator[tuple[bytes, memoryview]]:
     """Name and data of each part of a file, up to the pixels of a JPEG, or to the part `end`; cut ones are left out."""
     data = memoryview(content)
-    walk = {"jpg": _jpeg_segments, "png": _png_chunks, "webp": _webp_chunks}[extension]
-    for name, part in walk(data):
+    for name, part in _jpeg_segments(data) if extension == "jpg" else _chunks(data, extension == "png"):
         if name == end:
             return
         yield name, part
@@ -102,24 +101,17 @@ def _jpeg_segments(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
         at += 2 + length
 
 
-def _png_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    at = 8
-    while at + 12 <= len(data):
-        length = int.from_bytes(data[at : at + 4])
-        if at + 12 + length > len(data):
-            return
-        yield bytes(data[at + 4 : at + 8]), data[at + 8 : at + 8 + length]
-        at += 12 + length
-
-
-def _webp_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    at = 12
+def _chunks(data: memoryview, png: bool) -> Iterator[tuple[bytes, memoryview]]:
+    """Of a PNG length, name, data and a checksum; of a WebP name, length and data, padded to an even length."""
+    at = 8 if png else 12
     while at + 8 <= len(data):
-        length = int.from_bytes(data[at + 4 : at + 8], "little")
-        if at + 8 + length > len(data):
+        first, second = data[at : at + 4], data[at + 4 : at + 8]
+        name, length = (second, int.from_bytes(first)) if png else (first, int.from_bytes(second, "little"))
+        end = at + 8 + length
+        if end + 4 * png > len(data):
             return
-        yield bytes(data[at : at + 4]), data[at + 8 : at + 8 + length]
-        at += 8 + length + length % 2
+        yield bytes(name), data[at + 8 : end]
+        at = end + (4 if png else length % 2)
 
 
 def _find_orientation(tiff: memoryview) -> int:

@@ -8,7 +8,8 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from multiprocessing.pool import ThreadPool
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -27,18 +28,12 @@ from lgd.shards.shard_set import ShardFolder
 from lgd.shards.tags import read_orientation
 
 if TYPE_CHECKING:
-    from multiprocessing.pool import ThreadPool
-
     from tqdm import tqdm
 
 _MOST = 100
 
-
-class Fact(NamedTuple):
-    """What later checks need of a sample."""
-
-    row: int
-    meta: PatchMeta
+Fact = tuple[int, PatchMeta]
+"""A sample's row, and its KEY.json."""
 
 
 def verify(folder: str | Location) -> list[str]:
@@ -49,8 +44,6 @@ def verify(folder: str | Location) -> list[str]:
     patches.npy, that no group lies in two splits, and that no slide has two spellings and no image two uses. Remote
     shards are read through the cache. At most 100 sentences a shard are given. Takes 100 bytes of memory a sample.
     """
-    from multiprocessing.pool import ThreadPool
-
     try:
         opened = ShardFolder.read(folder)
     except DataError as error:
@@ -72,7 +65,7 @@ def verify(folder: str | Location) -> list[str]:
         for number, shard in enumerate(shards):
             found, facts = ([], []) if shard.name in lost else _verify_shard(shard, pool, bar)
             problems += [*found, *_unsorted(shard, facts, last)]
-            last[shard.split] = facts[-1].meta.key if facts else ""
+            last[shard.split] = facts[-1][1].key if facts else ""
             for _, meta in facts:
                 counts[shard.split, meta.label] += 1
                 counts[shard.split, (meta.width, meta.height, meta.mpp)] += 1
@@ -120,7 +113,7 @@ def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str
             yield f"{shard.name} has {shard.samples} samples, but options.shard_size is {options.shard_size}"
 
 
-def _verify_shard(shard: Shard, pool: "ThreadPool", bar: "tqdm") -> tuple[list[str], list[Fact]]:
+def _verify_shard(shard: Shard, pool: ThreadPool, bar: "tqdm") -> tuple[list[str], list[Fact]]:
     """Problems of one shard, and the KEY.json and row of each sample that could be read."""
     try:
         file, index = shard.open()
@@ -173,7 +166,7 @@ def _verify_sample(shard: Shard, file: BinaryIO, index: np.ndarray, row: int) ->
             )
         if (orientation := read_orientation(content, found.extension)) != 1:
             problems.append(f"{where}, {role}: has EXIF orientation {orientation}, and shards hold upright images")
-    return problems, Fact(row, meta)
+    return problems, (row, meta)
 
 
 def _unsorted(shard: Shard, facts: Sequence[Fact], last: dict[str, str]) -> list[str]:

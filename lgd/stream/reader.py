@@ -41,15 +41,22 @@ class Sample:
     number: int
     shard: int
     row: int
-    key: str
-    level: int
-    """0 to 3, or -1 where it is unknown."""
     meta: PatchMeta
     """The sample's KEY.json."""
     images: dict[str, np.ndarray] = field(default_factory=dict)
     """Name -> uint8 (height, width, 3), RGB."""
     error: str = ""
-    """Why the sample could not be read, where it was to be skipped; then key and meta are empty and images black."""
+    """Why the sample could not be read, where it was to be skipped; then meta is empty and images are black."""
+
+    @property
+    def key(self) -> str:
+        """The sample's key."""
+        return self.meta.key
+
+    @property
+    def level(self) -> int:
+        """0 to 3, or -1 where it is unknown."""
+        return -1 if self.meta.label is None else int(self.meta.label)
 
 
 class Samples(NamedTuple):
@@ -105,29 +112,20 @@ class Reader:
         shard = int(self.first.searchsorted(number, side="right")) - 1
         row = number - int(self.first[shard])
         opened = self.open(shard)
+        images: dict[str, np.ndarray] = {}
+        problem = ""
         try:
             meta, contents = self._read_members(shard, row, opened)
-            images: dict[str, np.ndarray] = {}
             for role, content in contents.items():
                 what = f"{self.shards[shard].path}, row {row}, {meta.key}, {role}"
                 images |= self.decode(content, what, role, out[role] if out else None)
         except DataError as error:
             if not skip:
                 raise
-            for image in out.values() if out else ():
+            meta, images, problem = SKIPPED, out or {}, str(error)
+            for image in images.values():
                 image[:] = 0
-            return Sample(
-                number=number,
-                shard=shard,
-                row=row,
-                key="",
-                level=-1,
-                meta=SKIPPED,
-                images=out or {},
-                error=str(error),
-            )
-        level = -1 if meta.label is None else int(meta.label)
-        return Sample(number=number, shard=shard, row=row, key=meta.key, level=level, meta=meta, images=images)
+        return Sample(number=number, shard=shard, row=row, meta=meta, images=images, error=problem)
 
     def _read_members(
         self, shard: int, row: int, opened: tuple[BinaryIO, np.ndarray]

@@ -1,8 +1,24 @@
+import csv
+import itertools
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
+from lgd.shards.archive import read_sample
+from lgd.shards.builder import build
+from lgd.shards.image import encode
 from lgd.shards.layouts import safe_key
-from lgd.shards.pairs import find_pairs
+from lgd.shards.options import ShardOptions
+from lgd.shards.pairs import PatchPair, Source, find_pairs, leave_out_duplicates
+from lgd.shards.shard_set import ShardFolder
+from lgd.shards.verify import verify
 
 
 def touch(root, *names):
@@ -191,3 +207,244 @@ def test_real_names(real_data):
     assert problems == []
     assert [sum(pair.label == level for pair in pairs) for level in range(4)] == [1, 1, 8, 6]
     assert {pair.split for pair in pairs} == {"test"}
+
+
+COLUMNS = ("key", "he", "ihc", "level", "slide", "split")
+
+
+@pytest.fixture
+def table(tmp_path):
+    """`table(("k0", 1, 2, "0", "S1", "train"), ...)`: a CSV of pairs, and ten different images called 0 to 9."""
+    for number in range(10):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        (tmp_path / f"{number}.png").write_bytes(encode(pixels, "png"))
+        (tmp_path / f"copy{number}.png").write_bytes(encode(pixels, "png"))
+
+    def make(*rows):
+        with (tmp_path / "pairs.csv").open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(COLUMNS)
+            writer.writerows([key, f"{he}.png", f"{ihc}.png", *facts] for key, he, ihc, *facts in rows)
+        return tmp_path
+
+    return make
+
+
+def build_csv(root, out, **changes):
+    return build(ShardOptions(layout="csv", root=str(root), out=str(root / out), **changes))
+
+
+def rejected(folder):
+    with (folder / "rejected.csv").open(newline="") as stream:
+        return {row["key"]: row["reason"] for row in csv.DictReader(stream)}
+
+
+def keys(folder):
+    found = []
+    for shard in ShardFolder.open(folder).shards:
+        file, index = shard.open()
+        with file:
+            found += [read_sample(file, index, row, shard, ())[0].key for row in range(len(index))]
+    return sorted(found)
+
+
+GOOD = ("good", 8, 9, "0", "", "train")
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (
+            [("k", 0, 1, "2+", "", "train"), ("t", "copy0", "copy1", "2+", "", "test")],
+            {
+                "k": "is the H&E of k and, byte for byte, of t (copy0.png), but their split is train and test: keep",
+                "t": "is the H&E of t and, byte for byte, of k (0.png), but their split is test and train: keep the",
+            },
+        ),
+        (
+            [("k", 0, 1, "2+", "", "train"), ("t", 0, 2, "", "", "train")],
+            {
+                "k": "of t (0.png), but their label is 2+ and unknown, their IHC is not the same: keep the right pair",
+                "t": "of k (0.png), but their label is unknown and 2+, their IHC is not the same: keep the right pair",
+            },
+        ),
+        (
+            [("k", 0, 1, "2+", "S1", "train"), ("t", 2, "copy1", "2+", "S2", "train")],
+            {
+                "k": "1.png: is the IHC of k and, byte for byte, of t (copy1.png), but their slide is S1 and S2, their",
+                "t": "copy1.png: is the IHC of t and, byte for byte, of k (1.png), but their slide is S2 and S1",
+            },
+        ),
+        (
+            [("k", 0, "copy0", "2+", "", "train")],
+            {"k": "is both the H&E and the IHC of k: name the two images of the field"},
+        ),
+        (
+            [("k", 0, 1, "2+", "", "train"), ("t", "copy1", 2, "2+", "", "train")],
+            {
+                "k": "1.png: is the IHC of k and, byte for byte, the H&E of t (copy1.png): correct the wrong one",
+                "t": "is the H&E of t and, byte for byte, the IHC of k (1.png): correct the wrong one",
+            },
+        ),
+        (
+            [("a", 0, 1, "", "", "train"), ("b", 1, 2, "", "", "train"), ("c", 2, 0, "", "", "train")],
+            {"a": "the IHC of c", "b": "the IHC of a", "c": "the H&E of a"},
+        ),
+        (
+            # Copies are no way out where a third pair says something else of the image.
+            [("a", 0, 1, "", "", "train"), ("b", 0, 1, "", "", "train"), ("c", 0, 2, "", "", "train")],
+            {"a": "of c (0.png)", "b": "of c (0.png)", "c": "their IHC is not the same"},
+        ),
+        (
+            [("a", 0, 1, "0", "", "train"), ("b", "copy0", 1, "0", "", "train"), ("c", 0, 1, "0", "", "train")],
+            {"b": "b is the same pair as a (0.png): remove one", "c": "c is the same pair as a (0.png): remove one"},
+        ),
+        (
+            # The label tells more than the slide does, and the side more than the label.
+            [
+                *(("a", 0, 1, "0", "S1", "train"), ("b", 0, 1, "0", "S2", "train")),
+                *(("c", 0, 1, "1+", "S1", "train"), ("d", 0, 1, "0", "S1", "test")),
+            ],
+            {"a": "their split is train and test", "d": "their split is test and train", "c": "their split is train"},
+        ),
+    ],
+)
+def test_an_image_has_one_key_and_one_stain(table, rows, told):
+    root = table(GOOD, *rows)
+    with pytest.raises(DataError) as caught:
+        build_csv(root, "out")
+    assert not (root / "out").exists() and f"{len(told) if len(rows) < 4 else 4} problems" in str(caught.value)
+    manifest, _ = build_csv(root, "out", on_bad="skip")
+    reasons = rejected(root / "out")
+    assert manifest.sources.rejected == len(reasons)
+    for key, reason in told.items():
+        assert reason in reasons[key] and reason in str(caught.value)
+    assert keys(root / "out") == sorted({"good", *(key for key, *_ in rows)} - reasons.keys())
+    assert verify(root / "out") == []
+
+
+def test_copies_on_two_published_sides_are_copies_where_the_split_is_drawn_anew(table):
+    root = table(GOOD, ("k", 0, 1, "2+", "", "train"), ("t", 0, 1, "2+", "", "test"))
+    build_csv(root, "out", on_bad="skip", split="group:0.8,0.1,0.1")
+    assert keys(root / "out") == ["good", "k"] and list(rejected(root / "out")) == ["t"]
+
+
+def test_equal_tiles_of_different_patches_are_no_duplicates(tmp_path):
+    """Empty glass is white, tile by tile."""
+    for number in range(2):
+        pixels = np.full((16, 8, 3), 255, np.uint8)
+        pixels[8:] = np.random.default_rng(number).integers(0, 256, (8, 8, 3))
+        (tmp_path / f"he{number}.png").write_bytes(encode(pixels, "png"))
+        (tmp_path / f"ihc{number}.png").write_bytes(encode(255 - pixels, "png"))
+    (tmp_path / "pairs.csv").write_text("he,ihc,split\nhe0.png,ihc0.png,train\nhe1.png,ihc1.png,test\n")
+    build_csv(tmp_path, "out", tile=8)
+    assert len(keys(tmp_path / "out")) == 4 and verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["7", "007", "8", "7.0"], r"'007' \(k1\) and '7' \(k0\) and '7.0' \(k3\)"),
+        (["S 1", "s1", "S10", "S2"], r"'S 1' \(k0\) and 's1' \(k1\)"),
+        (["M\u00fcller", "Mu\u0308ller", "Muller", "x"], r"'Mu\\u0308ller' \(k1\) and 'M\\xfcller' \(k0\)"),
+        (["A", "\uff21", "B", "C"], r"'A' \(k0\) and '\uff21' \(k1\)"),
+    ],
+)
+@pytest.mark.parametrize("way", ["column", "slides"])
+def test_slides_that_differ_by_spelling_are_refused(table, names, told, way):
+    rows = [(f"k{number}", 2 * number, 2 * number + 1, "0", name, "") for number, name in enumerate(names)]
+    root = table(*(rows if way == "column" else [(*row[:4], "", "") for row in rows]))
+    (root / "slides.csv").write_text("key,slide\n" + "".join(f"{row[0]},{row[4]}\n" for row in rows))
+    given = {"slides": str(root / "slides.csv")} if way == "slides" else {}
+    where = f"{root}{'/slides.csv' if given else ''}"
+    with pytest.raises(DataError, match=rf"^a slide is written in .* in {where}, column slide, .*:\n  {told}$"):
+        build_csv(root, "out", split="group:0.5,0.2,0.3", on_bad="skip", **given)
+    assert not (root / "out").exists()
+
+
+def make_mist(root, *names):
+    """Pairs called so in MIST's layout."""
+    dice = np.random.default_rng(0)
+    for name, folder in itertools.product(names, ("A", "B")):
+        split, _, stem = name.partition("/")
+        (root / f"{split}{folder}").mkdir(parents=True, exist_ok=True)
+        content = encode(dice.integers(0, 256, (8, 8, 3), np.uint8), "jpg")
+        (root / f"{split}{folder}" / f"{stem}.jpg").write_bytes(content)
+    return root
+
+
+def test_the_slides_of_mist_are_compared_too(tmp_path):
+    root = make_mist(tmp_path, "train/S-7_0_0", "train/s-07_0_1", "val/S-8_0_0")
+    with pytest.raises(DataError, match=r"(?s)write it in one way in a CSV with .*--slides.*'S-7' .* and 's-07'"):
+        build(ShardOptions(layout="mist", root=str(root), out=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("document", ["docs/shards.md", "configs/mist.yaml"])
+def test_mist_as_published_is_built_by_the_documented_command(tmp_path, document):
+    """Its patches of one slide lie in train and val."""
+    root = Path(__file__).resolve().parents[2]
+    command = re.search(r"build-shards --layout mist .*--split (\S+) --mpp ([0-9.]+)\n", (root / document).read_text())
+    slides = [f"100M20040{number:02d}" for number in range(60)]
+    root = make_mist(
+        tmp_path / "mist",
+        *(f"{part}/{slide}_{n}_3" for slide in slides for n, part in enumerate(("train", "train", "val"))),
+    )
+    asked = ShardOptions(layout="mist", root=str(root), out=str(tmp_path / "out"))
+    with pytest.raises(DataError, match=r"--split keep puts 60 slides on two sides.*use --split group:0\.8,0\.1,0\.1"):
+        build(asked)
+    manifest, _ = build(replace(asked, split=command[1], mpp=float(command[2])))
+    assert {name: part.samples % 3 for name, part in manifest.splits.items()} == {"train": 0, "val": 0, "test": 0}
+    assert verify(tmp_path / "out") == [] and not manifest.may_leak
+
+
+def source(number, he, ihc, label=None, split=None, slide=None):
+    pair = PatchPair(
+        key=f"k{number}",
+        he=None,
+        ihc=None,
+        source=f"{he}-{number}",
+        ihc_source=f"{ihc}-{number}",
+        label=label,
+        slide=slide,
+        split=split,
+        mpp=None,
+    )
+    shape = {"width": 8, "height": 8, "extensions": ("png", "png"), "icc": (None, None)}
+    return Source(pair=pair, sha256=(str(he), str(ihc)), **shape)
+
+
+pairs = st.lists(
+    st.tuples(
+        *(st.integers(0, 6), st.integers(3, 9), st.sampled_from([0, 1]), st.sampled_from(["train", "test"])),
+        st.sampled_from([None, "S"]),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pairs, st.sampled_from(["keep", "group:0.8,0.1,0.1"]))
+def test_what_stays_shares_nothing_and_what_goes_did(drawn, rule):
+    sources = [source(number, *fields) for number, fields in enumerate(drawn)]
+    kept, problems = leave_out_duplicates(sources, rule == "keep")
+    stay = {one.pair.key for one in kept}
+    assert stay | {problem.key for problem in problems} == {one.pair.key for one in sources}
+    assert len(stay) + len(problems) == len(sources) and [one for one in sources if one.pair.key in stay] == kept
+    images = [digest for one in kept for digest in one.sha256]
+    assert len(images) == len(set(images))
+    fact = (lambda f: (*f[:3], f[4])) if rule.startswith("group") else (lambda f: f)
+    for number, fields in enumerate(drawn):
+        others = [other for place, other in enumerate(drawn) if place != number and {*other[:2]} & {*fields[:2]}]
+        agree = all(fact(other) == fact(fields) for other in others) and fields[0] != fields[1]
+        first = not any({*other[:2]} & {*fields[:2]} for other in drawn[:number])
+        assert (f"k{number}" in stay) == (agree and first)
+
+
+def test_many_pairs_that_share_one_image_are_compared_in_time():
+    many = [source(number, f"h{number}", "blank", label=number % 4, split="train") for number in range(20_000)]
+    many += [source(number, f"h{number}", f"c{number}") for number in range(20_000, 40_000)]
+    began = time.process_time()
+    kept, problems = leave_out_duplicates(many, True)
+    assert len(kept) == len(problems) == 20_000
+    # A second; were every two compared, it would take minutes.
+    assert time.process_time() - began < 20
