@@ -108,12 +108,11 @@ class Bci(Layout):
             if top.get(stain) != "folder":
                 raise DataError(f"{root} has no folder {stain}: --layout bci wants HE/SPLIT and IHC/SPLIT in --root")
             listed = list_folder(root / stain)
-            for names in _patches(listed).values():
-                for name in names:
-                    yield Problem(
-                        f"{stain}/{name}", f"lies outside a split: move it into a folder such as {stain}/train"
-                    )
-            splits |= {name for name, kind in listed.items() if kind == "folder" and not _is_hidden_or_image(name)}
+            outside = [name for names in _patches(listed).values() for name in names]
+            for name in outside:
+                yield Problem(f"{stain}/{name}", f"lies outside a split: move it into a folder such as {stain}/train")
+            folders = {name for name, kind in listed.items() if kind == "folder" and not name.startswith(".")}
+            splits |= folders - set(outside)
         for split in sorted(splits):
             if not _SPLIT.fullmatch(split):
                 yield Problem(f"HE/{split}", "is no plain word: call a split train, val, test or the like")
@@ -187,10 +186,6 @@ def find_layout(name: str) -> Layout:
 def is_csv(root: Location) -> bool:
     """Whether a root is a CSV; a url is judged by its name."""
     return peek_kind(root, "file" if root.suffix.lower() == ".csv" else "folder") == "file"
-
-
-def _is_hidden_or_image(name: str) -> bool:
-    return name.startswith(".") or PurePosixPath(name).suffix.lower() in _SUFFIXES
 
 
 def _match(root: Location, he: str, ihc: str) -> Iterator[Candidate | Problem]:
