@@ -44,7 +44,7 @@ _USED = {
     "build-index": ("run.seed", "latents.dir", "latents.index", "latents.gallery", "latents.recall"),
     "train": (*_TRAINING, "teacher.dir", "latents.dir", "student."),
 }
-"""Fields on which the result of a stage depends; `train.` stands for all of its section."""
+"""What the fields begin with on which the result of a stage depends."""
 _UNUSED = {
     *("train.workers", "train.engine", "train.compile", "train.resume", "train.checkpoint_every", "train.keep"),
     *("train.max_failures", "latents.batch"),
@@ -193,7 +193,8 @@ def note_changes(config: Config, stage: str) -> str:
         entries, folder = stages.get(earlier, ()), _FOLDERS[earlier]
         own = [entry for entry in entries if entry.folder == now[folder]]
         # Of what was made elsewhere only that is of interest.
-        names = [name for name in now if _is_used(name, earlier)] if own else [folder]
+        used = [name for name in now if name.startswith(_USED[earlier]) and name not in _UNUSED]
+        names = used if own else [folder]
         for entry in (own or entries)[-1:]:
             before = kept | entry.differing
             for name in names:
@@ -204,10 +205,6 @@ def note_changes(config: Config, stage: str) -> str:
         return ""
     shown = [*changes.values()][:_MOST] + ([f"and {len(changes) - _MOST} more"] if len(changes) > _MOST else [])
     return f"note: {', '.join(shown)}; run.json tells each stage's values"
-
-
-def _is_used(name: str, stage: str) -> bool:
-    return name not in _UNUSED and any(name == one or (one[-1] == "." and name.startswith(one)) for one in _USED[stage])
 
 
 @contextlib.contextmanager

@@ -127,15 +127,14 @@ class DeepSpeedEngine(Engine):
             self.engine.step()
 
     def step(self, lr: float) -> float:
-        if self.plain:
-            return super().step(lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.plain:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
+            self.engine.step()
+            return float(norm)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
-
-    def update(self) -> None:
-        self.engine.step()
 
     def _prime(self) -> None:
         """Give the partitioned optimizer the moments that AdamW starts from, so that they can be set before a step.

@@ -58,13 +58,9 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
-        self.update()
-        return float(norm)
-
-    def update(self) -> None:
-        """Update the weights by the gradient, and clear it."""
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return float(norm)
 
     def state(self) -> tuple[dict[str, torch.Tensor], Moments]:
         """Weights and moments, float32 on the CPU. Every rank must call it; rank 0's is complete."""
