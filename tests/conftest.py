@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import hypothesis
 import pytest
 
 from lgd.config import Config
@@ -18,6 +19,10 @@ from lgd.config_files import load_config
 
 # Small tensors: more threads only fight each other when the machine runs several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A test is not timed: another process may have the cores.
+hypothesis.settings.register_profile("lgd", deadline=None)
+hypothesis.settings.load_profile("lgd")
 
 # A background job of a shell ignores Ctrl-C, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -70,7 +70,7 @@ def test_scores_equal_their_definitions(seed):
     assert found == pytest.approx(expected, nan_ok=True, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from(["a", "b", "c"])), min_size=1, max_size=12)
 )

@@ -222,7 +222,7 @@ def test_calls_that_are_not_wanted_any_more_are_stopped():
 
 
 @given(st.integers(0, 30), st.integers(1, 40), st.integers(1, 4))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_results_ahead_come_in_order_and_never_more_than_asked(total, count, pool_size):
     begun = []
     with ThreadPoolExecutor(pool_size) as pool:

@@ -73,12 +73,17 @@ class Teacher(Network):
         return TeacherConfig.from_json({"source": self.source, "encoder": self.encoder.spec, "pool": "mean"} | facts)
 
 
+TEACHERS: dict[str, type[Teacher]] = {Teacher.source: Teacher}
+"""The kinds of teachers, by `source` in config.json."""
+
+
 def load_teacher(folder: str | Location, code: Collection[str] = ()) -> tuple[Teacher, TeacherConfig]:
     """The frozen teacher of a folder, and its `config.json`.
 
     Raises `DataError` for what cannot be read, and for code that it names and `code`, what the user named, lacks.
     """
     config = read_teacher_config(folder)
-    if config.source != Teacher.source:
+    kind = TEACHERS.get(config.source)
+    if kind is None:
         raise DataError(f"{folder}: field source is {config.source}, which this version of lgd cannot load")
-    return load_weights(folder, lambda: Teacher(Encoder(config.encoder)), config, code).freeze(), config
+    return load_weights(folder, lambda: kind(Encoder(config.encoder)), config, code).freeze(), config

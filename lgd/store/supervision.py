@@ -92,7 +92,7 @@ class Supervision:
             return torch.from_numpy(sample.images[role])[None].to(self.device).permute(0, 3, 1, 2)
 
         images = {
-            "ihc": sample.images["ihc@size"],
+            "ihc": sample.images["teacher_ihc"],
             "nuclei": nuclei_grid(native("he"), self.recipe.targets.nuclei_grid, mpp)[0].cpu().numpy(),
             "membrane": membrane_grid(native("ihc"), self.recipe.targets.membrane_grid, mpp)[0].cpu().numpy(),
         }
@@ -196,7 +196,7 @@ class _NativeReader(Reader):
     ) -> dict[str, np.ndarray]:
         images = {role: decode(content, what, None)}
         if role == "ihc":
-            images["ihc@size"] = decode(content, what, self.teacher_size)
+            images["teacher_ihc"] = decode(content, what, self.teacher_size)
         return images
 
 

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import markdown
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lgd.base.markup import LONGEST, MOST, code_block, escape_markdown, list_items, markdown_table
@@ -66,7 +66,6 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-@settings(deadline=None)
 @given(TEXT)
 @example(EVIL)
 def test_a_text_shows_as_itself_and_as_nothing_else(text):

@@ -20,14 +20,14 @@ LEAVES |= st.floats(allow_nan=False, allow_infinity=False)
 NAMES = TEXTS | WORDS
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.dictionaries(NAMES, st.recursive(LEAVES, lambda x: st.lists(x) | st.dictionaries(NAMES, x), max_leaves=8)))
 def test_what_is_written_reads_back(document):
     assert read_yaml(write_yaml(document)).value == document
     assert read_yaml(json.dumps(document, ensure_ascii=False)).value == document
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text() | st.text(st.sampled_from("a: -[]{},&*!?|>'\"%#\n\t\\1.e")))
 def test_any_text_is_plain_data_or_refused_with_its_line(text):
     try:

@@ -84,7 +84,7 @@ def test_what_is_no_document_is_one_message(content):
         Example.parse(content, "F")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_no_flipped_bit_is_read(data):
     content = bytearray(json.dumps(GOOD.document()).encode())

@@ -61,7 +61,7 @@ def test_cells_of_a_user_stay_as_they_are(cell):
     assert unescape_cell(cell) == cell
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(TEXT, TEXT), max_size=4))
 def test_our_reader_undoes_what_our_writer_did(tmp_path_factory, rows):
     path = tmp_path_factory.getbasetemp() / "escaped.csv"

@@ -153,7 +153,7 @@ values = (
 names = st.sampled_from(["depths", "hidden_size", "patch_size", "out_indices", "auto_map", "hidden_act", "", "\ud800"])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(ARCHITECTURES), st.dictionaries(names, values, max_size=4))
 def test_any_settings_pass_or_are_refused_and_what_passes_is_small(kind, fields):
     try:

@@ -44,7 +44,7 @@ def test_the_mean_is_that_of_the_seeds_and_the_interval_is_of_slides_and_seeds()
 
 
 @given(st.integers(1, 4), st.integers(0, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_method_does_not_differ_from_itself(seeds, seed):
     runs = [answers(number) for number in range(seeds)]
     assert difference(runs, runs, "kappa", 50, seed) == Interval(value=0.0, low=0.0, high=0.0)

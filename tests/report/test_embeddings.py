@@ -180,7 +180,7 @@ def test_average_precision_equals_its_definition(k):
 
 
 @given(levels=st.lists(st.integers(0, 1), min_size=1, max_size=6), k=st.integers(1, 7))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_chance_is_the_mean_over_all_rankings(levels, k):
     """Vectors on a circle, so that the similarity to the query falls from row to row, in every order of the levels."""
     angle = np.linspace(0.1, 1, len(levels))

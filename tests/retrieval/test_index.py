@@ -241,7 +241,7 @@ def opened(indexed):
     return {kind: Searcher(indexed[kind]) for kind in KINDS}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(KINDS),
     k=st.integers(1, 300),

@@ -3,7 +3,7 @@
 import unicodedata
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lgd.shards.manifest import canonical_group
@@ -43,7 +43,6 @@ def test_different_slides_stay_different(names):
     assert len({canonical_group(name) for name in names}) == len(names)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=12))
 @example("\u200b")
 @example("\u0345\u1fb3 \u03d3\u0301")
@@ -52,7 +51,6 @@ def test_the_canonical_form_is_its_own(name):
     assert canonical_group(form) == form and (form or not name)
 
 
-@settings(deadline=None)
 @given(
     st.text("ab-_.07 \u00e9\u0130", min_size=1, max_size=10), st.sampled_from([" ", "\t", "\u00a0", "\u3000", "\ufeff"])
 )
@@ -66,14 +64,12 @@ plain = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(plain, st.sampled_from(["_", "-", "/"]))
 def test_a_plain_name_is_its_own_canonical_form(parts, separator):
     """So no two of them are ever taken for one."""
     assert canonical_group(separator.join(parts)) == separator.join(parts)
 
 
-@settings(deadline=None)
 @given(plain, st.integers(0, 3), st.sampled_from(["_", "-", " "]))
 def test_zeros_before_numbers_do_not_count(parts, zeros, separator):
     padded = ["0" * zeros + part if part.isdigit() else part for part in parts]

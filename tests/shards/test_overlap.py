@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
@@ -165,7 +165,6 @@ def test_other_images_and_slides_with_the_same_64_bits_are_no_leak(make, tmp_pat
 rows = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(0, 2)), max_size=20)
 
 
-@settings(deadline=None)
 @given(rows)
 def test_sharing_is_found_as_pair_by_pair(drawn):
     table = np.array(drawn, np.int64).reshape(-1, 3)

@@ -422,7 +422,7 @@ pairs = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(pairs, st.sampled_from(["keep", "group:0.8,0.1,0.1"]))
 def test_what_stays_shares_nothing_and_what_goes_did(drawn, rule):
     sources = [source(number, *fields) for number, fields in enumerate(drawn)]

@@ -37,13 +37,13 @@ def epoch_of(plan, epoch=0):
     return numbers
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(sizes=sizes_of, seed=st.integers(0, 2**31), lanes=st.integers(1, 200), epoch=st.integers(0, 5))
 def test_an_epoch_has_each_sample_once(sizes, seed, lanes, epoch):
     assert np.array_equal(np.sort(epoch_of(Plan(sizes, seed=seed, lanes=lanes), epoch)), np.arange(sum(sizes)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     sizes=sizes_of,
     seed=st.integers(0, 1000),

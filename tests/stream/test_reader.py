@@ -96,7 +96,7 @@ def test_only_so_many_shards_stay_open(shards, monkeypatch):
     assert list_descriptors() == before
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 99),
     lanes=st.integers(1, 20),

@@ -45,7 +45,7 @@ def lgd(tissue_run, change, tmp_path):
 
 
 @given(st.lists(st.integers(-1, 3), min_size=1, max_size=40), st.booleans(), st.integers(0, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_partners_are_a_permutation_of_others_within_their_level(levels, within, seed):
     level_n = np.array(levels)
     partner_n = partners(level_n, within, seed)
