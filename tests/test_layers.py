@@ -30,7 +30,7 @@ runs.folder
 report.results report.caveats report.ablation_table report.figures report.sheet report.embeddings
 report.robustness report.evaluation report.slides report.report report.ablation
 pipeline
-cli.folders cli.verb cli.stages cli.answers cli.checks
+cli.contents cli.verb cli.stages cli.answers cli.checks
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {
@@ -81,6 +81,12 @@ def own(name: str) -> str | None:
 
 def test_every_module_has_a_row():
     assert sorted(modules()) == sorted(ORDER)
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by that."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
 
 
 def test_the_root_holds_what_has_no_folder():

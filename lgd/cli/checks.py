@@ -21,7 +21,7 @@ def _add_info(parser: Parser) -> Run:
     parser.add_argument("--json", action="store_true", help=_JSON)
 
     def run(namespace: Namespace) -> None:
-        from lgd.cli.folders import as_lines, describe
+        from lgd.cli.contents import as_lines, describe
 
         description = describe(as_location(namespace.folder))
         if namespace.json:
@@ -41,7 +41,7 @@ def _add_verify(parser: Parser) -> Run:
     add_code_argument(parser)
 
     def run(namespace: Namespace) -> None:
-        from lgd.cli.folders import check
+        from lgd.cli.contents import check
 
         folder = as_location(namespace.folder)
         checked = check(folder, namespace.reencode, namespace.teacher, namespace.code)

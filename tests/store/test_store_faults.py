@@ -315,7 +315,7 @@ def in_a_dataset(path, place):
 
 def whats_wrong(folder):
     """What `lgd verify` tells."""
-    from lgd.cli.folders import check
+    from lgd.cli.contents import check
 
     try:
         return check(folder)[1]

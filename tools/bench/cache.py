@@ -138,10 +138,10 @@ class Product:
         self.config, self.shards = config, shards
 
     def ticks(self) -> Iterator[int]:
-        """Cache all shards; yields as patches are ready for the teacher."""
+        """Cache all shards; yields for each patch, as their batches are done."""
         done: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
         shutil.rmtree(self.config.latents.dir, ignore_errors=True)
-        cacher = Cacher(self.config, recipe_of(self.config), SimpleNamespace(update=lambda: done.put(1)))
+        cacher = Cacher(self.config, recipe_of(self.config), SimpleNamespace(update=done.put))
 
         def work() -> None:
             try:
@@ -151,11 +151,13 @@ class Product:
 
         thread = threading.Thread(target=work)
         thread.start()
-        for _ in range(sum(shard.samples for shard in self.shards)):
-            tick = done.get()
-            if isinstance(tick, BaseException):
-                raise tick
-            yield tick
+        left = sum(shard.samples for shard in self.shards)
+        while left:
+            ready = done.get()
+            if isinstance(ready, BaseException):
+                raise ready
+            yield from [1] * ready
+            left -= ready
         thread.join()
 
 
