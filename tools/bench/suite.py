@@ -47,7 +47,7 @@ BENCHMARKS = {
     "engine": Benchmark("engine", 4),
     "cached-step": Benchmark("cached", 3, "step"),
     "cached-vs-recompute": Benchmark("cached", 8, "recompute", estimated=True),
-    "start": Benchmark("start", 6, estimated=True),
+    "start": Benchmark("start", 11, estimated=True),
     "scale": Benchmark("scale", 4, estimated=True),
     "efficiency": Benchmark("efficiency", 5, estimated=True),
 }
