@@ -5,6 +5,7 @@
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
@@ -24,12 +25,12 @@ from lgd.models.weights import compare_shapes, load_tensors, read_shapes, shapes
 Built = TypeVar("Built", bound=nn.Module)
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """A network that lies in a folder."""
 
+    @abstractmethod
     def describe(self, **facts: object) -> ModelConfig:
         """What builds it again, beside its weights, with the facts of its training."""
-        raise NotImplementedError
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

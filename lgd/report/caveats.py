@@ -15,7 +15,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.metrics import Floats, Ints, Predictions
 from lgd.report.results import Difference, ModelScores, Retrieval, format_interval
 from lgd.shards.archive import Shard
-from lgd.shards.layouts import LAYOUTS, Layout
+from lgd.shards.layouts import LAYOUTS
 from lgd.shards.shard_set import ShardSet
 from lgd.stain.deconvolve import rgb_to_od
 from lgd.stain.targets import estimate_white
@@ -52,7 +52,8 @@ def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:
     """What a reader must know before believing a score of `predictions` on a run's shards, most serious first."""
     known, virtual = predictions.labelled(), shards.some_virtual
     # One of another package is not imported for this.
-    layouts = dict.fromkeys(LAYOUTS.get(manifest.layout, Layout) for manifest in shards.manifests)
+    names = dict.fromkeys(manifest.layout for manifest in shards.manifests)
+    layouts = [LAYOUTS[name] for name in names if name in LAYOUTS]
     found = []
     if virtual:
         found.append("The tissue is virtual: drawn by a program. Nothing here says anything about real tissue.")

@@ -9,7 +9,9 @@ paired comes back as a `Problem`. A layout of another package is named `python:p
                 yield Candidate(he.stem, he, he.with_name(he.name.replace("-he", "-ihc")), label=None)
 """
 
+import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
@@ -77,7 +79,7 @@ def safe_key(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9_+-]", "_", stem)
 
 
-class Layout:
+class Layout(ABC):
     """A way in which pairs lie below a root."""
 
     takes_csv: ClassVar[bool] = False
@@ -87,9 +89,9 @@ class Layout:
     caveats: ClassVar[tuple[str, ...]] = ()
     """What a report on real tissue of this layout must say."""
 
+    @abstractmethod
     def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         """The pairs below a folder or a url, and what could not be paired; `DataError` where it has another layout."""
-        raise NotImplementedError
 
 
 class Bci(Layout):
@@ -178,8 +180,10 @@ def find_layout(name: str) -> Layout:
     """The layout of a name, which is imported where it is outside LGD; `ConfigError` for an unknown one."""
     check_layout(name)
     kind = LAYOUTS.get(name) or load_object(name, "--layout")
-    if not (isinstance(kind, type) and issubclass(kind, Layout)):
-        raise ConfigError(f"--layout is {name}, which is no layout: derive it from lgd.shards.layouts.Layout")
+    if not (isinstance(kind, type) and issubclass(kind, Layout)) or inspect.isabstract(kind):
+        raise ConfigError(
+            f"--layout is {name}, which is no layout: derive it from lgd.shards.layouts.Layout, with a `scan`"
+        )
     return kind()
 
 

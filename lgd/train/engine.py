@@ -6,6 +6,7 @@ is the sum over ranks; all engines average over ranks, hence the factor `world.s
 
 import contextlib
 import warnings
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ Moments = dict[str, dict[str, torch.Tensor]]
 """Parameter name -> AdamW's `exp_avg` and `exp_avg_sq`, float32."""
 
 
-class Engine:
+class Engine(ABC):
     """A network on its device with AdamW: forward, backward, step; and the full state by parameter name."""
 
     name: ClassVar[str]
@@ -45,13 +46,13 @@ class Engine:
         ]
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=train.lr, fused=True)
 
+    @abstractmethod
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the network."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of this rank's share of the global loss; `last` ends the step's accumulation."""
-        raise NotImplementedError
 
     def step(self, lr: float) -> float:
         """Clip, update, clear the gradient; returns the norm before clipping."""

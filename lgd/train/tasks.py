@@ -1,5 +1,6 @@
 """What is trained: a model, how its batch is prepared, and its losses. One class a task, the same loop for all."""
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import torch
@@ -20,7 +21,7 @@ from lgd.store.supervision import recipe_of
 from lgd.stream.plan import ORDER
 
 
-class Task:
+class Task(ABC):
     """A network to train."""
 
     kind: ClassVar[Literal["teacher", "student"]]
@@ -34,23 +35,23 @@ class Task:
         self.folder = as_location(section.dir)
         self.store: Store | None = None
 
+    @abstractmethod
     def build(self) -> Network:
         """The untrained network."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self) -> dict[str, JsonValue]:
         """What the result depends on, beside the shards, their rows in the store and `train:`; a finished network made
         of the same is reused.
         """
-        raise NotImplementedError
 
     def describe(self, model: Network, **facts: object) -> ModelConfig:
         """What the folder of the trained network says of it, with the facts of its training."""
         return model.describe(**facts)
 
+    @abstractmethod
     def read_config(self) -> ModelConfig:
         """What the folder of a trained network says of it."""
-        raise NotImplementedError
 
     def losses(self, out: dict[str, torch.Tensor], batch: Lesson) -> Terms:
         """The loss terms of each sample."""

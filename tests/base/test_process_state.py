@@ -123,10 +123,15 @@ def test_a_failed_training_leaves_its_process_as_it_was(unchanged, tissue_config
 
 
 def test_a_training_under_ray_leaves_its_process_as_it_was(unchanged, tmp_path):
+    def leave_mark(stop):
+        (tmp_path / str(os.getpid())).touch()
+
     try:
-        training.launch(lambda _: None, workers=2, max_failures=0, storage=tmp_path / "ray", name="teacher")
+        training.launch(leave_mark, workers=2, max_failures=0, storage=tmp_path / "ray", name="teacher")
     finally:
         cluster.disconnect()
+    marks = {path.name for path in tmp_path.iterdir()} - {"ray"}
+    assert len(marks) == 2 and str(os.getpid()) not in marks
 
 
 def test_a_ray_that_does_not_start_leaves_its_process_as_it_was(unchanged, monkeypatch):

@@ -49,6 +49,7 @@ def test_a_layout_outside_the_package_is_packed_and_verified(mine, tmp_path, cap
         ("mit", r"^--layout is 'mit': use one of bci, mist, csv, or python:package.module:name$"),
         ("python:mine", r"^--layout is 'python:mine': write python:package.module:name$"),
         ("python:mine:tiny", r"^--layout is python:mine:tiny, which is no layout: derive it from"),
+        ("python:lgd.shards.layouts:Layout", r"which is no layout: .*, with a `scan`$"),
         ("python:nowhere_at_all:X", r"module nowhere_at_all cannot be imported"),
     ],
 )
