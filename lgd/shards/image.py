@@ -6,16 +6,17 @@ are accepted; every other content raises `DataError`, and so does a truncated or
 """
 
 import io
+import re
 import struct
 import zlib
 from typing import NamedTuple, cast
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, features
+from PIL import Image, features
 
 from lgd.base.errors import DataError
-from lgd.shards.tags import ORIENTATIONS, read_bit_depth, read_orientation, turn_upright
+from lgd.shards.tags import FORMATS, ORIENTATIONS, find_orientation, read_orientation, turn_upright
 
 RESIZE = "scaled JPEG decoding, then antialiased bilinear (1)"
 """How `decode` shrinks: what was computed from its pixels depends on it. Change it with the pixels."""
@@ -25,6 +26,8 @@ EXTENSIONS = ("jpg", "png", "webp")
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _PNG_END = b"IEND\xaeB`\x82"
+# The frame of a JPEG of 12 or 16 bits a channel.
+_DEEP_FRAME = re.compile(rb"\xff[\xc1-\xc3\xc9-\xcb]\0.([\x0c\x10])", re.DOTALL)
 _MODES = {"RGB", "RGBA", "L", "LA", "P", "PA", "1"}
 
 
@@ -87,11 +90,10 @@ def _jpeg_header(content: bytes | memoryview, name: str) -> Header:
 
 def _pillow_header(content: bytes | memoryview, name: str, extension: str) -> Header:
     try:
-        with Image.open(io.BytesIO(content), formats=(extension,)) as image:
+        with Image.open(io.BytesIO(content), formats=(FORMATS[extension],)) as image:
             # Pillow calls 16-bit colour plainly RGB, and gives its upper bytes.
-            depth = read_bit_depth(content, extension)
-            if depth > 8:
-                raise _too_deep(name, depth)
+            if extension == "png" and any("16" in tile.args for tile in image.tile):
+                raise _too_deep(name, 16)
             _check_mode(image, name)
             if getattr(image, "n_frames", 1) > 1:
                 raise DataError(f"{name}: is an animation: keep one frame of it")
@@ -150,12 +152,12 @@ def decode(
             if size is not None and pixels.shape[:2] != (size, size):
                 pixels = np.array(_resized(Image.fromarray(pixels), size))
         else:
-            with Image.open(io.BytesIO(content), formats=(found.extension,)) as image:
+            with Image.open(io.BytesIO(content), formats=(FORMATS[found.extension],)) as image:
                 rgb = _rgb(image)
                 pixels = np.array(rgb if size is None else _resized(rgb, size))
     except _BROKEN as error:
-        depth = read_bit_depth(content, found.extension)
-        raise (_too_deep(name, depth) if depth > 8 else _broken(name, error)) from error
+        deep = _DEEP_FRAME.search(content) if found.extension == "jpg" else None
+        raise (_too_deep(name, deep[1][0]) if deep else _broken(name, error)) from error
     if out is None:
         return pixels
     if buffer is None:
@@ -171,8 +173,7 @@ def decode_upright(content: bytes | memoryview, name: str, size: int | None = No
     pixels = decode(content, name, size)
     extension = kind(content)
     assert extension is not None, "decoded before"
-    orientation = read_orientation(content, extension)
-    return pixels if orientation == 1 else turn_upright(pixels, orientation)
+    return turn_upright(pixels, read_orientation(content, extension))
 
 
 def as_pixels(image: Image.Image, name: str) -> np.ndarray:
@@ -184,11 +185,7 @@ def as_pixels(image: Image.Image, name: str) -> np.ndarray:
         pixels = np.array(_rgb(image))
     except _BROKEN as error:
         raise _broken(name, error) from error
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except _BROKEN:
-        orientation = None
-    return turn_upright(pixels, orientation) if orientation in ORIENTATIONS else pixels
+    return turn_upright(pixels, find_orientation(image))
 
 
 def upright_size(content: bytes | memoryview, name: str) -> tuple[int, int]:
@@ -233,7 +230,7 @@ def check(content: bytes, name: str) -> Header:
     decode(content, name)
     if found.extension == "png":
         try:
-            with Image.open(io.BytesIO(content), formats=("png",)) as image:
+            with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
                 image.verify()
         except _BROKEN as error:
             raise _broken(name, error) from error

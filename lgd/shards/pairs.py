@@ -5,8 +5,6 @@ set are looked at together for that, in memory and time that grow with their num
 depend on how they were checked.
 """
 
-import collections
-import itertools
 import re
 import unicodedata
 from collections.abc import Hashable, Sequence
@@ -197,23 +195,21 @@ def _show_spellings(spelled: dict[str, PatchPair]) -> list[str]:
 class _Use(NamedTuple):
     """One image of one source, with what two copies of a pair must agree in to leave one of them out without loss."""
 
-    number: int
-    """Place of the source."""
+    source: Source
     stain: int
     """0 as H&E, 1 as IHC."""
-    source: Source
     split: str | None
     """The published split, where it is kept."""
 
     @property
     def facts(self) -> tuple[Hashable, ...]:
+        """The first three are the most harmful to get wrong, in this order."""
         pair = self.source.pair
-        return self.source.sha256, self.split, pair.label, pair.slide, pair.mpp, pair.origin
+        return self.stain, self.split, pair.label, self.source.sha256, pair.slide, pair.mpp, pair.origin
 
-    def contradicts(self, other: "_Use") -> tuple[bool, ...]:
-        """How strongly: two stains, two sides, two labels, any difference."""
-        labels = self.source.pair.label, other.source.pair.label
-        return self.stain != other.stain, self.split != other.split, labels[0] != labels[1], self.facts != other.facts
+    def contradicts(self, other: "_Use") -> list[bool]:
+        """In which facts; the greater, the worse."""
+        return [mine != theirs for mine, theirs in zip(self.facts, other.facts, strict=True)]
 
 
 def leave_out_duplicates(sources: Sequence[Source], keeps_split: bool) -> tuple[list[Source], list[Problem]]:
@@ -222,49 +218,42 @@ def leave_out_duplicates(sources: Sequence[Source], keeps_split: bool) -> tuple[
     Of copies that agree in images, published split (where it is kept) and all other facts the first stays.
     Every other pair that shares an image with another pair, or with itself, is a problem: either may be wrong.
     """
-    counts = collections.Counter(itertools.chain.from_iterable(source.sha256 for source in sources))
     users: dict[str, list[_Use]] = {}
-    for number, source in enumerate(sources):
+    for source in sources:
         for stain, digest in enumerate(source.sha256):
-            if digest and counts[digest] > 1:
-                use = _Use(number, stain, source, source.pair.split if keeps_split else None)
-                users.setdefault(digest, []).append(use)
-    problems: dict[int, Problem] = {}
-    copies: dict[int, Problem] = {}
-    for uses in users.values():
-        first = uses[0]
-        if len({(use.stain, use.facts) for use in uses}) == 1:
-            for use in uses[1:]:
-                kept = first.source.pair
-                reason = f"{use.source.pair.key} is the same pair as {kept.key} ({kept.source}): remove one"
-                copies.setdefault(use.number, use.source.pair.problem(reason))
+            use = _Use(source, stain, source.pair.split if keeps_split else None)
+            users.setdefault(digest, []).append(use)
+    conflicts: dict[str, Problem] = {}
+    copies: dict[str, Problem] = {}
+    for first, *others in users.values():
+        other = next((use for use in others if use.facts != first.facts), None)
+        if other is None:
+            kept = first.source.pair
+            for use in others:
+                pair = use.source.pair
+                reason = f"{pair.key} is the same pair as {kept.key} ({kept.source}): remove one"
+                copies.setdefault(pair.key, pair.problem(reason))
             continue
-        witnesses = _witnesses(uses)
-        for use in uses:
+        # A few among which each use finds one that contradicts it.
+        kinds = {first.facts[:3]: first}
+        for use in others:
+            kinds.setdefault(use.facts[:3], use)
+        witnesses = [first, other, *list(kinds.values())[:_MOST]]
+        for use in (first, *others):
             if len(set(use.source.sha256)) == 1:
-                other = use._replace(stain=1 - use.stain)
+                against = use._replace(stain=1 - use.stain)
             else:
-                other = max(witnesses, key=use.contradicts)
-            problems.setdefault(use.number, _conflict(use, other))
-    problems = copies | problems
-    return [source for number, source in enumerate(sources) if number not in problems], list(problems.values())
-
-
-def _witnesses(uses: Sequence[_Use]) -> list[_Use]:
-    """A few of the uses of an image that is not all copies, among which each use finds one that contradicts it."""
-    kinds: dict[Hashable, _Use] = {}
-    for use in uses:
-        kinds.setdefault((use.stain, use.split, use.source.pair.label), use)
-    # Of each two kinds one is another than a use's own.
-    others = [use for use in uses if use.facts != uses[0].facts][:1]
-    return [uses[0], *others, *list(kinds.values())[:_MOST]]
+                against = max(witnesses, key=use.contradicts)
+            conflicts.setdefault(use.source.pair.key, _conflict(use, against))
+    problems = copies | conflicts
+    return [source for source in sources if source.pair.key not in problems], list(problems.values())
 
 
 def _conflict(use: _Use, other: _Use) -> Problem:
     """Two uses of an image that cannot both be right."""
     pair, theirs = use.source.pair, other.source.pair
     file, stain = theirs.names[other.stain], _STAINS[use.stain]
-    if use.number == other.number:
+    if use.source is other.source:
         reason = f"is both the H&E and the IHC of {pair.key}: name the two images of the field"
     elif use.stain != other.stain:
         reason = (
