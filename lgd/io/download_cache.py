@@ -80,11 +80,9 @@ def explain_errors(folder: Path, url: Location) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def lock_copy(copy: Path) -> Iterator[None]:
+def lock_copy(copy: Path) -> contextlib.AbstractContextManager[object]:
     """The lock of one copy, to add or drop it."""
-    with hold_lock(_lock_path(copy), "downloading", remedy=_REMEDY):
-        yield
+    return hold_lock(_lock_path(copy), "downloading", remedy=_REMEDY)
 
 
 def _lock_path(copy: Path) -> Path:

@@ -101,7 +101,9 @@ def hold_lock(path: Location, doing: str, *, wait: bool = True, remedy: str = DE
         descriptor = _acquire(path, wait, remedy)
     try:
         with explain_write_errors(path):
-            _write_owner(descriptor, doing)
+            owner = Owner(doing=doing, pid=os.getpid(), host=platform.node(), since=time.time())
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, owner.model_dump_json().encode() + b"\n", 0)
         yield
     finally:
         # It is another's where somebody removed it while it was held.
@@ -190,12 +192,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(found, os.fstat(again))
     finally:
         os.close(again)
-
-
-def _write_owner(descriptor: int, doing: str) -> None:
-    owner = Owner(doing=doing, pid=os.getpid(), host=platform.node(), since=time.time())
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, owner.model_dump_json().encode() + b"\n", 0)
 
 
 def read_owner(path: Path) -> Owner | None:

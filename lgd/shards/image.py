@@ -90,9 +90,9 @@ def _jpeg_header(content: bytes | memoryview, name: str) -> Header:
 
 def _pillow_header(content: bytes | memoryview, name: str, extension: str) -> Header:
     try:
-        with Image.open(io.BytesIO(content), formats=(FORMATS[extension],)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             # Pillow calls 16-bit colour plainly RGB, and gives its upper bytes.
-            if extension == "png" and any("16" in tile.args for tile in image.tile):
+            if extension == "png" and any("16" in str(tile.args) for tile in image.tile):
                 raise _too_deep(name, 16)
             _check_mode(image, name)
             if getattr(image, "n_frames", 1) > 1:
@@ -152,7 +152,7 @@ def decode(
             if size is not None and pixels.shape[:2] != (size, size):
                 pixels = np.array(_resized(Image.fromarray(pixels), size))
         else:
-            with Image.open(io.BytesIO(content), formats=(FORMATS[found.extension],)) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 rgb = _rgb(image)
                 pixels = np.array(rgb if size is None else _resized(rgb, size))
     except _BROKEN as error:
@@ -170,10 +170,7 @@ def decode_upright(content: bytes | memoryview, name: str, size: int | None = No
 
     Shards are read by `decode`: their builder refused or turned such images, and no stream pays for looking again.
     """
-    pixels = decode(content, name, size)
-    extension = kind(content)
-    assert extension is not None, "decoded before"
-    return turn_upright(pixels, read_orientation(content, extension))
+    return turn_upright(decode(content, name, size), read_orientation(content))
 
 
 def as_pixels(image: Image.Image, name: str) -> np.ndarray:
@@ -191,7 +188,7 @@ def as_pixels(image: Image.Image, name: str) -> np.ndarray:
 def upright_size(content: bytes | memoryview, name: str) -> tuple[int, int]:
     """Height and width of an image as `decode_upright` gives it; raises as `header` does."""
     found = header(content, name)
-    turned = read_orientation(content, found.extension) >= 5
+    turned = read_orientation(content) >= 5
     return (found.width, found.height) if turned else (found.height, found.width)
 
 
@@ -230,7 +227,7 @@ def check(content: bytes, name: str) -> Header:
     decode(content, name)
     if found.extension == "png":
         try:
-            with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 image.verify()
         except _BROKEN as error:
             raise _broken(name, error) from error
@@ -242,7 +239,7 @@ def check(content: bytes, name: str) -> Header:
 def check_upright(content: bytes, name: str, turns: bool) -> Header:
     """`check` an image; its type, and its size when it is upright. It must be stored upright, unless one `turns` it."""
     found = check(content, name)
-    orientation = read_orientation(content, found.extension)
+    orientation = read_orientation(content)
     if orientation != 1 and not turns:
         raise DataError(
             f"{name}: has EXIF orientation {orientation}: viewers show it {ORIENTATIONS[orientation]}, but training "

@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -82,37 +81,35 @@ def find_repeats(shards: Sequence[Shard], seen: np.ndarray, patches_n: np.ndarra
     return problems + _spellings(shards, seen, patches_n["group"]) + _same_images(shards, seen, patches_n)
 
 
-def equal_runs(value_n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An order that sorts the values (n,), and where in it each run of equal ones starts and ends."""
+def find_runs(value_n: np.ndarray, *facts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The places of equal values (n,), of which there must be some, and what differs among them.
+
+    Gives an order (n,) that sorts the values, where in it each of r runs of equal ones starts and ends (r, 2), and
+    whether the places of a run differ in each of the facts (n,): (r, facts).
+    """
     order = np.argsort(value_n, kind="stable")
     value_n = value_n[order]
-    starts = np.flatnonzero(np.append(True, value_n[1:] != value_n[:-1])) if len(order) else np.empty(0, np.int64)
-    return order, starts, np.append(starts[1:], len(order))
-
-
-def differs(value_n: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Whether the runs that begin at `starts` hold more than one value."""
-    differing: np.ndarray = np.minimum.reduceat(value_n, starts) != np.maximum.reduceat(value_n, starts)
-    return differing
+    starts = np.flatnonzero(np.append(True, value_n[1:] != value_n[:-1]))
+    sorted_facts = [fact_n[order] for fact_n in facts]
+    differs = [np.minimum.reduceat(fact_n, starts) != np.maximum.reduceat(fact_n, starts) for fact_n in sorted_facts]
+    return order, np.column_stack([starts, np.append(starts[1:], len(order))]), np.column_stack(differs)
 
 
 def _find_mixed(value_n: np.ndarray, *facts: np.ndarray) -> list[np.ndarray]:
     """Of each of the first 100 values (n,) whose places differ in one of the facts (n,): those places."""
     if not len(value_n):
         return []
-    order, starts, ends = equal_runs(value_n)
-    mixed = np.any([differs(fact_n[order], starts) for fact_n in facts], axis=0)
-    return [order[start:end] for start, end in np.column_stack([starts, ends])[mixed][:_MOST]]
+    order, runs, differs = find_runs(value_n, *facts)
+    return [order[start:end] for start, end in runs[differs.any(1)][:_MOST]]
 
 
 def _same_keys(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
     """Keys that occur twice."""
-    order = np.argsort(seen["key"], kind="stable")
-    twice = np.flatnonzero(np.diff(seen["key"][order]) == 0)
     return [
         f"{shards[here['shard']].path}, row {here['row']}: key {_meta(shards, here).key} is in "
         f"{_address(shards, before)}, too"
-        for before, here in ((seen[order[place]], seen[order[place + 1]]) for place in twice[:_MOST])
+        for places in _find_mixed(seen["key"], np.arange(len(seen)))
+        for before, here in itertools.pairwise(seen[places])
     ]
 
 
@@ -167,15 +164,6 @@ def _meta(shards: Sequence[Shard], place: np.void) -> PatchMeta:
     return read_meta(shards[place["shard"]], int(place["row"]))
 
 
-class Shared(NamedTuple):
-    """The values that rows of more than one folder have."""
-
-    leaks: list[np.ndarray]
-    """Of each value that lies on two sides of the split, its places."""
-    same_side: int
-    """How many lie on one side."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
     """A patch of one of the folders, by its KEY.json."""
@@ -212,18 +200,18 @@ def _refuse_overlaps(opened: Sequence[ShardFolder]) -> None:
 
     # In one column, so that an H&E is compared with every IHC as well.
     image_n = np.concatenate([table_n["he"], table_n["ihc"]])
-    images = find_shared(image_n, np.tile(folder_n, 2), np.tile(side_n, 2))
-    slides = find_shared(table_n["group"], folder_n, side_n)
-    for shared, describe in ((images, _describe_image), (slides, _describe_slide)):
-        for places in shared.leaks:
+    images, images_twice = find_shared(image_n, np.tile(folder_n, 2), np.tile(side_n, 2))
+    slides, slides_twice = find_shared(table_n["group"], folder_n, side_n)
+    for leaks, describe in ((images, _describe_image), (slides, _describe_slide)):
+        for places in leaks:
             pair = _opposed(places, folder_n, side_n)
             if reason := describe(*(_read_place(opened, number) for number in pair)):
-                more = f" ({len(shared.leaks)} in all)" if len(shared.leaks) > 1 else ""
+                more = f" ({len(leaks)} in all)" if len(leaks) > 1 else ""
                 raise DataError(f"data.shards: {reason}{more}: {_REMEDY}")
-    if (images.same_side or slides.same_side) and os.environ.get("RANK", "0") == "0":
+    if (images_twice or slides_twice) and os.environ.get("RANK", "0") == "0":
         logger.warning(
-            f"data.shards: its folders share, on one side of the split, images: {images.same_side} (each counts "
-            f"twice), slides: {slides.same_side}"
+            f"data.shards: its folders share, on one side of the split, images: {images_twice} (each counts twice), "
+            f"slides: {slides_twice}"
         )
 
 
@@ -237,16 +225,17 @@ def _refuse_copies(opened: Sequence[ShardFolder]) -> None:
             raise DataError(f"data.shards: {folder} {same}, and each patch would count twice: remove it from the list")
 
 
-def find_shared(value_n: np.ndarray, folder_n: np.ndarray, side_n: np.ndarray) -> Shared:
-    """Values (n,) uint64, of which 0 is none, that lie in more than one folder."""
+def find_shared(value_n: np.ndarray, folder_n: np.ndarray, side_n: np.ndarray) -> tuple[list[np.ndarray], int]:
+    """What rows of more than one folder have, of values (n,) uint64 of which 0 is none.
+
+    Gives, of each value that lies on two sides of the split, its places; and how many values lie on one side.
+    """
     if not len(value_n):
-        return Shared([], 0)
-    order, starts, ends = equal_runs(value_n)
-    several = differs(folder_n[order], starts) & (value_n[order[starts]] != 0)
-    two_sides = differs(side_n[order], starts)
-    leaks = several & two_sides
-    runs = zip(starts[leaks].tolist(), ends[leaks].tolist(), strict=True)
-    return Shared([order[start:end] for start, end in runs], int((several & ~two_sides).sum()))
+        return [], 0
+    order, runs, differs = find_runs(value_n, folder_n, side_n)
+    several = differs[:, 0] & (value_n[order[runs[:, 0]]] != 0)
+    leaks = several & differs[:, 1]
+    return [order[start:end] for start, end in runs[leaks]], int(several.sum() - leaks.sum())
 
 
 def _opposed(places: np.ndarray, folder_n: np.ndarray, side_n: np.ndarray) -> tuple[int, int]:

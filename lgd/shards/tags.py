@@ -21,8 +21,8 @@ ORIENTATIONS = {
 }
 """EXIF orientations other than 1, upright, and how the stored pixels must be shown."""
 
-FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-"""Pillow's name of each type."""
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""What is read, as Pillow calls it."""
 
 
 def find_orientation(image: Image.Image) -> int:
@@ -34,16 +34,16 @@ def find_orientation(image: Image.Image) -> int:
     return 1
 
 
-def read_orientation(content: bytes | memoryview, extension: str) -> int:
+def read_orientation(content: bytes | memoryview) -> int:
     """`find_orientation` of a file."""
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=(FORMATS[extension],)) as image:
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=FORMATS) as image:
         return find_orientation(image)
     return 1
 
 
-def read_icc_digest(content: bytes | memoryview, extension: str) -> str | None:
+def read_icc_digest(content: bytes | memoryview) -> str | None:
     """SHA-256 of the embedded ICC profile, the same in every container; None where there is none or it is broken."""
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=(FORMATS[extension],)) as image:
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=FORMATS) as image:
         profile = image.info.get("icc_profile")
         return hashlib.sha256(profile).hexdigest() if profile else None
     return None

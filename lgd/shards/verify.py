@@ -164,7 +164,7 @@ def _verify_sample(shard: Shard, file: BinaryIO, index: np.ndarray, row: int) ->
                 f"{where}, {role}: is {found.extension} of {found.width} x {found.height} pixels, but "
                 f"{meta.width} x {meta.height} is stated"
             )
-        if (orientation := read_orientation(content, found.extension)) != 1:
+        if (orientation := read_orientation(content)) != 1:
             problems.append(f"{where}, {role}: has EXIF orientation {orientation}, and shards hold upright images")
     return problems, (row, meta)
 

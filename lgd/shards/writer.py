@@ -156,7 +156,7 @@ def check_pair(pair: PatchPair, options: ShardOptions) -> Source | Problem:
         height=he.height,
         extensions=(he.extension, ihc.extension),
         sha256=(hashlib.sha256(images[0]).hexdigest(), hashlib.sha256(images[1]).hexdigest()),
-        icc=(read_icc_digest(images[0], he.extension), read_icc_digest(images[1], ihc.extension)),
+        icc=(read_icc_digest(images[0]), read_icc_digest(images[1])),
     )
 
 

@@ -168,14 +168,14 @@ rows = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(0, 2
 @given(rows)
 def test_sharing_is_found_as_pair_by_pair(drawn):
     table = np.array(drawn, np.int64).reshape(-1, 3)
-    found = find_shared(table[:, 0].astype(np.uint64), table[:, 1], table[:, 2])
+    found_leaks, same_side = find_shared(table[:, 0].astype(np.uint64), table[:, 1], table[:, 2])
     leaks, same = set(), set()
     for (value, folder, side), (other, elsewhere, across) in itertools.combinations(drawn, 2):
         if value == other and value and folder != elsewhere:
             (leaks if side != across else same).add(value)
     # One value may do both.
-    assert {drawn[places[0]][0] for places in found.leaks} == leaks and found.same_side == len(same - leaks)
-    for places in found.leaks:
+    assert {drawn[places[0]][0] for places in found_leaks} == leaks and same_side == len(same - leaks)
+    for places in found_leaks:
         assert sorted(places) == [n for n, (value, _, _) in enumerate(drawn) if value == drawn[places[0]][0]]
 
 
@@ -185,7 +185,7 @@ def test_a_million_rows_are_compared_at_once():
     value_n[-2:] = value_n[:2]
     folder_n = np.arange(1_000_000) // 500_000
     began = time.process_time()
-    found = find_shared(value_n, folder_n, np.minimum(folder_n, np.arange(1_000_000) % 2))
-    assert len(found.leaks) == 1 and found.same_side == 1
+    leaks, same_side = find_shared(value_n, folder_n, np.minimum(folder_n, np.arange(1_000_000) % 2))
+    assert len(leaks) == 1 and same_side == 1
     # 0.2 s on a quiet machine.
     assert time.process_time() - began < 3
