@@ -33,6 +33,8 @@ _SENT_EVERY = 0.5
 """Seconds between two states of a bar that a worker sends."""
 
 _NOISE = (
+    # Pillow, of 89 to 100 megapixels, which `lgd.shards.image` allows.
+    (RuntimeWarning, r"Image size \(\d+ pixels\) exceeds limit"),
     # DDP: the strides of a 1x1 kernel's gradient are another name of the same order.
     (UserWarning, "Grad strides do not match bucket view strides"),
     # DeepSpeed's ZeRO stage 3 calls functions that PyTorch 2.13 renames.

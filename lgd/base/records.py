@@ -4,11 +4,10 @@ A part of a document, or one that lies in a file which has a digest, is a plain 
 `lgd.io.documents.Document`.
 """
 
-import json
-from typing import Annotated, Any, NoReturn, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, Strict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, from_json
 
 Value = TypeVar("Value")
 
@@ -49,18 +48,8 @@ class Record(BaseModel):
 
 def load_json(content: bytes | str | memoryview) -> JsonValue:
     """Plain JSON, which knows no NaN; `ValueError` for anything else."""
-    try:
-        document: JsonValue = _JSON.decode(content if isinstance(content, str) else str(content, "utf-8"))
-    except RecursionError as error:
-        raise ValueError("too deeply nested") from error
+    document: JsonValue = from_json(content if isinstance(content, str) else bytes(content), allow_inf_nan=False)
     return document
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
-
-
-_JSON = json.JSONDecoder(parse_constant=_refuse)
 
 
 def explain(error: ValidationError) -> str:

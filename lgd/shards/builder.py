@@ -20,7 +20,7 @@ import inspect
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -61,13 +61,26 @@ Result = TypeVar("Result")
 Fields = ParamSpec("Fields")
 
 
-def build(options: ShardOptions) -> tuple[Manifest, bool]:
+class MapJobs(Protocol):
+    """Applies a function to every job, in any order and in any process."""
+
+    def __call__(self, function: Callable[[Job], Result], jobs: Sequence[Job], /) -> Iterable[Result]:
+        """The results as they come."""
+
+
+def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> tuple[Manifest, bool]:
     """Build a shard set; returns its manifest, and whether it was built now rather than found in OUT.
 
-    Jobs run here, or in the workers of Ray that `options` ask for. Raises `DataError` with the full list of unusable
-    pairs, or for an OUT that holds something else, and `ConfigError` for a split that these pairs do not have; while
-    another process builds in a local OUT, `TakenError` says so.
+    Jobs run here, or in the workers of Ray that `options` ask for, or by `map_jobs`. Raises `DataError` with the full
+    list of unusable pairs, or for an OUT that holds something else, and `ConfigError` for a split that these pairs do
+    not have; while another process builds in a local OUT, `TakenError` says so.
     """
+
+    def map_in_workers(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterable[Result]:
+        if not options.workers:
+            return map(function, jobs)
+        return map_with(lambda: function, jobs, workers=options.workers, option_name="--workers", use_gpus=False)
+
     out = _open_target(options.out)
     # A finished set is only read, and may lie where nothing can be written.
     finished = exists(out / "manifest.json")
@@ -76,16 +89,11 @@ def build(options: ShardOptions) -> tuple[Manifest, bool]:
             stack.enter_context(exclusive(out, "building shards"))
         if options.workers:
             stack.enter_context(restore_connection())
-        return _build(options, out, finished)
+        return _build(options, map_jobs or map_in_workers, out, finished)
 
 
-def map_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterable[Result]:
-    """The results as they come, in any order."""
-    return map_with(lambda: function, jobs, workers=workers, option_name="--workers", use_gpus=False)
-
-
-def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manifest, bool]:
-    sources, problems = _check_pairs(options)
+def _build(options: ShardOptions, map_jobs: MapJobs, out: Location, finished: bool) -> tuple[Manifest, bool]:
+    sources, problems = _check_pairs(options, map_jobs)
     samples = make_samples(sources, options)
     extensions = _choose_extensions(options, sources)
     recipe = _recipe(options, sources, len(problems))
@@ -112,7 +120,7 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
     ]
     entries = []
     with progress(len(samples), "build", "tiles" if options.tile else "pairs") as bar:
-        for entry in map_jobs(write_shard, jobs, options.workers):
+        for entry in map_jobs(write_shard, jobs):
             entries.append(entry)
             bar.update(entry.samples)
     stream, in_order = io.BytesIO(), (sample for some in of_split.values() for sample in some)
@@ -170,7 +178,7 @@ def _take_fields(kind: Callable[Fields, ShardOptions]) -> Callable[Fields, Manif
 build_shards = _take_fields(ShardOptions)
 
 
-def _check_pairs(options: ShardOptions) -> tuple[list[Source], list[Problem]]:
+def _check_pairs(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], list[Problem]]:
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
     pairs, problems = find_pairs(options.layout, as_location(options.root).absolute(), options.slides or None)
     refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
@@ -180,7 +188,7 @@ def _check_pairs(options: ShardOptions) -> tuple[list[Source], list[Problem]]:
     ]
     checked: dict[int, list[Source | Problem]] = {}
     with progress(len(pairs), "check", "pairs") as bar:
-        for start, found in map_jobs(check_chunk, jobs, options.workers):
+        for start, found in map_jobs(check_chunk, jobs):
             checked[start] = found
             bar.update(len(found))
     entries = [entry for start in sorted(checked) for entry in checked[start]]

@@ -235,15 +235,15 @@ class Manifest(Document):
         return self
 
 
+def hash_64(text: str) -> int:
+    """The first 64 bits of a text's SHA-256, as patches.npy has them."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
 def patch_entry(he: str | None, ihc: str | None, group: str) -> tuple[int, int, int]:
     """An entry of patches.npy, from the SHA-256 of the image files and the group."""
-    digests = (
-        bytes.fromhex(he or ""),
-        bytes.fromhex(ihc or ""),
-        hashlib.sha256(canonical_group(group).encode()).digest(),
-    )
-    first, second, third = (int.from_bytes(digest[:8], "little") for digest in digests)
-    return first, second, third
+    first, second = (int.from_bytes(bytes.fromhex(digest or "")[:8], "little") for digest in (he, ihc))
+    return first, second, hash_64(canonical_group(group))
 
 
 def canonical_group(name: str) -> str:

@@ -8,7 +8,6 @@ caches or scores: a slide or an image on two sides of the split makes its scores
 name it.
 """
 
-import hashlib
 import itertools
 import logging
 import os
@@ -21,7 +20,7 @@ import numpy as np
 from lgd.base.errors import DataError
 from lgd.io.location import Location
 from lgd.shards.archive import Shard, read_meta
-from lgd.shards.manifest import PatchMeta, canonical_group, patch_entry
+from lgd.shards.manifest import PatchMeta, canonical_group, hash_64, patch_entry
 from lgd.shards.shard_set import ShardFolder, ShardSet
 
 logger = logging.getLogger(__name__)
@@ -35,11 +34,6 @@ _REMEDY = (
     "training would see what is scored; build these sets with one --split group:0.8,0.1,0.1, one --salt and the names "
     "of the slides, or leave one out; slides that only happen to be called alike need other names"
 )
-
-
-def hash_64(text: str) -> int:
-    """The first 64 bits of a text's SHA-256, as patches.npy has them."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def as_seen(rows: Sequence[tuple[int, PatchMeta]], number: int, tiled: bool) -> np.ndarray:
