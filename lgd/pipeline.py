@@ -20,7 +20,7 @@ from lgd.config_files import Given, locate_field
 from lgd.io.location import as_location, require_local
 from lgd.io.locks import exclusive
 from lgd.ray_jobs.cluster import disconnect
-from lgd.runs.folder import Ablated, Cached, Evaluated, Indexed, Trained, command, note_changes, record
+from lgd.runs.folder import command, note_changes, record
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import open_disjoint
@@ -28,9 +28,14 @@ from lgd.shards.shard_set import ShardSet
 from lgd.tissue.synth import SynthOptions, synthesise
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from lgd.report.ablation import AblateOptions
 
 logger = logging.getLogger(__name__)
+
+_TRAINED = ("weights_sha256", "inputs", "steps", "engine", "workers", "validation")
+"""What run.json tells of a training."""
 
 
 @contextlib.contextmanager
@@ -87,7 +92,8 @@ def _train(
         trained = train_under(config, task, overwrite, shards)
         outcome["done"] = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
     made = read_student_config(folder) if task == "student" else read_teacher_config(folder)
-    facts = Trained(**{field: getattr(made, field) for field in Trained.model_fields})
+    stated = made.as_json()
+    facts = {field: stated[field] for field in _TRAINED}
     record(config, shards, verb, facts, folder, given)
 
 
@@ -104,7 +110,7 @@ def cache_latents(
         did = [f"{computed} of {len(store.parts)} parts computed"] if computed else []
         did += [f"{pruned} parts of other shards removed"] if pruned else []
         outcome["done"] = f"{', '.join(did) or 'reused, nothing changed'}, {store.rows} rows: {store.folder}"
-    record(config, shards, "cache-latents", Cached(digest=store.digest, rows=store.rows), config.latents.dir, given)
+    record(config, shards, "cache-latents", {"digest": store.digest, "rows": store.rows}, config.latents.dir, given)
 
 
 def build_index(config: Config, given: Given | None = None, shards: ShardSet | None = None) -> None:
@@ -129,7 +135,8 @@ def build_index(config: Config, given: Given | None = None, shards: ShardSet | N
             f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents, "
             f"recall@10 {made.recall_at_10:.3f}: {made.why}"
         )
-    facts = Indexed(factory=made.factory, rows=made.rows, recall_at_10=made.recall_at_10, digest=made.digest)
+    stated = made.as_json()
+    facts = {field: stated[field] for field in ("factory", "rows", "recall_at_10")} | {"digest": made.digest}
     record(config, shards, "build-index", facts, config.latents.dir, given)
 
 
@@ -151,8 +158,8 @@ def evaluate(
         results = report.write_report(as_location(config.report.dir), measured)
         report.show_pictures(as_location(config.report.dir), as_location(config.student.dir))
         outcome["done"] = f"written: {config.report.dir}"
-    headline = {model.name: model.by_patch.metrics for model in results.models}
-    facts = Evaluated(split=config.report.split, by_patch=headline)
+    headline = {model.name: model.by_patch.as_json()["metrics"] for model in results.models}
+    facts: dict[str, JsonValue] = {"split": config.report.split, "by_patch": headline}
     record(config, shards, "evaluate", facts, config.report.dir, given)
     return report.format_table(results)
 
@@ -168,7 +175,7 @@ def ablate(config: Config, options: "AblateOptions", given: Given | None = None)
         with stage("ablate") as outcome, exclusive(as_location(config.run.dir) / "ablation", "comparing methods"):
             table = harness.ablate(config, shards, options)
             outcome["done"] = f"written: {config.run.dir}/ablation/ablation.md"
-        facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)
+        facts: dict[str, JsonValue] = {"seeds": options.seeds, "full": options.full, "split": config.report.split}
         record(config, shards, "ablate", facts, f"{config.run.dir}/ablation", given)
     finally:
         disconnect()

@@ -233,8 +233,8 @@ def _describe_run(folder: Location) -> dict[str, JsonValue]:
 
 
 def _describe_stage(stage: Stage) -> str:
-    stated: dict[str, JsonValue] = stage.facts.as_json()
-    return f"{stage.folder} ({', '.join(f'{name} {stated[name]}' for name in _STAGE_FACTS if name in stated)})"
+    facts = [f"{name} {stage.facts[name]}" for name in _STAGE_FACTS if name in stage.facts]
+    return f"{stage.folder} ({', '.join(facts)})"
 
 
 def _describe_shapes(shapes: Sequence[Shape]) -> str:

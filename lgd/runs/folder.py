@@ -12,14 +12,14 @@ two stages that end in the same second may leave the record of one.
 import contextlib
 import json
 import shlex
-from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
-from pydantic import Field, JsonValue
+from pydantic import JsonValue
 
 from lgd.base.environment import Environment
 from lgd.base.errors import ConfigError, DataError, Stopped
-from lgd.base.records import Count, Line, Many, Record, Sha256
+from lgd.base.records import Line, Many, Record, Sha256
 from lgd.base.text import escape_text
 from lgd.config import Config
 from lgd.config_files import Given, load_config
@@ -27,7 +27,6 @@ from lgd.io.documents import Document, MissingDocument
 from lgd.io.files import exists, write_bytes
 from lgd.io.location import as_location
 from lgd.io.locks import hold_lock
-from lgd.metrics import Interval
 from lgd.shards.shard_set import ShardSet
 
 _CONFIG, _RUN = "config.yaml", "run.json"
@@ -64,53 +63,6 @@ _FOLDERS = {
 }
 """Stage -> the field that names what it makes."""
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Trained(Record):
-    """What training a teacher or a student came to."""
-
-    weights_sha256: Sha256
-    inputs: Sha256
-    steps: Count
-    engine: Line
-    workers: Count
-    validation: dict[Line, Number]
-
-
-class Cached(Record):
-    """What filling the feature store came to."""
-
-    digest: Sha256
-    rows: Count
-
-
-class Indexed(Record):
-    """What building the index came to."""
-
-    factory: Line
-    rows: Count
-    recall_at_10: Number
-    digest: Sha256
-
-
-class Evaluated(Record):
-    """What an evaluation came to: metrics by the models' names."""
-
-    split: Line
-    by_patch: dict[Line, dict[Line, Interval]]
-
-
-class Ablated(Record):
-    """What `lgd ablate` was asked for."""
-
-    seeds: Count
-    full: bool
-    split: Line
-
-
-Facts = Trained | Cached | Indexed | Evaluated | Ablated
-
 
 class Stage(Record):
     """A stage that ended well."""
@@ -126,7 +78,8 @@ class Stage(Record):
     environment: Environment
     shards: dict[Line, Sha256]
     """Digests of the shard folders' manifests."""
-    facts: Facts
+    facts: dict[Line, JsonValue]
+    """What came of it."""
 
 
 class RunDocument(Document):
@@ -139,7 +92,14 @@ class RunDocument(Document):
     stages: dict[Line, Many[Stage]]
 
 
-def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: str, given: Given | None = None) -> None:
+def record(
+    config: Config,
+    shards: ShardSet,
+    stage: str,
+    facts: Mapping[str, JsonValue],
+    folder: str,
+    given: Given | None = None,
+) -> None:
     """Write config.yaml if there is none, and add to run.json what a stage made in `folder`."""
     at, given, here = as_location(config.run.dir), given or Given(), Environment.here()
     with hold_lock(at / f".{_RUN}.lock", "recording a stage"):
@@ -152,7 +112,7 @@ def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: s
             differing=_differing(config),
             environment=here,
             shards=dict(zip(config.shard_dirs, shards.digests, strict=True)),
-            facts=facts,
+            facts=dict(facts),
         )
         stages = _read_stages(config)
         others = tuple(one for one in stages.get(stage, ()) if one.folder != folder)

@@ -125,12 +125,8 @@ class _Pair(NamedTuple):
     split: str
 
 
-class _Drawn(NamedTuple):
-    """One that was drawn."""
-
-    truth: dict[str, float]
-    files: dict[str, bytes]
-    """The files' content by stain."""
+_Drawn = tuple[dict[str, float], dict[str, bytes]]
+"""The truth of a pair, and its files' content by stain."""
 
 
 def synthesise(options: SynthOptions) -> dict[str, JsonValue]:
@@ -161,11 +157,11 @@ def _draw_set(out: Path, options: SynthOptions, recipe: dict[str, int | float | 
     for stain, split in itertools.product(("HE", "IHC"), {pair.split for pair in pairs}):
         (out / stain / split).mkdir(parents=True)
     truths = {}
-    for pair, drawn in zip(pairs, _draw_all(pairs, options), strict=True):
+    for pair, (truth, files) in zip(pairs, _draw_all(pairs, options), strict=True):
         # Written here and not where it was drawn: a process that draws may outlive this one, and its lock.
-        for stain, content in drawn.files.items():
+        for stain, content in files.items():
             (out / stain / pair.split / f"{pair.key}.png").write_bytes(content)
-        truths[pair] = drawn.truth
+        truths[pair] = truth
     rows = (
         [pair.key, f"slide-{pair.slide:04d}", pair.split, *(truth[name] for name in _TRUTH), options.coupling]
         for pair, truth in sorted(truths.items(), key=lambda one: one[0].key)
@@ -270,4 +266,4 @@ def _draw(options: SynthOptions, pair: _Pair) -> _Drawn:
         shortcut = Shortcut(**{name: drawn})
     he, ihc, truth = draw_pair(options.seed, pair.slide, pair.patch, options.size, options.coupling, shortcut=shortcut)
     encode = functools.partial(simplejpeg.encode_jpeg, quality=_QUALITY, colorsubsampling="420")
-    return _Drawn(truth, {"HE": encode(he), "IHC": encode(ihc)})
+    return truth, {"HE": encode(he), "IHC": encode(ihc)}

@@ -143,7 +143,7 @@ def choose_checkpoints(task: Task, inputs: dict[str, JsonValue], overwrite: bool
 def read_finished(task: Task) -> ModelConfig | None:
     """What is said of the network in a task's folder; None where there is none, or nothing that can be read."""
     try:
-        return task.read_config()
+        return task.document.read(task.folder / "config.json")
     except RemoteError:
         raise
     except DataError:

@@ -9,9 +9,9 @@ from pydantic import JsonValue
 from lgd.config import Config
 from lgd.io.digests import digest_of
 from lgd.io.location import as_location
-from lgd.models.description import ModelConfig, TeacherRef
+from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig, TeacherRef
 from lgd.models.encoder import build_encoder
-from lgd.models.export import Network, read_student_config, read_teacher_config
+from lgd.models.export import Network, read_teacher_config
 from lgd.models.losses import Lesson, Terms, level_loss
 from lgd.models.methods import find_method
 from lgd.models.teacher import Teacher
@@ -28,6 +28,8 @@ class Task(ABC):
     """Its section of the configuration."""
     role: ClassVar[str]
     """The image that it reads: he or ihc."""
+    document: ClassVar[type[ModelConfig]]
+    """What the folder of a trained network says of it."""
 
     def __init__(self, config: Config) -> None:
         section = config.teacher if self.kind == "teacher" else config.student
@@ -49,10 +51,6 @@ class Task(ABC):
         """What the folder of the trained network says of it, with the facts of its training."""
         return model.describe(**facts)
 
-    @abstractmethod
-    def read_config(self) -> ModelConfig:
-        """What the folder of a trained network says of it."""
-
     def losses(self, out: dict[str, torch.Tensor], batch: Lesson) -> Terms:
         """The loss terms of each sample."""
         return {"level": level_loss(out["logits"], batch.level_B)}
@@ -65,7 +63,7 @@ class Task(ABC):
 class TeacherTask(Task):
     """IHC -> level."""
 
-    kind, role = "teacher", "ihc"
+    kind, role, document = "teacher", "ihc", TeacherConfig
 
     def build(self) -> Network:
         return Teacher(build_encoder(self.config.teacher.encoder))
@@ -73,14 +71,11 @@ class TeacherTask(Task):
     def inputs(self) -> dict[str, JsonValue]:
         return {"encoder": self.config.teacher.encoder, "epochs": self.epochs}
 
-    def read_config(self) -> ModelConfig:
-        return read_teacher_config(self.folder)
-
 
 class StudentTask(Task):
     """H&E -> level, and what its method teaches beside."""
 
-    kind, role = "student", "he"
+    kind, role, document = "student", "he", StudentConfig
 
     def __init__(self, config: Config) -> None:
         """Raises `ConfigError` for a method that is not known, or that the fields of `student:` do not fit."""
@@ -103,9 +98,6 @@ class StudentTask(Task):
             teacher = read_teacher_config(self.config.teacher.dir)
             teachers = [TeacherRef(name=TEACHER, weights_sha256=teacher.weights_sha256, licence=teacher.licence)]
         return model.describe(method=self.config.student.method, teachers=tuple(teachers), **facts)
-
-    def read_config(self) -> ModelConfig:
-        return read_student_config(self.folder)
 
     def losses(self, out: dict[str, torch.Tensor], batch: Lesson) -> Terms:
         return self.method.losses(out, batch)
