@@ -12,13 +12,13 @@ base.errors base.extensions base.text base.logs base.process_state base.threads 
 base.environment base.arguments
 io.location io.digests io.files io.folders io.tables io.locks io.download_cache io.remote io.documents
 config config_files metrics
-ray_jobs.cluster ray_jobs.mapping ray_jobs.training
+ray_jobs.cluster ray_jobs.training
 stain.deconvolve stain.targets stain.checks
 tissue.drawing tissue.sections tissue.synth
 shards.manifest shards.layouts shards.pairs shards.options shards.tags shards.image shards.archive shards.shard_set
 shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
-models.spec models.weights models.pretrained models.backbone models.encoder models.description models.export
+models.spec models.description models.export models.pretrained models.backbone models.encoder
 models.teacher models.student models.losses models.methods
 store.document store.writer store.parts store.store store.supervision store.cache
 store.export
@@ -34,7 +34,7 @@ cli.contents cli.verb cli.stages cli.answers cli.checks
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {
-    "ray": {"ray_jobs.cluster", "ray_jobs.mapping", "ray_jobs.training"},
+    "ray": {"ray_jobs.cluster", "ray_jobs.training"},
     "faiss": {"retrieval.search", "cli.checks"},
     "deepspeed": {"train.deepspeed_engine"},
     "h5py": {"store.parts", "store.writer", "store.export"},

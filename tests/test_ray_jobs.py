@@ -22,7 +22,7 @@ from lgd.base.errors import DataError
 from lgd.base.logs import progress, show_logs
 from lgd.cli import main
 from lgd.io.files import read_json
-from lgd.ray_jobs import cluster, mapping, training
+from lgd.ray_jobs import cluster, training
 from lgd.store.store import Store
 from lgd.train.deepspeed_engine import deepspeed_problem
 
@@ -98,7 +98,7 @@ def run_saying(folder: Path) -> None:
 
     try:
         training.launch(say, workers=2, max_failures=0, storage=folder / "ray", name="teacher")
-        list(mapping.map_with(make, [1, 2], workers=1, option_name="--workers"))
+        list(cluster.map_with(make, [1, 2], workers=1, option_name="--workers"))
     finally:
         cluster.disconnect()
 
@@ -137,7 +137,7 @@ def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():
         return fail
 
     with pytest.raises(DataError, match="a.tar is broken: fetch it again"):
-        list(mapping.map_with(make, ["a.tar"], workers=1, option_name="--workers"))
+        list(cluster.map_with(make, ["a.tar"], workers=1, option_name="--workers"))
 
 
 def test_bad_data_in_a_training_worker_is_told_once_and_not_tried_again(tmp_path):
@@ -170,10 +170,10 @@ def test_results_come_from_all_workers_and_each_makes_its_function_once():
         made.append(os.getpid())
         return lambda number: (number * number, os.getpid(), len(made))
 
-    results = list(mapping.map_with(make, list(range(12)), workers=2, option_name="--workers"))
+    results = list(cluster.map_with(make, list(range(12)), workers=2, option_name="--workers"))
     assert sorted(square for square, _, _ in results) == [number**2 for number in range(12)]
     assert all(pid != os.getpid() and times == 1 for _, pid, times in results)
-    here = list(mapping.map_with(make, [3], workers=0, option_name="--workers"))
+    here = list(cluster.map_with(make, [3], workers=0, option_name="--workers"))
     assert here == [(9, os.getpid(), 1)]
 
 
@@ -193,7 +193,7 @@ def meeting(first):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_worker_has_several_arguments_at_once_where_it_may(workers):
     results = list(
-        mapping.map_with(meeting(2 * max(1, workers)), list(range(8)), workers=workers, option_name="x", at_once=2)
+        cluster.map_with(meeting(2 * max(1, workers)), list(range(8)), workers=workers, option_name="x", at_once=2)
     )
     assert sorted(number for _, number, _ in results) == list(range(8))
     assert len({pid for _, _, pid in results}) == max(1, workers)
@@ -217,7 +217,7 @@ class Endless:
 def test_calls_that_are_not_wanted_any_more_are_stopped():
     began = time.monotonic()
     with pytest.raises(DataError, match="three"):
-        list(mapping.map_with(Endless, [1, 3, 5], workers=0, option_name="x", at_once=2))
+        list(cluster.map_with(Endless, [1, 3, 5], workers=0, option_name="x", at_once=2))
     assert time.monotonic() - began < 30
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lgd.models.export import Shapes, count_numbers, load_tensors, read_shapes, shapes_of
 from lgd.models.pretrained import shorten
 from lgd.models.spec import LAYERS, list_values
-from lgd.models.weights import Shapes, count_numbers, load_tensors, read_shapes, shapes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -30,8 +30,7 @@ from lgd.io.digests import digest_of
 from lgd.io.files import exists, list_folder, peek_kind, try_writing, write_bytes
 from lgd.io.location import Location, as_location, as_output_location
 from lgd.io.locks import LOCK, exclusive
-from lgd.ray_jobs.cluster import restore_connection
-from lgd.ray_jobs.mapping import map_with
+from lgd.ray_jobs.cluster import map_with, restore_connection
 from lgd.shards.image import codecs
 from lgd.shards.layouts import Problem, write_problems
 from lgd.shards.manifest import HER2, PATCHES, Extensions, File, Manifest, Options, Sources, patch_entry

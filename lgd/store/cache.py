@@ -21,7 +21,7 @@ from lgd.io.digests import digest_of
 from lgd.io.files import exists, list_folder, size_of
 from lgd.io.location import Location, as_location
 from lgd.io.locks import LOCK, exclusive
-from lgd.ray_jobs import mapping
+from lgd.ray_jobs.cluster import map_with
 from lgd.shards.archive import Shard
 from lgd.store.document import PATCHES, TEACHER, Recipe, part_name, read_sidecar
 from lgd.store.store import Store, commit
@@ -117,7 +117,7 @@ def _fill(config: Config, recipe: Recipe, missing: Sequence[Shard], workers: int
     with progress(total, "caching", "patches") as bar:
         # A worker is elsewhere: its patches are counted when its part is done.
         make = functools.partial(Cacher, config, recipe, bar if workers == 0 else None)
-        done = mapping.map_with(make, missing, workers=workers, option_name="train.workers", at_once=SHARDS_AT_ONCE)
+        done = map_with(make, missing, workers=workers, option_name="train.workers", at_once=SHARDS_AT_ONCE)
         for rows in done:
             bar.update(rows if workers else 0)
 

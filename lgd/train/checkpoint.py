@@ -12,6 +12,7 @@ sample.
 import contextlib
 import re
 import shutil
+from pathlib import Path
 from typing import Annotated, BinaryIO, ClassVar, NamedTuple, Self
 
 import torch
@@ -25,7 +26,7 @@ from lgd.io.files import exists, is_same, list_folder, publish, remove_folder
 from lgd.io.folders import discard_folder, publish_folder
 from lgd.io.location import Location
 from lgd.io.remote import open_checked
-from lgd.models.export import write_tensors
+from lgd.models.export import load_tensors, write_tensors
 from lgd.train.engine import Moments
 
 _TENSORS, _STATE = ("weights", "moments"), "state.json"
@@ -165,15 +166,13 @@ def _read_state(path: Location, inputs: dict[str, JsonValue]) -> State:
 
 def load(path: Location, inputs: dict[str, JsonValue]) -> Checkpoint:
     """Read a checkpoint; `DataError` for one that is damaged, or of a run with other inputs."""
-    from safetensors.torch import load_file
-
     state = _read_state(path, inputs)
     moments: Moments = {}
     tensors = {}
     for name in _TENSORS:
         with _open_tensors(path, name, state) as opened:
             # The descriptor names the file that was checked, whatever has taken its place meanwhile.
-            tensors[name] = load_file(f"/dev/fd/{opened.fileno()}")
+            tensors[name] = load_tensors(Path(f"/dev/fd/{opened.fileno()}"))
     for key, tensor in tensors["moments"].items():
         parameter, moment = key.rsplit("|", 1)
         moments.setdefault(parameter, {})[moment] = tensor

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from tracing import refused
 
 from lgd.models.backbone import draft, list_fields, load_backbone, new_backbone
+from lgd.models.export import count_numbers
 from lgd.models.pretrained import find_weights, read_settings
 from lgd.models.spec import ARCHITECTURES
-from lgd.models.weights import count_numbers
 
 
 def settings_of(folder) -> dict:

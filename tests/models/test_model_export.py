@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lgd.base.errors import DataError
-from lgd.models.weights import compare_shapes, count_numbers, read_shapes, shapes_of
+from lgd.models.export import compare_shapes, count_numbers, read_shapes, shapes_of
 
 
 @pytest.fixture
