@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lgd.base.arguments import Namespace, Parser, as_type, make_parser, suggest_name, typed
+from lgd.base.arguments import Parser, as_type, suggest_name, typed
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.plain_yaml import MOST_BYTES, YamlError, check_text, read_yaml
 from lgd.base.text import escape_text
@@ -117,7 +117,7 @@ def load_config(path: str | Location | None = None, overrides: Sequence[str] = (
     Raises:
         ConfigError: The file cannot be read, a key is unknown, a value is of another type, or two do not fit.
     """
-    parser = make_parser()
+    parser = Parser()
     add_config_arguments(parser)
     return config_of(parser.parse([*([] if path is None else [f"--config={path}"]), *overrides]))
 
@@ -148,7 +148,7 @@ def find_in_run(folder: str | Location, part: Literal["student", "latents"]) -> 
     return path
 
 
-def config_of(namespace: Namespace) -> Config:
+def config_of(namespace: argparse.Namespace) -> Config:
     """The resolved `Config` of a namespace that `add_config_arguments`' parser gave.
 
     Later files win over earlier ones, and options over files.
@@ -170,7 +170,7 @@ def config_of(namespace: Namespace) -> Config:
     return resolve_config(Config(**sections, deepspeed={**deepspeed}))
 
 
-def given_of(namespace: Namespace, verb: str = "", **own: "JsonValue") -> Given:
+def given_of(namespace: argparse.Namespace, verb: str = "", **own: "JsonValue") -> Given:
     """The fields of the run that a command line gave, the files that it named, and the verb's `own` options."""
     files = {"config": list(namespace.config)} if namespace.config else {}
     fields = {
@@ -179,7 +179,7 @@ def given_of(namespace: Namespace, verb: str = "", **own: "JsonValue") -> Given:
     return Given(verb, files | {name: value for name, value in own.items() if value} | fields)
 
 
-def _given_fields(namespace: Namespace) -> dict[str, Any]:
+def _given_fields(namespace: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(namespace).items() if "." in name or name == "deepspeed"}
 
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lgd.base.arguments import Parser
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
 from lgd.config import Config
-from lgd.config_files import add_config_arguments, given_of, load_config, make_parser
+from lgd.config_files import add_config_arguments, given_of, load_config
 
 BOMB = "[" + ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}' if i else 'lol'] * 9)}]" for i in range(10)) + "]"
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -150,7 +151,7 @@ def test_options_win_over_files_and_later_files_over_earlier(tmp_path):
     args = ["--data.lanes=7", f"--config={tmp_path}/a.yaml", "--config", f"{tmp_path}/b.yaml", "--train.resume=never"]
     config = load_config(overrides=args)
     assert (config.data.size, config.data.threads, config.data.lanes, config.deepspeed) == (96, 3, 7, {"x": 1})
-    parser = make_parser()
+    parser = Parser()
     add_config_arguments(parser)
     given = given_of(parser.parse(args), "train", overwrite=True, prune=False)
     assert given.verb == "train"

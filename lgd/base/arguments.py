@@ -20,17 +20,15 @@ from lgd.base.plain_yaml import read_yaml
 from lgd.base.text import escape_text
 
 
-class Namespace(argparse.Namespace):
-    """What was parsed; `namespace["train.batch"]` is given for fields with a dot."""
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
-
-
 class Parser(argparse.ArgumentParser):
     """An argparse parser that knows options by their whole names only, and raises `ConfigError`."""
 
-    def parse(self, args: Sequence[str]) -> Namespace:
+    def __init__(self, prog: str = "lgd", description: str = "") -> None:
+        narrow = functools.partial(argparse.HelpFormatter, max_help_position=28)
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=narrow)
+        self._positionals.title = "arguments"
+
+    def parse(self, args: Sequence[str]) -> argparse.Namespace:
         """The values of a command line; options and other arguments may come in any order."""
         self.usage = self._describe_usage()
         required = [action for action in self._actions if action.required and action.nargs != "*"]
@@ -40,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         self._check_options(args)
         # Only the plain way knows that all after -- are no options.
         read = self.parse_known_args if "--" in args else self.parse_known_intermixed_args
-        namespace, rest = read(list(args), Namespace())
+        namespace, rest = read(list(args))
         if rest:
             raise ConfigError(self._explain(rest[0]))
         missing = [_name(action) for action in required if getattr(namespace, action.dest, None) in (None, [])]
@@ -94,14 +92,6 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             name = _name(action)
             raise ConfigError(f"{name} needs a value: write {name}={action.metavar or 'VALUE'}") from error
-
-
-def make_parser(prog: str = "lgd", description: str = "") -> Parser:
-    """A parser for a verb."""
-    narrow = functools.partial(argparse.HelpFormatter, max_help_position=28)
-    parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=narrow)
-    parser._positionals.title = "arguments"
-    return parser
 
 
 def suggest_name(name: str, known: Iterable[str], before: str = "") -> str:

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import lgd
-from lgd.base.arguments import make_parser, suggest_name
+from lgd.base.arguments import Parser, suggest_name
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.logs import show_logs
 from lgd.base.text import escape_text, escaped_output, print_lines
@@ -104,7 +104,7 @@ def _run(args: list[str]) -> int:
         if verb.startswith("-"):
             raise ConfigError(f"the verb comes first, and {shown} is an option: lgd --help lists the verbs")
         raise ConfigError(f"lgd has no verb {shown!r}{suggest_name(verb, VERBS)}")
-    parser = make_parser(f"lgd {verb}", VERBS[verb].summary)
+    parser = Parser(f"lgd {verb}", VERBS[verb].summary)
     run = VERBS[verb].add(parser)
     run(parser.parse(args[1:]))
     return 0

@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
+from argparse import Namespace
 from collections.abc import Collection
 from typing import Literal
 
-from lgd.base.arguments import Namespace, Parser, typed
+from lgd.base.arguments import Parser, typed
 from lgd.base.errors import ConfigError, DataError, require
 from lgd.base.text import print_json, print_lines
 from lgd.cli.verb import Run, Verb, add_code_argument, read_options

@@ -3,9 +3,10 @@
 import os
 import platform
 import shutil
+from argparse import Namespace
 from typing import NamedTuple
 
-from lgd.base.arguments import Namespace, Parser, typed
+from lgd.base.arguments import Parser, typed
 from lgd.base.environment import version_of
 from lgd.base.errors import DataError
 from lgd.base.text import print_json, print_lines

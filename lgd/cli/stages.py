@@ -3,10 +3,11 @@
 import importlib.resources
 import logging
 import shlex
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from lgd.base.arguments import Namespace, Parser, typed
+from lgd.base.arguments import Parser, typed
 from lgd.base.text import print_lines
 from lgd.cli.verb import Run, Verb, add_code_argument, read_options
 from lgd.config_files import add_config_arguments, add_option_arguments, config_of, given_of
@@ -89,7 +90,7 @@ def _make_stage(
 
             try:
                 with explain_overrides(config):
-                    own = {name: namespace[name] for name in [*(flags or ()), *(["code"] if loads else [])]}
+                    own = {name: vars(namespace)[name] for name in [*(flags or ()), *(["code"] if loads else [])]}
                     table = getattr(pipeline, name)(config, given_of(namespace, verb, **own), **own)
             finally:
                 disconnect()

@@ -1,10 +1,11 @@
 """What a verb is to the command line."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from lgd.base.arguments import Namespace, Parser
+from lgd.base.arguments import Parser
 from lgd.base.extensions import FORM
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Verb(NamedTuple):
 
 def read_options(namespace: Namespace, kind: type[Options]) -> Options:
     """The options dataclass of a verb, from a parsed command line."""
-    return kind(**{field.name: namespace[field.name] for field in fields(kind)})
+    return kind(**{field.name: vars(namespace)[field.name] for field in fields(kind)})
 
 
 def add_code_argument(parser: Parser) -> None:

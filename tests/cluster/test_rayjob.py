@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
+from lgd.base.arguments import Parser
 from lgd.cli import VERBS
 from lgd.config import Config
-from lgd.config_files import config_of, make_parser
+from lgd.config_files import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -44,7 +45,7 @@ def run_of(command: str) -> tuple[str, Config]:
     """The verb of a command line in the image and the run that it names, through lgd's own parser."""
     python, module, lgd, verb, *args = shlex.split(command)
     assert (python, module, lgd) == ("python", "-m", "lgd")
-    parser = make_parser()
+    parser = Parser()
     VERBS[verb][1](parser)
     # In the image the checkout is /opt/lgd; tests/cluster/test_dockerfile.py holds it to that.
     here = [arg.replace("/opt/lgd/", f"{ROOT}/") for arg in args]

@@ -12,9 +12,10 @@ import pytest
 import ray
 from PIL import Image
 
+from lgd.base.arguments import Parser
 from lgd.base.errors import ConfigError
 from lgd.cli import main
-from lgd.config_files import add_option_arguments, make_parser
+from lgd.config_files import add_option_arguments
 from lgd.io.files import read_json
 from lgd.io.location import as_location
 from lgd.metrics import Predictions
@@ -143,7 +144,7 @@ def test_the_rows_differ_in_one_thing_each(run, change):
 
 @pytest.mark.parametrize(("args", "full"), [([], False), (["--full"], True), (["--full", "--jobs", "2"], True)])
 def test_the_long_table_is_asked_for_by_a_flag(args, full):
-    parser = make_parser()
+    parser = Parser()
     add_option_arguments(parser, AblateOptions)
     assert parser.parse(args).full is full
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from lgd.base.arguments import make_parser
+from lgd.base.arguments import Parser
 from lgd.base.text import print_json, print_lines
 from lgd.cli import run_command
 from lgd.config_files import add_option_arguments
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(args: list[str]) -> int:
-    parser = make_parser("python tools/bench", _ABOUT)
+    parser = Parser("python tools/bench", _ABOUT)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     lines = [f"  {name:21}{'~' if one.estimated else ' '}{one.minutes:g}" for name, one in BENCHMARKS.items()]
     parser.epilog = "\n".join([_MINUTES, *lines])
@@ -35,7 +35,7 @@ def _run(args: list[str]) -> int:
     hidden = [name for name in Settings.__dataclass_fields__ if name not in _OPTIONS]
     add_option_arguments(parser, Settings, skip=hidden)
     namespace = parser.parse(args)
-    document = bench(namespace.names, Settings(**{name: namespace[name] for name in _OPTIONS}))
+    document = bench(namespace.names, Settings(**{name: vars(namespace)[name] for name in _OPTIONS}))
     if namespace.json:
         print_json(document)
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lgd.base.arguments import make_parser
+from lgd.base.arguments import Parser
 from lgd.base.text import print_lines
 from lgd.cli import run_command
 
@@ -91,7 +91,7 @@ def run_all(commands: Sequence[Sequence[str]]) -> int:
 def run(args: list[str]) -> int:
     """Run a study; returns the exit status."""
     end = args.index("--") if "--" in args else len(args)
-    parser = make_parser("python tools/studies/evidence.py", "Run a study of docs/evidence.md, in the checkout.")
+    parser = Parser("python tools/studies/evidence.py", "Run a study of docs/evidence.md, in the checkout.")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     studies = [f"  {name:12}{what}" for name, what in STUDIES.items()]
     parser.epilog = "\n".join(["studies:", *studies, "", "What follows -- is given to lgd ablate, such as -- --full."])

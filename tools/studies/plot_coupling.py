@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from lgd.base.arguments import make_parser
+from lgd.base.arguments import Parser
 from lgd.base.errors import ConfigError
 from lgd.base.markup import markdown_table
 from lgd.base.text import print_lines
@@ -53,7 +53,7 @@ def gain_curves(tables: dict[float, AblationDocument], metric: str, path: str | 
 
 def run(args: list[str]) -> int:
     """Draw the figure and print its numbers; returns the exit status."""
-    parser = make_parser("python tools/studies/plot_coupling.py", "LGD-Net's gain against how much the H&E reveals.")
+    parser = Parser("python tools/studies/plot_coupling.py", "LGD-Net's gain against how much the H&E reveals.")
     parser.add_argument("out", help="the picture, a PNG")
     parser.add_argument("runs", nargs="+", metavar="COUPLING=RUN", help="a run of lgd ablate, and its world's coupling")
     parser.add_argument("--metric", choices=list(METRICS), default="kappa")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lgd.base.arguments import make_parser
+from lgd.base.arguments import Parser
 from lgd.base.errors import require
 from lgd.base.markup import markdown_table
 from lgd.base.text import print_lines
@@ -36,7 +36,7 @@ def read_answers(run: Path) -> dict[str, list[Predictions]]:
 
 def run(args: list[str]) -> int:
     """Print the table; returns the exit status."""
-    parser = make_parser("python tools/studies/table_shortcut.py", "How far each method falls by a shortcut.")
+    parser = Parser("python tools/studies/table_shortcut.py", "How far each method falls by a shortcut.")
     parser.add_argument(
         "pairs", nargs="+", metavar="NAME=CONTROL,SHORTCUT", help="two runs of lgd ablate, and their name"
     )
