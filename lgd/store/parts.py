@@ -5,11 +5,12 @@ dataset's digest was found right, so that a reader of pooled latents alone never
 by `lgd verify` only.
 """
 
+import mmap
 import os
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -24,19 +25,8 @@ from lgd.store.document import PATCHES, REMEDY, Dataset, Entry, Layout, Sidecar,
 OPEN_PARTS = 16_384
 """Shards whose parts a process keeps mapped; Linux allows it 65,530 maps in all."""
 
-_BLOCK = 8 << 20
-
 _open: deque["Part"] = deque()
 _mapping = threading.Lock()
-
-
-class Mapped(NamedTuple):
-    """Datasets over maps of their files, read-only."""
-
-    arrays: dict[str, np.ndarray]
-    """(rows, ...) each."""
-    bytes: dict[str, memoryview]
-    """The same as plain bytes."""
 
 
 class PartFile:
@@ -71,8 +61,8 @@ class PartFile:
         except FileNotFoundError as error:
             raise DataError(f"part {self.path} is missing: run lgd cache-latents again") from error
 
-    def read(self, sidecar: Sidecar, name: str) -> tuple[np.ndarray, memoryview]:
-        """A dataset, (rows, ...) read-only, and its bytes; `DataError` for one that is not as its digest says."""
+    def read(self, sidecar: Sidecar, name: str) -> np.ndarray:
+        """A dataset, (rows, ...) read-only; `DataError` for one that is not as its digest says."""
         dataset = sidecar.datasets[name]
         part = self._read(sidecar, dataset)
         if name not in self._checked:
@@ -89,7 +79,7 @@ class PartFile:
             except ValueError as error:
                 raise DataError(f"part {self.path}: {error}: {REMEDY}") from error
             self._checked.add(name)
-        return dataset.rows(part), part
+        return dataset.rows(part)
 
     def _read(self, sidecar: Sidecar, dataset: Dataset) -> memoryview:
         if self.content is None:
@@ -133,7 +123,7 @@ class Part:
         self.files, self.name, self.split, self.tar_sha256 = files, entry.name, entry.split, entry.tar_sha256
         self.rows, self.first, self.last = entry.rows, entry.first, entry.last
         self.layout = {name: layout for file in files.values() for name, layout in file.layout.items()}
-        self._mapped: Mapped | None = None
+        self._arrays: dict[str, np.ndarray] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -145,44 +135,45 @@ class Part:
         """Digest of all that the patches' and a teacher's part hold."""
         return digest_of([self.files[layer].digest for layer in (PATCHES, teacher)])
 
-    def mapped(self, names: frozenset[str]) -> Mapped:
-        """Some datasets at least; raises `DataError` for one that is missing, or not as its digest says."""
-        mapped = self._mapped
-        if mapped is not None and names <= mapped.arrays.keys():
-            return mapped
+    def arrays(self, names: frozenset[str]) -> dict[str, np.ndarray]:
+        """Some datasets at least, (rows, ...) each, read-only, over maps of their files.
+
+        Raises `DataError` for one that is missing, or not as its digest says.
+        """
+        arrays = self._arrays
+        if arrays is not None and names <= arrays.keys():
+            return arrays
         # The first reader checks the digests; those who want other parts do not wait.
         with self._lock:
-            before = mapped = self._mapped
-            if mapped is None or not names <= mapped.arrays.keys():
-                mapped = self._mapped = self._map(names, before or Mapped({}, {}))
+            before = arrays = self._arrays
+            if arrays is None or not names <= arrays.keys():
+                arrays = self._arrays = self._map(names, before or {})
         if before is None:
             with _mapping:
                 _open.append(self)
                 oldest = _open.popleft() if len(_open) > OPEN_PARTS else None
             if oldest is not None:
                 oldest.forget()
-        return mapped
+        return arrays
 
-    def _map(self, names: frozenset[str], before: Mapped) -> Mapped:
-        arrays, bytes_ = dict(before.arrays), dict(before.bytes)
+    def _map(self, names: frozenset[str], before: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        arrays = dict(before)
         for file in self.files.values():
-            wanted = [name for name in sorted(names) if name in file.layout and name not in arrays]
-            sidecar = file.sidecar() if wanted else None
-            for name in wanted:
-                assert sidecar is not None
-                arrays[name], bytes_[name] = file.read(sidecar, name)
+            if wanted := [name for name in sorted(names) if name in file.layout and name not in arrays]:
+                sidecar = file.sidecar()
+                arrays |= {name: file.read(sidecar, name) for name in wanted}
         if lacking := sorted(names - arrays.keys()):
             raise DataError(f"{self.path} has no dataset {lacking[0]!r}: cache into a store that has it")
-        return Mapped(arrays, bytes_)
+        return arrays
 
     def array(self, dataset: str) -> np.ndarray:
         """One dataset, (rows, ...), read-only."""
-        return self.mapped(frozenset((dataset,))).arrays[dataset]
+        return self.arrays(frozenset((dataset,)))[dataset]
 
     def forget(self) -> None:
         """Drop the maps; they go when the last array of them is dropped."""
         with self._lock:
-            self._mapped = None
+            self._arrays = None
             for file in self.files.values():
                 file.content = None
 
@@ -214,35 +205,28 @@ def check_rows(name: str, rows_n: np.ndarray) -> None:
 
 
 def _file_problem(path: Location, file: BinaryIO, sidecar: Sidecar) -> str | None:
-    """What is wrong with a part's open file: its size, its digests, or, when these are right, what HDF5 makes of it."""
+    """What is wrong with a part's open file: its size, its digests, or what HDF5 makes of it."""
     size = os.fstat(file.fileno()).st_size
     if size != sidecar.bytes:
         return f"part {path} has {size} bytes and not {sidecar.bytes}"
     if xxh3(file) != sidecar.xxh3:
         return f"part {path} does not match its digest"
-    for name, dataset in sidecar.datasets.items():
-        if _digest_at(file, dataset) != dataset.xxh3:
-            return f"part {path} does not match its digest (dataset {name})"
     try:
         found = _described_by_hdf5(file, sidecar.datasets)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         return f"part {path} is no HDF5 file of ours ({error})"
     if found != sidecar.datasets:
         return f"part {path}: HDF5 finds other datasets in it than its sidecar states"
-    for name in sorted({"key", "slide", "label"} & sidecar.datasets.keys()):
-        dataset = sidecar.datasets[name]
+    content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    for name, dataset in sidecar.datasets.items():
+        rows = content[dataset.offset : dataset.offset + dataset.bytes]
+        if xxhash.xxh3_128_hexdigest(rows) != dataset.xxh3:
+            return f"part {path} does not match its digest (dataset {name})"
         try:
-            check_rows(name, dataset.rows(memoryview(os.pread(file.fileno(), dataset.bytes, dataset.offset))))
+            check_rows(name, dataset.rows(rows))
         except ValueError as error:
             return f"part {path}: {error}"
     return None
-
-
-def _digest_at(file: BinaryIO, dataset: Dataset) -> str:
-    digest, end = xxhash.xxh3_128(), dataset.offset + dataset.bytes
-    for start in range(dataset.offset, end, _BLOCK):
-        digest.update(os.pread(file.fileno(), min(_BLOCK, end - start), start))
-    return digest.hexdigest()
 
 
 def _described_by_hdf5(content: BinaryIO, stated: Mapping[str, Dataset]) -> dict[str, Dataset]:
