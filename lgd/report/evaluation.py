@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from pydantic import JsonValue
 
+from lgd.base.errors import DataError
 from lgd.config import Config
 from lgd.metrics import Predictions
 from lgd.report import robustness
@@ -17,7 +18,7 @@ from lgd.report.results import Retrieval, Robustness
 from lgd.report.sheet import Gallery
 from lgd.retrieval.answers import name_level
 from lgd.retrieval.queries import check_pair, search
-from lgd.retrieval.search import Searcher, faiss_problem, read_document
+from lgd.retrieval.search import Searcher, read_document, require_faiss
 from lgd.scoring.predict import Scorer, choose_level, load_scorer, name_probabilities, score_shards
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardSet
@@ -76,8 +77,10 @@ def evaluate(config: Config, shards: ShardSet, provenance: dict[str, JsonValue],
     store = Store(config.latents.dir) if method and method.retrieves_by == "latents" else None
     has_sheet = store is not None and config.report.queries > 0
     if store is not None and has_sheet:
-        if problem := faiss_problem():
-            logger.warning("[report] the contact sheet is left out: %s", problem)
+        try:
+            require_faiss()
+        except DataError as error:
+            logger.warning("[report] the contact sheet is left out: %s", error)
             has_sheet = False
         else:
             read_document(store)
@@ -170,7 +173,7 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
     predictions = student.predictions
     rows = _spread(predictions.level, config.report.queries)
     found = search(Searcher(store), store, student.vectors_nD[rows], 4) if len(rows) else []
-    images = Gallery(store, 256, known=shards.folders)
+    images = Gallery(store, 256)
     reader = Reader(shards.of_split(config.report.split), ("he", "ihc"), 256)
     samples = [reader.read(row) for row in rows.tolist()]
     return [

@@ -70,25 +70,15 @@ class UnitVectors:
             self.parts[number].array("pooled")[row_n[part_n == number] - self.first[number], 0]
             for number in np.unique(part_n).tolist()
         ]
-        return _finite(np.concatenate(found))
+        vectors_nD = unit(np.concatenate(found))
+        if not np.isfinite(vectors_nD).all():
+            raise DataError("the store has latents that are not finite: the teacher diverged, train and cache it again")
+        return vectors_nD
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """All vectors, some thousands at a time, with the row of the first: float32 (n, D)."""
         for start in range(0, self.rows, _BLOCK):
-            stop = min(start + _BLOCK, self.rows)
-            begin, end = np.searchsorted(self.first, (start, stop - 1), "right") - 1
-            pieces = [
-                self.parts[number].array("pooled")[max(0, start - self.first[number]) : stop - self.first[number], 0]
-                for number in range(begin, end + 1)
-            ]
-            yield start, _finite(np.concatenate(pieces))
-
-
-def _finite(vectors_nD: np.ndarray) -> np.ndarray:
-    vectors_nD = unit(vectors_nD)
-    if not np.isfinite(vectors_nD).all():
-        raise DataError("the store has latents that are not finite: the teacher diverged, train and cache it again")
-    return vectors_nD
+            yield start, self.at(np.arange(start, min(start + _BLOCK, self.rows)))
 
 
 def nearest(latents: UnitVectors, queries_nD: np.ndarray, k: int) -> np.ndarray:

@@ -147,8 +147,6 @@ def search(
 
 
 def _hits(searcher: Searcher, store: Store, distance_k: np.ndarray, position_k: np.ndarray) -> list[Hit]:
-    if not len(position_k):
-        return []
     entries = searcher.table[position_k]
     keys = [bytes(key).decode() for key in entries["key"]]
     twins = near_duplicates(keys, distance_k, searcher.vectors(position_k))

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 Read = TypeVar("Read")
 
 _REMEDY = "run lgd build-index"
-_ATTEMPTS = 5
 
 
 class IndexFile(Record):
@@ -86,18 +85,10 @@ class IndexDocument(Document, IndexRequest):
         return self
 
 
-def faiss_problem() -> str | None:
-    """Why there is no FAISS here, or None; it is not imported."""
-    if importlib.util.find_spec("faiss") is None:
-        return "FAISS is not installed: pip install 'lgd[cpu]', or 'lgd[gpu]' on a CUDA machine"
-    return None
-
-
 def require_faiss() -> None:
-    """Raise `DataError` with the remedy where there is no FAISS."""
-    problem = faiss_problem()
-    if problem:
-        raise DataError(problem)
+    """Raise `DataError` with the remedy where there is no FAISS; it is not imported."""
+    if importlib.util.find_spec("faiss") is None:
+        raise DataError("FAISS is not installed: pip install 'lgd[cpu]', or 'lgd[gpu]' on a CUDA machine")
 
 
 def import_faiss() -> ModuleType:
@@ -132,9 +123,9 @@ def _read_file(path: Location, said: IndexFile, read: Callable[[BinaryIO], Read]
     try:
         with open_checked(path, said.xxh3, said.bytes, _REMEDY) as file:
             return read(file)
+    except DataError:
+        raise
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path} is not the index that index.json describes ({error}): {_REMEDY}") from error
 
 
@@ -143,30 +134,26 @@ def open_index(store: Store, read: Callable[[IndexDocument, BinaryIO], Read]) ->
 
     Raises `DataError` for one that is missing or damaged.
     """
-    folder = index_folder(store)
-    for attempt in range(_ATTEMPTS):
-        document, numbers = read_document(store), _numbers(store)
-        parts = [store.parts[numbers[digest]] for digest in document.parts]
-        read_keys = functools.partial(read_table, rows=document.rows, parts=parts)
-        try:
-            table = _read_file(folder / f"{document.table.xxh3}.npy", document.table, read_keys)
-            faiss_file = folder / f"{document.faiss.xxh3}.faiss"
-            return document, table, _read_file(faiss_file, document.faiss, functools.partial(read, document))
-        except FileNotFoundError as error:
+    folder, document, numbers = index_folder(store), read_document(store), _numbers(store)
+    parts = [store.parts[numbers[digest]] for digest in document.parts]
+    read_keys = functools.partial(read_table, rows=document.rows, parts=parts)
+    try:
+        table = _read_file(folder / f"{document.table.xxh3}.npy", document.table, read_keys)
+        faiss_file = folder / f"{document.faiss.xxh3}.faiss"
+        return document, table, _read_file(faiss_file, document.faiss, functools.partial(read, document))
+    except FileNotFoundError as error:
+        if read_document(store) != document:
             # It was replaced between the two readings.
-            if attempt + 1 < _ATTEMPTS and read_document(store) != document:
-                continue
-            raise DataError(f"{folder} lacks a file that index.json names ({error.__cause__}): {_REMEDY}") from error
-    raise AssertionError
+            return open_index(store, read)
+        raise DataError(f"{folder} lacks a file that index.json names ({error.__cause__}): {_REMEDY}") from error
 
 
-def check_index(document: IndexDocument, file: BinaryIO) -> None:
-    """Raise `ValueError` unless a file is of the kind and size that index.json states."""
+def _check_index(document: IndexDocument, file: BinaryIO) -> None:
     check_file(file, document.factory, document.rows, document.dim, document.nprobe)
 
 
 def _read_index(document: IndexDocument, file: BinaryIO) -> "Index":
-    check_index(document, file)
+    _check_index(document, file)
     faiss = import_faiss()
     # The descriptor names the file that was checked, whatever has taken its place meanwhile.
     index: Index = faiss.read_index(f"/dev/fd/{file.fileno()}", faiss.IO_FLAG_MMAP_IFC)
@@ -176,7 +163,7 @@ def _read_index(document: IndexDocument, file: BinaryIO) -> "Index":
 def problems(store: Store) -> list[str]:
     """What is wrong with the index of a store; FAISS is not asked."""
     try:
-        open_index(store, check_index)
+        open_index(store, _check_index)
     except DataError as error:
         return [str(error)]
     return []
@@ -200,8 +187,8 @@ class Searcher:
         self._ivf: IndexIVF | None = self._faiss.try_extract_index_ivf(self.index)
         self._process = os.getpid()
         if self._ivf is not None:
-            sizes = [self._ivf.invlists.list_size(cell) for cell in range(self._ivf.nlist)]
-            self._first_of_cell = np.cumsum([0, *sizes])
+            # From position to cell, 8 bytes a latent: `vectors` needs it.
+            self._ivf.make_direct_map()
 
     def search(
         self, vectors_nD: np.ndarray, k: int, allowed: np.ndarray | None = None
@@ -251,13 +238,5 @@ class Searcher:
         position_n = np.asarray(position_n, np.int64)
         if ((position_n < 0) | (position_n >= len(self.table))).any():
             raise IndexError(f"positions are 0 to {len(self.table) - 1}")
-        found_nD = np.empty((len(position_n), self.document.dim), np.float32)
-        if self._ivf is None:
-            self.index.reconstruct_batch(position_n, found_nD)
-            return found_nD
-        # Positions count up through the cells, so no map from position to cell is held: it would take 8 bytes a row.
-        cell_n = np.searchsorted(self._first_of_cell, position_n, "right") - 1
-        offset_n = position_n - self._first_of_cell[cell_n]
-        for vector, cell, offset in zip(found_nD, cell_n.tolist(), offset_n.tolist(), strict=True):
-            self._ivf.reconstruct_from_offset(cell, offset, self._faiss.swig_ptr(vector))
+        found_nD: np.ndarray = self.index.reconstruct_batch(position_n)
         return found_nD

@@ -78,13 +78,12 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
     for name in names:
         path = require_local(name, f"{name}: images are read from local files only: fetch it first")
         if path.is_dir():
-            inside: dict[bool, list[Path]] = {True: [], False: []}
-            for file in sorted(_files(path)):
-                inside[_is_image(file)].append(file)
-            if not inside[True]:
-                raise DataError(f"{path} holds no JPEG, PNG or WebP file{_listed(inside[False], ', only ')}")
-            named += inside[True]
-            others += inside[False]
+            files = sorted(_files(path))
+            inside = list(filter(_is_image, files))
+            if not inside:
+                raise DataError(f"{path} holds no JPEG, PNG or WebP file{_listed(files, ', only ')}")
+            named += inside
+            others += sorted({*files} - {*inside})
         elif path.is_file() or path.is_symlink():
             named.append(path)
         else:
@@ -93,22 +92,17 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
             if not matching:
                 raise DataError(f"{name} is no file, no folder, and no pattern that matches files")
             named += matching
+    # `Path.absolute` keeps what is between `x/..`, and `Path.resolve` follows links.
+    spelled = {os.path.abspath(path): path for path in sorted(named, reverse=True)}  # noqa: PTH100
     taken: dict[str, Path] = {}
-    again: dict[str, Path] = {}
-    for path in sorted(named):
-        first = taken.setdefault(os.path.realpath(path), path)
-        if _spell_out(first) != _spell_out(path):
-            again[_spell_out(path)] = path
+    for path in sorted(spelled.values()):
+        taken.setdefault(os.path.realpath(path), path)
+    again = sorted({*spelled.values()} - {*taken.values()})
     if others:
         logger.warning("left out %d files that are no JPEG, PNG or WebP%s", len(others), _listed(others))
     if again:
-        logger.warning("left out %d further names of the same files%s", len(again), _listed(list(again.values())))
+        logger.warning("left out %d further names of the same files%s", len(again), _listed(again))
     return list(taken.values())
-
-
-def _spell_out(path: Path) -> str:
-    # `Path.absolute` keeps what is between `x/..`, and `Path.resolve` follows links.
-    return os.path.abspath(path)  # noqa: PTH100
 
 
 def list_sources(images: Images) -> list[ImageSource]:

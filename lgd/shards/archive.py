@@ -105,6 +105,17 @@ def read_meta(shard: Shard, row: int) -> PatchMeta:
         return read_sample(file, index, row, shard, ())[0]
 
 
+def table_head(dtype: np.dtype[np.void], shape: tuple[int, ...]) -> bytes:
+    """What `numpy.save` writes before the rows, to compare files with.
+
+    numpy.load would also take zip files and pickles; and it parses the head with `ast`, which fails now and then when
+    several threads of Python 3.11 do so at once.
+    """
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype.descr, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
 def load_table(
     path: Location, digest: str, size: int | None, dtype: np.dtype[np.void], shape: tuple[int, ...]
 ) -> np.ndarray | None:
@@ -112,11 +123,7 @@ def load_table(
 
     `DataError` for a file that is missing, or not of this SHA-256 and, where it is known, of this size.
     """
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": dtype.descr, "fortran_order": False, "shape": shape})
-    # numpy.load would also take zip files and pickles; and it parses the head with `ast`, which fails now and then when
-    # several threads of Python 3.11 do so at once.
-    head = stream.getvalue()
+    head = table_head(dtype, shape)
     expected = len(head) + math.prod(shape) * dtype.itemsize
     with open_checked(path, digest, size, REBUILD) as file:
         # The size comes first: the count of a hostile manifest would ask for any amount of memory.

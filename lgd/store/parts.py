@@ -17,9 +17,9 @@ import xxhash
 
 from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.io.digests import digest_of, xxh3
+from lgd.io.digests import digest_of
 from lgd.io.location import Location
-from lgd.io.remote import drop_damaged, open_file
+from lgd.io.remote import drop_damaged, open_checked, open_file
 from lgd.store.document import PATCHES, REMEDY, Dataset, Entry, Layout, Sidecar, read_sidecar
 
 OPEN_PARTS = 16_384
@@ -105,11 +105,8 @@ class PartFile:
         """What is wrong with the part, or None; reads all of it."""
         try:
             sidecar = self.sidecar()
-            with self.open(sidecar) as file:
-                problem = _file_problem(self.path, file, sidecar)
-                if not problem or not drop_damaged(self.path, sidecar.xxh3, file):
-                    return problem
-            with self.open(sidecar) as file:
+            self.open(sidecar).close()
+            with open_checked(self.path, sidecar.xxh3, sidecar.bytes, REMEDY) as file:
                 return _file_problem(self.path, file, sidecar)
         except DataError as error:
             return str(error)
@@ -205,12 +202,7 @@ def check_rows(name: str, rows_n: np.ndarray) -> None:
 
 
 def _file_problem(path: Location, file: BinaryIO, sidecar: Sidecar) -> str | None:
-    """What is wrong with a part's open file: its size, its digests, or what HDF5 makes of it."""
-    size = os.fstat(file.fileno()).st_size
-    if size != sidecar.bytes:
-        return f"part {path} has {size} bytes and not {sidecar.bytes}"
-    if xxh3(file) != sidecar.xxh3:
-        return f"part {path} does not match its digest"
+    """What is wrong with a part's open file, whose digest is right: what HDF5 makes of it, or its datasets."""
     try:
         found = _described_by_hdf5(file, sidecar.datasets)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:

@@ -93,22 +93,19 @@ class Store:
         """Where the shards and the teachers were."""
         return SourcesDocument.read(self.folder / "sources.json")
 
-    def open_sources(self, known: Sequence[ShardFolder] = (), otherwise: str = "") -> dict[str, Shard]:
+    def open_sources(self, otherwise: str = "") -> dict[str, Shard]:
         """The shards of the folders that the store was made of, by the digest of their tar.
 
-        `known` are open already. Raises `DataError` for a folder that is gone; `otherwise` is another way out than to
-        put it back.
+        Raises `DataError` for a folder that is gone; `otherwise` is another way out than to put it back.
         """
         shards: dict[str, Shard] = {}
-        by_folder = {str(one.folder): one for one in known}
         for folder in self.sources.shards:
             try:
-                opened = by_folder.get(folder) or ShardFolder.open(folder)
+                shards |= {shard.sha256: shard for shard in ShardFolder.open(folder).shards}
             except MissingDocument as error:
                 raise DataError(
                     f"the shards of {self.folder} were in {folder}, which is gone: put them back{otherwise}"
                 ) from error
-            shards |= {shard.sha256: shard for shard in opened.shards}
         return shards
 
     @property
@@ -267,11 +264,11 @@ class Rows:
         rows = [slice(row, row + 1) for row in row_n]
         found = {}
         for name in self._datasets:
-            arrays = [arrays[name] for arrays in arrays_n]
+            column_n = [arrays[name] for arrays in arrays_n]
             if name in ("pooled", "map"):
-                views = view_n if view_n is not None and arrays[0].shape[1] > 1 else [0] * len(rows)
-                slices = [array[row, view] for array, row, view in zip(arrays, rows, views, strict=True)]
+                views = view_n if view_n is not None and column_n[0].shape[1] > 1 else [0] * len(rows)
+                slices = [array[row, view] for array, row, view in zip(column_n, rows, views, strict=True)]
             else:
-                slices = [array[row] for array, row in zip(arrays, rows, strict=True)]
+                slices = [array[row] for array, row in zip(column_n, rows, strict=True)]
             found[name] = np.concatenate(slices)
         return found
