@@ -66,7 +66,7 @@ def test_one_sample_into_a_batch(prepared):
 
 def test_one_training_step(prepared):
     micro, _ = next(prepared.batches(0, 1))
-    names = read_modules(lambda: take_step(prepared.learner, 0, micro, False))
+    names = read_modules(lambda: take_step(prepared.learner, 0, micro, False)())
     assert len(names) <= 8, names
 
 

@@ -205,11 +205,17 @@ def _by_element(x: Tensor, k_B: Tensor | np.ndarray, dims: tuple[int, int]) -> T
     if not k_B.any():
         return x
     turned = torch.empty_like(x)
-    for k in sorted(set(k_B.tolist())):
-        rows = (k_B == k).nonzero().flatten().to(x.device)
-        part = torch.rot90(x[rows], k % 4, dims)
-        turned[rows] = part.flip(dims[1]) if k >= 4 else part
+    sorted_B = to_device(k_B.argsort(), x.device)
+    for k, rows in enumerate(torch.split(sorted_B, k_B.bincount(minlength=8).tolist())):
+        if len(rows):
+            part = torch.rot90(x[rows], k % 4, dims)
+            turned[rows] = part.flip(dims[1]) if k >= 4 else part
     return turned
+
+
+def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """A tensor of the CPU on a device, for which the CPU does not wait, whatever the device still has to do."""
+    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def draw(seed: int, epoch_B: np.ndarray, sample_B: np.ndarray, purpose: str, n: int) -> np.ndarray:
@@ -240,9 +246,9 @@ def stain_jitter(rgb_B3HW: Tensor, u_B6: Tensor | np.ndarray, sigma: float) -> T
     normal_B3 = _normal(u_B6)
     # unmix, scale, mix and subtract the old OD are one matrix an image: pixels are touched once, and a
     # change of zero leaves them exactly as they were.
-    change_B33 = torch.linalg.inv(H_E) @ torch.diag_embed(sigma * normal_B3).to(H_E.device) @ H_E
+    change_B33 = torch.linalg.inv(H_E) @ torch.diag_embed(sigma * normal_B3) @ H_E
     od_B3HW = rgb_to_od(rgb_B3HW)
-    added_B3HW = torch.einsum("bchw,bcs->bshw", od_B3HW, change_B33.to(od_B3HW))
+    added_B3HW = torch.einsum("bchw,bcs->bshw", od_B3HW, to_device(change_B33.to(od_B3HW.dtype), od_B3HW.device))
     return (rgb_B3HW * torch.pow(10.0, -added_B3HW)).clamp(0.0, 255.0)
 
 
@@ -253,7 +259,7 @@ def light_jitter(rgb_B3HW: Tensor, u_B2: Tensor | np.ndarray, sigma: float) -> T
     unchanged.
     """
     gain_B1 = torch.exp(sigma * _normal(u_B2))
-    return (rgb_B3HW * gain_B1[:, :, None, None].to(rgb_B3HW.device, torch.float32)).clamp(0.0, 255.0)
+    return (rgb_B3HW * to_device(gain_B1[:, :, None, None].float(), rgb_B3HW.device)).clamp(0.0, 255.0)
 
 
 def jitter_he(rgb_B3HW: Tensor, epoch_B: np.ndarray, sample_B: np.ndarray, data: Data, seed: int) -> Tensor:

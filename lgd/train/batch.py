@@ -18,7 +18,17 @@ from lgd.base.errors import DataError
 from lgd.config import Config, Data
 from lgd.models.losses import Lesson, Negatives
 from lgd.store.store import Rows
-from lgd.stream.plan import Plan, World, d4, drawn_views, eval_numbers, jitter_he, rank_positions, turn_stored
+from lgd.stream.plan import (
+    Plan,
+    World,
+    d4,
+    drawn_views,
+    eval_numbers,
+    jitter_he,
+    rank_positions,
+    to_device,
+    turn_stored,
+)
 from lgd.stream.reader import Reader, Sample, Samples, in_batches, stream
 from lgd.train.targets import Queue
 
@@ -58,16 +68,13 @@ class Batch(Lesson):
         if device == "cpu":
             return self
 
-        def move(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-
         return replace(
             self,
-            valid_B=self.valid_B.to(device),
-            level_B=self.level_B.to(device),
-            images=move(self.images),
-            stored=move(self.stored),
-            negatives=self.negatives and Negatives(*(tensor.to(device) for tensor in self.negatives)),
+            valid_B=to_device(self.valid_B, device),
+            level_B=to_device(self.level_B, device),
+            images={role: to_device(image, device) for role, image in self.images.items()},
+            stored={name: to_device(stored_B, device) for name, stored_B in self.stored.items()},
+            negatives=self.negatives and Negatives(*(to_device(tensor, device) for tensor in self.negatives)),
         )
 
     def drop_unlabelled(self) -> "Batch":

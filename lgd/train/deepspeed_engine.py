@@ -126,15 +126,15 @@ class DeepSpeedEngine(Engine):
         if not last:
             self.engine.step()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> torch.Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.plain:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
             self.engine.step()
-            return float(norm)
+            return norm
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
 
     def _prime(self) -> None:
         """Give the partitioned optimizer the moments that AdamW starts from, so that they can be set before a step.

@@ -54,14 +54,14 @@ class Engine(ABC):
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of this rank's share of the global loss; `last` ends the step's accumulation."""
 
-    def step(self, lr: float) -> float:
-        """Clip, update, clear the gradient; returns the norm before clipping."""
+    def step(self, lr: float) -> torch.Tensor:
+        """Clip, update, clear the gradient; returns the norm before clipping, for which nobody waits here."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     def state(self) -> tuple[dict[str, torch.Tensor], Moments]:
         """Weights and moments, float32 on the CPU. Every rank must call it; rank 0's is complete."""

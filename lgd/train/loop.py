@@ -4,6 +4,7 @@ Leaves in the task's folder: `config.json` and `model.safetensors` (the network)
 and `log.jsonl` with one line a step.
 """
 
+import collections
 import hashlib
 import math
 import threading
@@ -17,12 +18,15 @@ import torch.distributed as dist
 from lgd.base.errors import DataError, Stopped
 from lgd.config import Config
 from lgd.shards.shard_set import ShardSet
-from lgd.stream.plan import World
+from lgd.stream.plan import World, to_device
 from lgd.train import checkpoint
 from lgd.train.batch import Batch, gather
 from lgd.train.finished import centre_latents, export, validate
 from lgd.train.prepare import Learner, Prepared
 from lgd.train.tasks import Task, TeacherTask
+
+Taken = Callable[[], tuple[dict[str, float], bool]]
+"""A step that was begun: waits for it, and gives what `take_step` says."""
 
 
 def train(config: Config, shards: ShardSet, task: Task, world: World, engine: str, stop: threading.Event) -> None:
@@ -64,16 +68,23 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
     log = run.log
 
     enough = 0 < settings.patience <= best.stale
-    began = time.perf_counter()
+    taken: collections.deque[Taken] = collections.deque()
+    began, waited = time.perf_counter(), 0.0
     for micro, position in run.batches(start, 0 if enough else steps - done):
         # Step.
-        waited = time.perf_counter() - began
-        values, stopping = take_step(learner, done, micro, stop.is_set())
+        waited += time.perf_counter() - began
+        taken.append(take_step(learner, done, micro, stop.is_set()))
         done += 1
 
-        # Log.
-        if log:
-            log.step(done, values, waited)
+        # Log: one step late, so that a GPU has the next to do meanwhile; but before the network is looked at.
+        looked_at = done == steps or done % run.every == 0 or done % settings.checkpoint_every == 0
+        stopping = False
+        while len(taken) > (0 if looked_at or stopping else 1):
+            values, asked = taken.popleft()()
+            stopping |= asked
+            if log:
+                log.step(done - len(taken), values, waited)
+            waited = 0.0
 
         # Validate; the last step is validated when the network is exported.
         improved = False
@@ -113,46 +124,59 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
     return best
 
 
-def take_step(learner: Learner, step: int, micro: list[Batch], stop: bool) -> tuple[dict[str, float], bool]:
-    """One update, which `step` others came before; the batches are augmented, and on this rank's device.
+def take_step(learner: Learner, step: int, micro: list[Batch], stop: bool) -> Taken:
+    """Begin an update, which `step` others came before; the batches are augmented, and on this rank's device.
 
-    Returns what is logged of it (the global loss terms before it, learning rate, gradient norm, skipped samples), and
-    whether any rank was asked to stop. Every rank calls this; `DataError` for a loss or a gradient that is no number.
+    What it returns waits for it, and gives what is logged of it (the global loss terms before it, learning rate,
+    gradient norm, skipped samples), and whether any rank was asked to stop. Every rank calls both; `DataError` for a
+    loss or a gradient that is no number.
     """
     config, world, engine, skipped = learner.config, learner.world, learner.engine, learner.skipped
     # Dropout and the like are drawn alike after a restart.
     torch.manual_seed(step_seed(config.run.seed, step, world.rank))
     bad = {n: error for batch in micro for n, error in batch.errors.items() if n not in skipped.numbers}
-    values, (any_bad, stopping) = backward(learner, micro, step / learner.steps, [len(bad) > 0, stop])
-    if any_bad:
-        skipped.add(bad, world)
-    advice = "lower train.lr, or look at these patches; checkpoints before this step are kept"
-    if not math.isfinite(values["loss"]):
-        keys = not_finite(learner, micro)
-        raise DataError(f"the loss is {values['loss']} at step {step + 1}, {keys}: {advice}")
+    names, total, each = backward(learner, micro, step / learner.steps, [len(bad) > 0, stop])
     rate = learning_rate(step, learner.steps, config.train.lr, config.train.warmup)
     norm = engine.step(rate)
-    if not math.isfinite(norm):
-        keys = f"in a batch with {list_keys(micro)}"
-        raise DataError(f"the gradient's norm is {norm} at step {step + 1}, {keys}: {advice}")
-    return values | {"lr": rate, "grad_norm": norm, "skipped": len(skipped.numbers)}, stopping
+    wait = _fetch(torch.cat([total, norm.reshape(1)]))
+
+    def read() -> tuple[dict[str, float], bool]:
+        *numbers, any_bad, stopping, norm = wait()
+        if any_bad:
+            skipped.add({n: error for n, error in bad.items() if n not in skipped.numbers}, world)
+        values = dict(zip(names, numbers, strict=True))
+        advice = "lower train.lr, or look at these patches; checkpoints before this step are kept"
+        if not math.isfinite(values["loss"]):
+            keys = not_finite(micro, each, world)
+            raise DataError(f"the loss is {values['loss']} at step {step + 1}, {keys}: {advice}")
+        if not math.isfinite(norm):
+            keys = f"in a batch with {list_keys(micro)}"
+            raise DataError(f"the gradient's norm is {norm} at step {step + 1}, {keys}: {advice}")
+        return values | {"lr": rate, "grad_norm": norm, "skipped": len(skipped.numbers)}, stopping > 0
+
+    return read
 
 
 def backward(
     learner: Learner, micro: list[Batch], progress: float, flags: Sequence[bool]
-) -> tuple[dict[str, float], list[bool]]:
-    """Forward and backward of all micro-batches; the global value of each term, and which flags any rank has raised.
+) -> tuple[list[str], torch.Tensor, list[torch.Tensor]]:
+    """Forward and backward of all micro-batches.
 
-    The ranks talk while they compute, counts beside the first forward pass and values beside the last backward pass:
-    each time that all wait for the slowest costs, for it is another one each time.
+    Gives the names of the loss terms; their global values, and of each flag how many ranks have raised it; and the
+    terms of each sample. The ranks talk while they compute, counts beside the first forward pass and values beside the
+    last backward pass: each time that all wait for the slowest costs, for it is another one each time.
     """
     task, world, engine = learner.task, learner.world, learner.engine
-    counts = torch.tensor([[batch.label_count, batch.valid_count] for batch in micro], device=world.device).sum(dim=0)
+    counts = to_device(
+        torch.tensor([[batch.label_count, batch.valid_count] for batch in micro]).sum(dim=0), world.device
+    )
     wait_for_counts = _add_up(counts, world)
     weights = task.weights(progress)
     sums: dict[str, torch.Tensor] = {}
+    each = []
     for number, batch in enumerate(micro):
         values = task.losses(engine.forward(batch.images[task.role]), batch)
+        each.append(torch.stack([value.detach() for value in values.values()]))
         if number == 0:
             wait_for_counts()
             labelled, valid = counts.clamp(min=1)
@@ -165,12 +189,25 @@ def backward(
             sums[name] = sums.get(name, 0) + term.detach()
         last = number == len(micro) - 1
         if last:
-            total = torch.stack([*sums.values(), *torch.tensor(flags, dtype=torch.float32, device=world.device)])
+            raised = to_device(torch.tensor(flags, dtype=torch.float32), world.device)
+            total = torch.cat([torch.stack(list(sums.values())), raised])
             wait_for_total = _add_up(total, world)
         engine.backward(terms["loss"], last=last)
     wait_for_total()
-    numbers = total.tolist()
-    return dict(zip(sums, numbers, strict=False)), [number > 0 for number in numbers[len(sums) :]]
+    return list(sums), total, each
+
+
+def _fetch(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Begin to copy numbers from the device; what is returned waits for them, and not for what it is given later."""
+    copied = values.to("cpu", non_blocking=True)
+    copying = torch.cuda.current_stream().record_event() if values.is_cuda else None
+
+    def wait() -> list[float]:
+        if copying:
+            copying.synchronize()
+        return copied.tolist()
+
+    return wait
 
 
 def _add_up(values: torch.Tensor, world: World) -> Callable[[], Any]:
@@ -191,15 +228,12 @@ def list_keys(micro: list[Batch]) -> str:
     return ", ".join([key for batch in micro for key in batch.keys][:4])
 
 
-def not_finite(learner: Learner, micro: list[Batch]) -> str:
-    """Which samples of all ranks have a loss that is no finite number; every rank calls this."""
-    task, world, keys = learner.task, learner.world, []
-    with torch.no_grad():
-        for batch in micro:
-            out = learner.engine.forward(batch.images[task.role])
-            values = torch.stack(list(task.losses(out, batch).values()))
-            wrong_B = (~torch.isfinite(values)).any(dim=0) & batch.valid_B
-            keys += [key for key, wrong in zip(batch.keys, wrong_B.tolist(), strict=True) if wrong]
+def not_finite(micro: list[Batch], each: list[torch.Tensor], world: World) -> str:
+    """Which samples of all ranks have a loss term that is no finite number; every rank calls this."""
+    keys = []
+    for batch, values in zip(micro, each, strict=True):
+        wrong_B = (~torch.isfinite(values)).any(dim=0) & batch.valid_B
+        keys += [key for key, wrong in zip(batch.keys, wrong_B.tolist(), strict=True) if wrong]
     found = gather(keys[:4], world)
     return f"by {', '.join(found[:4])}" if found else f"in a batch with {list_keys(micro)}"
 

@@ -75,7 +75,7 @@ def run(engine, steps, train=TRAIN, world=None):
             total += loss.detach()
         if world.size > 1:
             dist.all_reduce(total)
-        told.append((float(total), engine.step(train.lr * (step + 1) / STEPS)))
+        told.append((float(total), float(engine.step(train.lr * (step + 1) / STEPS))))
     return told
 
 

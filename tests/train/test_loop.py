@@ -217,9 +217,10 @@ def test_a_stopped_run_goes_on_to_the_same_end(student, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(launch, "stop_flag", lambda _: contextlib.nullcontext(AfterReads(3)))
-        with pytest.raises(DataError, match="stopped after step 3 of 6; the same command goes on from there"):
+        # All ranks have agreed on it when the next step was begun.
+        with pytest.raises(DataError, match="stopped after step 4 of 6; the same command goes on from there"):
             train_under(stopped, "student")
-    assert len(log_of(stopped.student.dir)) == 3
+    assert len(log_of(stopped.student.dir)) == 4
     assert not (Path(stopped.student.dir) / "config.json").exists()
     assert train_under(stopped, "student")
     assert_same_curve(log_of(stopped.student.dir), log_of(straight.student.dir))
@@ -410,7 +411,7 @@ def test_a_sample_is_skipped_once_however_often_the_run_goes_on(student, damaged
     config = student(data={"shards": damaged(2, "he"), "on_bad": OnBad(2)}, student={"epochs": 4})
     with monkeypatch.context() as patched:
         patched.setattr(launch, "stop_flag", lambda _: contextlib.nullcontext(AfterReads(4)))
-        with pytest.raises(DataError, match="stopped after step 4"):
+        with pytest.raises(DataError, match="stopped after step 5"):
             train_under(config, "student")
     assert log_of(config.student.dir)[-1]["skipped"] == 2
     assert train_under(config, "student")

@@ -142,15 +142,15 @@ def test_a_damaged_checkpoint_in_a_bucket_is_named(at_url, s3, monkeypatch, caps
         patched.setattr(launch, "stop_flag", lambda _: contextlib.nullcontext(AfterReads(2)))
         with pytest.raises(Stopped):
             train_under(config, "student")
-    key = "damaged/student/checkpoints/step-00000002/moments.safetensors"
+    key = "damaged/student/checkpoints/step-00000003/moments.safetensors"
     whole = s3.get_object(Bucket="runs", Key=key)["Body"].read()
     s3.put_object(Bucket="runs", Key=key, Body=whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(DataError, match=r"moments\.safetensors does not match its digest"):
         train_under(config, "student")
-    assert main(["verify", "s3://runs/damaged/student/checkpoints/step-00000002"]) == 1
+    assert main(["verify", "s3://runs/damaged/student/checkpoints/step-00000003"]) == 1
     assert "moments.safetensors does not match its digest" in capsys.readouterr().err
     s3.delete_object(Bucket="runs", Key=key)
-    assert main(["verify", "s3://runs/damaged/student/checkpoints/step-00000002"]) == 1
+    assert main(["verify", "s3://runs/damaged/student/checkpoints/step-00000003"]) == 1
     assert "moments.safetensors is missing" in capsys.readouterr().err
 
 

@@ -295,13 +295,13 @@ JOURNEYS = [("torch", 2, "torch"), (0, "torch", 1), (0, 0, 0), (1, 1, 1), (2, 2,
 
 
 def rank_main(rank, size, port, config, records, steps):
-    """Process: one rank of the command, as torchrun starts it; it is asked to stop in its last step."""
+    """Process: one rank of the command, as torchrun starts it; it is asked to stop in its last step but one."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     launch.worker = worker_that_records(records)
-    launch.stop_flag = lambda _: contextlib.nullcontext(AfterReads(steps))
+    launch.stop_flag = lambda _: contextlib.nullcontext(AfterReads(steps - 1))
     with contextlib.suppress(Stopped):
         train_under(config, "student")
 

@@ -29,7 +29,7 @@ from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
 from lgd.train.batch import BatchOptions, Skipped, Step, augment, training_batches
 from lgd.train.log import Log
-from lgd.train.loop import take_step
+from lgd.train.loop import Taken, take_step
 from lgd.train.prepare import Learner, make_engine
 from lgd.train.tasks import StudentTask, Task
 from tools.bench.inputs import NOT_TRAINED, Inputs
@@ -152,17 +152,25 @@ class Training:
             self.log.bar.disable = True
 
     def losses(self, steps: Iterable[Step]) -> Iterator[float]:
-        """Train; gives the loss of each step."""
-        began = time.perf_counter()
+        """Train; gives the loss of each step, when the next was begun."""
+        began, before = time.perf_counter(), None
         for micro, _ in steps:
             waited = time.perf_counter() - began
             augmented = [augment(batch, self.learner.task.role, self.learner.config) for batch in micro]
-            values, _ = take_step(self.learner, self.done, augmented, stop=False)
+            taken = take_step(self.learner, self.done, augmented, stop=False)
+            if before:
+                yield self._read(before, waited)
+            before = taken
             self.done += 1
-            if self.log:
-                self.log.step(self.done, values, waited)
-            yield values["loss"]
             began = time.perf_counter()
+        if before:
+            yield self._read(before, 0.0)
+
+    def _read(self, taken: Taken, waited: float) -> float:
+        values, _ = taken()
+        if self.log:
+            self.log.step(self.done, values, waited)
+        return values["loss"]
 
     def close(self) -> None:
         """Close the log."""
@@ -205,7 +213,7 @@ def ms_a_step(samples_a_second: float, batch: int) -> float:
     """How long a step takes; one that is too short to be measured is told."""
     ms = 1e3 * batch / samples_a_second
     if ms < _LEAST_MS:
-        logger.info(f"[bench] a step takes {ms:.0f} ms, less than {_LEAST_MS}: measure with a larger --train_batch")
+        logger.info(f"[bench] a step takes {ms:.0f} ms, less than {_LEAST_MS}: measure with a larger --train-batch")
     return ms
 
 
