@@ -37,6 +37,8 @@ _NOISE = (
     (RuntimeWarning, r"Image size \(\d+ pixels\) exceeds limit"),
     # DDP: the strides of a 1x1 kernel's gradient are another name of the same order.
     (UserWarning, "Grad strides do not match bucket view strides"),
+    # NCCL: each rank has made its GPU the current one.
+    (UserWarning, r"barrier\(\): using the device under current context"),
     # DeepSpeed's ZeRO stage 3 calls functions that PyTorch 2.13 renames.
     (FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
 )
