@@ -4,6 +4,7 @@ Its curve is that of `lgd.train.engine.TorchEngine`, for ZeRO stages 0 to 3.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import itertools
 import logging
@@ -44,7 +45,9 @@ def deepspeed_environment(device: str) -> Iterator[None]:
 
     What its import sets for good is set here before. Its prints are logged: standard output is for results.
     """
-    made_for = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
+    # It is compiled anew whenever the sources that it is made of lie elsewhere.
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    made_for = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}-{environment}"
     extensions = str(Path("~/.cache/lgd-extensions").expanduser() / made_for)
     variables = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     if device == "cpu":
