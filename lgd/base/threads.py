@@ -2,28 +2,35 @@
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
+def keep_ahead(
+    iterable: Iterable[Argument], count: int, size: Callable[[Argument], int] = lambda one: 1
+) -> Iterator[Argument]:
+    """Give each element after those behind it, of up to `count` in sum of their `size`, were taken from `iterable`."""
+    waiting: collections.deque[Argument] = collections.deque()
+    ahead = 0
+    for one in iterable:
+        waiting.append(one)
+        ahead += size(one)
+        while ahead > count:
+            ahead -= size(waiting[0])
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
+
+
 def map_ordered_prefetch(
     pool: Executor, function: Callable[[Argument], Result], arguments: Iterable[Argument], count: int
 ) -> Iterator[Result]:
     """Results in the order of the arguments; up to `count` are worked out ahead in the pool, never all of them."""
-    waiting: collections.deque[Future[Result]] = collections.deque()
-    try:
-        for argument in arguments:
-            waiting.append(pool.submit(function, argument))
-            if len(waiting) > count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+    for future in keep_ahead((pool.submit(function, argument) for argument in arguments), count):
+        yield future.result()
 
 
 def in_threads(function: Callable[[Argument], Result], arguments: Iterable[Argument], threads: int) -> Iterator[Result]:

@@ -5,7 +5,7 @@ decode ahead; both release the GIL, so threads are enough. They decode into one 
 afterwards would copy every pixel again.
 """
 
-import collections
+import functools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from lgd.base.errors import DataError
+from lgd.base.threads import keep_ahead
 from lgd.io.location import waits_for_network
 from lgd.io.remote import drop_damaged
 from lgd.shards.archive import SKIPPED, Shard, read_sample
@@ -67,12 +68,15 @@ class Samples(NamedTuple):
     """Role -> uint8 (n, size, size, 3), of which the rows' images are views; empty at native size."""
 
 
+_Begun = tuple[list[Future[list[Sample]]], dict[str, np.ndarray]]
+
+
 class Reader:
     """Reads samples of a list of shards by number, from any thread."""
 
     def __init__(self, shards: Sequence[Shard], roles: Sequence[str] = ("he",), size: int | None = None) -> None:
         """`roles`: images to decode; `size`: side to shrink them to, or None for native resolution."""
-        self.shards = list(shards)
+        self.shards = shards = list(shards)
         self.sizes = [shard.samples for shard in self.shards]
         self.first = offsets(self.sizes)
         self.total = int(self.first[-1])
@@ -81,27 +85,15 @@ class Reader:
             if lacking := [role for role in self.roles if role not in shard.extensions]:
                 raise DataError(f"{shard.path} has no images of the role {lacking[0]}: its set was built without them")
         self.size = size
-        self._lock = threading.Lock()
-        self._opening: dict[int, threading.Lock] = collections.defaultdict(threading.Lock)
-        self._open: collections.OrderedDict[int, tuple[BinaryIO, np.ndarray]] = collections.OrderedDict()
+        self._opening = [threading.Lock() for _ in self.shards]
+        self._opened = functools.lru_cache(OPEN_SHARDS)(lambda shard: shards[shard].open())
 
     def open(self, shard: int) -> tuple[BinaryIO, np.ndarray]:
         """A shard's file and index, kept open for the next sample; a remote one is fetched first."""
-        with self._lock:
-            opening = self._opening[shard]
-        # The first reader opens the shard, which may take a download; those who want others do not wait.
-        with opening:
-            with self._lock:
-                if shard in self._open:
-                    self._open.move_to_end(shard)
-                    return self._open[shard]
-            opened = self.shards[shard].open()
-            with self._lock:
-                self._open[shard] = opened
-                if len(self._open) > OPEN_SHARDS:
-                    # The file is closed when the last thread that reads from it drops it.
-                    self._open.popitem(last=False)
-            return opened
+        # The first reader opens the shard, which may take a download; those who want others do not wait. The file of a
+        # shard that is dropped is closed when the last thread that reads from it drops it.
+        with self._opening[shard]:
+            return self._opened(shard)
 
     def read(self, number: int, out: dict[str, np.ndarray] | None = None, skip: bool = False) -> Sample:
         """Read, check and decode one sample, into the arrays of `out` where they are given.
@@ -137,9 +129,7 @@ class Reader:
         except DataError:
             if not drop_damaged(at.path, at.sha256, opened[0]):
                 raise
-        with self._lock:
-            if self._open.get(shard) is opened:
-                del self._open[shard]
+        self._opened.cache_clear()
         return read_sample(*self.open(shard), row, at, self.roles)
 
     def decode(
@@ -150,8 +140,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the shards' files."""
-        with self._lock:
-            self._open.clear()
+        self._opened.cache_clear()
 
 
 def stream(
@@ -164,11 +153,6 @@ def stream(
     if any(waits_for_network(shard.path) for shard in reader.shards):
         batches = _fetched_ahead(reader, batches)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="lgd-read")
-    waiting: collections.deque[tuple[list[Future[list[Sample]]], dict[str, np.ndarray]]] = collections.deque()
-
-    def first() -> Samples:
-        futures, images = waiting.popleft()
-        return Samples([row for future in futures for row in future.result()], images)
 
     def read(numbers: Numbers, images: dict[str, np.ndarray]) -> list[Sample]:
         return [
@@ -176,19 +160,20 @@ def stream(
             for place, number in enumerate(numbers)
         ]
 
+    def begin(numbers: Numbers) -> _Begun:
+        images: dict[str, np.ndarray] = {}
+        if reader.size is not None:
+            shape = (len(numbers), reader.size, reader.size, 3)
+            images = {role: np.empty(shape, np.uint8) for role in reader.roles}
+        runs = [slice(start, start + _RUN) for start in range(0, len(numbers), _RUN)]
+        return [pool.submit(read, numbers[run], {role: images[role][run] for role in images}) for run in runs], images
+
+    def finish(begun: _Begun) -> Samples:
+        return Samples([row for future in begun[0] for row in future.result()], begun[1])
+
     try:
-        for numbers in batches:
-            images: dict[str, np.ndarray] = {}
-            if reader.size is not None:
-                shape = (len(numbers), reader.size, reader.size, 3)
-                images = {role: np.empty(shape, np.uint8) for role in reader.roles}
-            runs = [slice(start, start + _RUN) for start in range(0, len(numbers), _RUN)]
-            futures = [pool.submit(read, numbers[run], {role: images[role][run] for role in images}) for run in runs]
-            waiting.append((futures, images))
-            if len(waiting) > prefetch:
-                yield first()
-        while waiting:
-            yield first()
+        # By `map`, which keeps no batch that was given.
+        yield from map(finish, keep_ahead(map(begin, batches), prefetch))
     finally:
         # Nobody waits: garbage collection may close an abandoned stream in any thread, also in one of the pool, or in
         # one that holds a lock which the pool's threads want. They own the arrays that they still write to.
@@ -198,25 +183,19 @@ def stream(
 def _fetched_ahead(reader: Reader, batches: Iterable[Numbers]) -> Iterator[Numbers]:
     """Pass batches of numbers on; the shards of those up to `_FETCH_AHEAD` samples later are being fetched."""
     pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="lgd-fetch")
-    waiting: collections.deque[Numbers] = collections.deque()
-    ahead = 0
-    asked: collections.OrderedDict[int, None] = collections.OrderedDict()
+
+    @functools.lru_cache(OPEN_SHARDS)
+    def fetch(shard: int) -> None:
+        # What fails here fails again, and is reported, where the sample is read.
+        pool.submit(reader.open, shard)
+
+    def begin(numbers: Numbers) -> Numbers:
+        for shard in np.unique(reader.first.searchsorted(numbers, side="right") - 1).tolist():
+            fetch(shard)
+        return numbers
+
     try:
-        for numbers in batches:
-            for shard in np.unique(reader.first.searchsorted(numbers, side="right") - 1).tolist():
-                if shard not in asked:
-                    # What fails here fails again, and is reported, where the sample is read.
-                    pool.submit(reader.open, shard)
-                asked[shard] = None
-                asked.move_to_end(shard)
-                if len(asked) > OPEN_SHARDS:
-                    asked.popitem(last=False)
-            waiting.append(numbers)
-            ahead += len(numbers)
-            while ahead > _FETCH_AHEAD:
-                ahead -= len(waiting[0])
-                yield waiting.popleft()
-        yield from waiting
+        yield from keep_ahead(map(begin, batches), _FETCH_AHEAD, len)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
