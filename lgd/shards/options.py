@@ -4,6 +4,7 @@ A group (the slide, else the source patch) never lies on two sides: leakage live
 hash of its name alone, and stays there whatever else the data set gains or loses.
 """
 
+import bisect
 import collections
 import hashlib
 import itertools
@@ -40,13 +41,12 @@ class Encoding(NamedTuple):
     @classmethod
     def parse(cls, image: str, tile: int) -> "Encoding":
         """The encoding of `--image` and `--tile`; `ConfigError` for an image that is none."""
-        form = re.fullmatch(r"(keep)|(png)|jpeg:(\d{1,3})", image)
-        quality = int(form[3] or 95) if form else 0
-        require(1 <= quality <= 100, f"--image {image}: use keep, png or jpeg:95 (a quality from 1 to 100)")
-        assert form is not None
-        if form[3]:
-            return cls("jpg", quality)
-        return cls("png" if form[2] or tile else None, 0)
+        jpeg = re.fullmatch(r"jpeg:(\d{1,3})", image)
+        good = 1 <= int(jpeg[1]) <= 100 if jpeg else image in ("keep", "png")
+        require(good, f"--image {image}: use keep, png or jpeg:95 (a quality from 1 to 100)")
+        if jpeg:
+            return cls("jpg", int(jpeg[1]))
+        return cls("png" if image == "png" or tile else None, 0)
 
 
 class SplitRule(NamedTuple):
@@ -63,23 +63,21 @@ class SplitRule(NamedTuple):
 
         Raises `ConfigError` that names `--split`.
         """
-        kind, colon, numbers = text.partition(":")
-        usage = f"--split {text}: use keep, keep:0.1 (validation share of train) or group:0.8,0.1,0.1"
-        if kind not in ("keep", "group") or (kind == "group") > bool(colon):
-            raise ConfigError(usage)
-        if not colon:
+        if text == "keep":
             return cls(True, {})
+        usage = (
+            f"--split {text}: use keep, keep:0.1 (validation share of train, between 0 and 1) or group:0.8,0.1,0.1 "
+            "(shares of train, val and test, which add up to 1)"
+        )
+        kind, _, numbers = text.partition(":")
         try:
             shares = [float(number) for number in numbers.split(",")]
         except ValueError as error:
             raise ConfigError(usage) from error
-        require(all(0 <= share <= 1 for share in shares), f"{usage}; a share lies between 0 and 1")
-        if kind == "keep":
-            require(len(shares) == 1 and 0 < shares[0] < 1, f"{usage}; keep takes one share between 0 and 1")
+        if kind == "keep" and len(shares) == 1 and 0 < shares[0] < 1:
             return cls(True, {"train": 1 - shares[0], "val": shares[0]})
-        require(len(shares) == len(SPLITS), f"{usage}; group takes three shares: train, val, test")
-        total = sum(shares)
-        require(math.isclose(total, 1, abs_tol=1e-9), f"{usage}; the shares add up to {total:g}, not to 1")
+        good = len(shares) == len(SPLITS) and min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-9)
+        require(kind == "group" and good, usage)
         return cls(False, dict(zip(SPLITS, shares, strict=True)))
 
 
@@ -167,14 +165,10 @@ def assign(group: str, shares: dict[str, float], salt: str = "") -> str:
     digest = hashlib.sha256(f"{len(salt)}:{salt}{group}".encode()).digest()
     # 53 bits, so that the quotient is exact and stays below 1.
     point = (int.from_bytes(digest[:8], "big") >> 11) / 2**53
-    drawn = [(name, share) for name, share in shares.items() if share > 0]
-    above = 0.0
-    for name, share in drawn:
-        above += share
-        if point < above:
-            return name
-    # Only rounding of the sum leads here.
-    return drawn[-1][0]
+    drawn = {name: share for name, share in shares.items() if share > 0}
+    ends = list(itertools.accumulate(drawn.values()))
+    # The last end may be rounded to less than 1.
+    return list(drawn)[bisect.bisect(ends[:-1], point)]
 
 
 def split_of(rule: SplitRule, group: str, published: str | None, salt: str = "") -> str | None:
