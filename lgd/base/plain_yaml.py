@@ -13,7 +13,7 @@ import yaml
 from pydantic import JsonValue
 
 MOST_BYTES = 2**20
-_MOST_TOKENS, _MOST_LEVELS, _MOST_CHARACTERS = 40_000, 30, 10_000
+_MOST_VALUES, _MOST_LEVELS, _MOST_CHARACTERS = 10_000, 30, 10_000
 _NULLS = {"", "~", "null", "Null", "NULL"}
 _BOOLEANS = {word: word.lower() == "true" for word in ("true", "True", "TRUE", "false", "False", "FALSE")}
 _INTEGER = re.compile(r"[-+]?[0-9]+")
@@ -22,17 +22,6 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 # In a file; a text may not even hold a tab or a break of its line.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _UNWELCOME = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_REFUSED = {
-    yaml.DirectiveToken: "directives (%) are not read: remove it",
-    yaml.AnchorToken: "anchors (&) and aliases (*) are not read: write the value out, or put a text in quotes",
-    yaml.AliasToken: "anchors (&) and aliases (*) are not read: write the value out, or put a text in quotes",
-    yaml.TagToken: "tags (!) are not read: remove it, or put a text in quotes",
-}
-_OPENING = (
-    *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
-    *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
-)
-_CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 # libyaml is thirty times as fast, and not everywhere.
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -60,7 +49,7 @@ def read_yaml(text: str) -> Plain:
         raise YamlError(_line_at(text, found.start()), _holds(found[0]))
     lines: dict[str, int] = {}
     try:
-        _check_tokens(text)
+        _check_events(text)
         node = yaml.compose(text, Loader=_LOADER)
         return Plain(None if node is None else _value(node, "", lines), lines)
     except yaml.MarkedYAMLError as error:
@@ -71,18 +60,23 @@ def read_yaml(text: str) -> Plain:
         raise YamlError(1, "no valid YAML (a character that it does not allow)") from error
 
 
-def _check_tokens(text: str) -> None:
+def _check_events(text: str) -> None:
     """Raise `YamlError` before anything is built that could be large, or deep, or run."""
     depth = 0
-    for number, token in enumerate(yaml.scan(text, Loader=_LOADER)):
-        line = token.start_mark.line + 1
-        if (reason := _REFUSED.get(type(token))) is not None:
-            raise YamlError(line, reason)
-        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+    for number, event in enumerate(yaml.parse(text, Loader=_LOADER)):
+        line = event.start_mark.line + 1  # type: ignore[union-attr]
+        if isinstance(event, yaml.DocumentStartEvent) and (event.version or event.tags):
+            raise YamlError(line, "directives (%) are not read: remove it")
+        if isinstance(event, yaml.NodeEvent) and event.anchor:
+            quotes = "write the value out, or put a text in quotes"
+            raise YamlError(line, f"anchors (&) and aliases (*) are not read: {quotes}")
+        if getattr(event, "tag", None):
+            raise YamlError(line, "tags (!) are not read: remove it, or put a text in quotes")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MOST_LEVELS:
             raise YamlError(line, f"nested deeper than {_MOST_LEVELS} levels")
-        if number > _MOST_TOKENS:
-            raise YamlError(line, f"more than {_MOST_TOKENS // 4:,} values")
+        if number > 2 * _MOST_VALUES:
+            raise YamlError(line, f"more than {_MOST_VALUES:,} values")
 
 
 def _value(node: yaml.Node, path: str, lines: dict[str, int]) -> JsonValue:
