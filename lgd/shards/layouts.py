@@ -9,6 +9,7 @@ paired comes back as a `Problem`. A layout of another package is named `python:p
                 yield Candidate(he.stem, he, he.with_name(he.name.replace("-he", "-ihc")), label=None)
 """
 
+import contextlib
 import inspect
 import re
 from abc import ABC, abstractmethod
@@ -16,8 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
 
+from pydantic import ValidationError
+
 from lgd.base.errors import ConfigError, DataError, require
 from lgd.base.extensions import FORM, is_python, load_object
+from lgd.base.records import explain
 from lgd.config import LEVEL_NAMES
 from lgd.io.files import Kind, list_folder, peek_kind, publish
 from lgd.io.location import Location
@@ -25,10 +29,8 @@ from lgd.io.tables import read_csv, write_csv
 from lgd.shards.manifest import NOWHERE, Origin
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
-_TEXTS = ("marker", "center", "scanner", "ihc_slide")
-_NUMBERS = ("alignment", "x", "y", "side", "ihc_x", "ihc_y", "ihc_side")
 _SPLIT = re.compile("[A-Za-z0-9_]+")
-_COLUMNS = ("he", "ihc", "key", "label", "level", "slide", "split", "mpp", *_TEXTS, *_NUMBERS)
+_COLUMNS = ("he", "ihc", "key", "label", "level", "slide", "split", "mpp", *Origin.model_fields)
 
 
 class Problem(NamedTuple):
@@ -109,12 +111,12 @@ class Bci(Layout):
         for stain in ("HE", "IHC"):
             if top.get(stain) != "folder":
                 raise DataError(f"{root} has no folder {stain}: --layout bci wants HE/SPLIT and IHC/SPLIT in --root")
-            listed = list_folder(root / stain)
-            outside = [name for names in _patches(listed).values() for name in names]
-            for name in outside:
-                yield Problem(f"{stain}/{name}", f"lies outside a split: move it into a folder such as {stain}/train")
-            folders = {name for name, kind in listed.items() if kind == "folder" and not name.startswith(".")}
-            splits |= folders - set(outside)
+            for name, lies in list_folder(root / stain).items():
+                if _is_patch(name):
+                    reason = f"lies outside a split: move it into a folder such as {stain}/train"
+                    yield Problem(f"{stain}/{name}", reason)
+                elif lies == "folder" and not name.startswith("."):
+                    splits.add(name)
         for split in sorted(splits):
             if not _SPLIT.fullmatch(split):
                 yield Problem(f"HE/{split}", "is no plain word: call a split train, val, test or the like")
@@ -216,12 +218,16 @@ def _match(root: Location, he: str, ihc: str) -> Iterator[Candidate | Problem]:
 
 
 def _patches(listed: dict[str, Kind]) -> dict[str, list[str]]:
-    """Whatever is called like an image in a folder, by stem; hidden files are the system's own."""
+    """The patches of a folder by stem."""
     patches: dict[str, list[str]] = {}
-    for name in listed:
-        if PurePosixPath(name).suffix.lower() in _SUFFIXES and not name.startswith("."):
-            patches.setdefault(PurePosixPath(name).stem, []).append(name)
+    for name in filter(_is_patch, listed):
+        patches.setdefault(PurePosixPath(name).stem, []).append(name)
     return patches
+
+
+def _is_patch(name: str) -> bool:
+    """Whether a file is called like an image; hidden files are the system's own."""
+    return PurePosixPath(name).suffix.lower() in _SUFFIXES and not name.startswith(".")
 
 
 def _read_row(base: Location, row: dict[str, str]) -> Candidate:
@@ -232,7 +238,7 @@ def _read_row(base: Location, row: dict[str, str]) -> Candidate:
         if (kind := peek_kind(base / row[role], "file")) != "file":
             lies = "a folder" if kind == "folder" else "missing"
             raise DataError(f"{role} {row[role]} is {lies}: correct the path or remove the row")
-    key, split, mpp = (row.get(name, "") for name in ("key", "split", "mpp"))
+    key, split = row.get("key", ""), row.get("split", "")
     if key != safe_key(key):
         raise DataError(f"key is {key!r}: use letters, digits, _, + and - only")
     if split and not _SPLIT.fullmatch(split):
@@ -245,7 +251,7 @@ def _read_row(base: Location, row: dict[str, str]) -> Candidate:
         _parse_label(row),
         slide=row.get("slide") or None,
         split=split or None,
-        mpp=_parse_mpp(mpp) if mpp else None,
+        mpp=_parse_mpp(row.get("mpp", "")),
         origin=_parse_origin(row),
     )
 
@@ -263,24 +269,16 @@ def _parse_label(row: dict[str, str]) -> int | None:
 
 
 def _parse_origin(row: dict[str, str]) -> Origin:
-    fields: dict[str, str | float | None] = {name: row.get(name) or None for name in _TEXTS}
-    for name in _NUMBERS:
-        try:
-            fields[name] = float(row[name]) if row.get(name) else None
-        except ValueError as error:
-            raise DataError(f"{name} is {row[name]!r}: use a number, or leave it empty") from error
     try:
-        return Origin.from_json(fields)
-    except ValueError as error:
-        raise DataError(f"{error}: correct it, or leave it empty") from error
+        # Its numbers are texts here.
+        return Origin.model_validate({name: row.get(name) or None for name in Origin.model_fields}, strict=False)
+    except ValidationError as error:
+        raise DataError(f"{explain(error)}: correct it, or leave it empty") from error
 
 
-def _parse_mpp(text: str) -> float:
-    """Micrometres per pixel; `DataError` unless it is a number above 0 and below 100."""
-    try:
-        mpp = float(text)
-    except ValueError:
-        mpp = 0.0
-    if not 0 < mpp < 100:
-        raise DataError(f"mpp is {text!r}: use micrometres per pixel, such as 0.46")
-    return mpp
+def _parse_mpp(text: str) -> float | None:
+    """Micrometres per pixel, None for no text; `DataError` unless it is a number above 0 and below 100."""
+    with contextlib.suppress(ValueError):
+        if not text or 0 < float(text) < 100:
+            return float(text) if text else None
+    raise DataError(f"mpp is {text!r}: use micrometres per pixel, such as 0.46")
