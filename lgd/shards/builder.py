@@ -220,7 +220,7 @@ def _choose_extensions(options: ShardOptions, sources: Sequence[Source]) -> Exte
 def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> Building:
     """What decides the bytes of the set; no path of this machine is in it."""
     facts = [
-        (pair.key, pair.source, pair.label, pair.slide, pair.split, pair.mpp, pair.origin.as_json(), *source.sha256)
+        (pair.key, pair.names[0], pair.label, pair.slide, pair.split, pair.mpp, pair.origin.as_json(), *source.sha256)
         for source in sources
         for pair in (source.pair,)
     ]

@@ -190,7 +190,7 @@ def make_samples(sources: Sequence[Source], options: ShardOptions) -> list[Sampl
         pair = source.pair
         split = split_of(rule, pair.group, pair.split, options.salt)
         if split is None:
-            raise ConfigError(f"--split keep: {pair.source} has no published split: use --split group:0.8,0.1,0.1")
+            raise ConfigError(f"--split keep: {pair.names[0]} has no published split: use --split group:0.8,0.1,0.1")
         if rule.keep and rule.shares and pair.split == "val":
             raise ConfigError("--split keep:SHARE would add to the published val: use --split keep")
         if not tile:

@@ -35,10 +35,8 @@ class PatchPair:
     """Unique name, of letters, digits, `_`, `+` and `-`."""
     he: Location
     ihc: Location
-    source: str
-    """The H&E file, relative to the root, with `/`."""
-    ihc_source: str
-    """The IHC file, likewise."""
+    names: tuple[str, str]
+    """The files of the H&E and of the IHC, relative to the root, with `/`."""
     label: int | None
     """Number of the class; None where unknown."""
     slide: str | None
@@ -53,14 +51,9 @@ class PatchPair:
         """The slide where it is known, else the key: what must never lie on two sides of a split."""
         return self.slide or self.key
 
-    @property
-    def names(self) -> tuple[str, str]:
-        """The files of the H&E and of the IHC, relative to the root."""
-        return self.source, self.ihc_source
-
     def problem(self, reason: str, name: str = "") -> Problem:
         """Why the pair cannot be used; `name` is the file at fault, by default the H&E."""
-        return Problem(name or self.source, reason, self.key, self.source, self.ihc_source)
+        return Problem(name or self.names[0], reason, self.key, *self.names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,17 +116,17 @@ def _with_keys(found: list[Candidate], base: Location, problems: list[Problem]) 
     """Turn stems into keys; too long and shared keys become problems, for every pair that has them."""
     owners: dict[str, list[PatchPair]] = {}
     for entry in found:
-        source, ihc_source = relative_name(entry.he, base), relative_name(entry.ihc, base)
+        names = relative_name(entry.he, base), relative_name(entry.ihc, base)
         facts = entry._asdict()
         key = safe_key(facts.pop("stem"))
-        owners.setdefault(key, []).append(PatchPair(key=key, source=source, ihc_source=ihc_source, **facts))
+        owners.setdefault(key, []).append(PatchPair(key=key, names=names, **facts))
     good = []
     for key, pairs in owners.items():
         if len(pairs) == 1 and 1 <= len(key) <= _LONGEST_KEY:
             good += pairs
             continue
         for pair in pairs:
-            others = ", ".join(other.source for other in pairs if other is not pair)
+            others = ", ".join(other.names[0] for other in pairs if other is not pair)
             if others:
                 reason = f"has the key {key} of {others} too: rename one, or name keys in a CSV"
             else:
@@ -193,23 +186,28 @@ def _show_spellings(spelled: dict[str, PatchPair]) -> list[str]:
 
 
 class _Use(NamedTuple):
-    """One image of one source, with what two copies of a pair must agree in to leave one of them out without loss."""
+    """One image of one source."""
 
-    source: Source
+    pair: PatchPair
     stain: int
     """0 as H&E, 1 as IHC."""
-    split: str | None
-    """The published split, where it is kept."""
-
-    @property
-    def facts(self) -> tuple[Hashable, ...]:
-        """The first three are the most harmful to get wrong, in this order."""
-        pair = self.source.pair
-        return self.stain, self.split, pair.label, self.source.sha256, pair.slide, pair.mpp, pair.origin
+    facts: dict[str, Hashable]
+    """What two copies must agree in to leave one of them out without loss; the most harmful to get wrong first."""
 
     def contradicts(self, other: "_Use") -> list[bool]:
         """In which facts; the greater, the worse."""
-        return [mine != theirs for mine, theirs in zip(self.facts, other.facts, strict=True)]
+        return [mine != theirs for mine, theirs in zip(self.facts.values(), other.facts.values(), strict=True)]
+
+
+def _list_uses(source: Source, keeps_split: bool) -> list[_Use]:
+    pair = source.pair
+    shared = {"split": pair.split if keeps_split else None, "label": pair.label, "slide": pair.slide, "mpp": pair.mpp}
+    return [
+        _Use(
+            pair, stain, {"stain": stain} | shared | dict(pair.origin) | {_STAINS[1 - stain]: source.sha256[1 - stain]}
+        )
+        for stain in (0, 1)
+    ]
 
 
 def leave_out_duplicates(sources: Sequence[Source], keeps_split: bool) -> tuple[list[Source], list[Problem]]:
@@ -220,69 +218,43 @@ def leave_out_duplicates(sources: Sequence[Source], keeps_split: bool) -> tuple[
     """
     users: dict[str, list[_Use]] = {}
     for source in sources:
-        for stain, digest in enumerate(source.sha256):
-            use = _Use(source, stain, source.pair.split if keeps_split else None)
+        for use, digest in zip(_list_uses(source, keeps_split), source.sha256, strict=True):
             users.setdefault(digest, []).append(use)
     conflicts: dict[str, Problem] = {}
     copies: dict[str, Problem] = {}
     for first, *others in users.values():
         other = next((use for use in others if use.facts != first.facts), None)
         if other is None:
-            kept = first.source.pair
+            kept = first.pair
             for use in others:
-                pair = use.source.pair
-                reason = f"{pair.key} is the same pair as {kept.key} ({kept.source}): remove one"
-                copies.setdefault(pair.key, pair.problem(reason))
+                reason = f"{use.pair.key} is the same pair as {kept.key} ({kept.names[0]}): remove one"
+                copies.setdefault(use.pair.key, use.pair.problem(reason))
             continue
-        # A few among which each use finds one that contradicts it.
-        kinds = {first.facts[:3]: first}
-        for use in others:
-            kinds.setdefault(use.facts[:3], use)
+        # A few among which each use finds one that contradicts it, and one that does so in a harmful way.
+        kinds = {tuple(use.facts.values())[:3]: use for use in (first, *others)}
         witnesses = [first, other, *list(kinds.values())[:_MOST]]
         for use in (first, *others):
-            if len(set(use.source.sha256)) == 1:
-                against = use._replace(stain=1 - use.stain)
-            else:
-                against = max(witnesses, key=use.contradicts)
-            conflicts.setdefault(use.source.pair.key, _conflict(use, against))
+            conflicts.setdefault(use.pair.key, _conflict(use, max(witnesses, key=use.contradicts)))
     problems = copies | conflicts
     return [source for source in sources if source.pair.key not in problems], list(problems.values())
 
 
 def _conflict(use: _Use, other: _Use) -> Problem:
     """Two uses of an image that cannot both be right."""
-    pair, theirs = use.source.pair, other.source.pair
-    file, stain = theirs.names[other.stain], _STAINS[use.stain]
-    if use.source is other.source:
-        reason = f"is both the H&E and the IHC of {pair.key}: name the two images of the field"
-    elif use.stain != other.stain:
-        reason = (
-            f"is the {stain} of {pair.key} and, byte for byte, the {_STAINS[other.stain]} of {theirs.key} "
-            f"({file}): correct the wrong one"
-        )
+    pair, theirs, stains = use.pair, other.pair, (_STAINS[use.stain], _STAINS[other.stain])
+    reason = f"is the {stains[0]} of {pair.key} and, byte for byte, the {stains[1]} of {theirs.key}"
+    reason += f" ({theirs.names[other.stain]})"
+    if use.stain != other.stain:
+        reason += ": correct the wrong one"
     else:
-        reason = (
-            f"is the {stain} of {pair.key} and, byte for byte, of {theirs.key} ({file}), but "
-            f"{_format_difference(use, other)}: keep the right pair only"
-        )
+        facts = zip(use.facts.items(), other.facts.values(), strict=True)
+        differences = [_format_difference(name, one, two) for (name, one), two in facts if one != two]
+        reason += f", but {', '.join(differences)}: keep the right pair only"
     return pair.problem(reason, pair.names[use.stain])
 
 
-def _format_difference(use: _Use, other: _Use) -> str:
-    """In what two pairs that share an image differ; the most harmful first."""
-    mine, theirs = use.source.pair, other.source.pair
-    shown = [
-        ("split", use.split, other.split),
-        *((name, getattr(mine, name), getattr(theirs, name)) for name in ("label", "slide", "mpp")),
-        *((name, value, getattr(theirs.origin, name)) for name, value in mine.origin),
-    ]
-    said = [f"their {name} is {_show(name, one)} and {_show(name, two)}" for name, one, two in shown if one != two]
-    if use.source.sha256[1 - use.stain] != other.source.sha256[1 - use.stain]:
-        said.append(f"their {_STAINS[1 - use.stain]} is not the same")
-    return ", ".join(said)
-
-
-def _show(name: str, value: object) -> str:
-    if name == "label" and isinstance(value, int) and 0 <= value < len(LEVEL_NAMES):
-        return LEVEL_NAMES[value]
-    return "unknown" if value is None else str(value)
+def _format_difference(name: str, mine: Hashable, theirs: Hashable) -> str:
+    if name in _STAINS:
+        return f"their {name} is not the same"
+    names: dict[Hashable, str] = {None: "unknown", **(dict(enumerate(LEVEL_NAMES)) if name == "label" else {})}
+    return f"their {name} is {names.get(mine, mine)} and {names.get(theirs, theirs)}"

@@ -136,19 +136,19 @@ def check_pair(pair: PatchPair, options: ShardOptions) -> Source | Problem:
         he, ihc = (check_upright(content, name, turns) for content, name in zip(images, pair.names, strict=True))
         if he[1:] != ihc[1:]:
             raise DataError(
-                f"{pair.source}: is {he.width} x {he.height} pixels but its IHC {pair.ihc_source} is "
+                f"{pair.names[0]}: is {he.width} x {he.height} pixels but its IHC {pair.names[1]} is "
                 f"{ihc.width} x {ihc.height}: register the two, so that they show the same field"
             )
         if min(he[1:]) < options.tile:
             raise DataError(
-                f"{pair.source}: is {he.width} x {he.height} pixels, smaller than --tile {options.tile}: use a smaller "
-                "tile"
+                f"{pair.names[0]}: is {he.width} x {he.height} pixels, smaller than --tile {options.tile}: use a "
+                "smaller tile"
             )
     except RemoteError:
         raise
     except DataError as error:
         message = str(error)
-        name = pair.ihc_source if message.startswith(f"{pair.ihc_source}: ") else pair.source
+        name = pair.names[message.startswith(f"{pair.names[1]}: ")]
         return pair.problem(message.removeprefix(f"{name}: "), name)
     return Source(
         pair=pair,
@@ -287,7 +287,7 @@ def _describe(sample: Sample, digests: Sequence[str], options: ShardOptions) -> 
         slide=pair.slide,
         group=pair.group,
         split=sample.split,
-        source=pair.source,
+        source=pair.names[0],
         width=options.tile or source.width,
         height=options.tile or source.height,
         mpp=pair.mpp or options.known_mpp,

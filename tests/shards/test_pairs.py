@@ -36,7 +36,7 @@ def test_bci_names_give_split_and_level(tmp_path):
     touch(tmp_path, "HE/train/Thumbs.db", "HE/train/._00000_train_0.png", "HE/notes.txt")
     pairs, problems = find_pairs("bci", tmp_path)
     assert problems == []
-    told = [(p.key, p.label, p.split, p.slide, p.group, p.source, p.mpp) for p in pairs]
+    told = [(p.key, p.label, p.split, p.slide, p.group, p.names[0], p.mpp) for p in pairs]
     assert told == [
         ("00000_train_0", 0, "train", None, "00000_train_0", "HE/train/00000_train_0.png", None),
         ("00001_test_1+", 1, "test", None, "00001_test_1+", "HE/test/00001_test_1+.png", None),
@@ -117,7 +117,7 @@ def test_csv_columns(tmp_path):
     for root in (tmp_path, tmp_path / "pairs.csv"):
         pairs, problems = find_pairs("csv", root)
         assert problems == []
-        told = [(p.key, p.label, p.slide, p.group, p.split, p.mpp, p.source, p.ihc_source) for p in pairs]
+        told = [(p.key, p.label, p.slide, p.group, p.split, p.mpp, *p.names) for p in pairs]
         assert told == [
             ("a", 2, "S1", "S1", "train", 0.46, "h/a.png", "i/a.png"),
             ("second", None, None, "second", None, None, "h/b.png", "i/b.png"),
@@ -257,8 +257,8 @@ GOOD = ("good", 8, 9, "0", "", "train")
         (
             [("k", 0, 1, "2+", "", "train"), ("t", "copy0", "copy1", "2+", "", "test")],
             {
-                "k": "is the H&E of k and, byte for byte, of t (copy0.png), but their split is train and test: keep",
-                "t": "is the H&E of t and, byte for byte, of k (0.png), but their split is test and train: keep the",
+                "k": "is the H&E of k and, byte for byte, the H&E of t (copy0.png), but their split is train and",
+                "t": "is the H&E of t and, byte for byte, the H&E of k (0.png), but their split is test and",
             },
         ),
         (
@@ -271,13 +271,13 @@ GOOD = ("good", 8, 9, "0", "", "train")
         (
             [("k", 0, 1, "2+", "S1", "train"), ("t", 2, "copy1", "2+", "S2", "train")],
             {
-                "k": "1.png: is the IHC of k and, byte for byte, of t (copy1.png), but their slide is S1 and S2, their",
-                "t": "copy1.png: is the IHC of t and, byte for byte, of k (1.png), but their slide is S2 and S1",
+                "k": "1.png: is the IHC of k and, byte for byte, the IHC of t (copy1.png), but their slide is S1 ",
+                "t": "copy1.png: is the IHC of t and, byte for byte, the IHC of k (1.png), but their slide is S2 ",
             },
         ),
         (
             [("k", 0, "copy0", "2+", "", "train")],
-            {"k": "is both the H&E and the IHC of k: name the two images of the field"},
+            {"k": "is the H&E of k and, byte for byte, the IHC of k (copy0.png): correct the wrong one"},
         ),
         (
             [("k", 0, 1, "2+", "", "train"), ("t", "copy1", 2, "2+", "", "train")],
@@ -402,8 +402,7 @@ def source(number, he, ihc, label=None, split=None, slide=None):
         key=f"k{number}",
         he=None,
         ihc=None,
-        source=f"{he}-{number}",
-        ihc_source=f"{ihc}-{number}",
+        names=(f"{he}-{number}", f"{ihc}-{number}"),
         label=label,
         slide=slide,
         split=split,
