@@ -14,13 +14,14 @@ the first .building.json stays, where the store can do that, and a build that fi
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import inspect
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
@@ -42,7 +43,6 @@ from lgd.shards.writer import (
     LEFTOVER,
     MARKER,
     Building,
-    CheckJob,
     ShardJob,
     begin,
     check_chunk,
@@ -55,31 +55,24 @@ from lgd.shards.writer import (
 # Pairs that a worker checks at a time.
 _CHUNK = 64
 
-Job = TypeVar("Job", CheckJob, ShardJob)
+Job = TypeVar("Job")
 Result = TypeVar("Result")
 Fields = ParamSpec("Fields")
 
 
-class MapJobs(Protocol):
-    """Applies a function to every job, in any order and in any process."""
+def map_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterable[Result]:
+    """The results of all jobs as they come, from here or from so many workers of Ray."""
+    if not workers:
+        return map(function, jobs)
+    return map_with(lambda: function, jobs, workers=workers, option_name="--workers", use_gpus=False)
 
-    def __call__(self, function: Callable[[Job], Result], jobs: Sequence[Job], /) -> Iterable[Result]:
-        """The results as they come."""
 
-
-def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> tuple[Manifest, bool]:
+def build(options: ShardOptions) -> tuple[Manifest, bool]:
     """Build a shard set; returns its manifest, and whether it was built now rather than found in OUT.
 
-    Jobs run here, or in the workers of Ray that `options` ask for, or by `map_jobs`. Raises `DataError` with the full
-    list of unusable pairs, or for an OUT that holds something else, and `ConfigError` for a split that these pairs do
-    not have; while another process builds in a local OUT, `TakenError` says so.
+    Raises `DataError` with the full list of unusable pairs, or for an OUT that holds something else, and `ConfigError`
+    for a split that these pairs do not have; while another process builds in a local OUT, `TakenError` says so.
     """
-
-    def map_in_workers(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterable[Result]:
-        if not options.workers:
-            return map(function, jobs)
-        return map_with(lambda: function, jobs, workers=options.workers, option_name="--workers", use_gpus=False)
-
     out = _open_target(options.out)
     # A finished set is only read, and may lie where nothing can be written.
     finished = exists(out / "manifest.json")
@@ -88,11 +81,11 @@ def build(options: ShardOptions, map_jobs: MapJobs | None = None) -> tuple[Manif
             stack.enter_context(exclusive(out, "building shards"))
         if options.workers:
             stack.enter_context(restore_connection())
-        return _build(options, map_jobs or map_in_workers, out, finished)
+        return _build(options, out, finished)
 
 
-def _build(options: ShardOptions, map_jobs: MapJobs, out: Location, finished: bool) -> tuple[Manifest, bool]:
-    sources, problems = _check_pairs(options, map_jobs)
+def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manifest, bool]:
+    sources, problems = _check_pairs(options)
     samples = make_samples(sources, options)
     extensions = _choose_extensions(options, sources)
     recipe = _recipe(options, sources, len(problems))
@@ -119,7 +112,7 @@ def _build(options: ShardOptions, map_jobs: MapJobs, out: Location, finished: bo
     ]
     entries = []
     with progress(len(samples), "build", "tiles" if options.tile else "pairs") as bar:
-        for entry in map_jobs(write_shard, jobs):
+        for entry in map_jobs(write_shard, jobs, options.workers):
             entries.append(entry)
             bar.update(entry.samples)
     stream, in_order = io.BytesIO(), (sample for some in of_split.values() for sample in some)
@@ -177,22 +170,18 @@ def _take_fields(kind: Callable[Fields, ShardOptions]) -> Callable[Fields, Manif
 build_shards = _take_fields(ShardOptions)
 
 
-def _check_pairs(options: ShardOptions, map_jobs: MapJobs) -> tuple[list[Source], list[Problem]]:
+def _check_pairs(options: ShardOptions) -> tuple[list[Source], list[Problem]]:
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
     pairs, problems = find_pairs(options.layout, as_location(options.root).absolute(), options.slides or None)
     refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
-    jobs = [
-        CheckJob(start=start, pairs=tuple(pairs[start : start + _CHUNK]), options=options)
-        for start in range(0, len(pairs), _CHUNK)
-    ]
-    checked: dict[int, list[Source | Problem]] = {}
+    chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
+    sources = []
     with progress(len(pairs), "check", "pairs") as bar:
-        for start, found in map_jobs(check_chunk, jobs):
-            checked[start] = found
+        for found in map_jobs(functools.partial(check_chunk, options), chunks, options.workers):
+            problems += [entry for entry in found if isinstance(entry, Problem)]
+            sources += [entry for entry in found if isinstance(entry, Source)]
             bar.update(len(found))
-    entries = [entry for start in sorted(checked) for entry in checked[start]]
-    problems += [entry for entry in entries if isinstance(entry, Problem)]
-    sources = [entry for entry in entries if isinstance(entry, Source)]
+    sources.sort(key=lambda source: source.pair.key)
     sources, shared = leave_out_duplicates(sources, options.rule.keep)
     problems = sorted(problems + shared, key=Problem.order)
     if problems and (options.on_bad == "stop" or not sources):

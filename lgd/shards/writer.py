@@ -69,16 +69,6 @@ class BuiltShard(Document):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CheckJob:
-    """Pairs to be checked by one worker."""
-
-    start: int
-    """Place of the first of them in the list of all pairs."""
-    pairs: tuple[PatchPair, ...]
-    options: ShardOptions
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardJob:
     """All that decides one shard's bytes, and how it is made."""
 
@@ -118,9 +108,9 @@ def _remove(out: Location, names: Iterable[str]) -> None:
         pass
 
 
-def check_chunk(job: CheckJob) -> tuple[int, list[Source | Problem]]:
-    """The place of a job's first pair, and what was found of each, in order."""
-    return job.start, list(in_threads(lambda pair: check_pair(pair, job.options), job.pairs, job.options.threads))
+def check_chunk(options: ShardOptions, pairs: Sequence[PatchPair]) -> list[Source | Problem]:
+    """What is found of each pair, in order."""
+    return list(in_threads(lambda pair: check_pair(pair, options), pairs, options.threads))
 
 
 def check_pair(pair: PatchPair, options: ShardOptions) -> Source | Problem:

@@ -9,7 +9,7 @@ import traceback
 from typing import NamedTuple
 
 import pytest
-from test_builder import contents, make_bci, options
+from test_builder import build_by, contents, make_bci, options
 
 from lgd.base.errors import DataError
 from lgd.cli import main
@@ -18,7 +18,7 @@ from lgd.io.location import as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.shards.builder import build
 from lgd.shards.verify import verify
-from lgd.shards.writer import CheckJob
+from lgd.shards.writer import ShardJob
 
 PAIRS = 8
 KINDS = ({}, {"image": "jpeg:40"}, {"image": "png"}, {"salt": "x", "split": "group:0.5,0.25,0.25"})
@@ -56,7 +56,7 @@ def after(jobs_done, act):
 
     def map_jobs(function, jobs):
         for number, job in enumerate(jobs):
-            if number == jobs_done and not isinstance(job, CheckJob):
+            if number == jobs_done and isinstance(job, ShardJob):
                 act()
             yield function(job)
 
@@ -84,7 +84,7 @@ def test_a_second_builder_is_told_who_builds_and_changes_nothing(root, alone, tm
             assert " is building shards there, for 0.0 minutes: wait until it is done, or end it" in message
         assert contents(out) == before
 
-    manifest, built = build(options(root, out, **alone[0].options), after(1, build_too))
+    manifest, built = build_by(after(1, build_too), options(root, out, **alone[0].options))
     assert built and manifest == alone[0].manifest and contents(out) == alone[0].files
 
 
@@ -117,7 +117,7 @@ def test_a_whole_tar_of_other_options_is_not_taken_over(root, alone, tmp_path, e
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     for out, number in ((ours, 1), (theirs, 2)):
         with pytest.raises(KeyboardInterrupt):
-            build(options(root, out, **alone[number].options), after(2, interrupt))
+            build_by(after(2, interrupt), options(root, out, **alone[number].options))
     names = ["train-000000.tar", "train-000000.idx", *([".train-000000.json"] if entry == "theirs" else [])]
     for name in names:
         (ours / name).write_bytes((theirs / name).read_bytes())
@@ -132,14 +132,14 @@ def test_a_build_whose_folder_is_another_ones_stops(root, alone, tmp_path):
     """Where no lock kept them apart, as between hosts whose file system has none."""
     out, other = tmp_path / "out", tmp_path / "other"
     with pytest.raises(KeyboardInterrupt):
-        build(options(root, other, **alone[1].options), after(0, interrupt))
+        build_by(after(0, interrupt), options(root, other, **alone[1].options))
 
     def take_over():
         (out / ".building.json").write_bytes((other / ".building.json").read_bytes())
 
     for done, act in ((1, take_over), (2, (out / ".building.json").unlink)):
         with pytest.raises(DataError, match=r"out is not being built by this command any more .*: let the other build"):
-            build(options(root, out, **alone[0].options), after(done, act))
+            build_by(after(done, act), options(root, out, **alone[0].options))
         assert not (out / "manifest.json").exists()
         assert len(list(out.glob("*.tar"))) == done
         for path in out.iterdir():
@@ -271,7 +271,7 @@ def test_the_first_marker_at_a_url_stays(root, alone, s3_server):
     s3_server.create_bucket(Bucket="first")
     out = "s3://first/out"
     with pytest.raises(KeyboardInterrupt):
-        build(options(root, out, **alone[0].options), after(1, interrupt))
+        build_by(after(1, interrupt), options(root, out, **alone[0].options))
     # Of an entry that another build wrote nothing is taken.
     built = read_json(f"{out}/.train-000000.json")
     assert built["building"] == read_json(f"{out}/.building.json")["digest"]

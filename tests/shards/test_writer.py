@@ -10,7 +10,7 @@ import re
 import urllib.request
 
 import pytest
-from test_builder import contents, make_bci
+from test_builder import build_by, contents, make_bci
 
 from lgd.base.errors import DataError
 from lgd.io.files import list_folder, read_bytes, write_bytes, write_json
@@ -20,7 +20,7 @@ from lgd.shards.builder import build
 from lgd.shards.layouts import Problem, write_problems
 from lgd.shards.options import ShardOptions
 from lgd.shards.pairs import find_pairs
-from lgd.shards.writer import CheckJob, check_chunk
+from lgd.shards.writer import check_chunk
 
 PAIRS = 10
 
@@ -127,11 +127,11 @@ def test_an_unreachable_store_is_not_a_bad_pair(given, store):
     """With --on-bad skip an outage would leave out good pairs."""
     root, _, _ = given
     pairs, _ = find_pairs("bci", "s3://data/bci")
-    job = CheckJob(start=0, pairs=tuple(pairs), options=options("s3://data/bci", "s3://data/e"))
+    asked = options("s3://data/bci", "s3://data/e")
     store.let_in(3)
     try:
         with pytest.raises(RemoteError, match="access is denied .*set AWS_ACCESS_KEY_ID"):
-            check_chunk(job)
+            check_chunk(asked, pairs)
         with pytest.raises(RemoteError, match="s3://data/e cannot be listed: access is denied"):
             build(options(root, "s3://data/e"))
     finally:
@@ -148,7 +148,7 @@ def test_a_source_that_changes_after_its_check_stops_the_build(given, store):
 
     try:
         with pytest.raises(DataError, match="00000_train_0.png: changed while the shards were built"):
-            build(options("s3://data/bci", "s3://data/d"), changed_between)
+            build_by(changed_between, options("s3://data/bci", "s3://data/d"))
     finally:
         write_bytes(name, whole)
 
