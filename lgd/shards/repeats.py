@@ -75,26 +75,23 @@ def find_repeats(shards: Sequence[Shard], seen: np.ndarray, patches_n: np.ndarra
     return problems + _spellings(shards, seen, patches_n["group"]) + _same_images(shards, seen, patches_n)
 
 
-def find_runs(value_n: np.ndarray, *facts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The places of equal values (n,), of which there must be some, and what differs among them.
+def find_mixed(value_n: np.ndarray, *facts: np.ndarray) -> tuple[list[np.ndarray], int]:
+    """The places of equal values (n,) uint64, of which 0 is none.
 
-    Gives an order (n,) that sorts the values, where in it each of r runs of equal ones starts and ends (r, 2), and
-    whether the places of a run differ in each of the facts (n,): (r, facts).
+    Gives, of each value whose places differ in each of the facts (n,), those places; and how many other values have
+    places that differ in the first fact.
     """
-    order = np.argsort(value_n, kind="stable")
-    value_n = value_n[order]
-    starts = np.flatnonzero(np.append(True, value_n[1:] != value_n[:-1]))
+    order = np.argsort(value_n, kind="stable")[np.count_nonzero(value_n == 0) :]
+    if not len(order):
+        return [], 0
+    sorted_n = value_n[order]
+    starts = np.flatnonzero(np.append(True, sorted_n[1:] != sorted_n[:-1]))
+    ends = np.append(starts[1:], len(order))
     sorted_facts = [fact_n[order] for fact_n in facts]
     differs = [np.minimum.reduceat(fact_n, starts) != np.maximum.reduceat(fact_n, starts) for fact_n in sorted_facts]
-    return order, np.column_stack([starts, np.append(starts[1:], len(order))]), np.column_stack(differs)
-
-
-def _find_mixed(value_n: np.ndarray, *facts: np.ndarray) -> list[np.ndarray]:
-    """Of each of the first 100 values (n,) whose places differ in one of the facts (n,): those places."""
-    if not len(value_n):
-        return []
-    order, runs, differs = find_runs(value_n, *facts)
-    return [order[start:end] for start, end in runs[differs.any(1)][:_MOST]]
+    mixed = np.logical_and.reduce(differs)
+    places = [order[start:end] for start, end in zip(starts[mixed], ends[mixed], strict=True)]
+    return places, int(differs[0].sum()) - len(places)
 
 
 def _same_keys(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
@@ -102,7 +99,7 @@ def _same_keys(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
     return [
         f"{shards[here['shard']].path}, row {here['row']}: key {_meta(shards, here).key} is in "
         f"{_address(shards, before)}, too"
-        for places in _find_mixed(seen["key"], np.arange(len(seen)))
+        for places in find_mixed(seen["key"], np.arange(len(seen)))[0][:_MOST]
         for before, here in itertools.pairwise(seen[places])
     ]
 
@@ -114,16 +111,14 @@ def _leaks(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
     return [
         f"group {_meta(shards, seen[places[0]]).group} lies in the splits "
         f"{' and '.join(names[side] for side in np.unique(side_n[places]))}: the set leaks"
-        for places in _find_mixed(seen["group"], side_n)
+        for places in find_mixed(seen["group"], side_n)[0][:_MOST]
     ]
 
 
 def _spellings(shards: Sequence[Shard], seen: np.ndarray, canonical_n: np.ndarray) -> list[str]:
     """Slides of two names that differ by their spelling only."""
-    known = np.flatnonzero(seen["known"])
     problems = []
-    for mixed in _find_mixed(canonical_n[known], seen["group"][known]):
-        places = known[mixed]
+    for places in find_mixed(np.where(seen["known"], canonical_n, 0), seen["group"])[0][:_MOST]:
         first = places[np.unique(seen["group"][places], return_index=True)[1]]
         metas = [_meta(shards, seen[place]) for place in np.sort(first)[:3]]
         names = " and ".join(f"{meta.slide!r} ({meta.split})" for meta in metas)
@@ -135,16 +130,13 @@ def _same_images(shards: Sequence[Shard], seen: np.ndarray, patches_n: np.ndarra
     """Files that serve two pairs, or as H&E and as IHC."""
     # In one column, so that an H&E is compared with every IHC as well.
     value_n = np.concatenate([patches_n["he"], patches_n["ihc"]])
-    pair_n, stain_n = np.tile(seen["pair"], 2), np.repeat([0, 1], len(seen))
-    there = np.flatnonzero(value_n)
+    use_n = np.concatenate([seen["pair"], ~seen["pair"]])
     problems = []
-    for mixed in _find_mixed(value_n[there], pair_n[there], stain_n[there]):
-        places = there[mixed]
-        others = (pair_n[places] != pair_n[places[0]]) | (stain_n[places] != stain_n[places[0]])
+    for places in find_mixed(value_n, use_n)[0][:_MOST]:
+        others = places[use_n[places] != use_n[places[0]]]
         uses = [
-            f"the {_STAINS[stain_n[place]]} of {_meta(shards, at).key} ({_address(shards, at)})"
-            for place in (places[0], places[others][0])
-            for at in (seen[place % len(seen)],)
+            f"the {_STAINS[stain]} of {_meta(shards, seen[row]).key} ({_address(shards, seen[row])})"
+            for stain, row in (divmod(int(place), len(seen)) for place in (places[0], others[0]))
         ]
         problems.append(f"{' and '.join(uses)} are one file, byte for byte: keep the right one")
     return problems
@@ -194,8 +186,8 @@ def _refuse_overlaps(opened: Sequence[ShardFolder]) -> None:
 
     # In one column, so that an H&E is compared with every IHC as well.
     image_n = np.concatenate([table_n["he"], table_n["ihc"]])
-    images, images_twice = find_shared(image_n, np.tile(folder_n, 2), np.tile(side_n, 2))
-    slides, slides_twice = find_shared(table_n["group"], folder_n, side_n)
+    images, images_twice = find_mixed(image_n, np.tile(folder_n, 2), np.tile(side_n, 2))
+    slides, slides_twice = find_mixed(table_n["group"], folder_n, side_n)
     for leaks, describe in ((images, _describe_image), (slides, _describe_slide)):
         for places in leaks:
             pair = _opposed(places, folder_n, side_n)
@@ -219,28 +211,12 @@ def _refuse_copies(opened: Sequence[ShardFolder]) -> None:
             raise DataError(f"data.shards: {folder} {same}, and each patch would count twice: remove it from the list")
 
 
-def find_shared(value_n: np.ndarray, folder_n: np.ndarray, side_n: np.ndarray) -> tuple[list[np.ndarray], int]:
-    """What rows of more than one folder have, of values (n,) uint64 of which 0 is none.
-
-    Gives, of each value that lies on two sides of the split, its places; and how many values lie on one side.
-    """
-    if not len(value_n):
-        return [], 0
-    order, runs, differs = find_runs(value_n, folder_n, side_n)
-    several = differs[:, 0] & (value_n[order[runs[:, 0]]] != 0)
-    leaks = several & differs[:, 1]
-    return [order[start:end] for start, end in runs[leaks]], int(several.sum() - leaks.sum())
-
-
 def _opposed(places: np.ndarray, folder_n: np.ndarray, side_n: np.ndarray) -> tuple[int, int]:
     """Two of the places that are of other folders and other sides; where there are several of both, there are such."""
-    # Backwards, so that the first of each kind is kept.
-    first = {(folder_n[at % len(folder_n)], side_n[at % len(folder_n)]): at for at in sorted(places.tolist())[::-1]}
-    return next(
-        (one, other)
-        for (here, one), (there, other) in itertools.combinations(sorted(first.items()), 2)
-        if here[0] != there[0] and here[1] != there[1]
-    )
+    kinds = np.stack([folder_n, side_n])[:, places % len(folder_n)]
+    _, first = np.unique(kinds, axis=1, return_index=True)
+    pairs = itertools.combinations(first, 2)
+    return next((int(places[one]), int(places[two])) for one, two in pairs if (kinds[:, one] != kinds[:, two]).all())
 
 
 def _read_place(opened: Sequence[ShardFolder], number: int) -> Place:

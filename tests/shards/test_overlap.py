@@ -16,7 +16,7 @@ from lgd.shards.builder import build
 from lgd.shards.image import encode
 from lgd.shards.manifest import File, Manifest
 from lgd.shards.options import ShardOptions
-from lgd.shards.repeats import find_shared, open_disjoint
+from lgd.shards.repeats import find_mixed, open_disjoint
 from lgd.shards.shard_set import ShardFolder
 
 
@@ -168,7 +168,7 @@ rows = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(0, 2
 @given(rows)
 def test_sharing_is_found_as_pair_by_pair(drawn):
     table = np.array(drawn, np.int64).reshape(-1, 3)
-    found_leaks, same_side = find_shared(table[:, 0].astype(np.uint64), table[:, 1], table[:, 2])
+    found_leaks, same_side = find_mixed(table[:, 0].astype(np.uint64), table[:, 1], table[:, 2])
     leaks, same = set(), set()
     for (value, folder, side), (other, elsewhere, across) in itertools.combinations(drawn, 2):
         if value == other and value and folder != elsewhere:
@@ -185,7 +185,7 @@ def test_a_million_rows_are_compared_at_once():
     value_n[-2:] = value_n[:2]
     folder_n = np.arange(1_000_000) // 500_000
     began = time.process_time()
-    leaks, same_side = find_shared(value_n, folder_n, np.minimum(folder_n, np.arange(1_000_000) % 2))
+    leaks, same_side = find_mixed(value_n, folder_n, np.minimum(folder_n, np.arange(1_000_000) % 2))
     assert len(leaks) == 1 and same_side == 1
     # 0.2 s on a quiet machine.
     assert time.process_time() - began < 3
