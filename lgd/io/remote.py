@@ -1,9 +1,10 @@
 """Large files, local or behind urls, opened and checked; remote ones are read through `lgd.io.download_cache`."""
 
 import contextlib
+import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -26,19 +27,26 @@ if TYPE_CHECKING:
     from upath import UPath
 
 
-def open_checked(path: str | Location, digest: str, size: int | None, remedy: str) -> BinaryIO:
-    """`open_file`, and check every byte, also of a local file.
+def open_checked(
+    path: str | Location,
+    digest: str,
+    size: int | None,
+    remedy: str,
+    find_problem: Callable[[BinaryIO], str] | None = None,
+) -> BinaryIO:
+    """`open_file`, and check every byte, also of a local file; or only what `find_problem` looks at.
 
     A copy that was damaged in the cache is fetched again. Raises `DataError` with the remedy for a file that is not as
     stated or cannot be opened, `MissingError` for one that is missing, and as `open_file` does.
     """
+    find = find_problem or functools.partial(_find_problem, digest=digest, size=size)
     try:
         file = open_file(path, digest, size)
-        problem = _find_problem(file, digest, size)
+        problem = find(file)
         if problem and drop_damaged(path, digest, file):
             file.close()
             file = open_file(path, digest, size)
-            problem = _find_problem(file, digest, size)
+            problem = find(file)
     except OSError as error:
         kind = MissingError if isinstance(error, FileNotFoundError) else DataError
         raise kind(f"{path} is missing or cannot be read ({error.strerror or error}): {remedy}") from error

@@ -9,7 +9,6 @@ import io
 import itertools
 import math
 import os
-import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from pydantic import ValidationError
 from zlib_ng.zlib_ng import crc32
 
 from lgd.base.errors import DataError
-from lgd.base.records import explain, load_json
+from lgd.base.records import explain
 from lgd.io.location import Location
-from lgd.io.remote import drop_damaged, name_with_copy, open_checked, open_file
+from lgd.io.remote import name_with_copy, open_checked
 from lgd.shards.image import kind
 from lgd.shards.manifest import REBUILD, PatchMeta
 
@@ -60,11 +59,8 @@ class Shard:
 
     def index(self) -> np.ndarray:
         """The offset index: (samples, members) of `INDEX`, columns as `roles`, read-only."""
-        path, shape = self.path.with_suffix(".idx"), (self.samples, len(self.extensions))
-        table = load_table(path, self.idx_sha256, None, INDEX, shape)
-        if table is None:
-            raise DataError(f"{path} is no index of {self.samples} samples, or broken: {REBUILD}")
-        return table
+        shape = self.samples, len(self.extensions)
+        return load_table(self.path.with_suffix(".idx"), self.idx_sha256, None, INDEX, shape)
 
     def open(self) -> tuple[BinaryIO, np.ndarray]:
         """The tar, unbuffered, and its index, checked against each other and against the manifest.
@@ -74,28 +70,17 @@ class Shard:
         end is read.
         """
         index = self.index()
-        file, reason = self._open(index)
-        if reason and drop_damaged(self.path, self.sha256, file):
-            file.close()
-            file, reason = self._open(index)
-        if reason:
-            file.close()
-            raise DataError(f"{self.path}: {reason}: {REBUILD}")
-        return file, index
 
-    def _open(self, index: np.ndarray) -> tuple[BinaryIO, str]:
-        """The tar, and what is wrong with it."""
-        try:
-            file = open_file(self.path, self.sha256, self.bytes)
+        def find_problem(file: BinaryIO) -> str:
             size = os.fstat(file.fileno()).st_size
             if size != self.bytes:
-                return file, f"has {size} bytes, but the manifest says {self.bytes}"
+                return f"has {size} bytes, but the manifest says {self.bytes}"
             end, reason = tiled(index, self.roles, size)
             if not reason and os.pread(file.fileno(), size - end, end).strip(b"\0"):
                 reason = "has something behind its last sample that the index does not know"
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be opened ({error.strerror or error}): {REBUILD}") from error
-        return file, reason
+            return reason
+
+        return open_checked(self.path, self.sha256, self.bytes, REBUILD, find_problem), index
 
 
 def read_meta(shard: Shard, row: int) -> PatchMeta:
@@ -118,17 +103,20 @@ def table_head(dtype: np.dtype[np.void], shape: tuple[int, ...]) -> bytes:
 
 def load_table(
     path: Location, digest: str, size: int | None, dtype: np.dtype[np.void], shape: tuple[int, ...]
-) -> np.ndarray | None:
-    """What `numpy.save` wrote of this type and shape, read-only; None for any other content.
+) -> np.ndarray:
+    """What `numpy.save` wrote of this type and shape, (samples, ...), read-only.
 
-    `DataError` for a file that is missing, or not of this SHA-256 and, where it is known, of this size.
+    `DataError` for any other content, and for a file that is missing, or not of this SHA-256 and, where it is known,
+    of this size.
     """
     head = table_head(dtype, shape)
     expected = len(head) + math.prod(shape) * dtype.itemsize
     with open_checked(path, digest, size, REBUILD) as file:
         # The size comes first: the count of a hostile manifest would ask for any amount of memory.
         content = file.read(expected) if os.fstat(file.fileno()).st_size == expected else b""
-    return np.frombuffer(content, dtype, offset=len(head)).reshape(shape) if content.startswith(head) else None
+    if not content.startswith(head):
+        raise DataError(f"{path} is no table of {shape[0]} samples, or broken: {REBUILD}")
+    return np.frombuffer(content, dtype, offset=len(head)).reshape(shape)
 
 
 def tiled(index: np.ndarray, roles: tuple[str, ...], size: int) -> tuple[int, str]:
@@ -143,8 +131,9 @@ def tiled(index: np.ndarray, roles: tuple[str, ...], size: int) -> tuple[int, st
     if wrong.size:
         row, column = divmod(int(wrong[0]), len(roles))
         return end, (
-            f"row {row}, {roles[column]}: the index places it at byte {entries['offset'][wrong[0]]}, but the members "
-            f"before it end at {ends[wrong[0]] - steps[wrong[0]]}: the index is of another tar, or was changed"
+            f"does not fit its index, row {row}, {roles[column]}: the index places it at byte "
+            f"{entries['offset'][wrong[0]]}, but the members before it end at {ends[wrong[0]] - steps[wrong[0]]}: the "
+            "index is of another tar, or was changed"
         )
     # A tar ends with two empty blocks, and is filled up to whole records.
     record = tarfile.RECORDSIZE
@@ -202,7 +191,7 @@ def _parse_meta(content: memoryview, shard: Shard) -> tuple[PatchMeta | None, st
     try:
         meta = PatchMeta.model_validate_json(bytes(content))
     except ValidationError as error:
-        return None, _explain(content, error)
+        return None, explain(error)
     if meta.slide not in (None, meta.group):
         return None, f"{meta.key}: fields slide and group are {meta.slide!r:.80} and {meta.group!r:.80}"
     if meta.split != shard.split:
@@ -211,17 +200,6 @@ def _parse_meta(content: memoryview, shard: Shard) -> tuple[PatchMeta | None, st
     if shard.labels and label is not None and (type(label) is not int or not 0 <= label < shard.labels):
         return meta, f"field label is {label!r:.80}, and the set has {shard.labels} classes"
     return meta, ""
-
-
-def _explain(content: memoryview, error: ValidationError) -> str:
-    try:
-        found = load_json(content)
-    except ValueError as broken:
-        return f"no valid JSON ({broken})"
-    key = found.get("key") if isinstance(found, dict) else None
-    if not isinstance(key, str) or not re.fullmatch("[A-Za-z0-9_+-]{1,90}", key):
-        return "has no key of letters, digits, _, + and -"
-    return f"{key}: {explain(error)}"
 
 
 @functools.lru_cache

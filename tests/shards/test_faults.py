@@ -142,12 +142,12 @@ def test_a_missing_file_is_caught(out, suffix, spoil):
 @pytest.mark.parametrize("place", range(9))
 def test_a_missing_member_is_caught(out, place):
     forge(out, lambda members: members[:place] + members[place + 1 :])
-    assert_refused(out, f"{FIRST}.idx is no index of 3 samples")
+    assert_refused(out, f"{FIRST}.idx is no table of 3 samples")
 
 
 def test_missing_samples_are_caught(out):
     forge(out, lambda members: members[:3] + members[6:])
-    assert_refused(out, f"{FIRST}.idx is no index of 3 samples")
+    assert_refused(out, f"{FIRST}.idx is no table of 3 samples")
     shutil.copy(out / "train-000001.idx", out / f"{FIRST}.idx")
     agree(out)
     assert_refused(out, FIRST, "bytes, but its index describes members that end at byte")
@@ -170,7 +170,7 @@ def test_more_members_than_fit_are_caught_at_the_end(out):
         ([0, 2, 1, 3, 4, 5, 6, 7, 8], "row 0, p0, he: its tar header names b'p0.ihc.png', not p0.he.png"),
         ([3, 1, 2, 0, 4, 5, 6, 7, 8], "row 0, p1, he: its tar header names b'p0.he.png', not p1.he.png"),
         ([0, 4, 2, 3, 1, 5, 6, 7, 8], "row 0, p0, he: its tar header names b'p1.he.png', not p0.he.png"),
-        ([1, 0, 2, 3, 4, 5, 6, 7, 8], "row 0, json: no valid JSON"),
+        ([1, 0, 2, 3, 4, 5, 6, 7, 8], "row 0, json: Invalid JSON"),
         ([0, 1, 2, 0, 1, 5, 6, 7, 8], "row 1, p0, ihc: its tar header names b'p1.ihc.png', not p0.ihc.png"),
     ],
 )
@@ -194,8 +194,8 @@ def test_a_swapped_index_is_caught(out):
     for changed, reason in (
         (index[::-1], "row 0, json: the index places it at byte"),
         (np.ascontiguousarray(index[:, [0, 2, 1]]), "row 0, he: the index places it at byte"),
-        (index.astype(INDEX.newbyteorder(">")), "is no index of 3 samples"),
-        (np.asfortranarray(index), "is no index of 3 samples"),
+        (index.astype(INDEX.newbyteorder(">")), "is no table of 3 samples"),
+        (np.asfortranarray(index), "is no table of 3 samples"),
     ):
         with first.open("wb") as stream:
             np.save(stream, changed)
@@ -248,11 +248,11 @@ def test_shards_of_one_size_that_changed_places_are_found_by_verify(out):
         (entry_with(samples=2), "split train has 6 samples, its shards 5"),
         (
             lambda manifest: (entry_with(samples=2)(manifest), settle(manifest["splits"]["train"])),
-            "no index of 2",
+            "no table of 2",
         ),
         (
             lambda manifest: (entry_with(samples=4)(manifest), settle(manifest["splits"]["train"])),
-            "no index of 4",
+            "no table of 4",
         ),
         (entry_with(bytes=20480), f"{FIRST}.tar has 51200 bytes, but the manifest says 20480"),
         (
