@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lgd.base.errors import DataError
-from lgd.io.location import FULL, Location
+from lgd.io.location import Location
 from lgd.io.locks import hold_lock, try_lock
 
 DIGEST = "[0-9a-f]{64}|[0-9a-f]{32}"
@@ -71,12 +71,9 @@ def explain_errors(folder: Path, url: Location) -> Iterator[None]:
     except DataError:
         raise
     except OSError as error:
-        if error.errno in FULL:
-            raise DataError(
-                f"{folder}: no space left for {url}: free some, name another folder in LGD_CACHE, or lower LGD_CACHE_GB"
-            ) from error
         raise DataError(
-            f"{folder} cannot hold a copy of {url} ({error.strerror or error}): name another folder in LGD_CACHE"
+            f"{folder} cannot hold a copy of {url} ({error.strerror or error}): free space there, name another folder "
+            "in LGD_CACHE, or lower LGD_CACHE_GB"
         ) from error
 
 
