@@ -182,33 +182,23 @@ def eval_numbers(total: int, world: World) -> range:
     return range(world.rank * total // world.size, (world.rank + 1) * total // world.size)
 
 
-def d4(x_BCHW: Tensor, k_B: Tensor | np.ndarray) -> Tensor:
+def d4(x_BCHW: Tensor, k_B: Tensor | np.ndarray, dims: tuple[int, int] = (-2, -1)) -> Tensor:
     """Element k of the dihedral group on each image.
 
     k % 4 quarter turns counter-clockwise, then, where k is 4 or more, a left-right flip. Takes
-    (B, ..., H, W) with H = W, of any dtype, and integers 0..7 of shape (B,). `k_B` is
-    best on the CPU, where reading it makes no device wait.
+    (B, ..., H, W) with H = W, of any dtype, and integers 0..7 of shape (B,). `dims` are those of H and W; (1, 2) where
+    the channels are last. `k_B` is best on the CPU, where reading it makes no device wait.
     """
-    return _by_element(x_BCHW, k_B, (-2, -1))
-
-
-def d4_grid(x_BHWC: Tensor, k_B: Tensor | np.ndarray) -> Tensor:
-    """`d4` for grids with the channels last: (B, H, W) or (B, H, W, C)."""
-    return _by_element(x_BHWC, k_B, (1, 2))
-
-
-def _by_element(x: Tensor, k_B: Tensor | np.ndarray, dims: tuple[int, int]) -> Tensor:
-    """Turn all images that share a k at once."""
-    if x.shape[dims[0]] != x.shape[dims[1]]:
-        raise ValueError(f"only squares can be turned, not {x.shape[dims[0]]} x {x.shape[dims[1]]}")
+    if x_BCHW.shape[dims[0]] != x_BCHW.shape[dims[1]]:
+        raise ValueError(f"only squares can be turned, not {x_BCHW.shape[dims[0]]} x {x_BCHW.shape[dims[1]]}")
     k_B = torch.as_tensor(k_B).cpu()
     if not k_B.any():
-        return x
-    turned = torch.empty_like(x)
-    sorted_B = to_device(k_B.argsort(), x.device)
+        return x_BCHW
+    turned = torch.empty_like(x_BCHW)
+    sorted_B = to_device(k_B.argsort(), x_BCHW.device)
     for k, rows in enumerate(torch.split(sorted_B, k_B.bincount(minlength=8).tolist())):
         if len(rows):
-            part = torch.rot90(x[rows], k % 4, dims)
+            part = torch.rot90(x_BCHW[rows], k % 4, dims)
             turned[rows] = part.flip(dims[1]) if k >= 4 else part
     return turned
 
@@ -278,13 +268,8 @@ def turn_stored(stored: Mapping[str, Tensor], k_B: Tensor, views: int) -> dict[s
     With eight cached views the map is that of the right view already; with one it is turned, which is approximate since
     a network is not exactly equivariant.
     """
-    turned = dict(stored)
-    if views == 1 and "map" in turned:
-        turned["map"] = d4(turned["map"], k_B)
-    for name in ("nuclei", "membrane"):
-        if name in turned:
-            turned[name] = d4_grid(turned[name], k_B)
-    return turned
+    dims = {"nuclei": (1, 2), "membrane": (1, 2), **({"map": (-2, -1)} if views == 1 else {})}
+    return {name: d4(x, k_B, dims[name]) if name in dims else x for name, x in stored.items()}
 
 
 def _normal(u_B2n: Tensor | np.ndarray) -> Tensor:

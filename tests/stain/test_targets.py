@@ -12,7 +12,7 @@ from scipy import spatial
 from lgd.base.errors import DataError
 from lgd.stain.deconvolve import H_DAB, H_E
 from lgd.stain.targets import TARGET_SETTINGS, detect_nuclei, estimate_white, membrane_grid, nuclei_grid
-from lgd.stream.plan import d4, d4_grid
+from lgd.stream.plan import d4
 
 MPP = 0.46
 SIZE = 256
@@ -168,9 +168,9 @@ def test_targets_turn_with_the_image(k: int) -> None:
     he, ihc = draw_he(lattice()), draw_ihc("1+")
     # A nucleus on the line between two cells may be counted on either side.
     one = 1 / ((SIZE * MPP / 4) ** 2 / 1000)
-    turned = d4_grid(nuclei_grid(he, 4, MPP), element)
+    turned = d4(nuclei_grid(he, 4, MPP), element, (1, 2))
     torch.testing.assert_close(nuclei_grid(d4(he, element), 4, MPP), turned, rtol=0, atol=1.01 * one)
-    turned = d4_grid(membrane_grid(ihc, 4, MPP), element)
+    turned = d4(membrane_grid(ihc, 4, MPP), element, (1, 2))
     torch.testing.assert_close(membrane_grid(d4(ihc, element), 4, MPP), turned, rtol=0.05, atol=0.08)
 
 

@@ -15,7 +15,6 @@ from lgd.stream.plan import (
     Plan,
     World,
     d4,
-    d4_grid,
     draw,
     eval_numbers,
     light_jitter,
@@ -235,8 +234,8 @@ def test_grids_turn_with_the_image() -> None:
     def grid(image: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(image, 8).permute(0, 2, 3, 1)
 
-    assert torch.equal(grid(d4(x, ELEMENTS)), d4_grid(grid(x), ELEMENTS))
-    assert torch.equal(grid(d4(x, ELEMENTS))[..., 0], d4_grid(grid(x)[..., 0], ELEMENTS))
+    assert torch.equal(grid(d4(x, ELEMENTS)), d4(grid(x), ELEMENTS, (1, 2)))
+    assert torch.equal(grid(d4(x, ELEMENTS))[..., 0], d4(grid(x)[..., 0], ELEMENTS, (1, 2)))
 
 
 def test_only_squares_turn() -> None:

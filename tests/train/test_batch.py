@@ -8,7 +8,7 @@ from lgd.base.errors import DataError
 from lgd.shards.shard_set import ShardFolder
 from lgd.store.cache import cache_latents
 from lgd.store.store import Rows, Store
-from lgd.stream.plan import Plan, World, d4, d4_grid
+from lgd.stream.plan import Plan, World, d4
 from lgd.stream.reader import Reader, stream
 from lgd.train.batch import BatchOptions, augment, collate, evaluation_batches, training_batches
 
@@ -91,7 +91,7 @@ def test_training_turns_image_map_and_grids_alike(joined, tissue_run, change):
         assert torch.equal(turned.images["he"][row], d4(batch.images["he"][row : row + 1], one)[0])
         assert torch.equal(turned.stored["map"][row], d4(before["map"][row : row + 1], one)[0])
         for name in ("nuclei", "membrane"):
-            assert torch.equal(turned.stored[name][row], d4_grid(before[name][row : row + 1], one)[0])
+            assert torch.equal(turned.stored[name][row], d4(before[name][row : row + 1], one, (1, 2))[0])
         assert torch.equal(turned.stored["pooled"][row], before["pooled"][row])
     assert not torch.equal(turned.stored["nuclei"], before["nuclei"])
 
