@@ -43,8 +43,6 @@ _NOISE = (
     (FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
 )
 """Warnings of other libraries that no user of the command line can act upon."""
-_NOISY_LOGGERS = ("DeepSpeed",)
-"""Of these only errors are shown. DeepSpeed's writes to standard output."""
 
 
 class LineHandler(logging.Handler):
@@ -95,23 +93,21 @@ def _attached(handler: logging.Handler, level: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Without the lines of `_NOISE` and `_NOISY_LOGGERS`. Those of Ray and of its workers stay in Ray's own files."""
+    """Without `_NOISE`, and of DeepSpeed errors only. What Ray and its workers say stays in Ray's own files."""
+    # It writes to standard output; and a filter, because it sets its level when it is imported.
+    noisy = logging.getLogger("DeepSpeed")
 
-    # A filter and no level: DeepSpeed sets its level when it is imported.
     def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    for one in loggers:
-        one.addFilter(is_error)
+    noisy.addFilter(is_error)
     try:
         with warnings.catch_warnings():
             for category, message in _NOISE:
                 warnings.filterwarnings("ignore", message, category)
             yield
     finally:
-        for one in loggers:
-            one.removeFilter(is_error)
+        noisy.removeFilter(is_error)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
