@@ -153,6 +153,6 @@ def describe_training(shards: ShardSet) -> Training:
         shapes=tuple(
             Shape(width=width, height=height, mpp=mpp, samples=count) for (width, height, mpp), count in commonest
         ),
-        virtual=shards.all_virtual,
+        virtual=all(one.virtual for one in shards.manifests),
         shards=shards.digests,
     )

@@ -50,14 +50,14 @@ FEW_LEVEL_0 = 50
 
 def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:
     """What a reader must know before believing a score of `predictions` on a run's shards, most serious first."""
-    known, virtual = predictions.labelled(), shards.some_virtual
+    known, virtual = predictions.labelled(), any(one.virtual for one in shards.manifests)
     # One of another package is not imported for this.
     names = dict.fromkeys(manifest.layout for manifest in shards.manifests)
     layouts = [LAYOUTS[name] for name in names if name in LAYOUTS]
     found = []
     if virtual:
         found.append("The tissue is virtual: drawn by a program. Nothing here says anything about real tissue.")
-    if shards.may_leak:
+    if any(one.may_leak for one in shards.manifests):
         found.append(
             "Slides are unknown, so the split may leak: patches of one slide can be in training and in this split, "
             "and recognising the slide then passes for scoring HER2. The intervals treat the patches of a slide as "

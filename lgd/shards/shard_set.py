@@ -136,24 +136,5 @@ class ShardSet:
 
     def count_labels(self, split: str) -> dict[str, int]:
         """Samples of each class, and of `unknown`, in one split."""
-        total = dict.fromkeys((*LEVEL_NAMES, UNKNOWN), 0)
-        for manifest in self.manifests:
-            if split in manifest.splits:
-                for name, count in manifest.splits[split].labels.items():
-                    total[name] += count
-        return total
-
-    @property
-    def some_virtual(self) -> bool:
-        """Whether a folder holds tissue that a program drew."""
-        return any(manifest.virtual for manifest in self.manifests)
-
-    @property
-    def all_virtual(self) -> bool:
-        """Whether all tissue was drawn by a program."""
-        return all(manifest.virtual for manifest in self.manifests)
-
-    @property
-    def may_leak(self) -> bool:
-        """Whether slides of a folder are unknown, so that one may lie on two sides of the split."""
-        return any(manifest.may_leak for manifest in self.manifests)
+        counts = [manifest.splits[split].labels for manifest in self.manifests if split in manifest.splits]
+        return {name: sum(labels.get(name, 0) for labels in counts) for name in (*LEVEL_NAMES, UNKNOWN)}

@@ -35,7 +35,6 @@ def test_a_set_gives_its_splits_labels_and_digests(shards):
     assert shards.of_split("none") == []
     assert shards.count_labels("train") == folder.manifest.splits["train"].labels
     assert shards.digests == (folder.manifest.digest,)
-    assert shards.some_virtual and shards.all_virtual and not shards.may_leak
     with pytest.raises(DataError, match=r"report.split 'none' has no patches; the shards have test, train, val"):
         shards.require_split("none", "report.split")
 
