@@ -15,6 +15,7 @@ JSON. A part of a document is a plain `Record`.
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar, Self
 
 from pydantic import JsonValue
@@ -22,8 +23,8 @@ from pydantic import JsonValue
 from lgd.base.errors import DataError
 from lgd.base.records import Record, load_json
 from lgd.io.digests import digest_of
-from lgd.io.files import read_parsed, write_json
-from lgd.io.location import Location
+from lgd.io.files import read_bytes, write_json
+from lgd.io.location import Location, as_location
 
 
 class Document(Record):
@@ -63,9 +64,16 @@ class Document(Record):
         believed to be wrong.
         """
         try:
-            return read_parsed(path, lambda content: cls.parse(content, str(path)))
+            content = read_bytes(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingDocument(f"{path} is missing: {cls.ABSENT}") from error
+        try:
+            return cls.parse(content, str(path))
+        except DataError:
+            if isinstance(as_location(path), Path):
+                raise
+        # It may have been cut on its way.
+        return cls.parse(read_bytes(path, fresh=True), str(path))
 
     @classmethod
     def parse(cls, content: bytes, name: str) -> Self:

@@ -26,7 +26,6 @@ from lgd.io.location import (
     Location,
     MissingError,
     RemoteError,
-    Result,
     as_location,
     call,
     fresh_options,
@@ -156,20 +155,6 @@ def read_bytes(path: str | Location, fresh: bool = False) -> bytes:
     if fresh:
         options |= fresh_options(at)
     return bytes(call(at, "read", at.fs.cat_file, at.path, **options))
-
-
-def read_parsed(path: str | Location, parse: Callable[[bytes], Result]) -> Result:
-    """What `parse` makes of a file's content; raises as `read_bytes`, and as `parse`.
-
-    Where it raises `DataError` for the content of a url, that is read once more: it may have been cut on its way.
-    """
-    content = read_bytes(path)
-    try:
-        return parse(content)
-    except DataError:
-        if isinstance(as_location(path), Path):
-            raise
-    return parse(read_bytes(path, fresh=True))
 
 
 def read_first_bytes(path: str | Location, count: int) -> bytes:

@@ -8,6 +8,7 @@ import pytest
 
 from lgd.base.errors import DataError
 from lgd.io.digests import digest_of, may_have_sha256, sha256
+from lgd.io.documents import Document
 from lgd.io.files import (
     exists,
     is_same,
@@ -15,7 +16,6 @@ from lgd.io.files import (
     peek_kind,
     publish,
     read_json,
-    read_parsed,
     try_writing,
     write_bytes,
     write_json,
@@ -132,24 +132,23 @@ def test_only_a_local_file_is_read_for_its_digest(tmp_path):
     assert not may_have_sha256(tmp_path / "x", "0" * 64) and may_have_sha256(as_location("s3://none/x"), "0" * 64)
 
 
-def test_a_wrong_content_is_read_again_from_a_url_only(tmp_path, bucket):
-    def parse(content):
-        seen.append(content)
-        if len(seen) == 1:
-            raise DataError("cut")
-        return content.decode()
+def test_a_wrong_document_is_read_again_from_a_url_only(tmp_path, bucket):
+    class Cut(Document):
+        @classmethod
+        def parse(cls, content, name):
+            seen.append(content)
+            if len(seen) == 1:
+                raise DataError("cut")
+            return content
 
     for folder in (tmp_path, bucket):
         write_bytes(folder / "a", b"abc")
     seen = []
     with pytest.raises(DataError, match="^cut$"):
-        read_parsed(tmp_path / "a", parse)
-    assert read_parsed(tmp_path / "a", parse) == "abc"
+        Cut.read(tmp_path / "a")
+    assert Cut.read(tmp_path / "a") == b"abc"
     seen = []
-    assert read_parsed(bucket / "a", parse) == "abc" and seen == [b"abc"] * 2
-    for folder in (tmp_path, bucket):
-        with pytest.raises(FileNotFoundError):
-            read_parsed(folder / "gone", parse)
+    assert Cut.read(bucket / "a") == b"abc" and seen == [b"abc"] * 2
 
 
 def test_a_url_that_cannot_be_written_to_is_told_early(tmp_path, bucket):
