@@ -117,10 +117,6 @@ def _acquire(path: Path, wait: bool, remedy: str) -> int:
     """The open and locked file `path`."""
     began, pause, noted = time.monotonic(), 0.001, False
     while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise DataError(f"{path.parent} cannot be made, a file is in the way: name another folder") from error
         descriptor = try_lock(path, remedy)
         if descriptor is not None:
             return descriptor
@@ -163,10 +159,13 @@ def _open(path: Path, remedy: str) -> int:
     """Make or open the file of a lock, whose folder others may remove and make again at any moment."""
     for _ in range(_LOST_FOLDERS):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             # NFS locks only what is open for writing. A link might lead to a file of somebody else's.
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        except (FileExistsError, NotADirectoryError) as error:
+            raise DataError(f"{path.parent} cannot be made, a file is in the way: name another folder") from error
     raise DataError(f"{path.parent} cannot hold locks, no file can be made there: {remedy}")
 
 
