@@ -11,6 +11,7 @@ Every stain amount and threshold is optical density, base 10, along the stain's 
 Shapes: B batch, H and W pixels, g and m sides of the grids, N detected nuclei, S sectors, R steps of a ray.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -51,18 +52,30 @@ _S = TARGET_SETTINGS
 _CHUNK_PIXELS = 4 * 1024 * 1024
 
 
-@torch.no_grad()
-def nuclei_grid(he_B3HW: Tensor, grid: int, mpp: float | None) -> Tensor:
+def _in_chunks(measure: Callable[[Tensor, int, float], Tensor]) -> Callable[[Tensor, int, float | None], Tensor]:
+    """What `measure` gives for so many images at a time as fit the memory."""
+
+    @functools.wraps(measure)
+    @torch.no_grad()
+    def measure_all(rgb_B3HW: Tensor, grid: int, mpp: float | None) -> Tensor:
+        mpp = _S["default_mpp"] if mpp is None else mpp
+        if not 0 < mpp < math.inf:
+            raise DataError(f"mpp is {mpp}: give the image's micrometres per pixel, or null where it is unknown")
+        # Decoders give channels last; whole planes made everything after them nearly twice as fast.
+        chunks = torch.split(rgb_B3HW.contiguous(), max(1, _CHUNK_PIXELS // rgb_B3HW[0, 0].numel()))
+        return torch.cat([measure(part, grid, mpp) for part in chunks])
+
+    return measure_all
+
+
+@_in_chunks
+def nuclei_grid(he_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
     """Nuclei per 1000 um2 in each cell of a grid, float32 (B, grid, grid).
 
     `he_B3HW` is uint8 at native resolution, `mpp` its micrometres per pixel (None: 0.46). A nucleus is a
     local maximum of a difference of Gaussians of the hematoxylin, at the scale of a nucleus. Crowded or
     pale nuclei are undercounted. Raises `DataError` for an `mpp` that is not positive.
     """
-    return _by_chunks(_nuclei_grid, he_B3HW, grid, mpp)
-
-
-def _nuclei_grid(he_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
     step = _detection_step(mpp)
     od_B3hw = rgb_to_od(_shrink(he_B3HW.float(), step), estimate_white(he_B3HW))
     nuclei_Bhw = detect_nuclei(unmix(od_B3hw, H_E)[:, 0], mpp * step, _S["nucleus_contrast_he"])
@@ -71,8 +84,8 @@ def _nuclei_grid(he_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
     return count_Bgg / (height * width * mpp**2 / grid**2 / 1000)
 
 
-@torch.no_grad()
-def membrane_grid(ihc_B3HW: Tensor, grid: int, mpp: float | None) -> Tensor:
+@_in_chunks
+def membrane_grid(ihc_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
     """Membrane staining in each cell of a grid, float32 (B, grid, grid, 3).
 
     `ihc_B3HW` is uint8 at native resolution, `mpp` its micrometres per pixel (None: 0.46). Channels:
@@ -85,10 +98,6 @@ def membrane_grid(ihc_B3HW: Tensor, grid: int, mpp: float | None) -> Tensor:
 
     Raises `DataError` for an `mpp` that is not positive.
     """
-    return _by_chunks(_membrane_grid, ihc_B3HW, grid, mpp)
-
-
-def _membrane_grid(ihc_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
     stains_B3HW = unmix(rgb_to_od(ihc_B3HW, estimate_white(ihc_B3HW)), H_DAB)
     dab_BHW = stains_B3HW[:, 1]
     stained_BHW = (dab_BHW > _S["dab_stained"]).float()
@@ -176,18 +185,6 @@ def _sum_by_cell(mask_BHW: Tensor, value_N: Tensor, grid: int) -> Tensor:
     total = torch.zeros(batch * grid * grid, dtype=torch.int64, device=mask_BHW.device)
     total.index_add_(0, (image_N * grid + row_N) * grid + column_N, value_N)
     return total.view(batch, grid, grid).float()
-
-
-def _by_chunks(
-    measure: Callable[[Tensor, int, float], Tensor], rgb_B3HW: Tensor, grid: int, mpp: float | None
-) -> Tensor:
-    """What is measured on so many images at a time as fit the memory."""
-    mpp = _S["default_mpp"] if mpp is None else mpp
-    if not 0 < mpp < math.inf:
-        raise DataError(f"mpp is {mpp}: give the image's micrometres per pixel, or null where it is unknown")
-    # Decoders give channels last; whole planes made everything after them nearly twice as fast.
-    chunks = torch.split(rgb_B3HW.contiguous(), max(1, _CHUNK_PIXELS // rgb_B3HW[0, 0].numel()))
-    return torch.cat([measure(part, grid, mpp) for part in chunks])
 
 
 def _detection_step(mpp: float) -> int:
