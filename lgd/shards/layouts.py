@@ -14,6 +14,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
 
@@ -60,7 +61,8 @@ def write_problems(path: Location, problems: Sequence[Problem]) -> None:
         write_csv(stream, ["key", "he", "ihc", "reason"], rows)
 
 
-class Candidate(NamedTuple):
+@dataclass(frozen=True)
+class Candidate:
     """A pair as a layout finds it, before its key is known to be good and its slide is looked up."""
 
     stem: str
@@ -127,7 +129,7 @@ class Bci(Layout):
                     continue
                 level = entry.stem.rpartition("_")[2]
                 if level in LEVEL_NAMES:
-                    yield entry._replace(label=LEVEL_NAMES.index(level), split=split)
+                    yield replace(entry, label=LEVEL_NAMES.index(level), split=split)
                     continue
                 he, ihc = f"HE/{split}/{entry.he.name}", f"IHC/{split}/{entry.ihc.name}"
                 reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
@@ -145,7 +147,7 @@ class Mist(Layout):
             for entry in _match(root, f"{folder}A", f"{folder}B"):
                 if isinstance(entry, Candidate):
                     slide = re.fullmatch(r"(.+)_\d+_\d+", entry.stem)
-                    entry = entry._replace(slide=slide[1] if slide else None, split=split)
+                    entry = replace(entry, slide=slide[1] if slide else None, split=split)
                 yield entry
 
 

@@ -17,7 +17,7 @@ from lgd.io.files import exists, list_folder, peek_kind
 from lgd.io.location import Location, as_location, relative_name
 from lgd.io.tables import read_csv
 from lgd.shards.layouts import Candidate, Problem, find_layout, is_csv, safe_key
-from lgd.shards.manifest import NOWHERE, Origin, canonical_group
+from lgd.shards.manifest import canonical_group
 
 # With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.
 _LONGEST_KEY = 72
@@ -27,24 +27,14 @@ _STAINS = ("H&E", "IHC")
 _MOST = 10
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PatchPair:
-    """An H&E patch and the IHC patch of the same field."""
+@dataclass(frozen=True, kw_only=True)
+class PatchPair(Candidate):
+    """An H&E patch and the IHC patch of the same field, under a key that no other pair has."""
 
     key: str
-    """Unique name, of letters, digits, `_`, `+` and `-`."""
-    he: Location
-    ihc: Location
+    """Of letters, digits, `_`, `+` and `-`."""
     names: tuple[str, str]
     """The files of the H&E and of the IHC, relative to the root, with `/`."""
-    label: int | None
-    """Number of the class; None where unknown."""
-    slide: str | None
-    split: str | None
-    """The published split; None where there is none."""
-    mpp: float | None
-    """Micrometres per pixel; None where unknown."""
-    origin: Origin = NOWHERE
 
     @property
     def group(self) -> str:
@@ -117,9 +107,8 @@ def _with_keys(found: list[Candidate], base: Location, problems: list[Problem]) 
     owners: dict[str, list[PatchPair]] = {}
     for entry in found:
         names = relative_name(entry.he, base), relative_name(entry.ihc, base)
-        facts = entry._asdict()
-        key = safe_key(facts.pop("stem"))
-        owners.setdefault(key, []).append(PatchPair(key=key, names=names, **facts))
+        key = safe_key(entry.stem)
+        owners.setdefault(key, []).append(PatchPair(**vars(entry), key=key, names=names))
     good = []
     for key, pairs in owners.items():
         if len(pairs) == 1 and 1 <= len(key) <= _LONGEST_KEY:

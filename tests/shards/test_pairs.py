@@ -399,6 +399,7 @@ def test_mist_as_published_is_built_by_the_documented_command(tmp_path, document
 
 def source(number, he, ihc, label=None, split=None, slide=None):
     pair = PatchPair(
+        stem=f"k{number}",
         key=f"k{number}",
         he=None,
         ihc=None,
