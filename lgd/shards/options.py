@@ -193,11 +193,9 @@ def make_samples(sources: Sequence[Source], options: ShardOptions) -> list[Sampl
             raise ConfigError(f"--split keep: {pair.names[0]} has no published split: use --split group:0.8,0.1,0.1")
         if rule.keep and rule.shares and pair.split == "val":
             raise ConfigError("--split keep:SHARE would add to the published val: use --split keep")
-        if not tile:
-            samples.append(Sample(key=pair.key, source=source, split=split))
-            continue
-        for row, column in itertools.product(range(source.height // tile), range(source.width // tile)):
-            key = f"{pair.key}_y{row}_x{column}"
+        rows, columns = (source.height // tile, source.width // tile) if tile else (1, 1)
+        for row, column in itertools.product(range(rows), range(columns)):
+            key = f"{pair.key}_y{row}_x{column}" if tile else pair.key
             samples.append(Sample(key=key, source=source, split=split, row=row, column=column))
     _refuse_leak(samples)
     return _hide_levels(sorted(samples, key=lambda sample: sample.key), options.labelled, options.salt)
