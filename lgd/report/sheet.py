@@ -10,6 +10,7 @@ from lgd.io.location import Location
 from lgd.report.figures import Query, contact_sheet
 from lgd.retrieval.answers import Answer, Stored, Vote
 from lgd.scoring.images import read_image
+from lgd.shards.shard_set import ShardFolder
 from lgd.store.store import Store
 from lgd.stream.reader import Reader
 
@@ -20,9 +21,12 @@ MOST_QUERIES, MOST_NEIGHBOURS = 100, 30
 class Gallery:
     """The images behind a store, for pictures: it finds the shards where they were when the store was made."""
 
-    def __init__(self, store: Store, size: int, roles: Sequence[str] = ("ihc",)) -> None:
+    def __init__(
+        self, store: Store, size: int, roles: Sequence[str] = ("ihc",), known: Sequence[ShardFolder] = ()
+    ) -> None:
+        """`known`: shard folders that are open already."""
         self.store = store
-        shards = store.open_sources(otherwise=", or query without --sheet")
+        shards = store.open_sources(known, otherwise=", or query without --sheet")
         self.parts = [part for part in store.parts if part.tar_sha256 in shards]
         self.reader = Reader([shards[part.tar_sha256] for part in self.parts], roles, size)
 

@@ -93,19 +93,22 @@ class Store:
         """Where the shards and the teachers were."""
         return SourcesDocument.read(self.folder / "sources.json")
 
-    def open_sources(self, otherwise: str = "") -> dict[str, Shard]:
+    def open_sources(self, known: Sequence[ShardFolder] = (), otherwise: str = "") -> dict[str, Shard]:
         """The shards of the folders that the store was made of, by the digest of their tar.
 
-        Raises `DataError` for a folder that is gone; `otherwise` is another way out than to put it back.
+        `known` are open already. Raises `DataError` for a folder that is gone; `otherwise` is another way out than to
+        put it back.
         """
         shards: dict[str, Shard] = {}
+        by_folder = {str(one.folder): one for one in known}
         for folder in self.sources.shards:
             try:
-                shards |= {shard.sha256: shard for shard in ShardFolder.open(folder).shards}
+                opened = by_folder.get(folder) or ShardFolder.open(folder)
             except MissingDocument as error:
                 raise DataError(
                     f"the shards of {self.folder} were in {folder}, which is gone: put them back{otherwise}"
                 ) from error
+            shards |= {shard.sha256: shard for shard in opened.shards}
         return shards
 
     @property
