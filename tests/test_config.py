@@ -6,7 +6,7 @@ import pytest
 from lgd.base.errors import ConfigError, OnBad
 from lgd.base.plain_yaml import read_yaml
 from lgd.cli import main
-from lgd.config import Config, Data
+from lgd.config import Config, Data, Train
 from lgd.config_files import load_config
 from lgd.io.digests import digest_of
 
@@ -32,11 +32,11 @@ def load(tmp_path, text, *overrides):
         ("data:\n  size: !!python/name:os.getcwd\n", "some.yaml, line 2: tags (!) are not read"),
         ("data:\n  size: big\n", "some.yaml, line 2: data.size: 'big' should be a whole number"),
         ("latents:\n  views: 2\n", "some.yaml, line 2: latents.views: 2 should be one of 1, 8"),
-        ("data:\n  size: 8\n", "data.size is 8"),
-        ("teacher:\n  epochs: 0\n", "teacher.epochs is 0"),
-        ("student:\n  nuclei_weight: -1\n", "student.nuclei_weight is -1"),
-        ("train:\n  clip: -1\n", "train.clip is -1"),
-        ("train:\n  patience: -1\n", "train.patience is -1"),
+        ("data:\n  size: 8\n", "some.yaml, line 2: data.size: 8 should be a whole number, at least 32"),
+        ("teacher:\n  epochs: 0\n", "teacher.epochs: 0 should be a number, more than 0"),
+        ("student:\n  nuclei_weight: -1\n", "student.nuclei_weight: -1 should be a number, at least 0"),
+        ("train:\n  clip: -1\n", "train.clip: -1 should be a number, at least 0"),
+        ("train:\n  patience: -1\n", "train.patience: -1 should be a whole number, at least 0"),
         ("run:\n  dir: https://host/run\n", "run.dir is https://host/run, and nothing can be written there"),
         ("student:\n  dir: http://host/he\n", "student.dir is http://host/he, and nothing"),
         ("train:\n  batch: 6\n  workers: 2\n  accumulate: 2\n", "train.batch 6 does not divide into train.workers 2"),
@@ -57,7 +57,14 @@ def test_a_wrong_option_is_told_without_the_file(tmp_path):
         load_config(overrides=["--data.sise", "4"])
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, "data:\n  size: 64\n", "--data.size=big")
-    assert str(caught.value) == "--data.size: 'big' should be a whole number"
+    assert str(caught.value) == "--data.size: 'big' should be a whole number, at least 32"
+
+
+def test_numbers_that_python_gives_have_the_same_bounds():
+    with pytest.raises(ConfigError, match=r"^train\.batch: 0 should be a whole number, at least 1$"):
+        Config(train=Train(batch=0))
+    with pytest.raises(ConfigError, match="stain_jitter: 0.5 should be a number, at least 0 and less than"):
+        Config(data=Data(stain_jitter=0.5))
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -62,7 +62,7 @@ def test_an_abbreviated_option_is_refused_with_the_nearest(args, told, capsys):
         (["--run.dir", "a\nb"], "--run.dir: a text holds a line break"),
         (["--run.dir", "a\udcffb"], "--run.dir: a text holds a control character (U+DCFF)"),
         (["--config", "a\x1b[2Jb.yaml"], "--config a\\x1b[2Jb.yaml: a text holds a control character"),
-        (["--run.seed", "-1"], "run.seed is -1: use 0 to"),
+        (["--run.seed", "-1"], "--run.seed: -1 should be a whole number, at least 0 and less than"),
     ],
 )
 def test_a_value_that_is_no_plain_data_is_refused_in_a_line(args, told):

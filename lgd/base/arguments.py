@@ -5,15 +5,15 @@ Nothing is guessed: an unknown or abbreviated option, a missing argument and a v
 """
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-if typing.TYPE_CHECKING:
-    from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lgd.base.errors import ConfigError
 from lgd.base.plain_yaml import read_yaml
@@ -121,6 +121,7 @@ def _usage_of(action: argparse.Action) -> str:
 
 
 _UNIONS = (types.UnionType, typing.Union)
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
 def typed(kind: object) -> Callable[[str], object]:
@@ -141,8 +142,6 @@ def _read_argument(kind: object, text: str) -> object:
 
 def as_type(kind: object, value: object) -> Any:
     """A plain value as one of a field's type, which may `parse` a text; `ValueError` says what it should be."""
-    from pydantic import ValidationError
-
     if hasattr(kind, "parse"):
         return kind.parse(str(value))
     try:
@@ -153,15 +152,16 @@ def as_type(kind: object, value: object) -> Any:
 
 
 @functools.cache
-def _adapter(kind: Any) -> "TypeAdapter[object]":
-    from pydantic import ConfigDict, TypeAdapter
-
+def _adapter(kind: Any) -> TypeAdapter[object]:
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def _describe(kind: object) -> str:
     """A type in words."""
     arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Annotated:
+        limits = [limit for one in arguments[1].metadata for limit in dataclasses.asdict(one).items()]
+        return f"{_describe(arguments[0])}, {' and '.join(f'{_LIMITS[name]} {limit}' for name, limit in limits)}"
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if typing.get_origin(kind) in _UNIONS:
