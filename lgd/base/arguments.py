@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import itertools
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +36,10 @@ class Parser(argparse.ArgumentParser):
         for action in required:
             # argparse would report them in its own words.
             action.required = False
-        self._check_options(args)
+        for arg in itertools.takewhile(lambda arg: arg != "--", args):
+            name, equals, value = arg.partition("=")
+            if equals and name in self._option_string_actions and self._option_string_actions[name].nargs == 0:
+                raise ConfigError(f"{name} takes no value: leave out {escape_text(equals + value, 60)}")
         # Only the plain way knows that all after -- are no options.
         read = self.parse_known_args if "--" in args else self.parse_known_intermixed_args
         namespace, rest = read(list(args))
@@ -52,24 +56,12 @@ class Parser(argparse.ArgumentParser):
         words = [_usage_of(one) for one in self._actions if not one.option_strings]
         return " ".join([self.prog, *options, "[OPTIONS]", *words]).replace("%", "%%")
 
-    def _check_options(self, args: Sequence[str]) -> None:
-        known = self._option_string_actions
-        for arg in args:
-            name, equals, value = arg.partition("=")
-            if arg == "--":
-                return
-            if not name.startswith("--") or " " in name:
-                continue
-            if name not in known:
-                raise ConfigError(self._explain(name))
-            if equals and known[name].nargs == 0:
-                raise ConfigError(f"{name} takes no value: leave out {escape_text(equals + value, 60)}")
-
     def _explain(self, arg: str) -> str:
         """Why an argument cannot be used, and what to type instead."""
         known, shown = self._option_string_actions, escape_text(arg, 60)
         if arg.startswith("-"):
-            return f"{self.prog} has no option {shown}{_suggest_option(arg, known)}"
+            name = arg.partition("=")[0]
+            return f"{self.prog} has no option {escape_text(name, 60)}{_suggest_option(name, known)}"
         if arg.endswith((".yaml", ".yml")) and "--config" in known:
             return f"{shown}: the file of a run is given as --config {shown}"
         words = [action for action in self._actions if not action.option_strings]
