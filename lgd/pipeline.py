@@ -82,8 +82,8 @@ def train_student(
 def _train(
     task: str, verb: str, config: Config, given: Given | None, overwrite: bool | None, shards: ShardSet | None
 ) -> None:
-    from lgd.models.export import read_student_config, read_teacher_config
     from lgd.train.launch import train_under
+    from lgd.train.tasks import TASKS
 
     name, folder = config.student.method if task == "student" else task, getattr(config, task).dir
     begin(name, verb, config, given)
@@ -91,8 +91,7 @@ def _train(
         shards = shards or open_disjoint(config.shard_dirs)
         trained = train_under(config, task, overwrite, shards)
         outcome["done"] = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
-    made = read_student_config(folder) if task == "student" else read_teacher_config(folder)
-    stated = made.as_json()
+    stated = TASKS[task].document.read_folder(folder).as_json()
     facts = {field: stated[field] for field in _TRAINED}
     record(config, shards, verb, facts, folder, given)
 

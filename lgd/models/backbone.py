@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lgd.models.export import Shapes, count_numbers, load_tensors, read_shapes, shapes_of
+from lgd.models.export import Shapes, count_numbers, read_shapes, shapes_of
 from lgd.models.pretrained import shorten
 from lgd.models.spec import LAYERS, list_values
 
@@ -59,7 +60,7 @@ def load_backbone(settings: Mapping[str, object], files: list[Path]) -> nn.Modul
             f"{count_numbers(needed):,}: use the config.json that came with them"
         )
     # Copies: the file may be replaced or cut off while the network lives.
-    tensors = {name: tensor.clone() for path in files for name, tensor in load_tensors(path).items()}
+    tensors = {name: tensor.clone() for path in files for name, tensor in load_file(path).items()}
     with _quiet(), _errors_of_transformers("its weights cannot be loaded"):
         backbone, found = kind.from_pretrained(
             None,

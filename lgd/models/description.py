@@ -1,7 +1,7 @@
 """config.json of a model's folder: how the network is built, what it was trained on, and what it may be used for."""
 
 from collections import Counter
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -9,7 +9,7 @@ from lgd.base.errors import DataError
 from lgd.base.records import Count, Line, Many, Record, Sha256
 from lgd.io.documents import Document
 from lgd.io.files import read_json
-from lgd.io.location import Location
+from lgd.io.location import Location, as_location
 from lgd.models.spec import EncoderSpec
 from lgd.shards.manifest import UNKNOWN, Shape, Target, Text
 from lgd.shards.shard_set import ShardSet
@@ -74,6 +74,11 @@ class ModelConfig(Document):
     engine: Text
     workers: Annotated[int, Field(ge=1)]
     versions: dict[Text, Text]
+
+    @classmethod
+    def read_folder(cls, folder: str | Location) -> Self:
+        """What a model's folder says of it."""
+        return cls.read(as_location(folder) / "config.json")
 
     @property
     def teacher_sha256(self) -> str | None:

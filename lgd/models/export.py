@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lgd.base.errors import DataError
@@ -21,7 +23,7 @@ from lgd.io.digests import sha256
 from lgd.io.files import publish, remove
 from lgd.io.location import Location, as_location
 from lgd.io.remote import open_checked
-from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig
+from lgd.models.description import ModelConfig
 
 Built = TypeVar("Built", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
@@ -42,8 +44,6 @@ def read_shapes(path: Path, *, name: Location | None = None) -> Shapes:
 
     `name` names the file in errors.
     """
-    from safetensors import SafetensorError, safe_open
-
     name = name or path
     if not path.is_file():
         raise DataError(f"{name} is missing: copy it again")
@@ -59,13 +59,6 @@ def read_shapes(path: Path, *, name: Location | None = None) -> Shapes:
     except SafetensorError as error:
         raise DataError(f"{name} is no safetensors file, or cut off ({error}): copy it again") from error
     return shapes
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, as stored."""
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def count_numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -91,9 +84,6 @@ def compare_shapes(path: Location, stored: Shapes, expected: Shapes) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors by name to a local file; `OSError` for a full disk, as for any file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
@@ -112,16 +102,6 @@ def save_model(folder: str | Location, tensors: dict[str, torch.Tensor], describ
         write_tensors(temporary, tensors)
         weights = sha256(temporary)
     describe(weights_sha256=weights).write(folder / "config.json")
-
-
-def read_teacher_config(folder: str | Location) -> TeacherConfig:
-    """What a teacher's folder says of it."""
-    return TeacherConfig.read(as_location(folder) / "config.json")
-
-
-def read_student_config(folder: str | Location) -> StudentConfig:
-    """What a student's folder says of it."""
-    return StudentConfig.read(as_location(folder) / "config.json")
 
 
 def load_weights(
@@ -144,5 +124,5 @@ def load_weights(
         checked = Path(f"/dev/fd/{file.fileno()}")
         compare_shapes(path, read_shapes(checked, name=path), shapes_of(draft))
         network = build()
-        network.load_state_dict(load_tensors(checked))
+        network.load_state_dict(load_file(checked))
     return network

@@ -27,7 +27,7 @@ from lgd.io.location import Location
 from lgd.models import losses
 from lgd.models.description import StudentConfig
 from lgd.models.encoder import Encoder, build_encoder
-from lgd.models.export import load_weights, read_student_config
+from lgd.models.export import load_weights
 from lgd.models.losses import Lesson, Negatives, Terms
 from lgd.models.student import HallucinatingStudent, Outputs, Student, TwoStreamStudent
 from lgd.models.teacher import Teacher, load_teacher
@@ -288,5 +288,5 @@ def load_student(folder: str | Location, code: Collection[str] = ()) -> tuple[St
 
     Raises `DataError` for what cannot be read, and for code that it names and `code`, what the user named, lacks.
     """
-    config = read_student_config(folder)
+    config = StudentConfig.read_folder(folder)
     return load_weights(folder, lambda: student_from(config), config, code).eval(), config

@@ -11,7 +11,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.io.location import Location
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder
-from lgd.models.export import Network, load_weights, read_teacher_config
+from lgd.models.export import Network, load_weights
 
 
 class Teacher(Network):
@@ -82,7 +82,7 @@ def load_teacher(folder: str | Location, code: Collection[str] = ()) -> tuple[Te
 
     Raises `DataError` for what cannot be read, and for code that it names and `code`, what the user named, lacks.
     """
-    config = read_teacher_config(folder)
+    config = TeacherConfig.read_folder(folder)
     kind = TEACHERS.get(config.source)
     if kind is None:
         raise DataError(f"{folder}: field source is {config.source}, which this version of lgd cannot load")

@@ -24,7 +24,7 @@ from lgd.config import Config
 from lgd.io.files import exists, publish, read_bytes, write_bytes
 from lgd.io.location import Location, as_location
 from lgd.metrics import Predictions
-from lgd.models.export import read_student_config, read_teacher_config
+from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.methods import METHODS, PROPOSED, find_method
 from lgd.models.teacher import load_teacher
 from lgd.ray_jobs.cluster import map_with
@@ -159,7 +159,7 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
         explained_by_levels=_explained_by_levels(config, shards),
         command=f"{command(config, 'ablate')} --seeds {options.seeds}" + (" --full" if options.full else ""),
         shards=shards.digests,
-        teacher=read_teacher_config(config.teacher.dir).weights_sha256,
+        teacher=TeacherConfig.read_folder(config.teacher.dir).weights_sha256,
     )
     table.write(folder / "ablation.json")
     text = format_ablation(table)
@@ -190,8 +190,7 @@ def answers(
 ) -> Predictions:
     """What a trained network says about the shards: as it was kept beside its folder, unless it is another by now."""
     at = at or folder.with_name(f"{folder.name}.npz")
-    read = read_student_config if kind == "student" else read_teacher_config
-    weights = read(folder).weights_sha256
+    weights = (StudentConfig if kind == "student" else TeacherConfig).read_folder(folder).weights_sha256
     stamp = f"{weights} {' '.join(shard.sha256 for shard in shards)}"
     if exists(at):
         kept, kept_stamp = read_kept(at, name)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lgd.base.errors import DataError
 from lgd.config import Config
-from lgd.models.export import read_teacher_config
+from lgd.models.description import TeacherConfig
 from lgd.models.teacher import load_teacher
 from lgd.shards.archive import Shard
 from lgd.shards.image import RESIZE, decode
@@ -33,7 +33,7 @@ _CPU_BATCH = 4
 
 def recipe_of(config: Config) -> Recipe:
     """Everything that the stored numbers depend on, beside the shards."""
-    teacher = read_teacher_config(config.teacher.dir)
+    teacher = TeacherConfig.read_folder(config.teacher.dir)
     latents = config.latents
     return Recipe(
         targets=TargetsRecipe(

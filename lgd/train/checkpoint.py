@@ -17,6 +17,7 @@ from typing import Annotated, BinaryIO, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import Field, JsonValue, model_validator
+from safetensors.torch import load_file
 
 from lgd.base.errors import DataError
 from lgd.base.records import Count, Many, Record, Xxh3
@@ -26,7 +27,7 @@ from lgd.io.files import exists, is_same, list_folder, publish, remove_folder
 from lgd.io.folders import discard_folder, publish_folder
 from lgd.io.location import Location
 from lgd.io.remote import open_checked
-from lgd.models.export import load_tensors, write_tensors
+from lgd.models.export import write_tensors
 from lgd.train.engine import Moments
 
 _TENSORS, _STATE = ("weights", "moments"), "state.json"
@@ -172,7 +173,7 @@ def load(path: Location, inputs: dict[str, JsonValue]) -> Checkpoint:
     for name in _TENSORS:
         with _open_tensors(path, name, state) as opened:
             # The descriptor names the file that was checked, whatever has taken its place meanwhile.
-            tensors[name] = load_tensors(Path(f"/dev/fd/{opened.fileno()}"))
+            tensors[name] = load_file(Path(f"/dev/fd/{opened.fileno()}"))
     for key, tensor in tensors["moments"].items():
         parameter, moment = key.rsplit("|", 1)
         moments.setdefault(parameter, {})[moment] = tensor

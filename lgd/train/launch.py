@@ -143,7 +143,7 @@ def choose_checkpoints(task: Task, inputs: dict[str, JsonValue], overwrite: bool
 def read_finished(task: Task) -> ModelConfig | None:
     """What is said of the network in a task's folder; None where there is none, or nothing that can be read."""
     try:
-        return task.document.read(task.folder / "config.json")
+        return task.document.read_folder(task.folder)
     except RemoteError:
         raise
     except DataError:

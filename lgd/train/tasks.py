@@ -11,7 +11,7 @@ from lgd.io.digests import digest_of
 from lgd.io.location import as_location
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig, TeacherRef
 from lgd.models.encoder import build_encoder
-from lgd.models.export import Network, read_teacher_config
+from lgd.models.export import Network
 from lgd.models.losses import Lesson, Terms, level_loss
 from lgd.models.methods import find_method
 from lgd.models.teacher import Teacher
@@ -89,13 +89,13 @@ class StudentTask(Task):
     def inputs(self) -> dict[str, JsonValue]:
         inputs = self.method.inputs()
         if self.store is not None:
-            inputs["teacher"] = read_teacher_config(self.config.teacher.dir).weights_sha256
+            inputs["teacher"] = TeacherConfig.read_folder(self.config.teacher.dir).weights_sha256
         return inputs
 
     def describe(self, model: Network, **facts: object) -> ModelConfig:
         teachers = []
         if self.store is not None:
-            teacher = read_teacher_config(self.config.teacher.dir)
+            teacher = TeacherConfig.read_folder(self.config.teacher.dir)
             teachers = [TeacherRef(name=TEACHER, weights_sha256=teacher.weights_sha256, licence=teacher.licence)]
         return model.describe(method=self.config.student.method, teachers=tuple(teachers), **facts)
 

@@ -13,7 +13,7 @@ from lgd.cli import main
 from lgd.cli.contents import as_lines, check, describe, find_kind
 from lgd.config_files import find_in_run, load_config
 from lgd.io.digests import digest_of
-from lgd.models.export import read_student_config
+from lgd.models.description import StudentConfig
 from lgd.runs.folder import record
 from lgd.shards.shard_set import ShardSet
 from lgd.train.checkpoint import State
@@ -72,7 +72,7 @@ def test_every_flipped_bit_of_a_network_s_and_a_checkpoint_s_document_is_caught(
     dice = random.Random(0)
     state = next(student.glob("checkpoints/*/state.json"))
     for path, read in (
-        (student / "config.json", lambda: read_student_config(student)),
+        (student / "config.json", lambda: StudentConfig.read_folder(student)),
         (state, lambda: State.read(state)),
     ):
         whole, expected = path.read_bytes(), read()

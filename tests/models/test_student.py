@@ -9,7 +9,7 @@ from lgd.base.errors import DataError
 from lgd.io.digests import digest_of, sha256
 from lgd.models.description import StudentConfig
 from lgd.models.encoder import build_encoder
-from lgd.models.export import load_weights, read_student_config, save_model
+from lgd.models.export import load_weights, save_model
 from lgd.models.methods import METHODS, load_student, student_from
 from lgd.models.student import Student
 from lgd.models.teacher import Teacher, load_teacher
@@ -109,7 +109,7 @@ def test_other_weights_are_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    config = read_student_config(tmp_path)
+    config = StudentConfig.read_folder(tmp_path)
     with pytest.raises(DataError, match=r"model\.safetensors does not match its digest"):
         load_weights(tmp_path, lambda: student_from(config), config)
 
@@ -135,7 +135,7 @@ def test_a_network_of_another_kind_than_its_weights_is_refused_before_it_is_buil
     """Whoever wrote the folder can make its digest fit."""
     model = student("he-only")
     save_model(tmp_path, model.state_dict(), described(model))
-    fields = read_student_config(tmp_path).as_json()
+    fields = StudentConfig.read_folder(tmp_path).as_json()
     spec = fields["morphology"]
     spec["backbone"] = backbone and spec["backbone"] | backbone
     document = {"format": StudentConfig.FORMAT, **fields}
@@ -151,7 +151,7 @@ def test_weights_that_are_no_safetensors_are_told_by_the_name_of_their_file(tmp_
     save_model(tmp_path, model.state_dict(), described(model))
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    fields = read_student_config(tmp_path).as_json() | {"weights_sha256": sha256(path)}
+    fields = StudentConfig.read_folder(tmp_path).as_json() | {"weights_sha256": sha256(path)}
     StudentConfig.from_json(fields).write(tmp_path / "config.json")
     with pytest.raises(DataError, match=f"^{path} is no safetensors file, or cut off"):
         load_student(tmp_path)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lgd.base.errors import DataError
 from lgd.cli import main
 from lgd.models.description import TeacherConfig
-from lgd.models.export import read_teacher_config, save_model
+from lgd.models.export import save_model
 from lgd.models.teacher import load_teacher
 from lgd.shards.builder import build
 from lgd.shards.image import decode, encode
@@ -158,7 +158,7 @@ def test_other_settings_are_refused_with_the_difference(copy, change):
 
 def other_teacher(folder, tmp_path, spoil):
     """The teacher with changed weights."""
-    config = read_teacher_config(folder)
+    config = TeacherConfig.read_folder(folder)
     weights = load_file(Path(folder) / "model.safetensors")
     spoil(weights)
     facts = {name: getattr(config, name) for name in TeacherConfig.model_fields if name != "weights_sha256"}
