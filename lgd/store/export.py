@@ -29,6 +29,7 @@ from lgd.io.documents import Document
 from lgd.io.files import list_folder, remove, write_bytes
 from lgd.io.location import Location, as_output_location
 from lgd.io.locks import LOCK, exclusive
+from lgd.shards.manifest import PatchMeta
 from lgd.store.parts import Part, as_levels
 from lgd.store.store import Store
 from lgd.stream.reader import Reader
@@ -66,16 +67,11 @@ class ExportOptions:
 
 
 class Patch(NamedTuple):
-    """A row of the store, and where its patch lies."""
+    """A row of the store, and what its shard says of the patch."""
 
     part: Part
     row: int
-    key: str
-    slide: str | None
-    group: str
-    size: tuple[int, int]
-    """Width and height in pixels."""
-    mpp: float | None
+    meta: PatchMeta
 
 
 class Exported(NamedTuple):
@@ -102,7 +98,7 @@ def export(options: ExportOptions) -> list[Exported]:
     with exclusive(out, "exporting latents"):
         groups: dict[str, list[Patch]] = {}
         for patch in patches_of(store, asked):
-            groups.setdefault(patch.group, []).append(patch)
+            groups.setdefault(patch.meta.group, []).append(patch)
         files = {group: file_name(group) for group in groups}
         for stale in _claimed(out, files.values()):
             remove(out / stale)
@@ -133,8 +129,7 @@ def patches_of(store: Store, splits: Sequence[str]) -> Iterator[Patch]:
             meta = reader.read(row).meta
             if meta.key.encode() != key:
                 raise DataError(f"{part.path}, row {row}, is of {key.decode()}, but its shard's of {meta.key}")
-            size = (meta.width, meta.height)
-            yield Patch(part, row, meta.key, meta.slide, meta.group, size, meta.mpp)
+            yield Patch(part, row, meta)
         reader.close()
 
 
@@ -159,7 +154,7 @@ def _claimed(out: Location, files: Iterable[str]) -> list[str]:
     return sorted(ours & set(there) - set(files))
 
 
-def places(patches: Sequence[Patch]) -> tuple[np.ndarray, bool]:
+def places(patches: Sequence[PatchMeta]) -> tuple[np.ndarray, bool]:
     """The upper left corner of each patch of a slide, int64 (n, 2) of x and y, and whether these are known."""
     tiles = [_TILE.fullmatch(patch.key) for patch in patches]
     if all(tiles) and len({tile[1] for tile in tiles if tile}) == 1:
@@ -168,22 +163,23 @@ def places(patches: Sequence[Patch]) -> tuple[np.ndarray, bool]:
         # A tile does not say how large its patch is, so of several patches' tiles the places are not known.
         named = [re.fullmatch(rf"{re.escape(p.slide)}_(\d+)_(\d+)", p.key) if p.slide else None for p in patches]
         grid = [(int(name[2]), int(name[1])) for name in named if name]
-    one_size = len({patch.size for patch in patches}) == 1
-    if len(grid) == len(patches) and one_size:
-        return np.array(grid, np.int64) * np.array(patches[0].size, np.int64), True
-    side = _side(patches)
-    return np.array([(number * side, 0) for number in range(len(patches))], np.int64), False
+    size_n2 = _sizes(patches)
+    if len(grid) == len(patches) and (size_n2 == size_n2[0]).all():
+        return np.array(grid, np.int64) * size_n2, True
+    return np.array([(number * size_n2.max(), 0) for number in range(len(patches))], np.int64), False
 
 
-def _side(patches: Sequence[Patch]) -> int:
-    return max(max(patch.size) for patch in patches)
+def _sizes(patches: Sequence[PatchMeta]) -> np.ndarray:
+    """Width and height in pixels, int64 (n, 2)."""
+    return np.array([(patch.width, patch.height) for patch in patches], np.int64)
 
 
 def _write(path: Location, group: str, patches: Sequence[Patch], facts: dict[str, str]) -> Exported:
     import h5py
 
-    coords_n2, known = places(patches)
-    side, mpps = _side(patches), {patch.mpp for patch in patches}
+    metas = [patch.meta for patch in patches]
+    (coords_n2, known), size_n2 = places(metas), _sizes(metas)
+    side, mpps = int(size_n2.max()), {meta.mpp for meta in metas}
     attributes = {
         "name": group,
         "savetodir": str(path.parent),
@@ -197,9 +193,9 @@ def _write(path: Location, group: str, patches: Sequence[Patch], facts: dict[str
     datasets = {
         "features": np.stack([patch.part.array("pooled")[patch.row, 0] for patch in patches]).astype(np.float32),
         "coords": coords_n2,
-        "key": np.array([patch.key.encode() for patch in patches], "S"),
+        "key": np.array([meta.key.encode() for meta in metas], "S"),
         "level": as_levels(np.array([patch.part.array("label")[patch.row] for patch in patches])).astype(np.int8),
-        "size": np.array([patch.size for patch in patches], np.int64),
+        "size": size_n2,
     }
     # In memory: HDF5 2.0 crashes some time after it has met a full disk.
     with h5py.File(path.name, "w", driver="core", backing_store=False) as file:

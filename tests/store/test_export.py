@@ -11,10 +11,11 @@ from lgd.cli import main
 from lgd.io.digests import digest_of
 from lgd.io.locks import LOCK, TakenError, exclusive
 from lgd.shards.builder import build
+from lgd.shards.manifest import PatchMeta
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder
 from lgd.store.cache import cache_latents
-from lgd.store.export import ExportDocument, ExportOptions, Patch, export, file_name, places
+from lgd.store.export import ExportDocument, ExportOptions, export, file_name, places
 from lgd.store.store import Store
 
 
@@ -83,7 +84,7 @@ def test_tiles_of_a_patch_have_their_places(tissue, tissue_run, change, tmp_path
 
 
 def patch(key, slide=None, size=(100, 100)):
-    return Patch(None, 0, key, slide, slide or key, size, None)
+    return PatchMeta.model_construct(key=key, slide=slide, width=size[0], height=size[1])
 
 
 @pytest.mark.parametrize(
