@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from lgd.io.files import exists, remove, remove_folder, sync, temporary_path
+from lgd.base.errors import DataError
+from lgd.io.files import exists, list_folder, remove, remove_folder, sync, temporary_path
 from lgd.io.location import Location, upload
 
 
@@ -61,6 +63,14 @@ class WorkingFolder(contextlib.ExitStack):
             files = sorted(path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file())
             for name in sorted(files, key=lambda name: name == last):
                 upload(self.path / name, self.folder / name)
+
+
+def refuse_foreign(folder: Location, own: Collection[str], remedy: str) -> None:
+    """Raise `DataError` where a folder holds what is not among its `own`."""
+    # A killed `publish` leaves its temporary file.
+    foreign = [name for name in list_folder(folder) if name not in own and not re.fullmatch(r"\..*\.tmp", name)]
+    if foreign:
+        raise DataError(f"{folder} already holds something else ({', '.join(foreign[:3])}): {remedy}")
 
 
 def list_local_sizes(folder: Location) -> dict[str, int] | None:

@@ -18,7 +18,8 @@ from lgd.base.errors import DataError
 from lgd.base.logs import progress
 from lgd.config import Config
 from lgd.io.digests import digest_of
-from lgd.io.files import exists, list_folder, size_of
+from lgd.io.files import exists, size_of
+from lgd.io.folders import refuse_foreign
 from lgd.io.location import Location, as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.ray_jobs.cluster import map_with
@@ -61,7 +62,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
     if there and not prune and has_all and not _missing(folder, recipe, shards):
         return Cached(there, 0, 0)
     if there is None:
-        _require_own(folder)
+        refuse_foreign(folder, _OURS, "name another folder as latents.dir")
     with exclusive(folder, "caching latents"):
         missing = _missing(folder, recipe, shards)
         _fill(config, recipe, missing, workers)
@@ -75,16 +76,6 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
             prune=prune,
         )
         return Cached(store, len(missing), len(before.keys() - {part.name for part in store.parts}))
-
-
-def _require_own(folder: Location) -> None:
-    """Raise `DataError` for a folder that holds what is of no store."""
-    # A killed `publish` leaves its temporary file.
-    foreign = [name for name in list_folder(folder) if name not in _OURS and not name.endswith(".tmp")]
-    if foreign:
-        raise DataError(
-            f"{folder} holds something else than a feature store ({foreign[0]}): name another folder as latents.dir"
-        )
 
 
 def _missing(folder: Location, recipe: Recipe, shards: Sequence[Shard]) -> list[Shard]:

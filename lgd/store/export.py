@@ -27,6 +27,7 @@ from lgd.base.errors import ConfigError, DataError
 from lgd.base.records import Line, Many, Sha256
 from lgd.io.documents import Document
 from lgd.io.files import list_folder, remove, write_bytes
+from lgd.io.folders import refuse_foreign
 from lgd.io.location import Location, as_output_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.shards.manifest import PatchMeta
@@ -143,15 +144,11 @@ def file_name(group: str) -> str:
 
 def _claimed(out: Location, files: Iterable[str]) -> list[str]:
     """Files of an earlier export that are none of this one; `DataError` where the folder holds anything else."""
-    there = [name for name in list_folder(out) if name != LOCK and not (name[0] == "." and name.endswith(".tmp"))]
-    ours: set[str] = set()
-    if "export.json" in there:
-        # An export.json from elsewhere must not have other files removed.
-        ours = set(ExportDocument.read(out / "export.json").files)
-    foreign = [name for name in there if name not in ours and name != "export.json"]
-    if foreign:
-        raise DataError(f"{out} holds something else than an export ({foreign[0]}): name another folder as --out")
-    return sorted(ours & set(there) - set(files))
+    there = list_folder(out)
+    # An export.json from elsewhere must not have other files removed.
+    ours = set(ExportDocument.read(out / "export.json").files) if "export.json" in there else set[str]()
+    refuse_foreign(out, {*ours, "export.json", LOCK}, "name another folder as --out")
+    return sorted(ours & there.keys() - set(files))
 
 
 def places(patches: Sequence[PatchMeta]) -> tuple[np.ndarray, bool]:

@@ -18,7 +18,8 @@ from lgd.base.errors import DataError
 from lgd.base.process_state import default_environment, stop_signals
 from lgd.config import LEVEL_NAMES, Config
 from lgd.io.digests import digest_of, format_diff, may_have_sha256
-from lgd.io.files import exists, list_folder, remove_folder
+from lgd.io.files import exists, remove_folder
+from lgd.io.folders import refuse_foreign
 from lgd.io.location import RemoteError, as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.models.description import ModelConfig
@@ -35,21 +36,11 @@ from lgd.train.tasks import TASKS, Task, inputs_of
 
 logger = logging.getLogger(__name__)
 
+_OWN = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl", LOCK}
+"""What training writes to its folder."""
+
 _GROUPS = itertools.count()
 """Numbers the process groups of this process; ranks make as many."""
-
-
-def require_own_folder(task: Task) -> None:
-    """Raise `DataError` when the task's folder holds what training did not write."""
-    ours = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl", LOCK}
-    there = set(list_folder(task.folder)) - ours
-    # A killed `publish` leaves its temporary file.
-    foreign = sorted(name for name in there if not (name.startswith(".") and name.endswith(".tmp")))
-    if foreign:
-        raise DataError(
-            f"{task.folder} already holds something else ({', '.join(foreign[:3])}): name another folder as "
-            f"{task.kind}.dir"
-        )
 
 
 def check_levels(task: Task, shards: ShardSet) -> None:
@@ -110,7 +101,7 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
         # Another process may have done it meanwhile.
         if not anew and is_finished(built, inputs):
             return False
-        require_own_folder(built)
+        refuse_foreign(built.folder, _OWN, f"name another folder as {task}.dir")
         refuse_finished(built, inputs, overwrite)
         engine = choose_engine(config.train.engine)
         # Once, here: a worker that Ray restarts must go on from its own checkpoints. Under torchrun one process does

@@ -205,7 +205,7 @@ def test_a_folder_of_something_else_is_left_alone(copy, change, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     config = change(copy, latents={"dir": str(tmp_path / "mine")})
-    with pytest.raises(DataError, match=r"something else than a feature store \(thesis\.txt\)"):
+    with pytest.raises(DataError, match=r"something else \(thesis\.txt\)"):
         cache_latents(config, shards_of(config), workers=0)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 

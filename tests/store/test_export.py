@@ -123,7 +123,7 @@ def test_a_second_export_overwrites_its_own_files_only(exported, tissue_run, tmp
     export(ExportOptions(store=tissue_run.latents.dir, out=str(out)))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     (out / "mine.h5").write_bytes(b"years of work")
-    with pytest.raises(DataError, match=r"something else than an export \(mine\.h5\): name another folder"):
+    with pytest.raises(DataError, match=r"something else \(mine\.h5\): name another folder"):
         export(ExportOptions(store=tissue_run.latents.dir, out=str(out), split="test"))
     assert sorted(path.name for path in out.iterdir()) == sorted([*before, "mine.h5"])
 
