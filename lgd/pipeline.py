@@ -7,6 +7,7 @@ Each stage takes the run's `Config`, reuses what is still valid and says so on s
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Collection, Iterator
@@ -19,7 +20,7 @@ from lgd.config import Config
 from lgd.config_files import Given, locate_field
 from lgd.io.location import as_location, require_local
 from lgd.io.locks import exclusive
-from lgd.ray_jobs.cluster import disconnect
+from lgd.ray_jobs.cluster import restore_connection
 from lgd.runs.folder import command, note_changes, record
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
@@ -38,19 +39,31 @@ _TRAINED = ("weights_sha256", "inputs", "steps", "engine", "workers", "validatio
 """What run.json tells of a training."""
 
 
+@dataclasses.dataclass(slots=True)
+class Outcome:
+    """How a stage ended, which it fills in."""
+
+    done: str = "done"
+    facts: dict[str, "JsonValue"] = dataclasses.field(default_factory=dict)
+    """For run.json."""
+
+
 @contextlib.contextmanager
-def stage(name: str) -> Iterator[dict[str, str]]:
-    """Log how a stage ended (`outcome["done"]`) and how long it took."""
-    outcome = {"done": "done"}
-    began = time.monotonic()
+def log_outcome(name: str) -> Iterator[Outcome]:
+    """Log how a stage ended and how long it took."""
+    outcome, began = Outcome(), time.monotonic()
     yield outcome
-    logger.info("[%s] %s  (%.1f s)", name, outcome["done"], time.monotonic() - began)
+    logger.info("[%s] %s  (%.1f s)", name, outcome.done, time.monotonic() - began)
 
 
-def begin(name: str, verb: str, config: Config, given: Given | None) -> None:
-    """Tell on which fields this stage and earlier ones of its run disagree.
+@contextlib.contextmanager
+def stage(
+    name: str, verb: str, config: Config, folder: str, given: Given | None, shards: ShardSet | None
+) -> Iterator[tuple[ShardSet, Outcome]]:
+    """Open the shards, where that was not done before, and log and record what a stage makes of them in `folder`.
 
-    Refuses a run whose method is not known, and one that cannot be recorded.
+    Tells on which fields this stage and earlier ones of its run disagree. Refuses a run whose method is not known, and
+    one that cannot be recorded.
     """
     from lgd.models.methods import find_method
 
@@ -60,40 +73,31 @@ def begin(name: str, verb: str, config: Config, given: Given | None) -> None:
         raise ConfigError(f"{locate_field(given, 'student.method')}{error}") from error
     if note := note_changes(config, verb):
         logger.warning("[%s] %s", name, note)
-
-
-def train_teacher(
-    config: Config, given: Given | None = None, overwrite: bool | None = None, shards: ShardSet | None = None
-) -> None:
-    """Train the IHC encoder, or reuse the one of the same shards and settings (`overwrite`: see `train_under`)."""
-    _train("teacher", "train-teacher", config, given, overwrite, shards)
-
-
-def train_student(
-    config: Config, given: Given | None = None, overwrite: bool | None = None, shards: ShardSet | None = None
-) -> None:
-    """Train the student, or reuse the one of the same shards, teacher, store and settings.
-
-    `overwrite`: see `train_under`.
-    """
-    _train("student", "train", config, given, overwrite, shards)
+    with log_outcome(name) as outcome:
+        opened = shards or open_disjoint(config.shard_dirs)
+        yield opened, outcome
+    record(config, opened, verb, outcome.facts, folder, given)
 
 
 def _train(
-    task: str, verb: str, config: Config, given: Given | None, overwrite: bool | None, shards: ShardSet | None
+    task: str, config: Config, given: Given | None = None, overwrite: bool | None = None, shards: ShardSet | None = None
 ) -> None:
     from lgd.train.launch import train_under
     from lgd.train.tasks import TASKS
 
-    name, folder = config.student.method if task == "student" else task, getattr(config, task).dir
-    begin(name, verb, config, given)
-    with stage(name) as outcome:
-        shards = shards or open_disjoint(config.shard_dirs)
-        trained = train_under(config, task, overwrite, shards)
-        outcome["done"] = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
-    stated = TASKS[task].document.read_folder(folder).as_json()
-    facts = {field: stated[field] for field in _TRAINED}
-    record(config, shards, verb, facts, folder, given)
+    name, verb = (config.student.method, "train") if task == "student" else (task, "train-teacher")
+    folder = getattr(config, task).dir
+    with stage(name, verb, config, folder, given, shards) as (opened, outcome):
+        trained = train_under(config, task, overwrite, opened)
+        outcome.done = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
+        stated = TASKS[task].document.read_folder(folder).as_json()
+        outcome.facts = {field: stated[field] for field in _TRAINED}
+
+
+train_teacher = functools.partial(_train, "teacher")
+"""Train the IHC encoder, or reuse the one of the same shards and settings (`overwrite`: see `train_under`)."""
+train_student = functools.partial(_train, "student")
+"""Train the student, or reuse the one of the same shards, teacher, store and settings (`overwrite`: likewise)."""
 
 
 def cache_latents(
@@ -102,14 +106,12 @@ def cache_latents(
     """Fill the feature store: every part that is missing; `prune` removes those of other shards."""
     from lgd.store.cache import cache_latents as fill
 
-    begin("latents", "cache-latents", config, given)
-    with stage("latents") as outcome:
-        shards = shards or open_disjoint(config.shard_dirs)
-        store, computed, pruned = fill(config, shards.shards, config.train.workers, prune)
+    with stage("latents", "cache-latents", config, config.latents.dir, given, shards) as (opened, outcome):
+        store, computed, pruned = fill(config, opened.shards, config.train.workers, prune)
         did = [f"{computed} of {len(store.parts)} parts computed"] if computed else []
         did += [f"{pruned} parts of other shards removed"] if pruned else []
-        outcome["done"] = f"{', '.join(did) or 'reused, nothing changed'}, {store.rows} rows: {store.folder}"
-    record(config, shards, "cache-latents", {"digest": store.digest, "rows": store.rows}, config.latents.dir, given)
+        outcome.done = f"{', '.join(did) or 'reused, nothing changed'}, {store.rows} rows: {store.folder}"
+        outcome.facts = {"digest": store.digest, "rows": store.rows}
 
 
 def build_index(config: Config, given: Given | None = None, shards: ShardSet | None = None) -> None:
@@ -117,26 +119,23 @@ def build_index(config: Config, given: Given | None = None, shards: ShardSet | N
     from lgd.retrieval import index
     from lgd.store.store import Store
 
-    begin("index", "build-index", config, given)
-    with stage("index") as outcome:
-        store, latents = Store(config.latents.dir), config.latents
-        shards = shards or open_disjoint(config.shard_dirs)
+    latents = config.latents
+    with stage("index", "build-index", config, latents.dir, given, shards) as (opened, outcome):
         made, new = index.build_index(
-            store,
-            shards.shards,
+            Store(latents.dir),
+            opened.shards,
             latents.index,
             latents.gallery,
             latents.recall,
             config.run.seed,
             config.train.workers,
         )
-        outcome["done"] = (
+        outcome.done = (
             f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents, "
             f"recall@10 {made.recall_at_10:.3f}: {made.why}"
         )
-    stated = made.as_json()
-    facts = {field: stated[field] for field in ("factory", "rows", "recall_at_10")} | {"digest": made.digest}
-    record(config, shards, "build-index", facts, config.latents.dir, given)
+        stated = made.as_json()
+        outcome.facts = {name: stated[name] for name in ("factory", "rows", "recall_at_10")} | {"digest": made.digest}
 
 
 def evaluate(
@@ -148,36 +147,33 @@ def evaluate(
     """
     from lgd.report import evaluation, report
 
-    begin("report", "evaluate", config, given)
-    # Locked before the scoring, which can take hours.
-    with stage("report") as outcome, exclusive(config.report.dir, "evaluating"):
-        shards = shards or open_disjoint(config.shard_dirs)
+    folder = config.report.dir
+    # Before the scoring, which can take hours.
+    doing = exclusive(folder, "evaluating")
+    with doing, stage("report", "evaluate", config, folder, given, shards) as (opened, outcome):
         provenance = {"command": command(config, "evaluate"), **Environment.here().as_json()}
-        measured = evaluation.evaluate(config, shards, provenance, {*code, *config.code})
-        results = report.write_report(as_location(config.report.dir), measured)
-        report.show_pictures(as_location(config.report.dir), as_location(config.student.dir))
-        outcome["done"] = f"written: {config.report.dir}"
-    headline = {model.name: model.by_patch.as_json()["metrics"] for model in results.models}
-    facts: dict[str, JsonValue] = {"split": config.report.split, "by_patch": headline}
-    record(config, shards, "evaluate", facts, config.report.dir, given)
+        measured = evaluation.evaluate(config, opened, provenance, {*code, *config.code})
+        results = report.write_report(as_location(folder), measured)
+        report.show_pictures(as_location(folder), as_location(config.student.dir))
+        outcome.done = f"written: {folder}"
+        headline = {model.name: model.by_patch.as_json()["metrics"] for model in results.models}
+        outcome.facts = {"split": config.report.split, "by_patch": headline}
     return report.format_table(results)
 
 
+@restore_connection()
 def ablate(config: Config, options: "AblateOptions", given: Given | None = None) -> str:
     """The table of LGD-Net, its controls and its parts (`lgd.report.ablation`), after the teacher and the store."""
     from lgd.report import ablation as harness
 
-    shards = open_disjoint(config.shard_dirs)
-    try:
-        train_teacher(config, given, shards=shards)
-        cache_latents(config, given, shards=shards)
-        with stage("ablate") as outcome, exclusive(as_location(config.run.dir) / "ablation", "comparing methods"):
-            table = harness.ablate(config, shards, options)
-            outcome["done"] = f"written: {config.run.dir}/ablation/ablation.md"
-        facts: dict[str, JsonValue] = {"seeds": options.seeds, "full": options.full, "split": config.report.split}
-        record(config, shards, "ablate", facts, f"{config.run.dir}/ablation", given)
-    finally:
-        disconnect()
+    shards, folder = open_disjoint(config.shard_dirs), f"{config.run.dir}/ablation"
+    train_teacher(config, given, shards=shards)
+    cache_latents(config, given, shards=shards)
+    doing = exclusive(folder, "comparing methods")
+    with doing, stage("ablate", "ablate", config, folder, given, shards) as (_, outcome):
+        table = harness.ablate(config, shards, options)
+        outcome.done = f"written: {folder}/ablation.md"
+        outcome.facts = {"seeds": options.seeds, "full": options.full, "split": config.report.split}
     return table
 
 
@@ -192,15 +188,13 @@ def run(config: Config, given: Given | None = None) -> str:
     also = [*config.report.also, *([] if baseline in config.report.also else [baseline])]
     config = dataclasses.replace(config, report=dataclasses.replace(config.report, also=also))
     shards = open_disjoint(config.shard_dirs)
-    try:
+    with restore_connection():
         train_teacher(config, given, shards=shards)
         cache_latents(config, given, shards=shards)
         build_index(config, given, shards=shards)
         train_student(config, given, shards=shards)
         student = dataclasses.replace(config.student, method=BASELINE, dir=baseline)
         train_student(dataclasses.replace(config, student=student), given, shards=shards)
-    finally:
-        disconnect()
     return evaluate(config, given, shards=shards)
 
 
@@ -218,12 +212,12 @@ def demo(config: Config, pairs: int, size: int, given: Given | None = None) -> s
     if len(config.shard_dirs) > 1:
         raise ConfigError(f"--data.shards names {len(config.shard_dirs)} folders, and the demo builds one: name one")
     tissue, (folder,) = tissue_dir(config), config.shard_dirs
-    with stage("synth") as outcome:
+    with log_outcome("synth") as outcome:
         # Many slides of few patches: what is learnt must hold on other slides, and intervals are over slides.
         slides, seed = max(8, pairs // 4), config.run.seed
         made = synthesise(SynthOptions(out=str(tissue), pairs=pairs, size=size, slides=slides, coupling=0.9, seed=seed))
-        outcome["done"] = f"{'reused, nothing changed' if made.get('reused') else f'{pairs} pairs drawn'}: {tissue}"
-    with stage("shards") as outcome:
+        outcome.done = f"{'reused, nothing changed' if made.get('reused') else f'{pairs} pairs drawn'}: {tissue}"
+    with log_outcome("shards") as outcome:
         _, built = build(
             ShardOptions(
                 layout="bci",
@@ -235,5 +229,5 @@ def demo(config: Config, pairs: int, size: int, given: Given | None = None) -> s
                 mpp=0.46,
             )
         )
-        outcome["done"] = f"{'built' if built else 'reused, nothing changed'}: {folder}"
+        outcome.done = f"{'built' if built else 'reused, nothing changed'}: {folder}"
     return run(config, given)
