@@ -5,7 +5,6 @@ dataset's digest was found right, so that a reader of pooled latents alone never
 by `lgd verify` only.
 """
 
-import mmap
 import os
 import threading
 from collections import deque
@@ -107,9 +106,14 @@ class PartFile:
             sidecar = self.sidecar()
             self.open(sidecar).close()
             with open_checked(self.path, sidecar.xxh3, sidecar.bytes, REMEDY) as file:
-                return _file_problem(self.path, file, sidecar)
+                _check_hdf5(self.path, file, sidecar)
+            for name in sidecar.datasets:
+                self.read(sidecar, name)
         except DataError as error:
             return str(error)
+        finally:
+            self.content = None
+        return None
 
 
 class Part:
@@ -201,24 +205,14 @@ def check_rows(name: str, rows_n: np.ndarray) -> None:
         raise ValueError(f"a label is none of 0 to {len(LEVEL_NAMES) - 1}")
 
 
-def _file_problem(path: Location, file: BinaryIO, sidecar: Sidecar) -> str | None:
-    """What is wrong with a part's open file, whose digest is right: what HDF5 makes of it, or its datasets."""
+def _check_hdf5(path: Location, file: BinaryIO, sidecar: Sidecar) -> None:
+    """Raise `DataError` where HDF5 finds other datasets in a part's open file than its sidecar states."""
     try:
         found = _described_by_hdf5(file, sidecar.datasets)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        return f"part {path} is no HDF5 file of ours ({error})"
+        raise DataError(f"part {path} is no HDF5 file of ours ({error})") from error
     if found != sidecar.datasets:
-        return f"part {path}: HDF5 finds other datasets in it than its sidecar states"
-    content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    for name, dataset in sidecar.datasets.items():
-        rows = content[dataset.offset : dataset.offset + dataset.bytes]
-        if xxhash.xxh3_128_hexdigest(rows) != dataset.xxh3:
-            return f"part {path} does not match its digest (dataset {name})"
-        try:
-            check_rows(name, dataset.rows(rows))
-        except ValueError as error:
-            return f"part {path}: {error}"
-    return None
+        raise DataError(f"part {path}: HDF5 finds other datasets in it than its sidecar states")
 
 
 def _described_by_hdf5(content: BinaryIO, stated: Mapping[str, Dataset]) -> dict[str, Dataset]:
