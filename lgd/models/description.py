@@ -88,7 +88,7 @@ class ModelConfig(Document):
     @property
     def named(self) -> dict[str, str]:
         """By field, each name that may be one of code outside LGD."""
-        return {}
+        return {field: value.name for field, value in self if isinstance(value, EncoderSpec)}
 
 
 class TeacherConfig(ModelConfig):
@@ -100,10 +100,6 @@ class TeacherConfig(ModelConfig):
     source: Literal["trained", "frozen"]
     encoder: EncoderSpec
     pool: Literal["cls", "mean", "cls+mean"]
-
-    @property
-    def named(self) -> dict[str, str]:
-        return {"encoder": self.encoder.name}
 
 
 class StudentConfig(ModelConfig):
@@ -130,8 +126,7 @@ class StudentConfig(ModelConfig):
 
     @property
     def named(self) -> dict[str, str]:
-        own = {} if self.hallucination is None else {"hallucination": self.hallucination.name}
-        return {"method": self.method, "morphology": self.morphology.name, **own}
+        return {"method": self.method, **super().named}
 
 
 def read_kind(path: Location) -> type[ModelConfig]:
