@@ -227,7 +227,8 @@ def map_with(
         try:
             yield from pool.map_unordered(lambda worker, argument: worker.apply.remote(argument), list(arguments))
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from error
+            # The user's error is raised as if it had happened here.
+            raise (error.cause if isinstance(error.cause, ValueError | OSError) else error) from error
         finally:
             for worker in actors:
                 ray.kill(worker)
@@ -244,11 +245,3 @@ def _map_here(function: Callable[[Argument], Result], arguments: Sequence[Argume
     finally:
         getattr(function, "stop", lambda: None)()
         pool.shutdown(cancel_futures=True)
-
-
-def _cause(error: Exception) -> BaseException:
-    """The user's error behind a remote one, so that it is raised as if it had happened here."""
-    cause = getattr(error, "cause", None)
-    while cause is not None and getattr(cause, "cause", None) not in (None, cause):
-        cause = cause.cause
-    return cause if isinstance(cause, (ValueError, OSError)) else error
