@@ -118,20 +118,16 @@ def export(run: Prepared, step: int) -> None:
 def fit_temperature(level_n: Ints, logits_n4: Floats) -> float:
     """The T in 0.1 to 10 for which softmax(logits / T) has the least NLL (Guo et al. 2017).
 
-    Fit it on the validation split only. Patches of level -1 are left out. Raises `DataError` where none is
-    left, or a logit is not finite.
+    Fit it on labelled patches of the validation split only. Raises `DataError` where a logit is not finite.
     """
-    known = level_n >= 0
-    level, logits = level_n[known], np.asarray(logits_n4, dtype=np.float64)[known]
-    if not len(level):
-        raise DataError("no patch of the validation split has a level: the temperature cannot be fitted on it")
+    logits = np.asarray(logits_n4, dtype=np.float64)
     if not np.isfinite(logits).all():
         raise DataError("a logit of the validation split is not finite: the training diverged, lower train.lr")
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
 
     def loss(log_temperature: float) -> float:
-        return float(-log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(level)), level].mean())
+        return float(-log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(level_n)), level_n].mean())
 
     # Where every patch is right the loss falls for ever as T goes to 0: hence the bounds.
     return float(np.exp(minimize_scalar(loss, bounds=(-np.log(10), np.log(10)), method="bounded").x))
