@@ -148,8 +148,7 @@ def _naming(name: str) -> Iterator[None]:
     except ConfigError:
         raise
     except ValueError as error:
-        start = f"encoder {name}: "
-        raise DataError(f"{start}{str(error).removeprefix(start)}") from error
+        raise DataError(f"encoder {name}: {error}") from error
 
 
 def _batchnorm_to_groupnorm(module: nn.Module) -> None:

@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from lgd.base.errors import DataError
 from lgd.base.records import Record, load_json
 from lgd.models.spec import Mean, Std, Triple, check_architecture, check_sizes, refuse_code
 
@@ -24,7 +23,6 @@ INDEX = "model.safetensors.index.json"
 # Labels of 21,841 classes take 2 MB; parsed, JSON takes up to 20 times its size.
 _MOST_BYTES = 4_000_000
 _SHARD = r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 # Fields of other programs may hold anything and are not used; these are checked before transformers is imported.
 _SIZES = re.compile(r"(sizes?|dim|layers|depths?|blocks|stages|levels|heads|channels|ratios?)$")
 
@@ -65,7 +63,7 @@ def find_folder(name: str, *, weights: bool = False) -> Path:
             folder = huggingface_hub.snapshot_download(repository, revision=Path(folder).name, allow_patterns=shards)
     # Its errors come from three packages, which change with its version.
     except Exception as error:
-        raise DataError(f"encoder {name}: {_explain_hub(error, repository)}") from error
+        raise ValueError(_explain_hub(error, repository)) from error
     return Path(folder)
 
 
@@ -99,9 +97,8 @@ def read_settings(folder: Path) -> dict[str, object]:
 def read_normalisation(folder: Path) -> tuple[Triple, Triple]:
     """Mean and standard deviation, by channel of RGB in 0..1, that an encoder was trained with."""
     said = _read_object(folder / PROCESSOR, _NORMALISE)
-    with _naming(PROCESSOR):
-        refuse_code(said)
     with _naming(PROCESSOR, _NORMALISE):
+        refuse_code(said)
         processor = _Processor.from_json(said)
     if not processor.do_normalize:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -113,13 +110,10 @@ def find_weights(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
-        if pickled:
-            raise ValueError(
-                f"its weights are pickled ({pickled[0]}), which can run code and is never read: convert them to "
-                "safetensors where you trust them (in transformers: from_pretrained, then save_pretrained)"
-            )
-        raise ValueError(f"{WEIGHTS} is missing: copy it too; weights of another format must be converted")
+        raise ValueError(
+            f"{WEIGHTS} is missing: copy it too; weights of another format can run code and are never read: convert "
+            "them where you trust them (in transformers: from_pretrained, then save_pretrained)"
+        )
     found = _read_object(folder / INDEX, _AGAIN)
     with _naming(INDEX, f"it may name safetensors files of the folder only: {_AGAIN}"):
         index = _Index.from_json(found)
