@@ -12,8 +12,8 @@ from lgd.io.location import as_location
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig, TeacherRef
 from lgd.models.encoder import build_encoder
 from lgd.models.export import Network
-from lgd.models.losses import Lesson, Terms, level_loss
-from lgd.models.methods import find_method
+from lgd.models.losses import Lesson, Terms
+from lgd.models.methods import Method, find_method
 from lgd.models.teacher import Teacher
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import TEACHER, Store
@@ -35,6 +35,8 @@ class Task(ABC):
         section = config.teacher if self.kind == "teacher" else config.student
         self.config, self.epochs = config, section.epochs
         self.folder = as_location(section.dir)
+        # The level alone teaches, unless a task has another one.
+        self.method = Method(config)
         self.store: Store | None = None
 
     @abstractmethod
@@ -53,11 +55,11 @@ class Task(ABC):
 
     def losses(self, out: dict[str, torch.Tensor], batch: Lesson) -> Terms:
         """The loss terms of each sample."""
-        return {"level": level_loss(out["logits"], batch.level_B)}
+        return self.method.losses(out, batch)
 
     def weights(self, progress: float) -> dict[str, float]:
         """Weight of each term at a share of the steps, 0 to 1."""
-        return {"level": 1.0}
+        return self.method.weights(progress)
 
 
 class TeacherTask(Task):
@@ -98,12 +100,6 @@ class StudentTask(Task):
             teacher = TeacherConfig.read_folder(self.config.teacher.dir)
             teachers = [TeacherRef(name=TEACHER, weights_sha256=teacher.weights_sha256, licence=teacher.licence)]
         return model.describe(method=self.config.student.method, teachers=tuple(teachers), **facts)
-
-    def losses(self, out: dict[str, torch.Tensor], batch: Lesson) -> Terms:
-        return self.method.losses(out, batch)
-
-    def weights(self, progress: float) -> dict[str, float]:
-        return self.method.weights(progress)
 
 
 TASKS: dict[str, type[Task]] = {"teacher": TeacherTask, "student": StudentTask}
