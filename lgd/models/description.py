@@ -14,9 +14,6 @@ from lgd.models.spec import EncoderSpec
 from lgd.shards.manifest import UNKNOWN, Shape, Target, Text
 from lgd.shards.shard_set import ShardSet
 
-FORMAT = "lgd-model/2"
-_COPY = "copy the folder again, or train it again"
-
 Grid = Annotated[int, Field(ge=1, le=256)]
 
 
@@ -53,9 +50,9 @@ class Training(Record):
 class ModelConfig(Document):
     """What a teacher's and a student's folder say alike."""
 
-    FORMAT: ClassVar[str] = FORMAT
+    FORMAT: ClassVar[str] = "lgd-model/2"
     ABSENT: ClassVar[str] = "train it first"
-    REMEDY: ClassVar[str] = _COPY
+    REMEDY: ClassVar[str] = "copy the folder again, or train it again"
 
     weights_sha256: Sha256
     size: Annotated[int, Field(ge=1, le=16_384)]
@@ -135,7 +132,7 @@ def read_kind(path: Location) -> type[ModelConfig]:
     kinds: dict[str, type[ModelConfig]] = {"teacher": TeacherConfig, "student": StudentConfig}
     kind = found.get("kind") if isinstance(found, dict) else None
     if not isinstance(kind, str) or kind not in kinds:
-        raise DataError(f"{path}: field kind is {kind!r:.80}, and should be teacher or student: {_COPY}")
+        raise DataError(f"{path}: field kind is {kind!r:.80}, and should be teacher or student: {ModelConfig.REMEDY}")
     return kinds[kind]
 
 

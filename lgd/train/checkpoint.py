@@ -13,7 +13,7 @@ import contextlib
 import re
 import shutil
 from pathlib import Path
-from typing import Annotated, BinaryIO, ClassVar, NamedTuple, Self
+from typing import Annotated, BinaryIO, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, JsonValue, model_validator
@@ -30,7 +30,9 @@ from lgd.io.remote import open_checked
 from lgd.models.export import write_tensors
 from lgd.train.engine import Moments
 
-_TENSORS, _STATE = ("weights", "moments"), "state.json"
+Tensors = Literal["weights", "moments"]
+_TENSORS: tuple[Tensors, ...] = ("weights", "moments")
+_STATE = "state.json"
 
 
 class Best(Record):
@@ -47,13 +49,6 @@ class Best(Record):
         if score > (float("-inf") if self.score is None else self.score):
             return Best(step=step, score=score)
         return Best(step=self.step, score=self.score, stale=self.stale + 1)
-
-
-class Digests(Record):
-    """Of the files beside state.json."""
-
-    weights: Xxh3
-    moments: Xxh3
 
 
 class Progress(Record):
@@ -82,7 +77,8 @@ class State(Progress, Document):
     ABSENT: ClassVar[str] = "it is no complete checkpoint; use another one"
     REMEDY: ClassVar[str] = "delete the folder to go on from an older one"
 
-    xxh3: Digests
+    xxh3: Annotated[dict[Tensors, Xxh3], Field(min_length=2)]
+    """Of the files beside."""
 
 
 class Checkpoint(NamedTuple):
@@ -99,14 +95,14 @@ def save(folder: Location, checkpoint: Checkpoint, keep: int) -> Location:
     path = folder / _name(progress.step)
     with publish_folder(path, _STATE) as temporary:
         flat = {f"{p}|{m}": t for p, pair in checkpoint.moments.items() for m, t in pair.items()}
-        digests = {}
+        digests: dict[Tensors, str] = {}
         for name, tensors in zip(_TENSORS, (checkpoint.weights, flat), strict=True):
             with publish(temporary / f"{name}.safetensors") as written:
                 write_tensors(written, tensors)
                 with written.open("rb") as content:
                     digests[name] = xxh3(content)
         fields = {name: getattr(progress, name) for name in Progress.model_fields}
-        State(**fields, xxh3=Digests(**digests)).write(temporary / _STATE)
+        State(**fields, xxh3=digests).write(temporary / _STATE)
     prune(folder, progress.best, keep)
     return path
 
@@ -143,9 +139,9 @@ def problems(path: Location) -> list[str]:
     return []
 
 
-def _open_tensors(path: Location, name: str, state: State) -> BinaryIO:
+def _open_tensors(path: Location, name: Tensors, state: State) -> BinaryIO:
     """A file of a checkpoint; `DataError` for one that is missing or damaged."""
-    file, digest = path / f"{name}.safetensors", getattr(state.xxh3, name)
+    file, digest = path / f"{name}.safetensors", state.xxh3[name]
     return open_checked(file, digest, None, f"delete {path} to go on from an older one")
 
 
