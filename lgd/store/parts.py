@@ -124,7 +124,7 @@ class Part:
         self.files, self.name, self.split, self.tar_sha256 = files, entry.name, entry.split, entry.tar_sha256
         self.rows, self.first, self.last = entry.rows, entry.first, entry.last
         self.layout = {name: layout for file in files.values() for name, layout in file.layout.items()}
-        self._arrays: dict[str, np.ndarray] | None = None
+        self._arrays: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
 
     @property
@@ -142,14 +142,13 @@ class Part:
         Raises `DataError` for one that is missing, or not as its digest says.
         """
         arrays = self._arrays
-        if arrays is not None and names <= arrays.keys():
+        if names <= arrays.keys():
             return arrays
         # The first reader checks the digests; those who want other parts do not wait.
         with self._lock:
-            before = arrays = self._arrays
-            if arrays is None or not names <= arrays.keys():
-                arrays = self._arrays = self._map(names, before or {})
-        if before is None:
+            before = self._arrays
+            arrays = self._arrays = self._map(names, before)
+        if not before:
             with _mapping:
                 _open.append(self)
                 oldest = _open.popleft() if len(_open) > OPEN_PARTS else None
@@ -174,7 +173,7 @@ class Part:
     def forget(self) -> None:
         """Drop the maps; they go when the last array of them is dropped."""
         with self._lock:
-            self._arrays = None
+            self._arrays = {}
             for file in self.files.values():
                 file.content = None
 
