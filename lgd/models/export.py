@@ -7,7 +7,6 @@ holds is known from its head before any of it is loaded or a network is built.
 import math
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -29,14 +28,6 @@ Built = TypeVar("Built", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
 
 _QUANTISED = ("F4", "F6_", "F8_", "I8", "U8")
-
-
-class Network(nn.Module, ABC):
-    """A network that lies in a folder."""
-
-    @abstractmethod
-    def describe(self, **facts: object) -> ModelConfig:
-        """What builds it again, beside its weights, with the facts of its training."""
 
 
 def read_shapes(path: Path, *, name: Location | None = None) -> Shapes:

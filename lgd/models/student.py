@@ -12,13 +12,12 @@ from torch.nn import functional as F
 from lgd.config import LEVEL_NAMES
 from lgd.models.description import StudentConfig
 from lgd.models.encoder import Encoder
-from lgd.models.export import Network
 
 Outputs = dict[str, torch.Tensor]
 """What a network gives, by name."""
 
 
-class Student(Network):
+class Student(nn.Module):
     """H&E -> level, by the morphology stream alone.
 
     All students are built by the same arguments, so that one is built again from the config.json of its folder.
@@ -51,6 +50,7 @@ class Student(Network):
         return {"logits": self.head(morphology_BC), "features": morphology_BC}
 
     def describe(self, **facts: object) -> StudentConfig:
+        """What builds it again, beside its weights, with the facts of its training."""
         own = getattr(self, "hallucination", None)
         facts |= {"morphology": self.morphology.spec, "hallucination": None if own is None else own.spec}
         return StudentConfig.from_json(facts | self.sizes)

@@ -11,10 +11,10 @@ from lgd.config import LEVEL_NAMES
 from lgd.io.location import Location
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder
-from lgd.models.export import Network, load_weights
+from lgd.models.export import load_weights
 
 
-class Teacher(Network):
+class Teacher(nn.Module):
     """IHC -> latent map, pooled latent and level; its encoder was trained here."""
 
     source: Literal["trained", "frozen"] = "trained"
@@ -70,6 +70,7 @@ class Teacher(Network):
         return self
 
     def describe(self, **facts: object) -> TeacherConfig:
+        """What builds it again, beside its weights, with the facts of its training."""
         return TeacherConfig.from_json({"source": self.source, "encoder": self.encoder.spec, "pool": "mean"} | facts)
 
 

@@ -15,7 +15,7 @@ from lgd.config import Config
 from lgd.io.digests import digest_of
 from lgd.metrics import Floats, Ints, score
 from lgd.models.description import describe_training
-from lgd.models.export import Network, save_model
+from lgd.models.export import save_model
 from lgd.models.teacher import Teacher
 from lgd.shards.archive import Shard
 from lgd.stream.plan import World
@@ -23,7 +23,7 @@ from lgd.stream.reader import Reader
 from lgd.train.batch import Batch, evaluation_batches, gather
 from lgd.train.engine import Engine
 from lgd.train.prepare import Prepared
-from lgd.train.tasks import Task
+from lgd.train.tasks import Network, Task
 
 
 def forward_split(

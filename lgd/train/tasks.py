@@ -11,14 +11,16 @@ from lgd.io.digests import digest_of
 from lgd.io.location import as_location
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig, TeacherRef
 from lgd.models.encoder import build_encoder
-from lgd.models.export import Network
 from lgd.models.losses import Lesson, Terms
 from lgd.models.methods import Method, find_method
+from lgd.models.student import Student
 from lgd.models.teacher import Teacher
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import TEACHER, Store
 from lgd.store.supervision import recipe_of
 from lgd.stream.plan import ORDER
+
+Network = Teacher | Student
 
 
 class Task(ABC):
