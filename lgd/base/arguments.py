@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str = "lgd", description: str = "") -> None:
         narrow = functools.partial(argparse.HelpFormatter, max_help_position=28)
-        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=narrow)
+        super().__init__(prog, description=description, allow_abbrev=False, exit_on_error=False, formatter_class=narrow)
         self._positionals.title = "arguments"
 
     def parse(self, args: Sequence[str]) -> argparse.Namespace:
@@ -42,7 +42,12 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"{name} takes no value: leave out {escape_text(equals + value, 60)}")
         # Only the plain way knows that all after -- are no options.
         read = self.parse_known_args if "--" in args else self.parse_known_intermixed_args
-        namespace, rest = read(list(args))
+        try:
+            namespace, rest = read(list(args))
+        except argparse.ArgumentError as error:
+            # It joins the names of an option.
+            name = str(error.argument_name).partition("/")[0]
+            raise ConfigError(escape_text(f"{name}: {error.message}", 1000)) from error
         if rest:
             raise ConfigError(self._explain(rest[0]))
         missing = [_name(action) for action in required if getattr(namespace, action.dest, None) in (None, [])]
@@ -67,16 +72,6 @@ class Parser(argparse.ArgumentParser):
         words = [action for action in self._actions if not action.option_strings]
         takes = f"takes {' and '.join(map(_name, words))} only" if words else "takes options only"
         return f"{self.prog} {takes}: leave out {shown!r}, or write the option that it belongs to before it"
-
-    def error(self, message: str) -> typing.NoReturn:
-        """What is left for argparse to find."""
-        raise ConfigError(escape_text(message, 1000))
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
-        try:
-            return super()._get_value(action, arg_string)
-        except argparse.ArgumentError as error:
-            raise ConfigError(escape_text(f"{_name(action)}: {error.message}", 1000)) from error
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
         try:
