@@ -21,6 +21,9 @@ AboveZero = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+WHERE_IT_RUNS = frozenset("workers engine compile resume checkpoint_every keep max_failures".split())
+"""The fields of `train:` on which no result depends."""
+
 # These are facts of `train:`; a second place for them would let the two disagree.
 _REFUSED_IN_DEEPSPEED = """
 train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler

@@ -21,7 +21,7 @@ from lgd.base.environment import Environment
 from lgd.base.errors import ConfigError, DataError, Stopped
 from lgd.base.records import Line, Many, Record, Sha256
 from lgd.base.text import escape_text
-from lgd.config import Config
+from lgd.config import WHERE_IT_RUNS, Config
 from lgd.config_files import Given, load_config
 from lgd.io.documents import Document, MissingDocument
 from lgd.io.files import exists, write_bytes
@@ -44,10 +44,7 @@ _USED = {
     "train": (*_TRAINING, "teacher.dir", "latents.dir", "student."),
 }
 """What the fields begin with on which the result of a stage depends."""
-_UNUSED = {
-    *("train.workers", "train.engine", "train.compile", "train.resume", "train.checkpoint_every", "train.keep"),
-    *("train.max_failures", "latents.batch"),
-}
+_UNUSED = {*(f"train.{name}" for name in WHERE_IT_RUNS), "latents.batch"}
 """But not on these."""
 _EARLIER = {
     "cache-latents": ("train-teacher",),

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import JsonValue
 
-from lgd.config import Config
+from lgd.config import WHERE_IT_RUNS, Config
 from lgd.io.digests import digest_of
 from lgd.io.location import as_location
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig, TeacherRef
@@ -110,9 +110,7 @@ TASKS: dict[str, type[Task]] = {"teacher": TeacherTask, "student": StudentTask}
 def inputs_of(task: Task, shards: ShardSet) -> dict[str, JsonValue]:
     """All that a trained network depends on; where it runs (workers, threads, engine) is not part of it."""
     config, train = task.config, task.config.train
-    without = {"workers", "engine", "compile", "resume", "checkpoint_every", "keep", "max_failures"}
-    if not train.patience:
-        without |= {"evaluate_every", "patience", "metric"}
+    without = WHERE_IT_RUNS | (set() if train.patience else {"evaluate_every", "patience", "metric"})
     splits: dict[str, list[str]] = {}
     for shard in [*shards.of_split("train"), *shards.of_split("val")]:
         splits.setdefault(shard.split, []).append(shard.sha256)
