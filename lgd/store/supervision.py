@@ -185,18 +185,14 @@ def reencode(
 
 
 class _NativeReader(Reader):
-    """Reads images at native resolution, and the IHC also at the teacher's size, decoded as in training."""
-
-    def __init__(self, shards: Sequence[Shard], roles: Sequence[str], size: int) -> None:
-        super().__init__(shards, roles, size=None)
-        self.teacher_size = size
+    """Reads images at native resolution, and the IHC also at its size, decoded as in training."""
 
     def decode(
         self, content: bytes | memoryview, what: str, role: str, out: np.ndarray | None
     ) -> dict[str, np.ndarray]:
         images = {role: decode(content, what, None)}
         if role == "ihc":
-            images["teacher_ihc"] = decode(content, what, self.teacher_size)
+            images["teacher_ihc"] = decode(content, what, self.size)
         return images
 
 
