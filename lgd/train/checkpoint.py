@@ -9,9 +9,7 @@ are kept, and the one with the best validation score. There is no random state: 
 sample.
 """
 
-import contextlib
 import re
-import shutil
 from pathlib import Path
 from typing import Annotated, BinaryIO, ClassVar, Literal, NamedTuple, Self
 
@@ -145,8 +143,8 @@ def _open_tensors(path: Location, name: Tensors, state: State) -> BinaryIO:
     return open_checked(file, digest, None, f"delete {path} to go on from an older one")
 
 
-def _read_state(path: Location, inputs: dict[str, JsonValue]) -> State:
-    """state.json; `DataError` for one that is damaged, or of a run with other inputs, with the difference."""
+def load(path: Location, inputs: dict[str, JsonValue]) -> Checkpoint:
+    """Read a checkpoint; `DataError` for one that is damaged, or of a run with other inputs, with the difference."""
     state = State.read(path / _STATE)
     if state.inputs != inputs:
         raise DataError(
@@ -154,12 +152,6 @@ def _read_state(path: Location, inputs: dict[str, JsonValue]) -> State:
             *format_diff(state.inputs, inputs, "in the checkpoint"),
             "Go on with the same inputs, name another folder, or start anew with --train.resume never",
         )
-    return state
-
-
-def load(path: Location, inputs: dict[str, JsonValue]) -> Checkpoint:
-    """Read a checkpoint; `DataError` for one that is damaged, or of a run with other inputs."""
-    state = _read_state(path, inputs)
     moments: Moments = {}
     tensors = {}
     for name in _TENSORS:
@@ -197,17 +189,11 @@ def adopt(folder: Location, path: Location, inputs: dict[str, JsonValue], alone:
     """
     if not exists(path / _STATE):
         raise DataError(f"train.resume: {path} is not a complete checkpoint ({path / _STATE} is missing)")
-    state = _read_state(path, inputs)
-    own = folder / _name(state.step)
-    with contextlib.ExitStack() as stack:
-        opened = {name: stack.enter_context(_open_tensors(path, name, state)) for name in _TENSORS}
-        for other in complete(folder):
-            if other.name > own.name or (alone and other != path):
-                discard_folder(other, _STATE)
-        if is_same(path, own):
-            return
-        with publish_folder(own, _STATE) as temporary:
-            for name, source in opened.items():
-                with publish(temporary / f"{name}.safetensors") as copy, copy.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-            state.write(temporary / _STATE)
+    found = load(path, inputs)
+    own = folder / _name(found.progress.step)
+    kept = complete(folder)
+    for other in kept:
+        if other.name > own.name or (alone and other != path):
+            discard_folder(other, _STATE)
+    if not is_same(path, own):
+        save(folder, found, keep=len(kept) + 1)
