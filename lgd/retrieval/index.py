@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GROUP_ROWS = 100_000
-"""Rows of the parts that are added together: 100 MB of float16."""
+"""Rows of the parts whose cells are found together: 100 MB of float16."""
 _QUERIES = 1000
 _NEAREST = 10
 
@@ -60,9 +60,9 @@ def build_index(
 ) -> tuple[IndexDocument, bool]:
     """Index the gallery splits of some shards; returns index.json's content and whether it was built now.
 
-    `factory` is auto or one of `lgd.retrieval.index_files.KINDS`. The store may lie at a url. `workers` of Ray add the
-    latents; 0 does it here. Raises `DataError` when the gallery is empty, and when the index misses `recall` even with
-    all cells probed, and while another process builds it in a local store.
+    `factory` is auto or one of `lgd.retrieval.index_files.KINDS`. The store may lie at a url. `workers` of Ray find the
+    cells of the latents; 0 does it here. Raises `DataError` when the gallery is empty, and when the index misses
+    `recall` even with all cells probed, and while another process builds it in a local store.
     """
     folder = index_folder(store)
     parts = list(dict.fromkeys(store.parts_of(shards)))
@@ -139,65 +139,49 @@ def _publish_index(
 
 
 def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -> np.ndarray:
-    """Fill a trained index; returns the latents' rows in its order."""
-    faiss = import_faiss()
-    numbers = [store.parts.index(part) for part in latents.parts]
-    # Each worker gets an empty copy of the trained index, and gives it back filled.
-    add = functools.partial(_Add, str(store.folder.absolute()), numbers, faiss.serialize_index(index))
-    groups: dict[int, list[int]] = {}
-    for number, first in enumerate(latents.first[:-1].tolist()):
-        groups.setdefault(first // _GROUP_ROWS, []).append(number)
-    workers = workers if len(groups) > 1 else 0
-    for filled in map_with(add, [*groups.values()], workers=workers, option_name="train.workers"):
-        index.merge_from(faiss.deserialize_index(filled), 0)
-    return _in_order(index)
+    """Fill a trained index; returns the latents' row at each of its positions.
 
-
-class _Add:
-    """Adds groups of parts to empty copies of a trained index; a worker has one."""
-
-    def __init__(self, folder: str, numbers: list[int], empty: np.ndarray) -> None:
-        self.faiss = import_faiss()
-        parts = Store(folder).parts
-        self.latents = UnitVectors([parts[number] for number in numbers])
-        self.empty = empty
-        # The quantizer is the index's, and goes with it.
-        self.index = self.faiss.deserialize_index(empty)
-        self.coarse = move_to_gpu(self.faiss.downcast_index(self.index.quantizer))
-
-    def __call__(self, group: list[int]) -> np.ndarray:
-        """The filled copy, serialised; its positions are rows of the latents."""
-        faiss, index = self.faiss, self.faiss.deserialize_index(self.empty)
-        before = self.latents.first[group[0]]
-        for first, vectors_nD in UnitVectors([self.latents.parts[number] for number in group]).blocks():
-            cell_n = np.ascontiguousarray(self.coarse.search(vectors_nD, 1)[1][:, 0])
-            row_n = np.arange(before + first, before + first + len(vectors_nD))
-            index.add_core(len(vectors_nD), *map(faiss.swig_ptr, (vectors_nD, row_n, cell_n)))
-        content: np.ndarray = faiss.serialize_index(index)
-        return content
-
-
-def _in_order(index: "IndexIVF") -> np.ndarray:
-    """Sort each cell by row, whatever order the groups came in, and number the positions through the cells.
-
-    A position then leads to its cell without a map. Returns the row at each position.
+    Positions count up through the cells, and within a cell by row: a position then leads to its cell without a map.
     """
-    faiss, lists = import_faiss(), index.invlists
-    assert lists is not None
-    order_n = np.empty(index.ntotal, np.int64)
-    first = 0
-    for cell in range(index.nlist):
-        count = lists.list_size(cell)
-        if count == 0:
-            continue
-        row_n = faiss.rev_swig_ptr(lists.get_ids(cell), count)
-        codes = faiss.rev_swig_ptr(lists.get_codes(cell), count * index.code_size).reshape(count, -1)
-        sorted_n = np.argsort(row_n)
-        order_n[first : first + count] = row_n[sorted_n]
-        codes[:] = codes[sorted_n]
-        row_n[:] = np.arange(first, first + count)
-        first += count
+    faiss = import_faiss()
+    groups: dict[int, _Group] = {}
+    for part, first in zip(latents.parts, latents.first[:-1].tolist(), strict=True):
+        groups.setdefault(first // _GROUP_ROWS, _Group(first, [])).parts.append(store.parts.index(part))
+    workers = workers if len(groups) > 1 else 0
+    # All but a percent of the work is to find the cells.
+    centroids_CD = index.quantizer.reconstruct_n(0, index.nlist)
+    find_cells = functools.partial(_load_cells, str(store.folder.absolute()), centroids_CD)
+    cell_n = np.empty(latents.rows, np.int64)
+    for first, found_n in map_with(find_cells, [*groups.values()], workers=workers, option_name="train.workers"):
+        cell_n[first : first + len(found_n)] = found_n
+    order_n = np.argsort(cell_n, kind="stable")
+    position_n = np.argsort(order_n)
+    for first, vectors_nD in latents.blocks():
+        rows = slice(first, first + len(vectors_nD))
+        index.add_core(len(vectors_nD), *map(faiss.swig_ptr, (vectors_nD, position_n[rows], cell_n[rows])))
     return order_n
+
+
+class _Group(NamedTuple):
+    """Parts whose cells are found together."""
+
+    first: int
+    """Row of the latents at which they begin."""
+    parts: list[int]
+    """Their numbers in the store."""
+
+
+def _load_cells(folder: str, centroids_CD: np.ndarray) -> Callable[[_Group], tuple[int, np.ndarray]]:
+    """What finds the cell of each row of a group, with the first row; a worker has one."""
+    parts, coarse = Store(folder).parts, import_faiss().IndexFlatIP(centroids_CD.shape[1])
+    coarse.add(centroids_CD)
+    coarse = move_to_gpu(coarse)
+
+    def find_cells(group: _Group) -> tuple[int, np.ndarray]:
+        blocks = UnitVectors([parts[number] for number in group.parts]).blocks()
+        return group.first, np.concatenate([coarse.search(vectors_nD, 1)[1][:, 0] for _, vectors_nD in blocks])
+
+    return find_cells
 
 
 def _queries(parts: Sequence[Part], latents: UnitVectors, gallery: Sequence[str], seed: int) -> tuple[np.ndarray, str]:
