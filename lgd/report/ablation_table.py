@@ -6,6 +6,7 @@ one network; one over seeds alone how far another training would. A claim about 
 Shapes: S seeds, R resamples.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
@@ -52,44 +53,8 @@ class AblationDocument(Document):
     teacher: Sha256
 
 
-def mean_of(runs: Sequence[Predictions], metric: str, resamples: int, seed: int) -> Interval:
-    """The mean of `metric` over the seeds, and its 95 % interval over slides and seeds."""
-    return interval(*_drawn(runs, metric, resamples, seed))
-
-
-def difference(
-    ours: Sequence[Predictions], theirs: Sequence[Predictions], metric: str, resamples: int, seed: int
-) -> Interval:
-    """The mean of ours minus that of theirs; both see the same slides, and the same seeds where both have several."""
-    for other in [*ours, *theirs]:
-        check_same(ours[0], other)
-    (a, a_R), (b, b_R) = (_drawn(runs, metric, resamples, seed) for runs in (ours, theirs))
-    return interval(a - b, a_R - b_R)
-
-
-def gap_closed(
-    ours: Sequence[Predictions],
-    least: Sequence[Predictions],
-    most: Sequence[Predictions],
-    metric: str,
-    resamples: int,
-    seed: int,
-) -> Interval:
-    """(ours - least) / (most - least): 0 where nothing is gained, 1 where `most`, such as the teacher, is reached.
-
-    NaN where `most` is not better than `least`; such resamples are left out.
-    """
-    for other in [*ours, *least, *most]:
-        check_same(ours[0], other)
-    (a, a_R), (low, low_R), (high, high_R) = (_drawn(runs, metric, resamples, seed) for runs in (ours, least, most))
-    gap, gap_R = high - low, high_R - low_R
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share_R = np.where(gap_R > 0, (a_R - low_R) / gap_R, np.nan)
-    return interval((a - low) / gap if gap > 0 else np.nan, share_R)
-
-
-def _drawn(runs: Sequence[Predictions], metric: str, resamples: int, seed: int) -> tuple[float, Floats]:
-    """The mean over the runs, and that of each resample, (R,).
+def draw_mean(runs: Sequence[Predictions], metric: str, resamples: int, seed: int) -> Floats:
+    """The mean of `metric` over the runs, and after it that of each resample: (1 + R,).
 
     All runs see the same slides in a resample. Which seeds it takes depends on their number only, so that two methods
     of as many seeds are compared seed by seed.
@@ -97,25 +62,48 @@ def _drawn(runs: Sequence[Predictions], metric: str, resamples: int, seed: int) 
     values_S = np.array([score(run.level, run.probability)[metric] for run in runs])
     samples_SR = np.stack([bootstrap(run, resamples, seed, [metric])[metric] for run in runs])
     taken_RS = np.random.default_rng([seed, len(runs)]).integers(len(runs), size=(resamples, len(runs)))
-    return float(values_S.mean()), samples_SR[taken_RS, np.arange(resamples)[:, None]].mean(axis=1)
+    return np.append(values_S.mean(), samples_SR[taken_RS, np.arange(resamples)[:, None]].mean(axis=1))
+
+
+def share_of_gap(ours: Floats, least: Floats, most: Floats) -> Floats:
+    """(ours - least) / (most - least): 0 where nothing is gained, 1 where `most`, such as the teacher, is reached.
+
+    NaN where `most` is not better than `least`.
+    """
+    gap = most - least
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(gap > 0, (ours - least) / gap, np.nan)
+
+
+def as_interval(drawn: Floats) -> Interval:
+    """A value and its resamples, as of `draw_mean` or the difference of two such, with the 95 % interval."""
+    return interval(float(drawn[0]), drawn[1:])
 
 
 def compare_rows(
     rows: Mapping[str, Sequence[Predictions]], resamples: int, seed: int
 ) -> tuple[dict[str, dict[str, Compared]], dict[str, Interval]]:
-    """Scores of each row and its difference to LGD-Net; and the share of the gap to the teacher that LGD-Net closes."""
-    ours, baseline, bound = rows[LGD_NET], rows[BASELINE], rows[UPPER_BOUND]
+    """Scores of each row and its difference to LGD-Net; and the share of the gap to the teacher that LGD-Net closes.
+
+    Raises `DataError` where rows hold different patches.
+    """
+    for run in itertools.chain(*rows.values()):
+        check_same(rows[LGD_NET][0], run)
+    drawn = {
+        name: {metric: draw_mean(runs, metric, resamples, seed) for metric in METRICS} for name, runs in rows.items()
+    }
+    ours, baseline, bound = drawn[LGD_NET], drawn[BASELINE], drawn[UPPER_BOUND]
     compared = {
         name: {
             metric: Compared(
-                mean=mean_of(runs, metric, resamples, seed),
-                lgd_minus=None if name == LGD_NET else difference(ours, runs, metric, resamples, seed),
+                mean=as_interval(values),
+                lgd_minus=None if name == LGD_NET else as_interval(ours[metric] - values),
             )
-            for metric in METRICS
+            for metric, values in row.items()
         }
-        for name, runs in rows.items()
+        for name, row in drawn.items()
     }
-    closed = {metric: gap_closed(ours, baseline, bound, metric, resamples, seed) for metric in METRICS}
+    closed = {name: as_interval(share_of_gap(ours[name], baseline[name], bound[name])) for name in METRICS}
     return compared, closed
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
 from lgd.metrics import Interval, Predictions, score
-from lgd.report.ablation_table import difference, gap_closed, mean_of
+from lgd.report.ablation_table import as_interval, compare_rows, draw_mean, share_of_gap
 
 
 def answers(seed, skill=0.5, slides=12, patches=5, name="x"):
@@ -24,7 +24,7 @@ def answers(seed, skill=0.5, slides=12, patches=5, name="x"):
 
 def test_the_mean_is_that_of_the_seeds_and_the_interval_is_of_slides_and_seeds():
     runs = [answers(seed, skill) for seed, skill in enumerate((0.2, 0.5, 0.8))]
-    found = mean_of(runs, "accuracy", 2000, seed=0)
+    found = as_interval(draw_mean(runs, "accuracy", 2000, seed=0))
     each = [score(run.level, run.probability)["accuracy"] for run in runs]
     assert found.value == pytest.approx(np.mean(each))
     # Naive: draw slides and seeds, score, average.
@@ -39,7 +39,7 @@ def test_the_mean_is_that_of_the_seeds_and_the_interval_is_of_slides_and_seeds()
     low, high = np.percentile(samples, [2.5, 97.5])
     assert found.low == pytest.approx(low, abs=0.03) and found.high == pytest.approx(high, abs=0.03)
     # Wider than over the slides alone, since these seeds differ much.
-    alone = mean_of([runs[1]] * 3, "accuracy", 2000, seed=0)
+    alone = as_interval(draw_mean([runs[1]] * 3, "accuracy", 2000, seed=0))
     assert found.high - found.low > 1.5 * (alone.high - alone.low)
 
 
@@ -47,7 +47,10 @@ def test_the_mean_is_that_of_the_seeds_and_the_interval_is_of_slides_and_seeds()
 @settings(max_examples=20)
 def test_a_method_does_not_differ_from_itself(seeds, seed):
     runs = [answers(number) for number in range(seeds)]
-    assert difference(runs, runs, "kappa", 50, seed) == Interval(value=0.0, low=0.0, high=0.0)
+    rows = dict.fromkeys(("LGD-Net", "H&E-only", "IHC teacher", "other"), runs)
+    compared, _ = compare_rows(rows, 50, seed)
+    assert compared["other"]["kappa"].lgd_minus == Interval(value=0.0, low=0.0, high=0.0)
+    assert compared["LGD-Net"]["kappa"].lgd_minus is None
 
 
 def test_a_difference_is_paired_and_finds_what_intervals_of_each_would_not():
@@ -60,21 +63,22 @@ def test_a_difference_is_paired_and_finds_what_intervals_of_each_would_not():
         probability[rows] = 0.1
         probability[rows, run.level[rows]] = 0.7
         better.append(Predictions(name="y", keys=run.keys, groups=run.groups, level=run.level, probability=probability))
-    found = difference(better, worse, "accuracy", 500, 0)
-    one, other = (mean_of(runs, "accuracy", 500, 0) for runs in (better, worse))
+    drawn = [draw_mean(runs, "accuracy", 500, 0) for runs in (better, worse)]
+    found, one, other = map(as_interval, (drawn[0] - drawn[1], *drawn))
     assert found.low > 0 and found.value == pytest.approx(one.value - other.value)
     assert found.high - found.low < other.high - other.low
 
 
 def test_the_gap_is_0_at_the_least_and_1_at_the_most():
-    least, most = [answers(seed, 0.3) for seed in range(3)], [answers(9, 0.95)]
-    assert gap_closed(least, least, most, "kappa", 100, 0).value == 0
-    assert gap_closed(most, least, most, "kappa", 100, 0).value == 1
-    half = gap_closed([answers(seed, 0.65) for seed in range(3)], least, most, "kappa", 300, 0)
+    runs = [answers(seed, 0.3) for seed in range(3)], [answers(9, 0.95)], [answers(seed, 0.65) for seed in range(3)]
+    least, most, middle = (draw_mean(some, "kappa", 300, 0) for some in runs)
+    assert as_interval(share_of_gap(least, least, most)).value == 0
+    assert as_interval(share_of_gap(most, least, most)).value == 1
+    half = as_interval(share_of_gap(middle, least, most))
     assert 0.2 < half.low <= half.value <= half.high < 0.9
-    assert gap_closed(least, most, least, "kappa", 100, 0).value is None
+    assert as_interval(share_of_gap(least, most, least)).value is None
 
 
 def test_other_patches_are_refused():
     with pytest.raises(DataError, match="do not hold the same patches"):
-        difference([answers(0)], [answers(0, slides=11)], "kappa", 10, 0)
+        compare_rows({"LGD-Net": [answers(0)], "H&E-only": [answers(0, slides=11)]}, 10, 0)

@@ -16,9 +16,9 @@ from lgd.base.errors import require
 from lgd.base.markup import markdown_table
 from lgd.base.text import print_lines
 from lgd.cli import run_command
-from lgd.metrics import Predictions
+from lgd.metrics import Predictions, check_same
 from lgd.report.ablation import SINGLE_RUN_ROWS, read_kept, slug
-from lgd.report.ablation_table import METRICS, AblationDocument, difference, mean_of
+from lgd.report.ablation_table import METRICS, AblationDocument, as_interval, draw_mean
 from lgd.report.results import format_interval
 
 
@@ -50,16 +50,13 @@ def run(args: list[str]) -> int:
         require(bool(shortcut), f"{pair}: give NAME=CONTROL,SHORTCUT, such as 0.2=runs/control,runs/shortcut")
         plain, short = read_answers(Path(control)), read_answers(Path(shortcut))
         for method in [method for method in plain if method in short]:
-            how = asked.metric, asked.resamples, 0
-            rows.append(
-                [
-                    name,
-                    method,
-                    format_interval(mean_of(plain[method], *how)),
-                    format_interval(mean_of(short[method], *how)),
-                    format_interval(difference(short[method], plain[method], *how), "+.3f"),
-                ]
+            for answers in (*plain[method], *short[method]):
+                check_same(plain[method][0], answers)
+            control_R, shortcut_R = (
+                draw_mean(runs[method], asked.metric, asked.resamples, 0) for runs in (plain, short)
             )
+            intervals = [format_interval(as_interval(drawn)) for drawn in (control_R, shortcut_R)]
+            rows.append([name, method, *intervals, format_interval(as_interval(shortcut_R - control_R), "+.3f")])
     print_lines(*markdown_table(["", METRICS[asked.metric], "control", "shortcut", "shortcut minus control"], rows))
     return 0
 
