@@ -136,27 +136,31 @@ def confidence_bins(probability_n4: Floats) -> Ints:
     return bin_n
 
 
-def score_with_intervals(predictions: Predictions, resamples: int, seed: int) -> dict[str, Interval]:
-    """Every name of `METRICS` -> value and 95 % percentile interval over resampled groups (Efron 1979).
+def score_with_intervals(
+    predictions: Predictions, resamples: int, seed: int, metrics: Sequence[str] = METRICS
+) -> dict[str, Interval]:
+    """Each metric -> value and 95 % percentile interval over resampled groups (Efron 1979).
 
     A resample in which a metric is undefined is left out of its interval. With fewer than two groups behind it
     a metric has no interval: NaN. An interval that misses its value is widened to it: resampling raises ECE, so
     that its percentiles can all lie above the value.
     """
     values = score(predictions.level, predictions.probability)
-    samples = bootstrap(predictions, resamples, seed)
-    return {name: interval(values[name], samples[name]) for name in METRICS}
+    samples = bootstrap(predictions, resamples, seed, metrics)
+    return {name: interval(values[name], samples[name]) for name in metrics}
 
 
-def paired_difference(a: Predictions, b: Predictions, metric: str, resamples: int, seed: int) -> Interval:
-    """`metric` of `a` minus that of `b`, both resampled over the same groups.
+def paired_differences(
+    a: Predictions, b: Predictions, metrics: Sequence[str], resamples: int, seed: int
+) -> dict[str, Interval]:
+    """Each metric of `a` minus that of `b`, both resampled over the same groups.
 
     Raises `DataError` unless both hold the same patches in the same order.
     """
     check_same(a, b)
-    values = [score(p.level, p.probability)[metric] for p in (a, b)]
-    samples = [bootstrap(p, resamples, seed, [metric])[metric] for p in (a, b)]
-    return interval(values[0] - values[1], samples[0] - samples[1])
+    value_a, value_b = (score(p.level, p.probability) for p in (a, b))
+    of_a, of_b = (bootstrap(p, resamples, seed, metrics) for p in (a, b))
+    return {name: interval(value_a[name] - value_b[name], of_a[name] - of_b[name]) for name in metrics}
 
 
 def check_same(a: Predictions, b: Predictions) -> None:

@@ -198,15 +198,15 @@ def test_a_level_of_one_group_has_no_interval():
 
 def test_paired_difference_sees_the_same_groups():
     a, b = some(skill=1.0, name="a"), some(skill=2.0, name="b")
-    assert metrics.paired_difference(a, a, "kappa", 50, seed=0) == metrics.Interval(value=0, low=0, high=0)
-    found = metrics.paired_difference(a, b, "brier", 200, seed=0)
+    assert metrics.paired_differences(a, a, ["kappa"], 50, seed=0)["kappa"] == metrics.Interval(value=0, low=0, high=0)
+    found = metrics.paired_differences(a, b, ["brier"], 200, seed=0)["brier"]
     samples = bootstrap(a, 200, 0)["brier"] - bootstrap(b, 200, 0)["brier"]
     assert found.value == score(a.level, a.probability)["brier"] - score(b.level, b.probability)["brier"]
     assert [found.low, found.high] == pytest.approx(np.percentile(samples, [2.5, 97.5]).tolist())
     alone = metrics.score_with_intervals(a, 200, seed=0)["brier"]
     assert found.high - found.low < alone.high - alone.low
     with pytest.raises(DataError, match="a and c do not hold the same patches"):
-        metrics.paired_difference(a, some(n=59, name="c"), "kappa", 10, seed=0)
+        metrics.paired_differences(a, some(n=59, name="c"), ["kappa"], 10, seed=0)["kappa"]
 
 
 def test_predictions_that_cannot_be_scored_are_refused():

@@ -15,7 +15,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.io.files import exists, list_folder, read_bytes, remove, write_bytes
 from lgd.io.folders import WorkingFolder
 from lgd.io.location import Location
-from lgd.metrics import paired_difference
+from lgd.metrics import paired_differences
 from lgd.report.caveats import COLOUR, HOW, chance_retrieval_caveats, colour_shortcut_caveats
 from lgd.report.evaluation import Evaluation
 from lgd.report.figures import confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
@@ -77,7 +77,7 @@ def _measure_results(evaluation: Evaluation) -> Results:
         Difference(
             of=student.name,
             minus=other.name,
-            metrics={name: paired_difference(student, other, name, resamples, seed) for name in _HEADLINE},
+            metrics=paired_differences(student, other, [*_HEADLINE], resamples, seed),
         )
         for other in evaluation.others
     )

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lgd.config import Config
-from lgd.metrics import Interval, Predictions, paired_difference, score_with_intervals
+from lgd.metrics import Predictions, paired_differences, score_with_intervals
 from lgd.report.results import AtStrength, ChangeText, ModelRobustness, Robustness, UnderChange
 from lgd.scoring.predict import Scorer, score_shards
 from lgd.shards.archive import Shard
@@ -56,16 +56,11 @@ class Change:
     """Strength -> how a table names it; 0, the image as it is, is not among them."""
     why: str
     """Why these strengths."""
-    apply: Callable[[Images, Sequence[str], str, float, int], Images]
-    """(images, keys, role, strength, seed) -> images, for a strength above 0."""
+    apply: Callable[[str, float, int, Images, Sequence[str]], Images]
+    """(role, strength, seed, images, keys) -> images; the role, he or ihc, says which stains they hold."""
 
 
-def altered(change: Change, role: str, strength: float, seed: int, image_BHW3: Images, keys: Sequence[str]) -> Images:
-    """The images under a change; `role` (he or ihc) says which stains they hold. Strength 0: the images themselves."""
-    return image_BHW3 if strength == 0 else change.apply(image_BHW3, keys, role, strength, seed)
-
-
-def stain_shift(image_BHW3: Images, keys: Sequence[str], role: str, strength: float, seed: int) -> Images:
+def stain_shift(role: str, strength: float, seed: int, image_BHW3: Images, keys: Sequence[str]) -> Images:
     """Scale the amounts of an image's two stains by 1 - strength to 1 + strength, and turn their vectors.
 
     Each stain has its own uniform draw, and turns by `TURN` * strength degrees in a random direction; a stain takes no
@@ -100,7 +95,7 @@ def _restain(image_BHW3: Images, stains_33: torch.Tensor, amount_B2: torch.Tenso
     return _as_uint8((rgb_B3HW * torch.pow(10.0, -added_B3HW)).permute(0, 2, 3, 1).numpy())
 
 
-def other_background(image_BHW3: Images, keys: Sequence[str], role: str, strength: float, seed: int) -> Images:
+def other_background(role: str, strength: float, seed: int, image_BHW3: Images, keys: Sequence[str]) -> Images:
     """Light a white-backed image as grey ones are lit, and a grey-backed one as white ones are.
 
     The whole image is multiplied, as by another exposure, by the power `strength` of the ratio of the two backgrounds:
@@ -113,14 +108,14 @@ def other_background(image_BHW3: Images, keys: Sequence[str], role: str, strengt
     return _as_uint8(image_BHW3 * gain_B.astype(np.float32)[:, None, None, None])
 
 
-def recompressed(image_BHW3: Images, keys: Sequence[str], role: str, strength: float, seed: int) -> Images:
+def recompressed(role: str, strength: float, seed: int, image_BHW3: Images, keys: Sequence[str]) -> Images:
     """Encode as JPEG of quality 100 - strength, and decode again."""
     quality = round(100 - strength)
     again = [decode(encode(image, "jpg", quality), key) for image, key in zip(image_BHW3, keys, strict=True)]
     return np.stack(again)
 
 
-def blurred(image_BHW3: Images, keys: Sequence[str], role: str, strength: float, seed: int) -> Images:
+def blurred(role: str, strength: float, seed: int, image_BHW3: Images, keys: Sequence[str]) -> Images:
     """Convolve with a Gaussian of `strength` pixels; the edges are mirrored."""
     from scipy.ndimage import gaussian_filter
 
@@ -184,18 +179,13 @@ def measure(config: Config, networks: Sequence[tuple[Scorer, Predictions]], shar
             logger.info("[report] %s: scoring the split under change of %s", scorer.name, change.name)
             rows = []
             for strength, label in change.strengths.items():
-                alter = partial(altered, change, scorer.role, strength, seed)
+                alter = partial(change.apply, scorer.role, strength, seed)
                 after, _ = score_shards(scorer, shards, threads=threads, alter=alter)
-                metrics = _measures(after, resamples, seed)
-                less = {name: paired_difference(after, before, name, resamples, seed) for name in MEASURES}
+                metrics = score_with_intervals(after, resamples, seed, MEASURES)
+                less = paired_differences(after, before, MEASURES, resamples, seed)
                 rows.append(AtStrength(strength=strength, label=label, metrics=metrics, minus_unchanged=less))
             changes.append(UnderChange(name=change.name, at=tuple(rows)))
-        unchanged = _measures(before, resamples, seed)
+        unchanged = score_with_intervals(before, resamples, seed, MEASURES)
         models.append(ModelRobustness(name=before.name, unchanged=unchanged, changes=tuple(changes)))
     texts = tuple(ChangeText(name=each.name, what=each.what, why=each.why) for each in CHANGES)
     return Robustness(seed=seed, changes=texts, models=tuple(models))
-
-
-def _measures(predictions: Predictions, resamples: int, seed: int) -> dict[str, Interval]:
-    found = score_with_intervals(predictions, resamples, seed)
-    return {name: found[name] for name in MEASURES}

@@ -4,12 +4,13 @@ Neither way is chosen, and the share is not tuned, on the patches that are score
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.metrics import LEVELS, Predictions, confusion, paired_difference, score_with_intervals
+from lgd.metrics import LEVELS, METRICS, Predictions, confusion, paired_differences, score_with_intervals
 from lgd.report.results import AreaScores, ModelScores, Scores
 
 PERCENT = 10
@@ -82,27 +83,24 @@ def score_model(predictions: Predictions, resamples: int, seed: int) -> ModelSco
     except DataError as error:
         nothing = {"by_slide": None, "by_area": None, "area_minus_mean": None}
         return ModelScores(name=predictions.name, by_patch=by_patch, **nothing, no_slides=str(error))
-    of_area, patches = _score_known(area, resamples, seed), Counter(predictions.groups)
+    patches = Counter(predictions.groups)
     return ModelScores(
         name=predictions.name,
         by_patch=by_patch,
         by_slide=_score_known(mean, resamples, seed),
         by_area=AreaScores(
-            scored=of_area.scored,
-            groups=of_area.groups,
-            metrics={name: of_area.metrics[name] for name in ANSWERS},
-            confusion=of_area.confusion,
+            **dict(_score_known(area, resamples, seed, ANSWERS)),
             one_patch_decides=sum(PERCENT * patches[slide] < 100 for slide in area.keys),
         ),
-        area_minus_mean={name: paired_difference(area, mean, name, resamples, seed) for name in ANSWERS},
+        area_minus_mean=paired_differences(area, mean, ANSWERS, resamples, seed),
         no_slides=None,
     )
 
 
-def _score_known(known: Predictions, resamples: int, seed: int) -> Scores:
+def _score_known(known: Predictions, resamples: int, seed: int, metrics: Sequence[str] = METRICS) -> Scores:
     return Scores(
         scored=len(known.keys),
         groups=len(set(known.groups)),
-        metrics=score_with_intervals(known, resamples, seed),
+        metrics=score_with_intervals(known, resamples, seed, metrics),
         confusion=confusion(known.level, known.predicted).tolist(),
     )

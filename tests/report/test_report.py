@@ -8,7 +8,7 @@ from PIL import Image
 
 from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
-from lgd.metrics import METRICS, Predictions, paired_difference, score
+from lgd.metrics import METRICS, Predictions, paired_differences, score
 from lgd.report.caveats import COLOUR, HOW, caveats_of
 from lgd.report.embeddings import Embedding, measure
 from lgd.report.evaluation import Evaluation
@@ -127,7 +127,7 @@ def test_the_document_holds_every_number(written):
         assert np.sum(made["by_slide"]["confusion"]) == made["by_slide"]["groups"] == 12
     for row, other in zip(document["differences"], scored[1:], strict=True):
         assert (row["of"], row["minus"]) == ("LGD-Net", other.name)
-        assert row["metrics"]["kappa"] == paired_difference(scored[0], other, "kappa", 40, 0).as_json()
+        assert row["metrics"]["kappa"] == paired_differences(scored[0], other, ["kappa"], 40, 0)["kappa"].as_json()
 
 
 def test_latents_that_are_all_alike_are_told(written, tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
-from lgd.metrics import Predictions, paired_difference, score
+from lgd.metrics import Predictions, paired_differences, score
 from lgd.report.slides import ANSWERS, by_area, by_slide, score_model
 
 ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=1, max_size=60)
@@ -76,7 +76,7 @@ def test_score_model_are_scored_and_compared():
     area, mean = by_area(p), by_slide(p)
     values = score(area.level, area.probability)
     assert all(found.by_area.metrics[name].value == values[name] for name in ANSWERS)
-    assert found.area_minus_mean["kappa"] == paired_difference(area, mean, "kappa", 50, 0)
+    assert found.area_minus_mean["kappa"] == paired_differences(area, mean, ["kappa"], 50, 0)["kappa"]
     assert found.area_minus_mean["accuracy"].value < 0, "upward errors weigh more by area"
     assert found.by_area.one_patch_decides == 12
     assert found.by_area.scored == found.by_slide.scored == 12
