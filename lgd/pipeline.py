@@ -152,8 +152,8 @@ def evaluate(
     doing = exclusive(folder, "evaluating")
     with doing, stage("report", "evaluate", config, folder, given, shards) as (opened, outcome):
         provenance = {"command": command(config, "evaluate"), **Environment.here().as_json()}
-        measured = evaluation.evaluate(config, opened, provenance, {*code, *config.code})
-        results = report.write_report(as_location(folder), measured)
+        results, scored, queries = evaluation.evaluate(config, opened, provenance, {*code, *config.code})
+        report.write_report(as_location(folder), results, scored, queries)
         report.show_pictures(as_location(folder), as_location(config.student.dir))
         outcome.done = f"written: {folder}"
         headline = {model.name: model.by_patch.as_json()["metrics"] for model in results.models}

@@ -28,7 +28,7 @@ scoring.images scoring.predict scoring.slide_rows
 retrieval.index_files retrieval.search retrieval.factory retrieval.index retrieval.answers retrieval.queries
 runs.folder
 report.results report.caveats report.ablation_table report.figures report.sheet report.embeddings
-report.robustness report.evaluation report.slides report.report report.ablation
+report.robustness report.slides report.evaluation report.report report.ablation
 pipeline
 cli.contents cli.verb cli.stages cli.answers cli.checks
 """.split()

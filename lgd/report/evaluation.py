@@ -8,14 +8,22 @@ import numpy as np
 from pydantic import JsonValue
 
 from lgd.base.errors import DataError
-from lgd.config import Config
-from lgd.metrics import Predictions
-from lgd.report import robustness
-from lgd.report.caveats import ONE_TRAINING, UNTAUGHT, caveats_of, colour_only
+from lgd.config import LEVEL_NAMES, Config
+from lgd.metrics import Predictions, paired_differences
+from lgd.report.caveats import (
+    ONE_TRAINING,
+    UNTAUGHT,
+    caveats_of,
+    chance_retrieval_caveats,
+    colour_only,
+    colour_shortcut_caveats,
+)
 from lgd.report.embeddings import Embedding, he_only, measure
 from lgd.report.figures import Query
-from lgd.report.results import Retrieval, Robustness
+from lgd.report.results import HEADLINE, Difference, Results, Retrieval, Robustness
+from lgd.report.robustness import measure as measure_robustness
 from lgd.report.sheet import Gallery
+from lgd.report.slides import SLIDE_RULES, score_model
 from lgd.retrieval.answers import name_level
 from lgd.retrieval.queries import check_pair, search
 from lgd.retrieval.search import Searcher, read_document, require_faiss
@@ -30,29 +38,6 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Evaluation:
-    """What was measured on one split."""
-
-    student: Predictions
-    others: Sequence[Predictions] = ()
-    """What the student is compared with: further students, stain and background alone, the teacher."""
-    retrieval: Retrieval | None = None
-    queries: Sequence[Query] = ()
-    """Rows of the contact sheet."""
-    robustness: Robustness | None = None
-    caveats: Sequence[str]
-    provenance: dict[str, JsonValue]
-    """Its `command` is shown as the way to reproduce the report."""
-    resamples: int
-    seed: int
-
-    @property
-    def rows(self) -> list[Predictions]:
-        """The models of the report's tables, in their order."""
-        return [self.student, *self.others]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Network:
     """A network, and what it gave on the report's split."""
 
@@ -62,8 +47,10 @@ class Network:
     """Hallucinated or true latents, or the features of H&E alone."""
 
 
-def evaluate(config: Config, shards: ShardSet, provenance: dict[str, JsonValue], code: Collection[str]) -> Evaluation:
-    """Score the student, `report.also` and the teacher on the report's split.
+def evaluate(
+    config: Config, shards: ShardSet, provenance: dict[str, JsonValue], code: Collection[str]
+) -> tuple[Results, list[Predictions], list[Query]]:
+    """Score the student, `report.also` and the teacher on the report's split; what `write_report` writes.
 
     `provenance` is what is known before the scoring; `code` is what the networks may run of code outside LGD. Raises
     `DataError` for a split without patches, and for a student and a store that do not belong together.
@@ -94,19 +81,17 @@ def evaluate(config: Config, shards: ShardSet, provenance: dict[str, JsonValue],
         unknown = np.full_like(networks[0].predictions.level, -1)
         networks = [replace(one, predictions=replace(one.predictions, level=unknown)) for one in networks]
     student, *rivals, teacher = networks
-    retrieval = queries = shifted = None
+    retrieval = shifted = None
+    queries: list[Query] = []
     if store is not None:
         retrieval = measure_retrieval(config, store, training, split, student, rivals)
-        queries = sheet_rows(config, store, shards, student) if has_sheet else None
+        queries = sheet_rows(config, store, shards, student) if has_sheet else []
     if config.report.robustness:
-        shifted = robustness.measure(config, [(one.scorer, one.predictions) for one in networks], split)
+        shifted = measure_robustness(config, [(one.scorer, one.predictions) for one in networks], split)
     colour = colour_only(training, split, config.data.threads)
-    return Evaluation(
-        student=student.predictions,
-        others=[*(one.predictions for one in rivals), *([colour] if colour else []), teacher.predictions],
-        retrieval=retrieval,
-        queries=queries or (),
-        robustness=shifted,
+    scored = [*(one.predictions for one in (student, *rivals)), *([colour] if colour else []), teacher.predictions]
+    results = measure_results(
+        scored,
         caveats=[ONE_TRAINING if labelled else UNTAUGHT, *caveats_of(shards, student.predictions)],
         provenance={
             "split": config.report.split,
@@ -117,6 +102,47 @@ def evaluate(config: Config, shards: ShardSet, provenance: dict[str, JsonValue],
         },
         resamples=config.report.bootstrap,
         seed=config.run.seed,
+        retrieval=retrieval,
+        robustness=shifted,
+    )
+    return results, scored, queries
+
+
+def measure_results(
+    scored: Sequence[Predictions],
+    *,
+    caveats: Sequence[str],
+    provenance: dict[str, JsonValue],
+    resamples: int,
+    seed: int,
+    retrieval: Retrieval | None = None,
+    robustness: Robustness | None = None,
+) -> Results:
+    """What a report says of some models, the student first; `DataError` where they were scored on other patches."""
+    student, *others = scored
+    labels = student.level[student.level >= 0]
+    models = tuple(score_model(predictions, resamples, seed) for predictions in scored)
+    differences = tuple(
+        Difference(
+            of=student.name, minus=other.name, metrics=paired_differences(student, other, [*HEADLINE], resamples, seed)
+        )
+        for other in others
+    )
+    return Results(
+        caveats=(*caveats, *colour_shortcut_caveats(models, differences), *chance_retrieval_caveats(retrieval)),
+        provenance=provenance,
+        resamples=resamples,
+        seed=seed,
+        patches=len(student.keys),
+        labelled=len(labels),
+        groups=len(set(student.groups)),
+        levels={name: int((labels == level).sum()) for level, name in enumerate(LEVEL_NAMES)},
+        always_the_commonest_level=float(np.bincount(labels).max() / len(labels)) if len(labels) else None,
+        slide_rules=SLIDE_RULES,
+        models=models,
+        differences=differences,
+        retrieval=retrieval,
+        robustness=robustness,
     )
 
 

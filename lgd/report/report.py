@@ -15,12 +15,11 @@ from lgd.config import LEVEL_NAMES
 from lgd.io.files import exists, list_folder, read_bytes, remove, write_bytes
 from lgd.io.folders import WorkingFolder
 from lgd.io.location import Location
-from lgd.metrics import paired_differences
-from lgd.report.caveats import COLOUR, HOW, chance_retrieval_caveats, colour_shortcut_caveats
-from lgd.report.evaluation import Evaluation
-from lgd.report.figures import confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
+from lgd.metrics import Predictions
+from lgd.report.caveats import COLOUR, HOW
+from lgd.report.figures import Query, confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
 from lgd.report.results import (
-    Difference,
+    HEADLINE,
     Results,
     Scores,
     format_interval,
@@ -28,15 +27,7 @@ from lgd.report.results import (
     robustness_section,
     slide_rules_section,
 )
-from lgd.report.slides import SLIDE_RULES, score_model
 
-_HEADLINE = {
-    "accuracy": "accuracy",
-    "kappa": "quadratic weighted kappa",
-    "macro_f1": "macro-F1",
-    "within_one": "within one level",
-    "ece": "ECE",
-}
 _SENSITIVITY = {f"sensitivity_{level}": name for level, name in enumerate(LEVEL_NAMES)}
 _AUC = {"auc_0_vs_rest": "0 against rest", "auc_low": "1+/2+ against rest", "auc_3_vs_rest": "3+ against rest"}
 _PICTURES = {
@@ -47,60 +38,24 @@ _PICTURES = {
 }
 
 
-def write_report(folder: Location, evaluation: Evaluation) -> Results:
-    """Write the report of one split into `folder` and return what `metrics.json` holds.
-
-    Raises `DataError` where models were scored on different patches.
-    """
-    student, results = evaluation.student, _measure_results(evaluation)
+def write_report(
+    folder: Location, results: Results, scored: Sequence[Predictions], queries: Sequence[Query] = ()
+) -> None:
+    """Write the report of one split into `folder`: `results`, and pictures of the models, the student first."""
+    student, *_ = scored
     # A picture of an earlier report would pass for one of this.
     for name in _PICTURES:
         remove(folder / name)
     if results.labelled:
         confusion_matrix(student, folder / "confusion.png", f"{student.name}: {results.labelled} patches")
-        reliability_diagram(evaluation.rows, folder / "reliability.png")
-        if evaluation.robustness is not None:
-            robustness_curves(evaluation.robustness, folder / "robustness.png")
-    if evaluation.queries:
-        contact_sheet(evaluation.queries, folder / "queries.png")
+        reliability_diagram(scored, folder / "reliability.png")
+        if results.robustness is not None:
+            robustness_curves(results.robustness, folder / "robustness.png")
+    if queries:
+        contact_sheet(queries, folder / "queries.png")
     results.write(folder / "metrics.json")
     pictures = [name for name in _PICTURES if exists(folder / name)]
     write_bytes(folder / "summary.md", _summarise(results, pictures).encode())
-    return results
-
-
-def _measure_results(evaluation: Evaluation) -> Results:
-    student, resamples, seed = evaluation.student, evaluation.resamples, evaluation.seed
-    labels = student.level[student.level >= 0]
-    models = tuple(score_model(predictions, resamples, seed) for predictions in evaluation.rows)
-    differences = tuple(
-        Difference(
-            of=student.name,
-            minus=other.name,
-            metrics=paired_differences(student, other, [*_HEADLINE], resamples, seed),
-        )
-        for other in evaluation.others
-    )
-    return Results(
-        caveats=(
-            *evaluation.caveats,
-            *colour_shortcut_caveats(models, differences),
-            *chance_retrieval_caveats(evaluation.retrieval),
-        ),
-        provenance=evaluation.provenance,
-        resamples=resamples,
-        seed=seed,
-        patches=len(student.keys),
-        labelled=len(labels),
-        groups=len(set(student.groups)),
-        levels={name: int((labels == level).sum()) for level, name in enumerate(LEVEL_NAMES)},
-        always_the_commonest_level=float(np.bincount(labels).max() / len(labels)) if len(labels) else None,
-        slide_rules=SLIDE_RULES,
-        models=models,
-        differences=differences,
-        retrieval=evaluation.retrieval,
-        robustness=evaluation.robustness,
-    )
 
 
 def show_pictures(report: Location, student: Location) -> None:
@@ -160,7 +115,7 @@ def _score_sections(results: Results) -> list[str]:
     by_slide = [(model.name, model.by_slide) for model in models if model.by_slide]
     text = [
         "## Scores by patch\n",
-        *_scores_table(by_patch, "patches", _HEADLINE),
+        *_scores_table(by_patch, "patches", HEADLINE),
         f"Brackets hold 95 % intervals from {results.resamples} resamples of the groups. One of no width means "
         "that all groups agree, not that the value is certain; [–] means that fewer than two groups stand behind the "
         "value. Always answering the commonest level would reach an "
@@ -169,7 +124,7 @@ def _score_sections(results: Results) -> list[str]:
         "## Scores by slide\n",
     ]
     if by_slide:
-        text += _scores_table(by_slide, "slides", _HEADLINE)
+        text += _scores_table(by_slide, "slides", HEADLINE)
         text.append("The probabilities of a group's patches are averaged.\n")
         text += slide_rules_section(results)
     else:
@@ -180,10 +135,10 @@ def _score_sections(results: Results) -> list[str]:
     if results.differences:
         text += ["## Paired differences, by patch\n"]
         rows = [
-            [f"{row.of} minus {row.minus}", *(format_interval(row.metrics[name], "+.3f") for name in _HEADLINE)]
+            [f"{row.of} minus {row.minus}", *(format_interval(row.metrics[name], "+.3f") for name in HEADLINE)]
             for row in results.differences
         ]
-        text += markdown_table(["", *_HEADLINE.values()], rows)
+        text += markdown_table(["", *HEADLINE.values()], rows)
         text.append(
             "Both models see the same resamples. An interval that holds 0 shows no difference. Of ECE, lower is "
             "better.\n"

@@ -12,6 +12,8 @@ from lgd.io.documents import Document
 from lgd.metrics import Interval
 
 _ANSWERS = {"accuracy": "accuracy", "kappa": "quadratic weighted kappa", "macro_f1": "macro-F1"}
+HEADLINE = _ANSWERS | {"within_one": "within one level", "ece": "ECE"}
+"""The metrics of the first table, and their names there."""
 
 
 class Scores(Record):

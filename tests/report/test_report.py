@@ -11,7 +11,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.metrics import METRICS, Predictions, paired_differences, score
 from lgd.report.caveats import COLOUR, HOW, caveats_of
 from lgd.report.embeddings import Embedding, measure
-from lgd.report.evaluation import Evaluation
+from lgd.report.evaluation import measure_results
 from lgd.report.figures import Query, confusion_matrix, contact_sheet
 from lgd.report.report import format_table, write_report
 from lgd.report.results import Results
@@ -54,18 +54,16 @@ def query(level=2, ihc=True):
     )
 
 
-def evaluation(scored, **changed):
+def report(folder, scored, queries=(), **changed):
     options = {
         "caveats": ["Mind this."],
         "provenance": {"command": "lgd evaluate --config c.yaml", "model": "abc"},
         "resamples": 40,
         "seed": 0,
     } | changed
-    return Evaluation(student=scored[0], others=scored[1:], **options)
-
-
-def report(folder, scored, **changed):
-    return write_report(folder, evaluation(scored, **changed)).document()
+    results = measure_results(scored, **options)
+    write_report(folder, results, scored, queries)
+    return results.document()
 
 
 def strict(path):
