@@ -18,25 +18,14 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lgd.config import Config
-    from lgd.config_files import load_config
-    from lgd.retrieval.queries import query
-    from lgd.scoring.predict import load_scorer, predict
-    from lgd.shards.builder import build_shards
-    from lgd.shards.shard_set import ShardSet
-    from lgd.store.store import Store
-
-__all__ = [
-    "Config",
-    "ShardSet",
-    "Store",
-    "__version__",
-    "build_shards",
-    "load_config",
-    "load_scorer",
-    "predict",
-    "query",
-]
+    from lgd.config import Config as Config
+    from lgd.config_files import load_config as load_config
+    from lgd.retrieval.queries import query as query
+    from lgd.scoring.predict import load_scorer as load_scorer
+    from lgd.scoring.predict import predict as predict
+    from lgd.shards.builder import build_shards as build_shards
+    from lgd.shards.shard_set import ShardSet as ShardSet
+    from lgd.store.store import Store as Store
 
 _MODULES = {
     "Config": "lgd.config",
@@ -48,6 +37,7 @@ _MODULES = {
     "predict": "lgd.scoring.predict",
     "query": "lgd.retrieval.queries",
 }
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> object:

@@ -158,7 +158,7 @@ def evaluate(
         outcome.done = f"written: {folder}"
         headline = {model.name: model.by_patch.as_json()["metrics"] for model in results.models}
         outcome.facts = {"split": config.report.split, "by_patch": headline}
-    return report.format_table(results)
+    return report.format_scores(results)
 
 
 @restore_connection()

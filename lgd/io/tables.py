@@ -63,8 +63,8 @@ def print_csv(rows: Sequence[Mapping[str, object]]) -> None:
     write_csv(sys.stdout, list(rows[0]), ([row[name] for name in rows[0]] for row in rows))
 
 
-def print_table(rows: Sequence[Mapping[str, object]]) -> None:
-    """Print rows of the same columns for a person, aligned."""
+def format_table(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """The lines of a table for a person: rows of the same columns, aligned."""
 
     def text(value: object) -> str:
         if value is None:
@@ -72,10 +72,13 @@ def print_table(rows: Sequence[Mapping[str, object]]) -> None:
         return f"{value:.3f}" if isinstance(value, float) else escape_text(value, WIDEST)
 
     cells = [[text(name) for name in rows[0]], *([text(value) for value in row.values()] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    print_lines(
-        *("  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in cells)
-    )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def print_table(rows: Sequence[Mapping[str, object]]) -> None:
+    """Print rows of the same columns for a person, aligned."""
+    print_lines(*format_table(rows))
 
 
 def read_csv(

@@ -15,6 +15,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.io.files import exists, list_folder, read_bytes, remove, write_bytes
 from lgd.io.folders import WorkingFolder
 from lgd.io.location import Location
+from lgd.io.tables import format_table
 from lgd.metrics import Predictions
 from lgd.report.caveats import COLOUR, HOW
 from lgd.report.figures import Query, confusion_matrix, contact_sheet, reliability_diagram, robustness_curves
@@ -71,16 +72,15 @@ def show_pictures(report: Location, student: Location) -> None:
         working.publish()
 
 
-def format_table(results: Results) -> str:
+def format_scores(results: Results) -> str:
     """Accuracy, kappa and macro-F1 of each model, with 95 % intervals, as text of fixed width."""
-    names = ("accuracy", "kappa", "macro_f1")
-    rows = [["model", "patches", "groups", "accuracy", "kappa", "macro-F1"]]
+    columns = {"accuracy": "accuracy", "kappa": "kappa", "macro_f1": "macro-F1"}
+    rows = []
     for model in results.models:
         scores = model.by_patch
-        intervals = [format_interval(scores.metrics[name]) for name in names]
-        rows.append([model.name, str(scores.scored), str(scores.groups), *intervals])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        intervals = {title: format_interval(scores.metrics[name]) for name, title in columns.items()}
+        rows.append({"model": model.name, "patches": scores.scored, "groups": scores.groups, **intervals})
+    return "\n".join(format_table(rows))
 
 
 def _summarise(results: Results, pictures: Sequence[str]) -> str:

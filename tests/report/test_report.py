@@ -13,7 +13,7 @@ from lgd.report.caveats import COLOUR, HOW, caveats_of
 from lgd.report.embeddings import Embedding, measure
 from lgd.report.evaluation import measure_results
 from lgd.report.figures import Query, confusion_matrix, contact_sheet
-from lgd.report.report import format_table, write_report
+from lgd.report.report import format_scores, write_report
 from lgd.report.results import Results
 from lgd.retrieval.answers import Hit, name_level
 from lgd.shards.manifest import Manifest, Split
@@ -183,7 +183,7 @@ def test_the_summary_says_what_a_reader_needs(written):
 
 def test_the_table_is_aligned_and_agrees(written):
     folder, _, document = written
-    head, *rows = format_table(Results.read(folder / "metrics.json")).splitlines()
+    head, *rows = format_scores(Results.read(folder / "metrics.json")).splitlines()
     assert [row.split("  ")[0] for row in rows] == ["LGD-Net", "H&E-only", "IHC|teacher"]
     kappa = document["models"][0]["by_patch"]["metrics"]["kappa"]
     assert rows[0][head.index("kappa") :].startswith("{value:.3f} [{low:.3f}, {high:.3f}]".format(**kappa))
@@ -201,7 +201,7 @@ def test_an_unlabelled_split_gets_no_scores(tmp_path):
     assert "Scores by" not in text
     assert not (tmp_path / "confusion.png").exists()
     assert "(queries.png)" in text
-    assert "–" in format_table(Results.read(tmp_path / "metrics.json"))
+    assert "–" in format_scores(Results.read(tmp_path / "metrics.json"))
 
 
 @pytest.mark.filterwarnings("error")
