@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 from argparse import Namespace
-from typing import NamedTuple
+from typing import Literal
 
 from lgd.base.arguments import Parser, typed
 from lgd.base.environment import version_of
@@ -59,89 +59,83 @@ def _add_doctor(parser: Parser) -> Run:
 
     def run(namespace: Namespace) -> None:
         findings = _examine(namespace.gpu)
-        for finding in findings:
-            print_lines(f"{finding.state:7} {finding.name:13} {finding.detail}")
-        if any(finding.state == "broken" for finding in findings):
+        print_lines(*(f"{state:7} {name:13} {detail}" for name, (state, detail) in findings.items()))
+        if any(state == "broken" for state, _ in findings.values()):
             raise DataError("something is broken: see the lines above")
 
     return run
 
 
-class _Finding(NamedTuple):
-    """A line of `lgd doctor`."""
-
-    name: str
-    state: str
-    """ok, lacks (a part cannot be used) or broken (nothing works)."""
-    detail: str
+_Finding = tuple[Literal["ok", "lacks", "broken"], str]
+"""Whether a part is there, cannot be used, or keeps everything from working; and what to say of it."""
 
 
-def _examine(gpu: bool) -> list[_Finding]:
+def _examine(gpu: bool) -> dict[str, _Finding]:
     """Look at everything that the framework uses; `gpu` also runs a bf16 step and a FAISS search on the GPU."""
     memory, disk = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), shutil.disk_usage(".").free
     sizes = f"{memory / 2**30:.0f} GiB memory, {disk / 2**30:.0f} GiB free here"
-    findings = [
-        _Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
-        _Finding("machine", "ok", f"{os.cpu_count()} CPUs, {sizes}"),
-    ]
+    found: dict[str, _Finding] = {
+        "python": ("ok", f"{platform.python_version()} on {platform.platform()}"),
+        "machine": ("ok", f"{os.cpu_count()} CPUs, {sizes}"),
+    }
     for name in ("torch", "webdataset", "h5py", "simplejpeg", "transformers"):
         version = version_of(name)
-        state = "ok" if version else "broken"
-        findings.append(_Finding(name, state, version or f"not installed: pip install {name}"))
+        found[name] = ("ok", version) if version else ("broken", f"not installed: pip install {name}")
     ray = version_of("ray")
-    lacking = "not installed: pip install 'ray[default,train]', or train.workers 0"
-    findings += [_Finding("ray", "ok" if ray else "lacks", ray or lacking), _find_faiss()]
+    found["ray"] = (
+        ("ok", ray) if ray else ("lacks", "not installed: pip install 'ray[default,train]', or train.workers 0")
+    )
+    found["faiss"] = _find_faiss()
     # The rest is asked through torch.
     if version_of("torch"):
-        findings += [_find_deepspeed(), _find_device()]
+        found |= {"deepspeed": _find_deepspeed(), "gpu": _find_device()}
         if gpu:
-            findings += [_try_bf16_step(), _try_faiss_gpu()]
-    return findings
+            found |= {"bf16 step": _try_bf16_step(), "faiss on GPU": _try_faiss_gpu()}
+    return found
 
 
 def _find_deepspeed() -> _Finding:
     from lgd.train.deepspeed_engine import deepspeed_problem
 
     problem = deepspeed_problem()
-    if problem:
-        return _Finding("deepspeed", "lacks", f"{problem}; training uses the torch engine")
-    return _Finding("deepspeed", "ok", version_of("deepspeed") or "")
+    return ("lacks", f"{problem}; training uses the torch engine") if problem else ("ok", version_of("deepspeed") or "")
 
 
 def _find_faiss() -> _Finding:
     cpu, gpu = version_of("faiss-cpu"), version_of("faiss-gpu")
     if cpu and gpu:
-        detail = "faiss-cpu and faiss-gpu are both installed and overwrite each other: uninstall both, install one"
-        return _Finding("faiss", "broken", detail)
+        return (
+            "broken",
+            "faiss-cpu and faiss-gpu are both installed and overwrite each other: uninstall both, install one",
+        )
     if not (cpu or gpu):
-        return _Finding("faiss", "lacks", "not installed: pip install 'lgd[cpu]' or 'lgd[gpu]'")
-    return _Finding("faiss", "ok", f"faiss-cpu {cpu}" if cpu else f"faiss-gpu {gpu}")
+        return "lacks", "not installed: pip install 'lgd[cpu]' or 'lgd[gpu]'"
+    return "ok", f"faiss-cpu {cpu}" if cpu else f"faiss-gpu {gpu}"
 
 
 def _find_device() -> _Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return _Finding("gpu", "lacks", "no CUDA device: everything runs on the CPU, more slowly")
-    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return _Finding("gpu", "ok", ", ".join(names))
+        return "lacks", "no CUDA device: everything runs on the CPU, more slowly"
+    return "ok", ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
 
 
 def _try_bf16_step() -> _Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return _Finding("bf16 step", "lacks", "no CUDA device to try it on")
+        return "lacks", "no CUDA device to try it on"
     if not torch.cuda.is_bf16_supported(including_emulation=False):
-        detail = f"{torch.cuda.get_device_name()} emulates it: set train.precision to fp32, or use a GPU from Ampere on"
-        return _Finding("bf16 step", "lacks", detail)
+        device = torch.cuda.get_device_name()
+        return "lacks", f"{device} emulates it: set train.precision to fp32, or use a GPU from Ampere on"
     layer = torch.nn.Linear(256, 256, device="cuda", dtype=torch.bfloat16)
     try:
         layer(torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)).square().mean().backward()
         torch.cuda.synchronize()
     except RuntimeError as error:
-        return _Finding("bf16 step", "broken", str(error).splitlines()[0])
-    return _Finding("bf16 step", "ok", "forward and backward ran")
+        return "broken", str(error).splitlines()[0]
+    return "ok", "forward and backward ran"
 
 
 def _try_faiss_gpu() -> _Finding:
@@ -150,19 +144,17 @@ def _try_faiss_gpu() -> _Finding:
     try:
         import faiss
     except ImportError:
-        return _Finding("faiss on GPU", "lacks", "not installed: pip install 'lgd[gpu]'")
+        return "lacks", "not installed: pip install 'lgd[gpu]'"
     if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
-        return _Finding("faiss on GPU", "lacks", "FAISS sees no GPU: pip install 'lgd[gpu]'")
+        return "lacks", "FAISS sees no GPU: pip install 'lgd[gpu]'"
     vectors = np.random.default_rng(0).standard_normal((1000, 64)).astype(np.float32)
     try:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, faiss.IndexFlatL2(64))
         index.add(vectors)
         found = index.search(vectors[:5], 1)[1][:, 0]
     except RuntimeError as error:
-        return _Finding("faiss on GPU", "broken", str(error).splitlines()[0])
-    if (found == np.arange(5)).all():
-        return _Finding("faiss on GPU", "ok", "a search ran")
-    return _Finding("faiss on GPU", "broken", "a search gave wrong answers")
+        return "broken", str(error).splitlines()[0]
+    return ("ok", "a search ran") if (found == np.arange(5)).all() else ("broken", "a search gave wrong answers")
 
 
 VERBS = {
