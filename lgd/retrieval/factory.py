@@ -84,13 +84,13 @@ class UnitVectors:
 def nearest(latents: UnitVectors, queries_nD: np.ndarray, k: int) -> np.ndarray:
     """Rows of the k nearest latents of each query, int64 (n, k), nearest first."""
     faiss = import_faiss()
-    best_nk, rows_nk = np.empty((len(queries_nD), 0), np.float32), np.empty((len(queries_nD), 0), np.int64)
+    heap = faiss.ResultHeap(len(queries_nD), k, keep_max=True)
     for first, vectors_nD in latents.blocks():
-        cosine_nk, found_nk = faiss.knn(queries_nD, vectors_nD, min(k, len(vectors_nD)), faiss.METRIC_INNER_PRODUCT)
-        best_nk, rows_nk = np.hstack([best_nk, cosine_nk]), np.hstack([rows_nk, found_nk + first])
-        kept_nk = np.argsort(-best_nk, axis=1, kind="stable")[:, :k]
-        best_nk, rows_nk = np.take_along_axis(best_nk, kept_nk, 1), np.take_along_axis(rows_nk, kept_nk, 1)
-    return rows_nk
+        cosine_nk, row_nk = faiss.knn(queries_nD, vectors_nD, min(k, len(vectors_nD)), faiss.METRIC_INNER_PRODUCT)
+        heap.add_result(cosine_nk, row_nk + first)
+    heap.finalize()
+    nearest_nk: np.ndarray = heap.I
+    return nearest_nk
 
 
 def overlap(one_nk: np.ndarray, other_nk: np.ndarray) -> float:
