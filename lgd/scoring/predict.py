@@ -165,38 +165,32 @@ def score_images(
     An image that cannot be used raises `DataError`, or with `keep_going` comes without values.
     """
     for start in range(0, len(images), batch):
-        read = [_try_to_read(scorer, image, mpp, keep_going) for image in images[start : start + batch]]
-        for _, alike in itertools.groupby(read, lambda one: one.image_HW3.shape):
-            some = list(alike)
-            out = scorer.score(np.stack([one.image_HW3 for one in some])) if some[0].image_HW3.size else {}
-            for row, one in enumerate(some):
+        some = images[start : start + batch]
+        read = [(image, *_try_to_read(scorer, image, mpp, keep_going)) for image in some]
+        for _, alike in itertools.groupby(read, lambda one: one[1].shape):
+            names, pixels, notes_of = zip(*alike, strict=True)
+            out = scorer.score(np.stack(pixels)) if pixels[0].size else {}
+            for row, (image, image_HW3, notes) in enumerate(zip(names, pixels, notes_of, strict=True)):
                 values = {name: array[row] for name, array in out.items()}
-                notes = one.notes + (collect_notes(scorer, one.image_HW3, values) if values else [])
                 probabilities = name_probabilities(values.get("probability"))
                 prediction = Prediction(
-                    image=str(one.image),
+                    image=str(image),
                     level=choose_level(probabilities),
                     probabilities=probabilities,
-                    notes=notes,
+                    notes=notes + (collect_notes(scorer, image_HW3, values) if values else []),
                     usable=bool(values),
                 )
-                yield ScoredImage(one.image, values, prediction)
+                yield ScoredImage(image, values, prediction)
 
 
-class _Read(NamedTuple):
-    image: OneImage
-    image_HW3: np.ndarray
-    """Empty where the image cannot be used."""
-    notes: list[str]
-
-
-def _try_to_read(scorer: Scorer, image: OneImage, mpp: Mpp, keep_going: bool) -> _Read:
+def _try_to_read(scorer: Scorer, image: OneImage, mpp: Mpp, keep_going: bool) -> tuple[np.ndarray, list[str]]:
+    """As `read_fitted`; with `keep_going` an empty array for an image that cannot be used, and why."""
     try:
-        return _Read(image, *read_fitted(image, scorer.config.training.shapes, scorer.config.size, mpp))
+        return read_fitted(image, scorer.config.training.shapes, scorer.config.size, mpp)
     except DataError as error:
         if not keep_going:
             raise
-        return _Read(image, np.empty(0, np.uint8), [str(error).removeprefix(str(image)).lstrip(": ")])
+        return np.empty(0, np.uint8), [str(error).removeprefix(str(image)).lstrip(": ")]
 
 
 def collect_notes(scorer: Scorer, image_HW3: np.ndarray, values: dict[str, np.ndarray]) -> list[str]:
