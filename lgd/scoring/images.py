@@ -150,26 +150,18 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def read_fitted(image: OneImage, shapes: Sequence[Shape], size: int, mpp: Mpp) -> tuple[np.ndarray, list[str]]:
-    """One image as uint8 (H, W, 3) at the scale of the training patches (see `fit_scale`), and notes on that."""
-
-    def fit(height: int, width: int) -> Fit:
-        try:
-            return fit_scale(shapes, size, height, width, mpp)
-        except DataError as error:
-            raise DataError(f"{image} {error}") from error
-
+    """One image as uint8 (H, W, 3) at the scale of the training patches (see `_fit_scale`), and notes on that."""
+    name = str(image)
     if isinstance(image, MemoryImage):
         # A Pillow image may be of a kind that no file could be.
         given = image.source
-        pixels = as_pixels(given, image.name) if isinstance(given, Image.Image) else given
-        height, width, notes = fit(*pixels.shape[:2])
+        pixels = as_pixels(given, name) if isinstance(given, Image.Image) else given
+        (height, width), notes = _fit_scale(name, shapes, size, pixels.shape[0], pixels.shape[1], mpp)
     else:
-        content, name = _read_bytes(image), str(image)
-        height, width, notes = fit(*upright_size(content, name))
-        if (height, width) == (size, size):
-            # A large JPEG is shrunk while it is decoded.
-            return decode_upright(content, name, size), notes
-        pixels = decode_upright(content, name)
+        content = _read_bytes(image)
+        (height, width), notes = _fit_scale(name, shapes, size, *upright_size(content, name), mpp)
+        # A large JPEG is shrunk while it is decoded.
+        pixels = decode_upright(content, name, size if (height, width) == (size, size) else None)
     return resize(pixels, height, width), notes
 
 
@@ -209,61 +201,47 @@ def _listed(paths: Sequence[Path], before: str = ": ") -> str:
     return f"{before}{', '.join(map(str, paths[:_MOST]))}{more}" if paths else ""
 
 
-class Fit(NamedTuple):
-    """How an image is shown to a network."""
+def _fit_scale(
+    name: str, shapes: Sequence[Shape], size: int, height: int, width: int, mpp: Mpp
+) -> tuple[tuple[int, int], list[str]]:
+    """Height and width at which an image has the scale of the training patches, `shapes`; and notes on that.
 
-    height: int
-    width: int
-    """Size that it is shrunk, or enlarged, to."""
-    notes: list[str]
-
-
-def fit_scale(shapes: Sequence[Shape], size: int, height: int, width: int, mpp: Mpp) -> Fit:
-    """The size at which an image of this height and width has the scale of the training patches, `shapes`.
-
-    `size` is the side to which these were shrunk. Raises `DataError`, without the file's name, for an image whose scale
-    must be stated, or is too coarse.
+    `size` is the side to which these were shrunk; of several the commonest that has a scale counts. Raises `DataError`
+    for an image whose scale must be stated, is too coarse, or shows too much or too little.
     """
     if mpp == "unknown":
-        return Fit(size, size, [UNKNOWN])
+        return (size, size), [UNKNOWN]
     if mpp is None:
         if not any(_near(shape.height, height) and _near(shape.width, width) for shape in shapes):
             raise DataError(
-                f"is {width} x {height} pixels, and the network was trained on patches of {_format_shapes(shapes)}: "
-                "say its scale by --mpp X (micrometres per pixel), or --mpp unknown to score it as it is"
+                f"{name} is {width} x {height} pixels, and the network was trained on patches of "
+                f"{_format_shapes(shapes)}: say its scale by --mpp X (micrometres per pixel), or --mpp unknown to "
+                "score it as it is"
             )
-        return Fit(size, size, [UNSTATED])
-    known = [shape for shape in shapes if shape.mpp]
-    if not known:
-        raise DataError("the scale of the network's training patches is unknown: use --mpp unknown")
-    return _resample(known[0], size, height, width, mpp)
-
-
-def _resample(shape: Shape, size: int, height: int, width: int, mpp: float) -> Fit:
-    """The size of an image of a stated scale, by the commonest training patches."""
-    assert shape.mpp is not None
+        return (size, size), [UNSTATED]
+    shape = next((one for one in shapes if one.mpp), None)
+    if shape is None or shape.mpp is None:
+        raise DataError(f"{name}: the scale of the network's training patches is unknown: use --mpp unknown")
     coarser = mpp / shape.mpp
     if coarser > _COARSEST:
         raise DataError(
-            f"has {mpp:g} um a pixel, and the network was trained on patches of {shape.mpp:g}: what it looks for is "
-            "not in so coarse an image, scan or export it at a finer scale"
+            f"{name} has {mpp:g} um a pixel, and the network was trained on patches of {shape.mpp:g}: what it looks "
+            "for is not in so coarse an image, scan or export it at a finer scale"
         )
     rows, columns = height * coarser / shape.height, width * coarser / shape.width
     if max(rows, columns) > _LARGEST:
         raise DataError(
-            f"shows a field of {width * mpp:.0f} x {height * mpp:.0f} um, and the network was trained on "
+            f"{name} shows a field of {width * mpp:.0f} x {height * mpp:.0f} um, and the network was trained on "
             f"{shape.width * shape.mpp:.0f} x {shape.height * shape.mpp:.0f} um: cut it into patches"
         )
-    notes = [ENLARGED] if coarser > _SAME else []
-    if _near(rows, 1) and _near(columns, 1):
-        return Fit(size, size, notes)
-    fitted = Fit(round(size * rows), round(size * columns), notes)
-    if min(fitted[:2]) < _LEAST_SIDE:
+    same = _near(rows, 1) and _near(columns, 1)
+    fitted = (size, size) if same else (round(size * rows), round(size * columns))
+    if not same and min(fitted) < _LEAST_SIDE:
         raise DataError(
-            f"shows a field of {width * mpp:.0f} x {height * mpp:.0f} um only, of which the network sees "
-            f"{fitted.width} x {fitted.height} pixels: use larger patches"
+            f"{name} shows a field of {width * mpp:.0f} x {height * mpp:.0f} um only, of which the network sees "
+            f"{fitted[1]} x {fitted[0]} pixels: use larger patches"
         )
-    return fitted
+    return fitted, [ENLARGED] if coarser > _SAME else []
 
 
 def _near(one: float, other: float) -> bool:
