@@ -198,7 +198,7 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
     """The rows of the contact sheet: some queries of the scored split, and what they find in the index."""
     predictions = student.predictions
     rows = _spread(predictions.level, config.report.queries)
-    found = search(Searcher(store), store, student.vectors_nD[rows], 4) if len(rows) else []
+    found = search(Searcher(store), student.vectors_nD[rows], 4) if len(rows) else []
     images = Gallery(store, 256, known=shards.folders)
     reader = Reader(shards.of_split(config.report.split), ("he", "ihc"), 256)
     samples = [reader.read(row) for row in rows.tolist()]

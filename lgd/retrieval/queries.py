@@ -100,7 +100,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
         student = scorer if isinstance(scorer, Scorer) else load_scorer(scorer)
         check_pair(student, opened)
     searcher = Searcher(opened)
-    allowed = _allowed(searcher, opened, splits, levels)
+    allowed = _allowed(searcher, splits, levels)
     taken, stored = take_images(sources), find_stored(opened, keys)
     excluded = None
     if exclude_same_slide:
@@ -117,12 +117,11 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     for patch in stored:
         answers.append(Answer(stored=patch))
         vectors.append(np.asarray(opened.parts[patch.part].array("pooled")[patch.row, 0], np.float32))
-    return _find_neighbours(searcher, opened, answers, vectors, k, allowed, excluded)
+    return _find_neighbours(searcher, answers, vectors, k, allowed, excluded)
 
 
 def search(
     searcher: Searcher,
-    store: Store,
     vectors_nD: np.ndarray,
     k: int,
     allowed: np.ndarray | None = None,
@@ -142,11 +141,11 @@ def search(
             entries = searcher.table[position_k]
             kept &= (searcher.parts[entries["part"]] != out.part) | (entries["row"] != out.row)
         kept = np.flatnonzero(kept)[:k]
-        found.append(_hits(searcher, store, distance_k[kept], position_k[kept]))
+        found.append(_hits(searcher, distance_k[kept], position_k[kept]))
     return found
 
 
-def _hits(searcher: Searcher, store: Store, distance_k: np.ndarray, position_k: np.ndarray) -> list[Hit]:
+def _hits(searcher: Searcher, distance_k: np.ndarray, position_k: np.ndarray) -> list[Hit]:
     entries = searcher.table[position_k]
     keys = [bytes(key).decode() for key in entries["key"]]
     twins = near_duplicates(keys, distance_k, searcher.vectors(position_k))
@@ -155,7 +154,7 @@ def _hits(searcher: Searcher, store: Store, distance_k: np.ndarray, position_k: 
         Hit(
             key=key,
             slide=bytes(entry["slide"]).decode() or None,
-            split=store.parts[part].split,
+            split=searcher.store.parts[part].split,
             level=name_level(level),
             part=part,
             row=int(entry["row"]),
@@ -170,7 +169,6 @@ def _hits(searcher: Searcher, store: Store, distance_k: np.ndarray, position_k: 
 
 def _find_neighbours(
     searcher: Searcher,
-    store: Store,
     answers: Sequence[Answer],
     vectors: Sequence[np.ndarray],
     k: int,
@@ -192,7 +190,7 @@ def _find_neighbours(
             allowed_m = other_m if allowed is None else allowed & other_m
         own = [answers[number].stored for number in numbers] if answers[0].stored else None
         vectors_nD = np.stack([vectors[number] for number in numbers])
-        for number, hits in zip(numbers, search(searcher, store, vectors_nD, k, allowed_m, own), strict=True):
+        for number, hits in zip(numbers, search(searcher, vectors_nD, k, allowed_m, own), strict=True):
             found[number] = replace(answers[number], neighbours=hits)
     lacking = [answer.name for answer in found if answer.usable and not answer.neighbours]
     if lacking:
@@ -203,10 +201,9 @@ def _find_neighbours(
     return found
 
 
-def _allowed(
-    searcher: Searcher, store: Store, splits: Sequence[str] | None, levels: Sequence[str] | None
-) -> np.ndarray | None:
+def _allowed(searcher: Searcher, splits: Sequence[str] | None, levels: Sequence[str] | None) -> np.ndarray | None:
     """Which rows of the index's table the filters leave, or None for all."""
+    store = searcher.store
     if not len(searcher.table):
         raise DataError(f"the index of {store.folder} holds no latent: set latents.gallery, and run lgd build-index")
     allowed_m = np.ones(len(searcher.table), bool)

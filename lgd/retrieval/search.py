@@ -180,6 +180,7 @@ class Searcher:
         """Open the index of a store; raises `DataError` for one that is missing, damaged or outdated."""
         # Without it `lgd build-index` would be no remedy for an index that is missing.
         require_faiss()
+        self.store = store
         self.document, self.table, self.index = open_index(store, _read_index)
         numbers = _numbers(store)
         self.parts = np.array([numbers[digest] for digest in self.document.parts])
