@@ -11,12 +11,12 @@ Files are named by their digest, so that an index which is replaced is the old o
 A file that is cut short while it is mapped ends the process; `build_index` writes new files instead.
 """
 
-import functools
+import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, BinaryIO, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, BinaryIO, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from faiss import Index as Index
     from faiss import IndexIVF as IndexIVF
     from faiss import SearchParameters
-
-Read = TypeVar("Read")
 
 _REMEDY = "run lgd build-index"
 
@@ -119,52 +117,46 @@ def _numbers(store: Store) -> dict[str, int]:
     return {part.digest(TEACHER): number for number, part in enumerate(store.parts)}
 
 
-def _read_file(path: Location, said: IndexFile, read: Callable[[BinaryIO], Read]) -> Read:
-    """What `read` makes of a file of the index, which must be as index.json says."""
+@contextlib.contextmanager
+def _open_file(path: Location, said: IndexFile) -> Iterator[BinaryIO]:
+    """A file of the index; `DataError` where it is not as index.json says, or whoever reads it finds that."""
     try:
         with open_checked(path, said.xxh3, said.bytes, _REMEDY) as file:
-            return read(file)
+            yield file
     except DataError:
         raise
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
         raise DataError(f"{path} is not the index that index.json describes ({error}): {_REMEDY}") from error
 
 
-def open_index(store: Store, read: Callable[[IndexDocument, BinaryIO], Read]) -> tuple[IndexDocument, np.ndarray, Read]:
-    """The document, the table and the FAISS file of a store's index; `read` opens the last.
+def open_index(store: Store, with_faiss: bool = True) -> tuple[IndexDocument, np.ndarray, "Index | None"]:
+    """The document, the table and, with FAISS, the index of a store.
 
     Raises `DataError` for one that is missing or damaged.
     """
-    folder, document, numbers = index_folder(store), read_document(store), _numbers(store)
+    folder, document, numbers, index = index_folder(store), read_document(store), _numbers(store), None
     parts = [store.parts[numbers[digest]] for digest in document.parts]
-    read_keys = functools.partial(read_table, rows=document.rows, parts=parts)
     try:
-        table = _read_file(folder / f"{document.table.xxh3}.npy", document.table, read_keys)
-        faiss_file = folder / f"{document.faiss.xxh3}.faiss"
-        return document, table, _read_file(faiss_file, document.faiss, functools.partial(read, document))
+        with _open_file(folder / f"{document.table.xxh3}.npy", document.table) as file:
+            table = read_table(file, document.rows, parts)
+        with _open_file(folder / f"{document.faiss.xxh3}.faiss", document.faiss) as file:
+            check_file(file, document.factory, document.rows, document.dim, document.nprobe)
+            if with_faiss:
+                faiss = import_faiss()
+                # The descriptor names the file that was checked, whatever has taken its place meanwhile.
+                index = faiss.read_index(f"/dev/fd/{file.fileno()}", faiss.IO_FLAG_MMAP_IFC)
+        return document, table, index
     except FileNotFoundError as error:
         if read_document(store) != document:
             # It was replaced between the two readings.
-            return open_index(store, read)
+            return open_index(store, with_faiss)
         raise DataError(f"{folder} lacks a file that index.json names ({error.__cause__}): {_REMEDY}") from error
-
-
-def _check_index(document: IndexDocument, file: BinaryIO) -> None:
-    check_file(file, document.factory, document.rows, document.dim, document.nprobe)
-
-
-def _read_index(document: IndexDocument, file: BinaryIO) -> "Index":
-    _check_index(document, file)
-    faiss = import_faiss()
-    # The descriptor names the file that was checked, whatever has taken its place meanwhile.
-    index: Index = faiss.read_index(f"/dev/fd/{file.fileno()}", faiss.IO_FLAG_MMAP_IFC)
-    return index
 
 
 def problems(store: Store) -> list[str]:
     """What is wrong with the index of a store; FAISS is not asked."""
     try:
-        open_index(store, _check_index)
+        open_index(store, with_faiss=False)
     except DataError as error:
         return [str(error)]
     return []
@@ -181,7 +173,9 @@ class Searcher:
         # Without it `lgd build-index` would be no remedy for an index that is missing.
         require_faiss()
         self.store = store
-        self.document, self.table, self.index = open_index(store, _read_index)
+        self.document, self.table, index = open_index(store)
+        assert index is not None
+        self.index = index
         numbers = _numbers(store)
         self.parts = np.array([numbers[digest] for digest in self.document.parts])
         """Number in the store of each part that the table names."""
