@@ -45,11 +45,11 @@ def _add_verify(parser: Parser) -> Run:
         from lgd.cli.contents import check
 
         folder = as_location(namespace.folder)
-        checked = check(folder, namespace.reencode, namespace.teacher, namespace.code)
-        print_lines(*checked.notes)
-        if checked.problems:
-            raise DataError(f"{checked.kind} {folder} has {len(checked.problems)} problem(s):", *checked.problems)
-        print_lines(f"{checked.kind} {folder}: no problems")
+        kind, problems, notes = check(folder, namespace.reencode, namespace.teacher, namespace.code)
+        print_lines(*notes)
+        if problems:
+            raise DataError(f"{kind} {folder} has {len(problems)} problem(s):", *problems)
+        print_lines(f"{kind} {folder}: no problems")
 
     return run
 

@@ -4,7 +4,7 @@ import contextlib
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 from pydantic import JsonValue
 
@@ -28,15 +28,6 @@ _DOCUMENTS: dict[str, Kind] = {
 _STAGE_FACTS = ("steps", "engine", "workers", "rows", "factory", "recall_at_10", "split", "seeds")
 
 
-class Checked(NamedTuple):
-    """What a check came to."""
-
-    kind: Kind
-    problems: list[str]
-    notes: list[str]
-    """What else to say."""
-
-
 def find_kind(folder: Location) -> Kind:
     """What lies in a folder or at a url, by the document that each kind has.
 
@@ -57,8 +48,10 @@ def find_kind(folder: Location) -> Kind:
     )
 
 
-def check(folder: Location, reencode: int = 0, teacher: str = "", code: Collection[str] = ()) -> Checked:
-    """Every problem of what lies in `folder`, and what else to say.
+def check(
+    folder: Location, reencode: int = 0, teacher: str = "", code: Collection[str] = ()
+) -> tuple[Kind, list[str], list[str]]:
+    """What lies in `folder`, its every problem, and what else to say.
 
     `reencode`: rows of a store (or of a run's) whose teacher and targets are run again; `teacher`: where it is, if not
     where it was; `code`: what networks may run of code outside LGD. Raises `DataError` for a folder of something else,
@@ -68,18 +61,18 @@ def check(folder: Location, reencode: int = 0, teacher: str = "", code: Collecti
     if reencode and kind not in ("feature store", "run"):
         raise ConfigError(f"--reencode is for feature stores, and {folder} is a {kind}")
     if kind == "feature store":
-        return Checked(kind, *_check_store(folder, reencode, teacher, code))
+        return kind, *_check_store(folder, reencode, teacher, code)
+    if kind == "run":
+        return kind, *_check_run(folder, reencode, teacher, code)
     if kind == "shard folder":
         from lgd.shards.verify import verify
 
-        return Checked(kind, verify(folder), [])
+        return kind, verify(folder), []
     if kind == "checkpoint":
         from lgd.train.checkpoint import problems
 
-        return Checked(kind, problems(folder), [])
-    if kind == "run":
-        return Checked(kind, *_check_run(folder, reencode, teacher, code))
-    return Checked(kind, _check_network(folder, kind, code), [])
+        return kind, problems(folder), []
+    return kind, _check_network(folder, kind, code), []
 
 
 def _check_store(folder: Location, reencode: int, teacher: str, code: Collection[str]) -> tuple[list[str], list[str]]:
@@ -123,14 +116,12 @@ def _check_run(folder: Location, reencode: int, teacher: str, code: Collection[s
     made = [stage.folder for name in ("train-teacher", "cache-latents", "train") for stage in stages.get(name, ())]
     for path in map(as_location, dict.fromkeys([*config.shard_dirs, *made])):
         try:
-            kind = find_kind(path)
-            found = check(path, reencode if kind == "feature store" else 0, teacher, code)
+            kind, found, more = check(path, reencode if exists(path / "store.json") else 0, teacher, code)
         except DataError as error:
             problems.append(str(error))
             continue
-        problems += found.problems
-        state = f"{len(found.problems)} problem(s)" if found.problems else "no problems"
-        notes += [*found.notes, f"{kind} {path}: {state}"]
+        problems += found
+        notes += [*more, f"{kind} {path}: {f'{len(found)} problem(s)' if found else 'no problems'}"]
     return problems, notes
 
 
