@@ -65,7 +65,7 @@ def measure(
         found = by_level(precision_n, chance_n, scored.level, scored.groups, resamples, seed)
         own = None
         if embedding.own_nD is not None:
-            rank_n = own_ranks(embedding.queries_nD, embedding.own_nD, np.arange(len(scored.keys)))
+            rank_n = own_ranks(embedding.queries_nD, embedding.own_nD)
             own = own_pair(rank_n, len(embedding.own_nD), scored.groups, resamples, seed)
         rows.append(EmbeddingScores(name=embedding.name, gallery=embedding.gallery, by_level=found, own_pair=own))
     return Retrieval(caveats=GALLERY_CAVEATS, at=PRECISION_AT_K, gallery_rows=len(level_m), embeddings=tuple(rows))
@@ -125,20 +125,14 @@ def ridge(x_mC: Floats, y_mD: Floats, groups: Sequence[str], queries_nC: Floats)
     return model.predict(queries_nC), float(fitted.alpha_)
 
 
-def own_ranks(queries_nD: Floats, gallery_mD: Floats, own_index_n: Ints) -> Floats:
-    """(n,) rank of each query's own pair, from 1; `own_index_n` is its gallery row, and ties with it count half.
+def own_ranks(queries_nD: Floats, gallery_mD: Floats) -> Floats:
+    """(n,) rank of each query's own pair, the gallery row of its number, from 1; ties with it count half.
 
-    Raises `DataError` for shapes that disagree, an empty side, or vectors that are not finite.
+    Raises `DataError` for vectors that are not finite.
     """
-    n, m = len(queries_nD), len(gallery_mD)
-    if not n or not m or queries_nD.shape[1:] != gallery_mD.shape[1:] or own_index_n.shape != (n,):
-        raise DataError(
-            f"queries of shape {queries_nD.shape}, gallery of shape {gallery_mD.shape} and own rows of shape "
-            f"{own_index_n.shape} do not fit: give (n, D), (m, D) and (n,), none empty"
-        )
-    ranks = np.empty(n)
+    ranks = np.empty(len(queries_nD))
     for rows, similarity in _similarities(queries_nD, gallery_mD):
-        own = np.take_along_axis(similarity, own_index_n[rows, None], axis=1)
+        own = np.take_along_axis(similarity, np.arange(len(ranks))[rows, None], axis=1)
         ties = (similarity == own).sum(1) - 1
         ranks[rows] = 1 + (similarity > own).sum(1) + ties / 2
     return ranks
@@ -146,19 +140,14 @@ def own_ranks(queries_nD: Floats, gallery_mD: Floats, own_index_n: Ints) -> Floa
 
 def own_pair(rank_n: Floats, gallery: int, groups: Sequence[str], resamples: int, seed: int) -> OwnPair:
     """The ranks of n queries among `gallery` rows in numbers, with intervals over the groups."""
-
-    def mean(value_n: Floats | NDArray[np.bool_]) -> Interval:
-        return mean_with_interval(value_n.astype(np.float64), groups, resamples, seed)
-
-    recall_1, recall_5, recall_10 = (mean(rank_n <= k) for k in RECALL_AT)
+    recall_1, recall_5, recall_10 = (mean_with_interval(rank_n <= k, groups, resamples, seed) for k in RECALL_AT)
     chance_1, chance_5, chance_10 = (min(k, gallery) / gallery for k in RECALL_AT)
-
     return OwnPair(
         queries=len(rank_n),
         gallery=gallery,
         median_rank=float(np.median(rank_n)),
         chance_median_rank=(gallery + 1) / 2,
-        mean_rank=mean(rank_n),
+        mean_rank=mean_with_interval(rank_n, groups, resamples, seed),
         recall_at_1=recall_1,
         chance_recall_at_1=chance_1,
         recall_at_5=recall_5,
@@ -216,7 +205,9 @@ def by_level(
     return found
 
 
-def mean_with_interval(value_n: Floats, groups: Sequence[str], resamples: int, seed: int) -> Interval:
+def mean_with_interval(
+    value_n: NDArray[np.float64 | np.bool_], groups: Sequence[str], resamples: int, seed: int
+) -> Interval:
     """Mean and 95 % percentile interval over resampled groups; no interval with fewer than two of them."""
     if not len(value_n):
         return interval(np.nan, np.empty(0))
@@ -224,9 +215,8 @@ def mean_with_interval(value_n: Floats, groups: Sequence[str], resamples: int, s
     if len(names) < 2:
         return interval(float(value_n.mean()), np.empty(0))
     sums_G2 = np.stack([np.bincount(group_n, value_n), np.bincount(group_n)], axis=1)
-    samples = np.concatenate(
-        [count_RG @ sums_G2 for count_RG in draws(len(names), resamples, seed, _BLOCK // len(names))]
-    )
+    blocks = draws(len(names), resamples, seed, _BLOCK // len(names))
+    samples = np.concatenate([count_RG @ sums_G2 for count_RG in blocks])
     return interval(float(value_n.mean()), samples[:, 0] / samples[:, 1])
 
 

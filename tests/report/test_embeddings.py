@@ -121,13 +121,12 @@ def numbers(ranks, gallery):
 def test_own_ranks_equal_a_sort():
     random = np.random.default_rng(0)
     gallery = random.normal(size=(30, 5))
-    own = random.permutation(30)[:12]
-    queries = 0.7 * gallery[own] + random.normal(size=(12, 5))
+    queries = 0.7 * gallery[:12] + random.normal(size=(12, 5))
     expected = []
-    for vector, row in zip(queries, own, strict=True):
+    for row, vector in enumerate(queries):
         cosine = [q @ vector / np.linalg.norm(q) for q in gallery]
         expected.append(sorted(cosine, reverse=True).index(cosine[row]) + 1)
-    ranks = own_ranks(queries, gallery, own)
+    ranks = own_ranks(queries, gallery)
     assert ranks.tolist() == expected
     found = numbers(ranks, 30)
     assert found.median_rank == np.median(expected)
@@ -141,20 +140,16 @@ def test_own_ranks_equal_a_sort():
 
 def test_a_collapsed_network_ranks_like_chance():
     gallery = np.random.default_rng(0).normal(size=(21, 8))
-    found = numbers(own_ranks(np.tile(gallery[:1], (21, 1)), gallery, np.arange(21)), 21)
+    found = numbers(own_ranks(np.tile(gallery[:1], (21, 1)), gallery), 21)
     assert found.median_rank == found.chance_median_rank == 11
-    flat = numbers(own_ranks(gallery, np.ones((21, 8)), np.arange(21)), 21)
+    flat = numbers(own_ranks(gallery, np.ones((21, 8))), 21)
     assert flat.median_rank == 11
     assert flat.recall_at_10.value == 0
 
 
-def test_ranks_of_what_does_not_fit_are_refused():
-    with pytest.raises(DataError, match="do not fit"):
-        own_ranks(np.ones((2, 3)), np.ones((2, 4)), np.arange(2))
-    with pytest.raises(DataError, match="do not fit"):
-        own_ranks(np.ones((0, 3)), np.ones((2, 3)), np.arange(0))
+def test_ranks_of_what_is_not_finite_are_refused():
     with pytest.raises(DataError, match="not finite"):
-        own_ranks(np.full((1, 3), np.nan), np.ones((2, 3)), np.arange(1))
+        own_ranks(np.full((1, 3), np.nan), np.ones((2, 3)))
 
 
 def naive(query, level, gallery, levels, k):

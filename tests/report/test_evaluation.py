@@ -56,7 +56,7 @@ def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers, caplo
     train, test = ([part for part in store.parts if part.split == split] for split in ("train", "test"))
     gallery, own = read_all(train, "pooled")[:, 0], read_all(test, "pooled")[:, 0]
     predictions, pooled = scored[0].predictions, scored[0].vectors_nD
-    ranks = own_ranks(pooled, own, np.arange(20))
+    ranks = own_ranks(pooled, own)
     assert found.embeddings[0].own_pair.median_rank == np.median(ranks)
     levels = as_levels(read_all(train, "label"))
     for row, vectors in ((0, pooled), (3, own)):
