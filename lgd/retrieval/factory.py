@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.retrieval.index_files import cells_of, code_bytes
+from lgd.retrieval.index_files import code_bytes
 from lgd.retrieval.search import import_faiss
 from lgd.store.parts import Part
 
@@ -115,16 +115,6 @@ def choose_factory(rows: int, dim: int, memory: int) -> tuple[str, str]:
 def memory_bytes() -> int:
     """The memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def check_factory(factory: str, rows: int) -> None:
-    """Raise `DataError` for a factory string that is none, or that does not suit so many latents."""
-    try:
-        cells = cells_of(factory)
-    except ValueError as error:
-        raise DataError(f"latents.index {error}") from error
-    if cells > rows:
-        raise DataError(f"latents.index {factory!r} has more cells than there are latents ({rows}): use auto")
 
 
 def train_index(latents: UnitVectors, factory: str, seed: int) -> tuple["IndexIVF", int]:

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from lgd.io.locks import exclusive
 from lgd.ray_jobs.cluster import map_with
 from lgd.retrieval.factory import (
     UnitVectors,
-    check_factory,
     choose_factory,
     memory_bytes,
     move_to_gpu,
@@ -30,7 +29,7 @@ from lgd.retrieval.factory import (
     train_index,
     unit,
 )
-from lgd.retrieval.index_files import check_file, write_table
+from lgd.retrieval.index_files import cells_of, check_file, write_table
 from lgd.retrieval.search import (
     IndexDocument,
     IndexFile,
@@ -73,8 +72,9 @@ def build_index(
             f"the store {store.folder} has no split {' or '.join(gallery)} to search, only {', '.join(splits)}: "
             "set latents.gallery"
         )
-    if factory != "auto":
-        check_factory(factory, sum(part.rows for part in indexed))
+    rows = sum(part.rows for part in indexed)
+    if factory != "auto" and cells_of(factory) > rows:
+        raise DataError(f"latents.index {factory!r} has more cells than there are latents ({rows}): use auto")
     request = IndexRequest(
         asked=factory, gallery=tuple(gallery), target=recall, parts=tuple(part.digest(TEACHER) for part in indexed)
     )
@@ -144,16 +144,17 @@ def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -
     Positions count up through the cells, and within a cell by row: a position then leads to its cell without a map.
     """
     faiss = import_faiss()
-    groups: dict[int, _Group] = {}
-    for part, first in zip(latents.parts, latents.first[:-1].tolist(), strict=True):
-        groups.setdefault(first // _GROUP_ROWS, _Group(first, [])).parts.append(store.parts.index(part))
+    groups: dict[int, list[int]] = {}
+    for number, first in enumerate(latents.first[:-1].tolist()):
+        groups.setdefault(first // _GROUP_ROWS, []).append(number)
     workers = workers if len(groups) > 1 else 0
     # All but a percent of the work is to find the cells.
     centroids_CD = index.quantizer.reconstruct_n(0, index.nlist)
-    find_cells = functools.partial(_load_cells, str(store.folder.absolute()), centroids_CD)
+    numbers = [store.parts.index(part) for part in latents.parts]
+    find_cells = functools.partial(_load_cells, str(store.folder.absolute()), numbers, centroids_CD)
     cell_n = np.empty(latents.rows, np.int64)
-    for first, found_n in map_with(find_cells, [*groups.values()], workers=workers, option_name="train.workers"):
-        cell_n[first : first + len(found_n)] = found_n
+    for group, found_n in map_with(find_cells, [*groups.values()], workers=workers, option_name="train.workers"):
+        cell_n[latents.first[group[0]] : latents.first[group[-1] + 1]] = found_n
     order_n = np.argsort(cell_n, kind="stable")
     position_n = np.argsort(order_n)
     for first, vectors_nD in latents.blocks():
@@ -162,24 +163,17 @@ def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -
     return order_n
 
 
-class _Group(NamedTuple):
-    """Parts whose cells are found together."""
-
-    first: int
-    """Row of the latents at which they begin."""
-    parts: list[int]
-    """Their numbers in the store."""
-
-
-def _load_cells(folder: str, centroids_CD: np.ndarray) -> Callable[[_Group], tuple[int, np.ndarray]]:
-    """What finds the cell of each row of a group, with the first row; a worker has one."""
+def _load_cells(
+    folder: str, numbers: Sequence[int], centroids_CD: np.ndarray
+) -> Callable[[list[int]], tuple[list[int], np.ndarray]]:
+    """What finds the cell of each row of a group of parts, some of `numbers`; a worker has one."""
     parts, coarse = Store(folder).parts, import_faiss().IndexFlatIP(centroids_CD.shape[1])
     coarse.add(centroids_CD)
     coarse = move_to_gpu(coarse)
 
-    def find_cells(group: _Group) -> tuple[int, np.ndarray]:
-        blocks = UnitVectors([parts[number] for number in group.parts]).blocks()
-        return group.first, np.concatenate([coarse.search(vectors_nD, 1)[1][:, 0] for _, vectors_nD in blocks])
+    def find_cells(group: list[int]) -> tuple[list[int], np.ndarray]:
+        blocks = UnitVectors([parts[numbers[number]] for number in group]).blocks()
+        return group, np.concatenate([coarse.search(vectors_nD, 1)[1][:, 0] for _, vectors_nD in blocks])
 
     return find_cells
 

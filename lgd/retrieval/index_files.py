@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from lgd.base.errors import DataError
 from lgd.store.parts import Part, check_rows
 
 KINDS = "auto, Flat, or IVFn (n cells) before ,Flat ,SQfp16 or ,SQ8"
@@ -35,10 +36,10 @@ _BLOCK = 1_000_000
 
 
 def cells_of(factory: str) -> int:
-    """Cells of an index by its factory string, 0 for an exact one; `ValueError` for a string that is not built here."""
+    """Cells of an index by its factory string, 0 for an exact one; `DataError` for a string that is not built here."""
     found = _FACTORY.fullmatch(factory)
     if not found:
-        raise ValueError(f"{factory!r:.80} is not built: use {KINDS}")
+        raise DataError(f"latents.index {factory!r:.80} is not built: use {KINDS}")
     return int(found[1] or 0)
 
 
