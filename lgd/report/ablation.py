@@ -93,10 +93,6 @@ class Job(NamedTuple):
     number: int
     run: Config
 
-    @property
-    def folder(self) -> Location:
-        return as_location(self.run.student.dir)
-
 
 def jobs_of(config: Config, options: AblateOptions) -> list[Job]:
     """A seed after the other, so that a table of fewer seeds is there early."""
@@ -119,7 +115,7 @@ def jobs_of(config: Config, options: AblateOptions) -> list[Job]:
 def work(shards: ShardSet, job: Job) -> tuple[Job, bool]:
     """Train and score a network; returns False where it could be reused."""
     trained = train_under(job.run, "student", shards=shards)
-    answers(job.folder, "student", shards.of_split(job.run.report.split), job.run, job.name)
+    answers(job.run.student.dir, "student", shards.of_split(job.run.report.split), job.run, job.name)
     return job, trained
 
 
@@ -141,9 +137,9 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
         _keep(folder / SINGLE_RUN_ROWS[COLOUR], colour, "")
         rows[COLOUR] = [colour]
     for job in jobs:
-        rows.setdefault(job.name, []).append(answers(job.folder, "student", scored, job.run, job.name))
+        rows.setdefault(job.name, []).append(answers(job.run.student.dir, "student", scored, job.run, job.name))
     kept = folder / SINGLE_RUN_ROWS[UPPER_BOUND]
-    rows[UPPER_BOUND] = [answers(as_location(config.teacher.dir), "teacher", scored, config, UPPER_BOUND, kept)]
+    rows[UPPER_BOUND] = [answers(config.teacher.dir, "teacher", scored, config, UPPER_BOUND, kept)]
     if not (rows[LGD_NET][0].level >= 0).any():
         raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
     ours = rows[LGD_NET][0]
@@ -186,10 +182,10 @@ def slug(name: str) -> str:
 
 
 def answers(
-    folder: Location, kind: str, shards: Sequence[Shard], config: Config, name: str, at: Location | None = None
+    folder: str, kind: str, shards: Sequence[Shard], config: Config, name: str, at: Location | None = None
 ) -> Predictions:
     """What a trained network says about the shards: as it was kept beside its folder, unless it is another by now."""
-    at = at or folder.with_name(f"{folder.name}.npz")
+    at = at or as_location(f"{folder}.npz")
     weights = (StudentConfig if kind == "student" else TeacherConfig).read_folder(folder).weights_sha256
     stamp = f"{weights} {' '.join(shard.sha256 for shard in shards)}"
     if exists(at):
