@@ -35,10 +35,9 @@ def by_slide(predictions: Predictions) -> Predictions:
     """
     names, group = np.unique(predictions.groups, return_inverse=True)
     known = predictions.level >= 0
-    lowest, highest = np.full(len(names), LEVELS), np.full(len(names), -1)
-    np.minimum.at(lowest, group[known], predictions.level[known])
-    np.maximum.at(highest, group[known], predictions.level[known])
-    mixed = np.flatnonzero((highest >= 0) & (lowest != highest))
+    level = np.full(len(names), -1)
+    level[group[known]] = predictions.level[known]
+    mixed = np.unique(group[known & (level[group] != predictions.level)])
     if len(mixed):
         raise DataError(
             f"{len(mixed)} of {len(names)} slides have patches of different levels, like {names[mixed[0]]}: "
@@ -48,7 +47,7 @@ def by_slide(predictions: Predictions) -> Predictions:
     np.add.at(mean, group, predictions.probability)
     mean /= np.bincount(group, minlength=len(names))[:, None]
     slides = [str(name) for name in names]
-    return replace(predictions, keys=slides, groups=slides, level=highest, probability=mean)
+    return replace(predictions, keys=slides, groups=slides, level=level, probability=mean)
 
 
 def by_area(predictions: Predictions) -> Predictions:
