@@ -111,9 +111,9 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
         excluded = find_slides(opened, names, table)
     answers, vectors = [], []
     # Last, because it takes the longest.
-    for one in score_images(student, taken, mpp, keep_going=keep_going) if student else ():
-        answers.append(Answer(**asdict(one.prediction)))
-        vectors.append(one.values.get("pooled", np.empty(0)))
+    for prediction, values in score_images(student, taken, mpp, keep_going=keep_going) if student else ():
+        answers.append(Answer(**asdict(prediction)))
+        vectors.append(values.get("pooled", np.empty(0)))
     for patch in stored:
         answers.append(Answer(stored=patch))
         vectors.append(np.asarray(opened.parts[patch.part].array("pooled")[patch.row, 0], np.float32))

@@ -8,7 +8,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -148,21 +147,13 @@ class Prediction:
     usable: bool = True
 
 
-class ScoredImage(NamedTuple):
-    """An image and what the network gave for it."""
-
-    image: OneImage
-    values: dict[str, np.ndarray]
-    """Its row of each array that `Scorer.score` gives; none where the image cannot be used."""
-    prediction: Prediction
-
-
 def score_images(
     scorer: Scorer, images: Sequence[OneImage], mpp: Mpp = None, batch: int = 32, keep_going: bool = False
-) -> Iterator[ScoredImage]:
-    """Score images, in their order; `mpp` is what is known of their scale.
+) -> Iterator[tuple[Prediction, dict[str, np.ndarray]]]:
+    """Score images, in their order: what the network says of each, and its row of what `Scorer.score` gives.
 
-    An image that cannot be used raises `DataError`, or with `keep_going` comes without values.
+    `mpp` is what is known of their scale. An image that cannot be used raises `DataError`, or with `keep_going` comes
+    without values.
     """
     for start in range(0, len(images), batch):
         some = images[start : start + batch]
@@ -180,7 +171,7 @@ def score_images(
                     notes=notes + (collect_notes(scorer, image_HW3, values) if values else []),
                     usable=bool(values),
                 )
-                yield ScoredImage(image, values, prediction)
+                yield prediction, values
 
 
 def _try_to_read(scorer: Scorer, image: OneImage, mpp: Mpp, keep_going: bool) -> tuple[np.ndarray, list[str]]:
@@ -250,8 +241,7 @@ def predict(
     """
     if not isinstance(scorer, Scorer):
         scorer = load_scorer(scorer)
-    scored = score_images(scorer, take_images(images), mpp, keep_going=keep_going)
-    return [one.prediction for one in scored]
+    return [prediction for prediction, _ in score_images(scorer, take_images(images), mpp, keep_going=keep_going)]
 
 
 def count_notes(notes_of: Iterable[Sequence[str]], what: str) -> list[str]:

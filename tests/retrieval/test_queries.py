@@ -65,7 +65,7 @@ def test_the_command_answers_as_brute_force_does(tissue_run, scorer, store, imag
     assert main([*command, *map(str, images)]) == 0
     answers = json.loads(capsys.readouterr().out)
     assert [answer["image"] for answer in answers] == [str(path) for path in images]
-    vectors = {str(scored.image): scored.values for scored in score_images(scorer, images)}
+    vectors = {said.image: values for said, values in score_images(scorer, images)}
     for answer in answers:
         row = vectors[answer["image"]]
         assert answer["level"] == LEVEL_NAMES[int(row["probability"].argmax())]

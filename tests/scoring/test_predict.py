@@ -96,7 +96,7 @@ def test_a_folder_is_read_as_people_have_them(images, tmp_path, caplog):
 def test_a_file_scores_as_the_network_says(scorer, tissue_run, images):
     model, config = load_student(tissue_run.student.dir)
     paths = find_images([str(images)])
-    rows = {scored.image: scored.values for scored in score_images(scorer, paths, batch=2)}
+    rows = {Path(said.image): values for said, values in score_images(scorer, paths, batch=2)}
     assert list(rows) == paths
     for path in paths:
         image = torch.from_numpy(decode(path.read_bytes(), "x", 64))[None].permute(0, 3, 1, 2)
@@ -117,7 +117,7 @@ def test_shards_score_as_their_files(scorer, tissue_run, tissue):
     assert predictions.groups == [sample.meta.group for sample in samples]
     assert pooled.shape == (20, scorer.config.latent_dim)
     files = [tissue / sample.meta.source for sample in samples]
-    rows = [scored.values for scored in score_images(scorer, files)]
+    rows = [values for _, values in score_images(scorer, files)]
     np.testing.assert_allclose(predictions.probability, [row["probability"] for row in rows], atol=1e-5)
     np.testing.assert_allclose(pooled, [row["pooled"] for row in rows], atol=1e-4)
 
@@ -210,8 +210,8 @@ def test_the_command_counts_the_notes_on_standard_error(tissue_run, odd_images, 
 
 def test_a_teacher_reads_ihc_so_that_it_gets_no_note_for_it(tissue_run, odd_images):
     teacher = load_scorer(tissue_run.teacher.dir, "teacher")
-    (scored,) = score_images(teacher, [odd_images / "ihc0.png"])
-    assert of_the_patch(scored.prediction.notes) == []
+    ((said, _),) = score_images(teacher, [odd_images / "ihc0.png"])
+    assert of_the_patch(said.notes) == []
 
 
 def test_an_image_is_scored_upright(scorer, images):
@@ -235,7 +235,7 @@ def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
     # As a spreadsheet writes it: with a byte order mark, and columns that are not asked for.
     slides.write_text("\ufeffkey,slide,note\np0,B,\np1,A,x\np2,B,\np3,A,\np4,B,\nother,C,\n", encoding="utf-8")
     rows = predict_slides(scorer, paths, slides)
-    by_name = {scored.image.stem: scored.values["probability"] for scored in score_images(scorer, paths)}
+    by_name = {Path(said.image).stem: values["probability"] for said, values in score_images(scorer, paths)}
     assert [(row.slide, row.patches) for row in rows] == [("A", 2), ("B", 3)]
     for row, members in zip(rows, (("p1", "p3"), ("p0", "p2", "p4")), strict=True):
         mean = np.mean([by_name[name] for name in members], axis=0)
