@@ -104,10 +104,9 @@ def jobs_of(config: Config, options: AblateOptions) -> list[Job]:
                 run,
                 run=dataclasses.replace(run.run, seed=config.run.seed + number),
                 student=dataclasses.replace(run.student, dir=str(at)),
-            )
-            if options.jobs:
                 # The samples of a step are the same for any number of workers.
-                one = dataclasses.replace(one, train=dataclasses.replace(one.train, workers=0))
+                train=dataclasses.replace(run.train, workers=0) if options.jobs else run.train,
+            )
             jobs.append(Job(name, number, one))
     return jobs
 

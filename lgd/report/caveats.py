@@ -166,14 +166,10 @@ def colour_only(training: Sequence[Shard], scored: Sequence[Shard], threads: int
     return Predictions(name=COLOUR, keys=keys, groups=groups, level=level_n, probability=probability_n4)
 
 
-def _colours(
-    shards: Sequence[Shard], threads: int, most: int | None = None
-) -> tuple[list[str], list[str], Ints, Floats]:
+def _colours(shards: Sequence[Shard], threads: int, most: int = 0) -> tuple[list[str], list[str], Ints, Floats]:
     """Key, group, level and colour of all patches, or of `most` evenly spaced ones."""
     reader = Reader(shards, ("he",), _SIZE)
-    rows = range(reader.total)
-    if most is not None and most < reader.total:
-        rows = range(0, reader.total, -(-reader.total // most))
+    rows = range(0, reader.total, -(-reader.total // (most or reader.total)))
     keys, groups, levels, colours = [], [], [], []
     for samples, images in stream(reader, in_batches(rows, 64), threads=threads):
         keys += [sample.key for sample in samples]

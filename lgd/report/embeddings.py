@@ -197,8 +197,9 @@ def by_level(
     """Mean of the average precision over all queries (`overall`) and over those of each level."""
     found = {}
     defined = ~np.isnan(precision_n)
-    for name, level in {"overall": None, **{name: number for number, name in enumerate(LEVEL_NAMES)}}.items():
-        rows = np.flatnonzero(defined if level is None else defined & (level_n == level))
+    of_level = {name: defined & (level_n == number) for number, name in enumerate(LEVEL_NAMES)}
+    for name, chosen in {"overall": defined, **of_level}.items():
+        rows = np.flatnonzero(chosen)
         mean = mean_with_interval(precision_n[rows], [groups[row] for row in rows.tolist()], resamples, seed)
         chance = float(chance_n[rows].mean()) if len(rows) else None
         found[name] = Precision(value=mean.value, low=mean.low, high=mean.high, chance=chance, queries=len(rows))
@@ -209,11 +210,9 @@ def mean_with_interval(
     value_n: NDArray[np.float64 | np.bool_], groups: Sequence[str], resamples: int, seed: int
 ) -> Interval:
     """Mean and 95 % percentile interval over resampled groups; no interval with fewer than two of them."""
-    if not len(value_n):
-        return interval(np.nan, np.empty(0))
     names, group_n = np.unique(groups, return_inverse=True)
     if len(names) < 2:
-        return interval(float(value_n.mean()), np.empty(0))
+        return interval(float(value_n.mean()) if len(value_n) else np.nan, np.empty(0))
     sums_G2 = np.stack([np.bincount(group_n, value_n), np.bincount(group_n)], axis=1)
     blocks = draws(len(names), resamples, seed, _BLOCK // len(names))
     samples = np.concatenate([count_RG @ sums_G2 for count_RG in blocks])

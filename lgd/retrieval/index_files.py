@@ -142,9 +142,7 @@ def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray) -> None:
     # A process that writes through a map where the disk is full is killed by SIGBUS.
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    position_n = np.empty_like(order_n)
-    position_n[order_n] = np.arange(rows)
-    first = 0
+    position_n, first = np.argsort(order_n), 0
     for number, part in enumerate(parts):
         at = position_n[first : first + part.rows]
         table["part"][at], table["row"][at] = number, np.arange(part.rows)

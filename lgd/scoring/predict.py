@@ -249,11 +249,9 @@ def count_notes(notes_of: Iterable[Sequence[str]], what: str) -> list[str]:
 
     `notes_of` has the notes of each image (of each `what`).
     """
-    total, counts = 0, Counter[str]()
-    for notes in notes_of:
-        total += 1
-        counts.update(dict.fromkeys(notes, 1))
-    return [f"{count} of {total} {what}: {note}" for note, count in counts.items()]
+    rows = [dict.fromkeys(notes) for notes in notes_of]
+    counts = Counter(itertools.chain(*rows))
+    return [f"{count} of {len(rows)} {what}: {note}" for note, count in counts.items()]
 
 
 def join_notes(notes: Sequence[str]) -> str:
