@@ -162,14 +162,12 @@ def find_slides(store: Store, keys: Sequence[str], slides: Location | None) -> l
 def vote(hits: Sequence[Hit]) -> Vote:
     """The vote of neighbours, which come nearest first."""
     levels = [hit.level for hit in hits if hit.level is not None]
-    if not levels:
-        return Vote(level=None, shares=dict.fromkeys(LEVEL_NAMES), entropy_bits=None, labelled=0)
-    shares = {name: levels.count(name) / len(levels) for name in LEVEL_NAMES}
+    shares = {name: levels.count(name) / len(levels) if levels else None for name in LEVEL_NAMES}
     return Vote(
         # max gives the first of equals, and the nearest neighbour's level is the first.
-        level=max(dict.fromkeys(levels), key=levels.count),
-        shares=dict(shares),
-        entropy_bits=sum(share * math.log2(1 / share) for share in shares.values() if share),
+        level=max(dict.fromkeys(levels), key=levels.count, default=None),
+        shares=shares,
+        entropy_bits=sum(share * math.log2(1 / share) for share in shares.values() if share) if levels else None,
         labelled=len(levels),
     )
 
