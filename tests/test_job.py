@@ -87,7 +87,8 @@ def examples() -> list[list[str]]:
 def submit(head, *entrypoint: str) -> str:
     address, env, ray = head
     command = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--", *entrypoint]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    # The first that trains may have to compile DeepSpeed's extension.
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 

@@ -11,6 +11,7 @@ from torch import nn
 from lgd.base.errors import ConfigError, DataError
 from lgd.config import Config, Train
 from lgd.shards.shard_set import ShardSet
+from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
 from lgd.train.batch import BatchOptions, Skipped, Step, augment, training_batches
@@ -112,14 +113,18 @@ def _make_batches(
     learner: Learner, reader: Reader, plan: Plan, shards: ShardSet
 ) -> Callable[[int, int], Iterator[Step]]:
     config, task, queue = learner.config, learner.task, None
-    rows: Targets | None = None
+    rows: Rows | None = None
     turn = config.data.augment != "none"
     if isinstance(task, StudentTask) and task.store:
         method = task.method
         parts = task.store.parts_of(shards.of_split("train"))
-        rows = Targets(parts, method.pairs, config.run.seed, method.needs)
-        # Of one stored view the latents are not turned with the image.
-        queue = Queue(rows, plan, method.queue, turn) if method.queue else None
+        if method.pairs == "own" and not method.queue:
+            rows = Rows(parts, method.needs)
+        else:
+            # The latents of other samples teach too, as partners or as negatives.
+            rows = targets = Targets(parts, method.pairs, config.run.seed, method.needs)
+            # Of one stored view the latents are not turned with the image.
+            queue = Queue(targets, plan, method.queue, turn) if method.queue else None
     options = BatchOptions(
         batch=config.train.batch,
         accumulate=config.train.accumulate,

@@ -171,7 +171,7 @@ def test_a_part_that_is_replaced_while_it_is_verified_is_sound(store):
     sidecar = part.sidecar()
     with part.open(sidecar) as file:
         part.path.unlink()
-        assert parts._file_problem(part.path, file, sidecar) is None
+        assert parts._check_hdf5(part.path, file, sidecar) is None
 
 
 def rewrite(path, change):
