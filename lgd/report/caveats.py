@@ -152,8 +152,6 @@ def colour_only(training: Sequence[Shard], scored: Sequence[Shard], threads: int
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if not training:
-        return None
     _, _, level_n, colour_n9 = _colours(training, threads, _FIT_ROWS)
     labelled_n = level_n >= 0
     if len(np.unique(level_n[labelled_n])) < 2:
@@ -162,15 +160,16 @@ def colour_only(training: Sequence[Shard], scored: Sequence[Shard], threads: int
     model.fit(colour_n9[labelled_n], level_n[labelled_n])
     keys, groups, level_n, colour_n9 = _colours(scored, threads)
     probability_n4 = np.zeros((len(keys), len(LEVEL_NAMES)))
-    probability_n4[:, model.classes_] = model.predict_proba(colour_n9)
+    if keys:
+        probability_n4[:, model.classes_] = model.predict_proba(colour_n9)
     return Predictions(name=COLOUR, keys=keys, groups=groups, level=level_n, probability=probability_n4)
 
 
 def _colours(shards: Sequence[Shard], threads: int, most: int = 0) -> tuple[list[str], list[str], Ints, Floats]:
     """Key, group, level and colour of all patches, or of `most` evenly spaced ones."""
     reader = Reader(shards, ("he",), _SIZE)
-    rows = range(0, reader.total, -(-reader.total // (most or reader.total)))
-    keys, groups, levels, colours = [], [], [], []
+    rows = range(0, reader.total, max(1, -(-reader.total // most)) if most else 1)
+    keys, groups, levels, colours = [], [], [], [np.empty((0, 9))]
     for samples, images in stream(reader, in_batches(rows, 64), threads=threads):
         keys += [sample.key for sample in samples]
         groups += [sample.meta.group for sample in samples]

@@ -86,3 +86,8 @@ def test_nothing_is_fitted_on_one_level_or_none(shortcut, tmp_path):
     build(ShardOptions(layout="bci", root=str(tmp_path / "one"), out=str(tmp_path / "shards"), split="keep"))
     for training in ([], shards_of(tmp_path / "shards", "train")):
         assert colour_only(training, shards_of(shortcut, "test"), threads=1) is None
+
+
+def test_a_split_without_patches_has_no_answers(shortcut):
+    found = colour_only(shards_of(shortcut, "train"), [], threads=1)
+    assert found.keys == [] and found.level.shape == (0,) and found.probability.shape == (0, 4)
