@@ -64,7 +64,7 @@ class Predictions:
     level: Ints
     """(n,) int64, 0 to 3; -1 for unknown."""
     probability: Floats
-    """(n, 4) float64; rows sum to 1."""
+    """(n, 4) float64; rows sum to 1. All NaN, and no level known: of a model that saw no label and gives none."""
 
     def __post_init__(self) -> None:
         n = len(self.keys)
@@ -77,7 +77,8 @@ class Predictions:
             raise DataError(f"{self.name}: a level is outside -1 (unknown) to {LEVELS - 1}")
         # bf16 softmax rows miss 1 by up to 0.004.
         sound = (self.probability >= 0).all(1) & (abs(self.probability.sum(1) - 1) < 0.01)
-        if not sound.all():
+        untaught = np.isnan(self.probability).all() and (self.level < 0).all()
+        if not (sound.all() or untaught):
             row = int(np.argmin(sound))
             raise DataError(
                 f"{self.name}: {self.probability[row].tolist()} of {self.keys[row]} are not probabilities; a "

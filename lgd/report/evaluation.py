@@ -86,7 +86,7 @@ def evaluate(
     if store is not None:
         retrieval = measure_retrieval(config, store, training, split, student, rivals)
         queries = sheet_rows(config, store, shards, student) if has_sheet else []
-    if config.report.robustness:
+    if config.report.robustness and labelled:
         shifted = measure_robustness(config, [(one.scorer, one.predictions) for one in networks], split)
     colour = colour_only(training, split, config.data.threads)
     scored = [*(one.predictions for one in (student, *rivals)), *([colour] if colour else []), teacher.predictions]

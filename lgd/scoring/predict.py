@@ -111,14 +111,15 @@ def score_shards(
 ) -> tuple[Predictions, np.ndarray | None]:
     """Score every sample once, in the order of the shards; also its `vectors` (n, D), if the network has such.
 
-    `alter` changes the decoded images before the network sees them.
+    `alter` changes the decoded images before the network sees them. A network that saw no label has no answer to
+    compare with a level, and so all are unknown.
     """
     reader = Reader(shards, (scorer.role,), scorer.config.size)
     keys, groups, levels, found = [], [], [], []
     for samples, images in stream(reader, in_batches(range(reader.total), batch), threads=threads):
         keys += [sample.key for sample in samples]
         groups += [sample.meta.group for sample in samples]
-        levels += [sample.level for sample in samples]
+        levels += [sample.level if scorer.config.training.labelled else -1 for sample in samples]
         image_BHW3 = images[scorer.role]
         if alter is not None:
             image_BHW3 = alter(image_BHW3, [sample.key for sample in samples])

@@ -111,3 +111,18 @@ def test_the_sheet_takes_the_levels_in_turn(tissue_run, scorers, change):
     assert {LEVEL_NAMES.index(row.level) for row in rows} == set(scored.predictions.level.tolist()) and len(rows) == 4
     assert all(len(row.neighbours) == 4 and {hit.split for hit in row.neighbours} == {"train"} for row in rows)
     assert evaluation.sheet_rows(change(config, report={"queries": 0}), store, shards, scored) == []
+
+
+def test_a_student_that_saw_no_label_is_measured_without_scores(tissue_run, scorers):
+    """By retrieval alone: its levels are none."""
+    config = scorers[0].config
+    training = config.training.model_copy(update={"labels": {}})
+    untaught = dataclasses.replace(scorers[0], config=config.model_copy(update={"training": training}))
+    retrieval, (scored, *_) = measured(tissue_run, [untaught, scorers[2]])
+    predictions = scored.predictions
+    assert (predictions.level == -1).all() and np.isnan(predictions.probability).all()
+    results = evaluation.measure_results(
+        [predictions], caveats=[], provenance={}, resamples=10, seed=0, retrieval=retrieval
+    )
+    assert results.labelled == 0 and results.models[0].by_patch.metrics["accuracy"].value is None
+    assert results.retrieval.embeddings[0].own_pair.queries == len(predictions.keys)
