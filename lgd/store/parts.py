@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -116,6 +116,15 @@ class PartFile:
         return None
 
 
+class Mapped(NamedTuple):
+    """Datasets over maps of their files, read-only."""
+
+    arrays: dict[str, np.ndarray]
+    """(rows, ...) each."""
+    bytes: dict[str, memoryview]
+    """The same as plain bytes."""
+
+
 class Part:
     """The rows of one shard, over all layers of a store."""
 
@@ -124,7 +133,7 @@ class Part:
         self.files, self.name, self.split, self.tar_sha256 = files, entry.name, entry.split, entry.tar_sha256
         self.rows, self.first, self.last = entry.rows, entry.first, entry.last
         self.layout = {name: layout for file in files.values() for name, layout in file.layout.items()}
-        self._arrays: dict[str, np.ndarray] = {}
+        self._mapped = Mapped({}, {})
         self._lock = threading.Lock()
 
     @property
@@ -136,25 +145,24 @@ class Part:
         """Digest of all that the patches' and a teacher's part hold."""
         return digest_of([self.files[layer].digest for layer in (PATCHES, teacher)])
 
-    def arrays(self, names: frozenset[str]) -> dict[str, np.ndarray]:
-        """Some datasets at least, (rows, ...) each, read-only, over maps of their files.
-
-        Raises `DataError` for one that is missing, or not as its digest says.
-        """
-        arrays = self._arrays
-        if names <= arrays.keys():
-            return arrays
+    def mapped(self, names: frozenset[str]) -> Mapped:
+        """Some datasets at least; raises `DataError` for one that is missing, or not as its digest says."""
+        mapped = self._mapped
+        if names <= mapped.arrays.keys():
+            return mapped
         # The first reader checks the digests; those who want other parts do not wait.
         with self._lock:
-            before = self._arrays
-            arrays = self._arrays = self._map(names, before)
-        if not before:
+            before = self._mapped
+            arrays = self._map(names, before.arrays)
+            views = {name: array.reshape(-1).view(np.uint8).data for name, array in arrays.items()}
+            mapped = self._mapped = Mapped(arrays, views)
+        if not before.arrays:
             with _mapping:
                 _open.append(self)
                 oldest = _open.popleft() if len(_open) > OPEN_PARTS else None
             if oldest is not None:
                 oldest.forget()
-        return arrays
+        return mapped
 
     def _map(self, names: frozenset[str], before: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         arrays = dict(before)
@@ -168,12 +176,12 @@ class Part:
 
     def array(self, dataset: str) -> np.ndarray:
         """One dataset, (rows, ...), read-only."""
-        return self.arrays(frozenset((dataset,)))[dataset]
+        return self.mapped(frozenset((dataset,))).arrays[dataset]
 
     def forget(self) -> None:
         """Drop the maps; they go when the last array of them is dropped."""
         with self._lock:
-            self._arrays = {}
+            self._mapped = Mapped({}, {})
             for file in self.files.values():
                 file.content = None
 

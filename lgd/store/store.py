@@ -8,6 +8,7 @@ DIR/.lgd.lock                     while `lgd cache-latents` runs, or after it wa
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -239,8 +240,9 @@ class Rows:
     def __init__(self, parts: Sequence[Part], datasets: Sequence[str] = SUPERVISION) -> None:
         """`parts` by their number, such as `Store.parts_of` gives; all of one store."""
         self.parts = parts
-        self._datasets = [name for name in datasets if name in parts[0].layout]
-        self._names = frozenset(("key", *self._datasets))
+        layout = parts[0].layout
+        self._layout = {name: layout[name] for name in datasets if name in layout}
+        self._names = frozenset(("key", *self._layout))
 
     def read(
         self,
@@ -255,23 +257,26 @@ class Rows:
         `DataError` unless the rows are those of the keys (None is not asked), and for a part that is not as its digest
         says.
         """
-        arrays_n = [self.parts[number].arrays(self._names) for number in part_n]
-        for number, row, key, arrays in zip(part_n, row_n, key_n, arrays_n, strict=True):
-            there = arrays["key"][row]
+        maps = [self.parts[number].mapped(self._names) for number in part_n]
+        for number, row, key, mapped in zip(part_n, row_n, key_n, maps, strict=True):
+            there = mapped.arrays["key"][row]
             if key is not None and there != key.encode():
                 raise DataError(
                     f"{self.parts[number].path}, row {row}, is of {there.decode()}, but the shard's sample is {key}: "
                     f"{REMEDY}"
                 )
-        # Slices of one row join faster than rows stack.
-        rows = [slice(row, row + 1) for row in row_n]
         found = {}
-        for name in self._datasets:
-            column_n = [arrays[name] for arrays in arrays_n]
+        for name, layout in self._layout.items():
+            dtype, shape, views = np.dtype(layout.dtype), layout.shape, 1
             if name in ("pooled", "map"):
-                views = view_n if view_n is not None and column_n[0].shape[1] > 1 else [0] * len(rows)
-                slices = [array[row, view] for array, row, view in zip(column_n, rows, views, strict=True)]
-            else:
-                slices = [array[row] for array, row in zip(column_n, rows, strict=True)]
-            found[name] = np.concatenate(slices)
+                views, shape = shape[0], shape[1:]
+            size = math.prod(shape) * dtype.itemsize
+            starts = [row * views * size for row in row_n]
+            if views > 1 and view_n is not None:
+                starts = [start + view * size for start, view in zip(starts, view_n, strict=True)]
+            # Joining slices of the maps takes half the time of copying rows of arrays one by one.
+            joined = bytearray().join(
+                [mapped.bytes[name][start : start + size] for mapped, start in zip(maps, starts, strict=True)]
+            )
+            found[name] = np.frombuffer(joined, dtype).reshape(len(maps), *shape)
         return found

@@ -198,10 +198,10 @@ def first_use(store: Store) -> dict[str, Any]:
     parts = Store(store.folder).parts
     names = frozenset(("key", *SUPERVISION))
     # torch is imported with the first part.
-    parts[0].arrays(names)
+    parts[0].mapped(names)
     began = time.perf_counter()
     for part in parts[1:]:
-        part.arrays(names)
+        part.mapped(names)
     seconds = time.perf_counter() - began
     size = sum(file.path.stat().st_size for part in parts[1:] for file in part.files.values())
     return {"ms_a_part": 1e3 * seconds / max(1, len(parts) - 1), "mb_a_second": size / 1e6 / seconds}
