@@ -21,7 +21,7 @@ from lgd.config_files import Given, locate_field
 from lgd.io.location import as_location, require_local
 from lgd.io.locks import exclusive
 from lgd.ray_jobs.cluster import restore_connection
-from lgd.runs.folder import command, note_changes, record
+from lgd.runs.folder import Ablated, Cached, Evaluated, Facts, Indexed, Trained, command, note_changes, record
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import open_disjoint
@@ -29,14 +29,9 @@ from lgd.shards.shard_set import ShardSet
 from lgd.tissue.synth import SynthOptions, synthesise
 
 if TYPE_CHECKING:
-    from pydantic import JsonValue
-
     from lgd.report.ablation import AblateOptions
 
 logger = logging.getLogger(__name__)
-
-_TRAINED = ("weights_sha256", "inputs", "steps", "engine", "workers", "validation")
-"""What run.json tells of a training."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,8 +39,8 @@ class Outcome:
     """How a stage ended, which it fills in."""
 
     done: str = "done"
-    facts: dict[str, "JsonValue"] = dataclasses.field(default_factory=dict)
-    """For run.json."""
+    facts: Facts | None = None
+    """For run.json; each stage that is recorded sets them."""
 
 
 @contextlib.contextmanager
@@ -76,6 +71,7 @@ def stage(
     with log_outcome(name) as outcome:
         opened = shards or open_disjoint(config.shard_dirs)
         yield opened, outcome
+    assert outcome.facts is not None
     record(config, opened, verb, outcome.facts, folder, given)
 
 
@@ -90,8 +86,8 @@ def _train(
     with stage(name, verb, config, folder, given, shards) as (opened, outcome):
         trained = train_under(config, task, overwrite, opened)
         outcome.done = f"trained: {folder}" if trained else f"reused, nothing changed: {folder}"
-        stated = TASKS[task].document.read_folder(folder).as_json()
-        outcome.facts = {field: stated[field] for field in _TRAINED}
+        made = TASKS[task].document.read_folder(folder)
+        outcome.facts = Trained(**{field: getattr(made, field) for field in Trained.model_fields})
 
 
 train_teacher = functools.partial(_train, "teacher")
@@ -111,7 +107,7 @@ def cache_latents(
         did = [f"{computed} of {len(store.parts)} parts computed"] if computed else []
         did += [f"{pruned} parts of other shards removed"] if pruned else []
         outcome.done = f"{', '.join(did) or 'reused, nothing changed'}, {store.rows} rows: {store.folder}"
-        outcome.facts = {"digest": store.digest, "rows": store.rows}
+        outcome.facts = Cached(digest=store.digest, rows=store.rows)
 
 
 def build_index(config: Config, given: Given | None = None, shards: ShardSet | None = None) -> None:
@@ -134,8 +130,9 @@ def build_index(config: Config, given: Given | None = None, shards: ShardSet | N
             f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents, "
             f"recall@10 {made.recall_at_10:.3f}: {made.why}"
         )
-        stated = made.as_json()
-        outcome.facts = {name: stated[name] for name in ("factory", "rows", "recall_at_10")} | {"digest": made.digest}
+        outcome.facts = Indexed(
+            factory=made.factory, rows=made.rows, recall_at_10=made.recall_at_10, digest=made.digest
+        )
 
 
 def evaluate(
@@ -156,8 +153,8 @@ def evaluate(
         report.write_report(as_location(folder), results, scored, queries)
         report.show_pictures(as_location(folder), as_location(config.student.dir))
         outcome.done = f"written: {folder}"
-        headline = {model.name: model.by_patch.as_json()["metrics"] for model in results.models}
-        outcome.facts = {"split": config.report.split, "by_patch": headline}
+        headline = {model.name: model.by_patch.metrics for model in results.models}
+        outcome.facts = Evaluated(split=config.report.split, by_patch=headline)
     return report.format_scores(results)
 
 
@@ -173,7 +170,7 @@ def ablate(config: Config, options: "AblateOptions", given: Given | None = None)
     with doing, stage("ablate", "ablate", config, folder, given, shards) as (_, outcome):
         table = harness.ablate(config, shards, options)
         outcome.done = f"written: {folder}/ablation.md"
-        outcome.facts = {"seeds": options.seeds, "full": options.full, "split": config.report.split}
+        outcome.facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)
     return table
 
 

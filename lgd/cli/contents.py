@@ -224,7 +224,8 @@ def _describe_run(folder: Location) -> dict[str, JsonValue]:
 
 
 def _describe_stage(stage: Stage) -> str:
-    facts = [f"{name} {stage.facts[name]}" for name in _STAGE_FACTS if name in stage.facts]
+    stated: dict[str, JsonValue] = stage.facts.as_json()
+    facts = [f"{name} {stated[name]}" for name in _STAGE_FACTS if name in stated]
     return f"{stage.folder} ({', '.join(facts)})"
 
 

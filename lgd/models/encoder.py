@@ -12,9 +12,9 @@ Nothing here depends on the other images of a batch: presets get GroupNorm, othe
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,8 +38,30 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
+class Kind(NamedTuple):
+    """A kind of encoders, which a name leads to."""
+
+    form: str
+    """How such encoders are named."""
+    matches: Callable[[str], bool]
+    """Whether a name is one of this kind."""
+    describe: Callable[[str], EncoderSpec]
+    """The specification of an encoder; `ValueError` for one that is not accepted."""
+    load: Callable[[EncoderSpec], nn.Module]
+    """The network with the weights that it comes with; `ValueError` where they are not its own."""
+
+
 def _make_spec(name: str, **fields: object) -> EncoderSpec:
     return EncoderSpec.from_json({"name": name, "pool": "mean", "size": None, "mpp": None, "licence": None} | fields)
+
+
+def _describe_preset(name: str) -> EncoderSpec:
+    mean, std = _FROM_SCRATCH_MEAN, _FROM_SCRATCH_STD
+    return _make_spec(name, backbone=PRESETS[name], batchnorm="group", mean=mean, std=std)
+
+
+def _describe_outside(name: str) -> EncoderSpec:
+    return _make_spec(name, backbone={}, batchnorm="frozen", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 def _load_outside(spec: EncoderSpec) -> nn.Module:
@@ -64,23 +86,39 @@ def _describe_pretrained(name: str) -> EncoderSpec:
     return _make_spec(name, backbone=backbone, batchnorm="frozen", mean=mean, std=std)
 
 
+def _load_pretrained(spec: EncoderSpec) -> nn.Module:
+    return load_backbone(spec.backbone, find_weights(find_folder(spec.name, weights=True)))
+
+
+KINDS = (
+    Kind(", ".join(PRESETS), lambda name: name in PRESETS, _describe_preset, lambda spec: new_backbone(spec.backbone)),
+    Kind("python:package.module:factory", is_python, _describe_outside, _load_outside),
+    Kind(
+        "hf:ORG/NAME or a local folder",
+        lambda name: name.startswith("hf:") or Path(name).is_dir(),
+        _describe_pretrained,
+        _load_pretrained,
+    ),
+)
+"""The kinds of encoders; the first that matches a name has it."""
+
+
+def find_kind(name: str) -> Kind:
+    """The kind of an encoder; `ConfigError` for a name of none."""
+    for kind in KINDS:
+        if kind.matches(name):
+            return kind
+    raise ConfigError(f"encoder {name!r} is not known: use one of {', '.join(kind.form for kind in KINDS)}")
+
+
 def describe(name: str) -> EncoderSpec:
     """The specification of an encoder.
 
     Raises `ConfigError` for an unknown name and `DataError` for one that cannot be had or is not accepted.
     """
-    if name in PRESETS:
-        mean, std = _FROM_SCRATCH_MEAN, _FROM_SCRATCH_STD
-        return _make_spec(name, backbone=PRESETS[name], batchnorm="group", mean=mean, std=std)
-    if is_python(name):
-        return _make_spec(name, backbone={}, batchnorm="frozen", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    if name.startswith("hf:") or Path(name).is_dir():
-        with _naming(name):
-            return _describe_pretrained(name)
-    raise ConfigError(
-        f"encoder {name!r} is not known: use one of {', '.join(PRESETS)}, python:package.module:factory, "
-        "hf:ORG/NAME or a local folder"
-    )
+    kind = find_kind(name)
+    with _naming(name):
+        return kind.describe(name)
 
 
 class Encoder(nn.Module):
@@ -134,10 +172,8 @@ class Encoder(nn.Module):
 def build_encoder(name: str) -> Encoder:
     """An encoder with its pretrained weights, or with random ones for a preset."""
     spec = describe(name)
-    if name in PRESETS or is_python(name):
-        return Encoder(spec)
     with _naming(name):
-        return Encoder(spec, load_backbone(spec.backbone, find_weights(find_folder(name, weights=True))))
+        return Encoder(spec, find_kind(name).load(spec))
 
 
 @contextlib.contextmanager

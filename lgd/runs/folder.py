@@ -12,14 +12,14 @@ two stages that end in the same second may leave the record of one.
 import contextlib
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from lgd.base.environment import Environment
 from lgd.base.errors import ConfigError, DataError, Stopped
-from lgd.base.records import Line, Many, Record, Sha256
+from lgd.base.records import Count, Line, Many, Record, Sha256
 from lgd.base.text import escape_text
 from lgd.config import WHERE_IT_RUNS, Config
 from lgd.config_files import Given, load_config
@@ -27,6 +27,7 @@ from lgd.io.documents import Document, MissingDocument
 from lgd.io.files import exists, write_bytes
 from lgd.io.location import as_location
 from lgd.io.locks import hold_lock
+from lgd.metrics import Interval
 from lgd.shards.shard_set import ShardSet
 
 _CONFIG, _RUN = "config.yaml", "run.json"
@@ -61,6 +62,54 @@ _FOLDERS = {
 """Stage -> the field that names what it makes."""
 
 
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Trained(Record):
+    """What training a teacher or a student came to."""
+
+    weights_sha256: Sha256
+    inputs: Sha256
+    steps: Count
+    engine: Line
+    workers: Count
+    validation: dict[Line, Number]
+
+
+class Cached(Record):
+    """What filling the feature store came to."""
+
+    digest: Sha256
+    rows: Count
+
+
+class Indexed(Record):
+    """What building the index came to."""
+
+    factory: Line
+    rows: Count
+    recall_at_10: Number
+    digest: Sha256
+
+
+class Evaluated(Record):
+    """What an evaluation came to: metrics by the models' names."""
+
+    split: Line
+    by_patch: dict[Line, dict[Line, Interval]]
+
+
+class Ablated(Record):
+    """What `lgd ablate` was asked for."""
+
+    seeds: Count
+    full: bool
+    split: Line
+
+
+Facts = Trained | Cached | Indexed | Evaluated | Ablated
+
+
 class Stage(Record):
     """A stage that ended well."""
 
@@ -75,8 +124,7 @@ class Stage(Record):
     environment: Environment
     shards: dict[Line, Sha256]
     """Digests of the shard folders' manifests."""
-    facts: dict[Line, JsonValue]
-    """What came of it."""
+    facts: Facts
 
 
 class RunDocument(Document):
@@ -89,14 +137,7 @@ class RunDocument(Document):
     stages: dict[Line, Many[Stage]]
 
 
-def record(
-    config: Config,
-    shards: ShardSet,
-    stage: str,
-    facts: Mapping[str, JsonValue],
-    folder: str,
-    given: Given | None = None,
-) -> None:
+def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: str, given: Given | None = None) -> None:
     """Write config.yaml if there is none, and add to run.json what a stage made in `folder`."""
     at, given, here = as_location(config.run.dir), given or Given(), Environment.here()
     with hold_lock(at / f".{_RUN}.lock", "recording a stage"):
@@ -109,7 +150,7 @@ def record(
             differing=_differing(config),
             environment=here,
             shards=dict(zip(config.shard_dirs, shards.digests, strict=True)),
-            facts=dict(facts),
+            facts=facts,
         )
         stages = _read_stages(config)
         others = tuple(one for one in stages.get(stage, ()) if one.folder != folder)

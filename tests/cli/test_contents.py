@@ -14,7 +14,7 @@ from lgd.cli.contents import as_lines, check, describe, find_kind
 from lgd.config_files import find_in_run, load_config
 from lgd.io.digests import digest_of
 from lgd.models.description import StudentConfig
-from lgd.runs.folder import record
+from lgd.runs.folder import Cached, record
 from lgd.shards.shard_set import ShardSet
 from lgd.train.checkpoint import State
 
@@ -164,7 +164,7 @@ def test_a_run_lists_its_stages_and_how_to_go_on(tissue_run, tmp_path, change):
     (folder / "config.yaml").unlink()
     config = change(tissue_run, run={"dir": str(folder)}, student={"dir": str(folder / "student")})
     shards = ShardSet.open(config.shard_dirs)
-    record(config, shards, "cache-latents", {"digest": "0" * 64, "rows": 48}, str(folder / "latents"))
+    record(config, shards, "cache-latents", Cached(digest="0" * 64, rows=48), str(folder / "latents"))
     description = describe(folder)
     assert description["cache-latents"] == f"{folder}/latents (rows 48)" and "try_next" not in description
     shutil.copytree(tissue_run.student.dir, folder / "student")

@@ -14,10 +14,10 @@ from lgd.base.errors import DataError
 from lgd.cli import main
 from lgd.config_files import Given, load_config
 from lgd.io.files import read_json
-from lgd.runs.folder import RunDocument, command, note_changes, record
+from lgd.runs.folder import Cached, RunDocument, command, note_changes, record
 from lgd.shards.shard_set import ShardSet
 
-FACTS = {"digest": "0" * 64, "rows": 3}
+FACTS = Cached(digest="0" * 64, rows=3)
 
 
 @pytest.fixture
@@ -52,6 +52,7 @@ import sys, time
 from pathlib import Path
 from lgd.shards.shard_set import ShardSet
 from lgd.config_files import load_config
+from lgd.runs.folder import Cached
 from lgd.runs.folder import record
 name, other, folder = sys.argv[1:]
 config = load_config(f"{folder}/c.yaml", ["--report.split", name])
@@ -60,14 +61,14 @@ shards = ShardSet.open(config.shard_dirs)
 while not (Path(folder) / other).exists():
     time.sleep(0.001)
 for number in range(40):
-    record(config, shards, f"{name}{number}", {"digest": "0" * 64, "rows": number}, config.run.dir)
+    record(config, shards, f"{name}{number}", Cached(digest="0" * 64, rows=number), config.run.dir)
 """
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen([*command, *names, str(tmp_path)]) for names in (("one", "two"), ("two", "one"))]
     assert [process.wait(timeout=300) for process in both] == [0, 0]
     kept = stages(config)
     assert set(kept) == {f"{name}{number}" for name in ("one", "two") for number in range(40)}
-    assert all(kept[f"{name}{number}"][0].facts["rows"] == number for name in ("one", "two") for number in range(40))
+    assert all(kept[f"{name}{number}"][0].facts.rows == number for name in ("one", "two") for number in range(40))
     # One of them has written config.yaml, and the other differs from it.
     winner = load_config(Path(config.run.dir) / "config.yaml").report.split
     for name in ("one", "two"):
@@ -92,14 +93,14 @@ def test_the_first_stage_writes_the_run_and_no_later_one_does(config, change):
     # Of one folder the newest record is kept, of several each.
     add_record(config, "train", FACTS, config.student.dir)
     add_record(other, "train", replace_rows(4), other.student.dir)
-    assert [(one.folder, one.facts["rows"]) for one in stages(config)["train"]] == [
+    assert [(one.folder, one.facts.rows) for one in stages(config)["train"]] == [
         (config.student.dir, 3),
         (other.student.dir, 4),
     ]
 
 
 def replace_rows(rows):
-    return FACTS | {"rows": rows}
+    return FACTS.model_copy(update={"rows": rows})
 
 
 def test_a_stage_tells_in_which_fields_earlier_ones_had_other_values(config, change):
@@ -173,9 +174,9 @@ def test_a_report_of_another_split_leaves_the_run_as_it_was(run, change):
     assert load_config(kept).report.split == "test"
     made = stages(run)
     (report,) = made["evaluate"]
-    assert report.given["report.split"] == "val" == report.facts["split"] == report.differing["report.split"]
-    assert made["build-index"][0].facts["rows"] == 20 and made["build-index"][0].verb == "build-index"
-    assert set(report.facts["by_patch"]) >= {"LGD-Net", "IHC teacher"}
+    assert report.given["report.split"] == "val" == report.facts.split == report.differing["report.split"]
+    assert made["build-index"][0].facts.rows == 20 and made["build-index"][0].verb == "build-index"
+    assert set(report.facts.by_patch) >= {"LGD-Net", "IHC teacher"}
     # The command in the report is the whole truth.
     text = (Path(run.report.dir) / "summary.md").read_text()
     (told,) = re.findall(r"^    lgd evaluate (.*)$", text, re.MULTILINE)
