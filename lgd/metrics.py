@@ -177,7 +177,7 @@ def bootstrap(
 ) -> dict[str, Floats]:
     """Each metric -> (resamples,) values; NaN where a resample leaves it undefined.
 
-    A metric is NaN throughout where fewer than two groups stand behind it: resampling one group tells nothing of
+    A metric is NaN throughout where fewer than two groups stand behind it: resampling one group shows nothing of
     the next. A sensitivity needs two groups that hold its level, an AUC two on either side.
     Two predictions of the same patches see the same resamples for the same seed.
     """

@@ -57,7 +57,7 @@ def stage(
 ) -> Iterator[tuple[ShardSet, Outcome]]:
     """Open the shards, where that was not done before, and log and record what a stage makes of them in `folder`.
 
-    Tells on which fields this stage and earlier ones of its run disagree. Refuses a run whose method is not known, and
+    Logs on which fields this stage and earlier ones of its run disagree. Refuses a run whose method is not known, and
     one that cannot be recorded.
     """
     from lgd.models.methods import find_method

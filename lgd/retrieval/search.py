@@ -119,7 +119,7 @@ def _numbers(store: Store) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _open_file(path: Location, said: IndexFile) -> Iterator[BinaryIO]:
-    """A file of the index; `DataError` where it is not as index.json says, or whoever reads it finds that."""
+    """A file of the index; `DataError` where it is not as index.json says, or where its reader finds that."""
     try:
         with open_checked(path, said.xxh3, said.bytes, _REMEDY) as file:
             yield file

@@ -131,7 +131,7 @@ class ShardWriter(NamedTuple):
     patches: PartWriter
     teacher: PartWriter
     rounding: dict[str, Rounding]
-    """What the sidecars tell of the loss by the stored type; the caller fills it."""
+    """What the sidecars state of the loss by the stored type; the caller fills it."""
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
         """Write the next rows, as `PartWriter.add`."""

@@ -99,7 +99,7 @@ class DeepSpeedEngine(Engine):
             "train_batch_size": train.batch,
             "train_micro_batch_size_per_gpu": train.batch // (world.size * train.accumulate),
             "gradient_accumulation_steps": train.accumulate,
-            # There DeepSpeed does not tell the norm: `step` clips.
+            # There DeepSpeed does not give the norm: `step` clips.
             "gradient_clipping": 0.0 if self.plain else train.clip,
             # DeepSpeed's own `bf16` rounds the weights, and on the CPU cannot run frozen BatchNorm.
             "torch_autocast": {"enabled": train.precision == "bf16", "dtype": "bfloat16"},
