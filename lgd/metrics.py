@@ -146,9 +146,7 @@ def score_with_intervals(
     a metric has no interval: NaN. An interval that misses its value is widened to it: resampling raises ECE, so
     that its percentiles can all lie above the value.
     """
-    values = score(predictions.level, predictions.probability)
-    samples = bootstrap(predictions, resamples, seed, metrics)
-    return {name: interval(values[name], samples[name]) for name in metrics}
+    return {name: interval(drawn) for name, drawn in bootstrap(predictions, resamples, seed, metrics).items()}
 
 
 def paired_differences(
@@ -159,9 +157,8 @@ def paired_differences(
     Raises `DataError` unless both hold the same patches in the same order.
     """
     check_same(a, b)
-    value_a, value_b = (score(p.level, p.probability) for p in (a, b))
     of_a, of_b = (bootstrap(p, resamples, seed, metrics) for p in (a, b))
-    return {name: interval(value_a[name] - value_b[name], of_a[name] - of_b[name]) for name in metrics}
+    return {name: interval(of_a[name] - of_b[name]) for name in metrics}
 
 
 def check_same(a: Predictions, b: Predictions) -> None:
@@ -175,30 +172,30 @@ def check_same(a: Predictions, b: Predictions) -> None:
 def bootstrap(
     predictions: Predictions, resamples: int, seed: int, metrics: Sequence[str] = METRICS
 ) -> dict[str, Floats]:
-    """Each metric -> (resamples,) values; NaN where a resample leaves it undefined.
+    """Each metric -> its value, and after it that of each resample: (1 + R,), NaN where it is undefined.
 
-    A metric is NaN throughout where fewer than two groups stand behind it: resampling one group shows nothing of
-    the next. A sensitivity needs two groups that hold its level, an AUC two on either side.
+    All resamples of a metric are NaN where fewer than two groups stand behind it: resampling one group shows nothing
+    of the next. A sensitivity needs two groups that hold its level, an AUC two on either side.
     Two predictions of the same patches see the same resamples for the same seed.
     """
     known = predictions.labelled()
+    values = score(known.level, known.probability)
+    drawn = {name: np.append(values[name], np.full(resamples, np.nan)) for name in metrics}
     names, group = np.unique(known.groups, return_inverse=True)
     if len(names) < 2:
-        return {name: np.full(resamples, np.nan) for name in metrics}
+        return drawn
     sums_GS = np.zeros((len(names), _SQUARED + 1))
     np.add.at(sums_GS, group, _sums(known.level, known.probability))
-    held_GL = sums_GS[:, _CONFUSION].reshape(-1, LEVELS, LEVELS).sum(2) > 0
-    thin = _thin(held_GL)
     aucs = [name for name in metrics if name in _AUC_LEVELS]
     blocks = []
     for count_RG in draws(len(names), resamples, seed, _BLOCK // len(known.keys)):
-        values = _from_sums(count_RG @ sums_GS)
+        block = _from_sums(count_RG @ sums_GS)
         weight_Rn = count_RG[:, group] if aucs else count_RG
-        for name in aucs:
-            values[name] = _auc(name, known.level, known.probability, weight_Rn)
-        blocks.append(values)
-    found = {name: np.concatenate([block[name] for block in blocks]) for name in metrics}
-    return {name: np.full(resamples, np.nan) if name in thin else values for name, values in found.items()}
+        blocks.append(block | {name: _auc(name, known.level, known.probability, weight_Rn) for name in aucs})
+    held_GL = sums_GS[:, _CONFUSION].reshape(-1, LEVELS, LEVELS).sum(2) > 0
+    for name in drawn.keys() - _thin(held_GL):
+        drawn[name][1:] = np.concatenate([block[name] for block in blocks])
+    return drawn
 
 
 def _thin(held_GL: NDArray[np.bool_]) -> set[str]:
@@ -266,8 +263,12 @@ def _auc(name: str, level_n: Ints, probability_n4: Floats, weight_Rn: Floats) ->
     return area
 
 
-def interval(value: float, samples: Floats) -> Interval:
-    """A value with its 95 % percentile interval, widened to hold the value; NaN samples are left out."""
+def interval(drawn: Floats) -> Interval:
+    """A value and its resamples, as of `bootstrap` or the difference of two such, with the 95 % percentile interval.
+
+    The interval is widened to hold the value; resamples of NaN are left out.
+    """
+    value, samples = float(drawn[0]), drawn[1:]
     defined = samples[~np.isnan(samples)]
     if np.isnan(value) or not len(defined):
         return Interval(value=value, low=None, high=None)

@@ -79,7 +79,9 @@ def test_the_bootstrap_equals_scoring_the_resampled_patches(rows):
     probability = 0.1 + 0.6 * np.eye(4)[said]
     p = predictions(level, probability, groups)
     names = sorted(set(groups))
-    samples = bootstrap(p, 3, seed=5)
+    found = bootstrap(p, 3, seed=5)
+    assert {name: values[0] for name, values in found.items()} == pytest.approx(twin(level, probability), nan_ok=True)
+    samples = {name: values[1:] for name, values in found.items()}
     if len(names) < 2:
         assert all(np.isnan(values).all() for values in samples.values())
         return
@@ -96,7 +98,7 @@ def test_the_bootstrap_equals_scoring_the_resampled_patches(rows):
 
 def test_the_bootstrap_agrees_with_scikit_learn_on_weights():
     p = some(n=200, groups=20)
-    samples = bootstrap(p, 5, seed=1)
+    samples = {name: values[1:] for name, values in bootstrap(p, 5, seed=1).items()}
     drawn = np.random.default_rng(1).integers(20, size=(5, 20))
     names = sorted(set(p.groups))
     for row, chosen in enumerate(drawn):
@@ -171,7 +173,7 @@ def test_an_interval_that_misses_its_value_is_widened():
     calibrated = predictions(np.where(right, 0, 1), probability)
     found = metrics.score_with_intervals(calibrated, 200, seed=0)["ece"]
     assert found.low == found.value == pytest.approx(0)
-    assert np.percentile(bootstrap(calibrated, 200, 0)["ece"], 2.5) > 0.01
+    assert np.percentile(bootstrap(calibrated, 200, 0)["ece"][1:], 2.5) > 0.01
 
 
 def test_groups_are_resampled_whole():
@@ -200,7 +202,7 @@ def test_paired_difference_sees_the_same_groups():
     a, b = some(skill=1.0, name="a"), some(skill=2.0, name="b")
     assert metrics.paired_differences(a, a, ["kappa"], 50, seed=0)["kappa"] == metrics.Interval(value=0, low=0, high=0)
     found = metrics.paired_differences(a, b, ["brier"], 200, seed=0)["brier"]
-    samples = bootstrap(a, 200, 0)["brier"] - bootstrap(b, 200, 0)["brier"]
+    samples = (bootstrap(a, 200, 0)["brier"] - bootstrap(b, 200, 0)["brier"])[1:]
     assert found.value == score(a.level, a.probability)["brier"] - score(b.level, b.probability)["brier"]
     assert [found.low, found.high] == pytest.approx(np.percentile(samples, [2.5, 97.5]).tolist())
     alone = metrics.score_with_intervals(a, 200, seed=0)["brier"]

@@ -16,7 +16,7 @@ from pydantic import Field
 from lgd.base.markup import code_block, list_items, markdown_table
 from lgd.base.records import Count, Line, Many, Record, Sha256
 from lgd.io.documents import Document
-from lgd.metrics import Floats, Interval, Predictions, bootstrap, check_same, interval, score
+from lgd.metrics import Floats, Interval, Predictions, bootstrap, check_same, interval
 from lgd.models import methods
 from lgd.report.caveats import COLOUR, HOW
 from lgd.report.results import format_interval
@@ -59,10 +59,9 @@ def draw_mean(runs: Sequence[Predictions], metric: str, resamples: int, seed: in
     All runs see the same slides in a resample. Which seeds it takes depends on their number only, so that two methods
     of as many seeds are compared seed by seed.
     """
-    values_S = np.array([score(run.level, run.probability)[metric] for run in runs])
-    samples_SR = np.stack([bootstrap(run, resamples, seed, [metric])[metric] for run in runs])
+    drawn_SR = np.stack([bootstrap(run, resamples, seed, [metric])[metric] for run in runs])
     taken_RS = np.random.default_rng([seed, len(runs)]).integers(len(runs), size=(resamples, len(runs)))
-    return np.append(values_S.mean(), samples_SR[taken_RS, np.arange(resamples)[:, None]].mean(axis=1))
+    return np.append(drawn_SR[:, 0].mean(), drawn_SR[taken_RS, np.arange(1, 1 + resamples)[:, None]].mean(axis=1))
 
 
 def share_of_gap(ours: Floats, least: Floats, most: Floats) -> Floats:
@@ -73,11 +72,6 @@ def share_of_gap(ours: Floats, least: Floats, most: Floats) -> Floats:
     gap = most - least
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(gap > 0, (ours - least) / gap, np.nan)
-
-
-def as_interval(drawn: Floats) -> Interval:
-    """A value and its resamples, as of `draw_mean` or the difference of two such, with the 95 % interval."""
-    return interval(float(drawn[0]), drawn[1:])
 
 
 def compare_rows(
@@ -96,14 +90,14 @@ def compare_rows(
     compared = {
         name: {
             metric: Compared(
-                mean=as_interval(values),
-                lgd_minus=None if name == LGD_NET else as_interval(ours[metric] - values),
+                mean=interval(values),
+                lgd_minus=None if name == LGD_NET else interval(ours[metric] - values),
             )
             for metric, values in row.items()
         }
         for name, row in drawn.items()
     }
-    closed = {name: as_interval(share_of_gap(ours[name], baseline[name], bound[name])) for name in METRICS}
+    closed = {name: interval(share_of_gap(ours[name], baseline[name], bound[name])) for name in METRICS}
     return compared, closed
 
 

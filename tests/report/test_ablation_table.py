@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
-from lgd.metrics import Interval, Predictions, score
-from lgd.report.ablation_table import as_interval, compare_rows, draw_mean, share_of_gap
+from lgd.metrics import Interval, Predictions, interval, score
+from lgd.report.ablation_table import compare_rows, draw_mean, share_of_gap
 
 
 def answers(seed, skill=0.5, slides=12, patches=5, name="x"):
@@ -24,7 +24,7 @@ def answers(seed, skill=0.5, slides=12, patches=5, name="x"):
 
 def test_the_mean_is_that_of_the_seeds_and_the_interval_is_of_slides_and_seeds():
     runs = [answers(seed, skill) for seed, skill in enumerate((0.2, 0.5, 0.8))]
-    found = as_interval(draw_mean(runs, "accuracy", 2000, seed=0))
+    found = interval(draw_mean(runs, "accuracy", 2000, seed=0))
     each = [score(run.level, run.probability)["accuracy"] for run in runs]
     assert found.value == pytest.approx(np.mean(each))
     # Naive: draw slides and seeds, score, average.
@@ -39,7 +39,7 @@ def test_the_mean_is_that_of_the_seeds_and_the_interval_is_of_slides_and_seeds()
     low, high = np.percentile(samples, [2.5, 97.5])
     assert found.low == pytest.approx(low, abs=0.03) and found.high == pytest.approx(high, abs=0.03)
     # Wider than over the slides alone, since these seeds differ much.
-    alone = as_interval(draw_mean([runs[1]] * 3, "accuracy", 2000, seed=0))
+    alone = interval(draw_mean([runs[1]] * 3, "accuracy", 2000, seed=0))
     assert found.high - found.low > 1.5 * (alone.high - alone.low)
 
 
@@ -64,7 +64,7 @@ def test_a_difference_is_paired_and_finds_what_intervals_of_each_would_not():
         probability[rows, run.level[rows]] = 0.7
         better.append(Predictions(name="y", keys=run.keys, groups=run.groups, level=run.level, probability=probability))
     drawn = [draw_mean(runs, "accuracy", 500, 0) for runs in (better, worse)]
-    found, one, other = map(as_interval, (drawn[0] - drawn[1], *drawn))
+    found, one, other = map(interval, (drawn[0] - drawn[1], *drawn))
     assert found.low > 0 and found.value == pytest.approx(one.value - other.value)
     assert found.high - found.low < other.high - other.low
 
@@ -72,11 +72,11 @@ def test_a_difference_is_paired_and_finds_what_intervals_of_each_would_not():
 def test_the_gap_is_0_at_the_least_and_1_at_the_most():
     runs = [answers(seed, 0.3) for seed in range(3)], [answers(9, 0.95)], [answers(seed, 0.65) for seed in range(3)]
     least, most, middle = (draw_mean(some, "kappa", 300, 0) for some in runs)
-    assert as_interval(share_of_gap(least, least, most)).value == 0
-    assert as_interval(share_of_gap(most, least, most)).value == 1
-    half = as_interval(share_of_gap(middle, least, most))
+    assert interval(share_of_gap(least, least, most)).value == 0
+    assert interval(share_of_gap(most, least, most)).value == 1
+    half = interval(share_of_gap(middle, least, most))
     assert 0.2 < half.low <= half.value <= half.high < 0.9
-    assert as_interval(share_of_gap(least, most, least)).value is None
+    assert interval(share_of_gap(least, most, least)).value is None
 
 
 def test_other_patches_are_refused():

@@ -16,9 +16,9 @@ from lgd.base.errors import require
 from lgd.base.markup import markdown_table
 from lgd.base.text import print_lines
 from lgd.cli import run_command
-from lgd.metrics import Predictions, check_same
+from lgd.metrics import Predictions, check_same, interval
 from lgd.report.ablation import SINGLE_RUN_ROWS, read_kept, slug
-from lgd.report.ablation_table import METRICS, AblationDocument, as_interval, draw_mean
+from lgd.report.ablation_table import METRICS, AblationDocument, draw_mean
 from lgd.report.results import format_interval
 
 
@@ -55,8 +55,8 @@ def run(args: list[str]) -> int:
             control_R, shortcut_R = (
                 draw_mean(runs[method], asked.metric, asked.resamples, 0) for runs in (plain, short)
             )
-            intervals = [format_interval(as_interval(drawn)) for drawn in (control_R, shortcut_R)]
-            rows.append([name, method, *intervals, format_interval(as_interval(shortcut_R - control_R), "+.3f")])
+            intervals = [format_interval(interval(drawn)) for drawn in (control_R, shortcut_R)]
+            rows.append([name, method, *intervals, format_interval(interval(shortcut_R - control_R), "+.3f")])
     print_lines(*markdown_table(["", METRICS[asked.metric], "control", "shortcut", "shortcut minus control"], rows))
     return 0
 
