@@ -24,7 +24,7 @@ from lgd.report.results import HEADLINE, Difference, Results, Retrieval, Robustn
 from lgd.report.robustness import measure as measure_robustness
 from lgd.report.sheet import Gallery
 from lgd.report.slides import SLIDE_RULES, score_model
-from lgd.retrieval.answers import name_level
+from lgd.retrieval.answers import Answer, name_level
 from lgd.retrieval.queries import check_pair, search
 from lgd.retrieval.search import Searcher, read_document, require_faiss
 from lgd.scoring.predict import Scorer, choose_level, load_scorer, name_probabilities, score_shards
@@ -204,13 +204,15 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
     samples = [reader.read(row) for row in rows.tolist()]
     return [
         Query(
-            key=sample.key,
+            answer=Answer(
+                image=sample.key,
+                level=choose_level(name_probabilities(predictions.probability[row])),
+                neighbours=hits,
+            ),
             slide=sample.meta.slide,
             level=name_level(sample.level),
-            predicted=choose_level(name_probabilities(predictions.probability[row])),
             he=sample.images["he"],
             ihc=sample.images["ihc"],
-            neighbours=hits,
             images=[images.image(hit) for hit in hits],
         )
         for row, sample, hits in zip(rows, samples, found, strict=True)

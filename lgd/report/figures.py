@@ -7,6 +7,7 @@ and Ito (2008), which colour-blind readers can tell apart; what a colour says is
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from lgd.io.files import publish
 from lgd.io.location import Location
 from lgd.metrics import BINS, Floats, Interval, Predictions, confidence_bins, confusion, score
 from lgd.report.results import Robustness
-from lgd.retrieval.answers import Hit
+from lgd.retrieval.answers import Answer, Vote
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,25 +39,17 @@ _BEYOND, _UNKNOWN = (_RED, ":", "further off"), (_GREY, "-.", "not comparable")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Query:
-    """One patch, its own IHC where there is one, and the IHCs that it found, nearest first."""
+    """An answer with its pictures, each uint8 (H, W, 3), and what is known of the patch that asks."""
 
-    key: str
+    answer: Answer
     slide: str | None
     level: str | None
-    """None where unknown."""
-    predicted: str | None
-    """The student's level, or None where it was not asked."""
+    """The true one, None where unknown; the answer's is the student's."""
     he: Image
-    """(H, W, 3) uint8."""
     ihc: Image | None
-    """(H, W, 3) uint8; never an input of the student."""
-    neighbours: Sequence[Hit]
+    """Its own IHC, where there is one: never an input of the student, but the query where the patch is a stored one."""
     images: Sequence[Image]
-    """(H, W, 3) uint8, the IHC of each neighbour."""
-    asks_with_ihc: bool = False
-    """The stored latent of the IHC was the query, not the H&E."""
-    vote: str = ""
-    """What the levels of the neighbours say together, as a line of the caption."""
+    """The IHC of each neighbour."""
 
 
 def confusion_matrix(predictions: Predictions, path: str | Location, title: str) -> None:
@@ -146,40 +139,47 @@ def error_bars(intervals: Sequence[Interval | None]) -> tuple[Floats, Floats]:
     return value, np.nan_to_num([value - low, high - value])
 
 
-def contact_sheet(rows: Sequence[Query], path: str | Location) -> None:
+def contact_sheet(rows: Sequence[Query], path: str | Location, votes: bool = False) -> None:
     """A row a query: its H&E, its own IHC (if any query has one), and the IHCs that it found with level and distance.
 
     The frame of a found IHC, and that of the H&E for its predicted level, shows how far the level is from the
-    query's true one.
+    query's true one. `votes`: also what the levels of all neighbours say together.
     """
     first = 1 + any(row.ihc is not None for row in rows)
-    columns = first + max((len(row.neighbours) for row in rows), default=0)
+    columns = first + max((len(row.images) for row in rows), default=0)
     # The caption of a panel has up to five lines.
     figure = new_figure(1.9 * columns, 2.7 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, row in zip(grid, rows, strict=True):
-        true = row.level or "unknown"
-        said = [] if row.predicted is None else [f"predicted {row.predicted}"]
-        frame = None if row.predicted is None else _agreement(row.level, row.predicted)
-        vote = [row.vote] if row.vote else []
-        lines = [_short(row.key), f"slide {_short(row.slide or 'unknown')}", ", ".join([f"true level {true}", *said])]
-        if row.asks_with_ihc:
+        answer, true = row.answer, f"true level {row.level or 'unknown'}"
+        predicted = f", predicted {answer.level}" if answer.level else ""
+        lines = [_short(Path(answer.name).stem), f"slide {_short(row.slide or 'unknown')}", true + predicted]
+        vote = [_vote_line(answer.vote)] if votes else []
+        if answer.stored:
             _panel(axes[0], row.he, ["its H&E, not asked", *lines], None)
-            _panel(axes[1], row.ihc, ["IHC query", f"true level {true}", *vote], None)
+            _panel(axes[1], row.ihc, ["IHC query", true, *vote], None)
         else:
+            frame = _agreement(row.level, answer.level) if answer.level else None
             _panel(axes[0], row.he, ["H&E query", *lines, *vote], frame)
             if first == 2:
-                _panel(axes[1], row.ihc, ["its own IHC", "not given to the student", "", f"true level {true}"], None)
-        for rank, (ax, found, image) in enumerate(zip(axes[first:], row.neighbours, row.images, strict=False), 1):
+                _panel(axes[1], row.ihc, ["its own IHC", "not given to the student", "", true], None)
+        for rank, (ax, found, image) in enumerate(zip(axes[first:], answer.neighbours, row.images, strict=False), 1):
             agreement = _agreement(row.level, found.level)
             slide = f"slide {_short(found.slide or 'unknown')} ({found.split})"
             level = f"level {found.level or 'unknown'}, {agreement[2]}"
             distance = f"found {rank}, distance {found.distance:.3f}"
             twin = [f"near-duplicate of {_short(found.duplicate_of)}"] if found.duplicate_of else []
             _panel(ax, image, [distance, _short(found.key), slide, level, *twin], agreement)
-        for ax in axes[first + len(row.neighbours) :]:
+        for ax in axes[first + len(row.images) :]:
             ax.set_axis_off()
     save_figure(figure, path)
+
+
+def _vote_line(said: Vote) -> str:
+    """The winner, its share and the entropy: all shares would be wider than a panel."""
+    if said.level is None:
+        return "vote unknown"
+    return f"vote {said.level} ({said.shares[said.level]:.2f}), {said.entropy_bits:.2f} bits"
 
 
 def _agreement(true: str | None, level: str | None) -> tuple[str, str, str]:

@@ -8,7 +8,7 @@ import numpy as np
 from lgd.base.errors import ConfigError, DataError
 from lgd.io.location import Location
 from lgd.report.figures import Query, contact_sheet
-from lgd.retrieval.answers import Answer, Stored, Vote
+from lgd.retrieval.answers import Answer, Stored
 from lgd.scoring.images import read_image
 from lgd.shards.shard_set import ShardFolder
 from lgd.store.store import Store
@@ -53,32 +53,15 @@ def draw_sheet(store: Store, answers: Sequence[Answer], path: Location, size: in
     """Draw each query beside the IHCs that it found, as a PNG."""
     by_key = any(answer.stored for answer in answers)
     gallery = Gallery(store, size, ("he", "ihc") if by_key else ("ihc",))
-    contact_sheet([_as_query(answer, gallery, size) for answer in answers], path)
-
-
-def _as_query(answer: Answer, gallery: Gallery, size: int) -> Query:
-    stored = answer.stored
-    if stored:
-        he, ihc = gallery.image(stored, "he"), gallery.image(stored, "ihc")
-    else:
-        assert answer.image is not None
-        he, ihc = read_image(Path(answer.image), size), None
-    return Query(
-        key=stored.key if stored else Path(answer.name).stem,
-        slide=stored.slide if stored else None,
-        level=stored.level if stored else None,
-        predicted=answer.level,
-        he=he,
-        ihc=ihc,
-        neighbours=answer.neighbours,
-        images=[gallery.image(hit) for hit in answer.neighbours],
-        asks_with_ihc=stored is not None,
-        vote=_vote_line(answer.vote),
-    )
-
-
-def _vote_line(said: Vote) -> str:
-    """The winner, its share and the entropy: all shares would be wider than a panel."""
-    if said.level is None:
-        return "vote unknown"
-    return f"vote {said.level} ({said.shares[said.level]:.2f}), {said.entropy_bits:.2f} bits"
+    rows = []
+    for answer in answers:
+        stored = answer.stored
+        if stored:
+            he, ihc = gallery.image(stored, "he"), gallery.image(stored, "ihc")
+        else:
+            assert answer.image is not None
+            he, ihc = read_image(Path(answer.image), size), None
+        slide, level = (stored.slide, stored.level) if stored else (None, None)
+        images = [gallery.image(hit) for hit in answer.neighbours]
+        rows.append(Query(answer=answer, slide=slide, level=level, he=he, ihc=ihc, images=images))
+    contact_sheet(rows, path, votes=True)

@@ -109,7 +109,9 @@ def test_the_sheet_takes_the_levels_in_turn(tissue_run, scorers, change):
     scored = evaluation.score_network(scorers[0], shards.of_split("test"), threads=1)
     rows = evaluation.sheet_rows(config, store, shards, scored)
     assert {LEVEL_NAMES.index(row.level) for row in rows} == set(scored.predictions.level.tolist()) and len(rows) == 4
-    assert all(len(row.neighbours) == 4 and {hit.split for hit in row.neighbours} == {"train"} for row in rows)
+    assert all(
+        len(row.answer.neighbours) == 4 and {hit.split for hit in row.answer.neighbours} == {"train"} for row in rows
+    )
     assert evaluation.sheet_rows(change(config, report={"queries": 0}), store, shards, scored) == []
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from lgd.metrics import Interval, Predictions
 from lgd.report.figures import Query, confusion_matrix, contact_sheet, robustness_curves
 from lgd.report.results import AtStrength, ModelRobustness, Robustness, UnderChange
-from lgd.retrieval.answers import Hit
+from lgd.retrieval.answers import Answer, Hit
 
 BROKEN = [r"$\frac{$ & \x", "a\x1b[2J\x07\nb\t", "漢字 \udcff\u202e", "x" * 100_000, ""]
 
@@ -26,13 +26,13 @@ def test_any_text_can_be_drawn(tmp_path, name):
     robust = Robustness.model_construct(changes=changes, models=models)
     image = np.zeros((8, 8, 3), np.uint8)
     found = Hit(key=name, slide=name, split=name, level="1+", part=0, row=0, distance=0.1, duplicate_of=name)
-    shown = {"he": image, "ihc": image, "neighbours": [found], "images": [image]}
-    query = Query(key=name, slide=name, level="1+", predicted="1+", vote=name, **shown)
+    answer = Answer(image=name, level="1+", neighbours=[found])
+    query = Query(answer=answer, slide=name, level="1+", he=image, ihc=image, images=[image])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         confusion_matrix(scored, tmp_path / "confusion.png", name)
         robustness_curves(robust, tmp_path / "robustness.png")
-        contact_sheet([query], tmp_path / "sheet.png")
+        contact_sheet([query], tmp_path / "sheet.png", votes=True)
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             assert max(picture.size) < 2000

@@ -15,7 +15,7 @@ from lgd.report.evaluation import measure_results
 from lgd.report.figures import Query, confusion_matrix, contact_sheet
 from lgd.report.report import format_scores, write_report
 from lgd.report.results import Results
-from lgd.retrieval.answers import Hit, name_level
+from lgd.retrieval.answers import Answer, Hit, name_level
 from lgd.shards.manifest import Manifest, Split
 from lgd.shards.shard_set import ShardFolder, ShardSet
 
@@ -43,13 +43,11 @@ def query(level=2, ihc=True):
         for other in (2, 1, 0, -1)
     ]
     return Query(
-        key="q" * 60,
+        answer=Answer(image="q" * 60, level="1+", neighbours=found),
         slide="S1",
         level=None if level is None else name_level(level),
-        predicted="1+",
         he=image,
         ihc=image if ihc else None,
-        neighbours=found,
         images=[image] * 4,
     )
 
@@ -313,9 +311,15 @@ def test_real_patches_fill_a_sheet(real_data, tmp_path):
         Hit(key=name, slide=None, split="test", level=level, part=0, row=0, distance=0.5)
         for name, level in zip(names, levels, strict=True)
     ]
-    shown = {"neighbours": found[:2], "images": images["IHC"][:2]}
     rows = [
-        Query(key=name, slide=None, level=level, predicted=None, he=he, ihc=ihc, **shown)
+        Query(
+            answer=Answer(image=name, neighbours=found[:2]),
+            slide=None,
+            level=level,
+            he=he,
+            ihc=ihc,
+            images=images["IHC"][:2],
+        )
         for name, level, he, ihc in zip(names, levels, images["HE"], images["IHC"], strict=True)
     ]
     contact_sheet(rows, tmp_path / "sheet.png")
