@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from lgd.base.arguments import Parser, typed
@@ -16,6 +16,8 @@ from lgd.io.location import Location, as_location, as_output_location
 from lgd.io.tables import print_csv, print_table
 
 logger = logging.getLogger(__name__)
+
+_Rows = Sequence[Mapping[str, object]]
 
 
 def _add_images(parser: Parser, nargs: str, what: str) -> None:
@@ -36,27 +38,27 @@ def _add_images(parser: Parser, nargs: str, what: str) -> None:
     add_code_argument(parser)
 
 
-def _named_code(namespace: Namespace, config: Config | None) -> Collection[str]:
-    """The code outside LGD that the user named."""
-    return frozenset(namespace.code) | (config.code if config else frozenset())
-
-
 def _read_config(namespace: Namespace) -> Config | None:
-    """The run of --config, if that was given."""
+    """The run of --config, if that was given; it names the student and the code that no option names."""
     require(not (namespace.json and namespace.csv), "--json and --csv are two formats: give one of them")
-    return config_of(namespace) if namespace.config else None
+    if not namespace.config:
+        return None
+    config = config_of(namespace)
+    namespace.model = namespace.model or config.student.dir
+    namespace.code = {*namespace.code, *config.code}
+    return config
 
 
-def _find_student(namespace: Namespace, config: Config | None) -> str:
-    folder: str = namespace.model or (config.student.dir if config else "")
+def _find_student(namespace: Namespace) -> str:
+    folder: str = namespace.model
     require(bool(folder), "name the student: --model DIR (its folder or its run's), or --config FILE of its run")
     return folder
 
 
 def _find_store(namespace: Namespace, config: Config | None) -> Location:
     """The store of --store, of --config or of a run that --model names."""
-    if namespace.store or config:
-        return find_in_run(namespace.store or (config.latents.dir if config else ""), "latents")
+    if folder := namespace.store or (config.latents.dir if config else ""):
+        return find_in_run(folder, "latents")
     store = find_in_run(namespace.model, "latents") if namespace.model else None
     if store is None or store == as_location(namespace.model):
         raise ConfigError(
@@ -65,13 +67,25 @@ def _find_store(namespace: Namespace, config: Config | None) -> Location:
     return store
 
 
+def _print_rows(namespace: Namespace, json: _Rows, csv: _Rows, table: _Rows, problems: Sequence[str]) -> None:
+    """Print the rows in the format that was asked for; then `DataError` with the `problems`, if there are any."""
+    if namespace.json:
+        print_json(json)
+    elif namespace.csv:
+        print_csv(csv)
+    else:
+        print_table(table)
+    if problems:
+        raise DataError(*problems)
+
+
 def _add_predict(parser: Parser) -> Run:
     _add_images(parser, "+", "H&E image files, folders or patterns")
     add_config_arguments(parser, listed=False)
 
     def run(namespace: Namespace) -> None:
         config = _read_config(namespace)
-        folder = _find_student(namespace, config)
+        folder = _find_student(namespace)
         slides = as_location(namespace.slides) if namespace.slides else None
         from lgd.runs.folder import explain_overrides
         from lgd.scoring import images, predict, slide_rows
@@ -79,25 +93,16 @@ def _add_predict(parser: Parser) -> Run:
         paths = images.find_images(namespace.images)
         with explain_overrides(config):
             slide_of = slide_rows.slides_of_images(slides, paths) if slides else None
-            scorer = predict.load_scorer(folder, code=_named_code(namespace, config))
+            scorer = predict.load_scorer(folder, code=namespace.code)
             predictions = predict.predict(scorer, paths, mpp=namespace.mpp, keep_going=True)
-        problems = predict.describe_unusable(
-            {one.image: one.notes for one in predictions if not one.usable}, len(predictions)
-        )
-        if not any(one.usable for one in predictions):
-            raise DataError(*problems)
+        unusable = {one.image: one.notes for one in predictions if not one.usable}
+        problems = predict.describe_unusable(unusable, len(predictions))
         scored = (one.notes for one in predictions if one.usable)
         for note in predict.count_notes(scored, "images"):
             logger.warning("%s", note)
         rows = predictions if slide_of is None else slide_rows.join_slides(predictions, slide_of)
-        if namespace.json:
-            print_json([slide_rows.as_json(row) for row in rows])
-        elif namespace.csv:
-            print_csv([slide_rows.as_cells(row) for row in rows])
-        else:
-            print_table([slide_rows.as_cells(row) for row in rows])
-        if problems:
-            raise DataError(*problems)
+        cells = list(map(slide_rows.as_cells, rows))
+        _print_rows(namespace, list(map(slide_rows.as_json, rows)), cells, cells, problems)
 
     return run
 
@@ -132,8 +137,7 @@ def _run_query(namespace: Namespace) -> None:
     store_folder = _find_store(namespace, config)
     with explain_overrides(config):
         # Keys are answered from the store alone.
-        code = _named_code(namespace, config)
-        scorer = predict.load_scorer(_find_student(namespace, config), code=code) if namespace.images else None
+        scorer = predict.load_scorer(_find_student(namespace), code=namespace.code) if namespace.images else None
         store = Store(store_folder)
         paths = images.find_images(namespace.images)
         if drawn:
@@ -153,21 +157,12 @@ def _run_query(namespace: Namespace) -> None:
         )
     problems = predict.describe_unusable({one.name: one.notes for one in replies if not one.usable}, len(replies))
     replies = [one for one in replies if one.usable]
-    if not replies:
-        raise DataError(*problems)
     if drawn:
         sheet.draw_sheet(store, replies, drawn)
     logger.info("%s", answers.count_neighbours(replies))
     for note in answers.collect_notes(store, replies):
         logger.warning("%s", note)
-    if namespace.json:
-        print_json(answers.as_json(replies))
-    elif namespace.csv:
-        print_csv(answers.as_rows(replies))
-    else:
-        print_table(answers.as_table(replies))
-    if problems:
-        raise DataError(*problems)
+    _print_rows(namespace, answers.as_json(replies), answers.as_rows(replies), answers.as_table(replies), problems)
 
 
 def _add_export(parser: Parser) -> Run:
