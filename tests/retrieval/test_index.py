@@ -271,16 +271,16 @@ def test_more_neighbours_than_the_probed_cells_hold_are_found(opened, kind):
     assert all(sorted(row) == list(range(280)) for row in opened[kind].search(QUERIES, 280)[1].tolist())
 
 
-def test_groups_and_workers_give_the_same_index(store, monkeypatch):
+def test_workers_give_the_same_index(store, monkeypatch):
     digests = set()
-    for rows, workers in ((10**6, 0), (1, 0), (1, 2)):
-        monkeypatch.setattr(index, "_GROUP_ROWS", rows)
+    monkeypatch.setattr(index, "_ALONE_ROWS", 0)
+    for workers in (0, 2):
         document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0, workers=workers)
         digests.add(f"{document.faiss} {document.table}")
         (store.folder / "index" / "teacher" / "index.json").unlink()
     disconnect()
-    # Ray gives the groups as they come.
-    monkeypatch.setattr(index, "map_with", lambda make, groups, **_: map(make(), groups[::-1]))
+    # Ray gives the parts as they come.
+    monkeypatch.setattr(index, "map_with", lambda make, parts, **_: map(make(), parts[::-1]))
     document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)
     assert digests == {f"{document.faiss} {document.table}"}
 
