@@ -35,7 +35,7 @@ cli.contents cli.verb cli.stages cli.answers cli.checks
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {
     "ray": {"ray_jobs.cluster", "ray_jobs.training"},
-    "faiss": {"retrieval.search", "cli.checks"},
+    "faiss": {"retrieval.search"},
     "deepspeed": {"train.deepspeed_engine"},
     "h5py": {"store.parts", "store.writer", "store.export"},
     "webdataset": {"shards.writer"},

@@ -89,8 +89,10 @@ def _examine(gpu: bool) -> dict[str, _Finding]:
     # The rest is asked through torch.
     if version_of("torch"):
         found |= {"deepspeed": _find_deepspeed(), "gpu": _find_device()}
-        if gpu:
-            found |= {"bf16 step": _try_bf16_step(), "faiss on GPU": _try_faiss_gpu()}
+        if gpu and found["gpu"][0] == "ok":
+            found["bf16 step"] = _try_bf16_step()
+            if found["faiss"][0] == "ok":
+                found["faiss on GPU"] = _try_faiss_gpu()
     return found
 
 
@@ -124,8 +126,6 @@ def _find_device() -> _Finding:
 def _try_bf16_step() -> _Finding:
     import torch
 
-    if not torch.cuda.is_available():
-        return "lacks", "no CUDA device to try it on"
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         device = torch.cuda.get_device_name()
         return "lacks", f"{device} emulates it: set train.precision to fp32, or use a GPU from Ampere on"
@@ -141,10 +141,9 @@ def _try_bf16_step() -> _Finding:
 def _try_faiss_gpu() -> _Finding:
     import numpy as np
 
-    try:
-        import faiss
-    except ImportError:
-        return "lacks", "not installed: pip install 'lgd[gpu]'"
+    from lgd.retrieval.search import import_faiss
+
+    faiss = import_faiss()
     if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
         return "lacks", "FAISS sees no GPU: pip install 'lgd[gpu]'"
     vectors = np.random.default_rng(0).standard_normal((1000, 64)).astype(np.float32)
