@@ -140,21 +140,15 @@ def own_ranks(queries_nD: Floats, gallery_mD: Floats) -> Floats:
 
 def own_pair(rank_n: Floats, gallery: int, groups: Sequence[str], resamples: int, seed: int) -> OwnPair:
     """The ranks of n queries among `gallery` rows in numbers, with intervals over the groups."""
-    recall_1, recall_5, recall_10 = (mean_with_interval(rank_n <= k, groups, resamples, seed) for k in RECALL_AT)
-    chance_1, chance_5, chance_10 = (min(k, gallery) / gallery for k in RECALL_AT)
-    return OwnPair(
-        queries=len(rank_n),
-        gallery=gallery,
-        median_rank=float(np.median(rank_n)),
-        chance_median_rank=(gallery + 1) / 2,
-        mean_rank=mean_with_interval(rank_n, groups, resamples, seed),
-        recall_at_1=recall_1,
-        chance_recall_at_1=chance_1,
-        recall_at_5=recall_5,
-        chance_recall_at_5=chance_5,
-        recall_at_10=recall_10,
-        chance_recall_at_10=chance_10,
-    )
+    ranks = {
+        "median_rank": float(np.median(rank_n)),
+        "chance_median_rank": (gallery + 1) / 2,
+        "mean_rank": mean_with_interval(rank_n, groups, resamples, seed),
+    }
+    for k in RECALL_AT:
+        ranks[f"recall_at_{k}"] = mean_with_interval(rank_n <= k, groups, resamples, seed)
+        ranks[f"chance_recall_at_{k}"] = min(k, gallery) / gallery
+    return OwnPair.model_validate({"queries": len(rank_n), "gallery": gallery, **ranks})
 
 
 def average_precision(
