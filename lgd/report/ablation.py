@@ -206,11 +206,6 @@ def _keep(at: Location, found: Predictions, stamp: str) -> None:
 def read_kept(at: Location, name: str) -> tuple[Predictions, str]:
     """What `answers` kept of a row, and the stamp of the network and the shards that it is of."""
     with np.load(io.BytesIO(read_bytes(at))) as kept:
-        found = Predictions(
-            name=name,
-            keys=kept["keys"].tolist(),
-            groups=kept["groups"].tolist(),
-            level=kept["level"],
-            probability=kept["probability"],
-        )
+        keys, groups = kept["keys"].tolist(), kept["groups"].tolist()
+        found = Predictions(name=name, keys=keys, groups=groups, level=kept["level"], probability=kept["probability"])
         return found, str(kept["stamp"])

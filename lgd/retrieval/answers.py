@@ -253,10 +253,9 @@ def as_table(answers: Sequence[Answer]) -> list[dict[str, object]]:
         for rank, hit in enumerate(answer.neighbours, 1):
             shown = _shown(hit) | {"duplicate_of": hit.duplicate_of or "", "notes": ""}
             rows.append(asked | {"rank": str(rank)} | shown)
-        said = answer.vote
-        blank = dict.fromkeys(("slide", "split", "distance", "duplicate_of"), "")
-        fields = {"rank": "vote", "key": _vote_text(said), "level": said.level, "notes": join_notes(answer.notes)}
-        rows.append({name: (asked | blank | fields)[name] for name in rows[-1]})
+        blank, said = dict.fromkeys(rows[-1], ""), answer.vote
+        voted = {"rank": "vote", "key": _vote_text(said), "level": said.level, "notes": join_notes(answer.notes)}
+        rows.append(blank | asked | voted)
     return rows
 
 

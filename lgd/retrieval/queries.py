@@ -204,8 +204,6 @@ def _find_neighbours(
 def _allowed(searcher: Searcher, splits: Sequence[str] | None, levels: Sequence[str] | None) -> np.ndarray | None:
     """Which rows of the index's table the filters leave, or None for all."""
     store = searcher.store
-    if not len(searcher.table):
-        raise DataError(f"the index of {store.folder} holds no latent: set latents.gallery, and run lgd build-index")
     allowed_m = np.ones(len(searcher.table), bool)
     asked = []
     if splits is not None:
