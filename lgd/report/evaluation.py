@@ -199,7 +199,7 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
     predictions = student.predictions
     rows = _spread(predictions.level, config.report.queries)
     found = search(Searcher(store), student.vectors_nD[rows], 4) if len(rows) else []
-    images = Gallery(store, 256, known=shards.folders)
+    images = Gallery(store, 256, shards.folders)
     reader = Reader(shards.of_split(config.report.split), ("he", "ihc"), 256)
     samples = [reader.read(row) for row in rows.tolist()]
     return [

@@ -21,23 +21,19 @@ MOST_QUERIES, MOST_NEIGHBOURS = 100, 30
 class Gallery:
     """The images behind a store, for pictures: it finds the shards where they were when the store was made."""
 
-    def __init__(
-        self, store: Store, size: int, roles: Sequence[str] = ("ihc",), known: Sequence[ShardFolder] = ()
-    ) -> None:
+    def __init__(self, store: Store, size: int, known: Sequence[ShardFolder] = ()) -> None:
         """`known`: shard folders that are open already."""
-        self.store = store
-        shards = store.open_sources(known, otherwise=", or query without --sheet")
-        self.parts = [part for part in store.parts if part.tar_sha256 in shards]
-        self.reader = Reader([shards[part.tar_sha256] for part in self.parts], roles, size)
+        self.store, self.size = store, size
+        self.shards = store.open_sources(known, otherwise=", or query without --sheet")
 
     def image(self, stored: Stored, role: str = "ihc") -> np.ndarray:
         """An image of a stored patch, uint8 (size, size, 3)."""
         part = self.store.parts[stored.part]
-        if part not in self.parts:
+        if part.tar_sha256 not in self.shards:
             raise DataError(
                 f"the shards of {self.store.folder} changed since it was made ({part.name}): run lgd cache-latents"
             )
-        return self.reader.read(int(self.reader.first[self.parts.index(part)]) + stored.row).images[role]
+        return Reader([self.shards[part.tar_sha256]], (role,), self.size).read(stored.row).images[role]
 
 
 def check_sheet(queries: int, k: int) -> None:
@@ -51,8 +47,7 @@ def check_sheet(queries: int, k: int) -> None:
 
 def draw_sheet(store: Store, answers: Sequence[Answer], path: Location, size: int = 256) -> None:
     """Draw each query beside the IHCs that it found, as a PNG."""
-    by_key = any(answer.stored for answer in answers)
-    gallery = Gallery(store, size, ("he", "ihc") if by_key else ("ihc",))
+    gallery = Gallery(store, size)
     rows = []
     for answer in answers:
         stored = answer.stored
