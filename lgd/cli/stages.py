@@ -114,21 +114,22 @@ def _add_demo(parser: Parser) -> Run:
 
         with explain_overrides(config):
             table = pipeline.demo(config, namespace.pairs, namespace.size, given_of(namespace, "demo"))
-        print_lines("", *table.split("\n"))
-        out = Path(config.run.dir)
-        print_lines(
-            "", "Held-out slides of virtual tissue, which is not tissue: this shows that the parts work together."
-        )
-        print_lines(f"report         {Path(config.report.dir) / 'summary.md'}")
-        print_lines(f"contact sheet  {Path(config.report.dir) / 'queries.png'}")
-        print_lines(f"curves         tensorboard --logdir {shlex.quote(str(out))}")
         from lgd.models.methods import find_method
 
         # Other students hallucinate no latents to query with.
         by_latents = find_method(config.student.method).retrieves_by == "latents"
         verb, more = ("query", " -k 5") if by_latents else ("predict", "")
         images = shlex.quote(f"{pipeline.tissue_dir(config)}/HE/test")
-        print_lines(f"try next       {command(config, verb, ('latents.dir', 'student.dir'))}{more} {images}")
+        print_lines(
+            "",
+            *table.split("\n"),
+            "",
+            "Held-out slides of virtual tissue, which is not tissue: this shows that the parts work together.",
+            f"report         {Path(config.report.dir) / 'summary.md'}",
+            f"contact sheet  {Path(config.report.dir) / 'queries.png'}",
+            f"curves         tensorboard --logdir {shlex.quote(str(Path(config.run.dir)))}",
+            f"try next       {command(config, verb, ('latents.dir', 'student.dir'))}{more} {images}",
+        )
 
     return run
 
