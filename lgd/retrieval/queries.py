@@ -135,9 +135,8 @@ def search(
     distance_nk, position_nk = searcher.search(vectors_nD, k if own is None else k + 1, allowed)
     found = []
     for number, (distance_k, position_k) in enumerate(zip(distance_nk, position_nk, strict=True)):
-        out = own[number] if own is not None else None
         kept = position_k >= 0
-        if out is not None:
+        if own is not None and (out := own[number]):
             entries = searcher.table[position_k]
             kept &= (searcher.parts[entries["part"]] != out.part) | (entries["row"] != out.row)
         kept = np.flatnonzero(kept)[:k]
