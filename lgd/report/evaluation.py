@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import JsonValue
@@ -37,8 +38,7 @@ from lgd.stream.reader import Reader
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Network:
+class Network(NamedTuple):
     """A network, and what it gave on the report's split."""
 
     scorer: Scorer
@@ -60,8 +60,7 @@ def evaluate(
     training = shards.of_split("train") if config.report.split != "train" else []
     scorers = [load_scorer(folder, code=code) for folder in (config.student.dir, *config.report.also)]
     # Opened before the scoring, which can take hours.
-    method = scorers[0].method
-    store = Store(config.latents.dir) if method and method.retrieves_by == "latents" else None
+    store = Store(config.latents.dir) if scorers[0].retrieves_by == "latents" else None
     has_sheet = store is not None and config.report.queries > 0
     if store is not None and has_sheet:
         try:
@@ -72,14 +71,14 @@ def evaluate(
         else:
             read_document(store)
     networks = [
-        score_network(scorer, split, config.data.threads)
+        Network(scorer, *score_shards(scorer, split, threads=config.data.threads))
         for scorer in (*scorers, load_scorer(config.teacher.dir, "teacher", code))
     ]
     labelled = scorers[0].config.training.labelled
     if not labelled:
         # Its levels are none, so there is nothing to compare either.
         unknown = np.full_like(networks[0].predictions.level, -1)
-        networks = [replace(one, predictions=replace(one.predictions, level=unknown)) for one in networks]
+        networks = [one._replace(predictions=replace(one.predictions, level=unknown)) for one in networks]
     student, *rivals, teacher = networks
     retrieval = shifted = None
     queries: list[Query] = []
@@ -146,15 +145,6 @@ def measure_results(
     )
 
 
-def score_network(scorer: Scorer, shards: Sequence[Shard], threads: int) -> Network:
-    """Score every sample once."""
-    by_latents = scorer.method is None or scorer.method.retrieves_by == "latents"
-    vectors = "pooled" if by_latents else "features"
-    predictions, vectors_nD = score_shards(scorer, shards, threads=threads, vectors=vectors)
-    assert vectors_nD is not None, "every network has vectors"
-    return Network(scorer=scorer, predictions=predictions, vectors_nD=vectors_nD)
-
-
 def measure_retrieval(
     config: Config,
     store: Store,
@@ -173,16 +163,14 @@ def measure_retrieval(
     latents_mD = pooled_latents(store, training) if training else own_nD[:0]
     level_m = read_levels(store.parts_of(training)) if training else np.empty(0, np.int64)
     embeddings = []
-    for network in (student, *rivals):
-        scorer, name, vectors_nD = network.scorer, network.predictions.name, network.vectors_nD
-        by = scorer.method and scorer.method.retrieves_by
-        if by == "features" and training:
+    for scorer, predictions, vectors_nD in (student, *rivals):
+        name = predictions.name
+        if scorer.retrieves_by == "features" and training:
             message = "[report] %s: scoring %d training patches, the gallery of its own features"
             logger.info(message, scorer.name, sum(shard.samples for shard in training))
-            train, train_mC = score_shards(scorer, training, threads=config.data.threads, vectors="features")
-            assert train_mC is not None
+            train, train_mC = score_shards(scorer, training, threads=config.data.threads)
             embeddings += he_only(name, vectors_nD, train_mC, train, latents_mD, own_nD)
-        elif by == "latents" and scorer.config.teacher_sha256 == store.recipe.teacher.weights_sha256:
+        elif scorer.retrieves_by == "latents" and scorer.config.teacher_sha256 == store.recipe.teacher.weights_sha256:
             embeddings.append(Embedding(f"{name}, hallucinated latents", vectors_nD, latents_mD, own_nD))
     # What no hallucination can be expected to pass; its own pair would be the query itself.
     embeddings.append(Embedding("IHC teacher, true latents", own_nD, latents_mD))

@@ -59,6 +59,11 @@ class Scorer:
         """The student's method; None of a teacher."""
         return find_method(self.config.method) if isinstance(self.config, StudentConfig) else None
 
+    @property
+    def retrieves_by(self) -> str | None:
+        """By which of its vectors patches are found: latents, which a teacher's are too, features, or none."""
+        return "latents" if self.method is None else self.method.retrieves_by
+
     def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 (B, H, W, 3) -> `probability` (B, 4), `logits`, and where there are such `pooled` (B, D) and `features`
         (B, C). The probabilities of a network that saw no label are NaN.
@@ -101,15 +106,9 @@ def load_scorer(folder: str | Location, kind: str = "student", code: Collection[
 
 
 def score_shards(
-    scorer: Scorer,
-    shards: Sequence[Shard],
-    *,
-    threads: int,
-    batch: int = 64,
-    vectors: str = "pooled",
-    alter: Alter | None = None,
-) -> tuple[Predictions, np.ndarray | None]:
-    """Score every sample once, in the order of the shards; also its `vectors` (n, D), if the network has such.
+    scorer: Scorer, shards: Sequence[Shard], *, threads: int, batch: int = 64, alter: Alter | None = None
+) -> tuple[Predictions, np.ndarray]:
+    """Score every sample once, in the order of the shards; also the vectors that the network retrieves by, (n, D).
 
     `alter` changes the decoded images before the network sees them. A network that saw no label has no answer to
     compare with a level, and so all are unknown.
@@ -129,8 +128,8 @@ def score_shards(
     predictions = Predictions(
         name=scorer.name, keys=keys, groups=groups, level=np.array(levels, np.int64), probability=probability
     )
-    vectors_nD = np.concatenate([f[vectors] for f in found]) if vectors in found[0] else None
-    return predictions, vectors_nD
+    vectors = {"latents": "pooled", "features": "features"}.get(scorer.retrieves_by or "")
+    return predictions, np.concatenate([f[vectors] for f in found]) if vectors else np.empty((len(keys), 0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

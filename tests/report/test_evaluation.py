@@ -29,7 +29,7 @@ def measured(config, scorers):
     shards = ShardSet.open(config.shard_dirs)
     training = shards.of_split("train") if config.report.split != "train" else []
     split = shards.of_split(config.report.split)
-    scored = [evaluation.score_network(one, split, threads=1) for one in scorers]
+    scored = [evaluation.Network(one, *score_shards(one, split, threads=1)) for one in scorers]
     store = Store(config.latents.dir)
     return evaluation.measure_retrieval(config, store, training, split, scored[0], scored[1:-1]), scored
 
@@ -71,13 +71,11 @@ def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers, caplo
 def test_features_of_he_alone_are_what_its_head_reads(scorers, tissue_run):
     baseline = scorers[1]
     shards = ShardSet.open(tissue_run.shard_dirs).of_split("val")
-    _, features = score_shards(baseline, shards, threads=1, vectors="features")
-    predictions, none = score_shards(baseline, shards, threads=1)
+    predictions, features = score_shards(baseline, shards, threads=1)
     weight, bias = (p.detach().numpy() for p in (baseline.model.head.weight, baseline.model.head.bias))
     logits = (features @ weight.T + bias) / baseline.config.temperature
     odds = np.exp(logits - logits.max(1, keepdims=True))
     np.testing.assert_allclose(odds / odds.sum(1, keepdims=True), predictions.probability, atol=1e-5)
-    assert none is None
 
 
 def test_a_scored_training_split_is_no_gallery(tissue_run, change, scorers, caplog):
@@ -106,7 +104,7 @@ def test_a_rival_of_another_teacher_has_no_row(tissue_run, scorers):
 def test_the_sheet_takes_the_levels_in_turn(tissue_run, scorers, change):
     config, shards = change(tissue_run, report={"queries": 4}), ShardSet.open(tissue_run.shard_dirs)
     store = Store(config.latents.dir)
-    scored = evaluation.score_network(scorers[0], shards.of_split("test"), threads=1)
+    scored = evaluation.Network(scorers[0], *score_shards(scorers[0], shards.of_split("test"), threads=1))
     rows = evaluation.sheet_rows(config, store, shards, scored)
     assert {LEVEL_NAMES.index(row.level) for row in rows} == set(scored.predictions.level.tolist()) and len(rows) == 4
     assert all(
