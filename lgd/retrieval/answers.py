@@ -95,7 +95,15 @@ class Answer:
     @property
     def vote(self) -> Vote:
         """The vote of the neighbours."""
-        return vote(self.neighbours)
+        levels = [hit.level for hit in self.neighbours if hit.level is not None]
+        shares = {name: levels.count(name) / len(levels) if levels else None for name in LEVEL_NAMES}
+        return Vote(
+            # max gives the first of equals, and the nearest neighbour's level is the first.
+            level=max(dict.fromkeys(levels), key=levels.count, default=None),
+            shares=shares,
+            entropy_bits=sum(share * math.log2(1 / share) for share in shares.values() if share) if levels else None,
+            labelled=len(levels),
+        )
 
     @property
     def name(self) -> str:
@@ -157,19 +165,6 @@ def find_slides(store: Store, keys: Sequence[str], slides: Location | None) -> l
             f"--exclude-same-slide needs it: give --slides CSV (columns key,slide) with a row {unknown[0]},SLIDE"
         )
     return found
-
-
-def vote(hits: Sequence[Hit]) -> Vote:
-    """The vote of neighbours, which come nearest first."""
-    levels = [hit.level for hit in hits if hit.level is not None]
-    shares = {name: levels.count(name) / len(levels) if levels else None for name in LEVEL_NAMES}
-    return Vote(
-        # max gives the first of equals, and the nearest neighbour's level is the first.
-        level=max(dict.fromkeys(levels), key=levels.count, default=None),
-        shares=shares,
-        entropy_bits=sum(share * math.log2(1 / share) for share in shares.values() if share) if levels else None,
-        labelled=len(levels),
-    )
 
 
 def near_duplicates(keys: Sequence[str], distance_k: np.ndarray, vectors_kD: np.ndarray) -> list[str | None]:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lgd.config import LEVEL_NAMES
-from lgd.retrieval.answers import Answer, Hit, Stored, as_json, as_rows, as_table, near_duplicates, vote
+from lgd.retrieval.answers import Answer, Hit, Stored, as_json, as_rows, as_table, near_duplicates
 
 
 def hit(level, distance=0.5, **changed):
@@ -23,7 +23,7 @@ def hit(level, distance=0.5, **changed):
     ],
 )
 def test_the_vote(levels, winner, bits):
-    found = vote([hit(level) for level in levels])
+    found = Answer(neighbours=[hit(level) for level in levels]).vote
     known = [level for level in levels if level]
     assert (found.level, found.labelled) == (winner, len(known))
     assert found.entropy_bits == (None if bits is None else pytest.approx(bits, abs=1e-4))
