@@ -63,7 +63,10 @@ def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:
             "and recognising the slide then passes for scoring HER2. The intervals treat the patches of a slide as "
             "independent and are too narrow."
         )
-    if len(known.keys) and (any(layout.labels_slides for layout in layouts) or _share_levels(known)) and not virtual:
+    # Some group has several patches, and no group has patches of two levels.
+    pairs = set(zip(known.groups, known.level.tolist(), strict=True))
+    shared = len(pairs) == len(set(known.groups)) < len(known.keys)
+    if known.keys and (any(layout.labels_slides for layout in layouts) or shared) and not virtual:
         found.append(
             "A level is that of the whole slide, not of the patch: a patch can look unlike its level, and its score "
             "cannot be checked against the brown on it."
@@ -82,12 +85,6 @@ def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:
         "the paper's. It is for research and not for diagnosis."
     )
     return list(dict.fromkeys(found))
-
-
-def _share_levels(known: Predictions) -> bool:
-    """Some group has several patches, and no group has patches of two levels."""
-    pairs = set(zip(known.groups, known.level.tolist(), strict=True))
-    return len(pairs) == len(set(known.groups)) < len(known.keys)
 
 
 def _caveats_of_counts(known: Predictions) -> list[str]:
