@@ -94,15 +94,13 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
             named += matching
     # `Path.absolute` keeps what is between `x/..`, and `Path.resolve` follows links.
     spelled = {os.path.abspath(path): path for path in sorted(named, reverse=True)}  # noqa: PTH100
-    taken: dict[str, Path] = {}
-    for path in sorted(spelled.values()):
-        taken.setdefault(os.path.realpath(path), path)
-    again = sorted({*spelled.values()} - {*taken.values()})
+    taken = sorted({os.path.realpath(path): path for path in sorted(spelled.values(), reverse=True)}.values())
+    again = sorted({*spelled.values()} - {*taken})
     if others:
         logger.warning("left out %d files that are no JPEG, PNG or WebP%s", len(others), _listed(others))
     if again:
         logger.warning("left out %d further names of the same files%s", len(again), _listed(again))
-    return list(taken.values())
+    return taken
 
 
 def list_sources(images: Images) -> list[ImageSource]:
