@@ -129,6 +129,26 @@ def test_a_program_that_asks_for_nothing_hears_nothing_of_workers(tmp_path, capf
     assert capfd.readouterr() == ("", "")
 
 
+def test_messages_of_workers_go_on_when_their_queue_is_lost(capfd, monkeypatch):
+    import ray
+
+    def make():
+        return lambda number: logging.getLogger("lgd.store").info("part %d", number)
+
+    collected = cluster.collect_logs
+
+    @contextlib.contextmanager
+    def collect(several):
+        with collected(several) as send:
+            ray.kill(send.args[0].actor, no_restart=False)
+            yield send
+
+    monkeypatch.setattr(cluster, "collect_logs", collect)
+    with show_logs(logging.INFO):
+        assert len(list(cluster.map_with(make, [1, 2], workers=1, option_name="--workers"))) == 2
+    assert sorted(capfd.readouterr().err.splitlines()) == ["part 1", "part 2"]
+
+
 def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():
     def make():
         def fail(path: str) -> None:
