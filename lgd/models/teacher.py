@@ -31,7 +31,6 @@ class Teacher(nn.Module):
         self.map_mean: torch.Tensor
         self.register_buffer("pooled_mean", torch.zeros(self.dim))
         self.register_buffer("map_mean", torch.zeros(self.dim))
-        self.frozen = False
 
     def forward(self, ihc_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 3, H, W) in 0..255 -> `map` (B, D, h, w), `pooled` (B, D), `logits` (B, 4).
@@ -58,17 +57,6 @@ class Teacher(nn.Module):
         self.pooled_mean += pooled_D
         self.map_mean += map_D
 
-    def freeze(self) -> "Teacher":
-        """No gradients and evaluation mode, for good."""
-        self.frozen = True
-        self.requires_grad_(False)
-        return self.eval()
-
-    def train(self, mode: bool = True) -> "Teacher":
-        """A frozen teacher stays in evaluation mode."""
-        super().train(mode and not self.frozen)
-        return self
-
     def describe(self, **facts: object) -> TeacherConfig:
         """What builds it again, beside its weights, with the facts of its training."""
         return TeacherConfig.from_json({"source": self.source, "encoder": self.encoder.spec, "pool": "mean"} | facts)
@@ -79,7 +67,7 @@ TEACHERS: dict[str, type[Teacher]] = {Teacher.source: Teacher}
 
 
 def load_teacher(folder: str | Location, code: Collection[str] = ()) -> tuple[Teacher, TeacherConfig]:
-    """The frozen teacher of a folder, and its `config.json`.
+    """The frozen teacher of a folder, in evaluation mode, and its `config.json`.
 
     Raises `DataError` for what cannot be read, and for code that it names and `code`, what the user named, lacks.
     """
@@ -87,4 +75,5 @@ def load_teacher(folder: str | Location, code: Collection[str] = ()) -> tuple[Te
     kind = TEACHERS.get(config.source)
     if kind is None:
         raise DataError(f"{folder}: field source is {config.source}, which this version of lgd cannot load")
-    return load_weights(folder, lambda: kind(Encoder(config.encoder)), config, code).freeze(), config
+    teacher = load_weights(folder, lambda: kind(Encoder(config.encoder)), config, code)
+    return teacher.requires_grad_(False).eval(), config

@@ -166,16 +166,17 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         load_teacher(tmp_path)
 
 
-def test_a_frozen_teacher_stays_frozen():
-    teacher = Teacher(build_encoder("resnet10")).freeze()
-    teacher.train()
+def test_a_loaded_teacher_is_frozen(tmp_path):
+    model = Teacher(build_encoder("resnet10"))
+    save_model(tmp_path, model.state_dict(), functools.partial(model.describe, size=64, **NOT_TRAINED))
+    teacher, _ = load_teacher(tmp_path)
     assert not [name for name, module in teacher.named_modules() if module.training]
     assert not [p for p in teacher.parameters() if p.requires_grad]
     assert not teacher(IMAGES)["pooled"].requires_grad
 
 
 def test_latents_are_relative_to_their_mean_and_levels_are_not():
-    teacher = Teacher(build_encoder("resnet10")).freeze()
+    teacher = Teacher(build_encoder("resnet10")).requires_grad_(False).eval()
     before = teacher(IMAGES)
     pooled, place = before["pooled"].mean(0), before["map"].mean((0, 2, 3))
     teacher.centre(pooled, place)
