@@ -52,7 +52,7 @@ def read_model(folder):
 def read_checkpoint(folder, inputs):
     found = checkpoint.load(folder, inputs)
     tensors = {name: tensor.numpy().tobytes() for name, tensor in found.weights.items()}
-    moments = {name: {m: t.numpy().tobytes() for m, t in pair.items()} for name, pair in found.moments.items()}
+    moments = {name: tensor.numpy().tobytes() for name, tensor in found.moments.items()}
     return found.progress, tensors, moments
 
 

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, and know no world size, ZeRO stage or engine.
 
     DIR/checkpoints/step-00000500/weights.safetensors    float32, by parameter name
-    DIR/checkpoints/step-00000500/moments.safetensors    AdamW's, by parameter name
+    DIR/checkpoints/step-00000500/moments.safetensors    AdamW's, by parameter name and moment
     DIR/checkpoints/step-00000500/state.json             step, inputs, digests; its appearance commits
 
 The folder is filled under a temporary name, flushed, and renamed; at a url `state.json` is uploaded last. The newest
@@ -92,9 +92,8 @@ def save(folder: Location, checkpoint: Checkpoint, keep: int) -> Location:
     progress = checkpoint.progress
     path = folder / _name(progress.step)
     with publish_folder(path, _STATE) as temporary:
-        flat = {f"{p}|{m}": t for p, pair in checkpoint.moments.items() for m, t in pair.items()}
         digests: dict[Tensors, str] = {}
-        for name, tensors in zip(_TENSORS, (checkpoint.weights, flat), strict=True):
+        for name, tensors in zip(_TENSORS, (checkpoint.weights, checkpoint.moments), strict=True):
             with publish(temporary / f"{name}.safetensors") as written:
                 write_tensors(written, tensors)
                 with written.open("rb") as content:
@@ -152,16 +151,12 @@ def load(path: Location, inputs: dict[str, JsonValue]) -> Checkpoint:
             *format_diff(state.inputs, inputs, "in the checkpoint"),
             "Go on with the same inputs, name another folder, or start anew with --train.resume never",
         )
-    moments: Moments = {}
     tensors = {}
     for name in _TENSORS:
         with _open_tensors(path, name, state) as opened:
             # The descriptor names the file that was checked, whatever has taken its place meanwhile.
             tensors[name] = load_file(Path(f"/dev/fd/{opened.fileno()}"))
-    for key, tensor in tensors["moments"].items():
-        parameter, moment = key.rsplit("|", 1)
-        moments.setdefault(parameter, {})[moment] = tensor
-    return Checkpoint(state, tensors["weights"], moments)
+    return Checkpoint(state, **tensors)
 
 
 def find(folder: Location, inputs: dict[str, JsonValue]) -> Checkpoint | None:

@@ -23,7 +23,7 @@ from lgd.base.process_state import default_environment
 from lgd.config import Train
 from lgd.io.locks import LOCK, hold_lock
 from lgd.stream.plan import World
-from lgd.train.engine import Engine, Moments, copy_float32
+from lgd.train.engine import MOMENTS, Engine, Moments, copy_float32
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class DeepSpeedEngine(Engine):
         weights = {name: copy_float32(buffer) for name, buffer in _buffers(self.model).items()}
         for name, p in self.model.named_parameters():
             weights[name] = copy_float32(safe_get_full_fp32_param(p))
-            moments[name] = {m: copy_float32(safe_get_full_optimizer_state(p, m)) for m in ("exp_avg", "exp_avg_sq")}
+            moments |= {f"{name}|{m}": copy_float32(safe_get_full_optimizer_state(p, m)) for m in MOMENTS}
         return weights, moments
 
     def load(self, weights: dict[str, torch.Tensor], moments: Moments, steps: int) -> None:
@@ -177,8 +177,8 @@ class DeepSpeedEngine(Engine):
 
         for name, p in self.model.named_parameters():
             self._set(p, weights[name], None)
-            for moment, tensor in moments.get(name, {}).items():
-                self._set(p, tensor, moment)
+            for moment in MOMENTS if f"{name}|exp_avg" in moments else ():
+                self._set(p, moments[f"{name}|{moment}"], moment)
             # The network computes with copies of its own, which DeepSpeed refreshes after a step only.
             with torch.no_grad(), deepspeed.zero.GatheredParameters([p], modifier_rank=0):
                 p.copy_(weights[name])

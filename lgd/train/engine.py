@@ -16,8 +16,9 @@ from lgd.base.errors import DataError
 from lgd.config import Train
 from lgd.stream.plan import World
 
-Moments = dict[str, dict[str, torch.Tensor]]
-"""Parameter name -> AdamW's `exp_avg` and `exp_avg_sq`, float32."""
+Moments = dict[str, torch.Tensor]
+"""AdamW's, float32, by `PARAMETER|exp_avg` and `PARAMETER|exp_avg_sq`."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine(ABC):
@@ -68,9 +69,10 @@ class Engine(ABC):
         weights = {name: copy_float32(tensor) for name, tensor in self.model.state_dict().items()}
         held = self.optimizer.state
         moments = {
-            name: {moment: copy_float32(held[p][moment]) for moment in ("exp_avg", "exp_avg_sq")}
+            f"{name}|{moment}": copy_float32(held[p][moment])
             for name, p in self.model.named_parameters()
             if p in held
+            for moment in MOMENTS
         }
         return weights, moments
 
@@ -78,10 +80,10 @@ class Engine(ABC):
         """Take up a state after `steps` updates."""
         self.model.load_state_dict(weights)
         for name, p in self.model.named_parameters():
-            if name in moments:
+            if f"{name}|exp_avg" in moments:
                 self.optimizer.state[p] = {
                     "step": torch.tensor(float(steps), device=p.device),
-                    **{moment: tensor.to(p.device, copy=True) for moment, tensor in moments[name].items()},
+                    **{moment: moments[f"{name}|{moment}"].to(p.device, copy=True) for moment in MOMENTS},
                 }
 
 

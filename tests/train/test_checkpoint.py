@@ -9,6 +9,7 @@ import torch
 from lgd.base.errors import DataError
 from lgd.train import checkpoint
 from lgd.train.checkpoint import Best, Checkpoint, Progress, adopt, complete, find, load, load_best, problems, save
+from lgd.train.engine import MOMENTS
 
 RUN = {"seed": 0, "train": {"lr": 0.1, "batch": 8}}
 
@@ -20,7 +21,7 @@ def progress(step, **others):
 def some(step, **others):
     torch.manual_seed(step)
     weights = {"conv.weight": torch.randn(2, 3), "head.bias": torch.randn(4)}
-    moments = {name: {"exp_avg": torch.randn_like(t), "exp_avg_sq": torch.rand_like(t)} for name, t in weights.items()}
+    moments = {f"{name}|{moment}": torch.rand_like(t) for name, t in weights.items() for moment in MOMENTS}
     return Checkpoint(progress(step, **others), weights, moments)
 
 
@@ -29,7 +30,7 @@ def assert_same(a, b):
         assert getattr(a.progress, name) == getattr(b.progress, name)
     assert a.weights.keys() == b.weights.keys() and a.moments.keys() == b.moments.keys()
     assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
-    assert all(torch.equal(a.moments[n][m], b.moments[n][m]) for n in a.moments for m in ("exp_avg", "exp_avg_sq"))
+    assert all(torch.equal(tensor, b.moments[name]) for name, tensor in a.moments.items())
 
 
 def test_what_is_saved_reads_back(tmp_path):

@@ -165,7 +165,7 @@ def operations_of(save, act):
 
 def small_checkpoint(step):
     progress = checkpoint.Progress(step=step, position=step, inputs={}, skipped=(), best=checkpoint.Best())
-    moments = {"w": {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}}
+    moments = {"w|exp_avg": torch.zeros(3), "w|exp_avg_sq": torch.zeros(3)}
     return checkpoint.Checkpoint(progress, {"w": torch.zeros(3)}, moments)
 
 
