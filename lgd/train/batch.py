@@ -56,7 +56,7 @@ class Batch(Lesson):
     label_count: int
     """Samples whose level is known."""
     valid_count: int
-    """Samples that are valid, also those that `drop_unlabelled` left out."""
+    """Samples that are valid, also those that were left out for want of a level."""
     images: dict[str, torch.Tensor]
     """Role -> (B, 3, H, W) in 0..255, uint8 as decoded or float32."""
 
@@ -77,28 +77,24 @@ class Batch(Lesson):
             negatives=self.negatives and Negatives(*(to_device(tensor, device) for tensor in self.negatives)),
         )
 
-    def drop_unlabelled(self) -> "Batch":
-        """The samples whose level is known, for a loss that has no other use; one sample where none is."""
-        rows = np.flatnonzero(self.level_B >= 0)
-        if len(rows) == len(self):
-            return self
-        rows = rows if len(rows) else np.array([0])
-        return replace(
-            self,
-            keys=[self.keys[row] for row in rows],
-            groups=[self.groups[row] for row in rows],
-            number_B=self.number_B[rows],
-            epoch_B=self.epoch_B[rows],
-            view_B=self.view_B[rows],
-            valid_B=self.valid_B[rows],
-            level_B=self.level_B[rows],
-            images={role: image_B3HW[rows] for role, image_B3HW in self.images.items()},
-            stored={name: stored_B[rows] for name, stored_B in self.stored.items()},
-        )
+
+def drop_unlabelled(samples: Samples, epoch_B: np.ndarray) -> tuple[Samples, np.ndarray]:
+    """The samples whose level is known, for a loss that has no other use, and their epochs; one where none is."""
+    places = [place for place, sample in enumerate(samples.rows) if sample.level >= 0] or [0]
+    if len(places) == len(samples.rows):
+        return samples, epoch_B
+    images = {role: image[places] for role, image in samples.images.items()}
+    return Samples([samples.rows[place] for place in places], images), epoch_B[places]
 
 
-def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int, turn: bool) -> Batch:
+def collate(
+    samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int, turn: bool, labels_only: bool = False
+) -> Batch:
     """One batch of samples, with their rows of the store where one is given."""
+    errors = {sample.number: sample.error for sample in samples.rows if sample.error}
+    valid_count = sum(not sample.error for sample in samples.rows)
+    if labels_only:
+        samples, epoch_B = drop_unlabelled(samples, epoch_B)
     rows = samples.rows
     number_B = np.array([sample.number for sample in rows], np.int64)
     valid_B = torch.tensor([not sample.error for sample in rows])
@@ -107,15 +103,15 @@ def collate(samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int
     return Batch(
         keys=[sample.key for sample in rows],
         groups=[sample.meta.group for sample in rows],
-        errors={sample.number: sample.error for sample in rows if sample.error},
+        errors=errors,
         number_B=number_B,
         epoch_B=epoch_B,
         view_B=torch.from_numpy(view_B),
         valid_B=valid_B,
         level_B=level_B,
-        # Here, where no device has to be waited for.
+        # Counted here, where no device has to be waited for.
         label_count=int((level_B >= 0).sum()),
-        valid_count=int(valid_B.sum()),
+        valid_count=valid_count,
         # A view: the pixels stay as they were decoded, which torch calls channels-last.
         images={role: torch.from_numpy(image).permute(0, 3, 1, 2) for role, image in samples.images.items()},
         stored={} if store is None else _stored(rows, store, view_B),
@@ -193,13 +189,11 @@ def training_batches(
     batches = stream(reader, numbers(), threads=options.threads, prefetch=2 * accumulate + 1, skip=options.skip)
     for position in positions:
         micro = [
-            collate(samples, epochs.popleft(), store, plan.seed, options.turn)
+            collate(samples, epochs.popleft(), store, plan.seed, options.turn, options.labels_only)
             for samples in itertools.islice(batches, accumulate)
         ]
         if options.queue:
             micro = [replace(one, negatives=options.queue.negatives(one.number_B, position + batch)) for one in micro]
-        if options.labels_only:
-            micro = [one.drop_unlabelled() for one in micro]
         micro = [one.to(world.device) for one in micro]
         if options.augment:
             micro = [options.augment(one) for one in micro]
