@@ -171,11 +171,11 @@ def backward(
         torch.tensor([[batch.label_count, batch.valid_count] for batch in micro]).sum(dim=0), world.device
     )
     wait_for_counts = _add_up(counts, world)
-    weights = task.weights(progress)
+    weights = task.method.weights(progress)
     sums: dict[str, torch.Tensor] = {}
     each = []
     for number, batch in enumerate(micro):
-        values = task.losses(engine.forward(batch.images[task.role]), batch)
+        values = task.method.losses(engine.forward(batch.images[task.role]), batch)
         each.append(torch.stack([value.detach() for value in values.values()]))
         if number == 0:
             wait_for_counts()

@@ -1,9 +1,8 @@
-"""What is trained: a model, how its batch is prepared, and its losses. One class a task, the same loop for all."""
+"""What is trained: a network, of what, and by which method. One class a task, the same loop for all."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import JsonValue
 
 from lgd.config import WHERE_IT_RUNS, Config
@@ -11,7 +10,6 @@ from lgd.io.digests import digest_of
 from lgd.io.location import as_location
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig, TeacherRef
 from lgd.models.encoder import build_encoder
-from lgd.models.losses import Lesson, Terms
 from lgd.models.methods import Method, find_method
 from lgd.models.student import Student
 from lgd.models.teacher import Teacher
@@ -54,14 +52,6 @@ class Task(ABC):
     def describe(self, model: Network, **facts: object) -> ModelConfig:
         """What the folder of the trained network says of it, with the facts of its training."""
         return model.describe(**facts)
-
-    def losses(self, out: dict[str, torch.Tensor], batch: Lesson) -> Terms:
-        """The loss terms of each sample."""
-        return self.method.losses(out, batch)
-
-    def weights(self, progress: float) -> dict[str, float]:
-        """Weight of each term at a share of the steps, 0 to 1."""
-        return self.method.weights(progress)
 
 
 class TeacherTask(Task):

@@ -477,9 +477,9 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_the_hallucination_weight_rises_over_the_warm_up(tissue_run, change):
     task = StudentTask(change(tissue_run, student={"warmup": 0.2, "hallucination_weight": 3.0}))
-    weights = [task.weights(progress)["hallucination"] for progress in (0, 0.1, 0.2, 1)]
+    weights = [task.method.weights(progress)["hallucination"] for progress in (0, 0.1, 0.2, 1)]
     assert weights == pytest.approx([0, 1.5, 3, 3])
-    assert task.weights(1)["level"] == 1 and math.isclose(task.weights(1)["hallucination_map"], 1.5)
+    assert task.method.weights(1)["level"] == 1 and math.isclose(task.method.weights(1)["hallucination_map"], 1.5)
 
 
 def test_a_seed_gives_the_same_bytes_again(tissue_run, change, tmp_path):
