@@ -59,13 +59,13 @@ def test_one_pair_into_a_shard(tissue, tmp_path):
 
 
 def test_one_sample_into_a_batch(prepared):
-    next(prepared.batches(0, 1))
-    names = read_modules(lambda: next(prepared.batches(0, 1)))
+    next(prepared.batches.draw_augmented(0, 1))
+    names = read_modules(lambda: next(prepared.batches.draw_augmented(0, 1)))
     assert len(names) <= 8, names
 
 
 def test_one_training_step(prepared):
-    micro, _ = next(prepared.batches(0, 1))
+    micro, _ = next(prepared.batches.draw_augmented(0, 1))
     names = read_modules(lambda: take_step(prepared.learner, 0, micro, False)())
     assert len(names) <= 8, names
 

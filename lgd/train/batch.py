@@ -6,8 +6,8 @@ A shard and its part mirror each other, so (shard, row) finds both; the stored k
 import collections
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -147,57 +147,50 @@ class Step(NamedTuple):
     """The plan's position after this step: the state to resume from, alike on every rank."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchOptions:
-    """How training takes its batches, the same in each step of a run."""
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """One rank's share of the batches of a training."""
 
-    batch: int
-    """The global batch."""
-    accumulate: int = 1
-    """Micro-batches of a rank in each step."""
-    world: World = field(default_factory=World)
-    threads: int
-    """Those that read and decode."""
-    turn: bool
-    """Turn each sample by its view."""
-    skip: bool = False
-    """Mark samples that cannot be read instead of raising `DataError`."""
-    labels_only: bool = False
-    """Leave out samples of unknown level."""
+    config: Config
+    reader: Reader
+    plan: Plan
+    world: World
+    store: Rows | None = None
+    """Without one levels alone teach: an unlabelled patch would cost as much, and its loss is 0; it is left out."""
     queue: Queue | None = None
     """Gives each batch its negatives."""
-    augment: Callable[[Batch], Batch] | None = None
-    """Changes each batch on its device."""
 
+    def draw(self, start: int, steps: int) -> Iterator[Step]:
+        """The batches of `steps` steps from position `start` on, on their device and not yet augmented."""
+        config, plan, store = self.config, self.plan, self.store
+        batch, accumulate = config.train.batch, config.train.accumulate
+        skip, turn = config.data.on_bad.skips > 0, config.data.augment != "none"
+        epochs: collections.deque[np.ndarray] = collections.deque()
+        positions = range(start, start + steps * batch, batch)
 
-def training_batches(
-    reader: Reader, plan: Plan, store: Rows | None, options: BatchOptions, start: int, steps: int
-) -> Iterator[Step]:
-    """This rank's share of `steps` steps from position `start` on, on its device."""
-    batch, accumulate, world = options.batch, options.accumulate, options.world
-    epochs: collections.deque[np.ndarray] = collections.deque()
-    positions = range(start, start + steps * batch, batch)
+        def numbers() -> Iterator[np.ndarray]:
+            for position in positions:
+                for positions_n in rank_positions(position, batch, accumulate, self.world):
+                    epoch_B, number_B = plan.samples(positions_n)
+                    epochs.append(epoch_B)
+                    yield number_B
 
-    def numbers() -> Iterator[np.ndarray]:
+        # A step's micro-batches are wanted at once; what is read ahead should still fit a processor's cache.
+        ahead = 2 * accumulate + 1
+        batches = stream(self.reader, numbers(), threads=config.data.threads, prefetch=ahead, skip=skip)
         for position in positions:
-            for positions_n in rank_positions(position, batch, accumulate, world):
-                epoch_B, number_B = plan.samples(positions_n)
-                epochs.append(epoch_B)
-                yield number_B
+            micro = [
+                collate(samples, epochs.popleft(), store, plan.seed, turn, labels_only=store is None)
+                for samples in itertools.islice(batches, accumulate)
+            ]
+            if queue := self.queue:
+                micro = [replace(one, negatives=queue.negatives(one.number_B, position + batch)) for one in micro]
+            yield Step([one.to(self.world.device) for one in micro], position + batch)
 
-    # A step's micro-batches are wanted at once; what is read ahead should still fit a processor's cache.
-    batches = stream(reader, numbers(), threads=options.threads, prefetch=2 * accumulate + 1, skip=options.skip)
-    for position in positions:
-        micro = [
-            collate(samples, epochs.popleft(), store, plan.seed, options.turn, options.labels_only)
-            for samples in itertools.islice(batches, accumulate)
-        ]
-        if options.queue:
-            micro = [replace(one, negatives=options.queue.negatives(one.number_B, position + batch)) for one in micro]
-        micro = [one.to(world.device) for one in micro]
-        if options.augment:
-            micro = [options.augment(one) for one in micro]
-        yield Step(micro, position + batch)
+    def draw_augmented(self, start: int, steps: int) -> Iterator[Step]:
+        """The same, as they are trained on."""
+        for micro, position in self.draw(start, steps):
+            yield Step([augment(one, self.reader.roles[0], self.config) for one in micro], position)
 
 
 def gather(mine: Sequence[Value], world: World) -> list[Value]:
@@ -239,7 +232,7 @@ def evaluation_batches(
     store: Rows | None = None,
     skip: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of one pass over all samples, unturned; `skip` as in `BatchOptions`."""
+    """This rank's share of one pass over all samples, unturned; `skip` as in `lgd.stream.reader.stream`."""
     numbers = in_batches(eval_numbers(reader.total, world), batch)
     for samples in stream(reader, numbers, threads=threads, skip=skip):
         yield collate(samples, np.zeros(len(samples.rows), np.int64), store, 0, turn=False)

@@ -70,7 +70,7 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
     enough = 0 < settings.patience <= best.stale
     taken: collections.deque[Taken] = collections.deque()
     began, waited = time.perf_counter(), 0.0
-    for micro, position in run.batches(start, 0 if enough else steps - done):
+    for micro, position in run.batches.draw_augmented(start, 0 if enough else steps - done):
         # Step.
         waited += time.perf_counter() - began
         taken.append(take_step(learner, done, micro, stop.is_set()))

@@ -1,9 +1,8 @@
 """What a training needs before its first step: shards, order, network, engine."""
 
-import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,12 +13,12 @@ from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
-from lgd.train.batch import BatchOptions, Skipped, Step, augment, training_batches
+from lgd.train.batch import Batches, Skipped
 from lgd.train.deepspeed_engine import DeepSpeedEngine, deepspeed_problem
 from lgd.train.engine import Engine, TorchEngine
 from lgd.train.log import Log
 from lgd.train.targets import Queue, Targets
-from lgd.train.tasks import StudentTask, Task, inputs_of
+from lgd.train.tasks import Task, inputs_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +79,12 @@ class Prepared:
             steps=max(1, math.ceil(task.epochs * plan.total / settings.batch)),
             skipped=Skipped(config.data),
         )
-        self.batches = _make_batches(self.learner, self.reader, plan, shards)
-        """This rank's share of so many steps from a position of the plan on, augmented on its device."""
+        rows, queue, method = None, None, task.method
+        if task.store:
+            rows = Targets(task.store.parts_of(self.reader.shards), method.pairs, config.run.seed, method.needs)
+            # Of one stored view the latents are not turned with the image.
+            queue = Queue(rows, plan, method.queue, config.data.augment != "none") if method.queue else None
+        self.batches = Batches(config, self.reader, plan, world, rows, queue)
         self.every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
         """Steps between validations."""
         self.log: Log | None = None
@@ -107,34 +110,3 @@ class Prepared:
         if self.log:
             self.log.close()
         self.reader.close()
-
-
-def _make_batches(
-    learner: Learner, reader: Reader, plan: Plan, shards: ShardSet
-) -> Callable[[int, int], Iterator[Step]]:
-    config, task, queue = learner.config, learner.task, None
-    rows: Rows | None = None
-    turn = config.data.augment != "none"
-    if isinstance(task, StudentTask) and task.store:
-        method = task.method
-        parts = task.store.parts_of(shards.of_split("train"))
-        if method.pairs == "own" and not method.queue:
-            rows = Rows(parts, method.needs)
-        else:
-            # The latents of other samples teach too, as partners or as negatives.
-            rows = targets = Targets(parts, method.pairs, config.run.seed, method.needs)
-            # Of one stored view the latents are not turned with the image.
-            queue = Queue(targets, plan, method.queue, turn) if method.queue else None
-    options = BatchOptions(
-        batch=config.train.batch,
-        accumulate=config.train.accumulate,
-        world=learner.world,
-        threads=config.data.threads,
-        turn=turn,
-        skip=config.data.on_bad.skips > 0,
-        # Without a store levels alone teach: an unlabelled patch would cost as much, and its loss is 0.
-        labels_only=task.store is None,
-        queue=queue,
-        augment=functools.partial(augment, role=task.role, config=config),
-    )
-    return functools.partial(training_batches, reader, plan, rows, options)

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from lgd.base.errors import DataError
+from lgd.config import Config, Data, Train
 from lgd.shards.shard_set import ShardFolder
 from lgd.store.cache import cache_latents
 from lgd.store.store import Rows, Store
 from lgd.stream.plan import Plan, World, d4
 from lgd.stream.reader import Reader, stream
-from lgd.train.batch import BatchOptions, augment, collate, evaluation_batches, training_batches
+from lgd.train.batch import Batches, augment, collate, evaluation_batches
 
 TARGETS = ("pooled", "map", "nuclei", "membrane")
 
@@ -35,8 +36,10 @@ def eight_views(tissue_run, change, tmp_path_factory):
 def batches(reader, parts, world=None, first=0, steps=4, threads=2, accumulate=1, turn=True, batch=8, seed=3):
     """The micro-batches of each step from step `first` on."""
     plan = Plan(reader.sizes, seed=seed, lanes=4)
-    options = BatchOptions(batch=batch, accumulate=accumulate, world=world or World(), threads=threads, turn=turn)
-    taken = list(training_batches(reader, plan, parts, options, start=first * batch, steps=steps))
+    data = Data(threads=threads, augment="d4" if turn else "none")
+    config = Config(data=data, train=Train(batch=batch, accumulate=accumulate))
+    start, world = first * batch, world or World()
+    taken = list(Batches(config, reader, plan, world, parts).draw(start, steps))
     assert [step.position for step in taken] == [(first + 1 + step) * batch for step in range(steps)]
     return [step.micro for step in taken]
 
@@ -197,8 +200,8 @@ def test_steps_are_drawn_as_they_are_needed(joined):
     drawn = []
     draw = plan.samples
     plan.samples = lambda positions: drawn.append(positions) or draw(positions)
-    options = BatchOptions(batch=4, threads=1, turn=False)
-    some = training_batches(reader, plan, None, options, start=0, steps=10**9)
+    config = Config(data=Data(threads=1), train=Train(batch=4))
+    some = Batches(config, reader, plan, World()).draw(0, steps=10**9)
     next(some)
     some.close()
     assert len(drawn) < 20

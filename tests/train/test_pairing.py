@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_loop import assert_same_curve, log_of
 
 from lgd.base.errors import DataError
+from lgd.config import Config, Data, Train
 from lgd.models.losses import Negatives
 from lgd.models.methods import Distil, LgdNet
 from lgd.models.teacher import load_teacher
@@ -18,7 +19,7 @@ from lgd.store.parts import as_levels, read_all
 from lgd.store.store import Store
 from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
-from lgd.train.batch import BatchOptions, training_batches
+from lgd.train.batch import Batches
 from lgd.train.launch import train_under
 from lgd.train.log import Log
 from lgd.train.targets import Queue, Targets, partners
@@ -96,8 +97,8 @@ def test_ranks_and_micro_batches_have_the_same_queue(parts, shards):
     def steps(world, accumulate):
         targets = Targets(parts)
         queue = Queue(targets, plan, 20, turn=True)
-        options = BatchOptions(batch=8, accumulate=accumulate, world=world, threads=1, turn=True, queue=queue)
-        return list(training_batches(reader, plan, targets, options, start=8, steps=3))
+        config = Config(data=Data(threads=1), train=Train(batch=8, accumulate=accumulate))
+        return list(Batches(config, reader, plan, world, targets, queue).draw(8, steps=3))
 
     whole = steps(World(), 1)
     for rank in (0, 1):

@@ -28,7 +28,8 @@ from lgd.io.digests import digest_of, xxh3
 from lgd.io.files import read_json, write_json
 from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import Plan
-from lgd.train import checkpoint, launch, prepare
+from lgd.train import checkpoint, launch
+from lgd.train.batch import Batches
 from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
 
@@ -49,23 +50,23 @@ def worker_that_records(folder):
     """What trains in a worker, and notes the samples: a file for each attempt of a rank, a line for each step."""
 
     def work(*arguments):
-        real = prepare.training_batches
+        real = Batches.draw
 
-        def batches(reader, plan, targets, options, *rest):
-            world = options.world
+        def draw(self, *steps):
+            world = self.world
             Path(folder).mkdir(parents=True, exist_ok=True)
             name = f"{time.time_ns()}-{world.rank}-{world.size}-{os.getpid()}"
             with Path(folder, name).open("w", buffering=1) as file:
-                for step in real(reader, plan, targets, options, *rest):
+                for step in real(self, *steps):
                     taken = [(int(e), int(n)) for b in step.micro for e, n in zip(b.epoch_B, b.number_B, strict=True)]
                     file.write(json.dumps([step.position, taken]) + "\n")
                     yield step
 
-        prepare.training_batches = batches
+        Batches.draw = draw
         try:
             worker(*arguments)
         finally:
-            prepare.training_batches = real
+            Batches.draw = real
 
     return work
 

@@ -1,6 +1,6 @@
 """`loader`: what training's stream reaches of a bare decode loop.
 
-A is `training_batches` over real shards, end to end: plan, read, crc32, decode, collate. B decodes the same bytes from
+A is `Batches` over real shards, end to end: plan, read, crc32, decode, collate. B decodes the same bytes from
 memory with the same number of threads, and does nothing else.
 
 Where a run falls short, the CPU milliseconds a sample of both sides tell why: more than B's is work, which
@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lgd.config import Data
+from lgd.config import Config, Data, Train
 from lgd.shards.archive import Shard
 from lgd.shards.image import decode
-from lgd.stream.plan import Plan
+from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
-from lgd.train.batch import Batch, BatchOptions, training_batches
+from lgd.train.batch import Batch, Batches
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Outcome, Rate, Settings, alternate, steady, timed
 
@@ -43,8 +43,9 @@ class Product:
 
     def batches(self, steps: int) -> Iterator[Batch]:
         """The first batches of training."""
-        options = BatchOptions(batch=self.settings.batch, threads=self.settings.workers, turn=False)
-        for step in training_batches(self.reader, self.plan, None, options, start=0, steps=steps):
+        data = Data(threads=self.settings.workers, augment="none")
+        config = Config(data=data, train=Train(batch=self.settings.batch))
+        for step in Batches(config, self.reader, self.plan, World()).draw(0, steps):
             yield step.micro[0]
 
     def rate(self, count: int) -> Rate:

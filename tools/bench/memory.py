@@ -1,6 +1,6 @@
 """`memory`: what the stream keeps of what it has streamed, what open parts of a store take, and a very large plan.
 
-Private memory (USS) is read while tiny samples run through `training_batches`; its slope after the warm-up is scaled
+Private memory (USS) is read while tiny samples run through `Batches`; its slope after the warm-up is scaled
 to a million samples. The parts of a store of tiny rows are opened and read, all of them, in a process of its own;
 what it then has written to more is scaled to a million rows in parts of 512. The pages of the parts' own files are
 told apart: they are page cache, which the kernel takes back.
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lgd.config import LEVEL_NAMES, Data
+from lgd.config import LEVEL_NAMES, Config, Data, Train
 from lgd.shards.archive import Shard
 from lgd.shards.builder import build
 from lgd.shards.image import encode
@@ -29,7 +29,7 @@ from lgd.store.store import Rows, Store, commit
 from lgd.store.writer import shard_writer
 from lgd.stream.plan import Plan, World, rank_positions
 from lgd.stream.reader import Reader
-from lgd.train.batch import BatchOptions, training_batches
+from lgd.train.batch import Batches
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Outcome, Ratio, Settings
 from tools.bench.store import PART, RECIPE, random_rows, shard_of
@@ -117,8 +117,8 @@ def readings(shards: list[Shard], seconds: float, threads: int) -> np.ndarray:
     reader = Reader(shards, ("he",), _SIDE)
     plan = Plan(reader.sizes, seed=0, lanes=Data().lanes)
     found: list[tuple[int, int]] = []
-    options = BatchOptions(batch=_BATCH, threads=threads, turn=False)
-    steps = training_batches(reader, plan, None, options, start=0, steps=10**9)
+    config = Config(data=Data(threads=threads, augment="none"), train=Train(batch=_BATCH))
+    steps = Batches(config, reader, plan, World()).draw(0, steps=10**9)
     began = told = time.monotonic()
     for step in steps:
         now = time.monotonic()

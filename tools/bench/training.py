@@ -27,7 +27,7 @@ from lgd.store.cache import cache_latents
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
-from lgd.train.batch import BatchOptions, Skipped, Step, augment, training_batches
+from lgd.train.batch import Batches, Skipped, Step, augment
 from lgd.train.log import Log
 from lgd.train.loop import Taken, take_step
 from lgd.train.prepare import Learner, make_engine
@@ -117,13 +117,7 @@ class Streamed:
 
     def steps(self, count: int) -> Iterator[Step]:
         """The first steps of a run."""
-        options = BatchOptions(
-            batch=self.config.train.batch,
-            world=self.world,
-            threads=self.config.data.threads,
-            turn=self.config.data.augment != "none",
-        )
-        return training_batches(self.reader, self.plan, self.rows, options, start=0, steps=count)
+        return Batches(self.config, self.reader, self.plan, self.world, self.rows).draw(0, count)
 
     def kept(self, count: int = KEPT) -> list[Step]:
         """The same, in the memory of the device."""
