@@ -44,6 +44,10 @@ class Method:
     """The datasets of the feature store that teach it; where none does, samples of unknown level are left out."""
     retrieves_by: ClassVar[Literal["latents", "features"] | None] = None
     """By what a report measures its retrieval. A network that gives latents (`pooled`) can be queried."""
+    pairs: str = "own"
+    """Whose latents and membranes teach a sample: see `student.pairs`."""
+    queue: int = 0
+    """Latents in the queue of `Lesson.negatives`; 0 for none."""
     controls: ClassVar[Mapping[str, Mapping[str, float | str]]] = {}
     """Further rows of `lgd ablate --full`: which fields of `student:` differ from its own row."""
 
@@ -56,16 +60,6 @@ class Method:
     def row_fields(cls, config: Config) -> Mapping[str, float | str]:
         """The fields of `student:` in its row of `lgd ablate`, beside the method, where those of the run do not do."""
         return {}
-
-    @property
-    def pairs(self) -> str:
-        """Whose latents and membranes teach a sample: see `student.pairs`."""
-        return "own"
-
-    @property
-    def queue(self) -> int:
-        """Latents in the queue of `Lesson.negatives`; 0 for none."""
-        return 0
 
     def build(self) -> Student:
         """The untrained network."""
@@ -185,14 +179,11 @@ class LgdNet(Method):
         "shuffled within a level": {"pairs": "within-level"},
     }
 
-    @property
-    def pairs(self) -> str:
-        return self.config.student.pairs
-
-    @property
-    def queue(self) -> int:
-        student = self.config.student
-        return student.contrast_queue if student.contrast_weight else 0
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        student = config.student
+        self.pairs = student.pairs
+        self.queue = student.contrast_queue if student.contrast_weight else 0
 
     def start_hallucination(self, teacher: Teacher) -> Encoder:
         return teacher.encoder
