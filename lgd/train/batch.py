@@ -29,7 +29,7 @@ from lgd.stream.plan import (
     to_device,
     turn_stored,
 )
-from lgd.stream.reader import Reader, Sample, Samples, in_batches, stream
+from lgd.stream.reader import Reader, Samples, in_batches, stream
 from lgd.train.targets import Queue
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,11 @@ def collate(
     valid_B = torch.tensor([not sample.error for sample in rows])
     level_B = torch.tensor([sample.level for sample in rows])
     view_B = drawn_views(seed, epoch_B, number_B) if turn else np.zeros(len(rows), np.int64)
+    stored: dict[str, np.ndarray] = {}
+    if store is not None:
+        # A sample that is skipped has no key; it has no loss either.
+        key_B = [None if sample.error else sample.key for sample in rows]
+        stored = store.read([s.shard for s in rows], [s.row for s in rows], key_B, view_B.tolist())
     return Batch(
         keys=[sample.key for sample in rows],
         groups=[sample.meta.group for sample in rows],
@@ -114,19 +119,8 @@ def collate(
         valid_count=valid_count,
         # A view: the pixels stay as they were decoded, which torch calls channels-last.
         images={role: torch.from_numpy(image).permute(0, 3, 1, 2) for role, image in samples.images.items()},
-        stored={} if store is None else _stored(rows, store, view_B),
+        stored={name: torch.from_numpy(array.astype(np.float32)) for name, array in stored.items()},
     )
-
-
-def _stored(samples: Sequence[Sample], rows: Rows, view_B: np.ndarray) -> dict[str, torch.Tensor]:
-    read = rows.read(
-        [sample.shard for sample in samples],
-        [sample.row for sample in samples],
-        # A sample that is skipped has no key; it has no loss either.
-        [sample.key if not sample.error else None for sample in samples],
-        view_B.tolist(),
-    )
-    return {name: torch.from_numpy(array.astype(np.float32)) for name, array in read.items()}
 
 
 def augment(batch: Batch, role: str, config: Config) -> Batch:
