@@ -113,18 +113,19 @@ _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less tha
 
 def typed(kind: object) -> Callable[[str], object]:
     """An argparse type: text stays as it is where `kind` allows any, all else is read as YAML of that kind."""
-    return functools.partial(_read_argument, kind)
-
-
-def _read_argument(kind: object, text: str) -> object:
     kinds = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
     words = [word for one in kinds if typing.get_origin(one) is Literal for word in typing.get_args(one)]
-    is_list = any(typing.get_origin(one) is list for one in kinds) and text.lstrip().startswith("[")
-    is_text = str in kinds or (words and all(isinstance(word, str) for word in words) and len(kinds) == 1)
-    try:
-        return as_type(kind, text if text in words or (is_text and not is_list) else read_yaml(text).value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    has_list = any(typing.get_origin(one) is list for one in kinds)
+    has_text = str in kinds or (words and all(isinstance(word, str) for word in words) and len(kinds) == 1)
+
+    def read(text: str) -> object:
+        is_text = text in words or (has_text and not (has_list and text.lstrip().startswith("[")))
+        try:
+            return as_type(kind, text if is_text else read_yaml(text).value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
 
 
 def as_type(kind: object, value: object) -> Any:
