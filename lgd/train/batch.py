@@ -23,13 +23,12 @@ from lgd.stream.plan import (
     World,
     d4,
     drawn_views,
-    eval_numbers,
     jitter_he,
     rank_positions,
     to_device,
     turn_stored,
 )
-from lgd.stream.reader import Reader, Samples, in_batches, stream
+from lgd.stream.reader import Reader, Samples, stream
 from lgd.train.targets import Queue
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,6 @@ class Batch(Lesson):
     """Samples on their way into a network."""
 
     keys: list[str]
-    groups: list[str]
     errors: dict[int, str]
     """Number of each sample that is skipped -> why."""
     number_B: np.ndarray
@@ -107,7 +105,6 @@ def collate(
         stored = store.read([s.shard for s in rows], [s.row for s in rows], key_B, view_B.tolist())
     return Batch(
         keys=[sample.key for sample in rows],
-        groups=[sample.meta.group for sample in rows],
         errors=errors,
         number_B=number_B,
         epoch_B=epoch_B,
@@ -215,18 +212,3 @@ class Skipped:
                 f"{len(self.numbers)} bad samples were skipped, more than data.on_bad {self.data.on_bad} allows: each "
                 "is named above; lgd verify checks the shards"
             )
-
-
-def evaluation_batches(
-    reader: Reader,
-    *,
-    batch: int,
-    world: World,
-    threads: int,
-    store: Rows | None = None,
-    skip: bool = False,
-) -> Iterator[Batch]:
-    """This rank's share of one pass over all samples, unturned; `skip` as in `lgd.stream.reader.stream`."""
-    numbers = in_batches(eval_numbers(reader.total, world), batch)
-    for samples in stream(reader, numbers, threads=threads, skip=skip):
-        yield collate(samples, np.zeros(len(samples.rows), np.int64), store, 0, turn=False)

@@ -18,9 +18,9 @@ from lgd.models.description import describe_training
 from lgd.models.export import save_model
 from lgd.models.teacher import Teacher
 from lgd.shards.archive import Shard
-from lgd.stream.plan import World
-from lgd.stream.reader import Reader
-from lgd.train.batch import Batch, evaluation_batches, gather
+from lgd.stream.plan import World, eval_numbers
+from lgd.stream.reader import Reader, in_batches, stream
+from lgd.train.batch import Batch, collate, gather
 from lgd.train.engine import Engine
 from lgd.train.prepare import Prepared
 from lgd.train.tasks import Network, Task
@@ -36,9 +36,11 @@ def forward_split(
     reader = Reader(shards, (role,), config.data.size)
     batch = max(1, config.train.batch // world.size)
     rounds = math.ceil(math.ceil(reader.total / world.size) / batch)
+    numbers = in_batches(eval_numbers(reader.total, world), batch)
     engine.model.eval()
     with torch.no_grad():
-        for one in evaluation_batches(reader, batch=batch, world=world, threads=config.data.threads, skip=skip):
+        for samples in stream(reader, numbers, threads=config.data.threads, skip=skip):
+            one = collate(samples, np.zeros(len(samples.rows), np.int64), None, 0, turn=False)
             yield one, engine.forward(one.to(world.device).images[role])
             rounds -= 1
         # Under ZeRO-3 a forward pass is a collective: a rank with fewer batches joins in with an empty one.

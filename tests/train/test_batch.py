@@ -11,7 +11,7 @@ from lgd.store.cache import cache_latents
 from lgd.store.store import Rows, Store
 from lgd.stream.plan import Plan, World, d4
 from lgd.stream.reader import Reader, stream
-from lgd.train.batch import Batches, augment, collate, evaluation_batches
+from lgd.train.batch import Batches, augment, collate
 
 TARGETS = ("pooled", "map", "nuclei", "membrane")
 
@@ -210,18 +210,6 @@ def test_steps_are_drawn_as_they_are_needed(joined):
 def test_turning_can_be_left_out(joined):
     reader, _ = joined
     assert all(int(batch.view_B.max()) == 0 for (batch,) in batches(reader, None, turn=False))
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_evaluation_shows_each_sample_once(joined, size):
-    reader, parts = joined
-    numbers = [
-        int(number)
-        for rank in range(size)
-        for batch in evaluation_batches(reader, batch=3, world=World(rank=rank, size=size), threads=2, store=parts)
-        for number in batch.number_B
-    ]
-    assert sorted(numbers) == list(range(20))
 
 
 def test_a_row_of_another_sample_is_refused(joined):
