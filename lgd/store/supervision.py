@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from lgd.base.errors import DataError
@@ -104,11 +103,21 @@ class Supervision:
         ihc_BHW3 = stacked.pop("ihc")
         # Activations of more images fall out of a processor's cache: 13 instead of 7 ms each, of 256 px (resnet10).
         size = _CPU_BATCH if self.device == "cpu" else len(ihc_BHW3)
-        runs = [
-            _teacher_rows(ihc_BHW3[start : start + size], self.teacher, self.recipe.teacher)
-            for start in range(0, len(ihc_BHW3), size)
-        ]
+        runs = [self._latents(ihc_BHW3[start : start + size]) for start in range(0, len(ihc_BHW3), size)]
         return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]} | stacked
+
+    def _latents(self, ihc_BHW3: np.ndarray) -> dict[str, np.ndarray]:
+        recipe, pooled, maps = self.recipe.teacher, [], []
+        ihc_B3HW = torch.from_numpy(ihc_BHW3).to(self.device).permute(0, 3, 1, 2)
+        half = torch.autocast(self.device, torch.bfloat16, enabled=recipe.precision == "bf16")
+        with torch.inference_mode(), half:
+            for view in range(recipe.views):
+                out = self.teacher(d4(ihc_B3HW, torch.full((len(ihc_B3HW),), view)) if view else ihc_B3HW)
+                pooled.append(out["pooled"])
+                if recipe.map:
+                    maps.append(F.adaptive_avg_pool2d(out["map"], recipe.map))
+        latents = {"pooled": pooled, "map": maps} if maps else {"pooled": pooled}
+        return {name: torch.stack(views, dim=1).float().cpu().numpy() for name, views in latents.items()}
 
 
 def stored(
@@ -194,21 +203,3 @@ class _NativeReader(Reader):
         if role == "ihc":
             images["teacher_ihc"] = decode(content, what, self.size)
         return images
-
-
-def _teacher_rows(ihc_BHW3: np.ndarray, teacher: nn.Module, recipe: TeacherRecipe) -> dict[str, np.ndarray]:
-    """`pooled` (B, views, D) and, when maps are stored, `map` (B, views, D, m, m), float32."""
-    device = next(teacher.parameters()).device
-    ihc_B3HW = torch.from_numpy(ihc_BHW3).to(device).permute(0, 3, 1, 2)
-    pooled, maps = [], []
-    half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
-    with torch.inference_mode(), half:
-        for view in range(recipe.views):
-            out = teacher(d4(ihc_B3HW, torch.full((len(ihc_B3HW),), view)) if view else ihc_B3HW)
-            pooled.append(out["pooled"])
-            if recipe.map:
-                maps.append(F.adaptive_avg_pool2d(out["map"], recipe.map))
-    rows = {"pooled": torch.stack(pooled, dim=1).float().cpu().numpy()}
-    if maps:
-        rows["map"] = torch.stack(maps, dim=1).float().cpu().numpy()
-    return rows
