@@ -78,7 +78,7 @@ class Queue:
         self._rows = Rows(targets.parts, ("pooled",))
         self._level_n = read_levels(targets.parts)
         self._end = 0
-        self._pooled_QD: np.ndarray | None = None
+        self._pooled_QD = np.empty((0, targets.parts[0].layout["pooled"].shape[-1]), np.float32)
         self._number_Q = np.empty(0, np.int64)
 
     def negatives(self, number_B: np.ndarray, end: int) -> Negatives:
@@ -88,7 +88,6 @@ class Queue:
         """
         self._take(end)
         source_B = self.targets.source(number_B)
-        assert self._pooled_QD is not None
         return Negatives(
             source_B=torch.from_numpy(source_B),
             level_B=torch.from_numpy(self._level_n[source_B]),
@@ -105,11 +104,7 @@ class Queue:
         view_n = drawn_views(self.plan.seed, epoch_n, number_n) if self.turn else np.zeros(len(number_n), np.int64)
         part_n, row_n = self.targets.address(number_n)
         new_nD = self._rows.read(part_n, row_n, [None] * len(row_n), view_n.tolist())["pooled"].astype(np.float32)
-        kept = self.size - len(new_nD)
-        if self._pooled_QD is None or not kept:
-            self._pooled_QD, self._number_Q = new_nD, number_n
-        else:
-            # New arrays: steps that were handed out may still be in use.
-            self._pooled_QD = np.concatenate([self._pooled_QD[-kept:], new_nD])
-            self._number_Q = np.concatenate([self._number_Q[-kept:], number_n])
+        # New arrays: steps that were handed out may still be in use.
+        self._pooled_QD = np.concatenate([self._pooled_QD, new_nD])[-self.size :]
+        self._number_Q = np.concatenate([self._number_Q, number_n])[-self.size :]
         self._end = end
