@@ -30,8 +30,9 @@ from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import World
 from lgd.train import checkpoint
 from lgd.train.deepspeed_engine import leave_world
-from lgd.train.loop import train
-from lgd.train.prepare import choose_engine
+from lgd.train.finished import centre_latents, export
+from lgd.train.loop import fit
+from lgd.train.prepare import Prepared, choose_engine
 from lgd.train.tasks import TASKS, Task, inputs_of
 
 logger = logging.getLogger(__name__)
@@ -181,12 +182,20 @@ def read_inputs(task: Task, digest: str) -> dict[str, JsonValue] | None:
 
 
 def worker(config: Config, shards: ShardSet, task: str, engine: str, stop: str | None) -> None:
-    """What each training process runs; `stop` is the file that asks to end."""
+    """What each training process runs: train a task to its end, from its newest checkpoint if there is one, and export
+    the network. `stop` is the file that asks to end.
+    """
     with join_world() as world:
         torch.manual_seed(config.run.seed)
         # One rank is enough: at each step all agree on whether any of them was asked to stop.
-        with stop_flag(stop if world.rank == 0 else None) as flag:
-            train(config, shards, TASKS[task](config), world, engine, flag)
+        with (
+            stop_flag(stop if world.rank == 0 else None) as flag,
+            contextlib.closing(Prepared(config, shards, TASKS[task](config), world, engine)) as run,
+        ):
+            best = fit(run, flag)
+            if task == "teacher":
+                centre_latents(run.learner.engine, shards.of_split("train"), config, world)
+            export(run, best.step if config.train.patience else run.learner.steps)
 
 
 @contextlib.contextmanager

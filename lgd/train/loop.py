@@ -1,7 +1,7 @@
 """The one visible loop: teacher, student and baselines are all trained by `fit`.
 
-Leaves in the task's folder: `config.json` and `model.safetensors` (the network), `checkpoints/`, `tensorboard/`,
-and `log.jsonl` with one line a step.
+Leaves in the task's folder `checkpoints/`, `tensorboard/`, and `log.jsonl` with one line a step; the network itself is
+written at the end (`lgd.train.finished`).
 """
 
 import collections
@@ -16,38 +16,21 @@ import torch
 import torch.distributed as dist
 
 from lgd.base.errors import DataError, Stopped
-from lgd.config import Config
-from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import World, to_device
 from lgd.train import checkpoint
 from lgd.train.batch import Batch, gather
-from lgd.train.finished import centre_latents, export, validate
+from lgd.train.finished import validate
 from lgd.train.prepare import Learner, Prepared
-from lgd.train.tasks import Task, TeacherTask
 
 Taken = Callable[[], tuple[dict[str, float], bool]]
 """A step that was begun: waits for it, and gives what `take_step` says."""
 
 
-def train(config: Config, shards: ShardSet, task: Task, world: World, engine: str, stop: threading.Event) -> None:
-    """Train a task to its end, from its newest checkpoint if there is one, and export the network.
-
-    `stop` asks to save a checkpoint and to end; every rank reads it at each step.
-    """
-    run = Prepared(config, shards, task, world, engine)
-    try:
-        best = fit(run, stop)
-        if isinstance(task, TeacherTask):
-            centre_latents(run.learner.engine, shards.of_split("train"), config, world)
-        export(run, best.step if config.train.patience else run.learner.steps)
-    finally:
-        run.close()
-
-
 def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
     """Train all steps that are left, or until validation does not become better; the engine has the network to export.
 
-    Returns the best validation. Raises `Stopped` when asked to stop, and `DataError` for a loss that is no number.
+    Returns the best validation. `stop` asks to save a checkpoint and to end, and every rank reads it at each step:
+    raises `Stopped` then, and `DataError` for a loss that is no number.
     """
     learner, task = run.learner, run.learner.task
     config, world, engine, steps = learner.config, learner.world, learner.engine, learner.steps
