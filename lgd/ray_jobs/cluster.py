@@ -131,13 +131,6 @@ def count_slots(kind: str, free: bool = False) -> int:
     return int(resources().get(kind, 0))
 
 
-def note_if_busy(workers: int, kind: str) -> None:
-    """Log that this waits for the cluster, where others use it."""
-    free, has = count_slots(kind, free=True), count_slots(kind)
-    if free < workers:
-        logger.warning("waiting for the cluster: %d %ss are needed, %d of %d are free", workers, kind, free, has)
-
-
 @contextlib.contextmanager
 def collect_logs(several: bool) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
     """What a worker must enter to have its log records and bars appear here (`several`: see `receive_logs`)."""

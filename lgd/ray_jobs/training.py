@@ -11,7 +11,7 @@ from lgd.base.errors import ConfigError, DataError, Stopped
 from lgd.base.process_state import stop_signals
 from lgd.io.files import exists, read_json, remove, write_bytes, write_json
 from lgd.io.location import Location, as_arrow
-from lgd.ray_jobs.cluster import collect_logs, connect, count_slots, note_if_busy
+from lgd.ray_jobs.cluster import collect_logs, connect, count_slots
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,14 @@ def launch(
     from ray.train.torch import TorchTrainer
 
     use_gpu = bool(count_slots("GPU"))
+    kind = "GPU" if use_gpu else "CPU"
+    free, has = count_slots(kind, free=True), count_slots(kind)
+    if free < workers:
+        logger.warning("waiting for the cluster: %d %ss are needed, %d of %d are free", workers, kind, free, has)
     storage = storage.absolute()
     note, stop = storage / f"{name}.error.json", storage / f"{name}.stop"
     for old in (note, stop):
         remove(old)
-    note_if_busy(workers, "GPU" if use_gpu else "CPU")
     resources = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
     failures, (path, filesystem) = FailureConfig(max_failures=max_failures), as_arrow(storage)
     try:
