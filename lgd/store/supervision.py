@@ -107,6 +107,7 @@ class Supervision:
         return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]} | stacked
 
     def _latents(self, ihc_BHW3: np.ndarray) -> dict[str, np.ndarray]:
+        """`pooled` and, where maps are stored, `map`, as in `rows`."""
         recipe, pooled, maps = self.recipe.teacher, [], []
         ihc_B3HW = torch.from_numpy(ihc_BHW3).to(self.device).permute(0, 3, 1, 2)
         half = torch.autocast(self.device, torch.bfloat16, enabled=recipe.precision == "bf16")

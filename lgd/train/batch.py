@@ -180,8 +180,12 @@ class Batches:
 
     def draw_augmented(self, start: int, steps: int) -> Iterator[Step]:
         """The same, as they are trained on."""
-        for micro, position in self.draw(start, steps):
-            yield Step([augment(one, self.reader.roles[0], self.config) for one in micro], position)
+
+        def augmented(step: Step) -> Step:
+            return Step([augment(one, self.reader.roles[0], self.config) for one in step.micro], step.position)
+
+        # By `map`, which keeps no batch that was given.
+        return map(augmented, self.draw(start, steps))
 
 
 def gather(mine: Sequence[Value], world: World) -> list[Value]:
