@@ -81,9 +81,13 @@ class Prepared:
         )
         rows, queue, method = None, None, task.method
         if task.store:
-            rows = Targets(task.store.parts_of(self.reader.shards), method.pairs, config.run.seed, method.needs)
-            # Of one stored view the latents are not turned with the image.
-            queue = Queue(rows, plan, method.queue, config.data.augment != "none") if method.queue else None
+            parts = task.store.parts_of(self.reader.shards)
+            rows = Rows(parts, method.needs)
+            if method.pairs != "own" or method.queue:
+                # The latents of other samples teach too, as partners or as negatives.
+                rows = targets = Targets(parts, method.pairs, config.run.seed, method.needs)
+                # Of one stored view the latents are not turned with the image.
+                queue = Queue(targets, plan, method.queue, config.data.augment != "none") if method.queue else None
         self.batches = Batches(config, self.reader, plan, world, rows, queue)
         self.every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
         """Steps between validations."""
