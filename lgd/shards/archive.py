@@ -51,6 +51,8 @@ class Shard:
     """Extension of each role that a sample has, in their order: json, hes, he, ihc."""
     labels: int
     """Classes that a label may be the number of."""
+    keeps_files: bool
+    """Whether its images are the files that the set was built from, so that KEY.json has their digests."""
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -25,9 +25,9 @@ from lgd.shards.shard_set import ShardFolder, ShardSet
 
 logger = logging.getLogger(__name__)
 
-SEEN = np.dtype([("key", "<u8"), ("pair", "<u8"), ("group", "<u8"), ("known", "?"), ("shard", "<i4"), ("row", "<i4")])
+SEEN = np.dtype([("key", "<u8"), ("pair", "<u8"), ("group", "<u8"), ("known", "?"), ("number", "<i8")])
 """What is kept of a sample: 64 bits of a digest of its key, of the key of the pair that it is or was cut from, and of
-its group; whether that is a slide; and its address."""
+its group; whether that is a slide; and its number over all shards."""
 _MOST = 100
 _STAINS = ("H&E", "IHC")
 _REMEDY = (
@@ -36,25 +36,55 @@ _REMEDY = (
 )
 
 
-def as_seen(rows: Sequence[tuple[int, PatchMeta]], number: int, tiled: bool) -> np.ndarray:
-    """The samples of shard `number` of a set, by their rows."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A patch of some shards, by its KEY.json."""
+
+    shard: Shard
+    row: int
+    meta: PatchMeta
+    stain: int
+    """0 for the H&E, 1 for the IHC, where an image is meant."""
+
+    @property
+    def address(self) -> str:
+        """Where it lies in its folder."""
+        return f"{self.shard.path.name}, row {self.row}"
+
+    def __str__(self) -> str:
+        return f"{self.meta.key} ({self.meta.split} of {self.shard.path.parent})"
+
+
+def _read_place(shards: Sequence[Shard], number: int) -> Place:
+    """The patch of a number over all shards; the numbers behind them count them once more, for their IHC."""
+    stain, row = divmod(int(number), sum(shard.samples for shard in shards))
+    for shard in shards:
+        if row < shard.samples:
+            return Place(shard=shard, row=row, meta=read_meta(shard, row), stain=stain)
+        row -= shard.samples
+    raise AssertionError(number)
+
+
+def _number_sides(shards: Sequence[Shard]) -> tuple[list[str], np.ndarray]:
+    """The names of the splits, and of each sample (n,) the number of its own."""
+    names = sorted({shard.split for shard in shards})
+    return names, np.repeat([names.index(shard.split) for shard in shards], [shard.samples for shard in shards])
+
+
+def as_seen(rows: Sequence[tuple[int, PatchMeta]], start: int, tiled: bool) -> np.ndarray:
+    """The samples of a shard, by their rows; `start` is the number of its first one."""
     entries = []
     for row, meta in rows:
         pair = re.sub(r"_y\d+_x\d+$", "", meta.key) if tiled else meta.key
-        entries.append((hash_64(meta.key), hash_64(pair), hash_64(meta.group), meta.slide is not None, number, row))
+        entries.append((hash_64(meta.key), hash_64(pair), hash_64(meta.group), meta.slide is not None, start + row))
     return np.array(entries, SEEN)
 
 
-def unlike_patches(
-    shard: Shard, rows: Sequence[tuple[int, PatchMeta]], patches_n: np.ndarray, keeps_files: bool
-) -> list[str]:
-    """The first sample of which patches.npy states something else; `patches_n` are the rows of the shard.
-
-    `keeps_files`: whether the images are the files that the set was built from, whose digests patches.npy has.
-    """
+def unlike_patches(shard: Shard, rows: Sequence[tuple[int, PatchMeta]], patches_n: np.ndarray) -> list[str]:
+    """The first sample of which patches.npy states something else; `patches_n` are the rows of the shard."""
     for row, meta in rows:
         he, ihc, group = patch_entry(meta.sha256.he, meta.sha256.ihc, meta.group)
-        stated = {"group": group, **({"he": he, "ihc": ihc} if keeps_files else {})}
+        stated = {"group": group, **({"he": he, "ihc": ihc} if shard.keeps_files else {})}
         if wrong := [name for name, value in stated.items() if patches_n[row][name] != value]:
             return [
                 f"{shard.path}, row {row}, {meta.key}: its row of patches.npy is another sample's ({', '.join(wrong)})"
@@ -70,8 +100,7 @@ def find_repeats(shards: Sequence[Shard], seen: np.ndarray, patches_n: np.ndarra
     problems = _same_keys(shards, seen) + _leaks(shards, seen)
     if patches_n is None or not len(seen):
         return problems
-    offsets = np.cumsum([0, *(shard.samples for shard in shards)])
-    patches_n = patches_n[offsets[seen["shard"]] + seen["row"]]
+    patches_n = patches_n[seen["number"]]
     return problems + _spellings(shards, seen, patches_n["group"]) + _same_images(shards, seen, patches_n)
 
 
@@ -96,31 +125,31 @@ def find_mixed(value_n: np.ndarray, *facts: np.ndarray) -> tuple[list[np.ndarray
 
 def _same_keys(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
     """Keys that occur twice."""
-    return [
-        f"{shards[here['shard']].path}, row {here['row']}: key {_meta(shards, here).key} is in "
-        f"{_address(shards, before)}, too"
-        for places in find_mixed(seen["key"], np.arange(len(seen)))[0][:_MOST]
-        for before, here in itertools.pairwise(seen[places])
-    ]
+    problems = []
+    for rows in find_mixed(seen["key"], seen["number"])[0][:_MOST]:
+        places = [_read_place(shards, number) for number in seen["number"][rows]]
+        for before, here in itertools.pairwise(places):
+            problems.append(f"{here.shard.path}, row {here.row}: key {here.meta.key} is in {before.address}, too")
+    return problems
 
 
 def _leaks(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
     """Groups on two sides of the split."""
-    names = sorted({shard.split for shard in shards})
-    side_n = np.array([names.index(shard.split) for shard in shards], np.int32)[seen["shard"]]
+    names, side_n = _number_sides(shards)
+    side_n = side_n[seen["number"]]
     return [
-        f"group {_meta(shards, seen[places[0]]).group} lies in the splits "
-        f"{' and '.join(names[side] for side in np.unique(side_n[places]))}: the set leaks"
-        for places in find_mixed(seen["group"], side_n)[0][:_MOST]
+        f"group {_read_place(shards, seen['number'][rows[0]]).meta.group} lies in the splits "
+        f"{' and '.join(names[side] for side in np.unique(side_n[rows]))}: the set leaks"
+        for rows in find_mixed(seen["group"], side_n)[0][:_MOST]
     ]
 
 
 def _spellings(shards: Sequence[Shard], seen: np.ndarray, canonical_n: np.ndarray) -> list[str]:
     """Slides of two names that differ by their spelling only."""
     problems = []
-    for places in find_mixed(np.where(seen["known"], canonical_n, 0), seen["group"])[0][:_MOST]:
-        first = places[np.unique(seen["group"][places], return_index=True)[1]]
-        metas = [_meta(shards, seen[place]) for place in np.sort(first)[:3]]
+    for rows in find_mixed(np.where(seen["known"], canonical_n, 0), seen["group"])[0][:_MOST]:
+        first = rows[np.unique(seen["group"][rows], return_index=True)[1]]
+        metas = [_read_place(shards, number).meta for number in seen["number"][np.sort(first)[:3]]]
         names = " and ".join(f"{meta.slide!r} ({meta.split})" for meta in metas)
         problems.append(f"slides {names} are one name in other spellings: name each slide in one way")
     return problems
@@ -131,36 +160,14 @@ def _same_images(shards: Sequence[Shard], seen: np.ndarray, patches_n: np.ndarra
     # In one column, so that an H&E is compared with every IHC as well.
     value_n = np.concatenate([patches_n["he"], patches_n["ihc"]])
     use_n = np.concatenate([seen["pair"], ~seen["pair"]])
+    number_n = np.concatenate([seen["number"], seen["number"] + sum(shard.samples for shard in shards)])
     problems = []
-    for places in find_mixed(value_n, use_n)[0][:_MOST]:
-        others = places[use_n[places] != use_n[places[0]]]
-        uses = [
-            f"the {_STAINS[stain]} of {_meta(shards, seen[row]).key} ({_address(shards, seen[row])})"
-            for stain, row in (divmod(int(place), len(seen)) for place in (places[0], others[0]))
-        ]
-        problems.append(f"{' and '.join(uses)} are one file, byte for byte: keep the right one")
+    for rows in find_mixed(value_n, use_n)[0][:_MOST]:
+        other = rows[use_n[rows] != use_n[rows[0]]][0]
+        uses = [_read_place(shards, number_n[row]) for row in (rows[0], other)]
+        names = " and ".join(f"the {_STAINS[use.stain]} of {use.meta.key} ({use.address})" for use in uses)
+        problems.append(f"{names} are one file, byte for byte: keep the right one")
     return problems
-
-
-def _address(shards: Sequence[Shard], place: np.void) -> str:
-    return f"{shards[place['shard']].path.name}, row {place['row']}"
-
-
-def _meta(shards: Sequence[Shard], place: np.void) -> PatchMeta:
-    return read_meta(shards[place["shard"]], int(place["row"]))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """A patch of one of the folders, by its KEY.json."""
-
-    opened: ShardFolder
-    meta: PatchMeta
-    stain: int
-    """0 for the H&E, 1 for the IHC, where an image is meant."""
-
-    def __str__(self) -> str:
-        return f"{self.meta.key} ({self.meta.split} of {self.opened.folder})"
 
 
 def open_disjoint(folders: Iterable[str | Location]) -> ShardSet:
@@ -171,18 +178,16 @@ def open_disjoint(folders: Iterable[str | Location]) -> ShardSet:
     """
     shards = ShardSet.open(folders)
     if len(shards.folders) > 1:
-        _refuse_overlaps(shards.folders)
+        _refuse_copies(shards.folders)
+        _refuse_overlaps(shards)
     return shards
 
 
-def _refuse_overlaps(opened: Sequence[ShardFolder]) -> None:
-    _refuse_copies(opened)
-    tables = [one.read_patches() for one in opened]
+def _refuse_overlaps(shards: ShardSet) -> None:
+    tables = [one.read_patches() for one in shards.folders]
     table_n = np.concatenate(tables)
-    folder_n = np.repeat(np.arange(len(opened)), [len(table) for table in tables])
-    splits = sorted({shard.split for one in opened for shard in one.shards})
-    sides = [(splits.index(shard.split), shard.samples) for one in opened for shard in one.shards]
-    side_n = np.repeat(*np.array(sides).T)
+    folder_n = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    _, side_n = _number_sides(shards.shards)
 
     # In one column, so that an H&E is compared with every IHC as well.
     image_n = np.concatenate([table_n["he"], table_n["ihc"]])
@@ -191,7 +196,7 @@ def _refuse_overlaps(opened: Sequence[ShardFolder]) -> None:
     for leaks, describe in ((images, _describe_image), (slides, _describe_slide)):
         for places in leaks:
             pair = _opposed(places, folder_n, side_n)
-            if reason := describe(*(_read_place(opened, number) for number in pair)):
+            if reason := describe(*(_read_place(shards.shards, number) for number in pair)):
                 more = f" ({len(leaks)} in all)" if len(leaks) > 1 else ""
                 raise DataError(f"data.shards: {reason}{more}: {_REMEDY}")
     if (images_twice or slides_twice) and os.environ.get("RANK", "0") == "0":
@@ -219,20 +224,9 @@ def _opposed(places: np.ndarray, folder_n: np.ndarray, side_n: np.ndarray) -> tu
     return next((int(places[one]), int(places[two])) for one, two in pairs if (kinds[:, one] != kinds[:, two]).all())
 
 
-def _read_place(opened: Sequence[ShardFolder], number: int) -> Place:
-    """The patch of a place: its row in all tables, one behind the other, and behind them once more for its IHC."""
-    stain, row = divmod(number, sum(shard.samples for one in opened for shard in one.shards))
-    for one in opened:
-        for shard in one.shards:
-            if row < shard.samples:
-                return Place(opened=one, meta=read_meta(shard, row), stain=stain)
-            row -= shard.samples
-    raise AssertionError(number)
-
-
 def _describe_image(one: Place, other: Place) -> str:
     """What two places of an image are; nothing where the 64 bits agree and the images do not."""
-    digests = [(at.meta.sha256.he, at.meta.sha256.ihc)[at.stain] for at in (one, other) if at.opened.keeps_files]
+    digests = [(at.meta.sha256.he, at.meta.sha256.ihc)[at.stain] for at in (one, other) if at.shard.keeps_files]
     if len(digests) == 2 and digests[0] != digests[1]:
         return ""
     uses = " and ".join(f"the {_STAINS[at.stain]} of {at}" for at in (one, other))

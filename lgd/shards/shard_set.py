@@ -39,7 +39,7 @@ class ShardFolder:
             raise DataError(
                 f"{path}: field target is {manifest.target.name!r}, and this version of lgd learns HER2 only"
             )
-        extensions = manifest.extensions.by_role()
+        extensions, options = manifest.extensions.by_role(), manifest.options
         shards = [
             Shard(
                 path=folder / entry.file,
@@ -51,6 +51,7 @@ class ShardFolder:
                 idx_sha256=entry.idx_sha256,
                 extensions=extensions,
                 labels=len(manifest.target.classes),
+                keeps_files=options.image == "keep" and not options.tile,
             )
             for name, split in manifest.splits.items()
             for entry in split.shards
@@ -89,11 +90,6 @@ class ShardFolder:
         """The table of patches.npy, (samples,) of `PATCHES`; `DataError` for a file that is not the manifest's."""
         path, said = self.folder / "patches.npy", self.manifest.patches
         return load_table(path, said.sha256, said.bytes, PATCHES, (sum(shard.samples for shard in self.shards),))
-
-    @property
-    def keeps_files(self) -> bool:
-        """Whether its images are the files that it was built from, so that KEY.json has their digests."""
-        return self.manifest.options.image == "keep" and not self.manifest.options.tile
 
 
 @dataclass(frozen=True, slots=True)

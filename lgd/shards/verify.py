@@ -59,10 +59,10 @@ def verify(folder: str | Location) -> list[str]:
         problems.append(str(error))
     counts: collections.Counter[tuple[str, object]] = collections.Counter()
     seen, unnamed, last = [np.empty(0, SEEN)], False, dict.fromkeys(manifest.splits, "")
-    tiled, start = manifest.options.tile > 0, 0
+    start = 0
     total = sum(shard.samples for shard in shards)
     with ThreadPool(os.cpu_count()) as pool, progress(total, "verify", "samples") as bar:
-        for number, shard in enumerate(shards):
+        for shard in shards:
             found, facts = ([], []) if shard.name in lost else _verify_shard(shard, pool, bar)
             problems += [*found, *_unsorted(shard, facts, last)]
             last[shard.split] = facts[-1][1].key if facts else ""
@@ -70,9 +70,9 @@ def verify(folder: str | Location) -> list[str]:
                 counts[shard.split, meta.label] += 1
                 counts[shard.split, (meta.width, meta.height, meta.mpp)] += 1
                 unnamed = unnamed or meta.slide is None
-            seen.append(as_seen(facts, number, tiled))
+            seen.append(as_seen(facts, start, manifest.options.tile > 0))
             if patches_n is not None:
-                problems += unlike_patches(shard, facts, patches_n[start : start + shard.samples], opened.keeps_files)
+                problems += unlike_patches(shard, facts, patches_n[start : start + shard.samples])
             start += shard.samples
     if not problems:
         problems = [f"{folder / 'manifest.json'}: {reason}" for reason in _wrong_counts(manifest, counts, unnamed)]

@@ -28,6 +28,7 @@ def write_store():
                 idx_sha256="0" * 64,
                 extensions={},
                 labels=4,
+                keeps_files=True,
             )
             keys, slides, levels, vectors = zip(*rows, strict=True)
             with shard_writer(folder, shard, RECIPE) as writer:

@@ -122,7 +122,7 @@ def test_many_samples_are_compared_in_time():
     for name in ("key", "group"):
         seen[name] = dice.integers(1, 2**63, count, np.uint64)
     seen["pair"], seen["known"] = seen["key"], True
-    seen["shard"], seen["row"] = np.divmod(np.arange(count), size)
+    seen["number"] = np.arange(count)
     for name in ("he", "ihc"):
         table[name] = dice.integers(1, 2**63, count, np.uint64)
     table["group"] = seen["group"]

@@ -66,6 +66,7 @@ def shard_of(folder: Path, number: int, rows: int, split: str = "train") -> Shar
         idx_sha256="",
         extensions={},
         labels=0,
+        keeps_files=True,
     )
 
 
