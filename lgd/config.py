@@ -1,7 +1,7 @@
 """A run as frozen dataclasses, which `lgd.config_files` reads; the docstring of a field is also its `--help`."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 
 from pydantic import Field, JsonValue
 
@@ -231,7 +231,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for section in fields(self)[:-1]:
-            _check_bounds(section.name, getattr(self, section.name))
+            check_bounds(getattr(self, section.name), f"{section.name}.")
         train = self.train
         parts = max(train.workers, 1) * train.accumulate
         require(
@@ -276,11 +276,14 @@ class Config:
         return {**values, "deepspeed": deepspeed}
 
 
-def _check_bounds(section: str, settings: "DataclassInstance") -> None:
-    """What a file or a command line gave was read as its type; Python may give any number."""
+def check_bounds(settings: "DataclassInstance", before: str = "") -> None:
+    """Raise `ConfigError` for a number outside the bounds of its field, which has `before` in front of its name.
+
+    What a file or a command line gave was read as its type; Python may give any number.
+    """
     for one in fields(settings):
-        if get_origin(one.type) is Annotated:
+        if any(get_origin(kind) is Annotated for kind in (one.type, *get_args(one.type))):
             try:
                 as_type(one.type, getattr(settings, one.name))
             except ValueError as error:
-                raise ConfigError(f"{section}.{one.name}: {error}") from error
+                raise ConfigError(f"{before}{one.name}: {error}") from error

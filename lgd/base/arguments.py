@@ -108,7 +108,7 @@ def _usage_of(action: argparse.Action) -> str:
 
 
 _UNIONS = (types.UnionType, typing.Union)
-_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}
 
 
 def typed(kind: object) -> Callable[[str], object]:

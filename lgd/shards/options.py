@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lgd.base.errors import ConfigError, DataError, require
-from lgd.config import LEVEL_NAMES
+from lgd.config import LEVEL_NAMES, NotNegative, Positive, check_bounds
 from lgd.io.digests import digest_of
 from lgd.io.location import waits_for_network
 from lgd.shards.layouts import check_layout
-from lgd.shards.manifest import HER2, UNKNOWN, Entry, Shape, Split
+from lgd.shards.manifest import HER2, UNKNOWN, Entry, Mpp, Shape, Split
 from lgd.shards.pairs import Source
 
 SPLITS = ("train", "val", "test")
@@ -93,35 +93,30 @@ class ShardOptions:
     """Folder or url for the shards; empty, new, or one that holds this very set."""
     split: str = "keep"
     """`keep` the published split, `keep:0.1` carve a validation share off train, or `group:0.8,0.1,0.1`."""
-    shard_size: int = 512
+    shard_size: Positive = 512
     """Samples in one shard."""
-    tile: int = 0
+    tile: NotNegative = 0
     """Side of the square tiles that patches are cut into, in pixels; 0 keeps whole patches."""
     image: str = "keep"
     """`keep` the original bytes (tiles become PNG), or re-encode to `png` or `jpeg:QUALITY`, turned as EXIF says."""
     slides: str | Path = ""
     """CSV (or its url) with the columns key and slide that names the slide of every pair."""
-    mpp: float | Literal["unknown"] | None = None
+    mpp: Mpp | Literal["unknown"] | None = None
     """Micrometres per pixel of all pairs that do not state it themselves; `unknown` where nobody knows."""
     on_bad: Literal["stop", "skip"] = "stop"
     """Stop at pairs that cannot be used, or skip them and list them in rejected.csv."""
     salt: str = ""
     """Any text; another one draws another split."""
-    labelled: int = 0
+    labelled: NotNegative = 0
     """Slides of each level whose levels `train` keeps; those of all others become unknown. 0 keeps all levels."""
-    workers: int = 0
+    workers: NotNegative = 0
     """Processes that check pairs and build shards, under Ray; 0 does it in this process, in threads."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         check_layout(self.layout)
         SplitRule.parse(self.split)
-        require(self.shard_size >= 1, f"--shard-size {self.shard_size}: use at least 1")
-        require(self.tile >= 0, f"--tile {self.tile}: use 0 for whole patches, or the tile's side")
-        require(self.labelled >= 0, f"--labelled {self.labelled}: use 0 (all) or more")
-        require(self.workers >= 0, f"--workers {self.workers}: use 0 (no Ray) or more")
         Encoding.parse(self.image, self.tile)
-        good = self.known_mpp is None or 0 < self.known_mpp < 100
-        require(good, f"--mpp {self.mpp}: use micrometres, such as 0.46")
 
     @property
     def rule(self) -> SplitRule:

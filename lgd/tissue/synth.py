@@ -18,16 +18,16 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from lgd.base.errors import DataError, require
 from lgd.base.logs import progress
 from lgd.base.records import Count, Line, Record
-from lgd.config import LEVEL_NAMES
+from lgd.config import LEVEL_NAMES, NotNegative, Positive, Share, check_bounds
 from lgd.io.documents import Document
 from lgd.io.files import publish
 from lgd.io.location import as_output_location, require_local
@@ -49,37 +49,31 @@ class SynthOptions:
 
     out: str
     """Folder that is written; new, empty, or made before with the same options."""
-    pairs: int = 640
+    pairs: Positive = 640
     """Pairs of patches."""
-    size: int = 256
+    size: Annotated[int, Field(ge=64, multiple_of=16)] = 256
     """Side of a patch, in pixels of 0.46 um; a multiple of 16."""
-    seed: int = 0
+    seed: NotNegative = 0
     """Seed of everything drawn."""
-    slides: int = 0
+    slides: NotNegative = 0
     """Virtual slides, with the levels balanced over them; 0 for one slide per 8 pairs, and at least 8."""
-    coupling: float = 0.7
+    coupling: Share = 0.7
     """How much the H&E's morphology reveals of the level: 0 nothing, 1 much."""
-    shortcut: float | None = None
+    shortcut: Share | None = None
     """Give each slide's H&E one of four strengths of stain (see shortcut_in), which reveals the level of this share of
     the training slides and nothing in the folder `test`: 0 is the control of 0.9, with the same test images. By default
     each slide has a strength of its own."""
     shortcut_in: Literal["stain", "background"] = "stain"
     """Where the shortcut is: in the strength of stain, or in a background from white to grey."""
-    test: float = 0.25
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of the slides in the folder `test`."""
-    workers: int = 0
+    workers: NotNegative = 0
     """Processes that draw; 0 for one a CPU."""
 
     def __post_init__(self) -> None:
         require(bool(self.out), "out is empty: name the folder to write")
-        require(self.pairs >= 1, f"pairs is {self.pairs}: use at least 1")
-        require(self.size >= 64 and self.size % 16 == 0, f"size is {self.size}: use a multiple of 16, at least 64")
-        require(self.seed >= 0, f"seed is {self.seed}: use 0 or more")
-        require(0 <= self.slides <= self.pairs, f"slides is {self.slides}: use 0 to pairs ({self.pairs})")
-        require(0 <= self.coupling <= 1, f"coupling is {self.coupling}: use 0 to 1")
-        require(self.shortcut is None or 0 <= self.shortcut <= 1, f"shortcut is {self.shortcut}: use 0 to 1")
-        require(0 <= self.test < 1, f"test is {self.test}: use 0 or more, below 1")
-        require(self.workers >= 0, f"workers is {self.workers}: use 0 (one a CPU) or more")
+        check_bounds(self)
+        require(self.slides <= self.pairs, f"slides is {self.slides}: use 0 to pairs ({self.pairs})")
         require(
             self.test == 0 or self.slide_count >= 2,
             f"test is {self.test} but there is one slide only: use at least 2 slides, or test 0",
