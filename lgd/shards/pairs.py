@@ -8,7 +8,7 @@ depend on how they were checked.
 import re
 import unicodedata
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from lgd.base.errors import DataError
@@ -80,48 +80,44 @@ def find_pairs(
     if not entries:
         raise DataError(f"{root} holds no pairs of the {layout} layout: check --root and --layout")
     problems = [entry for entry in entries if isinstance(entry, Problem)]
-    found = [entry for entry in entries if not isinstance(entry, Problem)]
-    pairs = _with_keys(found, root if folder else root.parent, problems)
-    if slides is not None:
-        pairs = _with_slides(pairs, as_location(slides), problems)
-    pairs = _printable(pairs, problems)
-    return sorted(pairs, key=lambda pair: pair.key), sorted(problems, key=Problem.order)
-
-
-def _printable(pairs: list[PatchPair], problems: list[Problem]) -> list[PatchPair]:
-    """Pairs whose names can be written and shown; control characters and broken text become problems."""
-    good = []
-    for pair in pairs:
-        names = (*pair.names, pair.slide or "")
-        if not any(map(_UNPRINTABLE.search, names)):
-            good.append(pair)
-            continue
-        source, ihc, slide = (name.encode("unicode_escape").decode() for name in names)
-        reason = f"a file or slide name cannot be printed ({ihc}, slide {slide or 'unknown'}): rename it"
-        problems.append(Problem(source, reason, pair.key, source, ihc))
-    return good
-
-
-def _with_keys(found: list[Candidate], base: Location, problems: list[Problem]) -> list[PatchPair]:
-    """Turn stems into keys; too long and shared keys become problems, for every pair that has them."""
-    owners: dict[str, list[PatchPair]] = {}
-    for entry in found:
-        names = relative_name(entry.he, base), relative_name(entry.ihc, base)
-        key = safe_key(entry.stem)
-        owners.setdefault(key, []).append(PatchPair(**vars(entry), key=key, names=names))
-    good = []
-    for key, pairs in owners.items():
-        if len(pairs) == 1 and 1 <= len(key) <= _LONGEST_KEY:
-            good += pairs
-            continue
-        for pair in pairs:
-            others = ", ".join(other.names[0] for other in pairs if other is not pair)
-            if others:
-                reason = f"has the key {key} of {others} too: rename one, or name keys in a CSV"
+    known = None if slides is None else read_slides(slides)
+    sharing: dict[str, list[PatchPair]] = {}
+    for entry in entries:
+        if not isinstance(entry, Problem):
+            pair = _name_pair(entry, root if folder else root.parent, known)
+            sharing.setdefault(pair.key, []).append(pair)
+    pairs = []
+    for key in sorted(sharing):
+        for pair in sharing[key]:
+            if problem := _find_problem(pair, sharing[key], slides):
+                problems.append(problem)
             else:
-                reason = f"its key has {len(key)} characters: use 1 to {_LONGEST_KEY}"
-            problems.append(pair.problem(reason))
-    return good
+                pairs.append(pair)
+    return pairs, sorted(problems, key=Problem.order)
+
+
+def _name_pair(entry: Candidate, base: Location, known: dict[str, str] | None) -> PatchPair:
+    """Turn the stem into a key; the slides that are `known` by their keys are in place of those of the layout."""
+    key, names = safe_key(entry.stem), (relative_name(entry.he, base), relative_name(entry.ihc, base))
+    slide = entry.slide if known is None else known.get(key)
+    return PatchPair(**vars(entry) | {"slide": slide}, key=key, names=names)
+
+
+def _find_problem(pair: PatchPair, sharing: Sequence[PatchPair], slides: str | Location | None) -> Problem | None:
+    """Why a pair cannot be used, by its names alone; those `sharing` its key are itself and all others."""
+    if len(sharing) > 1:
+        others = ", ".join(other.names[0] for other in sharing if other is not pair)
+        return pair.problem(f"has the key {pair.key} of {others} too: rename one, or name keys in a CSV")
+    if not 1 <= len(pair.key) <= _LONGEST_KEY:
+        return pair.problem(f"its key has {len(pair.key)} characters: use 1 to {_LONGEST_KEY}")
+    if slides is not None and pair.slide is None:
+        return pair.problem(f"key {pair.key} has no slide in {slides}: add the row")
+    names = (*pair.names, pair.slide or "")
+    if any(map(_UNPRINTABLE.search, names)):
+        he, ihc, slide = (name.encode("unicode_escape").decode() for name in names)
+        reason = f"a file or slide name cannot be printed ({ihc}, slide {slide or 'unknown'}): rename it"
+        return Problem(he, reason, pair.key, he, ihc)
+    return None
 
 
 def read_slides(path: str | Location) -> dict[str, str]:
@@ -132,15 +128,6 @@ def read_slides(path: str | Location) -> dict[str, str]:
         if slide and known.setdefault(key, slide) != slide:
             raise DataError(f"{path}: row {number}: slide {slide} of {key} was {known[key]} above: keep one of them")
     return known
-
-
-def _with_slides(pairs: list[PatchPair], path: Location, problems: list[Problem]) -> list[PatchPair]:
-    """Name each pair's slide from a CSV; a pair that it does not name becomes a problem."""
-    known = read_slides(path)
-    problems += [
-        pair.problem(f"key {pair.key} has no slide in {path}: add the row") for pair in pairs if pair.key not in known
-    ]
-    return [replace(pair, slide=known[pair.key]) for pair in pairs if pair.key in known]
 
 
 def refuse_spellings(pairs: Sequence[PatchPair], where: str) -> None:
