@@ -20,6 +20,7 @@ from zlib_ng.zlib_ng import crc32
 
 from lgd.base.errors import DataError
 from lgd.base.records import explain
+from lgd.config import LEVEL_NAMES
 from lgd.io.location import Location
 from lgd.io.remote import name_with_copy, open_checked
 from lgd.shards.image import kind
@@ -49,8 +50,6 @@ class Shard:
     idx_sha256: str
     extensions: dict[str, str]
     """Extension of each role that a sample has, in their order: json, hes, he, ihc."""
-    labels: int
-    """Classes that a label may be the number of."""
     keeps_files: bool
     """Whether its images are the files that the set was built from, so that KEY.json has their digests."""
 
@@ -199,8 +198,8 @@ def _parse_meta(content: memoryview, shard: Shard) -> tuple[PatchMeta | None, st
     if meta.split != shard.split:
         return meta, f"field split is {meta.split!r:.80}, but the shard is of {shard.split}"
     label = meta.label
-    if shard.labels and label is not None and (type(label) is not int or not 0 <= label < shard.labels):
-        return meta, f"field label is {label!r:.80}, and the set has {shard.labels} classes"
+    if label is not None and (type(label) is not int or not 0 <= label < len(LEVEL_NAMES)):
+        return meta, f"field label is {label!r:.80}, and there are {len(LEVEL_NAMES)} classes"
     return meta, ""
 
 

@@ -50,7 +50,6 @@ class ShardFolder:
                 sha256=entry.sha256,
                 idx_sha256=entry.idx_sha256,
                 extensions=extensions,
-                labels=len(manifest.target.classes),
                 keeps_files=options.image == "keep" and not options.tile,
             )
             for name, split in manifest.splits.items()

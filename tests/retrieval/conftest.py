@@ -27,7 +27,6 @@ def write_store():
                 sha256=f"{number:064x}",
                 idx_sha256="0" * 64,
                 extensions={},
-                labels=4,
                 keeps_files=True,
             )
             keys, slides, levels, vectors = zip(*rows, strict=True)

@@ -26,7 +26,7 @@ from lgd.shards.archive import Shard
 from lgd.store.store import Store, commit
 from lgd.store.writer import shard_writer
 
-SHARD = {"bytes": 1, "idx_sha256": "0" * 64, "extensions": {}, "labels": 4, "keeps_files": True}
+SHARD = {"bytes": 1, "idx_sha256": "0" * 64, "extensions": {}, "keeps_files": True}
 SHARDS = (("train", 150), ("val", 20), ("train", 130))
 KINDS = ("Flat", "IVF10,Flat", "IVF10,SQfp16", "IVF10,SQ8")
 

@@ -39,7 +39,6 @@ def shard(tmp_path, number=0, samples=3, sha="b" * 64):
         sha256=sha,
         idx_sha256="0" * 64,
         extensions={"json": "json", "he": "png", "ihc": "png"},
-        labels=4,
         keeps_files=True,
     )
 

@@ -65,7 +65,6 @@ def shard_of(folder: Path, number: int, rows: int, split: str = "train") -> Shar
         sha256=f"{number:064x}",
         idx_sha256="",
         extensions={},
-        labels=0,
         keeps_files=True,
     )
 
