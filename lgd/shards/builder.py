@@ -16,7 +16,6 @@ the first .building.json stays, where the store can do that, and a build that fi
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import inspect
 import io
 import re
@@ -29,6 +28,7 @@ from lgd.base.errors import DataError
 from lgd.base.logs import progress
 from lgd.io.digests import digest_of
 from lgd.io.files import exists, list_folder, peek_kind, try_writing, write_bytes
+from lgd.io.folders import refuse_foreign
 from lgd.io.location import Location, as_location, as_output_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.ray_jobs.cluster import map_with, restore_connection
@@ -40,7 +40,6 @@ from lgd.shards.pairs import Source, find_pairs, leave_out_duplicates, refuse_sp
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.writer import (
     FILE,
-    LEFTOVER,
     MARKER,
     Building,
     ShardJob,
@@ -122,7 +121,7 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
     write_bytes(out / "patches.npy", patches)
     root = as_location(options.root)
     manifest = Manifest(
-        layout=options.layout,
+        layout=recipe.layout,
         options=recipe.options,
         codecs=recipe.codecs,
         sources=recipe.sources,
@@ -217,7 +216,7 @@ def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> 
     return Building(
         layout=options.layout,
         options=Options(he_size=None, **{name: getattr(options, name) for name in chosen}),
-        codecs={**codecs(), "webdataset": importlib.metadata.version("webdataset")},
+        codecs=codecs(),
         sources=Sources(pairs=len(sources), rejected=rejected, digest=digest_of(facts)),
     )
 
@@ -230,14 +229,10 @@ def _open_target(text: str | Location) -> Location:
     out = as_output_location(text, "--out").absolute()
     if peek_kind(out, "folder") not in ("folder", None):
         raise DataError(f"{out} is no folder: give --out an empty or new one")
-    names = [name for name in list_folder(out) if name != LOCK and not LEFTOVER.fullmatch(name)]
-    foreign = [name for name in names if not re.fullmatch(FILE, name)]
-    if not foreign and not {"manifest.json", MARKER} & set(names):
-        foreign = names
-    if foreign:
-        raise DataError(
-            f"{out} already holds something else ({', '.join(foreign[:3])}): give --out an empty or new one"
-        )
+    names = list_folder(out)
+    begun = {"manifest.json", MARKER} & names.keys()
+    own = {LOCK, *(name for name in names if begun and re.fullmatch(FILE, name))}
+    refuse_foreign(out, own, "give --out an empty or new one")
     try_writing(out / ".manifest.json.0.tmp")
     return out
 

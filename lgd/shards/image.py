@@ -5,6 +5,7 @@ are accepted; every other content raises `DataError`, and so does a truncated or
 8 bits a channel, whose lower bits would be lost.
 """
 
+import importlib.metadata
 import io
 import re
 import struct
@@ -41,13 +42,14 @@ class Header(NamedTuple):
 
 
 def codecs() -> dict[str, str | None]:
-    """Versions of the codecs that decide the bytes of re-encoded images."""
+    """Versions of the packages that decide the bytes of re-encoded images, and of their tars."""
     import PIL
 
     # Pillow's wheels compress PNG with zlib-ng, whose bytes are not zlib's.
     deflate = features.version("zlib_ng")
     deflate = f"ng-{deflate}" if deflate else features.version("zlib")
-    return {"simplejpeg": simplejpeg.__version__, "pillow": PIL.__version__, "zlib": deflate}
+    tars = importlib.metadata.version("webdataset")
+    return {"simplejpeg": simplejpeg.__version__, "pillow": PIL.__version__, "zlib": deflate, "webdataset": tars}
 
 
 def kind(content: bytes | memoryview) -> str | None:

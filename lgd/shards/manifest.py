@@ -193,17 +193,22 @@ class File(Record):
     sha256: Sha256
 
 
-class Manifest(Document):
+class Recipe(Document):
+    """What decides the bytes of a set."""
+
+    layout: Text
+    options: Options
+    codecs: dict[Text, Text | None]
+    sources: Sources
+
+
+class Manifest(Recipe):
     """What `lgd build-shards` states of a set."""
 
     FORMAT: ClassVar[str] = "lgd-shards/2"
     ABSENT: ClassVar[str] = "it is no finished shard set; run lgd build-shards"
     REMEDY: ClassVar[str] = REBUILD
 
-    layout: Text
-    options: Options
-    codecs: dict[Text, Text | None]
-    sources: Sources
     target: Target
     extensions: Extensions
     patches: File

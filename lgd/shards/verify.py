@@ -99,7 +99,7 @@ def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str
     except (ConfigError, TypeError, ValueError) as error:
         yield f"field options or layout is malformed ({error})"
         return
-    if manifest.codecs.keys() != {*codecs(), "webdataset"}:
+    if manifest.codecs.keys() != codecs().keys():
         yield f"field codecs is {manifest.codecs!r:.200}"
     pairs, samples = manifest.sources.pairs, sum(shard.samples for shard in shards)
     if pairs > samples or (options.tile == 0 and pairs != samples):

@@ -28,7 +28,7 @@ from lgd.io.location import Location, MissingError, RemoteError
 from lgd.shards.archive import INDEX
 from lgd.shards.image import check_upright, decode_upright, encode
 from lgd.shards.layouts import Problem
-from lgd.shards.manifest import Digests, Entry, Extensions, Options, PatchMeta, Sources, Text
+from lgd.shards.manifest import Digests, Entry, Extensions, PatchMeta, Recipe
 from lgd.shards.options import Sample, ShardOptions
 from lgd.shards.pairs import PatchPair, Source
 from lgd.shards.tags import read_icc_digest
@@ -43,17 +43,12 @@ _REMOVALS = 16
 _ANEW = "remove the folder, and build the set again"
 
 
-class Building(Document):
-    """OUT/.building.json: what decides the bytes of the set that is being built."""
+class Building(Recipe):
+    """OUT/.building.json: what is being built."""
 
     FORMAT: ClassVar[str] = "lgd-building/2"
     ABSENT: ClassVar[str] = _ANEW
     REMEDY: ClassVar[str] = _ANEW
-
-    layout: Text
-    options: Options
-    codecs: dict[Text, Text | None]
-    sources: Sources
 
 
 class BuiltShard(Document):
