@@ -5,11 +5,13 @@ are accepted; every other content raises `DataError`, and so does a truncated or
 8 bits a channel, whose lower bits would be lost.
 """
 
+import contextlib
 import importlib.metadata
 import io
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -17,13 +19,12 @@ import simplejpeg
 from PIL import Image, features
 
 from lgd.base.errors import DataError
-from lgd.shards.tags import FORMATS, ORIENTATIONS, find_orientation, read_orientation, turn_upright
+from lgd.shards.tags import FORMATS, find_orientation, read_orientation, turn_upright
 
 RESIZE = "scaled JPEG decoding, then antialiased bilinear (1)"
 """How `decode` shrinks: what was computed from its pixels depends on it. Change it with the pixels."""
 
 MAX_PIXELS = 100_000_000
-EXTENSIONS = ("jpg", "png", "webp")
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _PNG_END = b"IEND\xaeB`\x82"
@@ -53,7 +54,7 @@ def codecs() -> dict[str, str | None]:
 
 
 def kind(content: bytes | memoryview) -> str | None:
-    """The type of an image, one of `EXTENSIONS`, by its first bytes; None for everything else."""
+    """The type of an image, jpg, png or webp, by its first bytes; None for everything else."""
     if content[:3] == b"\xff\xd8\xff":
         return "jpg"
     if content[:8] == b"\x89PNG\r\n\x1a\n":
@@ -81,31 +82,22 @@ def header(content: bytes | memoryview, name: str) -> Header:
 
 
 def _jpeg_header(content: bytes | memoryview, name: str) -> Header:
-    try:
+    with _explain_errors(name):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-    except ValueError as error:
-        raise _broken(name, error) from error
     if colours in ("CMYK", "YCCK"):
         raise DataError(f"{name}: is a {colours} JPEG: convert it to RGB")
     return Header("jpg", width, height)
 
 
 def _pillow_header(content: bytes | memoryview, name: str, extension: str) -> Header:
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            # Pillow calls 16-bit colour plainly RGB, and gives its upper bytes.
-            if extension == "png" and any("16" in str(tile.args) for tile in image.tile):
-                raise _too_deep(name, 16)
-            _check_mode(image, name)
-            if getattr(image, "n_frames", 1) > 1:
-                raise DataError(f"{name}: is an animation: keep one frame of it")
-            return Header(extension, *image.size)
-    except DataError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise _too_large(name) from error
-    except _BROKEN as error:
-        raise _broken(name, error) from error
+    with _explain_errors(name), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        # Pillow calls 16-bit colour plainly RGB, and gives its upper bytes.
+        if extension == "png" and any("16" in str(tile.args) for tile in image.tile):
+            raise _too_deep(name, 16)
+        _check_mode(image, name)
+        if getattr(image, "n_frames", 1) > 1:
+            raise DataError(f"{name}: is an animation: keep one frame of it")
+        return Header(extension, *image.size)
 
 
 def _check_mode(image: Image.Image, name: str) -> None:
@@ -124,8 +116,19 @@ def _too_deep(name: str, depth: int) -> DataError:
     )
 
 
-def _broken(name: str, error: Exception) -> DataError:
-    return DataError(f"{name}: is truncated or broken ({error}): fetch it again")
+@contextlib.contextmanager
+def _explain_errors(name: str, content: bytes | memoryview = b"") -> Iterator[None]:
+    """Turn the errors of decoders into `DataError`; one of a JPEG may mean that it has more than 8 bits."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(name) from error
+    except _BROKEN as error:
+        if kind(content) == "jpg" and (deep := _DEEP_FRAME.search(content)):
+            raise _too_deep(name, deep[1][0]) from error
+        raise DataError(f"{name}: is truncated or broken ({error}): fetch it again") from error
 
 
 def decode(
@@ -145,7 +148,7 @@ def decode(
     """
     found = header(content, name)
     buffer = None
-    try:
+    with _explain_errors(name, content):
         if found.extension == "jpg":
             side = size or 0
             # libjpeg can write to where the pixels belong when no resize follows.
@@ -157,9 +160,6 @@ def decode(
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 rgb = _rgb(image)
                 pixels = np.array(rgb if size is None else _resized(rgb, size))
-    except _BROKEN as error:
-        deep = _DEEP_FRAME.search(content) if found.extension == "jpg" else None
-        raise (_too_deep(name, deep[1][0]) if deep else _broken(name, error)) from error
     if out is None:
         return pixels
     if buffer is None:
@@ -180,10 +180,8 @@ def as_pixels(image: Image.Image, name: str) -> np.ndarray:
     _check_mode(image, name)
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(name)
-    try:
+    with _explain_errors(name):
         pixels = np.array(_rgb(image))
-    except _BROKEN as error:
-        raise _broken(name, error) from error
     return turn_upright(pixels, find_orientation(image))
 
 
@@ -228,13 +226,10 @@ def check(content: bytes, name: str) -> Header:
     found = header(content, name)
     decode(content, name)
     if found.extension == "png":
-        try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                image.verify()
-        except _BROKEN as error:
-            raise _broken(name, error) from error
-        if _PNG_END not in content:
-            raise _broken(name, EOFError("its end is missing"))
+        with _explain_errors(name), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            image.verify()
+            if _PNG_END not in content:
+                raise EOFError("its end is missing")
     return found
 
 
@@ -244,8 +239,8 @@ def check_upright(content: bytes, name: str, turns: bool) -> Header:
     orientation = read_orientation(content)
     if orientation != 1 and not turns:
         raise DataError(
-            f"{name}: has EXIF orientation {orientation}: viewers show it {ORIENTATIONS[orientation]}, but training "
-            "reads the pixels as they are stored: use --image png or --image jpeg:95, which turn them"
+            f"{name}: has EXIF orientation {orientation}: viewers turn or mirror it, but training reads the pixels as "
+            "they are stored: use --image png or --image jpeg:95, which turn them"
         )
     return found._replace(width=found.height, height=found.width) if orientation >= 5 else found
 

@@ -10,17 +10,6 @@ import io
 import numpy as np
 from PIL import ExifTags, Image
 
-ORIENTATIONS = {
-    2: "mirrored",
-    3: "turned by 180 degrees",
-    4: "mirrored top to bottom",
-    5: "turned by 90 degrees and mirrored",
-    6: "turned by 90 degrees",
-    7: "turned by 270 degrees and mirrored",
-    8: "turned by 270 degrees",
-}
-"""EXIF orientations other than 1, upright, and how the stored pixels must be shown."""
-
 FORMATS = ("JPEG", "PNG", "WEBP")
 """What is read, as Pillow calls it."""
 
@@ -30,7 +19,7 @@ def find_orientation(image: Image.Image) -> int:
     with contextlib.suppress(Exception):
         # A PNG may name it behind its pixels, which this then decodes.
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-        return int(orientation) if orientation in ORIENTATIONS else 1
+        return int(orientation or 1) if orientation in range(2, 9) else 1
     return 1
 
 

@@ -270,7 +270,7 @@ def photographed(tmp_path):
 
 def test_an_exif_orientation_is_refused_where_the_bytes_are_kept(photographed, tmp_path):
     remedy = (
-        "HE/train/00001_train_1.*png: has EXIF orientation 6: viewers show it turned by 90 degrees, .*"
+        "HE/train/00001_train_1.*png: has EXIF orientation 6: viewers turn or mirror it, .*"
         "use --image png or --image jpeg:95, which turn them"
     )
     with pytest.raises(DataError, match=remedy):
@@ -278,7 +278,7 @@ def test_an_exif_orientation_is_refused_where_the_bytes_are_kept(photographed, t
     build(options(photographed, tmp_path / "out", on_bad="skip"))
     assert len(samples_of(tmp_path / "out")) == 2
     (photographed / "HE/train/00001_train_1+.png").write_bytes(encode(patch(50, 32, 64), "jpg"))
-    with pytest.raises(DataError, match="IHC/train/00001_train_1.*png: has EXIF orientation 3: .*turned by 180"):
+    with pytest.raises(DataError, match="IHC/train/00001_train_1.*png: has EXIF orientation 3: "):
         build(options(photographed, tmp_path / "again"))
 
 
