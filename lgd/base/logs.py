@@ -132,18 +132,18 @@ def progress(total: int, desc: str, unit: str, done: int = 0) -> "tqdm":
     # Each update looks at the clock: otherwise tqdm needs a thread of its own to notice that a stage has become slow.
     options: dict[str, object] = {"total": total, "desc": escape_text(desc), "unit": f" {unit}", "initial": done}
     options |= {"miniters": 1, "ncols": 0, "file": io.StringIO()}
-    drawn, logged, sent = _bar_classes()
+    drawn, logged = _bar_classes()
     if any(isinstance(handler, QueueHandler) for handler in LOGGER.handlers):
-        return sent(**options, mininterval=_SENT_EVERY)
+        return logged(**options, mininterval=_SENT_EVERY)
     shown = any(isinstance(handler, LineHandler) for handler in LOGGER.handlers) and logger.isEnabledFor(logging.INFO)
     if shown and sys.stderr.isatty():
         return drawn(**options | {"ncols": None, "file": sys.stderr})
-    return logged(**options, mininterval=EVERY)
+    return logged(**options, mininterval=EVERY, delay=EVERY)
 
 
 @functools.cache
-def _bar_classes() -> tuple[type, type, type]:
-    """The bar that is drawn, that which is logged, and that which is sent."""
+def _bar_classes() -> tuple[type, type]:
+    """The bar that is drawn, and that which is logged, from where a driver may draw it."""
     from tqdm import tqdm
 
     class Drawn(tqdm):  # type: ignore[misc]
@@ -160,13 +160,6 @@ def _bar_classes() -> tuple[type, type, type]:
         _instances: ClassVar = weakref.WeakSet[tqdm]()
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
-            if self.format_dict["elapsed"] >= EVERY:
-                logger.info("%s", self)
-
-    Logged.set_lock(threading.RLock())
-
-    class Sent(Logged):
-        def display(self, msg: str | None = None, pos: int | None = None) -> None:
             state = BarState(
                 desc=self.desc,
                 total=self.total,
@@ -178,7 +171,8 @@ def _bar_classes() -> tuple[type, type, type]:
             )
             logger.info("%s", self, extra={"bar": state})
 
-    return Drawn, Logged, Sent
+    Logged.set_lock(threading.RLock())
+    return Drawn, Logged
 
 
 def send_logs(queue: Any, level: int) -> contextlib.AbstractContextManager[None]:
