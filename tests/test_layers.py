@@ -15,7 +15,7 @@ config config_files metrics
 ray_jobs.cluster ray_jobs.training
 stain.deconvolve stain.targets stain.checks
 tissue.drawing tissue.sections tissue.synth
-shards.manifest shards.layouts shards.pairs shards.options shards.tags shards.image shards.archive shards.shard_set
+shards.manifest shards.layouts shards.pairs shards.options shards.image shards.archive shards.shard_set
 shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
 models.spec models.description models.export models.pretrained models.backbone models.encoder

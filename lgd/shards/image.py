@@ -1,11 +1,13 @@
-"""Image bytes <-> pixels: the one place that decides what an image file is.
+"""Image bytes <-> pixels: the one place that decides what an image file is, and what it says beside its pixels.
 
 The type is recognised by the content, never by the name: BCI's `.png` files hold JPEG streams. JPEG, PNG and WebP
 are accepted; every other content raises `DataError`, and so does a truncated or broken stream, and one of more than
-8 bits a channel, whose lower bits would be lost.
+8 bits a channel, whose lower bits would be lost. A malformed orientation or colour profile counts as absent; Pillow's
+readers raise nearly everything for it.
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import io
 import re
@@ -16,16 +18,16 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import simplejpeg
-from PIL import Image, features
+from PIL import ExifTags, Image, features
 
 from lgd.base.errors import DataError
-from lgd.shards.tags import FORMATS, find_orientation, read_orientation, turn_upright
 
 RESIZE = "scaled JPEG decoding, then antialiased bilinear (1)"
 """How `decode` shrinks: what was computed from its pixels depends on it. Change it with the pixels."""
 
 MAX_PIXELS = 100_000_000
 
+_FORMATS = ("JPEG", "PNG", "WEBP")
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _PNG_END = b"IEND\xaeB`\x82"
 # The frame of a JPEG of 12 or 16 bits a channel.
@@ -90,7 +92,7 @@ def _jpeg_header(content: bytes | memoryview, name: str) -> Header:
 
 
 def _pillow_header(content: bytes | memoryview, name: str, extension: str) -> Header:
-    with _explain_errors(name), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with _explain_errors(name), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
         # Pillow calls 16-bit colour plainly RGB, and gives its upper bytes.
         if extension == "png" and any("16" in str(tile.args) for tile in image.tile):
             raise _too_deep(name, 16)
@@ -157,7 +159,7 @@ def decode(
             if size is not None and pixels.shape[:2] != (size, size):
                 pixels = np.array(_resized(Image.fromarray(pixels), size))
         else:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 rgb = _rgb(image)
                 pixels = np.array(rgb if size is None else _resized(rgb, size))
     if out is None:
@@ -192,6 +194,39 @@ def upright_size(content: bytes | memoryview, name: str) -> tuple[int, int]:
     return (found.width, found.height) if turned else (found.height, found.width)
 
 
+def find_orientation(image: Image.Image) -> int:
+    """The orientation of an image, 1 to 8; 1, upright, where there is none or it is malformed."""
+    with contextlib.suppress(Exception):
+        # A PNG may name it behind its pixels, which this then decodes.
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return int(orientation or 1) if orientation in range(2, 9) else 1
+    return 1
+
+
+def read_orientation(content: bytes | memoryview) -> int:
+    """`find_orientation` of a file."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        return find_orientation(image)
+    return 1
+
+
+def read_icc_digest(content: bytes | memoryview) -> str | None:
+    """SHA-256 of the embedded ICC profile, the same in every container; None where there is none or it is broken."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        profile = image.info.get("icc_profile")
+        return hashlib.sha256(profile).hexdigest() if profile else None
+    return None
+
+
+def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels (height, width, 3) as the orientation says that they are to be shown; contiguous."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    vertical = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
+    horizontal = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)
+    return np.ascontiguousarray(pixels[vertical, horizontal])
+
+
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Pixels (H, W, 3) shrunk or enlarged to (height, width, 3), antialiased as `decode` does it."""
     return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
@@ -218,24 +253,19 @@ def _resized(image: Image.Image, size: int) -> Image.Image:
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def check(content: bytes, name: str) -> Header:
-    """Decode an image fully, and refuse it unless it is whole to its last byte.
+def check(content: bytes, name: str, turns: bool = False) -> Header:
+    """Decode an image fully, and refuse it unless it is whole to its last byte, and stored upright or one `turns` it.
 
-    Returns its header. Raises `DataError` as `decode` does. Pillow alone would accept a PNG without its end.
+    Returns its type, and its size when it is upright. Raises `DataError` as `decode` does. Pillow alone would accept a
+    PNG without its end.
     """
     found = header(content, name)
     decode(content, name)
     if found.extension == "png":
-        with _explain_errors(name), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with _explain_errors(name), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             image.verify()
             if _PNG_END not in content:
                 raise EOFError("its end is missing")
-    return found
-
-
-def check_upright(content: bytes, name: str, turns: bool) -> Header:
-    """`check` an image; its type, and its size when it is upright. It must be stored upright, unless one `turns` it."""
-    found = check(content, name)
     orientation = read_orientation(content)
     if orientation != 1 and not turns:
         raise DataError(

@@ -25,7 +25,6 @@ from lgd.shards.manifest import UNKNOWN, Manifest, PatchMeta
 from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import SEEN, as_seen, find_repeats, unlike_patches
 from lgd.shards.shard_set import ShardFolder
-from lgd.shards.tags import read_orientation
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -164,8 +163,6 @@ def _verify_sample(shard: Shard, file: BinaryIO, index: np.ndarray, row: int) ->
                 f"{where}, {role}: is {found.extension} of {found.width} x {found.height} pixels, but "
                 f"{meta.width} x {meta.height} is stated"
             )
-        if (orientation := read_orientation(content)) != 1:
-            problems.append(f"{where}, {role}: has EXIF orientation {orientation}, and shards hold upright images")
     return problems, (row, meta)
 
 

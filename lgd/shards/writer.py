@@ -26,12 +26,11 @@ from lgd.io.documents import Document, MissingDocument
 from lgd.io.files import create_json, list_folder, publish, read_bytes, remove
 from lgd.io.location import Location, MissingError, RemoteError
 from lgd.shards.archive import INDEX
-from lgd.shards.image import check_upright, decode_upright, encode
+from lgd.shards.image import check, decode_upright, encode, read_icc_digest
 from lgd.shards.layouts import Problem
 from lgd.shards.manifest import Digests, Entry, Extensions, PatchMeta, Recipe
 from lgd.shards.options import Sample, ShardOptions
 from lgd.shards.pairs import PatchPair, Source
-from lgd.shards.tags import read_icc_digest
 
 MARKER = ".building.json"
 _SHARD = r"[A-Za-z0-9_]+-\d{6}"
@@ -118,7 +117,7 @@ def check_pair(pair: PatchPair, options: ShardOptions) -> Source | Problem:
     turns = options.encoding.extension is not None
     try:
         images = [_read(path, name) for path, name in zip((pair.he, pair.ihc), pair.names, strict=True)]
-        he, ihc = (check_upright(content, name, turns) for content, name in zip(images, pair.names, strict=True))
+        he, ihc = (check(content, name, turns) for content, name in zip(images, pair.names, strict=True))
         if he[1:] != ihc[1:]:
             raise DataError(
                 f"{pair.names[0]}: is {he.width} x {he.height} pixels but its IHC {pair.names[1]} is "

@@ -185,7 +185,7 @@ def test_a_shard_that_the_manifest_does_not_know(out):
         (meta_with(split="test"), "field split is 'test', but the shard is of train"),
         (meta_with(group="S9"), "slide and group"),
         (meta_with(width=9), "is png of 8 x 8 pixels, but 9 x 8 is stated"),
-        (turned, "row 0, he0, he: has EXIF orientation 6, and shards hold upright images"),
+        (turned, "row 0, he0, he: has EXIF orientation 6: viewers turn or mirror it"),
         (meta_with(slide="S3", group="S3"), "group S3 lies in the splits test and train: the set leaks"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from lgd.shards.tags import read_icc_digest, read_orientation, turn_upright
+from lgd.shards.image import read_icc_digest, read_orientation, turn_upright
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
