@@ -11,8 +11,6 @@ from pathlib import Path
 import lgd
 from lgd.base.records import Line, Record
 
-_PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "h5py", "transformers")
-
 
 class Environment(Record):
     """Versions, commit, host and device of a stage."""
@@ -35,7 +33,8 @@ class Environment(Record):
         import torch
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-        versions = {name: version_of(name) for name in _PACKAGES}
+        packages = ("torch", "deepspeed", "ray", "webdataset", "h5py", "transformers")
+        versions = {name: version_of(name) for name in packages}
         python, host = platform.python_version(), platform.node()
         return cls(lgd=lgd.__version__, commit=_commit(), python=python, host=host, device=device, **versions)
 

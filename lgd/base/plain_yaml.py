@@ -46,7 +46,7 @@ def read_yaml(text: str) -> Plain:
     """The plain data of one YAML document, which JSON is too, None for an empty one; raises `YamlError`."""
     text = text.removeprefix("\ufeff")
     if found := _CONTROL.search(text):
-        raise YamlError(_line_at(text, found.start()), _holds(found[0]))
+        raise YamlError(text.count("\n", 0, found.start()) + 1, _holds(found[0]))
     lines: dict[str, int] = {}
     try:
         _check_events(text)
@@ -135,10 +135,6 @@ def _number(text: str, line: int) -> int | float:
 def _holds(character: str) -> str:
     kind = "a line break" if character in "\n\r\x85" else "a tab" if character == "\t" else "a control character"
     return f"a text holds {kind} (U+{ord(character):04X}), and none may: remove it"
-
-
-def _line_at(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1
 
 
 class _Dumper(yaml.SafeDumper):

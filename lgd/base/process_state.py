@@ -21,8 +21,7 @@ def default_environment(values: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in new:
-            os.environ.pop(name, None)
+        _restore_environment(dict.fromkeys(new))
 
 
 @contextlib.contextmanager

@@ -205,13 +205,6 @@ def peek_kind(path: Location, presumed: Kind) -> Kind | None:
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
-def is_same(one: Location, other: Location) -> bool:
-    """Whether two locations are the same file or folder: by name, and here also by what lies there."""
-    if isinstance(one, Path) and isinstance(other, Path) and one.exists() and other.exists():
-        return one.samefile(other)
-    return one == other
-
-
 def size_of(path: str | Location) -> int:
     """Bytes of a file; raises `OSError` for a local file, as `call` does for a url."""
     at = as_location(path)

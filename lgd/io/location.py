@@ -31,9 +31,11 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OF_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 # fsspec's wrappers around other file systems, and those that are this process or this machine.
-_WRAPPERS = set("blockcache cached filecache simplecache dir generic reference zip tar libarchive asynclocal".split())
+_REFUSED = """
+blockcache cached filecache simplecache dir generic reference zip tar libarchive asynclocal local memory data jupyter
+dask async_wrapper root
+""".split()
 _HTTP = {"http", "https"}
-_LOCAL = set("local memory data jupyter dask async_wrapper root".split())
 _EXTRAS = {"s3": "lgd[s3]", "s3a": "lgd[s3]", "gs": "lgd[gs]", "gcs": "lgd[gs]", "http": "aiohttp", "https": "aiohttp"}
 _KEYS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,",
@@ -73,7 +75,7 @@ def as_location(text: str | Location) -> Location:
     from fsspec import get_filesystem_class
     from fsspec.registry import known_implementations
 
-    if "::" in text or scheme not in known_implementations or scheme in _WRAPPERS | _LOCAL:
+    if "::" in text or scheme not in known_implementations or scheme in _REFUSED:
         raise DataError(f"{text}: urls of {scheme} are not read or written: use s3://, gs://, http:// or a local path")
     if re.match(r"[^/@]*:[^/@]*@", rest):
         raise DataError(f"{scheme}://...@{rest.partition('@')[2]}: a url must hold no password: use the environment")

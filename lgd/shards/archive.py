@@ -199,7 +199,7 @@ def _parse_meta(content: memoryview, shard: Shard) -> tuple[PatchMeta | None, st
         return meta, f"field split is {meta.split!r:.80}, but the shard is of {shard.split}"
     label = meta.label
     if label is not None and (type(label) is not int or not 0 <= label < len(LEVEL_NAMES)):
-        return meta, f"field label is {label!r:.80}, and there are {len(LEVEL_NAMES)} classes"
+        return meta, f"field label is {label!r:.80}, and the set has {len(LEVEL_NAMES)} classes"
     return meta, ""
 
 

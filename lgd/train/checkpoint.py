@@ -21,7 +21,7 @@ from lgd.base.errors import DataError
 from lgd.base.records import Count, Many, Record, Xxh3
 from lgd.io.digests import format_diff, xxh3
 from lgd.io.documents import Document
-from lgd.io.files import exists, is_same, list_folder, publish, remove_folder
+from lgd.io.files import exists, list_folder, publish, remove_folder
 from lgd.io.folders import discard_folder, publish_folder
 from lgd.io.location import Location
 from lgd.io.remote import open_checked
@@ -190,5 +190,5 @@ def adopt(folder: Location, path: Location, inputs: dict[str, JsonValue], alone:
     for other in kept:
         if other.name > own.name or (alone and other != path):
             discard_folder(other, _STATE)
-    if not is_same(path, own):
+    if path != own:
         save(folder, found, keep=len(kept) + 1)

@@ -11,7 +11,6 @@ from lgd.io.digests import digest_of, may_have_sha256, sha256
 from lgd.io.documents import Document
 from lgd.io.files import (
     exists,
-    is_same,
     list_folder,
     peek_kind,
     publish,
@@ -109,21 +108,6 @@ def test_what_lies_here_is_looked_up_and_a_url_is_believed(tmp_path):
     assert found == ["folder", "file", "other", None, None]
     # There is no such bucket, and nobody asks.
     assert [peek_kind(as_location("s3://none/x"), kind) for kind in ("file", "folder")] == ["file", "folder"]
-
-
-def test_two_names_of_one_folder_are_the_same(tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    monkeypatch.chdir(tmp_path)
-    assert is_same(tmp_path / "a", as_location("a")) and is_same(tmp_path / "link", tmp_path / "a")
-    assert not is_same(tmp_path / "a", tmp_path / "b") and not is_same(tmp_path / "a", tmp_path / "gone")
-    assert is_same(as_location("s3://x/a"), as_location("s3://x/a/")) and is_same(
-        as_location("gone"), as_location("gone")
-    )
-    assert not is_same(as_location("s3://x/a"), as_location("s3://x/b")) and not is_same(
-        tmp_path, as_location("s3://x")
-    )
 
 
 def test_only_a_local_file_is_read_for_its_digest(tmp_path):
