@@ -99,14 +99,6 @@ class Target(Record):
     """Names of the classes, of an ordinal from low to high; none of a number."""
     unit: Text | None
 
-    @model_validator(mode="after")
-    def _check_classes(self) -> Self:
-        if len(set(self.classes)) != len(self.classes) or UNKNOWN in self.classes:
-            raise ValueError(f"the classes {', '.join(self.classes)} are not distinct, or one is called {UNKNOWN}")
-        if (self.kind == "number") == (len(self.classes) > 1):
-            raise ValueError(f"a target of kind {self.kind} has {len(self.classes)} classes")
-        return self
-
 
 HER2 = Target(name="HER2", kind="ordinal", classes=LEVEL_NAMES, unit=None)
 
