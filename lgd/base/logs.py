@@ -51,17 +51,12 @@ class LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-            with _bars_aside():
+            # Without an import: the one that draws a bar has imported it.
+            tqdm = sys.modules.get("tqdm") if sys.stderr.isatty() else None
+            with tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else contextlib.nullcontext():
                 print_lines(f"{record.name}: {line}" if record.levelno < logging.INFO else line, file=sys.stderr)
         except Exception:  # noqa: BLE001 - as each handler of `logging`: work goes on without its messages
             self.handleError(record)
-
-
-def _bars_aside() -> contextlib.AbstractContextManager[None]:
-    """Take live bars off the terminal for a moment."""
-    # Without an import: the one that draws a bar has imported it.
-    tqdm = sys.modules.get("tqdm")
-    return tqdm.tqdm.external_write_mode(sys.stderr) if tqdm and sys.stderr.isatty() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -91,17 +91,6 @@ def read_meta(shard: Shard, row: int) -> PatchMeta:
         return read_sample(file, index, row, shard, ())[0]
 
 
-def table_head(dtype: np.dtype[np.void], shape: tuple[int, ...]) -> bytes:
-    """What `numpy.save` writes before the rows, to compare files with.
-
-    numpy.load would also take zip files and pickles; and it parses the head with `ast`, which fails now and then when
-    several threads of Python 3.11 do so at once.
-    """
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": dtype.descr, "fortran_order": False, "shape": shape})
-    return stream.getvalue()
-
-
 def load_table(
     path: Location, digest: str, size: int | None, dtype: np.dtype[np.void], shape: tuple[int, ...]
 ) -> np.ndarray:
@@ -110,7 +99,11 @@ def load_table(
     `DataError` for any other content, and for a file that is missing, or not of this SHA-256 and, where it is known,
     of this size.
     """
-    head = table_head(dtype, shape)
+    # numpy.load would also take zip files and pickles; and it parses the head with `ast`, which fails now and then when
+    # several threads of Python 3.11 do so at once.
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype.descr, "fortran_order": False, "shape": shape})
+    head = stream.getvalue()
     expected = len(head) + math.prod(shape) * dtype.itemsize
     with open_checked(path, digest, size, REBUILD) as file:
         # The size comes first: the count of a hostile manifest would ask for any amount of memory.

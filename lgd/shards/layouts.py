@@ -246,6 +246,11 @@ def _read_row(base: Location, row: dict[str, str]) -> Candidate:
     if split and not _SPLIT.fullmatch(split):
         raise DataError(f"split is {split!r}: use a plain word such as train, val or test")
     he, ihc = base / row["he"], base / row["ihc"]
+    try:
+        # Its numbers are texts here.
+        origin = Origin.model_validate({name: row.get(name) or None for name in Origin.model_fields}, strict=False)
+    except ValidationError as error:
+        raise DataError(f"{explain(error)}: correct it, or leave it empty") from error
     return Candidate(
         key or he.stem,
         he,
@@ -254,7 +259,7 @@ def _read_row(base: Location, row: dict[str, str]) -> Candidate:
         slide=row.get("slide") or None,
         split=split or None,
         mpp=_parse_mpp(row.get("mpp", "")),
-        origin=_parse_origin(row),
+        origin=origin,
     )
 
 
@@ -268,14 +273,6 @@ def _parse_label(row: dict[str, str]) -> int | None:
     if len({names[text] for text in given.values()}) > 1:
         raise DataError(f"label is {given['label']!r} and level is {given['level']!r}: keep the column label")
     return names[next(iter(given.values()))] if given else None
-
-
-def _parse_origin(row: dict[str, str]) -> Origin:
-    try:
-        # Its numbers are texts here.
-        return Origin.model_validate({name: row.get(name) or None for name in Origin.model_fields}, strict=False)
-    except ValidationError as error:
-        raise DataError(f"{explain(error)}: correct it, or leave it empty") from error
 
 
 def _parse_mpp(text: str) -> float | None:
