@@ -77,29 +77,23 @@ def header(content: bytes | memoryview, name: str) -> Header:
     if extension is None:
         start = bytes(content[:8])
         raise DataError(f"{name}: is no JPEG, PNG or WebP image (it starts with {start!r}): convert or remove it")
-    found = _jpeg_header(content, name) if extension == "jpg" else _pillow_header(content, name, extension)
-    if found.width * found.height > MAX_PIXELS:
-        raise _too_large(name)
-    return found
-
-
-def _jpeg_header(content: bytes | memoryview, name: str) -> Header:
     with _explain_errors(name):
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-    if colours in ("CMYK", "YCCK"):
-        raise DataError(f"{name}: is a {colours} JPEG: convert it to RGB")
-    return Header("jpg", width, height)
-
-
-def _pillow_header(content: bytes | memoryview, name: str, extension: str) -> Header:
-    with _explain_errors(name), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-        # Pillow calls 16-bit colour plainly RGB, and gives its upper bytes.
-        if extension == "png" and any("16" in str(tile.args) for tile in image.tile):
-            raise _too_deep(name, 16)
-        _check_mode(image, name)
-        if getattr(image, "n_frames", 1) > 1:
-            raise DataError(f"{name}: is an animation: keep one frame of it")
-        return Header(extension, *image.size)
+        if extension == "jpg":
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+            if colours in ("CMYK", "YCCK"):
+                raise DataError(f"{name}: is a {colours} JPEG: convert it to RGB")
+        else:
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                # Pillow calls 16-bit colour plainly RGB, and gives its upper bytes.
+                if extension == "png" and any("16" in str(tile.args) for tile in image.tile):
+                    raise _too_deep(name, 16)
+                _check_mode(image, name)
+                if getattr(image, "n_frames", 1) > 1:
+                    raise DataError(f"{name}: is an animation: keep one frame of it")
+                width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _too_large(name)
+    return Header(extension, width, height)
 
 
 def _check_mode(image: Image.Image, name: str) -> None:

@@ -126,14 +126,12 @@ class Bci(Layout):
             for entry in _match(root, f"HE/{split}", f"IHC/{split}"):
                 if isinstance(entry, Problem):
                     yield entry
-                    continue
-                level = entry.stem.rpartition("_")[2]
-                if level in LEVEL_NAMES:
+                elif (level := entry.stem.rpartition("_")[2]) in LEVEL_NAMES:
                     yield replace(entry, label=LEVEL_NAMES.index(level), split=split)
-                    continue
-                he, ihc = f"HE/{split}/{entry.he.name}", f"IHC/{split}/{entry.ihc.name}"
-                reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
-                yield Problem(he, reason, "", he, ihc)
+                else:
+                    he, ihc = f"HE/{split}/{entry.he.name}", f"IHC/{split}/{entry.ihc.name}"
+                    reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
+                    yield Problem(he, reason, "", he, ihc)
 
 
 class Mist(Layout):
