@@ -65,25 +65,18 @@ class ShardFolder:
         checked when they are fetched.
         """
         opened = cls.read(folder)
-        problems = [problem for found in opened.find_missing().values() for problem in found]
+        if (sizes := list_local_sizes(opened.folder)) is None:
+            return opened
+        problems = []
+        for shard in opened.shards:
+            tar, idx = f"{shard.name}.tar", f"{shard.name}.idx"
+            problems += [f"{opened.folder / file} is missing: {REBUILD}" for file in (tar, idx) if file not in sizes]
+            if sizes.get(tar, shard.bytes) != shard.bytes:
+                problems.append(f"{shard.path} has {sizes[tar]} bytes, but the manifest says {shard.bytes}: {REBUILD}")
         if problems:
             more = [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
             raise DataError(*problems[:_MOST], *more)
         return opened
-
-    def find_missing(self) -> dict[str, list[str]]:
-        """Shard name -> one sentence for each of its local files that is missing or has not the manifest's size."""
-        if (sizes := list_local_sizes(self.folder)) is None:
-            return {}
-        problems = {}
-        for shard in self.shards:
-            tar, idx = f"{shard.name}.tar", f"{shard.name}.idx"
-            wrong = [f"{self.folder / file} is missing: {REBUILD}" for file in (tar, idx) if file not in sizes]
-            if sizes.get(tar, shard.bytes) != shard.bytes:
-                wrong.append(f"{shard.path} has {sizes[tar]} bytes, but the manifest says {shard.bytes}: {REBUILD}")
-            if wrong:
-                problems[shard.name] = wrong
-        return problems
 
     def read_patches(self) -> np.ndarray:
         """The table of patches.npy, (samples,) of `PATCHES`; `DataError` for a file that is not the manifest's."""

@@ -47,9 +47,8 @@ def verify(folder: str | Location) -> list[str]:
         opened = ShardFolder.read(folder)
     except DataError as error:
         return str(error).splitlines()
-    folder, manifest, shards, lost = opened.folder, opened.manifest, opened.shards, opened.find_missing()
-    problems = [problem for found in lost.values() for problem in found]
-    problems += [f"{folder / 'manifest.json'}: {reason}" for reason in _wrong_manifest(manifest, shards)]
+    folder, manifest, shards = opened.folder, opened.manifest, opened.shards
+    problems = [f"{folder / 'manifest.json'}: {reason}" for reason in _wrong_manifest(manifest, shards)]
     problems += _strangers(folder, shards)
     patches_n = None
     try:
@@ -62,7 +61,7 @@ def verify(folder: str | Location) -> list[str]:
     total = sum(shard.samples for shard in shards)
     with ThreadPool(os.cpu_count()) as pool, progress(total, "verify", "samples") as bar:
         for shard in shards:
-            found, facts = ([], []) if shard.name in lost else _verify_shard(shard, pool, bar)
+            found, facts = _verify_shard(shard, pool, bar)
             problems += [*found, *_unsorted(shard, facts, last)]
             last[shard.split] = facts[-1][1].key if facts else ""
             for _, meta in facts:
