@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import xxhash
 
+from lgd.base.text import escape_text
 from lgd.io.location import Location
 
 _HASHED = 1 << 20
@@ -54,7 +55,7 @@ def format_diff(there: Mapping[str, object], asked: Mapping[str, object], place:
     """A line for each field, by its dotted name, in which two JSON documents differ; `place` is where `there` is."""
     before, now = _flat(there), _flat(asked)
     return [
-        f"  {name}: {_short(before.get(name))} {place}, {_short(now.get(name))} asked for"
+        f"  {name}: {escape_text(before.get(name), 70)} {place}, {escape_text(now.get(name), 70)} asked for"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
@@ -66,8 +67,3 @@ def _flat(document: Mapping[str, object], before: str = "") -> dict[str, object]
     for name, value in document.items():
         leaves |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
     return leaves
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 70 else text[:67] + "..."

@@ -99,7 +99,7 @@ def as_location(text: str | Location) -> Location:
 
 
 def as_output_location(text: str | Location, option: str) -> Location:
-    """`place` of what will be written, which `option` named.
+    """`as_location` of what will be written, which `option` named.
 
     Raises `DataError` for a url of a kind that is only read, and `ConfigError` for a relative path in a job of Ray: the
     folder that it is relative to goes with the job.
