@@ -11,14 +11,13 @@ from typing import Any
 
 from lgd.base.errors import ConfigError, DataError
 
-PREFIX = "python:"
 FORM = "python:package.module:name"
 _NAME = re.compile(r"python:([a-z_]\w*(?:\.[a-z_]\w*)*):([a-z_]\w*)", re.ASCII | re.IGNORECASE)
 
 
 def is_python(name: str) -> bool:
     """Whether a name is one of code outside LGD."""
-    return name.startswith(PREFIX)
+    return name.startswith("python:")
 
 
 def load_object(name: str, field: str) -> Any:

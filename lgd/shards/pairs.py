@@ -80,12 +80,13 @@ def find_pairs(
     if not entries:
         raise DataError(f"{root} holds no pairs of the {layout} layout: check --root and --layout")
     problems = [entry for entry in entries if isinstance(entry, Problem)]
-    known = None if slides is None else read_slides(slides)
+    known, base = None if slides is None else read_slides(slides), root if folder else root.parent
     sharing: dict[str, list[PatchPair]] = {}
     for entry in entries:
         if not isinstance(entry, Problem):
-            pair = _name_pair(entry, root if folder else root.parent, known)
-            sharing.setdefault(pair.key, []).append(pair)
+            key, names = safe_key(entry.stem), (relative_name(entry.he, base), relative_name(entry.ihc, base))
+            slide = entry.slide if known is None else known.get(key)
+            sharing.setdefault(key, []).append(PatchPair(**vars(entry) | {"slide": slide}, key=key, names=names))
     pairs = []
     for key in sorted(sharing):
         for pair in sharing[key]:
@@ -94,13 +95,6 @@ def find_pairs(
             else:
                 pairs.append(pair)
     return pairs, sorted(problems, key=Problem.order)
-
-
-def _name_pair(entry: Candidate, base: Location, known: dict[str, str] | None) -> PatchPair:
-    """Turn the stem into a key; the slides that are `known` by their keys are in place of those of the layout."""
-    key, names = safe_key(entry.stem), (relative_name(entry.he, base), relative_name(entry.ihc, base))
-    slide = entry.slide if known is None else known.get(key)
-    return PatchPair(**vars(entry) | {"slide": slide}, key=key, names=names)
 
 
 def _find_problem(pair: PatchPair, sharing: Sequence[PatchPair], slides: str | Location | None) -> Problem | None:

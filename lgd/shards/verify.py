@@ -57,8 +57,7 @@ def verify(folder: str | Location) -> list[str]:
         problems.append(str(error))
     counts: collections.Counter[tuple[str, object]] = collections.Counter()
     seen, unnamed, last = [np.empty(0, SEEN)], False, dict.fromkeys(manifest.splits, "")
-    start = 0
-    total = sum(shard.samples for shard in shards)
+    start, total = 0, sum(shard.samples for shard in shards)
     with ThreadPool(os.cpu_count()) as pool, progress(total, "verify", "samples") as bar:
         for shard in shards:
             found, facts = _verify_shard(shard, pool, bar)
