@@ -31,7 +31,7 @@ from PIL import Image
 
 from lgd.base.errors import DataError
 from lgd.io.digests import digest_of
-from lgd.shards.image import EXTENSIONS, decode
+from lgd.shards.image import decode
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.verify import verify
 
@@ -372,7 +372,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("extension", ("jpg", "png", "webp"))
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_formats_are_refused_by_any_name(out, kind, extension):
     content = OTHERS[kind]()
