@@ -65,10 +65,11 @@ def _read_place(shards: Sequence[Shard], number: int) -> Place:
     raise AssertionError(number)
 
 
-def _number_sides(shards: Sequence[Shard]) -> tuple[list[str], np.ndarray]:
-    """The names of the splits, and of each sample (n,) the number of its own."""
+def _find_sides(shards: Sequence[Shard], number_n: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The names of the splits, and the place of its own among them (n,) for each sample, by its number."""
     names = sorted({shard.split for shard in shards})
-    return names, np.repeat([names.index(shard.split) for shard in shards], [shard.samples for shard in shards])
+    shard_n = np.cumsum([shard.samples for shard in shards]).searchsorted(number_n, "right")
+    return names, np.array([names.index(shard.split) for shard in shards])[shard_n]
 
 
 def as_seen(rows: Sequence[tuple[int, PatchMeta]], start: int, tiled: bool) -> np.ndarray:
@@ -135,8 +136,7 @@ def _same_keys(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
 
 def _leaks(shards: Sequence[Shard], seen: np.ndarray) -> list[str]:
     """Groups on two sides of the split."""
-    names, side_n = _number_sides(shards)
-    side_n = side_n[seen["number"]]
+    names, side_n = _find_sides(shards, seen["number"])
     return [
         f"group {_read_place(shards, seen['number'][rows[0]]).meta.group} lies in the splits "
         f"{' and '.join(names[side] for side in np.unique(side_n[rows]))}: the set leaks"
@@ -187,7 +187,7 @@ def _refuse_overlaps(shards: ShardSet) -> None:
     tables = [one.read_patches() for one in shards.folders]
     table_n = np.concatenate(tables)
     folder_n = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-    _, side_n = _number_sides(shards.shards)
+    _, side_n = _find_sides(shards.shards, np.arange(len(table_n)))
 
     # In one column, so that an H&E is compared with every IHC as well.
     image_n = np.concatenate([table_n["he"], table_n["ihc"]])
