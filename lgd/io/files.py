@@ -21,16 +21,7 @@ from typing import Any, Literal
 
 from lgd.base.errors import DataError
 from lgd.base.text import dump_json
-from lgd.io.location import (
-    FULL,
-    Location,
-    MissingError,
-    RemoteError,
-    as_location,
-    call,
-    fresh_options,
-    upload,
-)
+from lgd.io.location import FULL, Location, MissingError, RemoteError, as_location, call, fresh_options, upload
 
 Kind = Literal["file", "folder", "other"]
 
