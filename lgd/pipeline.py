@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lgd.base.environment import Environment
 from lgd.base.errors import ConfigError
@@ -20,16 +19,21 @@ from lgd.config import Config
 from lgd.config_files import Given, locate_field
 from lgd.io.location import as_location, require_local
 from lgd.io.locks import exclusive
+from lgd.models.methods import BASELINE, find_method
 from lgd.ray_jobs.cluster import restore_connection
+from lgd.report import ablation, evaluation, report
+from lgd.retrieval import index
+from lgd.retrieval.search import require_faiss
 from lgd.runs.folder import Ablated, Cached, Evaluated, Facts, Indexed, Trained, command, note_changes, record
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import open_disjoint
 from lgd.shards.shard_set import ShardSet
+from lgd.store import cache
+from lgd.store.store import Store
 from lgd.tissue.synth import SynthOptions, synthesise
-
-if TYPE_CHECKING:
-    from lgd.report.ablation import AblateOptions
+from lgd.train.launch import train_under
+from lgd.train.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +64,6 @@ def stage(
     Logs on which fields this stage and earlier ones of its run disagree. Refuses a run whose method is not known, and
     one that cannot be recorded.
     """
-    from lgd.models.methods import find_method
-
     try:
         find_method(config.student.method)(config)
     except ConfigError as error:
@@ -78,9 +80,6 @@ def stage(
 def _train(
     task: str, config: Config, given: Given | None = None, overwrite: bool | None = None, shards: ShardSet | None = None
 ) -> None:
-    from lgd.train.launch import train_under
-    from lgd.train.tasks import TASKS
-
     name, verb = (config.student.method, "train") if task == "student" else (task, "train-teacher")
     folder = getattr(config, task).dir
     with stage(name, verb, config, folder, given, shards) as (opened, outcome):
@@ -100,10 +99,8 @@ def cache_latents(
     config: Config, given: Given | None = None, prune: bool = False, shards: ShardSet | None = None
 ) -> None:
     """Fill the feature store: every part that is missing; `prune` removes those of other shards."""
-    from lgd.store.cache import cache_latents as fill
-
     with stage("latents", "cache-latents", config, config.latents.dir, given, shards) as (opened, outcome):
-        store, computed, pruned = fill(config, opened.shards, config.train.workers, prune)
+        store, computed, pruned = cache.cache_latents(config, opened.shards, config.train.workers, prune)
         did = [f"{computed} of {len(store.parts)} parts computed"] if computed else []
         did += [f"{pruned} parts of other shards removed"] if pruned else []
         outcome.done = f"{', '.join(did) or 'reused, nothing changed'}, {store.rows} rows: {store.folder}"
@@ -112,9 +109,6 @@ def cache_latents(
 
 def build_index(config: Config, given: Given | None = None, shards: ShardSet | None = None) -> None:
     """Build the FAISS index of the store."""
-    from lgd.retrieval import index
-    from lgd.store.store import Store
-
     latents = config.latents
     with stage("index", "build-index", config, latents.dir, given, shards) as (opened, outcome):
         made, new = index.build_index(
@@ -142,8 +136,6 @@ def evaluate(
 
     `code` is what they may run of code outside LGD, beside what the run names.
     """
-    from lgd.report import evaluation, report
-
     folder = config.report.dir
     # Before the scoring, which can take hours.
     doing = exclusive(folder, "evaluating")
@@ -159,16 +151,14 @@ def evaluate(
 
 
 @restore_connection()
-def ablate(config: Config, options: "AblateOptions", given: Given | None = None) -> str:
+def ablate(config: Config, options: ablation.AblateOptions, given: Given | None = None) -> str:
     """The table of LGD-Net, its controls and its parts (`lgd.report.ablation`), after the teacher and the store."""
-    from lgd.report import ablation as harness
-
     shards, folder = open_disjoint(config.shard_dirs), f"{config.run.dir}/ablation"
     train_teacher(config, given, shards=shards)
     cache_latents(config, given, shards=shards)
     doing = exclusive(folder, "comparing methods")
     with doing, stage("ablate", "ablate", config, folder, given, shards) as (_, outcome):
-        table = harness.ablate(config, shards, options)
+        table = ablation.ablate(config, shards, options)
         outcome.done = f"written: {folder}/ablation.md"
         outcome.facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)
     return table
@@ -176,9 +166,6 @@ def ablate(config: Config, options: "AblateOptions", given: Given | None = None)
 
 def run(config: Config, given: Given | None = None) -> str:
     """Every stage from the teacher on, and the baseline in the same harness; returns the report's table."""
-    from lgd.models.methods import BASELINE
-    from lgd.retrieval.search import require_faiss
-
     # Before the hours of the stages that come before the index.
     require_faiss()
     baseline = f"{config.run.dir}/{BASELINE}"
@@ -202,8 +189,6 @@ def tissue_dir(config: Config) -> Path:
 
 def demo(config: Config, pairs: int, size: int, given: Given | None = None) -> str:
     """Virtual tissue, shards, and then `run`; returns the report's table."""
-    from lgd.retrieval.search import require_faiss
-
     require_faiss()
     require_local(config.run.dir, f"--run.dir {config.run.dir}: the demo draws its tissue there: name a local folder")
     if len(config.shard_dirs) > 1:
