@@ -9,9 +9,9 @@ import dataclasses
 import functools
 import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lgd.base.arguments import Parser, as_type, suggest_name, typed
 from lgd.base.errors import ConfigError, DataError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from pydantic import JsonValue
 
+Options = TypeVar("Options", bound="DataclassInstance")
 _SECTIONS: dict[str, Any] = {
     section.name: section.type for section in dataclasses.fields(Config) if section.name != "deepspeed"
 }
@@ -64,9 +65,15 @@ def add_config_arguments(
     _add_argument(group, ["--deepspeed"], dict[str, object], text, listed, dest="deepspeed")
 
 
-def add_option_arguments(parser: Parser, kind: "type[DataclassInstance]", skip: Sequence[str] = ()) -> None:
-    """Give a parser one `--hyphened-option` a field of a dataclass, with the field's docstring as its help."""
-    for option in dataclasses.fields(kind):
+def add_option_arguments(
+    parser: Parser, kind: type[Options], skip: Sequence[str] = ()
+) -> Callable[[argparse.Namespace], Options]:
+    """Give a parser one `--hyphened-option` a field of a dataclass, with the field's docstring as its help.
+
+    Returns what makes the dataclass of a parsed command line.
+    """
+    options = dataclasses.fields(kind)
+    for option in options:
         if option.name in skip:
             continue
         flags, text = [f"--{option.name.replace('_', '-')}"], _described(kind)[option.name]
@@ -76,6 +83,7 @@ def add_option_arguments(parser: Parser, kind: "type[DataclassInstance]", skip: 
             _add_argument(parser, flags, bool, text, default=option.default, nargs="?", const=True)
         else:
             _add_argument(parser, flags, option.type, f"{text} {_default(option)}", default=option.default)
+    return lambda namespace: kind(**{option.name: vars(namespace)[option.name] for option in options})
 
 
 def _add_argument(

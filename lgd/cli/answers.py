@@ -9,7 +9,7 @@ from typing import Literal
 from lgd.base.arguments import Parser, typed
 from lgd.base.errors import ConfigError, DataError, require
 from lgd.base.text import print_json, print_lines
-from lgd.cli.verb import Run, Verb, add_code_argument, read_options
+from lgd.cli.verb import Run, Verb, add_code_argument
 from lgd.config import Config
 from lgd.config_files import add_config_arguments, add_option_arguments, config_of, find_in_run
 from lgd.io.location import Location, as_location, as_output_location
@@ -168,10 +168,10 @@ def _run_query(namespace: Namespace) -> None:
 def _add_export(parser: Parser) -> Run:
     from lgd.store.export import ExportOptions, export
 
-    add_option_arguments(parser, ExportOptions)
+    read_options = add_option_arguments(parser, ExportOptions)
 
     def run(namespace: Namespace) -> None:
-        options = read_options(namespace, ExportOptions)
+        options = read_options(namespace)
         rows = export(dataclasses.replace(options, store=str(find_in_run(options.store, "latents"))))
         print_lines(f"wrote {sum(row.patches for row in rows)} latents in {len(rows)} files: {options.out}")
 

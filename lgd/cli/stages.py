@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lgd.base.arguments import Parser, typed
 from lgd.base.text import print_lines
-from lgd.cli.verb import Run, Verb, add_code_argument, read_options
+from lgd.cli.verb import Run, Verb, add_code_argument
 from lgd.config_files import add_config_arguments, add_option_arguments, config_of, given_of
 from lgd.io.tables import print_table
 
@@ -20,10 +20,10 @@ def _add_synth(parser: Parser) -> Run:
     from lgd.tissue.synth import SynthOptions, synthesise
 
     parser.add_argument("out", metavar="DIR", help="folder to write to")
-    add_option_arguments(parser, SynthOptions, skip=("out",))
+    read_options = add_option_arguments(parser, SynthOptions, skip=("out",))
 
     def run(namespace: Namespace) -> None:
-        options = read_options(namespace, SynthOptions)
+        options = read_options(namespace)
         made = synthesise(options)
         done = "reused" if made.get("reused") else "drew"
         print_lines(f"{done} {options.pairs} pairs of {made['slides']} slides: {options.out}")
@@ -35,10 +35,10 @@ def _add_build_shards(parser: Parser) -> Run:
     from lgd.shards.builder import build
     from lgd.shards.options import ShardOptions
 
-    add_option_arguments(parser, ShardOptions)
+    read_options = add_option_arguments(parser, ShardOptions)
 
     def run(namespace: Namespace) -> None:
-        options = read_options(namespace, ShardOptions)
+        options = read_options(namespace)
         manifest, built = build(options)
         rows = []
         for name, split in manifest.splits.items():
@@ -137,11 +137,11 @@ def _add_demo(parser: Parser) -> Run:
 def _add_ablate(parser: Parser) -> Run:
     from lgd.report.ablation import AblateOptions
 
-    add_option_arguments(parser, AblateOptions)
+    read_options = add_option_arguments(parser, AblateOptions)
     add_config_arguments(parser)
 
     def run(namespace: Namespace) -> None:
-        config, options = config_of(namespace), read_options(namespace, AblateOptions)
+        config, options = config_of(namespace), read_options(namespace)
         from lgd import pipeline
         from lgd.runs.folder import explain_overrides
 
