@@ -183,11 +183,8 @@ def _explained(url: "UPath", doing: str, error: BaseException, status: int | Non
         return RemoteError(f"{problem}: its bucket does not exist: create it, or correct the url")
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return MissingError(f"{url} is missing: correct the url")
-    if (
-        isinstance(error, PermissionError)
-        or status in (401, 403)
-        or re.search("Credentials|Profile", type(error).__name__)
-    ):
+    denied = isinstance(error, PermissionError) or status in (401, 403)
+    if denied or re.search("Credentials|Profile", type(error).__name__):
         remedy = f"set {_KEYS[scheme]} for every process" if scheme in _KEYS else "ask its owner for access"
         return RemoteError(f"{problem}: access is denied ({error}): {remedy}")
     if isinstance(error, NotImplementedError) or status in (405, 501):
