@@ -60,9 +60,8 @@ def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[C
     before = _read_handlers()
     for number in before:
         signal.signal(number, handler)
-    restore = contextlib.ExitStack()
-    restore.callback(_restore_handlers, before)
-    with restore:
+    with contextlib.ExitStack() as restore:
+        restore.callback(_restore_handlers, before)
         yield restore.close
 
 
