@@ -25,7 +25,7 @@ from lgd.config import WHERE_IT_RUNS, Config
 from lgd.config_files import Given, load_config
 from lgd.io.documents import Document, MissingDocument
 from lgd.io.files import exists, write_bytes
-from lgd.io.location import as_location
+from lgd.io.location import Location, as_location
 from lgd.io.locks import hold_lock
 from lgd.metrics import Interval
 from lgd.shards.shard_set import ShardSet
@@ -152,14 +152,15 @@ def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: s
             shards=dict(zip(config.shard_dirs, shards.digests, strict=True)),
             facts=facts,
         )
-        stages = _read_stages(config)
+        stages = read_stages(at)
         others = tuple(one for one in stages.get(stage, ()) if one.folder != folder)
         RunDocument(stages=stages | {stage: (*others, entry)}).write(at / _RUN)
 
 
-def _read_stages(config: Config) -> dict[str, tuple[Stage, ...]]:
+def read_stages(folder: str | Location) -> dict[str, tuple[Stage, ...]]:
+    """The stages of a run that have ended, by their names; none where there is no run.json yet."""
     try:
-        return dict(RunDocument.read(as_location(config.run.dir) / _RUN).stages)
+        return RunDocument.read(as_location(folder) / _RUN).stages
     except MissingDocument:
         return {}
 
@@ -185,7 +186,7 @@ def note_changes(config: Config, stage: str) -> str:
 
     Raises `DataError` or `ConfigError` for a run.json or config.yaml that cannot be read: better now than after hours.
     """
-    stages, kept, now = _read_stages(config), _kept_fields(config), config.as_fields()
+    stages, kept, now = read_stages(config.run.dir), _kept_fields(config), config.as_fields()
     changes: dict[str, str] = {}
     for earlier in _EARLIER.get(stage, ()):
         entries, folder = stages.get(earlier, ()), _FOLDERS[earlier]
@@ -222,7 +223,7 @@ def explain_overrides(config: Config | None) -> Iterator[None]:
 
 def _hints(config: Config, message: str) -> Iterator[str]:
     try:
-        stages = _read_stages(config)
+        stages = read_stages(config.run.dir)
     except DataError:
         return
     for stage, field in _FOLDERS.items():
