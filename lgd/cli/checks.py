@@ -14,12 +14,11 @@ from lgd.cli.verb import Run, Verb, add_code_argument
 from lgd.io.location import as_location
 
 _FOLDER = "a run, shards, a feature store, a trained network or a checkpoint"
-_JSON = "print one JSON document and nothing else"
 
 
 def _add_info(parser: Parser) -> Run:
     parser.add_argument("folder", metavar="DIR", help=_FOLDER)
-    parser.add_argument("--json", action="store_true", help=_JSON)
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
 
     def run(namespace: Namespace) -> None:
         from lgd.cli.contents import as_lines, describe

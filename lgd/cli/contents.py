@@ -14,9 +14,12 @@ from lgd.io.documents import MissingDocument
 from lgd.io.files import exists, peek_kind
 from lgd.io.location import Location, as_location
 from lgd.models.description import StudentConfig, TeacherConfig, read_kind
-from lgd.runs.folder import RunDocument, Stage
+from lgd.retrieval import search
+from lgd.runs.folder import RunDocument, Stage, read_stages
 from lgd.shards.manifest import Manifest, Shape
+from lgd.shards.verify import verify
 from lgd.store.document import StoreDocument
+from lgd.store.store import Store
 
 Kind = Literal["shard folder", "feature store", "checkpoint", "teacher", "student", "run"]
 
@@ -65,8 +68,6 @@ def check(
     if kind == "run":
         return kind, *_check_run(folder, reencode, teacher, code)
     if kind == "shard folder":
-        from lgd.shards.verify import verify
-
         return kind, verify(folder), []
     if kind == "checkpoint":
         from lgd.train.checkpoint import problems
@@ -76,14 +77,10 @@ def check(
 
 
 def _check_store(folder: Location, reencode: int, teacher: str, code: Collection[str]) -> tuple[list[str], list[str]]:
-    from lgd.retrieval.search import index_folder
-    from lgd.retrieval.search import problems as index_problems
-    from lgd.store.store import Store
-
     store = Store(folder)
     problems = store.verify()
-    if exists(index_folder(store) / "index.json"):
-        problems += index_problems(store)
+    if exists(search.index_folder(store) / "index.json"):
+        problems += search.problems(store)
     if problems or not reencode:
         return problems, []
     from lgd.store.supervision import reencode as run_again
@@ -162,8 +159,6 @@ def _describe_shards(folder: Location) -> dict[str, JsonValue]:
 
 
 def _describe_store(folder: Location) -> dict[str, JsonValue]:
-    from lgd.retrieval.search import IndexDocument
-
     store = StoreDocument.read(folder / "store.json")
     patches = Counter[str]()
     for entry in store.entries:
@@ -174,7 +169,7 @@ def _describe_store(folder: Location) -> dict[str, JsonValue]:
         grid = f"a map of {recipe.map} x {recipe.map}, " if recipe.map else ""
         facts[f"latents_of_{name}"] = f"{dim} numbers, {grid}views: {recipe.views}, {recipe.dtype}"
         try:
-            index = IndexDocument.read(folder / "index" / name / "index.json")
+            index = search.IndexDocument.read(folder / "index" / name / "index.json")
             facts[f"index_of_{name}"] = f"{index.factory} over {index.rows} latents, recall@10 {index.recall_at_10:.3f}"
         except MissingDocument:
             facts[f"index_of_{name}"] = "none yet: run lgd build-index"
@@ -210,10 +205,7 @@ def _describe_checkpoint(folder: Location) -> dict[str, JsonValue]:
 
 def _describe_run(folder: Location) -> dict[str, JsonValue]:
     """A line a stage that ended, and how to go on."""
-    try:
-        stages = RunDocument.read(folder / "run.json").stages
-    except MissingDocument:
-        stages = {}
+    stages = read_stages(folder)
     facts: dict[str, JsonValue] = {name: "; ".join(map(_describe_stage, entries)) for name, entries in stages.items()}
     for last in [entry.environment for entries in stages.values() for entry in entries][-1:]:
         facts["made_by"] = f"lgd {last.lgd}, torch {last.torch}, on {last.device} of {last.host}"
