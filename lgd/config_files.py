@@ -58,11 +58,11 @@ def add_config_arguments(
         for option in dataclasses.fields(kind):
             name = f"{section}.{option.name}"
             alias = [aliases[name]] if aliases and name in aliases else []
-            text = f"{_described(kind)[option.name]} {_default(option)}" if listed else ""
-            _add_argument(parser if alias else group, [*alias, f"--{name}"], option.type, text, listed, dest=name)
+            text = f"{_described(kind)[option.name]} {_default(option)}" if listed else argparse.SUPPRESS
+            _add_argument(parser if alias else group, [*alias, f"--{name}"], option.type, text, dest=name)
     group = parser.add_argument_group("deepspeed", "Passed to DeepSpeed as it is.") if listed else parser
-    text = "such as {zero_optimization: {stage: 2}}"
-    _add_argument(group, ["--deepspeed"], dict[str, object], text, listed, dest="deepspeed")
+    text = "such as {zero_optimization: {stage: 2}}" if listed else argparse.SUPPRESS
+    _add_argument(group, ["--deepspeed"], dict[str, object], text, dest="deepspeed")
 
 
 def add_option_arguments(
@@ -87,15 +87,13 @@ def add_option_arguments(
 
 
 def _add_argument(
-    parser: argparse._ActionsContainer, flags: list[str], kind: object, text: str, listed: bool = True, **options: Any
+    parser: argparse._ActionsContainer, flags: list[str], kind: object, text: str, **options: Any
 ) -> None:
     """Add an option whose value is read as one of a type, and which is left out of the namespace unless given."""
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     metavar = "{" + ",".join(map(str, choices)) + "}" if choices else flags[0].rpartition(".")[2].strip("-").upper()
     options = {"default": argparse.SUPPRESS, "metavar": metavar} | options
-    parser.add_argument(
-        *flags, type=typed(kind), help=text.replace("%", "%%") if listed else argparse.SUPPRESS, **options
-    )
+    parser.add_argument(*flags, type=typed(kind), help=text.replace("%", "%%"), **options)
 
 
 @functools.cache
@@ -181,9 +179,8 @@ def config_of(namespace: argparse.Namespace) -> Config:
 def given_of(namespace: argparse.Namespace, verb: str = "", **own: "JsonValue") -> Given:
     """The fields of the run that a command line gave, the files that it named, and the verb's `own` options."""
     files = {"config": list(namespace.config)} if namespace.config else {}
-    fields = {
-        name: str(value) if hasattr(value, "parse") else value for name, value in _given_fields(namespace).items()
-    }
+    given = _given_fields(namespace)
+    fields = {name: str(value) if hasattr(value, "parse") else value for name, value in given.items()}
     return Given(verb, files | {name: value for name, value in own.items() if value} | fields)
 
 
