@@ -58,7 +58,8 @@ class Parser(argparse.ArgumentParser):
     def _describe_usage(self) -> str:
         """What must be given, in one line; argparse would list every field of a run."""
         options = [f"{_name(one)} {one.metavar}" for one in self._actions if one.option_strings and one.required]
-        words = [_usage_of(one) for one in self._actions if not one.option_strings]
+        forms = {"+": "{} ...", "*": "[{} ...]", "?": "[{}]"}
+        words = [forms.get(str(one.nargs), "{}").format(_name(one)) for one in self._actions if not one.option_strings]
         return " ".join([self.prog, *options, "[OPTIONS]", *words]).replace("%", "%%")
 
     def _explain(self, arg: str) -> str:
@@ -100,11 +101,6 @@ def _suggest_option(name: str, known: Iterable[str]) -> str:
 def _name(action: argparse.Action) -> str:
     """An option's whole name, or what stands for another argument in the help."""
     return action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
-
-
-def _usage_of(action: argparse.Action) -> str:
-    name = _name(action)
-    return {"+": f"{name} ...", "*": f"[{name} ...]", "?": f"[{name}]"}.get(str(action.nargs), name)
 
 
 _UNIONS = (types.UnionType, typing.Union)
