@@ -80,10 +80,8 @@ def _examine(gpu: bool) -> dict[str, _Finding]:
     for name in ("torch", "webdataset", "h5py", "simplejpeg", "transformers"):
         version = version_of(name)
         found[name] = ("ok", version) if version else ("broken", f"not installed: pip install {name}")
-    ray = version_of("ray")
-    found["ray"] = (
-        ("ok", ray) if ray else ("lacks", "not installed: pip install 'ray[default,train]', or train.workers 0")
-    )
+    ray, problem = version_of("ray"), "not installed: pip install 'ray[default,train]', or train.workers 0"
+    found["ray"] = ("ok", ray) if ray else ("lacks", problem)
     found["faiss"] = _find_faiss()
     # The rest is asked through torch.
     if version_of("torch"):
@@ -105,10 +103,8 @@ def _find_deepspeed() -> _Finding:
 def _find_faiss() -> _Finding:
     cpu, gpu = version_of("faiss-cpu"), version_of("faiss-gpu")
     if cpu and gpu:
-        return (
-            "broken",
-            "faiss-cpu and faiss-gpu are both installed and overwrite each other: uninstall both, install one",
-        )
+        problem = "faiss-cpu and faiss-gpu are both installed and overwrite each other: uninstall both, install one"
+        return "broken", problem
     if not (cpu or gpu):
         return "lacks", "not installed: pip install 'lgd[cpu]' or 'lgd[gpu]'"
     return "ok", f"faiss-cpu {cpu}" if cpu else f"faiss-gpu {gpu}"
