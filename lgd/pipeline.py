@@ -111,14 +111,9 @@ def build_index(config: Config, given: Given | None = None, shards: ShardSet | N
     """Build the FAISS index of the store."""
     latents = config.latents
     with stage("index", "build-index", config, latents.dir, given, shards) as (opened, outcome):
+        store, seed, workers = Store(latents.dir), config.run.seed, config.train.workers
         made, new = index.build_index(
-            Store(latents.dir),
-            opened.shards,
-            latents.index,
-            latents.gallery,
-            latents.recall,
-            config.run.seed,
-            config.train.workers,
+            store, opened.shards, latents.index, latents.gallery, latents.recall, seed, workers
         )
         outcome.done = (
             f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents, "
