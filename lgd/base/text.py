@@ -111,11 +111,8 @@ def _find_not_finite(value: object, at: str = "") -> str | None:
     if isinstance(value, float):
         return None if math.isfinite(value) else at or "."
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for name, entry in entries:
-        found = _find_not_finite(entry, f"{at}.{name}" if at else str(name))
-        if found:
-            return found
-    return None
+    found = (_find_not_finite(entry, f"{at}.{name}" if at else str(name)) for name, entry in entries)
+    return next(filter(None, found), None)
 
 
 def print_json(document: object) -> None:
