@@ -211,10 +211,8 @@ def explain_overrides(config: Config | None) -> Iterator[None]:
     """Add to a `DataError` about a folder of the run which options made what lies there, or made it elsewhere."""
     try:
         yield
-    except Stopped:
-        raise
     except DataError as error:
-        hints = list(_hints(config, str(error))) if config else []
+        hints = list(_hints(config, str(error))) if config and not isinstance(error, Stopped) else []
         if not hints:
             raise
         *lines, last = map(str, error.args or (error,))
