@@ -37,10 +37,7 @@ dask async_wrapper root
 """.split()
 _HTTP = {"http", "https"}
 _EXTRAS = {"s3": "lgd[s3]", "s3a": "lgd[s3]", "gs": "lgd[gs]", "gcs": "lgd[gs]", "http": "aiohttp", "https": "aiohttp"}
-_KEYS = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-}
+_KEYS = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,", "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
 
 
 class RemoteError(DataError):
