@@ -31,10 +31,8 @@ def escape_markdown(text: object) -> str:
     """`text` as one line of Markdown that shows it."""
     line = escape_text(text, LONGEST).strip()
     # Every other part is an address.
-    parts = [
-        f"`{part}`" if number % 2 else _MARKUP.sub(_escape, part) for number, part in enumerate(_ADDRESS.split(line))
-    ]
-    escaped = "".join(parts)
+    parts = enumerate(_ADDRESS.split(line))
+    escaped = "".join(f"`{part}`" if number % 2 else _MARKUP.sub(_escape, part) for number, part in parts)
     opening = _OPENING.match(escaped)
     return f"{escaped[: opening.end()]}\\{escaped[opening.end() :]}" if opening else escaped
 
