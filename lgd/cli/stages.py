@@ -85,15 +85,12 @@ def _make_stage(
         def run(namespace: Namespace) -> None:
             config = config_of(namespace)
             from lgd import pipeline
-            from lgd.ray_jobs.cluster import disconnect
+            from lgd.ray_jobs.cluster import restore_connection
             from lgd.runs.folder import explain_overrides
 
-            try:
-                with explain_overrides(config):
-                    own = {name: vars(namespace)[name] for name in [*(flags or ()), *(["code"] if loads else [])]}
-                    table = getattr(pipeline, name)(config, given_of(namespace, verb, **own), **own)
-            finally:
-                disconnect()
+            with restore_connection(), explain_overrides(config):
+                own = {name: vars(namespace)[name] for name in [*(flags or ()), *(["code"] if loads else [])]}
+                table = getattr(pipeline, name)(config, given_of(namespace, verb, **own), **own)
             if table:
                 print_lines(*table.split("\n"))
 
