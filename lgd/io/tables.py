@@ -53,9 +53,7 @@ def unescape_cell(cell: str) -> str:
 
 def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a head and rows of cells, escaped."""
-    writer = csv.writer(file, lineterminator="\n")
-    for row in (columns, *rows):
-        writer.writerow(map(escape_cell, row))
+    csv.writer(file, lineterminator="\n").writerows(map(escape_cell, row) for row in (columns, *rows))
 
 
 def print_csv(rows: Sequence[Mapping[str, object]]) -> None:
