@@ -233,7 +233,7 @@ class Manifest(Recipe):
 
 
 def hash_64(text: str) -> int:
-    """The first 64 bits of a text's SHA-256, as patches.npy has them."""
+    """The first 64 bits of a text's SHA-256, as patches.npy has them and the sample plan draws from them."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 

@@ -25,7 +25,6 @@ Shapes: n positions, S shards, L lanes; B batch, C channels, H and W pixels.
 """
 
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,6 +34,7 @@ import torch
 from torch import Tensor
 
 from lgd.config import Data
+from lgd.shards.manifest import hash_64
 from lgd.stain.deconvolve import H_E, rgb_to_od
 
 ORDER = "lgd-order/1"
@@ -148,13 +148,8 @@ def _spread(lanes: int) -> np.ndarray:
 
 def _permutation(n: int, seed: int, purpose: str) -> np.ndarray:
     """A random order of n, int64 (n,), that no version of numpy changes."""
-    keys = splitmix64(_hash(seed, purpose) + _GOLDEN * np.arange(n, dtype=np.uint64))
+    keys = splitmix64(np.uint64(hash_64(f"{seed}:{purpose}")) + _GOLDEN * np.arange(n, dtype=np.uint64))
     return np.argsort(keys, kind="stable")
-
-
-def _hash(seed: int, purpose: str) -> np.uint64:
-    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
-    return np.uint64(int.from_bytes(digest[:8], "little"))
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
@@ -214,7 +209,7 @@ def draw(seed: int, epoch_B: np.ndarray, sample_B: np.ndarray, purpose: str, n: 
     `epoch_B` and `sample_B` (the sample's number over all shards) are int64 (B,); `purpose` keeps the draws
     for different uses apart. The hash is SplitMix64, applied to each key in turn.
     """
-    key_B = np.full(len(sample_B), _hash(seed, purpose))
+    key_B = np.full(len(sample_B), hash_64(f"{seed}:{purpose}"), np.uint64)
     for part_B in (epoch_B, sample_B):
         key_B = splitmix64(key_B + np.asarray(part_B, np.int64).view(np.uint64))
     bits_Bn = splitmix64(key_B[:, None] + _GOLDEN * np.arange(n, dtype=np.uint64))
