@@ -84,13 +84,6 @@ class Shard:
         return open_checked(self.path, self.sha256, self.bytes, REBUILD, find_problem), index
 
 
-def read_meta(shard: Shard, row: int) -> PatchMeta:
-    """KEY.json of one sample of a shard that is not open."""
-    file, index = shard.open()
-    with file:
-        return read_sample(file, index, row, shard, ())[0]
-
-
 def load_table(
     path: Location, digest: str, size: int | None, dtype: np.dtype[np.void], shape: tuple[int, ...]
 ) -> np.ndarray:

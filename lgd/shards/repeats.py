@@ -21,7 +21,7 @@ from lgd.base.errors import DataError
 from lgd.io.location import Location
 from lgd.shards.archive import Shard, read_meta
 from lgd.shards.manifest import PatchMeta, canonical_group, hash_64, patch_entry
-from lgd.shards.shard_set import ShardFolder, ShardSet
+from lgd.shards.shard_set import ShardSet
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,10 @@ def _read_place(shards: Sequence[Shard], number: int) -> Place:
     stain, row = divmod(int(number), sum(shard.samples for shard in shards))
     for shard in shards:
         if row < shard.samples:
-            return Place(shard=shard, row=row, meta=read_meta(shard, row), stain=stain)
+            file, index = shard.open()
+            with file:
+                meta, _ = read_sample(file, index, row, shard, ())
+            return Place(shard=shard, row=row, meta=meta, stain=stain)
         row -= shard.samples
     raise AssertionError(number)
 
