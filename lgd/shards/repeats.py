@@ -19,7 +19,7 @@ import numpy as np
 
 from lgd.base.errors import DataError
 from lgd.io.location import Location
-from lgd.shards.archive import Shard, read_meta
+from lgd.shards.archive import Shard, read_sample
 from lgd.shards.manifest import PatchMeta, canonical_group, hash_64, patch_entry
 from lgd.shards.shard_set import ShardSet
 
@@ -180,8 +180,13 @@ def open_disjoint(folders: Iterable[str | Location]) -> ShardSet:
     folders share on one side.
     """
     shards = ShardSet.open(folders)
+    for one, other in itertools.combinations(shards.folders, 2):
+        if one.manifest.digest == other.manifest.digest:
+            same = "is listed twice" if one.folder == other.folder else f"holds the same set as {one.folder}"
+            raise DataError(
+                f"data.shards: {other.folder} {same}, and each patch would count twice: remove it from the list"
+            )
     if len(shards.folders) > 1:
-        _refuse_copies(shards.folders)
         _refuse_overlaps(shards)
     return shards
 
@@ -207,16 +212,6 @@ def _refuse_overlaps(shards: ShardSet) -> None:
             f"data.shards: its folders share, on one side of the split, images: {images_twice} (each counts twice), "
             f"slides: {slides_twice}"
         )
-
-
-def _refuse_copies(opened: Sequence[ShardFolder]) -> None:
-    first: dict[str, Location] = {}
-    for one in opened:
-        folder = one.folder
-        other = first.setdefault(one.manifest.digest, folder)
-        if other is not folder:
-            same = "is listed twice" if other == folder else f"holds the same set as {other}"
-            raise DataError(f"data.shards: {folder} {same}, and each patch would count twice: remove it from the list")
 
 
 def _opposed(places: np.ndarray, folder_n: np.ndarray, side_n: np.ndarray) -> tuple[int, int]:
