@@ -151,11 +151,11 @@ def decode(
             buffer = out if out is not None and out.shape[:2] == _scaled(found, side) else None
             pixels: np.ndarray = simplejpeg.decode_jpeg(content, min_height=side, min_width=side, buffer=buffer)
             if size is not None and pixels.shape[:2] != (size, size):
-                pixels = np.array(_resized(Image.fromarray(pixels), size))
+                pixels = resize(pixels, size, size)
         else:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 rgb = _rgb(image)
-                pixels = np.array(rgb if size is None else _resized(rgb, size))
+                pixels = np.array(rgb if size is None else rgb.resize((size, size), Image.Resampling.BILINEAR))
     if out is None:
         return pixels
     if buffer is None:
@@ -223,6 +223,7 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Pixels (H, W, 3) shrunk or enlarged to (height, width, 3), antialiased as `decode` does it."""
+    # Pillow's bilinear filter widens with the shrink factor, which is what keeps it free of aliases.
     return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
@@ -240,11 +241,6 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def _resized(image: Image.Image, size: int) -> Image.Image:
-    # Pillow's bilinear filter widens with the shrink factor, which is what keeps it free of aliases.
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def check(content: bytes, name: str, turns: bool = False) -> Header:
