@@ -169,17 +169,6 @@ class _Use(NamedTuple):
         return [mine != theirs for mine, theirs in zip(self.facts.values(), other.facts.values(), strict=True)]
 
 
-def _list_uses(source: Source, keeps_split: bool) -> list[_Use]:
-    pair = source.pair
-    shared = {"split": pair.split if keeps_split else None, "label": pair.label, "slide": pair.slide, "mpp": pair.mpp}
-    return [
-        _Use(
-            pair, stain, {"stain": stain} | shared | dict(pair.origin) | {_STAINS[1 - stain]: source.sha256[1 - stain]}
-        )
-        for stain in (0, 1)
-    ]
-
-
 def leave_out_duplicates(sources: Sequence[Source], keeps_split: bool) -> tuple[list[Source], list[Problem]]:
     """The sources whose images are theirs alone, in their order, and a problem for each of the others.
 
@@ -188,16 +177,18 @@ def leave_out_duplicates(sources: Sequence[Source], keeps_split: bool) -> tuple[
     """
     users: dict[str, list[_Use]] = {}
     for source in sources:
-        for use, digest in zip(_list_uses(source, keeps_split), source.sha256, strict=True):
-            users.setdefault(digest, []).append(use)
+        pair, split = source.pair, source.pair.split if keeps_split else None
+        shared = {"split": split, "label": pair.label, "slide": pair.slide, "mpp": pair.mpp, **dict(pair.origin)}
+        for stain, digest in enumerate(source.sha256):
+            facts = {"stain": stain, **shared, _STAINS[1 - stain]: source.sha256[1 - stain]}
+            users.setdefault(digest, []).append(_Use(pair, stain, facts))
     conflicts: dict[str, Problem] = {}
     copies: dict[str, Problem] = {}
     for first, *others in users.values():
         other = next((use for use in others if use.facts != first.facts), None)
         if other is None:
-            kept = first.pair
             for use in others:
-                reason = f"{use.pair.key} is the same pair as {kept.key} ({kept.names[0]}): remove one"
+                reason = f"{use.pair.key} is the same pair as {first.pair.key} ({first.pair.names[0]}): remove one"
                 copies.setdefault(use.pair.key, use.pair.problem(reason))
             continue
         # A few among which each use finds one that contradicts it, and one that does so in a harmful way.
