@@ -196,14 +196,12 @@ def is_csv(root: Location) -> bool:
 
 def _match(root: Location, he: str, ihc: str) -> Iterator[Candidate | Problem]:
     """Pair the patches of two folders by stem."""
-    listed = {folder: list_folder(root / folder) for folder in (he, ihc)}
-    he_patches, ihc_patches = _patches(listed[he]), _patches(listed[ihc])
+    he_patches, ihc_patches = _patches(root, he), _patches(root, ihc)
     for stem in sorted(he_patches.keys() | ihc_patches.keys()):
-        mine, theirs = he_patches.get(stem, []), ihc_patches.get(stem, [])
-        names = [f"{he}/{name}" for name in mine] + [f"{ihc}/{name}" for name in theirs]
-        kinds = [listed[he][name] for name in mine] + [listed[ihc][name] for name in theirs]
-        bad = [(name, kind) for name, kind in zip(names, kinds, strict=True) if kind != "file"]
-        for name, kind in bad:
+        mine, theirs = he_patches.get(stem, {}), ihc_patches.get(stem, {})
+        names = [*mine, *theirs]
+        bad = {name: kind for name, kind in (mine | theirs).items() if kind != "file"}
+        for name, kind in bad.items():
             what = "a folder" if kind == "folder" else "no readable file"
             yield Problem(name, f"is {what}, not an image: remove or replace it")
         if bad:
@@ -217,11 +215,12 @@ def _match(root: Location, he: str, ihc: str) -> Iterator[Candidate | Problem]:
             yield Candidate(stem, root / names[0], root / names[1], label=None)
 
 
-def _patches(listed: dict[str, Kind]) -> dict[str, list[str]]:
-    """The patches of a folder by stem."""
-    patches: dict[str, list[str]] = {}
-    for name in filter(_is_patch, listed):
-        patches.setdefault(PurePosixPath(name).stem, []).append(name)
+def _patches(root: Location, folder: str) -> dict[str, dict[str, Kind]]:
+    """What each patch of a folder is, by its stem and by its name below the root."""
+    patches: dict[str, dict[str, Kind]] = {}
+    for name, kind in list_folder(root / folder).items():
+        if _is_patch(name):
+            patches.setdefault(PurePosixPath(name).stem, {})[f"{folder}/{name}"] = kind
     return patches
 
 
