@@ -7,9 +7,9 @@ import collections
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -25,9 +25,6 @@ from lgd.shards.manifest import UNKNOWN, Manifest, PatchMeta
 from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import SEEN, as_seen, find_repeats, unlike_patches
 from lgd.shards.shard_set import ShardFolder
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 _MOST = 100
 
@@ -60,7 +57,7 @@ def verify(folder: str | Location) -> list[str]:
     start, total = 0, sum(shard.samples for shard in shards)
     with ThreadPool(os.cpu_count()) as pool, progress(total, "verify", "samples") as bar:
         for shard in shards:
-            found, facts = _verify_shard(shard, pool, bar)
+            found, facts = _verify_shard(shard, pool, bar.update)
             problems += [*found, *_unsorted(shard, facts, last)]
             last[shard.split] = facts[-1][1].key if facts else ""
             for _, meta in facts:
@@ -89,8 +86,7 @@ def _strangers(folder: Location, shards: Sequence[Shard]) -> list[str]:
 
 def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str]:
     """What is wrong with the manifest's fields, but for its counts."""
-    chosen = manifest.options.as_json()
-    chosen.pop("he_size")
+    chosen = manifest.options.model_dump(exclude={"he_size"})
     try:
         options = ShardOptions(layout=manifest.layout, root="root", out="out", **chosen)
     except (ConfigError, TypeError, ValueError) as error:
@@ -110,7 +106,7 @@ def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str
             yield f"{shard.name} has {shard.samples} samples, but options.shard_size is {options.shard_size}"
 
 
-def _verify_shard(shard: Shard, pool: ThreadPool, bar: "tqdm") -> tuple[list[str], list[Fact]]:
+def _verify_shard(shard: Shard, pool: ThreadPool, advance: Callable[[int], object]) -> tuple[list[str], list[Fact]]:
     """Problems of one shard, and the KEY.json and row of each sample that could be read."""
     try:
         file, index = shard.open()
@@ -118,7 +114,7 @@ def _verify_shard(shard: Shard, pool: ThreadPool, bar: "tqdm") -> tuple[list[str
             file.close()
             file, index = shard.open()
     except DataError as error:
-        bar.update(shard.samples)
+        advance(shard.samples)
         return [str(error)], []
     problems = []
     with file:
@@ -128,7 +124,7 @@ def _verify_shard(shard: Shard, pool: ThreadPool, bar: "tqdm") -> tuple[list[str
         for found, meta in pool.imap(lambda row: _verify_sample(shard, file, index, row), range(shard.samples)):
             problems += found
             facts += [meta] if meta else []
-            bar.update()
+            advance(1)
     if len(problems) > _MOST:
         problems[_MOST:] = [f"{shard.path}: and {len(problems) - _MOST} more problems"]
     return problems, facts
