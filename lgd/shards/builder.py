@@ -38,18 +38,7 @@ from lgd.shards.manifest import HER2, PATCHES, Extensions, File, Manifest, Optio
 from lgd.shards.options import SPLITS, ShardOptions, describe_split, list_caveats, make_samples
 from lgd.shards.pairs import Source, find_pairs, leave_out_duplicates, refuse_spellings
 from lgd.shards.shard_set import ShardFolder
-from lgd.shards.writer import (
-    FILE,
-    MARKER,
-    Building,
-    ShardJob,
-    begin,
-    check_chunk,
-    entry_path,
-    finish,
-    require_marker,
-    write_shard,
-)
+from lgd.shards.writer import FILE, MARKER, Building, ShardJob, begin, check_chunk, finish, require_marker, write_shard
 
 # Pairs that a worker checks at a time.
 _CHUNK = 64
@@ -90,7 +79,7 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
     recipe = _recipe(options, sources, len(problems))
     if finished or exists(out / "manifest.json"):
         return _reuse(out, recipe), False
-    names = begin(out, recipe)
+    left = begin(out, recipe)
     if problems:
         write_problems(out / "rejected.csv", problems)
 
@@ -103,7 +92,7 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
             options=options,
             extensions=extensions,
             building=recipe.digest,
-            left={path.name, path.with_suffix(".idx").name, entry_path(path).name} <= names,
+            left=path.stem in left,
         )
         for name, some in of_split.items()
         for start in range(0, len(some), options.shard_size)

@@ -77,7 +77,10 @@ class ShardJob:
 
 
 def begin(out: Location, recipe: Building) -> set[str]:
-    """Mark OUT as being built from this recipe, or see that an interrupted build was of the same; what lies there."""
+    """Mark OUT as being built from this recipe, or see that an interrupted build was of the same.
+
+    Returns the stems of the shards that this one left whole, each with its entry.
+    """
     marker = out / MARKER
     names = set(list_folder(out))
     begun = MARKER in names or not create_json(marker, recipe.document())
@@ -87,7 +90,8 @@ def begin(out: Location, recipe: Building) -> set[str]:
             "remove it, or give --out another folder"
         )
     _remove(out, filter(LEFTOVER.fullmatch, names))
-    return names
+    stems = {name.removesuffix(".tar") for name in names}
+    return {stem for stem in stems if {f"{stem}.tar", f"{stem}.idx", f".{stem}.json"} <= names}
 
 
 def finish(out: Location) -> None:
@@ -162,11 +166,11 @@ def write_shard(job: ShardJob) -> Entry:
     if entry is None:
         entry = _write_archive(job)
         require_marker(job.path.parent, job.building)
-        BuiltShard(building=job.building, entry=entry).write(entry_path(job.path))
+        BuiltShard(building=job.building, entry=entry).write(_entry_path(job.path))
     return entry
 
 
-def entry_path(tar: Location) -> Location:
+def _entry_path(tar: Location) -> Location:
     """Where the entry of a shard lies until the set is finished."""
     return tar.with_name(f".{tar.stem}.json")
 
@@ -177,7 +181,7 @@ def _read_entry(tar: Location, building: str) -> Entry | None:
     Of a local one the digests are compared; one behind a url appeared whole, and is not downloaded.
     """
     try:
-        built = BuiltShard.read(entry_path(tar))
+        built = BuiltShard.read(_entry_path(tar))
     except RemoteError:
         raise
     except DataError:
