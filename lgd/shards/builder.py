@@ -83,7 +83,7 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
     if problems:
         write_problems(out / "rejected.csv", problems)
 
-    present = sorted({sample.split for sample in samples}, key=lambda name: (*SPLITS, name).index(name))
+    present = sorted({sample.split for sample in samples}, key=lambda name: ((*SPLITS, name).index(name), name))
     of_split = {name: [sample for sample in samples if sample.split == name] for name in present}
     jobs = [
         ShardJob(
