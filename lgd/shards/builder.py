@@ -64,11 +64,8 @@ def build(options: ShardOptions) -> tuple[Manifest, bool]:
     out = _open_target(options.out)
     # A finished set is only read, and may lie where nothing can be written.
     finished = exists(out / "manifest.json")
-    with contextlib.ExitStack() as stack:
-        if not finished:
-            stack.enter_context(exclusive(out, "building shards"))
-        if options.workers:
-            stack.enter_context(restore_connection())
+    lock = contextlib.nullcontext() if finished else exclusive(out, "building shards")
+    with lock, restore_connection() if options.workers else contextlib.nullcontext():
         return _build(options, out, finished)
 
 
