@@ -151,10 +151,9 @@ def check_pair(pair: PatchPair, options: ShardOptions) -> Source | Problem:
 def _read(path: Location, name: str) -> bytes:
     try:
         return read_bytes(path)
-    except MissingError as error:
-        raise DataError(f"{name}: is missing: correct it or remove the pair") from error
     except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror}): correct it or remove the pair") from error
+        reason = "is missing" if isinstance(error, MissingError) else f"cannot be read ({error.strerror})"
+        raise DataError(f"{name}: {reason}: correct it or remove the pair") from error
 
 
 def write_shard(job: ShardJob) -> Entry:
