@@ -5,13 +5,14 @@ OUT/.building.json says what is being built, and OUT/.{split}-{000000}.json is a
 is published after its tar and its index: a shard is taken over only if its entry is of the same build.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -192,11 +193,9 @@ def _read_entry(tar: Location, building: str) -> Entry | None:
 
 def require_marker(out: Location, building: str) -> None:
     """Raise `DataError` unless OUT is still being built by this build, which has this digest."""
-    try:
+    with contextlib.suppress(MissingDocument):
         if Building.read(out / MARKER).digest == building:
             return
-    except MissingDocument:
-        pass
     raise DataError(
         f"{out} is not being built by this command any more ({out / MARKER} is gone, or of other options): let the "
         "other build end, or give --out another folder"
@@ -209,20 +208,23 @@ def _write_archive(job: ShardJob) -> Entry:
 
     roles = job.extensions.by_role()
     suffixes = [extension if role == "json" else f"{role}.{extension}" for role, extension in roles.items()]
+    groups = (list(group) for _, group in itertools.groupby(job.samples, key=lambda sample: sample.source))
+    members = in_threads(functools.partial(_make_members, job.options), groups, job.options.threads)
     crcs: list[int] = []
     with publish(job.path) as temporary:
         form = {"user": "lgd", "group": "lgd", "mtime": 0, "encoder": False}
         with temporary.open("wb") as stream, webdataset.TarWriter(stream, **form) as writer:
-            for key, contents in _members(job):
+            for key, contents in itertools.chain.from_iterable(members):
                 for suffix, content in zip(suffixes, contents, strict=True):
                     # One call a member: of one call's members the writer keeps the alphabetical order.
                     writer.write({"__key__": key, suffix: content})
                     crcs.append(crc32(content))
+        # Before the tar appears: a worker may outlive its command.
+        require_marker(job.path.parent, job.building)
         # Read back rather than computed, so that the index cannot disagree with the tar.
         with tarfile.open(temporary, "r:") as tar:
-            places = [(member.offset_data, member.size) for member in tar]
+            rows = [(member.offset_data, member.size, crc) for member, crc in zip(tar, crcs, strict=True)]
         size, digest = temporary.stat().st_size, sha256(temporary)
-    rows = [(*place, crc) for place, crc in zip(places, crcs, strict=True)]
     index = np.array(rows, dtype=INDEX).reshape(-1, len(roles))
     with publish(job.path.with_suffix(".idx")) as temporary:
         with temporary.open("wb") as stream:
@@ -231,20 +233,11 @@ def _write_archive(job: ShardJob) -> Entry:
     return Entry(file=job.path.name, samples=len(job.samples), bytes=size, sha256=digest, idx_sha256=idx_digest)
 
 
-def _members(job: ShardJob) -> Iterator[tuple[str, list[bytes]]]:
-    """The key of each sample, and its json, H&E and IHC bytes, in order; sources are read and encoded in threads.
+def _make_members(options: ShardOptions, samples: Sequence[Sample]) -> list[tuple[str, list[bytes]]]:
+    """The key of each of the samples of one source, and its json, H&E and IHC bytes.
 
     Raises `DataError` for a source that is no longer the file that was checked.
     """
-    groups = (list(group) for _, group in itertools.groupby(job.samples, key=lambda sample: sample.source))
-    for made in in_threads(functools.partial(_members_of, job.options), groups, job.options.threads):
-        yield from made
-    # Before the tar appears: a worker may outlive its command.
-    require_marker(job.path.parent, job.building)
-
-
-def _members_of(options: ShardOptions, samples: Sequence[Sample]) -> list[tuple[str, list[bytes]]]:
-    """The members of samples of one source."""
     source, encoding = samples[0].source, options.encoding
     names = source.pair.names
     images = [_read(path, name) for path, name in zip((source.pair.he, source.pair.ihc), names, strict=True)]
