@@ -145,8 +145,14 @@ def synthesise(options: SynthOptions) -> dict[str, JsonValue]:
 
 
 def _draw_set(out: Path, options: SynthOptions, recipe: dict[str, int | float | str | None]) -> Summary:
-    """Draw the set into a folder that nobody else works on; returns its summary."""
-    _claim(out)
+    """Draw the set into a folder that nobody else works on, and that is new, empty or begun; returns its summary."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / _BEGUN).exists():
+        for stain in ("HE", "IHC"):
+            shutil.rmtree(out / stain, ignore_errors=True)
+    elif any(path.name != LOCK for path in out.iterdir()):
+        raise DataError(f"{out} is not empty and holds no virtual tissue: choose a new folder")
+    (out / _BEGUN).touch()
     pairs = _plan(options)
     for stain, split in itertools.product(("HE", "IHC"), {pair.split for pair in pairs}):
         (out / stain / split).mkdir(parents=True)
@@ -198,17 +204,6 @@ def _reuse(out: Path, recipe: dict[str, int | float | str | None]) -> Summary:
 
 def _count_bytes(out: Path) -> int:
     return sum(path.stat().st_size for stain in ("HE", "IHC") for path in (out / stain).glob("*/*.png"))
-
-
-def _claim(out: Path) -> None:
-    """Make `out` ours and empty, or refuse it."""
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / _BEGUN).exists():
-        for stain in ("HE", "IHC"):
-            shutil.rmtree(out / stain, ignore_errors=True)
-    elif any(path.name != LOCK for path in out.iterdir()):
-        raise DataError(f"{out} is not empty and holds no virtual tissue: choose a new folder")
-    (out / _BEGUN).touch()
 
 
 def _plan(options: SynthOptions) -> list[_Pair]:
