@@ -76,8 +76,8 @@ def draw_pair(
     truth = _intent(seed, slide, patch, slide_level(seed, slide) if level is None else level)
     grade = grade_of(seed, slide, patch, int(truth["patch_level"]), coupling)
     tissue = Tissue(_stream(_TISSUE, seed, slide, patch), look, grade, size, bool(truth.pop("barren")))
-    he, counts = _draw_he(_stream(_HE, seed, slide, patch), look, grade, tissue, size)
-    ihc, measured = _draw_ihc(_stream(_IHC, seed, slide, patch), look, int(truth["patch_level"]), tissue, size)
+    he, counts = _draw_he(_stream(_HE, seed, slide, patch), tissue, size)
+    ihc, measured = _draw_ihc(_stream(_IHC, seed, slide, patch), int(truth["patch_level"]), tissue, size)
     if not measured.pop("tumour_cells"):
         truth["patch_level"] = 0
     return he, ihc, {**truth, **counts, **measured}
@@ -115,13 +115,12 @@ def _intent(seed: int, slide: int, patch: int, level: int) -> dict[str, float]:
     return {"level": level, "patch_level": int(shown), "discordant": int(discordant), "barren": discordant and barren}
 
 
-def _draw_he(
-    rng: np.random.Generator, look: Look, grade: float, tissue: Tissue, size: int
-) -> tuple[np.ndarray, dict[str, int]]:
+def _draw_he(rng: np.random.Generator, tissue: Tissue, size: int) -> tuple[np.ndarray, dict[str, int]]:
     """The H&E (H, W, 3) uint8, and its counts of nuclei."""
+    look = tissue.look
     cut = _Cut(rng, tissue, size, neighbouring=False)
     cells, place, tumour, body = cut.cells, cut.place, cut.tumour, cut.body
-    chromatin = _chromatin(rng, cut, grade)
+    chromatin = _chromatin(rng, cut, tissue.grade)
     cleft = look.cleft * np.clip(0.5 + 0.7 * cut.wide, 0, 1.5)
     gap = tumour * np.clip((cleft + place.edge) / 1.0, 0, 1) * (1 - body) if look.cleft else 0.0 * body
     fibres = tissue.fibres(cut.yx)
@@ -161,10 +160,9 @@ def _chromatin(rng: np.random.Generator, cut: "_Cut", grade: float) -> np.ndarra
     return density
 
 
-def _draw_ihc(
-    rng: np.random.Generator, look: Look, level: int, tissue: Tissue, size: int
-) -> tuple[np.ndarray, dict[str, float]]:
+def _draw_ihc(rng: np.random.Generator, level: int, tissue: Tissue, size: int) -> tuple[np.ndarray, dict[str, float]]:
     """The IHC (H, W, 3) uint8 of the next section, and what its DAB truly is."""
+    look = tissue.look
     cut = _Cut(rng, tissue, size, neighbouring=True)
     cells, place, tumour, body = cut.cells, cut.place, cut.tumour, cut.body
     dab, measured = _membranes(rng, cut, level)
