@@ -76,8 +76,8 @@ def nuclei_grid(he_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
     local maximum of a difference of Gaussians of the hematoxylin, at the scale of a nucleus. Crowded or
     pale nuclei are undercounted. Raises `DataError` for an `mpp` that is not positive.
     """
-    step = _detection_step(mpp)
-    od_B3hw = rgb_to_od(_shrink(he_B3HW.float(), step), estimate_white(he_B3HW))
+    small_B3hw, step = _shrink(he_B3HW.float(), mpp)
+    od_B3hw = rgb_to_od(small_B3hw, estimate_white(he_B3HW))
     nuclei_Bhw = detect_nuclei(unmix(od_B3hw, H_E)[:, 0], mpp * step, _S["nucleus_contrast_he"])
     count_Bgg = _sum_by_cell(nuclei_Bhw, torch.ones_like(nuclei_Bhw[nuclei_Bhw], dtype=torch.int64), grid)
     height, width = he_B3HW.shape[-2:]
@@ -105,8 +105,7 @@ def membrane_grid(ihc_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
     # The fraction is at least one pixel of the cell, or the sum above it is 0 too.
     focal_Bmm = F.adaptive_avg_pool2d(dab_BHW * stained_BHW, grid) / fraction_Bmm.clamp(min=1e-12)
 
-    step = _detection_step(mpp)
-    small_B2hw = _shrink(stains_B3HW[:, :2], step)
+    small_B2hw, step = _shrink(stains_B3HW[:, :2], mpp)
     small_dab_Bhw = small_B2hw[:, 1].clamp(min=0)
     blue_Bhw = small_B2hw[:, 0] - _S["ihc_brown_weight"] * small_dab_Bhw
     nuclei_Bhw = detect_nuclei(blue_Bhw, mpp * step, _S["nucleus_contrast_ihc"])
@@ -187,14 +186,13 @@ def _sum_by_cell(mask_BHW: Tensor, value_N: Tensor, grid: int) -> Tensor:
     return total.view(batch, grid, grid).float()
 
 
-def _detection_step(mpp: float) -> int:
-    """Native pixels to one pixel of the resolution at which nuclei are found."""
-    return max(1, round(_S["detection_mpp"] / mpp))
+def _shrink(x_BCHW: Tensor, mpp: float) -> tuple[Tensor, int]:
+    """An image at the resolution at which nuclei are found, and how many native pixels are one pixel of it, a side.
 
-
-def _shrink(x_BCHW: Tensor, step: int) -> Tensor:
-    """Mean of step x step pixels; a last, narrower block keeps every pixel."""
-    return F.avg_pool2d(x_BCHW, step, ceil_mode=True, count_include_pad=False)
+    Each is the mean of such a block; a last, narrower block keeps every pixel.
+    """
+    step = max(1, round(_S["detection_mpp"] / mpp))
+    return F.avg_pool2d(x_BCHW, step, ceil_mode=True, count_include_pad=False), step
 
 
 def _blur(x_BHW: Tensor, sigma: float) -> Tensor:
