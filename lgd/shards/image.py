@@ -27,6 +27,7 @@ RESIZE = "scaled JPEG decoding, then antialiased bilinear (1)"
 
 MAX_PIXELS = 100_000_000
 
+_TOO_LARGE = f"has more than {MAX_PIXELS // 10**6} megapixels: cut it into patches"
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _PNG_END = b"IEND\xaeB`\x82"
@@ -90,17 +91,13 @@ def header(content: bytes | memoryview, name: str) -> Header:
                     raise DataError(f"{name}: is an animation: keep one frame of it")
                 width, height = image.size
     if width * height > MAX_PIXELS:
-        raise _too_large(name)
+        raise DataError(f"{name}: {_TOO_LARGE}")
     return Header(extension, width, height)
 
 
 def _check_mode(image: Image.Image, name: str) -> None:
     if image.mode not in _MODES:
         raise DataError(f"{name}: has pixels of mode {image.mode}: convert it to 8-bit RGB")
-
-
-def _too_large(name: str) -> DataError:
-    return DataError(f"{name}: has more than {MAX_PIXELS // 10**6} megapixels: cut it into patches")
 
 
 def _too_deep(name: str, depth: int) -> DataError:
@@ -118,7 +115,7 @@ def _explain_errors(name: str, content: bytes | memoryview = b"") -> Iterator[No
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise _too_large(name) from error
+        raise DataError(f"{name}: {_TOO_LARGE}") from error
     except _BROKEN as error:
         if kind(content) == "jpg" and (deep := _DEEP_FRAME.search(content)):
             raise _too_deep(name, deep[1][0]) from error
@@ -173,7 +170,7 @@ def as_pixels(image: Image.Image, name: str) -> np.ndarray:
     """The pixels of a Pillow image, uint8 (H, W, 3), as `decode_upright` gives those of a file; raises as it does."""
     _check_mode(image, name)
     if image.width * image.height > MAX_PIXELS:
-        raise _too_large(name)
+        raise DataError(f"{name}: {_TOO_LARGE}")
     with _explain_errors(name):
         pixels = np.array(_rgb(image))
     return turn_upright(pixels, find_orientation(image))
