@@ -109,9 +109,8 @@ def _intent(seed: int, slide: int, patch: int, level: int) -> dict[str, float]:
     """What the patch shows. One in ten is discordant: the level beside the slide's, or hardly any tumour."""
     rng = _stream(_LEVEL, seed, slide, patch)
     discordant, barren, step = rng.random() < 0.1, rng.random() < 0.4, rng.choice((-1, 1))
-    shown = level
-    if discordant and not barren:
-        shown = level + step if 0 <= level + step <= 3 else level - step
+    beside = level + step if 0 <= level + step <= 3 else level - step
+    shown = beside if discordant and not barren else level
     return {"level": level, "patch_level": int(shown), "discordant": int(discordant), "barren": discordant and barren}
 
 
