@@ -34,7 +34,7 @@ from lgd.io.locks import LOCK, exclusive
 from lgd.ray_jobs.cluster import map_with, restore_connection
 from lgd.shards.image import codecs
 from lgd.shards.layouts import Problem, write_problems
-from lgd.shards.manifest import HER2, PATCHES, Extensions, File, Manifest, Options, Sources, patch_entry
+from lgd.shards.manifest import HER2, PATCHES, Extensions, File, Manifest, Options, Recipe, Sources, patch_entry
 from lgd.shards.options import SPLITS, ShardOptions, describe_split, list_caveats, make_samples
 from lgd.shards.pairs import Source, find_pairs, leave_out_duplicates, refuse_spellings
 from lgd.shards.shard_set import ShardFolder
@@ -107,10 +107,7 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
     write_bytes(out / "patches.npy", patches)
     root = as_location(options.root)
     manifest = Manifest(
-        layout=recipe.layout,
-        options=recipe.options,
-        codecs=recipe.codecs,
-        sources=recipe.sources,
+        **{name: getattr(recipe, name) for name in Recipe.model_fields},
         target=HER2,
         extensions=extensions,
         patches=File(bytes=len(patches), sha256=hashlib.sha256(patches).hexdigest()),
