@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 
 from pydantic import ValidationError
 
-from lgd.base.errors import ConfigError, DataError, require
+from lgd.base.errors import DataError, require
 from lgd.base.extensions import FORM, is_python, load_object
 from lgd.base.records import explain
 from lgd.config import LEVEL_NAMES
@@ -182,10 +182,8 @@ def find_layout(name: str) -> Layout:
     """The layout of a name, which is imported where it is outside LGD; `ConfigError` for an unknown one."""
     check_layout(name)
     kind = LAYOUTS.get(name) or load_object(name, "--layout")
-    if not (isinstance(kind, type) and issubclass(kind, Layout)) or inspect.isabstract(kind):
-        raise ConfigError(
-            f"--layout is {name}, which is no layout: derive it from lgd.shards.layouts.Layout, with a `scan`"
-        )
+    good = isinstance(kind, type) and issubclass(kind, Layout) and not inspect.isabstract(kind)
+    require(good, f"--layout is {name}, which is no layout: derive it from lgd.shards.layouts.Layout, with a `scan`")
     return kind()
 
 
