@@ -198,13 +198,11 @@ def _match(root: Location, he: str, ihc: str) -> Iterator[Candidate | Problem]:
     for stem in sorted(he_patches.keys() | ihc_patches.keys()):
         mine, theirs = he_patches.get(stem, {}), ihc_patches.get(stem, {})
         names = [*mine, *theirs]
-        bad = {name: kind for name, kind in (mine | theirs).items() if kind != "file"}
-        for name, kind in bad.items():
-            what = "a folder" if kind == "folder" else "no readable file"
-            yield Problem(name, f"is {what}, not an image: remove or replace it")
-        if bad:
-            continue
-        if not mine or not theirs:
+        if bad := {name: kind for name, kind in (mine | theirs).items() if kind != "file"}:
+            for name, kind in bad.items():
+                what = "a folder" if kind == "folder" else "no readable file"
+                yield Problem(name, f"is {what}, not an image: remove or replace it")
+        elif not mine or not theirs:
             reason = f"has no partner {stem} in {ihc if mine else he}: add it, or remove this one"
             yield Problem(names[0], reason, "", names[0] if mine else "", "" if mine else names[0])
         elif len(names) > 2:
