@@ -18,16 +18,7 @@ from lgd.base.errors import DataError
 from lgd.config import Config, Data
 from lgd.models.losses import Lesson, Negatives
 from lgd.store.store import Rows
-from lgd.stream.plan import (
-    Plan,
-    World,
-    d4,
-    drawn_views,
-    jitter_he,
-    rank_positions,
-    to_device,
-    turn_stored,
-)
+from lgd.stream.plan import Plan, World, d4, drawn_views, jitter_he, rank_positions, to_device, turn_stored
 from lgd.stream.reader import Reader, Samples, stream
 from lgd.train.targets import Queue
 
