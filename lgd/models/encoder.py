@@ -56,8 +56,7 @@ def _make_spec(name: str, **fields: object) -> EncoderSpec:
 
 
 def _describe_preset(name: str) -> EncoderSpec:
-    mean, std = _FROM_SCRATCH_MEAN, _FROM_SCRATCH_STD
-    return _make_spec(name, backbone=PRESETS[name], batchnorm="group", mean=mean, std=std)
+    return _make_spec(name, backbone=PRESETS[name], batchnorm="group", mean=_FROM_SCRATCH_MEAN, std=_FROM_SCRATCH_STD)
 
 
 def _describe_outside(name: str) -> EncoderSpec:
@@ -139,10 +138,8 @@ class Encoder(nn.Module):
         self.is_outside = is_python(spec.name)
         if spec.batchnorm == "group":
             _batchnorm_to_groupnorm(self.backbone)
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-        self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+        self.mean = nn.Buffer(255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.std = nn.Buffer(255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         channels: Any = backbone.channels
         self.channels: int = channels if self.is_outside else list(channels)[-1]
 

@@ -27,10 +27,8 @@ class Teacher(nn.Module):
         self.head = nn.Linear(encoder.channels, len(LEVEL_NAMES))
         # Subtracted from what is cached: without it the latents share one direction. On the sample of BCI every
         # query then found the same neighbours, all at a cosine of 0.98.
-        self.pooled_mean: torch.Tensor
-        self.map_mean: torch.Tensor
-        self.register_buffer("pooled_mean", torch.zeros(self.dim))
-        self.register_buffer("map_mean", torch.zeros(self.dim))
+        self.pooled_mean = nn.Buffer(torch.zeros(self.dim))
+        self.map_mean = nn.Buffer(torch.zeros(self.dim))
 
     def forward(self, ihc_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 3, H, W) in 0..255 -> `map` (B, D, h, w), `pooled` (B, D), `logits` (B, 4).
