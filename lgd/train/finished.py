@@ -18,22 +18,22 @@ from lgd.models.description import describe_training
 from lgd.models.export import save_model
 from lgd.models.teacher import Teacher
 from lgd.shards.archive import Shard
-from lgd.stream.plan import World, eval_numbers
+from lgd.stream.plan import eval_numbers
 from lgd.stream.reader import Reader, in_batches, stream
 from lgd.train.batch import Batch, collate, gather
 from lgd.train.engine import Engine
-from lgd.train.prepare import Prepared
-from lgd.train.tasks import Network, Task
+from lgd.train.prepare import Learner, Prepared
+from lgd.train.tasks import Network
 
 
 def forward_split(
-    engine: Engine, role: str, shards: list[Shard], config: Config, world: World, skip: bool = False
+    engine: Engine, role: str, shards: list[Shard], config: Config, skip: bool = False
 ) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
     """One pass without gradients over this rank's share of the shards: each batch, and what the network gives.
 
     `skip`: samples that cannot be read are in the batch as invalid ones, instead of raising `DataError`.
     """
-    reader = Reader(shards, (role,), config.data.size)
+    reader, world = Reader(shards, (role,), config.data.size), engine.world
     batch = max(1, config.train.batch // world.size)
     rounds = math.ceil(math.ceil(reader.total / world.size) / batch)
     numbers = in_batches(eval_numbers(reader.total, world), batch)
@@ -50,15 +50,14 @@ def forward_split(
     reader.close()
 
 
-def validate(
-    engine: Engine, task: Task, shards: list[Shard], config: Config, world: World
-) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+def validate(learner: Learner, shards: list[Shard]) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Logits (n, 4) and levels (n,) of all labelled samples of the shards, on every rank, and their scores."""
+    engine, task = learner.engine, learner.task
     mine = [
         (out["logits"].float().cpu().numpy(), one.level_B.numpy())
-        for one, out in forward_split(engine, task.role, shards, config, world)
+        for one, out in forward_split(engine, task.role, shards, task.config)
     ]
-    pairs = gather(mine, world)
+    pairs = gather(mine, engine.world)
     logits = np.concatenate([np.zeros((0, 4), np.float32), *(a for a, _ in pairs)])
     levels = np.concatenate([np.zeros(0, np.int64), *(b for _, b in pairs)])
     logits, levels = logits[levels >= 0], levels[levels >= 0]
@@ -66,12 +65,12 @@ def validate(
     return logits, levels, score(levels, chances) if len(levels) else {}
 
 
-def centre_latents(engine: Engine, shards: list[Shard], config: Config, world: World) -> None:
+def centre_latents(engine: Engine, shards: list[Shard], config: Config) -> None:
     """Put the origin of the teacher's latents at their mean over the training split, skipping what training skipped."""
     assert isinstance(engine.model, Teacher)
-    dim = engine.model.dim
+    dim, world = engine.model.dim, engine.world
     sums = torch.zeros(2 * dim + 1, dtype=torch.float64, device=world.device)
-    for batch, out in forward_split(engine, "ihc", shards, config, world, skip=config.data.on_bad.skips > 0):
+    for batch, out in forward_split(engine, "ihc", shards, config, skip=config.data.on_bad.skips > 0):
         ones = out["pooled"].new_ones(len(batch), 1)
         rows = torch.cat([out["pooled"], out["map"].mean(dim=(2, 3)), ones], dim=1)
         sums += rows[batch.valid_B.to(rows.device)].double().sum(dim=0)
@@ -83,12 +82,11 @@ def centre_latents(engine: Engine, shards: list[Shard], config: Config, world: W
 
 def export(run: Prepared, step: int) -> None:
     """Score the validation split, fit the temperature on it, and publish the network as it is after `step`."""
-    learner, log = run.learner, run.log
-    config, world, engine = learner.config, learner.world, learner.engine
+    learner, engine, log = run.learner, run.learner.engine, run.log
     temperature = 1.0
     scores: dict[str, float] = {}
     if held_out := run.shards.of_split("val"):
-        logits, levels, scores = validate(engine, learner.task, held_out, config, world)
+        logits, levels, scores = validate(learner, held_out)
         if len(levels):
             temperature = fit_temperature(levels, logits)
         if log:
@@ -99,7 +97,7 @@ def export(run: Prepared, step: int) -> None:
         describe = functools.partial(
             learner.task.describe,
             engine.model,
-            size=config.data.size,
+            size=learner.task.config.data.size,
             training=describe_training(run.shards),
             licence=None,
             temperature=temperature,
@@ -109,7 +107,7 @@ def export(run: Prepared, step: int) -> None:
             epochs=learner.task.epochs,
             skipped=len(learner.skipped.numbers),
             engine=engine.name,
-            workers=world.size,
+            workers=engine.world.size,
             versions={"lgd": lgd.__version__, "torch": torch.__version__, "python": platform.python_version()},
         )
         save_model(learner.task.folder, weights, describe)

@@ -190,11 +190,11 @@ def worker(config: Config, shards: ShardSet, task: str, engine: str, stop: str |
         # One rank is enough: at each step all agree on whether any of them was asked to stop.
         with (
             stop_flag(stop if world.rank == 0 else None) as flag,
-            contextlib.closing(Prepared(config, shards, TASKS[task](config), world, engine)) as run,
+            contextlib.closing(Prepared(shards, TASKS[task](config), world, engine)) as run,
         ):
             best = fit(run, flag)
             if task == "teacher":
-                centre_latents(run.learner.engine, shards.of_split("train"), config, world)
+                centre_latents(run.learner.engine, shards.of_split("train"), config)
             export(run, best.step if config.train.patience else run.learner.steps)
 
 

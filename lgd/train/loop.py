@@ -32,9 +32,9 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
     Returns the best validation. `stop` asks to save a checkpoint and to end, and every rank reads it at each step:
     raises `Stopped` then, and `DataError` for a loss that is no number.
     """
-    learner, task = run.learner, run.learner.task
-    config, world, engine, steps = learner.config, learner.world, learner.engine, learner.steps
-    settings, folder, held_out = config.train, task.folder / "checkpoints", run.shards.of_split("val")
+    learner, engine, steps = run.learner, run.learner.engine, run.learner.steps
+    settings, folder = learner.task.config.train, learner.task.folder / "checkpoints"
+    held_out = run.shards.of_split("val")
 
     # Resume.
     done, start, best = 0, 0, checkpoint.Best()
@@ -44,7 +44,7 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
         engine.load(saved.weights, saved.moments, done)
     # It is as large as the network with its moments.
     del saved
-    if world.rank == 0:
+    if engine.world.rank == 0:
         # A kill can come after the last save, and before what it makes superfluous is removed.
         checkpoint.prune(folder, best, settings.keep)
     run.open_log(done)
@@ -72,7 +72,7 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
         # Validate; the last step is validated when the network is exported.
         improved = False
         if held_out and done % run.every == 0 and (done < steps or settings.patience):
-            logits, levels, scores = validate(engine, task, held_out, config, world)
+            logits, levels, scores = validate(learner, held_out)
             best = best.after(done, scores.get(settings.metric, math.nan))
             improved = best.step == done
             if log:
@@ -114,9 +114,9 @@ def take_step(learner: Learner, step: int, micro: list[Batch], stop: bool) -> Ta
     gradient norm, skipped samples), and whether any rank was asked to stop. Every rank calls both; `DataError` for a
     loss or a gradient that is no number.
     """
-    config, world, engine, skipped = learner.config, learner.world, learner.engine, learner.skipped
+    config, engine, skipped = learner.task.config, learner.engine, learner.skipped
     # Dropout and the like are drawn alike after a restart.
-    torch.manual_seed(step_seed(config.run.seed, step, world.rank))
+    torch.manual_seed(step_seed(config.run.seed, step, engine.world.rank))
     bad = {n: error for batch in micro for n, error in batch.errors.items() if n not in skipped.numbers}
     names, total, each = backward(learner, micro, step / learner.steps, [len(bad) > 0, stop])
     rate = learning_rate(step, learner.steps, config.train.lr, config.train.warmup)
@@ -126,11 +126,11 @@ def take_step(learner: Learner, step: int, micro: list[Batch], stop: bool) -> Ta
     def read() -> tuple[dict[str, float], bool]:
         *numbers, any_bad, stopping, norm = wait()
         if any_bad:
-            skipped.add({n: error for n, error in bad.items() if n not in skipped.numbers}, world)
+            skipped.add({n: error for n, error in bad.items() if n not in skipped.numbers}, engine.world)
         values = dict(zip(names, numbers, strict=True))
         advice = "lower train.lr, or look at these patches; checkpoints before this step are kept"
         if not math.isfinite(values["loss"]):
-            keys = not_finite(micro, each, world)
+            keys = not_finite(micro, each, engine.world)
             raise DataError(f"the loss is {values['loss']} at step {step + 1}, {keys}: {advice}")
         if not math.isfinite(norm):
             keys = f"in a batch with {list_keys(micro)}"
@@ -149,7 +149,7 @@ def backward(
     terms of each sample. The ranks talk while they compute, counts beside the first forward pass and values beside the
     last backward pass: each time that all wait for the slowest costs, for it is another one each time.
     """
-    task, world, engine = learner.task, learner.world, learner.engine
+    task, engine, world = learner.task, learner.engine, learner.engine.world
     counts = to_device(
         torch.tensor([[batch.label_count, batch.valid_count] for batch in micro]).sum(dim=0), world.device
     )

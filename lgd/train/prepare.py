@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lgd.base.errors import ConfigError, DataError
-from lgd.config import Config, Train
+from lgd.config import Train
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World
@@ -27,9 +27,7 @@ logger = logging.getLogger(__name__)
 class Learner:
     """A network with all that one step changes it by (`lgd.train.loop.take_step`)."""
 
-    config: Config
     task: Task
-    world: World
     engine: Engine
     steps: int
     """Those of the whole training: the schedules of learning rate and weights count on them."""
@@ -58,9 +56,9 @@ def make_engine(name: str, model: nn.Module, train: Train, extra: Mapping[str, o
 class Prepared:
     """A training in one of its processes: what it reads, its network and engine, and its log."""
 
-    def __init__(self, config: Config, shards: ShardSet, task: Task, world: World, engine: str) -> None:
+    def __init__(self, shards: ShardSet, task: Task, world: World, engine: str) -> None:
         """Raises `DataError` for a batch that the workers do not divide, and for early stopping without validation."""
-        settings = config.train
+        config, settings = task.config, task.config.train
         if settings.batch % (world.size * settings.accumulate):
             raise DataError(
                 f"train.batch {settings.batch} does not divide into {world.size} workers x train.accumulate "
@@ -72,9 +70,7 @@ class Prepared:
         self.reader = Reader(shards.of_split("train"), (task.role,), config.data.size)
         plan = Plan(self.reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
         self.learner = Learner(
-            config=config,
             task=task,
-            world=world,
             engine=make_engine(engine, task.build().train(), settings, config.deepspeed, world),
             steps=max(1, math.ceil(task.epochs * plan.total / settings.batch)),
             skipped=Skipped(config.data),
@@ -96,11 +92,11 @@ class Prepared:
 
     def open_log(self, start: int) -> None:
         """Open the log of rank 0, of the steps after `start`, and note what may be unexpected."""
-        learner = self.learner
-        if learner.world.rank:
+        task = self.learner.task
+        if self.learner.engine.world.rank:
             return
-        settings, lanes = learner.config.train, learner.config.data.lanes
-        self.log = Log(learner.task.folder, start, learner.steps, settings.batch)
+        settings, lanes = task.config.train, task.config.data.lanes
+        self.log = Log(task.folder, start, self.learner.steps, settings.batch)
         if settings.engine == "auto" and (lacking := deepspeed_problem()):
             logger.warning("%s: %s: training uses the torch engine", self.log.name, lacking)
         if 1.5 * lanes < min(settings.batch, len(self.shards.of_split("train"))):

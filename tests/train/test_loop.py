@@ -465,7 +465,7 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
 def test_the_batch_must_divide_by_the_ranks(tissue_run):
     task, shards = TeacherTask(tissue_run), ShardSet.open(tissue_run.shard_dirs)
     with pytest.raises(DataError, match=r"train.batch 8 does not divide into 3 workers x train.accumulate 1"):
-        Prepared(tissue_run, shards, task, World(rank=0, size=3), "torch")
+        Prepared(shards, task, World(rank=0, size=3), "torch")
 
 
 def test_the_learning_rate_rises_and_falls():

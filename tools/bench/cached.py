@@ -242,10 +242,10 @@ class Sides:
 
     def check(self) -> float:
         """Compare the loss curves of both sides, from the same weights; returns the largest relative difference."""
-        learner = self.training.learner
-        run = (learner.config, learner.task, learner.world, learner.task.build())
+        learner, config = self.training.learner, self.training.learner.task.config
+        run = (config, learner.task, learner.engine.world, learner.task.build())
         ours_n, theirs_n = (curve(*run, side.steps(COMPARED)) for side in (self.streamed, self.taught))
-        return check_curves(ours_n, theirs_n, learner.config)
+        return check_curves(ours_n, theirs_n, config)
 
     def in_memory(self) -> Rate:
         """The student's step alone."""

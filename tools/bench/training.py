@@ -132,9 +132,7 @@ class Training:
     ) -> None:
         """`name`: folder of the log, where it is not the engine's."""
         self.learner = Learner(
-            config=config,
             task=task,
-            world=world,
             engine=make_engine(engine, model.train(), config.train, config.deepspeed, world),
             steps=STEPS,
             skipped=Skipped(config.data),
@@ -150,7 +148,7 @@ class Training:
         began, before = time.perf_counter(), None
         for micro, _ in steps:
             waited = time.perf_counter() - began
-            augmented = [augment(batch, self.learner.task.role, self.learner.config) for batch in micro]
+            augmented = [augment(batch, self.learner.task.role, self.learner.task.config) for batch in micro]
             taken = take_step(self.learner, self.done, augmented, stop=False)
             if before:
                 yield self._read(before, waited)
