@@ -238,19 +238,19 @@ def stop_flag(path: str | None) -> Iterator[threading.Event]:
     The signals mean what they meant before once the block ends, so that Ctrl-C ends the stages after training.
     """
     flag, ended = threading.Event(), threading.Event()
+
+    def watch(path: str) -> None:
+        # Each look costs a shared disk or a store a request.
+        while not ended.wait(0.5):
+            with contextlib.suppress(OSError, DataError):
+                if exists(path):
+                    flag.set()
+                    return
+
     if path is not None:
-        threading.Thread(target=_watch, args=(path, flag, ended), daemon=True).start()
+        threading.Thread(target=watch, args=(path,), daemon=True).start()
     with stop_signals(lambda *_: flag.set()):
         try:
             yield flag
         finally:
             ended.set()
-
-
-def _watch(path: str, flag: threading.Event, ended: threading.Event) -> None:
-    """Set `flag` when the file appears, until `ended` is set. Each look costs a shared disk or a store a request."""
-    while not ended.wait(0.5):
-        with contextlib.suppress(OSError, DataError):
-            if exists(path):
-                flag.set()
-                return
