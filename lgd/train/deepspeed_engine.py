@@ -6,7 +6,6 @@ Its curve is that of `lgd.train.engine.TorchEngine`, for ZeRO stages 0 to 3.
 import contextlib
 import hashlib
 import importlib.util
-import itertools
 import logging
 import os
 import shutil
@@ -117,6 +116,7 @@ class DeepSpeedEngine(Engine):
                 model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
             )
         self.model, self.optimizer = self.engine.module, self.zero
+        self.stage_3 = hasattr(self.zero, "fp32_partitioned_groups_flat")
         if not self.plain:
             self._prime()
 
@@ -145,16 +145,15 @@ class DeepSpeedEngine(Engine):
         DeepSpeed links parameters to moments after the first parameter group's first step, when those of the
         second group do not exist yet, and never again (0.19.8).
         """
-        stage_3 = hasattr(self.zero, "fp32_partitioned_groups_flat")
-        groups = [[p] for p in self.zero.fp32_partitioned_groups_flat] if stage_3 else None
         inner = self.zero.optimizer
-        for p in itertools.chain.from_iterable(groups or [group["params"] for group in inner.param_groups]):
+        parameters = [p for group in inner.param_groups for p in group["params"]]
+        for p in self.zero.fp32_partitioned_groups_flat if self.stage_3 else parameters:
             inner.state[p] = {
                 "step": torch.tensor(0.0, device=p.device),
                 "exp_avg": torch.zeros_like(p.data),
                 "exp_avg_sq": torch.zeros_like(p.data),
             }
-        if not stage_3:
+        if not self.stage_3:
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def state(self) -> tuple[dict[str, torch.Tensor], Moments]:
@@ -173,38 +172,33 @@ class DeepSpeedEngine(Engine):
         if self.plain:
             super().load(weights, moments, steps)
             return
-        import deepspeed
+        from deepspeed import utils, zero
 
+        set_weight, set_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+        if self.stage_3:
+            # DeepSpeed's own safe_set_full_* forget what `_take_share` pads (0.19.8).
+            set_weight, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
         for name, p in self.model.named_parameters():
-            self._set(p, weights[name], None)
+            set_weight(p, self._take_share(p, weights[name]))
             for moment in MOMENTS if f"{name}|exp_avg" in moments else ():
-                self._set(p, moments[f"{name}|{moment}"], moment)
+                set_moment(p, self._take_share(p, moments[f"{name}|{moment}"]), moment)
             # The network computes with copies of its own, which DeepSpeed refreshes after a step only.
-            with torch.no_grad(), deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+            with torch.no_grad(), zero.GatheredParameters([p], modifier_rank=0):
                 p.copy_(weights[name])
         for name, buffer in _buffers(self.model).items():
             buffer.copy_(weights[name])
         for held in self.zero.optimizer.state.values():
             held["step"].fill_(steps)
 
-    def _set(self, p: nn.Parameter, full: torch.Tensor, moment: str | None) -> None:
-        """Set this rank's share of a parameter, or of one of its moments."""
-        from deepspeed import utils
-
+    def _take_share(self, p: nn.Parameter, full: torch.Tensor) -> torch.Tensor:
+        """What this rank is given of a parameter or of one of its moments, flat: below ZeRO-3 all of it."""
         full = full.to(self.world.device).flatten()
-        if hasattr(p, "ds_tensor"):
-            # ZeRO-3 pads what the ranks do not divide; DeepSpeed's own safe_set_full_* forgets that (0.19.8).
-            size = p.ds_tensor.numel()
-            full = nn.functional.pad(full, (0, size * self.world.size - full.numel()))
-            mine = full[size * self.world.rank : size * (self.world.rank + 1)]
-            if moment is None:
-                utils.safe_set_local_fp32_param(p, mine)
-            else:
-                utils.safe_set_local_optimizer_state(p, mine, moment)
-        elif moment is None:
-            utils.safe_set_full_fp32_param(p, full)
-        else:
-            utils.safe_set_full_optimizer_state(p, full, moment)
+        if not hasattr(p, "ds_tensor"):
+            return full
+        # It pads what the ranks do not divide.
+        size = p.ds_tensor.numel()
+        full = nn.functional.pad(full, (0, size * self.world.size - full.numel()))
+        return full[size * self.world.rank : size * (self.world.rank + 1)]
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
