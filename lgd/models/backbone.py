@@ -169,11 +169,7 @@ def _check_loaded(
     missing = [name for name in lacking if name in learnt & needed.keys() and "mask_token" not in name]
     layers = {_mask_numbers(name) for name in needed}
     beyond = [name for name in unexpected if _mask_numbers(name) in layers]
-    for names, problem in (
-        (missing, "lack"),
-        (mismatched, "have other shapes of"),
-        (beyond, "have more layers:"),
-    ):
+    for names, problem in ((missing, "lack"), (mismatched, "have other shapes of"), (beyond, "have more layers:")):
         if names:
             raise ValueError(
                 f"its weights do not fit config.json: they {problem} {len(names)} tensors, such as "
