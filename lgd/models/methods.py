@@ -29,7 +29,7 @@ from lgd.models.description import StudentConfig
 from lgd.models.encoder import Encoder, build_encoder
 from lgd.models.export import load_weights
 from lgd.models.losses import Lesson, Negatives, Terms
-from lgd.models.student import HallucinatingStudent, Outputs, Student, TwoStreamStudent
+from lgd.models.student import HallucinatingStudent, Outputs, Sizes, Student, TwoStreamStudent
 from lgd.models.teacher import Teacher, load_teacher
 
 
@@ -270,7 +270,7 @@ def student_from(config: StudentConfig) -> Student:
     return find_method(name).network(
         morphology=Encoder(config.morphology),
         hallucination=None if spec is None else Encoder(spec),
-        **{name: getattr(config, name) for name in ("latent_dim", "latent_map", "nuclei_grid", "membrane_grid")},
+        **{name: getattr(config, name) for name in Sizes.__annotations__},
     )
 
 

@@ -5,6 +5,8 @@ abstract says. Its hallucination stream has its own encoder, started from the te
 or shares the trunk of the morphology stream. Which method trains which network is said in `lgd.models.methods`.
 """
 
+from typing import TypedDict, Unpack
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -17,30 +19,26 @@ Outputs = dict[str, torch.Tensor]
 """What a network gives, by name."""
 
 
+class Sizes(TypedDict):
+    """Sizes of what a student gives beside the level."""
+
+    latent_dim: int
+    latent_map: int
+    """0 leaves out the map."""
+    nuclei_grid: int
+    membrane_grid: int
+
+
 class Student(nn.Module):
     """H&E -> level, by the morphology stream alone.
 
     All students are built by the same arguments, so that one is built again from the config.json of its folder.
     """
 
-    def __init__(
-        self,
-        *,
-        morphology: Encoder,
-        hallucination: Encoder | None,
-        latent_dim: int,
-        latent_map: int,
-        nuclei_grid: int,
-        membrane_grid: int,
-    ) -> None:
-        """`hallucination` None shares the trunk, where there are two streams; `latent_map` 0 leaves out the map."""
+    def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, **sizes: Unpack[Sizes]) -> None:
+        """`hallucination` None shares the trunk, where there are two streams."""
         super().__init__()
-        self.sizes = {
-            "latent_dim": latent_dim,
-            "latent_map": latent_map,
-            "nuclei_grid": nuclei_grid,
-            "membrane_grid": membrane_grid,
-        }
+        self.sizes = sizes
         self.morphology = morphology
         self.head = nn.Linear(morphology.channels, len(LEVEL_NAMES))
 
@@ -53,15 +51,15 @@ class Student(nn.Module):
         """What builds it again, beside its weights, with the facts of its training."""
         own = getattr(self, "hallucination", None)
         facts |= {"morphology": self.morphology.spec, "hallucination": None if own is None else own.spec}
-        return StudentConfig.from_json(facts | self.sizes)
+        return StudentConfig.from_json({**facts, **self.sizes})
 
 
 class TwoStreamStudent(Student):
     """H&E -> level, by two streams that a gate fuses."""
 
-    def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, latent_dim: int, **sizes: int) -> None:
-        super().__init__(morphology=morphology, hallucination=hallucination, latent_dim=latent_dim, **sizes)
-        width = morphology.channels
+    def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, **sizes: Unpack[Sizes]) -> None:
+        super().__init__(morphology=morphology, hallucination=hallucination, **sizes)
+        width, latent_dim = morphology.channels, sizes["latent_dim"]
         self.hallucination = hallucination
         source = width if hallucination is None else hallucination.channels
         self.to_latent_map = nn.Conv2d(source, latent_dim, 1)
@@ -94,10 +92,10 @@ class TwoStreamStudent(Student):
 class HallucinatingStudent(TwoStreamStudent):
     """H&E -> level, the hallucinated IHC latents, and both domain grids."""
 
-    def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, latent_dim: int, **sizes: int) -> None:
-        super().__init__(morphology=morphology, hallucination=hallucination, latent_dim=latent_dim, **sizes)
+    def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, **sizes: Unpack[Sizes]) -> None:
+        super().__init__(morphology=morphology, hallucination=hallucination, **sizes)
         self.nuclei_head = nn.Conv2d(morphology.channels, 1, 1)
-        self.membrane_head = nn.Conv2d(latent_dim, 3, 1)
+        self.membrane_head = nn.Conv2d(sizes["latent_dim"], 3, 1)
 
     def hallucinate(self, map_BCHW: torch.Tensor, latent_BDHW: torch.Tensor, pooled_BD: torch.Tensor) -> Outputs:
         """`pooled` (B, D), `map` (B, D, m, m) when maps are cached, `nuclei` (B, g, g) as log(1 + density), `membrane`
