@@ -90,7 +90,7 @@ class Checkpoint(NamedTuple):
 def save(folder: Location, checkpoint: Checkpoint, keep: int) -> Location:
     """Publish a checkpoint under `folder` and remove all but the newest `keep` and the best."""
     progress = checkpoint.progress
-    path = folder / _name(progress.step)
+    path = folder / name_step(progress.step)
     with publish_folder(path, _STATE) as temporary:
         digests: dict[Tensors, str] = {}
         for name, tensors in zip(_TENSORS, (checkpoint.weights, checkpoint.moments), strict=True):
@@ -111,11 +111,12 @@ def prune(folder: Location, best: Best, keep: int) -> None:
         if re.fullmatch(r"\.step-.*\.tmp|step-.*", name) and folder / name not in whole:
             remove_folder(folder / name)
     for old in whole[:-keep]:
-        if old.name != _name(best.step):
+        if old.name != name_step(best.step):
             discard_folder(old, _STATE)
 
 
-def _name(step: int) -> str:
+def name_step(step: int) -> str:
+    """The folder of the checkpoint after a step."""
     return f"step-{step:08d}"
 
 
@@ -166,14 +167,9 @@ def find(folder: Location, inputs: dict[str, JsonValue]) -> Checkpoint | None:
         return None
     found = load(done[-1], inputs)
     # One that was adopted comes without the best of its run.
-    if folder / _name(found.progress.best.step) in done:
+    if folder / name_step(found.progress.best.step) in done:
         return found
     return found._replace(progress=found.progress.model_copy(update={"best": Best()}))
-
-
-def load_best(folder: Location, best: Best, inputs: dict[str, JsonValue]) -> Checkpoint:
-    """The checkpoint of the best validation."""
-    return load(folder / _name(best.step), inputs)
 
 
 def adopt(folder: Location, path: Location, inputs: dict[str, JsonValue], alone: bool = False) -> None:
@@ -185,7 +181,7 @@ def adopt(folder: Location, path: Location, inputs: dict[str, JsonValue], alone:
     if not exists(path / _STATE):
         raise DataError(f"train.resume: {path} is not a complete checkpoint ({path / _STATE} is missing)")
     found = load(path, inputs)
-    own = folder / _name(found.progress.step)
+    own = folder / name_step(found.progress.step)
     kept = complete(folder)
     for other in kept:
         if other.name > own.name or (alone and other != path):

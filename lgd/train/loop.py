@@ -102,7 +102,7 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
 
     # Take the best network.
     if settings.patience and best.step:
-        chosen = checkpoint.load_best(folder, best, run.inputs)
+        chosen = checkpoint.load(folder / checkpoint.name_step(best.step), run.inputs)
         engine.load(chosen.weights, chosen.moments, best.step)
     return best
 

@@ -8,7 +8,7 @@ import torch
 
 from lgd.base.errors import DataError
 from lgd.train import checkpoint
-from lgd.train.checkpoint import Best, Checkpoint, Progress, adopt, complete, find, load, load_best, problems, save
+from lgd.train.checkpoint import Best, Checkpoint, Progress, adopt, complete, find, load, name_step, problems, save
 from lgd.train.engine import MOMENTS
 
 RUN = {"seed": 0, "train": {"lr": 0.1, "batch": 8}}
@@ -142,7 +142,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     found = find(tmp_path, RUN)
     best = found.progress.best
     assert (best.step, best.score, best.stale) == (2, 0.5, 3)
-    assert load_best(tmp_path, best, RUN).progress.step == 2
+    assert load(tmp_path / name_step(best.step), RUN).progress.step == 2
 
 
 def test_a_path_becomes_the_newest(tmp_path):
