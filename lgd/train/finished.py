@@ -11,29 +11,27 @@ import torch.distributed as dist
 
 import lgd
 from lgd.base.errors import DataError
-from lgd.config import Config
 from lgd.io.digests import digest_of
 from lgd.metrics import Floats, Ints, score
 from lgd.models.description import describe_training
 from lgd.models.export import save_model
+from lgd.models.student import Outputs
 from lgd.models.teacher import Teacher
 from lgd.shards.archive import Shard
 from lgd.stream.plan import eval_numbers
 from lgd.stream.reader import Reader, in_batches, stream
 from lgd.train.batch import Batch, collate, gather
-from lgd.train.engine import Engine
 from lgd.train.prepare import Learner, Prepared
 from lgd.train.tasks import Network
 
 
-def forward_split(
-    engine: Engine, role: str, shards: list[Shard], config: Config, skip: bool = False
-) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+def forward_split(learner: Learner, shards: list[Shard], skip: bool = False) -> Iterator[tuple[Batch, Outputs]]:
     """One pass without gradients over this rank's share of the shards: each batch, and what the network gives.
 
     `skip`: samples that cannot be read are in the batch as invalid ones, instead of raising `DataError`.
     """
-    reader, world = Reader(shards, (role,), config.data.size), engine.world
+    engine, world, role, config = learner.engine, learner.engine.world, learner.task.role, learner.task.config
+    reader = Reader(shards, (role,), config.data.size)
     batch = max(1, config.train.batch // world.size)
     rounds = math.ceil(math.ceil(reader.total / world.size) / batch)
     numbers = in_batches(eval_numbers(reader.total, world), batch)
@@ -52,12 +50,8 @@ def forward_split(
 
 def validate(learner: Learner, shards: list[Shard]) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Logits (n, 4) and levels (n,) of all labelled samples of the shards, on every rank, and their scores."""
-    engine, task = learner.engine, learner.task
-    mine = [
-        (out["logits"].float().cpu().numpy(), one.level_B.numpy())
-        for one, out in forward_split(engine, task.role, shards, task.config)
-    ]
-    pairs = gather(mine, engine.world)
+    mine = [(out["logits"].float().cpu().numpy(), one.level_B.numpy()) for one, out in forward_split(learner, shards)]
+    pairs = gather(mine, learner.engine.world)
     logits = np.concatenate([np.zeros((0, 4), np.float32), *(a for a, _ in pairs)])
     levels = np.concatenate([np.zeros(0, np.int64), *(b for _, b in pairs)])
     logits, levels = logits[levels >= 0], levels[levels >= 0]
@@ -65,19 +59,19 @@ def validate(learner: Learner, shards: list[Shard]) -> tuple[np.ndarray, np.ndar
     return logits, levels, score(levels, chances) if len(levels) else {}
 
 
-def centre_latents(engine: Engine, shards: list[Shard], config: Config) -> None:
+def centre_latents(learner: Learner, shards: list[Shard]) -> None:
     """Put the origin of the teacher's latents at their mean over the training split, skipping what training skipped."""
-    assert isinstance(engine.model, Teacher)
-    dim, world = engine.model.dim, engine.world
-    sums = torch.zeros(2 * dim + 1, dtype=torch.float64, device=world.device)
-    for batch, out in forward_split(engine, "ihc", shards, config, skip=config.data.on_bad.skips > 0):
+    teacher, world = learner.engine.model, learner.engine.world
+    assert isinstance(teacher, Teacher)
+    sums = torch.zeros(2 * teacher.dim + 1, dtype=torch.float64, device=world.device)
+    for batch, out in forward_split(learner, shards, skip=learner.task.config.data.on_bad.skips > 0):
         ones = out["pooled"].new_ones(len(batch), 1)
         rows = torch.cat([out["pooled"], out["map"].mean(dim=(2, 3)), ones], dim=1)
         sums += rows[batch.valid_B.to(rows.device)].double().sum(dim=0)
     if world.size > 1:
         dist.all_reduce(sums)
     mean = (sums[:-1] / sums[-1]).float()
-    engine.model.centre(mean[:dim], mean[dim:])
+    teacher.centre(mean[: teacher.dim], mean[teacher.dim :])
 
 
 def export(run: Prepared, step: int) -> None:

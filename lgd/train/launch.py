@@ -194,7 +194,7 @@ def worker(config: Config, shards: ShardSet, task: str, engine: str, stop: str |
         ):
             best = fit(run, flag)
             if task == "teacher":
-                centre_latents(run.learner.engine, shards.of_split("train"), config)
+                centre_latents(run.learner, shards.of_split("train"))
             export(run, best.step if config.train.patience else run.learner.steps)
 
 
