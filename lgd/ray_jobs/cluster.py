@@ -21,7 +21,7 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 _connection = contextlib.ExitStack()
-"""Undoes what `connect` changes in this process."""
+"""Leaves the cluster that `connect` joined, and undoes what that changed in this process."""
 
 # Ray Train prints each line twice otherwise, and warns of a default that does not concern us. The colours of what
 # workers print would be escaped.
@@ -87,6 +87,7 @@ def _start_ray(address: str | None) -> None:
             logging_level=logging.INFO if debug else logging.ERROR,
         )
     _connection.push(undo)
+    _connection.callback(ray.shutdown)
     # At the end of the process it would write a code for colours, though Ray writes none, to what `lgd.base.text`
     # escapes.
     if colorama := sys.modules.get("colorama.initialise"):
@@ -102,25 +103,19 @@ def _check_reachable(address: str) -> None:
 
 def disconnect() -> None:
     """Leave the cluster; a local one that `connect` started is stopped. What `connect` changed here is undone."""
-    with _connection:
-        if _is_connected():
-            sys.modules["ray"].shutdown()
+    _connection.close()
 
 
 @contextlib.contextmanager
 def restore_connection() -> Iterator[None]:
     """Leave the cluster at the end, unless this process was in one before."""
-    before = _is_connected()
+    ray = sys.modules.get("ray")
+    before = ray is not None and ray.is_initialized()
     try:
         yield
     finally:
         if not before:
             disconnect()
-
-
-def _is_connected() -> bool:
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized()
 
 
 def count_slots(kind: str, free: bool = False) -> int:
