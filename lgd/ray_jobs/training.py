@@ -42,18 +42,14 @@ def launch(
     note, stop = storage / f"{name}.error.json", storage / f"{name}.stop"
     for old in (note, stop):
         remove(old)
-    resources = {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+    # With `use_gpu` each has a GPU too.
+    scaling_config = ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus})
     failures, (path, filesystem) = FailureConfig(max_failures=max_failures), as_arrow(storage)
+    run_config = RunConfig(name=name, failure_config=failures, storage_path=path, storage_filesystem=filesystem)
     try:
         with collect_logs(several=False) as send, _stopping_by(stop):
-            trainer = TorchTrainer(
-                functools.partial(_run_recording_user_error, functools.partial(function, str(stop)), note, send),
-                scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
-                run_config=RunConfig(
-                    name=name, failure_config=failures, storage_path=path, storage_filesystem=filesystem
-                ),
-            )
-            _in_thread(trainer.fit)
+            work = functools.partial(_run_recording_user_error, functools.partial(function, str(stop)), note, send)
+            _in_thread(TorchTrainer(work, scaling_config=scaling_config, run_config=run_config).fit)
     except ray.train.TrainingFailedError as error:
         if not exists(note):
             raise _lost(error, max_failures) from error
