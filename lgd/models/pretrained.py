@@ -54,17 +54,14 @@ def find_folder(name: str, *, weights: bool = False) -> Path:
         return Path(name)
     import huggingface_hub
 
-    repository, descriptions = name.removeprefix("hf:"), [CONFIG, PROCESSOR]
+    repository, files = name.removeprefix("hf:"), [CONFIG, PROCESSOR]
+    if weights:
+        files += [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
     try:
-        folder = huggingface_hub.snapshot_download(repository, allow_patterns=descriptions)
-        if weights:
-            # The same commit: the folder bears its name.
-            shards = [*descriptions, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
-            folder = huggingface_hub.snapshot_download(repository, revision=Path(folder).name, allow_patterns=shards)
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
     # Its errors come from three packages, which change with its version.
     except Exception as error:
         raise ValueError(_explain_hub(error, repository)) from error
-    return Path(folder)
 
 
 def _explain_hub(error: Exception, repository: str) -> str:
