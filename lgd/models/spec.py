@@ -119,8 +119,6 @@ def list_values(field: str, value: object) -> list[object]:
     """The plain values of a field, of a list or of a list of lists."""
     values = [value]
     for _ in range(3):
-        if not any(isinstance(one, list | tuple) for one in values):
-            break
         values = [one for some in values for one in (some if isinstance(some, list | tuple) else [some])]
         if len(values) > _MOST_ENTRIES:
             raise ValueError(f"field {field!r:.80} has more than {_MOST_ENTRIES} entries")
