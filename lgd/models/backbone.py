@@ -49,9 +49,7 @@ def _auto_backbone() -> Any:
 
 def load_backbone(settings: Mapping[str, object], files: list[Path]) -> nn.Module:
     """A backbone with the weights of safetensors files, in float32; `ValueError` where they are not its own."""
-    stored: Shapes = {}
-    for path in files:
-        stored |= read_shapes(path)
+    stored = {name: shape for path in files for name, shape in read_shapes(path).items()}
     kind, shapes = draft(json.dumps(settings))
     needed = {name: shape for name, shape in shapes.items() if not name.startswith(_OUTPUT_NORMS)}
     if count_numbers(needed) > count_numbers(stored):
@@ -152,9 +150,8 @@ class _Budget(TorchFunctionMode):
         out = function(*args, **kwargs)
         self.calls += 1
         # A tensor made of none is new; the others are what a new one is filled with.
-        if isinstance(out, torch.Tensor) and not any(
-            isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())
-        ):
+        sources = (*args, *kwargs.values())
+        if isinstance(out, torch.Tensor) and not any(isinstance(one, torch.Tensor) for one in sources):
             self.parameters += out.numel()
         if self.spent:
             raise ValueError("the network is too large")
@@ -199,12 +196,10 @@ def _quiet() -> Iterator[None]:
     from transformers import utils
 
     logging: Any = utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(logging.set_verbosity, logging.get_verbosity())
+        if logging.is_progress_bar_enabled():
+            undo.callback(logging.enable_progress_bar)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
