@@ -41,6 +41,7 @@ class Student(nn.Module):
         self.sizes = sizes
         self.morphology = morphology
         self.head = nn.Linear(morphology.channels, len(LEVEL_NAMES))
+        self.hallucination = hallucination
 
     def forward(self, he_B3HW: torch.Tensor) -> Outputs:
         """(B, 3, H, W) in 0..255 -> `logits` (B, 4), and `features` (B, width), which are the pooled morphology."""
@@ -49,7 +50,7 @@ class Student(nn.Module):
 
     def describe(self, **facts: object) -> StudentConfig:
         """What builds it again, beside its weights, with the facts of its training."""
-        own = getattr(self, "hallucination", None)
+        own = self.hallucination
         facts |= {"morphology": self.morphology.spec, "hallucination": None if own is None else own.spec}
         return StudentConfig.from_json({**facts, **self.sizes})
 
@@ -60,7 +61,6 @@ class TwoStreamStudent(Student):
     def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, **sizes: Unpack[Sizes]) -> None:
         super().__init__(morphology=morphology, hallucination=hallucination, **sizes)
         width, latent_dim = morphology.channels, sizes["latent_dim"]
-        self.hallucination = hallucination
         source = width if hallucination is None else hallucination.channels
         self.to_latent_map = nn.Conv2d(source, latent_dim, 1)
         self.to_latent = nn.Sequential(nn.Linear(latent_dim, latent_dim), nn.GELU(), nn.Linear(latent_dim, latent_dim))
