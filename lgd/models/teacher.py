@@ -52,8 +52,8 @@ class Teacher(nn.Module):
 
     def centre(self, pooled_D: torch.Tensor, map_D: torch.Tensor) -> None:
         """Move the origin of the latents to these means of what `forward` gives."""
-        self.pooled_mean += pooled_D
-        self.map_mean += map_D
+        self.pooled_mean.add_(pooled_D)
+        self.map_mean.add_(map_D)
 
     def describe(self, **facts: object) -> TeacherConfig:
         """What builds it again, beside its weights, with the facts of its training."""
