@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lgd.base.errors import ConfigError, DataError
+from lgd.base.errors import ConfigError
 from lgd.io.location import Location
 from lgd.report.figures import Query, contact_sheet
 from lgd.retrieval.answers import Answer, Stored
@@ -24,16 +24,12 @@ class Gallery:
     def __init__(self, store: Store, size: int, known: Sequence[ShardFolder] = ()) -> None:
         """`known`: shard folders that are open already."""
         self.store, self.size = store, size
-        self.shards = store.open_sources(known, otherwise=", or query without --sheet")
+        self._find_shard = store.open_sources(known, otherwise=", or query without --sheet")
 
     def image(self, stored: Stored, role: str = "ihc") -> np.ndarray:
         """An image of a stored patch, uint8 (size, size, 3)."""
-        part = self.store.parts[stored.part]
-        if part.tar_sha256 not in self.shards:
-            raise DataError(
-                f"the shards of {self.store.folder} changed since it was made ({part.name}): run lgd cache-latents"
-            )
-        return Reader([self.shards[part.tar_sha256]], (role,), self.size).read(stored.row).images[role]
+        shard = self._find_shard(self.store.parts[stored.part])
+        return Reader([shard], (role,), self.size).read(stored.row).images[role]
 
 
 def check_sheet(queries: int, k: int) -> None:

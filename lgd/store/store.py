@@ -9,7 +9,7 @@ DIR/.lgd.lock                     while `lgd cache-latents` runs, or after it wa
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -94,15 +94,16 @@ class Store:
         """Where the shards and the teachers were."""
         return SourcesDocument.read(self.folder / "sources.json")
 
-    def open_sources(self, known: Sequence[ShardFolder] = (), otherwise: str = "") -> dict[str, Shard]:
-        """The shards of the folders that the store was made of, by the digest of their tar.
+    def open_sources(self, known: Sequence[ShardFolder] = (), otherwise: str = "") -> Callable[[Part], Shard]:
+        """Open the folders that the store was made of; returns what gives the shard of a part.
 
-        `known` are open already. Raises `DataError` for a folder that is gone; `otherwise` is another way out than to
-        put it back.
+        `known` are open already. Raises `DataError` for a folder that is gone, where `otherwise` is another way out
+        than to put it back; what it returns raises it for a part whose shard is not there any more.
         """
         shards: dict[str, Shard] = {}
         by_folder = {str(one.folder): one for one in known}
-        for folder in self.sources.shards:
+        folders = self.sources.shards
+        for folder in folders:
             try:
                 opened = by_folder.get(folder) or ShardFolder.open(folder)
             except MissingDocument as error:
@@ -110,7 +111,16 @@ class Store:
                     f"the shards of {self.folder} were in {folder}, which is gone: put them back{otherwise}"
                 ) from error
             shards |= {shard.sha256: shard for shard in opened.shards}
-        return shards
+
+        def find_shard(part: Part) -> Shard:
+            if shard := shards.get(part.tar_sha256):
+                return shard
+            raise DataError(
+                f"the shards of {self.folder}, in {', '.join(folders)}, changed since it was made ({part.name}): "
+                "run lgd cache-latents"
+            )
+
+        return find_shard
 
     @property
     def rows(self) -> int:
