@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lgd.base.errors import ConfigError
+from lgd.base.errors import require
 from lgd.io.location import Location
 from lgd.report.figures import Query, contact_sheet
 from lgd.retrieval.answers import Answer, Stored
@@ -34,11 +34,11 @@ class Gallery:
 
 def check_sheet(queries: int, k: int) -> None:
     """Raise `ConfigError` where a sheet would be too large to draw."""
-    if queries > MOST_QUERIES or k > MOST_NEIGHBOURS:
-        raise ConfigError(
-            f"--sheet draws up to {MOST_QUERIES} queries of {MOST_NEIGHBOURS} neighbours, and these are {queries} of "
-            f"{k}: ask for fewer, or query without --sheet"
-        )
+    require(
+        queries <= MOST_QUERIES and k <= MOST_NEIGHBOURS,
+        f"--sheet draws up to {MOST_QUERIES} queries of {MOST_NEIGHBOURS} neighbours, and these are {queries} of {k}: "
+        "ask for fewer, or query without --sheet",
+    )
 
 
 def draw_sheet(store: Store, answers: Sequence[Answer], path: Location, size: int = 256) -> None:

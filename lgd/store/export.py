@@ -23,7 +23,7 @@ from typing import Annotated, ClassVar, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from lgd.base.errors import ConfigError, DataError
+from lgd.base.errors import DataError, require
 from lgd.base.records import Line, Many, Sha256
 from lgd.io.documents import Document
 from lgd.io.files import list_folder, remove, write_bytes
@@ -94,8 +94,7 @@ def export(options: ExportOptions) -> list[Exported]:
     splits = sorted({part.split for part in store.parts})
     asked = options.split.split(",") if options.split else splits
     for split in asked:
-        if split not in splits:
-            raise ConfigError(f"--split: the store has no split {split!r}, only {', '.join(splits)}")
+        require(split in splits, f"--split: the store has no split {split!r}, only {', '.join(splits)}")
     with exclusive(out, "exporting latents"):
         groups: dict[str, list[Patch]] = {}
         for patch in patches_of(store, asked):
