@@ -16,7 +16,7 @@ attribute `coords_known` is False.
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -100,7 +100,11 @@ def export(options: ExportOptions) -> list[Exported]:
         for patch in patches_of(store, asked):
             groups.setdefault(patch.meta.group, []).append(patch)
         files = {group: file_name(group) for group in groups}
-        for stale in _claimed(out, files.values()):
+        there = list_folder(out)
+        # An export.json from elsewhere must not have other files removed.
+        ours = set(ExportDocument.read(out / "export.json").files) if "export.json" in there else set[str]()
+        refuse_foreign(out, {*ours, "export.json", LOCK}, "name another folder as --out")
+        for stale in sorted(ours & there.keys() - {*files.values()}):
             remove(out / stale)
         facts = {"store": store.digest, "teacher": store.recipe.teacher.weights_sha256, "splits": ",".join(asked)}
         ExportDocument(files=tuple(sorted(files.values())), **facts).write(out / "export.json")
@@ -135,15 +139,6 @@ def file_name(group: str) -> str:
         return f"{group}.h5"
     kept = re.sub("[^A-Za-z0-9_+-]+", "_", group)[:80]
     return f"{kept}-{hashlib.sha256(group.encode()).hexdigest()[:12]}.h5"
-
-
-def _claimed(out: Location, files: Iterable[str]) -> list[str]:
-    """Files of an earlier export that are none of this one; `DataError` where the folder holds anything else."""
-    there = list_folder(out)
-    # An export.json from elsewhere must not have other files removed.
-    ours = set(ExportDocument.read(out / "export.json").files) if "export.json" in there else set[str]()
-    refuse_foreign(out, {*ours, "export.json", LOCK}, "name another folder as --out")
-    return sorted(ours & there.keys() - set(files))
 
 
 def places(patches: Sequence[PatchMeta]) -> tuple[np.ndarray, bool]:
