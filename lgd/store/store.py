@@ -192,15 +192,15 @@ class Store:
                 problems += [problem for file in part.files.values() if (problem := file.problem())]
                 bar.update(part.rows)
         known = {f"{part.name}{suffix}" for part in self.parts for suffix in (".h5", ".json")}
-        for layer in sorted(list_folder(self.folder / "parts")):
-            names = list_folder(self.folder / "parts" / layer)
+        for layer in list_folder(self.folder / "parts"):
+            folder = self.folder / "parts" / layer
             if layer not in self.document.layers:
-                problems.append(f"{self.folder / 'parts' / layer} is of no teacher of store.json")
+                problems.append(f"{folder} is of no teacher of store.json")
                 continue
             problems += [
-                f"{self.folder / 'parts' / layer / name} is of no part of store.json: it is being written, or "
-                "left from a stopped run; lgd cache-latents --prune removes what the run does not need"
-                for name in names
+                f"{folder / name} is of no part of store.json: it is being written, or left from a stopped run; "
+                "lgd cache-latents --prune removes what the run does not need"
+                for name in list_folder(folder)
                 if name not in known
             ]
         return problems
