@@ -29,12 +29,14 @@ BINS = 10
 """Equal-width bins of confidence behind ECE and the reliability diagram."""
 
 _AUC_LEVELS = {"auc_0_vs_rest": [0], "auc_3_vs_rest": [3], "auc_low": [1, 2]}
-METRICS = (
-    *("accuracy", "macro_f1", "kappa", "within_one"),
-    *(f"sensitivity_{level}" for level in range(LEVELS)),
-    *_AUC_LEVELS,
-    *("ece", "brier"),
-)
+ANSWERS = (*("accuracy", "macro_f1", "kappa", "within_one"), *(f"sensitivity_{level}" for level in range(LEVELS)))
+"""The metrics that look at the answer alone; ECE, Brier and the AUCs need a probability."""
+METRICS = (*ANSWERS, *_AUC_LEVELS, "ece", "brier")
+# The sets of levels of which each must have two groups behind it.
+_SIDES = {f"sensitivity_{level}": [[level]] for level in range(LEVELS)} | {
+    name: [positives, [level for level in range(LEVELS) if level not in positives]]
+    for name, positives in _AUC_LEVELS.items()
+}
 _LEVEL = np.arange(LEVELS)
 _DISAGREEMENT = (_LEVEL[:, None] - _LEVEL).astype(np.float64) ** 2
 # Columns of the sums: confusion matrix, correct minus confidence of each bin, squared error.
@@ -192,20 +194,12 @@ def bootstrap(
         block = _from_sums(count_RG @ sums_GS)
         weight_Rn = count_RG[:, group] if aucs else count_RG
         blocks.append(block | {name: _auc(name, known.level, known.probability, weight_Rn) for name in aucs})
+    # Which levels a group holds.
     held_GL = sums_GS[:, _CONFUSION].reshape(-1, LEVELS, LEVELS).sum(2) > 0
-    for name in drawn.keys() - _thin(held_GL):
-        drawn[name][1:] = np.concatenate([block[name] for block in blocks])
+    for name, row in drawn.items():
+        if all(held_GL[:, side].any(1).sum() >= 2 for side in _SIDES.get(name, ())):
+            row[1:] = np.concatenate([block[name] for block in blocks])
     return drawn
-
-
-def _thin(held_GL: NDArray[np.bool_]) -> set[str]:
-    """The metrics with fewer than two groups behind them; `held_GL` says which levels a group holds."""
-    thin = {f"sensitivity_{level}" for level in range(LEVELS) if held_GL[:, level].sum() < 2}
-    for name, positives in _AUC_LEVELS.items():
-        negatives = [level for level in range(LEVELS) if level not in positives]
-        if min(held_GL[:, side].any(1).sum() for side in (positives, negatives)) < 2:
-            thin.add(name)
-    return thin
 
 
 def draws(groups: int, resamples: int, seed: int, block: int) -> Iterator[Floats]:

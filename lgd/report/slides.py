@@ -10,15 +10,12 @@ from dataclasses import replace
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.metrics import LEVELS, METRICS, Predictions, confusion, paired_differences, score_with_intervals
+from lgd.metrics import ANSWERS, LEVELS, METRICS, Predictions, confusion, paired_differences, score_with_intervals
 from lgd.report.results import AreaScores, ModelScores, Scores
 
 PERCENT = 10
 """A level needs more than this share of the patches. ASCO/CAP (Wolff et al., J Clin Oncol 36:2105, 2018) asks that more
 than 10 % of the tumour cells show the staining of a level."""
-
-ANSWERS = (*("accuracy", "macro_f1", "kappa", "within_one"), *(f"sensitivity_{level}" for level in range(LEVELS)))
-"""The metrics that look at the answer alone; ECE, Brier and the AUCs need a probability."""
 
 SLIDE_RULES = {
     "by_slide": "mean: the probabilities of a slide's patches are averaged, and the most probable level is the answer",

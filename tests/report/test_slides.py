@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
-from lgd.metrics import Predictions, paired_differences, score
-from lgd.report.slides import ANSWERS, by_area, by_slide, score_model
+from lgd.metrics import ANSWERS, Predictions, paired_differences, score
+from lgd.report.slides import by_area, by_slide, score_model
 
 ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=1, max_size=60)
 
