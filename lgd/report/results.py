@@ -96,7 +96,7 @@ class Retrieval(Record):
 
 
 class ChangeText(Record):
-    """A change of the images in words: what it is, and why it has these strengths."""
+    """A change of the images in words: what it is, as the report describes it, and why it has these strengths."""
 
     name: str
     what: str

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -45,17 +44,11 @@ _BRIGHT = 200.0
 """Glass above it counts as white. In 16 BCI pairs grey ended at 190, and white began there at 205."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
+class Change(ChangeText):
     """One way in which images change, at its strengths."""
 
-    name: str
-    what: str
-    """Its description in the report."""
     strengths: dict[float, str]
     """Strength -> how a table names it; 0, the image as it is, is not among them."""
-    why: str
-    """Why these strengths."""
     apply: Callable[[str, float, int, Images, Sequence[str]], Images]
     """(role, strength, seed, images, keys) -> images; the role, he or ihc, says which stains they hold."""
 
@@ -187,5 +180,4 @@ def measure(config: Config, networks: Sequence[tuple[Scorer, Predictions]], shar
             changes.append(UnderChange(name=change.name, at=tuple(rows)))
         unchanged = score_with_intervals(before, resamples, seed, MEASURES)
         models.append(ModelRobustness(name=before.name, unchanged=unchanged, changes=tuple(changes)))
-    texts = tuple(ChangeText(name=each.name, what=each.what, why=each.why) for each in CHANGES)
-    return Robustness(seed=seed, changes=texts, models=tuple(models))
+    return Robustness(seed=seed, changes=CHANGES, models=tuple(models))
