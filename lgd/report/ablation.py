@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,9 +94,8 @@ class Job(NamedTuple):
     run: Config
 
 
-def jobs_of(config: Config, options: AblateOptions) -> list[Job]:
+def jobs_of(config: Config, options: AblateOptions) -> Iterator[Job]:
     """A seed after the other, so that a table of fewer seeds is there early."""
-    jobs = []
     for number in range(options.seeds):
         for name, run in variants(config, options.full).items():
             at = as_location(config.run.dir) / "ablation" / slug(name) / f"seed-{number}"
@@ -107,8 +106,7 @@ def jobs_of(config: Config, options: AblateOptions) -> list[Job]:
                 # The samples of a step are the same for any number of workers.
                 train=dataclasses.replace(run.train, workers=0) if options.jobs else run.train,
             )
-            jobs.append(Job(name, number, one))
-    return jobs
+            yield Job(name, number, one)
 
 
 def work(shards: ShardSet, job: Job) -> tuple[Job, bool]:
@@ -125,7 +123,7 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
     """
     scored = shards.require_split(config.report.split, "report.split")
     folder = as_location(config.run.dir) / "ablation"
-    jobs = jobs_of(config, options)
+    jobs = list(jobs_of(config, options))
     worker = functools.partial(work, shards)
     for job, trained in map_with(lambda: worker, jobs, workers=options.jobs, option_name="--jobs"):
         done = "trained" if trained else "reused, nothing changed"
