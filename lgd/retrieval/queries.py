@@ -203,27 +203,25 @@ def _find_neighbours(
 def _allowed(searcher: Searcher, splits: Sequence[str] | None, levels: Sequence[str] | None) -> np.ndarray | None:
     """Which rows of the index's table the filters leave, or None for all."""
     store = searcher.store
-    allowed_m = np.ones(len(searcher.table), bool)
-    asked = []
+    filters: dict[str, np.ndarray] = {}
     if splits is not None:
         split_of = np.array([store.parts[number].split for number in searcher.parts])
         split_m = split_of[searcher.table["part"]]
         there = np.unique(split_m).tolist()
         _check_names("--split", splits, there, " (those of the index: latents.gallery sets them for lgd build-index)")
-        allowed_m &= np.isin(split_m, list(splits))
-        asked.append(f"split {' or '.join(splits)}")
+        filters[f"split {' or '.join(splits)}"] = np.isin(split_m, list(splits))
     if levels is not None:
         _check_names("--level", levels, LEVEL_NAMES, "")
-        allowed_m &= np.isin(searcher.table["label"], [LEVEL_NAMES.index(level) for level in levels])
-        asked.append(f"level {' or '.join(levels)}")
-    if not asked:
+        numbers = [LEVEL_NAMES.index(level) for level in levels]
+        filters[f"level {' or '.join(levels)}"] = np.isin(searcher.table["label"], numbers)
+    if not filters:
         return None
+    allowed_m: np.ndarray = np.logical_and.reduce([*filters.values()])
     if not allowed_m.any():
-        raise DataError(f"the index of {store.folder} holds no latent of {' and '.join(asked)}: widen the filters")
+        raise DataError(f"the index of {store.folder} holds no latent of {' and '.join(filters)}: widen the filters")
     return allowed_m
 
 
 def _check_names(option: str, given: Sequence[str], known: Sequence[str], more: str) -> None:
     unknown = [name for name in given if name not in known]
-    if unknown or not given:
-        raise ConfigError(f"{option} {','.join(unknown)}: there are {', '.join(known)}{more}")
+    require(bool(given) and not unknown, f"{option} {','.join(unknown)}: there are {', '.join(known)}{more}")
