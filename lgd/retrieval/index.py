@@ -192,25 +192,20 @@ def _reach_recall(
     index: "Index", truth_nk: np.ndarray, order_n: np.ndarray, queries_nD: np.ndarray, target: float, factory: str
 ) -> tuple[float, int]:
     """Recall against the exact rows, and the cells to probe for it: half as many more until it is enough."""
-
-    def recall() -> float:
-        found_nk = index.search(queries_nD, truth_nk.shape[1])[1]
-        return overlap(truth_nk, np.where(found_nk < 0, -1, order_n[found_nk]))
-
     ivf: IndexIVF | None = import_faiss().try_extract_index_ivf(index)
-    probes = 0
-    if ivf:
-        ivf.nprobe = probes = 1
-    measured = recall()
-    while ivf and measured < target and probes < ivf.nlist:
-        ivf.nprobe = probes = min(ivf.nlist, probes + max(1, probes // 2))
-        measured = recall()
-    if measured < target:
-        raise DataError(
-            f"the index {factory} reaches recall@10 {measured:.3f} with all its cells, below latents.recall {target}: "
-            "lower that, or choose another latents.index"
-        )
-    return measured, probes
+    probes, cells = 0, ivf.nlist if ivf else 0
+    while True:
+        if ivf:
+            ivf.nprobe = probes = min(cells, probes + max(1, probes // 2))
+        found_nk = index.search(queries_nD, truth_nk.shape[1])[1]
+        measured = overlap(truth_nk, np.where(found_nk < 0, -1, order_n[found_nk]))
+        if measured >= target:
+            return measured, probes
+        if probes == cells:
+            raise DataError(
+                f"the index {factory} reaches recall@10 {measured:.3f} with all its cells, below latents.recall "
+                f"{target}: lower that, or choose another latents.index"
+            )
 
 
 def _publish(folder: Location, suffix: str, write: Callable[[Path], None]) -> IndexFile:
