@@ -210,16 +210,11 @@ def _reach_recall(
 
 def _publish(folder: Location, suffix: str, write: Callable[[Path], None]) -> IndexFile:
     """Write a file that is named by its digest."""
-    made = []
-
-    def name_of(path: Path) -> str:
-        with path.open("rb") as file:
-            made.append(IndexFile(bytes=path.stat().st_size, xxh3=xxh3(file)))
-        return f"{made[0].xxh3}{suffix}"
-
-    with publish(folder / f"index{suffix}", name_of) as temporary:
+    with publish(folder / f"index{suffix}", lambda _: f"{made.xxh3}{suffix}") as temporary:
         write(temporary)
-    return made[0]
+        with temporary.open("rb") as file:
+            made = IndexFile(bytes=temporary.stat().st_size, xxh3=xxh3(file))
+    return made
 
 
 def _write(index: "Index", path: Path, kind: tuple[str, int, int, int]) -> None:
