@@ -30,15 +30,7 @@ from lgd.retrieval.factory import (
     unit,
 )
 from lgd.retrieval.index_files import cells_of, check_file, write_table
-from lgd.retrieval.search import (
-    IndexDocument,
-    IndexFile,
-    IndexRequest,
-    import_faiss,
-    index_folder,
-    problems,
-    read_document,
-)
+from lgd.retrieval.search import IndexDocument, IndexFile, IndexRequest, import_faiss, index_folder, open_index
 from lgd.shards.archive import Shard
 from lgd.store.parts import Part
 from lgd.store.store import TEACHER, Store
@@ -88,8 +80,11 @@ def build_index(
 
 def _find(store: Store, request: IndexRequest) -> IndexDocument | None:
     """The index that is there, if it is whole and the one that is asked for."""
-    there = None if problems(store) else read_document(store)
-    return there if there and request.as_json().items() <= there.as_json().items() else None
+    try:
+        there, _, _ = open_index(store, with_faiss=False)
+    except DataError:
+        return None
+    return there if request.as_json().items() <= there.as_json().items() else None
 
 
 def _publish_index(
