@@ -25,7 +25,6 @@ vectors too and saves no memory. It is not built.
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -110,11 +109,6 @@ def choose_factory(rows: int, dim: int, memory: int) -> tuple[str, str]:
         f"IVF{cells},SQ8",
         f"as float16 the latents take {size / 1e9:.1f} GB, more than half of this machine's {memory / 1e9:.1f} GB",
     )
-
-
-def memory_bytes() -> int:
-    """The memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def train_index(latents: UnitVectors, factory: str, seed: int) -> tuple["IndexIVF", int]:

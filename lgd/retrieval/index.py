@@ -4,7 +4,7 @@ Run by `lgd build-index`; it leaves DIR/index/TEACHER/ as `lgd.retrieval.search`
 """
 
 import functools
-import logging
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -19,16 +19,7 @@ from lgd.io.files import list_folder, publish, remove
 from lgd.io.location import Location
 from lgd.io.locks import exclusive
 from lgd.ray_jobs.cluster import map_with
-from lgd.retrieval.factory import (
-    UnitVectors,
-    choose_factory,
-    memory_bytes,
-    move_to_gpu,
-    nearest,
-    overlap,
-    train_index,
-    unit,
-)
+from lgd.retrieval.factory import UnitVectors, choose_factory, move_to_gpu, nearest, overlap, train_index, unit
 from lgd.retrieval.index_files import cells_of, check_file, write_table
 from lgd.retrieval.search import IndexDocument, IndexFile, IndexRequest, import_faiss, index_folder, open_index
 from lgd.shards.archive import Shard
@@ -37,8 +28,6 @@ from lgd.store.store import TEACHER, Store
 
 if TYPE_CHECKING:
     from lgd.retrieval.search import Index, IndexIVF
-
-logger = logging.getLogger(__name__)
 
 _ALONE_ROWS = 100_000
 """Rows up to which this process finds the cells itself, whatever the workers."""
@@ -94,7 +83,8 @@ def _publish_index(
     latents = UnitVectors([part for part in parts if part.split in request.gallery])
     why = "as asked for"
     if factory == "auto":
-        factory, why = choose_factory(latents.rows, latents.dim, memory_bytes())
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        factory, why = choose_factory(latents.rows, latents.dim, memory)
     began = time.monotonic()
     if factory == "Flat":
         index, order_n, sampled = import_faiss().IndexFlatIP(latents.dim), np.arange(latents.rows), 0

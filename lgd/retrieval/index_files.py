@@ -124,13 +124,6 @@ def _type(key: int, slide: int) -> np.dtype[np.void]:
     return np.dtype([("part", "<u4"), ("row", "<u4"), ("label", "<f4"), ("key", f"S{key}"), ("slide", f"S{slide}")])
 
 
-def _head(kind: np.dtype[np.void], rows: int) -> bytes:
-    """What `numpy.save` writes before the rows."""
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": kind.descr, "fortran_order": False, "shape": (rows,)})
-    return stream.getvalue()
-
-
 def write_table(path: Path, parts: Sequence[Part], order_n: np.ndarray) -> None:
     """Write the rows of some parts, which are counted from 0; `order_n` is the row at each position."""
     layout = parts[0].layout
@@ -162,7 +155,10 @@ def read_table(file: BinaryIO, rows: int, parts: Sequence[Part]) -> np.ndarray:
     if len(widths) != 2:
         raise ValueError(f"no table: it begins with {start[:40]!r}")
     kind = _type(*widths)
-    head = _head(kind, rows)
+    # What `numpy.save` writes before the rows.
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": kind.descr, "fortran_order": False, "shape": (rows,)})
+    head = stream.getvalue()
     if not start.startswith(head) or os.fstat(file.fileno()).st_size != len(head) + rows * kind.itemsize:
         raise ValueError(f"no table of {rows} rows: it begins with {start[:200]!r}")
     table: np.ndarray = np.memmap(f"/dev/fd/{file.fileno()}", kind, "r", len(head), (rows,))
