@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lgd.base.errors import ConfigError, DataError
+from lgd.base.errors import DataError, require
+from lgd.io.files import read_first_bytes
 from lgd.io.location import require_local
 from lgd.shards.image import as_pixels, decode_upright, kind, resize, upright_size
 from lgd.shards.manifest import Shape
@@ -117,22 +118,16 @@ def take_images(images: Images) -> list[OneImage]:
     for number, source in enumerate(list_sources(images)):
         if isinstance(source, str | Path):
             taken += find_images([source])
+            continue
+        name = f"images[{number}]"
+        if isinstance(source, np.ndarray):
+            good = source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3 and source.size > 0
+            given = f"an array of {source.dtype}, {source.shape}"
         else:
-            _check_memory_image(source, f"images[{number}]")
-            taken.append(MemoryImage(f"images[{number}]", source))
+            good, given = isinstance(source, Image.Image), f"of type {type(source).__name__}"
+        require(good, f"{name} is {given}: give a path, a Pillow image, or an array of uint8 (height, width, 3), RGB")
+        taken.append(MemoryImage(name, source))
     return taken
-
-
-def _check_memory_image(source: object, name: str) -> None:
-    if isinstance(source, np.ndarray):
-        good = source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3 and source.size > 0
-        given = f"an array of {source.dtype}, {source.shape}"
-    else:
-        good, given = isinstance(source, Image.Image), f"of type {type(source).__name__}"
-    if not good:
-        raise ConfigError(
-            f"{name} is {given}: give a path, a Pillow image, or an array of uint8 (height, width, 3), RGB"
-        )
 
 
 def read_image(path: Path, size: int | None) -> np.ndarray:
