@@ -178,15 +178,13 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    named = path.suffix.lower() in _SUFFIXES
-    if not path.is_file():
-        # A link to nowhere is reported as an image that cannot be read; a pipe would be waited for.
-        return named and not path.exists()
+    # A pipe would be waited for; a link to nowhere is reported as an image that cannot be read.
+    if path.suffix.lower() in _SUFFIXES:
+        return path.is_file() or not path.exists()
     try:
-        with path.open("rb") as stream:
-            return named or kind(stream.read(12)) is not None
+        return path.is_file() and kind(read_first_bytes(path, 12)) is not None
     except OSError:
-        return named
+        return False
 
 
 def _listed(paths: Sequence[Path], before: str = ": ") -> str:
