@@ -10,6 +10,7 @@ from torch import nn
 from lgd.base.errors import ConfigError, DataError
 from lgd.config import Train
 from lgd.shards.shard_set import ShardSet
+from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
 from lgd.train.batch import Batches, Skipped
@@ -74,14 +75,16 @@ class Prepared:
             steps=max(1, math.ceil(task.epochs * plan.total / settings.batch)),
             skipped=Skipped(config.data),
         )
-        targets, queue, method = None, None, task.method
+        rows, queue, method = None, None, task.method
         if task.store:
             parts = task.store.parts_of(self.reader.shards)
-            targets = Targets(parts, method.pairs, config.run.seed, method.needs)
-            if method.queue:
+            rows = Rows(parts, method.needs)
+            if method.pairs != "own" or method.queue:
+                # The latents of other samples teach too, as partners or as negatives.
+                rows = targets = Targets(parts, method.pairs, config.run.seed, method.needs)
                 # Of one stored view the latents are not turned with the image.
-                queue = Queue(targets, plan, method.queue, config.data.augment != "none")
-        self.batches = Batches(config, self.reader, plan, world, targets, queue)
+                queue = Queue(targets, plan, method.queue, config.data.augment != "none") if method.queue else None
+        self.batches = Batches(config, self.reader, plan, world, rows, queue)
         self.every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
         """Steps between validations."""
         self.log: Log | None = None
