@@ -22,6 +22,11 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def hash_64(text: str) -> int:
+    """The first 64 bits of a text's SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
 def may_have_sha256(path: Location, digest: str) -> bool:
     """Whether a local file has this SHA-256; one behind a url may, for to see would cost a download."""
     return not isinstance(path, Path) or sha256(path) == digest

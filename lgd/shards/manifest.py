@@ -4,7 +4,6 @@ KEY.json has no digest of its own: the index has its crc32, and the manifest the
 """
 
 import decimal
-import hashlib
 import re
 import unicodedata
 from typing import Annotated, ClassVar, Literal, Self
@@ -14,6 +13,7 @@ from pydantic import Field, model_validator
 
 from lgd.base.records import Count, Line, Many, Record, Sha256
 from lgd.config import LEVEL_NAMES
+from lgd.io.digests import hash_64
 from lgd.io.documents import Document
 
 REBUILD = "fetch it again, or build the set again into an empty folder"
@@ -230,11 +230,6 @@ class Manifest(Recipe):
             if set(split.labels) != {*self.target.classes, UNKNOWN}:
                 raise ValueError(f"split {name} counts the labels {', '.join(map(repr, split.labels))[:200]}")
         return self
-
-
-def hash_64(text: str) -> int:
-    """The first 64 bits of a text's SHA-256, as patches.npy has them and the sample plan draws from them."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def patch_entry(he: str | None, ihc: str | None, group: str) -> tuple[int, int, int]:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lgd.base.errors import DataError
+from lgd.io.digests import hash_64
 from lgd.io.location import Location
 from lgd.shards.archive import Shard, read_sample
-from lgd.shards.manifest import PatchMeta, canonical_group, hash_64, patch_entry
+from lgd.shards.manifest import PatchMeta, canonical_group, patch_entry
 from lgd.shards.shard_set import ShardSet
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from lgd.config import Data
-from lgd.shards.manifest import hash_64
+from lgd.io.digests import hash_64
 from lgd.stain.deconvolve import H_E, rgb_to_od
 
 ORDER = "lgd-order/1"
