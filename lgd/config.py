@@ -100,6 +100,8 @@ class Latents:
     """`Flat`, or `IVFn` (n cells) before `,Flat`, `,SQfp16` or `,SQ8`; `auto` chooses by the number of rows."""
     gallery: list[str] = field(default_factory=lambda: ["train"])
     """Splits that queries search."""
+    components: NotNegative = 32
+    """Principal components of the latents, scaled alike, that queries compare; 0 compares latents as they are."""
     recall: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Recall@10 against exact search that an index must reach."""
 

@@ -113,7 +113,7 @@ def build_index(config: Config, given: Given | None = None, shards: ShardSet | N
     with stage("index", "build-index", config, latents.dir, given, shards) as (opened, outcome):
         store, seed, workers = Store(latents.dir), config.run.seed, config.train.workers
         made, new = index.build_index(
-            store, opened.shards, latents.index, latents.gallery, latents.recall, seed, workers
+            store, opened.shards, latents.index, latents.gallery, latents.recall, seed, workers, latents.components
         )
         outcome.done = (
             f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents, "

@@ -120,7 +120,7 @@ def tissue_run(tissue_config: Config) -> Config:
     train_under(config, "teacher")
     shards = ShardSet.open(config.shard_dirs).shards
     store = cache_latents(config, shards, workers=0).store
-    build_index(store, shards, "auto", ["train"], recall=0.99, seed=0)
+    build_index(store, shards, "auto", ["train"], recall=0.99, seed=0, components=config.latents.components)
     train_under(config, "student")
     return config
 

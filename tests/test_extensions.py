@@ -57,7 +57,7 @@ def test_they_go_through_every_verb(run, tissue, capsys):
     assert main(["evaluate", "--config", file]) == 0
     assert "focal LGD-Net" in capsys.readouterr().out
     report = read_json(Path(config.report.dir) / "metrics.json")
-    assert "focal LGD-Net, hallucinated latents" in json.dumps(report)
+    assert "focal LGD-Net, mapped latents, whitened" in json.dumps(report)
 
     assert main(["ablate", "--config", file, "--seeds", "1"]) == 0
     out = capsys.readouterr().out

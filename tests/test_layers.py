@@ -19,13 +19,14 @@ shards.manifest shards.layouts shards.pairs shards.options shards.image shards.a
 shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
 models.spec models.description models.export models.pretrained models.backbone models.encoder
-models.teacher models.student models.losses models.methods
+models.teacher models.query_map models.student models.losses models.methods
 store.document store.writer store.parts store.store store.supervision store.cache
 store.export
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
 scoring.images scoring.predict scoring.slide_rows
-retrieval.index_files retrieval.search retrieval.factory retrieval.index retrieval.answers retrieval.queries
+retrieval.index_files retrieval.whitening retrieval.search retrieval.factory retrieval.index
+retrieval.hubs retrieval.answers retrieval.queries
 runs.folder
 report.results report.caveats report.ablation_table report.figures report.sheet report.embeddings
 report.robustness report.slides report.evaluation report.report report.ablation

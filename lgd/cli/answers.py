@@ -130,6 +130,7 @@ def _run_query(namespace: Namespace) -> None:
     drawn = as_output_location(namespace.sheet, "--sheet") if namespace.sheet else None
     from lgd.report import sheet
     from lgd.retrieval import answers, queries
+    from lgd.retrieval.search import read_document
     from lgd.runs.folder import explain_overrides
     from lgd.scoring import images, predict
     from lgd.store.store import Store
@@ -160,6 +161,10 @@ def _run_query(namespace: Namespace) -> None:
     if drawn:
         sheet.draw_sheet(store, replies, drawn)
     logger.info("%s", answers.count_neighbours(replies))
+    # With a filter each query searches other rows.
+    whole = not (namespace.split or namespace.level or namespace.exclude_same_slide)
+    if whole and (hubs := answers.describe_hubs(replies, read_document(store).rows)):
+        logger.info("%s", hubs)
     for note in answers.collect_notes(store, replies):
         logger.warning("%s", note)
     _print_rows(namespace, answers.as_json(replies), answers.as_rows(replies), answers.as_table(replies), problems)

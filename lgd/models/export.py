@@ -69,7 +69,8 @@ def compare_shapes(path: Location, stored: Shapes, expected: Shapes) -> None:
         found, wanted = (str(list(s[odd[0]])) if odd[0] in s else "absent" for s in (stored, expected))
         raise DataError(
             f"{path} does not hold the weights of the network in config.json: {len(odd)} tensors differ, such as "
-            f"{odd[0]!r:.120} ({found}, by config.json {wanted}): copy both files again"
+            f"{odd[0]!r:.120} ({found}, by config.json {wanted}): copy both files again, or train again where an older "
+            "lgd made them"
         )
 
 

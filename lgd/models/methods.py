@@ -29,6 +29,7 @@ from lgd.models.description import StudentConfig
 from lgd.models.encoder import Encoder, build_encoder
 from lgd.models.export import load_weights
 from lgd.models.losses import Lesson, Negatives, Terms
+from lgd.models.query_map import QueryMap
 from lgd.models.student import HallucinatingStudent, Outputs, Sizes, Student, TwoStreamStudent
 from lgd.models.teacher import Teacher, load_teacher
 
@@ -188,6 +189,10 @@ class LgdNet(Method):
     def start_hallucination(self, teacher: Teacher) -> Encoder:
         return teacher.encoder
 
+    def inputs(self) -> dict[str, JsonValue]:
+        # Networks of before had no map for queries.
+        return super().inputs() | {"query_map": "ridge/1"}
+
     def fields(self) -> tuple[str, ...]:
         student = self.config.student
         return (
@@ -263,15 +268,18 @@ def find_method(name: str) -> type[Method]:
 
 
 def student_from(config: StudentConfig) -> Student:
-    """An untrained student of the shape that `Student.describe` gave."""
+    """A student of the shape that `Student.describe` gave, with all tensors of a finished one."""
     spec, name = config.hallucination, config.method
     if name not in METHODS and not is_python(name):
         raise DataError(f"field method is {name!r:.120}, which this version of lgd lacks")
-    return find_method(name).network(
+    student = find_method(name).network(
         morphology=Encoder(config.morphology),
         hallucination=None if spec is None else Encoder(spec),
         **{name: getattr(config, name) for name in Sizes.__annotations__},
     )
+    if isinstance(student, HallucinatingStudent):
+        student.query_map = QueryMap(student.streams, config.latent_dim)
+    return student
 
 
 def load_student(folder: str | Location, code: Collection[str] = ()) -> tuple[Student, StudentConfig]:

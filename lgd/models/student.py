@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lgd.config import LEVEL_NAMES
 from lgd.models.description import StudentConfig
 from lgd.models.encoder import Encoder
+from lgd.models.query_map import QueryMap
 
 Outputs = dict[str, torch.Tensor]
 """What a network gives, by name."""
@@ -96,12 +97,19 @@ class HallucinatingStudent(TwoStreamStudent):
         super().__init__(morphology=morphology, hallucination=hallucination, **sizes)
         self.nuclei_head = nn.Conv2d(morphology.channels, 1, 1)
         self.membrane_head = nn.Conv2d(sizes["latent_dim"], 3, 1)
+        self.streams = morphology.channels + 2 * sizes["latent_dim"]
+        self.query_map: QueryMap | None = None
+        """Fitted when the network is finished (`lgd.train.finished`)."""
 
     def hallucinate(self, map_BCHW: torch.Tensor, latent_BDHW: torch.Tensor, pooled_BD: torch.Tensor) -> Outputs:
         """`pooled` (B, D), `map` (B, D, m, m) when maps are cached, `nuclei` (B, g, g) as log(1 + density), `membrane`
-        (B, k, k, 3).
+        (B, k, k, 3), `streams` (B, S), all that was pooled, without gradient, and `query` (B, D), the latent that the
+        map makes of them, once it is fitted.
         """
-        out = {"pooled": pooled_BD}
+        streams_BS = torch.cat([map_BCHW.mean(dim=(2, 3)), latent_BDHW.mean(dim=(2, 3)), pooled_BD], dim=1).detach()
+        out = {"pooled": pooled_BD, "streams": streams_BS}
+        if self.query_map is not None:
+            out["query"] = self.query_map(streams_BS)
         if self.sizes["latent_map"]:
             out["map"] = F.adaptive_avg_pool2d(latent_BDHW, self.sizes["latent_map"])
         nuclei_BCGG = _resize(map_BCHW, self.sizes["nuclei_grid"])

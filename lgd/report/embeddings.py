@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
 from lgd.metrics import Floats, Interval, Ints, Predictions, draws, interval
-from lgd.report.results import EmbeddingScores, OwnPair, Precision, Retrieval
+from lgd.report.results import EmbeddingScores, Hubs, OwnPair, Precision, Retrieval
+from lgd.retrieval.hubs import chance_of_hubs, chance_of_never, count_found, count_hubs, find_hubs
 
 PRECISION_AT_K = 10
-"""Neighbours behind an average precision."""
+"""Neighbours behind an average precision, and answers behind hubs."""
 GALLERY_CAVEATS = (
     "The gallery of the levels is the training split, which every network here was trained on: its vectors are better "
     "told apart by level than those of new patches would be.",
@@ -28,6 +29,7 @@ GALLERY_CAVEATS = (
     "The gallery of the own pair is the IHC of the scored split, which holds neighbours from the query's own slide.",
     "The features of H&E alone are compared with H&E, the other vectors with IHC latents: of the precisions by level "
     "only those of one gallery compare directly.",
+    "The intervals of hubs take the hubs as they are: other slides would have others.",
 )
 """What a reader must know of how the galleries were made."""
 # Similarities that are worked out at a time: 32 MB.
@@ -63,11 +65,14 @@ def measure(
             embedding.queries_nD, scored.level, embedding.train_mD, level_m, PRECISION_AT_K
         )
         found = by_level(precision_n, chance_n, scored.level, scored.groups, resamples, seed)
-        own = None
+        own = hubs = None
         if embedding.own_nD is not None:
             rank_n = own_ranks(embedding.queries_nD, embedding.own_nD)
             own = own_pair(rank_n, len(embedding.own_nD), scored.groups, resamples, seed)
-        rows.append(EmbeddingScores(name=embedding.name, gallery=embedding.gallery, by_level=found, own_pair=own))
+            hubs = measure_hubs(embedding.queries_nD, embedding.own_nD, scored.groups, resamples, seed)
+        rows.append(
+            EmbeddingScores(name=embedding.name, gallery=embedding.gallery, by_level=found, own_pair=own, hubs=hubs)
+        )
     return Retrieval(caveats=GALLERY_CAVEATS, at=PRECISION_AT_K, gallery_rows=len(level_m), embeddings=tuple(rows))
 
 
@@ -82,7 +87,7 @@ def he_only(
     """A network of H&E alone, by its features and by their ridge regression to the teacher's latents.
 
     `train` are its predictions of the training patches, for their groups; `latents_mD` are the teacher's latents of the
-    same patches, and `own_nD` those of the scored split.
+    same patches as they are compared, and `own_nD` those of the scored split.
     """
     # The teacher's latents are relative to their training mean too: without it all features share one direction.
     mean_C = train_features_mC.mean(0, dtype=np.float64)
@@ -91,7 +96,7 @@ def he_only(
     if len(set(train.groups)) < 2:
         # A fit on a single slide cannot be checked on another one.
         return found
-    mapped_nD, alpha = ridge(train_mC, unit(latents_mD), train.groups, queries_nC)
+    mapped_nD, alpha = ridge(train_mC, latents_mD, train.groups, queries_nC)
     return [*found, Embedding(f"{name}, ridge to the latents (alpha {alpha:.3g})", mapped_nD, latents_mD, own_nD)]
 
 
@@ -151,6 +156,27 @@ def own_pair(rank_n: Floats, gallery: int, groups: Sequence[str], resamples: int
     return OwnPair.model_validate({"queries": len(rank_n), "gallery": gallery, **ranks})
 
 
+def measure_hubs(
+    queries_nD: Floats, gallery_mD: Floats, groups: Sequence[str], resamples: int, seed: int, k: int = PRECISION_AT_K
+) -> Hubs:
+    """How evenly queries find a gallery whose rows are of the groups of the queries, with intervals over these."""
+    rows = len(gallery_mD)
+    k = min(k, rows)
+    found_nk = np.concatenate([nearest for _, nearest in _nearest(queries_nD, gallery_mD, k)])
+    count_m = count_found(found_nk, rows)
+    of_hubs = [np.isin(some, find_hubs(count_found(some, rows))).mean(1) for some in (found_nk[:, :1], found_nk)]
+    first, answers, never = (mean_with_interval(v, groups, resamples, seed) for v in (*of_hubs, count_m == 0))
+    return Hubs(
+        hubs=count_hubs(rows),
+        first_answers=first,
+        chance_first_answers=chance_of_hubs(len(queries_nD), 1, rows),
+        answers=answers,
+        chance_answers=chance_of_hubs(len(queries_nD), k, rows),
+        never_found=never,
+        chance_never_found=chance_of_never(len(queries_nD), k, rows),
+    )
+
+
 def average_precision(
     queries_nD: Floats, level_n: Ints, gallery_mD: Floats, level_m: Ints, k: int, seed: int = 0
 ) -> tuple[Floats, Floats]:
@@ -171,10 +197,7 @@ def average_precision(
     if not m:
         return found, chance
     place_k = np.arange(1, k + 1)
-    for those, similarity in _similarities(queries_nD, gallery_mD):
-        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        order = np.argsort(-np.take_along_axis(similarity, nearest, axis=1), axis=1, kind="stable")
-        nearest = np.take_along_axis(nearest, order, axis=1)
+    for those, nearest in _nearest(queries_nD, gallery_mD, k):
         hit = level_m[nearest] == level_n[those, None]
         found[those] = (hit * hit.cumsum(1) / place_k).sum(1)
     found /= np.where(relevant_n, np.minimum(k, relevant_n), np.nan)
@@ -220,6 +243,14 @@ def _similarities(queries_nD: Floats, gallery_mD: Floats) -> Iterator[tuple[slic
     for start in range(0, len(queries_nD), block):
         rows = slice(start, start + block)
         yield rows, unit(queries_nD[rows]) @ gallery.T
+
+
+def _nearest(queries_nD: Floats, gallery_mD: Floats, k: int) -> Iterator[tuple[slice, Ints]]:
+    """Blocks of the queries, and the gallery rows of the k nearest of each, nearest first."""
+    for those, similarity in _similarities(queries_nD, gallery_mD):
+        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(similarity, nearest, axis=1), axis=1, kind="stable")
+        yield those, np.take_along_axis(nearest, order, axis=1)
 
 
 def unit(x_nD: Floats) -> Floats:

@@ -26,9 +26,10 @@ from lgd.report.robustness import measure as measure_robustness
 from lgd.report.sheet import Gallery
 from lgd.report.slides import SLIDE_RULES, score_model
 from lgd.retrieval.answers import Answer, name_level
+from lgd.retrieval.factory import fit_on_parts
 from lgd.retrieval.queries import check_pair, search
 from lgd.retrieval.search import Searcher, read_document, require_faiss
-from lgd.scoring.predict import Scorer, choose_level, load_scorer, name_probabilities, score_shards
+from lgd.scoring.predict import Scorer, choose_latents, choose_level, load_scorer, name_probabilities, score_shards
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardSet
 from lgd.store.parts import read_all, read_levels
@@ -43,8 +44,8 @@ class Network(NamedTuple):
 
     scorer: Scorer
     predictions: Predictions
-    vectors_nD: np.ndarray
-    """Hallucinated or true latents, or the features of H&E alone."""
+    vectors: dict[str, np.ndarray]
+    """Mapped, hallucinated or true latents, or the features of H&E alone, by their names in `Scorer.score`."""
 
 
 def evaluate(
@@ -156,24 +157,35 @@ def measure_retrieval(
     """The measures of each network, and of the teacher's own latents.
 
     `shards` were scored; `training` is the gallery that levels are looked up in. Students of other teachers have no
-    row: their latents do not compare with the store's.
+    row: their latents do not compare with the store's. Latents are compared as queries compare them, whitened by those
+    of `training`; beside that stand hallucinated and true ones as they are.
     """
     check_pair(student.scorer, store)
     own_nD = pooled_latents(store, shards)
     latents_mD = pooled_latents(store, training) if training else own_nD[:0]
     level_m = read_levels(store.parts_of(training)) if training else np.empty(0, np.int64)
+    whitening = fit_on_parts(store.parts_of(training or shards), config.latents.components)
+    whiten, white = (whitening.apply, ", whitened") if whitening else (np.asarray, "")
     embeddings = []
-    for scorer, predictions, vectors_nD in (student, *rivals):
+    for scorer, predictions, vectors in (student, *rivals):
         name = predictions.name
         if scorer.retrieves_by == "features" and training:
             message = "[report] %s: scoring %d training patches, the gallery of its own features"
             logger.info(message, scorer.name, sum(shard.samples for shard in training))
-            train, train_mC = score_shards(scorer, training, threads=config.data.threads)
-            embeddings += he_only(name, vectors_nD, train_mC, train, latents_mD, own_nD)
+            train, train_vectors = score_shards(scorer, training, threads=config.data.threads)
+            features = vectors["features"], train_vectors["features"]
+            embeddings += he_only(name, *features, train, whiten(latents_mD), whiten(own_nD))
         elif scorer.retrieves_by == "latents" and scorer.config.teacher_sha256 == store.recipe.teacher.weights_sha256:
-            embeddings.append(Embedding(f"{name}, hallucinated latents", vectors_nD, latents_mD, own_nD))
+            if "query" in vectors:
+                mapped_nD = whiten(vectors["query"])
+                embeddings.append(
+                    Embedding(f"{name}, mapped latents{white}", mapped_nD, whiten(latents_mD), whiten(own_nD))
+                )
+            embeddings.append(Embedding(f"{name}, hallucinated latents", vectors["pooled"], latents_mD, own_nD))
     # What no hallucination can be expected to pass; its own pair would be the query itself.
     embeddings.append(Embedding("IHC teacher, true latents", own_nD, latents_mD))
+    if whitening:
+        embeddings.append(Embedding(f"IHC teacher, true latents{white}", whiten(own_nD), whiten(latents_mD)))
     return measure(embeddings, student.predictions, level_m, config.report.bootstrap, config.run.seed)
 
 
@@ -186,7 +198,7 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
     """The rows of the contact sheet: some queries of the scored split, and what they find in the index."""
     predictions = student.predictions
     rows = _spread(predictions.level, config.report.queries)
-    found = search(Searcher(store), student.vectors_nD[rows], 4) if len(rows) else []
+    found = search(Searcher(store), choose_latents(student.vectors)[rows], 4) if len(rows) else []
     images = Gallery(store, 256, shards.folders)
     reader = Reader(shards.of_split(config.report.split), ("he", "ihc"), 256)
     samples = [reader.read(row) for row in rows.tolist()]

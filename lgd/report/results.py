@@ -75,6 +75,21 @@ class OwnPair(Record):
     chance_recall_at_10: float
 
 
+class Hubs(Record):
+    """How evenly H&E queries find the IHCs of the scored split; the hundredth found most often are hubs."""
+
+    hubs: Count
+    first_answers: Interval
+    """Share of the first answers that are hubs."""
+    chance_first_answers: float
+    answers: Interval
+    """Share of the first `Retrieval.at` answers that are hubs of these."""
+    chance_answers: float
+    never_found: Interval
+    """Share of the IHCs that are in no query's first `Retrieval.at` answers."""
+    chance_never_found: float
+
+
 class EmbeddingScores(Record):
     """What vectors of one kind find in the galleries."""
 
@@ -83,6 +98,7 @@ class EmbeddingScores(Record):
     by_level: dict[str, Precision]
     """`overall`, and the level of the queries."""
     own_pair: OwnPair | None
+    hubs: Hubs | None
 
 
 class Retrieval(Record):
@@ -90,7 +106,7 @@ class Retrieval(Record):
 
     caveats: Many[str]
     at: Count
-    """Neighbours behind an average precision."""
+    """Neighbours behind an average precision, and answers behind hubs."""
     gallery_rows: Count
     embeddings: Many[EmbeddingScores]
 
@@ -138,7 +154,7 @@ class Robustness(Record):
 class Results(Document):
     """metrics.json; null stands where a number is undefined."""
 
-    FORMAT: ClassVar[str] = "lgd-report/2"
+    FORMAT: ClassVar[str] = "lgd-report/3"
     ABSENT: ClassVar[str] = "run lgd evaluate"
     REMEDY: ClassVar[str] = "run lgd evaluate again"
 
@@ -219,6 +235,8 @@ def retrieval_sections(retrieval: Retrieval) -> list[str]:
     ]
     if own_pairs:
         text += _own_pair_section(own_pairs)
+    if hubs := [(row.name, row.hubs) for row in embeddings if row.hubs]:
+        text += _hubs_section(hubs, retrieval.at)
     return [*text, *list_items(retrieval.caveats), ""]
 
 
@@ -240,6 +258,25 @@ def _own_pair_section(own_pairs: Sequence[tuple[str, OwnPair]]) -> list[str]:
         "## Retrieval of the own IHC\n",
         f"{first.queries} H&E queries, each searching its own pair among {first.gallery} IHC latents.\n",
         *markdown_table(["vectors", "median rank", "mean rank", "recall at 1", "recall at 5", "recall at 10"], rows),
+    ]
+
+
+def _hubs_section(hubs: Sequence[tuple[str, Hubs]], at: int) -> list[str]:
+    first = hubs[0][1]
+    chance = [first.chance_first_answers, first.chance_answers, first.chance_never_found]
+    rows = [[name, *map(format_interval, (one.first_answers, one.answers, one.never_found))] for name, one in hubs]
+    rows.append(["by chance", *map(format_number, chance)])
+    columns = [
+        "vectors",
+        "first answers that are hubs",
+        f"first {at} answers that are hubs",
+        "IHCs that are never found",
+    ]
+    return [
+        "## Hubs\n",
+        f"How evenly the same queries find these IHCs. Hubs are the {first.hubs} (1 %) found most often; never "
+        f"found is what is in no query's first {at} answers. Chance is the expected value of blind queries.\n",
+        *markdown_table(columns, rows),
     ]
 
 

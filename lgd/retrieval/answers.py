@@ -16,6 +16,7 @@ will come at the end. What is unknown is null, and empty in CSV.
 """
 
 import difflib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ import numpy as np
 from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
 from lgd.io.location import Location
+from lgd.retrieval.hubs import chance_of_hubs, chance_of_never, count_found, count_hubs, find_hubs
 from lgd.scoring.predict import count_notes, join_notes, round_probabilities
 from lgd.shards.layouts import safe_key
 from lgd.shards.pairs import read_slides
@@ -37,6 +39,7 @@ distance by less than 1e-7. Real IHC saved again as JPEG of quality 90 lies at 5
 5e-4), moved by one pixel at 5e-4 (95 % within 2.5e-3). Of 480 different patches the nearest other one lies at 6e-3
 (median), but 11 pairs of them below 0.001: a mark is a reason to look, not a proof."""
 _NEAR_IN_ORDER = 5
+_ENOUGH_QUERIES = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +60,7 @@ class Hit(Stored):
     """One neighbour: a stored IHC latent."""
 
     distance: float
-    """1 - cosine of the query's and the stored latent."""
+    """1 - cosine of the query's and the stored latent, both whitened where the index is (`latents.components`)."""
     duplicate_of: str | None = None
     """`query`, or the key of a nearer neighbour, where the latent is all but the same."""
 
@@ -186,6 +189,26 @@ def count_neighbours(answers: Sequence[Answer]) -> str:
     return (
         f"queries: {len(answers)}, neighbours: {len(hits)}, of these near-duplicates (closer than {NEAR_DUPLICATE} to "
         f"the query or to a nearer neighbour): {len(twins)}"
+    )
+
+
+def describe_hubs(answers: Sequence[Answer], rows: int) -> str:
+    """A line on how evenly the queries find the `rows` that they search; none of too few queries to say.
+
+    Enough are 50 that draw each row once, were they blind.
+    """
+    found = [[(hit.part, hit.row) for hit in answer.neighbours] for answer in answers if answer.neighbours]
+    k = max(map(len, found), default=0)
+    if len(found) < _ENOUGH_QUERIES or k * len(found) < rows:
+        return ""
+    numbers = {place: number for number, place in enumerate(dict.fromkeys(itertools.chain(*found)))}
+    first_m = count_found(np.array([numbers[places[0]] for places in found]), rows)
+    share = first_m[find_hubs(first_m)].sum() / len(found)
+    never = 1 - len(numbers) / rows
+    return (
+        f"hubs: the {count_hubs(rows)} of {rows} IHCs (1 %) that are found first most often take {share:.1%} of the "
+        f"first answers (by chance {chance_of_hubs(len(found), 1, rows):.1%}); {never:.1%} are never found (by chance "
+        f"{chance_of_never(len(found), k, rows):.1%})"
     )
 
 

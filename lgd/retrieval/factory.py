@@ -33,6 +33,7 @@ import numpy as np
 from lgd.base.errors import DataError
 from lgd.retrieval.index_files import code_bytes
 from lgd.retrieval.search import import_faiss
+from lgd.retrieval.whitening import Whitening, fit_whitening
 from lgd.store.parts import Part
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ TRAIN_ROWS = 40
 _TRAIN_ROUNDS = 10
 _BLOCK = 16_384
 """Rows that are held as float32: 34 MB at 512 dimensions."""
+_FIT_ROWS = 100_000
+"""Latents at most that the whitening is fitted on, evenly spaced."""
 
 
 def unit(vectors_nD: np.ndarray) -> np.ndarray:
@@ -55,21 +58,28 @@ def unit(vectors_nD: np.ndarray) -> np.ndarray:
 
 
 class UnitVectors:
-    """The pooled latents (the first view) of some parts, one row after the other, as unit vectors."""
+    """The pooled latents (the first view) of some parts, one row after the other, whitened, as unit vectors."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = parts
+    def __init__(self, parts: Sequence[Part], whitening: Whitening | None = None) -> None:
+        """Without a whitening they are compared as they are."""
+        self.parts, self.whitening = parts, whitening
         self.first = np.cumsum([0, *(part.rows for part in parts)])
-        self.rows, self.dim = int(self.first[-1]), parts[0].layout["pooled"].shape[-1]
+        self.rows, self.latent_dim = int(self.first[-1]), parts[0].layout["pooled"].shape[-1]
+        self.dim = whitening.axes_Dk.shape[1] if whitening else self.latent_dim
 
-    def at(self, row_n: np.ndarray) -> np.ndarray:
-        """The vectors of some rows, which are sorted: float32 (n, D)."""
+    def latents_at(self, row_n: np.ndarray) -> np.ndarray:
+        """The latents of some rows, which are sorted, as they are stored: (n, D)."""
         part_n = np.searchsorted(self.first, row_n, "right") - 1
         found = [
             self.parts[number].array("pooled")[row_n[part_n == number] - self.first[number], 0]
             for number in np.unique(part_n).tolist()
         ]
-        vectors_nD = unit(np.concatenate(found))
+        return np.concatenate(found)
+
+    def at(self, row_n: np.ndarray) -> np.ndarray:
+        """The vectors of some rows, which are sorted: float32 (n, D), or of a whitening (n, k)."""
+        latents_nD = self.latents_at(row_n)
+        vectors_nD = unit(self.whitening.apply(latents_nD) if self.whitening else latents_nD)
         if not np.isfinite(vectors_nD).all():
             raise DataError("the store has latents that are not finite: the teacher diverged, train and cache it again")
         return vectors_nD
@@ -78,6 +88,16 @@ class UnitVectors:
         """All vectors, some thousands at a time, with the row of the first: float32 (n, D)."""
         for start in range(0, self.rows, _BLOCK):
             yield start, self.at(np.arange(start, min(start + _BLOCK, self.rows)))
+
+
+def fit_on_parts(parts: Sequence[Part], components: int) -> Whitening | None:
+    """The whitening by the latents of some parts; None of 0 components."""
+    if not components:
+        return None
+    latents = UnitVectors(parts)
+    row_n = np.unique(np.linspace(0, latents.rows - 1, min(latents.rows, _FIT_ROWS)).round().astype(np.int64))
+    starts = range(0, len(row_n), _BLOCK)
+    return fit_whitening((latents.latents_at(row_n[start : start + _BLOCK]) for start in starts), components)
 
 
 def nearest(latents: UnitVectors, queries_nD: np.ndarray, k: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Store -> FAISS index over the teacher's pooled latents (the first view): built, and its recall measured.
+"""Store -> FAISS index over the teacher's pooled latents (the first view), whitened: built, and its recall measured.
 
 Run by `lgd build-index`; it leaves DIR/index/TEACHER/ as `lgd.retrieval.search` describes it, which also opens it.
 """
@@ -19,9 +19,19 @@ from lgd.io.files import list_folder, publish, remove
 from lgd.io.location import Location
 from lgd.io.locks import exclusive
 from lgd.ray_jobs.cluster import map_with
-from lgd.retrieval.factory import UnitVectors, choose_factory, move_to_gpu, nearest, overlap, train_index, unit
+from lgd.retrieval.factory import (
+    UnitVectors,
+    choose_factory,
+    fit_on_parts,
+    move_to_gpu,
+    nearest,
+    overlap,
+    train_index,
+    unit,
+)
 from lgd.retrieval.index_files import cells_of, check_file, write_table
 from lgd.retrieval.search import IndexDocument, IndexFile, IndexRequest, import_faiss, index_folder, open_index
+from lgd.retrieval.whitening import Whitening
 from lgd.shards.archive import Shard
 from lgd.store.parts import Part
 from lgd.store.store import TEACHER, Store
@@ -35,14 +45,23 @@ _QUERIES = 1000
 _NEAREST = 10
 
 
-def build_index(
-    store: Store, shards: Sequence[Shard], factory: str, gallery: list[str], recall: float, seed: int, workers: int = 0
+def build_index(  # noqa: PLR0913 - the settings of an index
+    store: Store,
+    shards: Sequence[Shard],
+    factory: str,
+    gallery: list[str],
+    recall: float,
+    seed: int,
+    workers: int = 0,
+    components: int = 0,
 ) -> tuple[IndexDocument, bool]:
     """Index the gallery splits of some shards; returns index.json's content and whether it was built now.
 
-    `factory` is auto or one of `lgd.retrieval.index_files.KINDS`. The store may lie at a url. `workers` of Ray find the
-    cells of the latents; 0 does it here. Raises `DataError` when the gallery is empty, and when the index misses
-    `recall` even with all cells probed, and while another process builds it in a local store.
+    `factory` is auto or one of `lgd.retrieval.index_files.KINDS`. Latents are whitened by `components` principal
+    components of the gallery's split train, or of all of it where it has none; 0 compares them as they are. The store
+    may lie at a url. `workers` of Ray find the cells of the latents; 0 does it here. Raises `DataError` when the
+    gallery is empty, and when the index misses `recall` even with all cells probed, and while another process builds it
+    in a local store.
     """
     folder = index_folder(store)
     parts = list(dict.fromkeys(store.parts_of(shards)))
@@ -57,7 +76,11 @@ def build_index(
     if factory != "auto" and cells_of(factory) > rows:
         raise DataError(f"latents.index {factory!r} has more cells than there are latents ({rows}): use auto")
     request = IndexRequest(
-        asked=factory, gallery=tuple(gallery), target=recall, parts=tuple(part.digest(TEACHER) for part in indexed)
+        asked=factory,
+        gallery=tuple(gallery),
+        target=recall,
+        components=components,
+        parts=tuple(part.digest(TEACHER) for part in indexed),
     )
     if there := _find(store, request):
         return there, False
@@ -70,7 +93,7 @@ def build_index(
 def _find(store: Store, request: IndexRequest) -> IndexDocument | None:
     """The index that is there, if it is whole and the one that is asked for."""
     try:
-        there, _, _ = open_index(store, with_faiss=False)
+        there = open_index(store, with_faiss=False).document
     except DataError:
         return None
     return there if request.as_json().items() <= there.as_json().items() else None
@@ -80,7 +103,10 @@ def _publish_index(
     store: Store, parts: Sequence[Part], request: IndexRequest, seed: int, workers: int
 ) -> IndexDocument:
     folder, factory = index_folder(store), request.asked
-    latents = UnitVectors([part for part in parts if part.split in request.gallery])
+    gallery = [part for part in parts if part.split in request.gallery]
+    taught = [part for part in gallery if part.split == "train"]
+    whitening = fit_on_parts(taught or gallery, request.components)
+    latents = UnitVectors(gallery, whitening)
     why = "as asked for"
     if factory == "auto":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -106,19 +132,22 @@ def _publish_index(
         nprobe=probes,
         rows=latents.rows,
         dim=latents.dim,
+        latent_dim=latents.latent_dim,
         why=why,
         recall_at_10=measured,
         queries=described,
         faiss=_publish(folder, ".faiss", lambda path: _write(index, path, kind)),
         table=_publish(folder, ".npy", lambda path: write_table(path, latents.parts, order_n)),
+        whitening=whitening and _publish(folder, ".axes", lambda path: _write_axes(whitening, path)),
         trained_on=sampled,
         seconds=seconds,
     )
     document.write(folder / "index.json")
     # Those of the index that was there; a process that has them open keeps them.
-    named = {"index.json", f"{document.faiss.xxh3}.faiss", f"{document.table.xxh3}.npy"}
+    named = {f"{document.faiss.xxh3}.faiss", f"{document.table.xxh3}.npy"}
+    named |= {f"{document.whitening.xxh3}.axes"} if document.whitening else set()
     for name in list_folder(folder):
-        if re.fullmatch(r"[0-9a-f]{32}\.(faiss|npy)", name) and name not in named:
+        if re.fullmatch(r"[0-9a-f]{32}\.(faiss|npy|axes)", name) and name not in named:
             remove(folder / name)
     return document
 
@@ -133,7 +162,7 @@ def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -
     workers = workers if latents.rows > _ALONE_ROWS else 0
     # Of 20,000 rows in 1264 cells, 0.8 s go into finding the cells and 0.1 s into adding, on one core.
     centroids_CD = index.quantizer.reconstruct_n(0, index.nlist)
-    find_cells = functools.partial(_load_cells, str(store.folder.absolute()), centroids_CD)
+    find_cells = functools.partial(_load_cells, str(store.folder.absolute()), centroids_CD, latents.whitening)
     cell_n = np.empty(latents.rows, np.int64)
     for number, found_n in map_with(find_cells, [*first_row], workers=workers, option_name="train.workers"):
         cell_n[first_row[number] : first_row[number] + len(found_n)] = found_n
@@ -145,14 +174,16 @@ def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -
     return order_n
 
 
-def _load_cells(folder: str, centroids_CD: np.ndarray) -> Callable[[int], tuple[int, np.ndarray]]:
+def _load_cells(
+    folder: str, centroids_CD: np.ndarray, whitening: Whitening | None
+) -> Callable[[int], tuple[int, np.ndarray]]:
     """What finds the cell of each row of a part, by the number of it in the store; a worker has one."""
     parts, coarse = Store(folder).parts, import_faiss().IndexFlatIP(centroids_CD.shape[1])
     coarse.add(centroids_CD)
     coarse = move_to_gpu(coarse)
 
     def find_cells(number: int) -> tuple[int, np.ndarray]:
-        blocks = UnitVectors([parts[number]]).blocks()
+        blocks = UnitVectors([parts[number]], whitening).blocks()
         return number, np.concatenate([coarse.search(vectors_nD, 1)[1][:, 0] for _, vectors_nD in blocks])
 
     return find_cells
@@ -164,7 +195,7 @@ def _queries(parts: Sequence[Part], latents: UnitVectors, gallery: Sequence[str]
     others = [part for part in parts if part.split not in gallery]
     # Probes are chosen by these, and nothing is chosen by a test split where there is another.
     others = [part for part in others if part.split == "val"] or others
-    source = UnitVectors(others) if others else latents
+    source = UnitVectors(others, latents.whitening) if others else latents
     row_n = np.sort(random.choice(source.rows, min(_QUERIES, source.rows), replace=False, shuffle=False))
     vectors_nD = source.at(row_n)
     if others:
@@ -200,6 +231,11 @@ def _publish(folder: Location, suffix: str, write: Callable[[Path], None]) -> In
         with temporary.open("rb") as file:
             made = IndexFile(bytes=temporary.stat().st_size, xxh3=xxh3(file))
     return made
+
+
+def _write_axes(whitening: Whitening, path: Path) -> None:
+    with path.open("wb") as file:
+        whitening.write(file)
 
 
 def _write(index: "Index", path: Path, kind: tuple[str, int, int, int]) -> None:

@@ -1,4 +1,4 @@
-"""H&E query -> hallucinated latent -> nearest teacher latents; or a stored IHC latent -> its nearest.
+"""H&E query -> the latent that the student's map makes of it -> nearest teacher latents; or stored IHC -> its nearest.
 
     answers = lgd.query("runs/demo/student", "runs/demo/latents", "he.png", k=5, levels=["3+"])
     answers = lgd.query(None, "runs/demo/latents", keys=["00012_test_3+"], k=5, exclude_same_slide=True)
@@ -20,7 +20,7 @@ from lgd.models.methods import METHODS, PROPOSED
 from lgd.retrieval.answers import Answer, Hit, Stored, find_slides, find_stored, name_level, near_duplicates
 from lgd.retrieval.search import Searcher
 from lgd.scoring.images import Images, Mpp, list_sources, take_images
-from lgd.scoring.predict import Scorer, load_scorer, score_images
+from lgd.scoring.predict import Scorer, choose_latents, load_scorer, score_images
 from lgd.scoring.slide_rows import require_names
 from lgd.shards.layouts import safe_key
 from lgd.store.parts import as_levels
@@ -113,7 +113,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     # Last, because it takes the longest.
     for prediction, values in score_images(student, taken, mpp, keep_going=keep_going) if student else ():
         answers.append(Answer(**asdict(prediction)))
-        vectors.append(values.get("pooled", np.empty(0)))
+        vectors.append(choose_latents(values) if values else np.empty(0))
     for patch in stored:
         answers.append(Answer(stored=patch))
         vectors.append(np.asarray(opened.parts[patch.part].array("pooled")[patch.row, 0], np.float32))

@@ -2,9 +2,10 @@
 
     DIR/index/TEACHER/DIGEST.faiss   inner product of unit vectors, which is the cosine
     DIR/index/TEACHER/DIGEST.npy     part, row, label, key and slide of each indexed latent, in the index's order
+    DIR/index/TEACHER/DIGEST.axes    mean and axes that latents are whitened by, float32 (`lgd.retrieval.whitening`)
     DIR/index/TEACHER/index.json     what the index is and reached, its files, the parts that it is of; written last
 
-Both files are mapped, not read: what is resident is the operating system's cache, which it can take back. Opening
+The first two are mapped, not read: what is resident is the operating system's cache, which it can take back. Opening
 costs their digest and a look at their structure: 1.1 s and 31 MB at a million 512-dimensional latents (1.07 GB), and
 in an index of cells 8 bytes a latent more (computed, not measured).
 Files are named by their digest, so that an index which is replaced is the old one or the new one to each reader.
@@ -16,7 +17,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, BinaryIO, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, BinaryIO, ClassVar, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -27,6 +28,7 @@ from lgd.io.documents import Document
 from lgd.io.location import Location
 from lgd.io.remote import open_checked
 from lgd.retrieval.index_files import cells_of, check_file, read_table
+from lgd.retrieval.whitening import Whitening
 from lgd.shards.manifest import Text, Word
 from lgd.store.store import TEACHER, Store
 
@@ -53,6 +55,8 @@ class IndexRequest(Record):
     gallery: Many[Word]
     target: Annotated[float, Field(gt=0, le=1)]
     """latents.recall."""
+    components: Count
+    """latents.components."""
     parts: Annotated[Many[Sha256], Field(min_length=1)]
     """Digest of each of the parts that are indexed."""
 
@@ -60,7 +64,7 @@ class IndexRequest(Record):
 class IndexDocument(Document, IndexRequest):
     """index.json."""
 
-    FORMAT: ClassVar[str] = "lgd-index/3"
+    FORMAT: ClassVar[str] = "lgd-index/4"
     ABSENT: ClassVar[str] = f"there is no index; {_REMEDY}"
     REMEDY: ClassVar[str] = _REMEDY
 
@@ -68,6 +72,9 @@ class IndexDocument(Document, IndexRequest):
     nprobe: Count
     rows: Annotated[int, Field(ge=1, lt=2**40)]
     dim: Annotated[int, Field(ge=1, lt=2**20)]
+    """Length of the indexed vectors."""
+    latent_dim: Annotated[int, Field(ge=1, lt=2**20)]
+    """Length of the latents that are whitened to these."""
     why: Text
     trained_on: Count
     seconds: dict[Text, float]
@@ -75,6 +82,7 @@ class IndexDocument(Document, IndexRequest):
     queries: Text
     faiss: IndexFile
     table: IndexFile
+    whitening: IndexFile | None
 
     @model_validator(mode="after")
     def _check_probes(self) -> Self:
@@ -82,6 +90,24 @@ class IndexDocument(Document, IndexRequest):
         if not min(1, cells) <= self.nprobe <= cells:
             raise ValueError(f"field nprobe is {self.nprobe}, and {self.factory} has {cells} cells")
         return self
+
+    @model_validator(mode="after")
+    def _check_whitening(self) -> Self:
+        # Of latents that do not vary along so many there are fewer.
+        dims = range(1, min(self.components, self.latent_dim) + 1) if self.whitening else (self.latent_dim,)
+        if (self.whitening is None) != (self.components == 0) or self.dim not in dims:
+            raise ValueError(f"field dim is {self.dim}, and {self.components} components are of {self.latent_dim}")
+        return self
+
+
+class OpenIndex(NamedTuple):
+    """An index whose files were checked."""
+
+    document: IndexDocument
+    table: np.ndarray
+    whitening: Whitening | None
+    faiss: "Index | None"
+    """None where FAISS was not asked for."""
 
 
 def require_faiss() -> None:
@@ -129,23 +155,24 @@ def _open_file(path: Location, said: IndexFile) -> Iterator[BinaryIO]:
         raise DataError(f"{path} is not the index that index.json describes ({error}): {_REMEDY}") from error
 
 
-def open_index(store: Store, with_faiss: bool = True) -> tuple[IndexDocument, np.ndarray, "Index | None"]:
-    """The document, the table and, with FAISS, the index of a store.
-
-    Raises `DataError` for one that is missing or damaged.
-    """
+def open_index(store: Store, with_faiss: bool = True) -> OpenIndex:
+    """The index of a store; raises `DataError` for one that is missing or damaged."""
     folder, document, numbers, index = index_folder(store), read_document(store), _numbers(store), None
+    whitening = None
     parts = [store.parts[numbers[digest]] for digest in document.parts]
     try:
         with _open_file(folder / f"{document.table.xxh3}.npy", document.table) as file:
             table = read_table(file, document.rows, parts)
+        if said := document.whitening:
+            with _open_file(folder / f"{said.xxh3}.axes", said) as file:
+                whitening = Whitening.read(file, document.latent_dim, document.dim)
         with _open_file(folder / f"{document.faiss.xxh3}.faiss", document.faiss) as file:
             check_file(file, document.factory, document.rows, document.dim, document.nprobe)
             if with_faiss:
                 faiss = import_faiss()
                 # The descriptor names the file that was checked, whatever has taken its place meanwhile.
                 index = faiss.read_index(f"/dev/fd/{file.fileno()}", faiss.IO_FLAG_MMAP_IFC)
-        return document, table, index
+        return OpenIndex(document, table, whitening, index)
     except FileNotFoundError as error:
         if read_document(store) != document:
             # It was replaced between the two readings.
@@ -173,7 +200,7 @@ class Searcher:
         # Without it `lgd build-index` would be no remedy for an index that is missing.
         require_faiss()
         self.store = store
-        self.document, self.table, index = open_index(store)
+        self.document, self.table, self.whitening, index = open_index(store)
         assert index is not None
         self.index = index
         numbers = _numbers(store)
@@ -187,19 +214,22 @@ class Searcher:
             self._ivf.make_direct_map()
 
     def search(
-        self, vectors_nD: np.ndarray, k: int, allowed: np.ndarray | None = None
+        self, latents_nD: np.ndarray, k: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest latents of each vector: cosine distance (1 - cosine) float32, and position in `table` int64.
+        """The k nearest of each latent: cosine distance (1 - cosine) float32, and position in `table` int64.
 
-        Both are (n, k), nearest first; where there are fewer than k the distance is inf and the position -1.
-        `allowed`, bool (rows of the table,), leaves the others out; up to half of them allowed, all cells are searched.
-        Raises `DataError` for vectors that are not finite.
+        The cosine is that of whitened latents, where the index has a whitening. Both are (n, k), nearest first; where
+        there are fewer than k the distance is inf and the position -1. `allowed`, bool (rows of the table,), leaves the
+        others out; up to half of them allowed, all cells are searched. Raises `DataError` for latents that are not
+        finite.
         """
         assert self._process == os.getpid(), "open a Searcher in the process that searches: in a forked one FAISS hangs"
+        dim = self.document.latent_dim
+        if latents_nD.ndim != 2 or latents_nD.shape[1] != dim:
+            raise DataError(f"vectors of shape {latents_nD.shape}, and the index has {dim} dimensions")
         # A copy, for FAISS scales in place, in a tenth of numpy's time.
-        vectors_nD = np.array(vectors_nD, np.float32, order="C")
-        if vectors_nD.ndim != 2 or vectors_nD.shape[1] != self.document.dim:
-            raise DataError(f"vectors of shape {vectors_nD.shape}, and the index has {self.document.dim} dimensions")
+        whitened = latents_nD if self.whitening is None else self.whitening.apply(latents_nD)
+        vectors_nD = np.array(whitened, np.float32, order="C")
         self._faiss.normalize_L2(vectors_nD)
         rows, nprobe = len(self.table), self.document.nprobe
         if allowed is not None:

@@ -26,7 +26,8 @@ from lgd.shards.archive import Shard
 from lgd.stain.checks import find_notes
 from lgd.stream.reader import Reader, in_batches, stream
 
-_READ = ("logits", "pooled", "features")
+_READ = ("logits", "pooled", "features", "query")
+_RETRIEVES_BY = {"latents": ("pooled", "query"), "features": ("features",)}
 NO_NUMBER = "the network gives no number for this image, and so no level: its training diverged"
 NO_LABELS = "the network saw no label in training and gives no level; its latents can be queried"
 VIRTUAL = "the network was trained on virtual tissue only: what it says of real tissue means nothing"
@@ -65,8 +66,8 @@ class Scorer:
         return "latents" if self.method is None else self.method.retrieves_by
 
     def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 (B, H, W, 3) -> `probability` (B, 4), `logits`, and where there are such `pooled` (B, D) and `features`
-        (B, C). The probabilities of a network that saw no label are NaN.
+        """uint8 (B, H, W, 3) -> `probability` (B, 4), `logits`, and where there are such `pooled` and `query` (B, D)
+        and `features` (B, C). The probabilities of a network that saw no label are NaN.
         """
         with torch.inference_mode():
             image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)
@@ -107,8 +108,9 @@ def load_scorer(folder: str | Location, kind: str = "student", code: Collection[
 
 def score_shards(
     scorer: Scorer, shards: Sequence[Shard], *, threads: int, batch: int = 64, alter: Alter | None = None
-) -> tuple[Predictions, np.ndarray]:
-    """Score every sample once, in the order of the shards; also the vectors that the network retrieves by, (n, D).
+) -> tuple[Predictions, dict[str, np.ndarray]]:
+    """Score every sample once, in the order of the shards; also the vectors that the network retrieves by, (n, D) each,
+    by their names in `Scorer.score`.
 
     `alter` changes the decoded images before the network sees them. A network that saw no label has no answer to
     compare with a level, and so all are unknown.
@@ -128,8 +130,13 @@ def score_shards(
     predictions = Predictions(
         name=scorer.name, keys=keys, groups=groups, level=np.array(levels, np.int64), probability=probability
     )
-    vectors = {"latents": "pooled", "features": "features"}.get(scorer.retrieves_by or "")
-    return predictions, np.concatenate([f[vectors] for f in found]) if vectors else np.empty((len(keys), 0))
+    names = _RETRIEVES_BY.get(scorer.retrieves_by or "", ())
+    return predictions, {name: np.concatenate([f[name] for f in found]) for name in names if name in found[0]}
+
+
+def choose_latents(values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Of what `Scorer.score` gives the latents that queries compare: those of the map, else those of the head."""
+    return values["query"] if "query" in values else values["pooled"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

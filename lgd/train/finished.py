@@ -15,20 +15,26 @@ from lgd.io.digests import digest_of
 from lgd.metrics import Floats, Ints, score
 from lgd.models.description import describe_training
 from lgd.models.export import save_model
-from lgd.models.student import Outputs
+from lgd.models.query_map import PairSums
+from lgd.models.student import HallucinatingStudent, Outputs
 from lgd.models.teacher import Teacher
 from lgd.shards.archive import Shard
+from lgd.store.store import Rows
 from lgd.stream.plan import eval_numbers
 from lgd.stream.reader import Reader, in_batches, stream
 from lgd.train.batch import Batch, collate, gather
 from lgd.train.prepare import Learner, Prepared
+from lgd.train.targets import Targets
 from lgd.train.tasks import Network
 
 
-def forward_split(learner: Learner, shards: list[Shard], skip: bool = False) -> Iterator[tuple[Batch, Outputs]]:
+def forward_split(
+    learner: Learner, shards: list[Shard], skip: bool = False, store: Rows | None = None
+) -> Iterator[tuple[Batch, Outputs]]:
     """One pass without gradients over this rank's share of the shards: each batch, and what the network gives.
 
-    `skip`: samples that cannot be read are in the batch as invalid ones, instead of raising `DataError`.
+    `skip`: samples that cannot be read are in the batch as invalid ones, instead of raising `DataError`. `store`: of
+    the shards' parts, whose rows are then in the batch too.
     """
     engine, world, role, config = learner.engine, learner.engine.world, learner.task.role, learner.task.config
     reader = Reader(shards, (role,), config.data.size)
@@ -38,7 +44,7 @@ def forward_split(learner: Learner, shards: list[Shard], skip: bool = False) -> 
     engine.model.eval()
     with torch.no_grad():
         for samples in stream(reader, numbers, threads=config.data.threads, skip=skip):
-            one = collate(samples, np.zeros(len(samples.rows), np.int64), None, 0, turn=False)
+            one = collate(samples, np.zeros(len(samples.rows), np.int64), store, 0, turn=False)
             yield one, engine.forward(one.to(world.device).images[role])
             rounds -= 1
         # Under ZeRO-3 a forward pass is a collective: a rank with fewer batches joins in with an empty one.
@@ -72,6 +78,24 @@ def centre_latents(learner: Learner, shards: list[Shard]) -> None:
         dist.all_reduce(sums)
     mean = (sums[:-1] / sums[-1]).float()
     teacher.centre(mean[: teacher.dim], mean[teacher.dim :])
+
+
+def fit_query_map(learner: Learner, shards: list[Shard]) -> None:
+    """Fit the map that queries go through on the training split's pairs, labelled or not; the network has it then.
+
+    What training skipped is skipped, and of pairs that are not own the latents are those that it was taught with.
+    """
+    network, task, world = learner.engine.model, learner.task, learner.engine.world
+    if task.store is None or not isinstance(network, HallucinatingStudent):
+        return
+    latents = Targets(task.store.parts_of(shards), task.method.pairs, task.config.run.seed, ("pooled",))
+    sums = PairSums(network.streams, network.sizes["latent_dim"], world.device)
+    for batch, out in forward_split(learner, shards, task.config.data.on_bad.skips > 0, latents):
+        streams_BS, valid_B = out["streams"], batch.valid_B.to(world.device)
+        sums.add(streams_BS[valid_B], batch.stored["pooled"].to(streams_BS)[valid_B])
+    if world.size > 1:
+        dist.all_reduce(sums.total)
+    network.query_map = sums.fit()
 
 
 def export(run: Prepared, step: int) -> None:

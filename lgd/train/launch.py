@@ -30,7 +30,7 @@ from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import World
 from lgd.train import checkpoint
 from lgd.train.deepspeed_engine import leave_world
-from lgd.train.finished import centre_latents, export
+from lgd.train.finished import centre_latents, export, fit_query_map
 from lgd.train.loop import fit
 from lgd.train.prepare import Prepared, choose_engine
 from lgd.train.tasks import TASKS, Task, inputs_of
@@ -195,6 +195,8 @@ def worker(config: Config, shards: ShardSet, task: str, engine: str, stop: str |
             best = fit(run, flag)
             if task == "teacher":
                 centre_latents(run.learner, shards.of_split("train"))
+            else:
+                fit_query_map(run.learner, shards.of_split("train"))
             export(run, best.step if config.train.patience else run.learner.steps)
 
 

@@ -11,7 +11,8 @@ from lgd.models.description import StudentConfig
 from lgd.models.encoder import build_encoder
 from lgd.models.export import load_weights, save_model
 from lgd.models.methods import METHODS, load_student, student_from
-from lgd.models.student import Student
+from lgd.models.query_map import QueryMap
+from lgd.models.student import HallucinatingStudent, Student
 from lgd.models.teacher import Teacher, load_teacher
 from tools.bench.inputs import NOT_TRAINED
 
@@ -29,6 +30,14 @@ def student(method="lgd", own=True, latent_map=2, dim=24) -> Student:
     )
 
 
+def finish(model: Student) -> Student:
+    """The student with a map for queries, where it gives latents."""
+    if isinstance(model, HallucinatingStudent):
+        model.query_map = QueryMap(model.streams, 24)
+        model.query_map.weight.normal_(generator=torch.Generator().manual_seed(2))
+    return model
+
+
 IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
@@ -41,6 +50,7 @@ def test_lgd_gives_levels_latents_and_grids(own):
         "logits": (3, 4),
         "features": (3, model.morphology.channels),
         "pooled": (3, 24),
+        "streams": (3, model.morphology.channels + 48),
         "map": (3, 24, 2, 2),
         "gate": (3, model.morphology.channels),
         "nuclei": (3, 4, 4),
@@ -49,6 +59,8 @@ def test_lgd_gives_levels_latents_and_grids(own):
     assert all(torch.isfinite(tensor).all() for tensor in out.values())
     assert (out["nuclei"] >= 0).all() and (out["membrane"] >= 0).all()
     assert ((out["gate"] > 0) & (out["gate"] < 1)).all()
+    assert out["streams"].shape[1] == model.streams and not out["streams"].requires_grad
+    assert torch.equal(out["streams"][:, -24:], out["pooled"])
 
 
 def described(model, method="he-only"):
@@ -92,7 +104,7 @@ def test_every_weight_learns(own):
 
 @pytest.mark.parametrize(("method", "own"), [("lgd", True), ("lgd", False), ("he-only", False)])
 def test_a_folder_gives_the_same_student_again(method, own, tmp_path):
-    model = student(method, own).eval()
+    model = finish(student(method, own)).eval()
     save_model(tmp_path, model.state_dict(), described(model, method))
     again, config = load_student(tmp_path)
     assert not again.training and config.method == method
@@ -100,6 +112,22 @@ def test_a_folder_gives_the_same_student_again(method, own, tmp_path):
         before, after = model(IMAGES), again(IMAGES)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_map_adds_what_queries_compare_and_changes_nothing_else():
+    before, after = student().eval()(IMAGES), finish(student()).eval()(IMAGES)
+    query = after.pop("query")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert query.shape == (3, 24) and not query.requires_grad
+
+
+def test_a_student_of_before_the_map_is_refused_with_the_remedy(tmp_path):
+    model = student()
+    save_model(tmp_path, model.state_dict(), described(model, "lgd"))
+    with pytest.raises(
+        DataError, match=r"2 tensors differ, such as 'query_map.bias' .*or train again where an older lgd"
+    ):
+        load_student(tmp_path)
 
 
 def test_other_weights_are_refused(tmp_path):

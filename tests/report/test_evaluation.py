@@ -45,33 +45,56 @@ def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers, caplo
         found, scored = measured(tissue_run, scorers)
     names = [row.name.split(" (")[0] for row in found.embeddings]
     assert names == [
+        "LGD-Net, mapped latents, whitened",
         "LGD-Net, hallucinated latents",
         "H&E-only, its features",
         "H&E-only, ridge to the latents",
         "IHC teacher, true latents",
+        "IHC teacher, true latents, whitened",
     ]
-    assert [row.own_pair is None for row in found.embeddings] == [False, True, False, True]
+    assert [row.own_pair is None for row in found.embeddings] == [False, False, True, False, True, True]
+    assert [row.hubs is None for row in found.embeddings] == [False, False, True, False, True, True]
     assert caplog.messages == ["[report] H&E-only: scoring 20 training patches, the gallery of its own features"]
     store = Store(tissue_run.latents.dir)
     train, test = ([part for part in store.parts if part.split == split] for split in ("train", "test"))
     gallery, own = read_all(train, "pooled")[:, 0], read_all(test, "pooled")[:, 0]
-    predictions, pooled = scored[0].predictions, scored[0].vectors_nD
-    ranks = own_ranks(pooled, own)
-    assert found.embeddings[0].own_pair.median_rank == np.median(ranks)
+    predictions, vectors = scored[0].predictions, scored[0].vectors
+    mean, axes = whiten_naively(gallery.astype(np.float64), tissue_run.latents.components)
+    mapped, white_own, white_gallery = ((some - mean) @ axes for some in (vectors["query"], own, gallery))
+    for row, queries, galleries in ((0, mapped, white_own), (1, vectors["pooled"], own)):
+        assert found.embeddings[row].own_pair.median_rank == np.median(own_ranks(queries, galleries))
     levels = as_levels(read_all(train, "label"))
-    for row, vectors in ((0, pooled), (3, own)):
-        precision, chance = average_precision(vectors, predictions.level, gallery, levels, 10)
+    rows = ((0, mapped, white_gallery), (1, vectors["pooled"], gallery), (4, own, gallery))
+    for row, queries, galleries in (*rows, (5, white_own, white_gallery)):
+        precision, chance = average_precision(queries, predictions.level, galleries, levels, 10)
         overall = found.embeddings[row].by_level["overall"]
         assert overall.value == pytest.approx(np.nanmean(precision))
         assert overall.chance == pytest.approx(np.nanmean(chance))
     # The teacher reads the IHC itself, and scoring it gives what the store holds.
-    np.testing.assert_allclose(scored[2].vectors_nD, own, atol=2e-3)
+    np.testing.assert_allclose(scored[2].vectors["pooled"], own, atol=2e-3)
+
+
+def whiten_naively(latents, components):
+    """Mean and scaled principal axes of at most so many components, up to signs, which no cosine sees."""
+    mean = latents.mean(0)
+    _, spread, axes = np.linalg.svd(latents - mean, full_matrices=False)
+    kept = [
+        number for number in range(min(components, len(latents) - 1)) if spread[number] ** 2 > 1e-5 * spread[0] ** 2
+    ]
+    return mean, axes[kept].T / spread[kept]
+
+
+def test_latents_are_compared_as_they_are_where_the_run_says_so(tissue_run, scorers, change):
+    found, _ = measured(change(tissue_run, latents={"components": 0}), [scorers[0], scorers[2]])
+    names = ["LGD-Net, mapped latents", "LGD-Net, hallucinated latents", "IHC teacher, true latents"]
+    assert [row.name for row in found.embeddings] == names
 
 
 def test_features_of_he_alone_are_what_its_head_reads(scorers, tissue_run):
     baseline = scorers[1]
     shards = ShardSet.open(tissue_run.shard_dirs).of_split("val")
-    predictions, features = score_shards(baseline, shards, threads=1)
+    predictions, vectors = score_shards(baseline, shards, threads=1)
+    features = vectors["features"]
     weight, bias = (p.detach().numpy() for p in (baseline.model.head.weight, baseline.model.head.bias))
     logits = (features @ weight.T + bias) / baseline.config.temperature
     odds = np.exp(logits - logits.max(1, keepdims=True))
@@ -84,8 +107,10 @@ def test_a_scored_training_split_is_no_gallery(tissue_run, change, scorers, capl
         found, _ = measured(config, scorers)
     assert found.gallery_rows == 0 and not caplog.messages
     assert [row.name for row in found.embeddings] == [
+        "LGD-Net, mapped latents, whitened",
         "LGD-Net, hallucinated latents",
         "IHC teacher, true latents",
+        "IHC teacher, true latents, whitened",
     ]
     assert found.embeddings[0].by_level["overall"].value is None
     assert found.embeddings[0].own_pair.queries == 20
@@ -96,7 +121,7 @@ def test_a_rival_of_another_teacher_has_no_row(tissue_run, scorers):
     teachers = (student.config.teachers[0].model_copy(update={"weights_sha256": "f" * 64}),)
     stranger = dataclasses.replace(student, config=student.config.model_copy(update={"teachers": teachers}))
     found, _ = measured(tissue_run, [student, stranger, teacher])
-    assert len(found.embeddings) == 2
+    assert len(found.embeddings) == 4
     with pytest.raises(DataError, match="made by another teacher"):
         measured(tissue_run, [stranger, teacher])
 

@@ -153,6 +153,68 @@ def test_table_and_vectors_are_those_of_the_stored_rows(indexed, kind):
             searcher.vectors(np.array(wrong))
 
 
+def whiten_naively(store, split, components):
+    """Training rows whitened by the singular value decomposition of those of a split, and how."""
+    latents = np.concatenate([part.array("pooled")[:, 0] for part in store.parts if part.split == split]).astype(float)
+    mean = latents.mean(0)
+    _, spread, axes = np.linalg.svd(latents - mean, full_matrices=False)
+    return lambda some: (some.astype(float) - mean) @ axes[:components].T / spread[:components]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("components", [1, 5, 16, 99])
+def test_whitened_answers_are_those_of_brute_force(store, kind, components):
+    document, new = build(store, kind, ["train"], recall=0.3, seed=0, components=components)
+    assert new and (document.dim, document.latent_dim) == (min(components, 16), 16)
+    assert not build(store, kind, ["train"], recall=0.3, seed=0, components=components)[1]
+    assert problems(store) == []
+    vectors, keys = gallery(store)
+    whiten = whiten_naively(store, "train", min(components, 16))
+    white, queries = whiten(vectors), whiten(QUERIES)
+    searcher = Searcher(store)
+    distances, positions = searcher.search(QUERIES, 280)
+    for query, row, near in zip(queries, positions, distances, strict=True):
+        cosine = white @ query / np.linalg.norm(white, axis=1) / np.linalg.norm(query)
+        of_key = dict(zip(keys.tolist(), (1 - cosine).tolist(), strict=True))
+        found = [of_key[key] for key in searcher.table["key"][row].tolist()]
+        np.testing.assert_allclose(near, found, atol=0.03 if kind.endswith("8") else 2e-3)
+        assert kind != "Flat" or (np.diff(found) >= -1e-5).all()
+
+
+def test_the_whitening_is_of_the_training_rows_of_the_gallery(store):
+    vectors, _ = gallery(store)
+    cases = ((["train", "val"], "train"), (["val"], "val"), (["train"], "train"))
+    for splits, split in cases:
+        build(store, "Flat", splits, recall=0.99, seed=0, components=3)
+        found, expected = Searcher(store).whitening.apply(vectors), whiten_naively(store, split, 3)(vectors)
+        cosines = (found * expected).sum(0) / np.linalg.norm(found, axis=0) / np.linalg.norm(expected, axis=0)
+        np.testing.assert_allclose(abs(cosines), 1, atol=1e-4)
+    assert len([*(store.folder / "index" / "teacher").glob("*.axes")]) == 1, "those of the indexes before are gone"
+    build(store, "Flat", ["train"], recall=0.99, seed=0)
+    assert not [*(store.folder / "index" / "teacher").glob("*.axes")] and Searcher(store).whitening is None
+
+
+@pytest.mark.faults
+def test_axes_that_are_damaged_or_forged_are_refused(store):
+    build(store, "Flat", ["train"], recall=0.99, seed=0, components=3)
+    path = file_of(store, ".axes")
+    content = path.read_bytes()
+    for wrong in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), b""):
+        path.write_bytes(wrong)
+        with pytest.raises(
+            DataError, match="axes (does not match its digest|has .* bytes instead of .*): run lgd build"
+        ):
+            Searcher(store)
+    path.write_bytes(content)
+    for wrong in (content[:-4], content + b"1234", np.full(64, np.nan, "<f4").tobytes()):
+        forge(store, ".axes", wrong)
+        with pytest.raises(DataError, match="axes is not the index that index.json describes"):
+            Searcher(store)
+    file_of(store, ".axes").unlink()
+    with pytest.raises(DataError, match="lacks a file that index.json names.*run lgd build-index"):
+        Searcher(store)
+
+
 def test_a_gallery_is_its_splits_only(store):
     build(store, "auto", ["val"], recall=0.99, seed=0)
     searcher = Searcher(store)
@@ -275,13 +337,13 @@ def test_workers_give_the_same_index(store, monkeypatch):
     digests = set()
     monkeypatch.setattr(index, "_ALONE_ROWS", 0)
     for workers in (0, 2):
-        document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0, workers=workers)
+        document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.5, seed=0, workers=workers, components=8)
         digests.add(f"{document.faiss} {document.table}")
         (store.folder / "index" / "teacher" / "index.json").unlink()
     disconnect()
     # Ray gives the parts as they come.
     monkeypatch.setattr(index, "map_with", lambda make, parts, **_: map(make(), parts[::-1]))
-    document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.9, seed=0)
+    document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.5, seed=0, components=8)
     assert digests == {f"{document.faiss} {document.table}"}
 
 
@@ -441,7 +503,10 @@ def forge(store, suffix, content, **changes):
         file_of(store, suffix).unlink()
         digest = xxh3(io.BytesIO(content))
         (folder / f"{digest}{suffix}").write_bytes(content)
-        document["faiss" if suffix == ".faiss" else "table"] = {"bytes": len(content), "xxh3": digest}
+        document[{".faiss": "faiss", ".npy": "table", ".axes": "whitening"}[suffix]] = {
+            "bytes": len(content),
+            "xxh3": digest,
+        }
     (folder / "index.json").write_text(json.dumps(document | {"digest": digest_of(document)}))
 
 
@@ -466,6 +531,11 @@ def forge(store, suffix, content, **changes):
         {"parts": ["../x"]},
         {"faiss": {"bytes": 1, "xxh3": "../victim/x"}},
         {"recall_at_10": float("nan")},
+        {"latent_dim": 17},
+        {"components": 4},
+        {"components": 4, "dim": 4},
+        {"whitening": {"bytes": 1, "xxh3": "0" * 32}},
+        {"whitening": {"bytes": 1, "xxh3": "0" * 32}, "components": 16},
     ],
 )
 def test_a_forged_document_is_refused(indexed, changes, tmp_path):

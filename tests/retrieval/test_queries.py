@@ -39,14 +39,26 @@ def images(tissue):
     return sorted((tissue / "HE" / "test").iterdir())[:3]
 
 
-def brute_force(store, vector, k):
-    """Rows of the train parts by cosine in double precision: key, slide, split, level, distance."""
+def brute_force(store, vector, k, components):
+    """Rows of the train parts by the cosine of whitened latents, in double precision.
+
+    The principal components are those of a singular value decomposition.
+    """
     rows = []
+    parts = [np.asarray(part.array("pooled")[:, 0], np.float64) for part in store.parts if part.split == "train"]
+    latents = np.concatenate(parts)
+    mean = latents.mean(0)
+    _, spread, axes = np.linalg.svd(latents - mean, full_matrices=False)
+    kept = [
+        number for number in range(min(components, len(latents) - 1)) if spread[number] ** 2 > 1e-5 * spread[0] ** 2
+    ]
+    axes = axes[kept].T / spread[kept]
+    vector = (vector - mean) @ axes
     for part in store.parts:
         if part.split != "train":
             continue
         for row in range(part.rows):
-            there = np.asarray(part.array("pooled")[row, 0], np.float64)
+            there = (np.asarray(part.array("pooled")[row, 0], np.float64) - mean) @ axes
             cosine = there @ vector / np.linalg.norm(there) / np.linalg.norm(vector)
             rows.append(
                 {
@@ -69,7 +81,7 @@ def test_the_command_answers_as_brute_force_does(tissue_run, scorer, store, imag
     for answer in answers:
         row = vectors[answer["image"]]
         assert answer["level"] == LEVEL_NAMES[int(row["probability"].argmax())]
-        expected = brute_force(store, row["pooled"].astype(np.float64), 4)
+        expected = brute_force(store, row["query"].astype(np.float64), 4, tissue_run.latents.components)
         for found, wanted in zip(answer["neighbours"], expected, strict=True):
             assert found == wanted | {"distance": pytest.approx(wanted["distance"], abs=1e-5), "duplicate_of": None}
 

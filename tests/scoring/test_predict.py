@@ -109,28 +109,31 @@ def test_a_file_scores_as_the_network_says(scorer, tissue_run, images):
 
 def test_shards_score_as_their_files(scorer, tissue_run, tissue):
     shards = ShardSet.open(tissue_run.shard_dirs).of_split("test")
-    predictions, pooled = score_shards(scorer, shards, threads=2, batch=7)
+    predictions, vectors = score_shards(scorer, shards, threads=2, batch=7)
     reader = Reader(shards, ())
     samples = [reader.read(number) for number in range(reader.total)]
     assert predictions.keys == [sample.key for sample in samples]
     assert predictions.level.tolist() == [sample.level for sample in samples]
     assert predictions.groups == [sample.meta.group for sample in samples]
-    assert pooled.shape == (20, scorer.config.latent_dim)
+    assert {name: array.shape for name, array in vectors.items()} == dict.fromkeys(
+        ("pooled", "query"), (20, scorer.config.latent_dim)
+    )
     files = [tissue / sample.meta.source for sample in samples]
     rows = [values for _, values in score_images(scorer, files)]
     np.testing.assert_allclose(predictions.probability, [row["probability"] for row in rows], atol=1e-5)
-    np.testing.assert_allclose(pooled, [row["pooled"] for row in rows], atol=1e-4)
+    for name, array in vectors.items():
+        np.testing.assert_allclose(array, [row[name] for row in rows], atol=1e-4)
 
 
 def test_the_teacher_reads_the_ihc(tissue_run):
     teacher = load_scorer(tissue_run.teacher.dir, "teacher")
-    predictions, pooled = score_shards(teacher, ShardSet.open(tissue_run.shard_dirs).of_split("val"), threads=1)
+    predictions, vectors = score_shards(teacher, ShardSet.open(tissue_run.shard_dirs).of_split("val"), threads=1)
     reader = Reader(ShardSet.open(tissue_run.shard_dirs).of_split("val"), ("he", "ihc"), 64)
     one = reader.read(2)
     row = teacher.score(one.images["ihc"][None])
     np.testing.assert_allclose(predictions.probability[2], row["probability"][0], atol=1e-5)
     assert not np.allclose(row["probability"], teacher.score(one.images["he"][None])["probability"], atol=1e-5)
-    assert pooled.shape[1] == teacher.model.dim
+    assert vectors["pooled"].shape[1] == teacher.model.dim and [*vectors] == ["pooled"]
 
 
 def test_training_wrote_the_scores_of_the_exported_network(scorer, tissue_run):

@@ -1,0 +1,79 @@
+"""A closed-form map from what a student makes of an H&E to its teacher's latents: what queries compare.
+
+Trained heads answer with the same few IHCs: their loss is of unit length, so that they never learn to shrink towards
+the mean where an H&E leaves the IHC open. Ridge regression does. It is fitted on the training pairs when the student
+is finished and frozen, changes nothing of it, and lies beside its weights.
+
+Shapes: B samples, S numbers of a student's pooled streams, D length of a latent.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lgd.base.errors import DataError
+
+RIDGE = 1.0
+"""Ridge by the mean eigenvalue of the standardised streams' covariance, which is 1: by it, what varies less than the
+average is halved or more. Chosen on one development seed (docs/queries.md): a smaller one finds fewer of the own IHCs, and
+a larger one, such as that of the least squared error (18), answers with hubs again."""
+
+
+class QueryMap(nn.Module):
+    """A linear map, (B, S) -> (B, D), which is fitted and not trained."""
+
+    def __init__(self, streams: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Buffer(torch.zeros(dim, streams))
+        self.bias = nn.Buffer(torch.zeros(dim))
+
+    def forward(self, streams_BS: torch.Tensor) -> torch.Tensor:
+        """The latents, float32."""
+        return F.linear(streams_BS.float(), self.weight, self.bias)
+
+
+@dataclass(slots=True)
+class PairSums:
+    """Sums over training pairs, float64, of which a `QueryMap` is made; those of several ranks add up."""
+
+    streams: int
+    dim: int
+    device: str = "cpu"
+    total: torch.Tensor = field(init=False)
+    """(1 + S, 1 + S + D): of the products of (1, streams) with (1, streams, latent)."""
+
+    def __post_init__(self) -> None:
+        shape = (1 + self.streams, 1 + self.streams + self.dim)
+        self.total = torch.zeros(shape, dtype=torch.float64, device=self.device)
+
+    def add(self, streams_BS: torch.Tensor, latent_BD: torch.Tensor) -> None:
+        """Add pairs."""
+        rows = torch.cat([torch.ones_like(streams_BS[:, :1]), streams_BS, latent_BD], dim=1).double()
+        self.total += rows[:, : 1 + self.streams].T @ rows
+
+    def fit(self, ridge: float = RIDGE) -> QueryMap:
+        """The map with the least squared error plus `ridge` times n times the squared weights of the streams, each
+        scaled to a standard deviation of 1 (Hoerl and Kennard 1970); the bias is free.
+
+        Raises `DataError` where no pair was added, and for one that is not finite.
+        """
+        total, streams = self.total.cpu(), self.streams
+        if not torch.isfinite(total).all():
+            raise DataError("a latent is not finite: the training diverged, lower train.lr")
+        if total[0, 0] < 1:
+            raise DataError("no training pair could be read, so that queries cannot be mapped to the latents")
+        mean = total / total[0, 0]
+        of_streams, of_latents = mean[0, 1 : 1 + streams], mean[0, 1 + streams :]
+        covariance = mean[1:, 1:] - of_streams[:, None] * mean[0, 1:]
+        scale = covariance.diagonal().clamp(min=0).sqrt()
+        # A stream that never changes says nothing, and rounding leaves it a variance.
+        scale[scale <= 1e-6 * of_streams.abs()] = torch.inf
+        squares = covariance[:, :streams] / scale / scale[:, None]
+        squares += ridge * torch.eye(streams, dtype=torch.float64)
+        weight = torch.linalg.solve(squares, covariance[:, streams:] / scale[:, None]) / scale[:, None]
+        fitted = QueryMap(streams, self.dim)
+        fitted.weight.copy_(weight.T)
+        fitted.bias.copy_(of_latents - of_streams @ weight)
+        return fitted.to(self.device)
