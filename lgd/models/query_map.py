@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from lgd.base.errors import DataError
 
 RIDGE = 1.0
-"""Ridge by the mean eigenvalue of the standardised streams' covariance, which is 1: by it, what varies less than the
-average is halved or more. Chosen on one development seed (docs/queries.md): a smaller one finds fewer of the own IHCs, and
-a larger one, such as that of the least squared error (18), answers with hubs again."""
+"""Ridge by the mean eigenvalue of the standardised streams' covariance, which is 1: what varies less than the average
+is halved or more. Chosen on one development seed (docs/queries.md): a smaller one finds fewer of the own IHCs, and a
+larger one, such as that of the least squared error (18), answers with hubs again."""
 
 
 class QueryMap(nn.Module):

@@ -162,10 +162,8 @@ def measure_hubs(
     """How evenly queries find a gallery whose rows are of the groups of the queries, with intervals over these."""
     rows = len(gallery_mD)
     k = min(k, rows)
-    found_nk = np.concatenate([nearest for _, nearest in _nearest(queries_nD, gallery_mD, k)])
-    count_m = count_found(found_nk, rows)
-    of_hubs = [np.isin(some, find_hubs(count_found(some, rows))).mean(1) for some in (found_nk[:, :1], found_nk)]
-    first, answers, never = (mean_with_interval(v, groups, resamples, seed) for v in (*of_hubs, count_m == 0))
+    shares = count_answers(queries_nD, gallery_mD, k)
+    first, answers, never = (mean_with_interval(share, groups, resamples, seed) for share in shares)
     return Hubs(
         hubs=count_hubs(rows),
         first_answers=first,
@@ -175,6 +173,18 @@ def measure_hubs(
         never_found=never,
         chance_never_found=chance_of_never(len(queries_nD), k, rows),
     )
+
+
+def count_answers(queries_nD: Floats, gallery_mD: Floats, k: int) -> tuple[Floats, Floats, Floats]:
+    """Of each query the share of hubs in its first answer and in its first k, (n,) each; and which rows of the gallery
+    none of these are, as 0 or 1, (m,).
+    """
+    rows = len(gallery_mD)
+    found_nk = np.concatenate([nearest for _, nearest in _nearest(queries_nD, gallery_mD, k)])
+    first_n, answers_n = (
+        np.isin(some, find_hubs(count_found(some, rows))).mean(1) for some in (found_nk[:, :1], found_nk)
+    )
+    return first_n, answers_n, (count_found(found_nk, rows) == 0).astype(np.float64)
 
 
 def average_precision(

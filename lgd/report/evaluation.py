@@ -154,20 +154,30 @@ def measure_retrieval(
     student: Network,
     rivals: Sequence[Network],
 ) -> Retrieval:
-    """The measures of each network, and of the teacher's own latents.
+    """The measures of what `list_embeddings` gives.
 
-    `shards` were scored; `training` is the gallery that levels are looked up in. Students of other teachers have no
-    row: their latents do not compare with the store's. Latents are compared as queries compare them, whitened by those
-    of `training`; beside that stand hallucinated and true ones as they are.
+    `shards` were scored; `training` is the gallery that levels are looked up in.
     """
     check_pair(student.scorer, store)
+    embeddings = list_embeddings(config, store, training, shards, (student, *rivals))
+    level_m = read_levels(store.parts_of(training)) if training else np.empty(0, np.int64)
+    return measure(embeddings, student.predictions, level_m, config.report.bootstrap, config.run.seed)
+
+
+def list_embeddings(
+    config: Config, store: Store, training: Sequence[Shard], shards: Sequence[Shard], networks: Sequence[Network]
+) -> list[Embedding]:
+    """The vectors of each network, and the teacher's own latents, with what they search.
+
+    Students of other teachers have no row: their latents do not compare with the store's. Latents are compared as
+    queries compare them, whitened by those of `training`; beside that stand hallucinated and true ones as they are.
+    """
     own_nD = pooled_latents(store, shards)
     latents_mD = pooled_latents(store, training) if training else own_nD[:0]
-    level_m = read_levels(store.parts_of(training)) if training else np.empty(0, np.int64)
     whitening = fit_on_parts(store.parts_of(training or shards), config.latents.components)
     whiten, white = (whitening.apply, ", whitened") if whitening else (np.asarray, "")
     embeddings = []
-    for scorer, predictions, vectors in (student, *rivals):
+    for scorer, predictions, vectors in networks:
         name = predictions.name
         if scorer.retrieves_by == "features" and training:
             message = "[report] %s: scoring %d training patches, the gallery of its own features"
@@ -186,7 +196,7 @@ def measure_retrieval(
     embeddings.append(Embedding("IHC teacher, true latents", own_nD, latents_mD))
     if whitening:
         embeddings.append(Embedding(f"IHC teacher, true latents{white}", whiten(own_nD), whiten(latents_mD)))
-    return measure(embeddings, student.predictions, level_m, config.report.bootstrap, config.run.seed)
+    return embeddings
 
 
 def pooled_latents(store: Store, shards: Sequence[Shard]) -> np.ndarray:

@@ -4,7 +4,8 @@ The store is real, its latents are drawn like those of a trained teacher. Of 720
 demo's, at 96 pixels) four fifths of the variance lay between levels, 8 % between the slides of a level, 12 % within
 slides, and the variance of the k-th principal axis fell as k^-1.95. So here: a mean of each level, one of each slide
 and a patch's own part, each Gaussian over 512 axes with a variance of k^-2; 200 patches a slide, in float16. Queries
-are of other slides than the gallery. A query is searched by one thread; batches of 1,000 and building have all.
+are of other slides than the gallery, and all are compared as a run compares them, whitened. A query is searched by one
+thread; batches of 1,000 and building have all.
 """
 
 import functools
@@ -18,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from lgd.retrieval.factory import UnitVectors, choose_factory, nearest, overlap
+from lgd.config import Latents
+from lgd.retrieval.factory import UnitVectors, choose_factory, nearest, overlap, unit
 from lgd.retrieval.index import build_index
 from lgd.retrieval.index_files import cells_of, code_bytes
 from lgd.retrieval.search import IndexDocument, Searcher, import_faiss, index_folder
@@ -33,6 +35,7 @@ from tools.bench.store import RECIPE, shard_of
 logger = logging.getLogger(f"lgd.{__name__}")
 
 DIM = 512
+COMPONENTS = Latents().components
 MARK, RECALL, SPEED = 1.05, 0.99, 20
 _PART = 50_000
 _SLIDE = 200
@@ -91,12 +94,12 @@ def _p(times_n: np.ndarray) -> dict[str, float]:
     return {"p50_ms": float(np.percentile(times_n, 50)), "p99_ms": float(np.percentile(times_n, 99))}
 
 
-def compare(searcher: Searcher, queries_nD: np.ndarray, rounds: int) -> Ratio:
-    """p50 of our search by that of FAISS, of the same vectors in the same index in turn."""
+def compare(searcher: Searcher, queries_nD: np.ndarray, vectors_nk: np.ndarray, rounds: int) -> Ratio:
+    """p50 of our search by that of FAISS, in the same index in turn; FAISS is given the vectors, whitened already."""
     measured = []
     for number in range(-1, rounds):
         a = float(np.median(milliseconds(lambda query: searcher.search(query, 10), queries_nD)))
-        b = float(np.median(milliseconds(lambda query: searcher.index.search(query, 10), queries_nD)))
+        b = float(np.median(milliseconds(lambda query: searcher.index.search(query, 10), vectors_nk)))
         if number >= 0:
             # The first round warms up.
             measured.append({"a": a, "b": b, "ratio": a / b})
@@ -150,10 +153,10 @@ def extrapolation(document: IndexDocument, table_bytes: int) -> dict[str, Any]:
     found = []
     for power in range(3, 10):
         more = 10**power
-        factory, _ = choose_factory(more, DIM, _MEMORY)
+        factory, _ = choose_factory(more, COMPONENTS, _MEMORY)
         their = cells_of(factory)
-        code = code_bytes(factory, DIM)
-        index = more * (code + (8 if their else 0)) + 4 * DIM * their
+        code = code_bytes(factory, COMPONENTS)
+        index = more * (code + (8 if their else 0)) + 4 * COMPONENTS * their
         seconds = (train * (their / cells) ** 2 + add * more / rows * their / cells) if their else 0.0
         found.append(
             {
@@ -173,7 +176,7 @@ def extrapolation(document: IndexDocument, table_bytes: int) -> dict[str, Any]:
         "rules": {
             "factory": "lgd.retrieval.factory.choose_factory",
             "vectors_bytes": "rows x 512 x 2: the pooled latents in the parts",
-            "index_bytes": "rows x (bytes of a code, and 8 of its position in a cell) + cells x 512 x 4",
+            "index_bytes": "rows x (bytes of a code, and 8 of its position in a cell) + cells x 4 x latents.components",
             "table_bytes": "rows x bytes of a row of keys.npy",
             "build_memory_bytes": "the index, and two groups of 100,000 rows that are merged into it",
             "query_memory_bytes": "index and table, both mapped: the system may drop what no query touches",
@@ -183,7 +186,9 @@ def extrapolation(document: IndexDocument, table_bytes: int) -> dict[str, Any]:
     }
 
 
-def _filters(searcher: Searcher, exact: Any, order_n: np.ndarray, queries_nD: np.ndarray) -> dict[str, Any]:
+def _filters(
+    searcher: Searcher, exact: Any, order_n: np.ndarray, queries_nD: np.ndarray, vectors_nk: np.ndarray
+) -> dict[str, Any]:
     """Latency and recall@10 where only a level, or only a slide, may be found."""
     faiss = import_faiss()
     found = {}
@@ -196,7 +201,7 @@ def _filters(searcher: Searcher, exact: Any, order_n: np.ndarray, queries_nD: np
         of_rows[order_n] = allowed
         selector = faiss.IDSelectorBitmap(np.packbits(of_rows, bitorder="little"))
         few_nD = queries_nD[:_SLOW]
-        truth_nk = exact.search(few_nD, k, params=faiss.SearchParameters(sel=selector))[1]
+        truth_nk = exact.search(vectors_nk[:_SLOW], k, params=faiss.SearchParameters(sel=selector))[1]
         recall = overlap(truth_nk, order_n[searcher.search(few_nD, k, allowed)[1]])
         times_n = milliseconds(functools.partial(searcher.search, k=k, allowed=allowed), few_nD)
         found[name] = {"allowed": int(allowed.sum()), "recall_at_10": recall, **_p(times_n)}
@@ -212,7 +217,7 @@ def _order(searcher: Searcher) -> np.ndarray:
 def _built(store: Store, shards: Sequence[Shard], factory: str) -> tuple[Searcher, dict[str, Any]]:
     """An index, opened, and what that took."""
     began = time.perf_counter()
-    document, _ = build_index(store, shards, factory, ["train"], RECALL, seed=0)
+    document, _ = build_index(store, shards, factory, ["train"], RECALL, seed=0, components=COMPONENTS)
     built = time.perf_counter() - began
     private, began = private_bytes(), time.perf_counter()
     searcher = Searcher(store)
@@ -250,23 +255,24 @@ def run(settings: Settings, inputs: Inputs) -> Outcome:
 def _measured(store: Store, shards: Sequence[Shard], settings: Settings) -> Outcome:
     faiss, rows = import_faiss(), settings.rows
     queries_nD = draw(_QUERIES, 10**5 - 1)["pooled"][:, 0].astype(np.float32)
-    faiss.normalize_L2(queries_nD)
-    latents = UnitVectors([part for part in store.parts if part.split == "train"])
-    truth_nk = nearest(latents, queries_nD, 10)
     searcher, facts = _built(store, shards, "auto")
+    latents = UnitVectors([part for part in store.parts if part.split == "train"], searcher.whitening)
+    assert searcher.whitening is not None
+    vectors_nk = unit(searcher.whitening.apply(queries_nD))
+    truth_nk = nearest(latents, vectors_nk, 10)
     began = time.perf_counter()
     found_nk = searcher.search(queries_nD, 10)[1]
     facts["queries_a_second_in_batches_of_1000"] = _QUERIES / (time.perf_counter() - began)
     facts["recall_at_10"] = overlap(truth_nk, _order(searcher)[found_nk])
-    exact = faiss.IndexFlatIP(DIM)
+    exact = faiss.IndexFlatIP(latents.dim)
     for _, vectors_nD in latents.blocks():
         exact.add(vectors_nD)
 
     faiss.omp_set_num_threads(1)
-    ratio = compare(searcher, queries_nD[:_TIMED], settings.rounds)
+    ratio = compare(searcher, queries_nD[:_TIMED], vectors_nk[:_TIMED], settings.rounds)
     facts["one_query"] = _p(milliseconds(lambda query: searcher.search(query, 10), queries_nD))
-    facts["one_query_of"] = _filters(searcher, exact, _order(searcher), queries_nD)
-    exact_ms = float(np.median(milliseconds(lambda query: exact.search(query, 10), queries_nD[:_SLOW])))
+    facts["one_query_of"] = _filters(searcher, exact, _order(searcher), queries_nD, vectors_nk)
+    exact_ms = float(np.median(milliseconds(lambda query: exact.search(query, 10), vectors_nk[:_SLOW])))
 
     ivf, ivf_facts = searcher, None
     if cells_of(facts["factory"]) == 0:
@@ -274,7 +280,7 @@ def _measured(store: Store, shards: Sequence[Shard], settings: Settings) -> Outc
         ivf, ivf_facts = _built(store, shards, f"IVF{min(rows, round(4 * rows**0.5))},SQfp16")
         faiss.omp_set_num_threads(1)
     bare = faiss.read_index(str(index_folder(store) / f"{ivf.document.faiss.xxh3}.faiss"))
-    found = trade(bare, exact_ms, truth_nk, _order(ivf), queries_nD)
+    found = trade(bare, exact_ms, truth_nk, _order(ivf), vectors_nk)
     for one in found:
         recall, times = one["recall_at_10"], one["times_exact"]
         logger.info(f"[bench] nprobe {one['nprobe']}: recall {recall:.4f}, {times:.1f} times exact")

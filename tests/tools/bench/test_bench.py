@@ -241,8 +241,8 @@ def test_the_extrapolation_follows_its_rules():
     assert [row["rows"] for row in rows] == [10**power for power in range(3, 10)]
     million = rows[3]
     assert million["factory"] == "IVF4000,SQfp16" and million["build_hours"] == pytest.approx(150 / 3600)
-    assert million["index_bytes"] == 10**6 * (1024 + 8) + 4000 * 512 * 4
-    assert rows[0]["index_bytes"] == 1000 * 2048 and rows[0]["build_hours"] == 0
+    assert million["index_bytes"] == 10**6 * (64 + 8) + 4000 * 32 * 4
+    assert rows[0]["index_bytes"] == 1000 * 128 and rows[0]["build_hours"] == 0
 
 
 def test_a_bare_loop_is_held_to_our_loss_curve(tissue_run, change, tmp_path):
