@@ -130,6 +130,7 @@ def _run_query(namespace: Namespace) -> None:
     drawn = as_output_location(namespace.sheet, "--sheet") if namespace.sheet else None
     from lgd.report import sheet
     from lgd.retrieval import answers, queries
+    from lgd.retrieval.duplicates import choose_near
     from lgd.retrieval.search import read_document
     from lgd.runs.folder import explain_overrides
     from lgd.scoring import images, predict
@@ -160,10 +161,11 @@ def _run_query(namespace: Namespace) -> None:
     replies = [one for one in replies if one.usable]
     if drawn:
         sheet.draw_sheet(store, replies, drawn)
-    logger.info("%s", answers.count_neighbours(replies))
+    document = read_document(store)
+    logger.info("%s", answers.count_neighbours(replies, choose_near(document)))
     # With a filter each query searches other rows.
     whole = not (namespace.split or namespace.level or namespace.exclude_same_slide)
-    if whole and (hubs := answers.describe_hubs(replies, read_document(store).rows)):
+    if whole and (hubs := answers.describe_hubs(replies, document.rows)):
         logger.info("%s", hubs)
     for note in answers.collect_notes(store, replies):
         logger.warning("%s", note)

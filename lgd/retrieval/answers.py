@@ -26,6 +26,7 @@ import numpy as np
 from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
 from lgd.io.location import Location
+from lgd.retrieval.duplicates import NEAR_DUPLICATE
 from lgd.retrieval.hubs import chance_of_hubs, chance_of_never, count_found, count_hubs, find_hubs
 from lgd.scoring.predict import count_notes, join_notes, round_probabilities
 from lgd.shards.layouts import safe_key
@@ -33,11 +34,6 @@ from lgd.shards.pairs import read_slides
 from lgd.store.parts import as_levels
 from lgd.store.store import Store
 
-NEAR_DUPLICATE = 0.001
-"""Cosine distance below which a neighbour is marked. Measured with a small teacher of virtual tissue: float16 moves a
-distance by less than 1e-7. Real IHC saved again as JPEG of quality 90 lies at 5e-5 from itself (median; 95 % within
-5e-4), moved by one pixel at 5e-4 (95 % within 2.5e-3). Of 480 different patches the nearest other one lies at 6e-3
-(median), but 11 pairs of them below 0.001: a mark is a reason to look, not a proof."""
 _NEAR_IN_ORDER = 5
 _ENOUGH_QUERIES = 50
 
@@ -170,24 +166,15 @@ def find_slides(store: Store, keys: Sequence[str], slides: Location | None) -> l
     return found
 
 
-def near_duplicates(keys: Sequence[str], distance_k: np.ndarray, vectors_kD: np.ndarray) -> list[str | None]:
-    """For each neighbour, nearest first, `query` or the key of the nearest neighbour before it that it repeats.
+def count_neighbours(answers: Sequence[Answer], near: float = NEAR_DUPLICATE) -> str:
+    """A line on how many neighbours all answers together have, and how many of them are near-duplicates.
 
-    `distance_k` is that to the query; `vectors_kD` are of length 1.
+    `near` is the distance below which they are (`lgd.retrieval.duplicates`).
     """
-    found: list[str | None] = []
-    for rank, distance in enumerate(distance_k):
-        before = np.flatnonzero(1 - vectors_kD[:rank] @ vectors_kD[rank] < NEAR_DUPLICATE)
-        found.append("query" if distance < NEAR_DUPLICATE else keys[before[0]] if len(before) else None)
-    return found
-
-
-def count_neighbours(answers: Sequence[Answer]) -> str:
-    """A line on how many neighbours all answers together have, and how many of them are near-duplicates."""
     hits = [hit for answer in answers for hit in answer.neighbours]
     twins = [hit for hit in hits if hit.duplicate_of]
     return (
-        f"queries: {len(answers)}, neighbours: {len(hits)}, of these near-duplicates (closer than {NEAR_DUPLICATE} to "
+        f"queries: {len(answers)}, neighbours: {len(hits)}, of these near-duplicates (closer than {near} to "
         f"the query or to a nearer neighbour): {len(twins)}"
     )
 
@@ -206,9 +193,9 @@ def describe_hubs(answers: Sequence[Answer], rows: int) -> str:
     share = first_m[find_hubs(first_m)].sum() / len(found)
     never = 1 - len(numbers) / rows
     return (
-        f"hubs: the {count_hubs(rows)} of {rows} IHCs (1 %) that are found first most often take {share:.1%} of the "
-        f"first answers (by chance {chance_of_hubs(len(found), 1, rows):.1%}); {never:.1%} are never found (by chance "
-        f"{chance_of_never(len(found), k, rows):.1%})"
+        f"hubs: the {count_hubs(rows)} IHCs (1 % of {rows}) that most often are the first answer are it for "
+        f"{100 * share:.1f} % of the queries (by chance {100 * chance_of_hubs(len(found), 1, rows):.1f} %); "
+        f"{100 * never:.1f} % of the IHCs are never found (by chance {100 * chance_of_never(len(found), k, rows):.1f} %)"
     )
 
 

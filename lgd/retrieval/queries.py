@@ -17,7 +17,15 @@ from lgd.config import LEVEL_NAMES
 from lgd.config_files import find_in_run
 from lgd.io.location import Location, as_location
 from lgd.models.methods import METHODS, PROPOSED
-from lgd.retrieval.answers import Answer, Hit, Stored, find_slides, find_stored, name_level, near_duplicates
+from lgd.retrieval.answers import (
+    Answer,
+    Hit,
+    Stored,
+    find_slides,
+    find_stored,
+    name_level,
+)
+from lgd.retrieval.duplicates import choose_near, near_duplicates
 from lgd.retrieval.search import Searcher
 from lgd.scoring.images import Images, Mpp, list_sources, take_images
 from lgd.scoring.predict import Scorer, choose_latents, load_scorer, score_images
@@ -147,7 +155,7 @@ def search(
 def _hits(searcher: Searcher, distance_k: np.ndarray, position_k: np.ndarray) -> list[Hit]:
     entries = searcher.table[position_k]
     keys = [bytes(key).decode() for key in entries["key"]]
-    twins = near_duplicates(keys, distance_k, searcher.vectors(position_k))
+    twins = near_duplicates(keys, distance_k, searcher.vectors(position_k), choose_near(searcher.document))
     parts = searcher.parts[entries["part"]].tolist()
     return [
         Hit(

@@ -41,7 +41,14 @@ _TRAINING = (
 _USED = {
     "train-teacher": (*_TRAINING, "teacher."),
     "cache-latents": ("data.shards", "data.size", "teacher.dir", "latents."),
-    "build-index": ("run.seed", "latents.dir", "latents.index", "latents.gallery", "latents.recall"),
+    "build-index": (
+        "run.seed",
+        "latents.dir",
+        "latents.index",
+        "latents.gallery",
+        "latents.recall",
+        "latents.components",
+    ),
     "train": (*_TRAINING, "teacher.dir", "latents.dir", "student."),
 }
 """What the fields begin with on which the result of a stage depends."""

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 
 from lgd.config import LEVEL_NAMES
-from lgd.retrieval.answers import Answer, Hit, Stored, as_json, as_rows, as_table, near_duplicates
+from lgd.retrieval.answers import Answer, Hit, Stored, as_json, as_rows, as_table
+from lgd.retrieval.duplicates import NEAR_DUPLICATE, NEAR_WHITENED, choose_near, near_duplicates
+from lgd.retrieval.search import IndexDocument
 
 
 def hit(level, distance=0.5, **changed):
@@ -44,6 +46,14 @@ def test_near_duplicates_point_to_the_query_or_the_nearest_before_them():
         for row in range(5)
     ]
     assert naive == [None, "a", "b", None, "a"]
+    assert near_duplicates(list("abcde"), distance, vectors, near=0.05) == ["query", "a", "a", None, "a"]
+
+
+@pytest.mark.parametrize(
+    ("whitened", "dim", "near"), [(True, 32, NEAR_WHITENED), (True, 15, NEAR_DUPLICATE), (False, 512, NEAR_DUPLICATE)]
+)
+def test_what_is_near_goes_by_how_an_index_compares(whitened, dim, near):
+    assert choose_near(IndexDocument.model_construct(whitening=whitened or None, dim=dim)) == near
 
 
 @pytest.fixture

@@ -62,8 +62,8 @@ def test_enough_queries_are_told_of_hubs():
     ]
     line = describe_hubs(answers, 120)
     assert line.startswith(
-        "hubs: the 2 of 120 IHCs (1 %) that are found first most often take 68.3% of the first answers"
+        "hubs: the 2 IHCs (1 % of 120) that most often are the first answer are it for 68.3 % of the"
     )
-    assert "81.7% are never found (by chance 36.5%)" in line
+    assert line.endswith("; 81.7 % of the IHCs are never found (by chance 36.5 %)")
     assert describe_hubs([*answers, Answer(image="bad.png", usable=False)], 120) == line
     assert describe_hubs(answers[:49], 20) == describe_hubs(answers, 121) == describe_hubs([], 1) == ""
