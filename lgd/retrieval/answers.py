@@ -193,9 +193,9 @@ def describe_hubs(answers: Sequence[Answer], rows: int) -> str:
     share = first_m[find_hubs(first_m)].sum() / len(found)
     never = 1 - len(numbers) / rows
     return (
-        f"hubs: the {count_hubs(rows)} IHCs (1 % of {rows}) that most often are the first answer are it for "
+        f"hubs: the {count_hubs(rows)} IHCs (1 % of {rows}) found first most often are the first answer to "
         f"{100 * share:.1f} % of the queries (by chance {100 * chance_of_hubs(len(found), 1, rows):.1f} %); "
-        f"{100 * never:.1f} % of the IHCs are never found (by chance {100 * chance_of_never(len(found), k, rows):.1f} %)"
+        f"{100 * never:.1f} % of all are never found (by chance {100 * chance_of_never(len(found), k, rows):.1f} %)"
     )
 
 

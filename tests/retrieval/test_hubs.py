@@ -61,9 +61,7 @@ def test_enough_queries_are_told_of_hubs():
         answer(number % 20 + 8, 3) for number in range(20)
     ]
     line = describe_hubs(answers, 120)
-    assert line.startswith(
-        "hubs: the 2 IHCs (1 % of 120) that most often are the first answer are it for 68.3 % of the"
-    )
-    assert line.endswith("; 81.7 % of the IHCs are never found (by chance 36.5 %)")
+    assert line.startswith("hubs: the 2 IHCs (1 % of 120) found first most often are the first answer to 68.3 % of the")
+    assert line.endswith("; 81.7 % of all are never found (by chance 36.5 %)")
     assert describe_hubs([*answers, Answer(image="bad.png", usable=False)], 120) == line
     assert describe_hubs(answers[:49], 20) == describe_hubs(answers, 121) == describe_hubs([], 1) == ""
