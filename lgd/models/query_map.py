@@ -7,8 +7,6 @@ is finished and frozen, changes nothing of it, and lies beside its weights.
 Shapes: B samples, S numbers of a student's pooled streams, D length of a latent.
 """
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -19,6 +17,9 @@ RIDGE = 1.0
 """Ridge by the mean eigenvalue of the standardised streams' covariance, which is 1: what varies less than the average
 is halved or more. Chosen on one development seed (docs/queries.md): a smaller one finds fewer of the own IHCs, and a
 larger one, such as that of the least squared error (18), answers with hubs again."""
+
+_BLOCK = 1024
+"""Pairs whose products are added up together."""
 
 
 class QueryMap(nn.Module):
@@ -34,24 +35,28 @@ class QueryMap(nn.Module):
         return F.linear(streams_BS.float(), self.weight, self.bias)
 
 
-@dataclass(slots=True)
 class PairSums:
     """Sums over training pairs, float64, of which a `QueryMap` is made; those of several ranks add up."""
 
-    streams: int
-    dim: int
-    device: str = "cpu"
-    total: torch.Tensor = field(init=False)
-    """(1 + S, 1 + S + D): of the products of (1, streams) with (1, streams, latent)."""
-
-    def __post_init__(self) -> None:
-        shape = (1 + self.streams, 1 + self.streams + self.dim)
-        self.total = torch.zeros(shape, dtype=torch.float64, device=self.device)
+    def __init__(self, streams: int, dim: int, device: str = "cpu") -> None:
+        self.streams, self.dim, self.device = streams, dim, device
+        self._total = torch.zeros(1 + streams, 1 + streams + dim, dtype=torch.float64, device=device)
+        self._waiting: list[torch.Tensor] = []
 
     def add(self, streams_BS: torch.Tensor, latent_BD: torch.Tensor) -> None:
         """Add pairs."""
-        rows = torch.cat([torch.ones_like(streams_BS[:, :1]), streams_BS, latent_BD], dim=1).double()
-        self.total += rows[:, : 1 + self.streams].T @ rows
+        self._waiting.append(torch.cat([torch.ones_like(streams_BS[:, :1]), streams_BS, latent_BD], dim=1))
+        # Of wide networks the sums take hundreds of megabytes, which are written once a block.
+        if sum(map(len, self._waiting)) >= _BLOCK:
+            self.total()
+
+    def total(self) -> torch.Tensor:
+        """(1 + S, 1 + S + D): the sums of the products of (1, streams) with (1, streams, latent); not a copy."""
+        if self._waiting:
+            rows = torch.cat(self._waiting).double()
+            self._total += rows[:, : 1 + self.streams].T @ rows
+            self._waiting.clear()
+        return self._total
 
     def fit(self, ridge: float = RIDGE) -> QueryMap:
         """The map with the least squared error plus `ridge` times n times the squared weights of the streams, each
@@ -59,7 +64,7 @@ class PairSums:
 
         Raises `DataError` where no pair was added, and for one that is not finite.
         """
-        total, streams = self.total.cpu(), self.streams
+        total, streams = self.total().cpu(), self.streams
         if not torch.isfinite(total).all():
             raise DataError("a latent is not finite: the training diverged, lower train.lr")
         if total[0, 0] < 1:

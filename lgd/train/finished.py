@@ -94,7 +94,7 @@ def fit_query_map(learner: Learner, shards: list[Shard]) -> None:
         streams_BS, valid_B = out["streams"], batch.valid_B.to(world.device)
         sums.add(streams_BS[valid_B], batch.stored["pooled"].to(streams_BS)[valid_B])
     if world.size > 1:
-        dist.all_reduce(sums.total)
+        dist.all_reduce(sums.total())
     network.query_map = sums.fit()
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
@@ -24,6 +24,11 @@ def fit_naively(x, y, ridge):
     return weights, y.mean(0) - mean @ weights
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr("lgd.models.query_map._BLOCK", 16)
+
+
 def fit_map(x, y, ridge=0.1, parts=1):
     sums = PairSums(x.shape[1], y.shape[1])
     for rows in np.array_split(np.arange(len(x)), parts):
@@ -31,7 +36,7 @@ def fit_map(x, y, ridge=0.1, parts=1):
     return sums.fit(ridge)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(2, 40),
     streams=st.integers(1, 9),
@@ -58,7 +63,7 @@ def test_the_sums_of_ranks_add_up():
     whole.add(x, y)
     halves[0].add(x[::2], y[::2])
     halves[1].add(x[1::2], y[1::2])
-    halves[0].total += halves[1].total
+    halves[0].total().add_(halves[1].total())
     for name, tensor in whole.fit().state_dict().items():
         torch.testing.assert_close(halves[0].fit().state_dict()[name], tensor, rtol=1e-6, atol=0)
 
