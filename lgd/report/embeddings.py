@@ -83,11 +83,12 @@ def he_only(
     train: Predictions,
     latents_mD: Floats,
     own_nD: Floats,
+    what: str = "latents",
 ) -> list[Embedding]:
     """A network of H&E alone, by its features and by their ridge regression to the teacher's latents.
 
     `train` are its predictions of the training patches, for their groups; `latents_mD` are the teacher's latents of the
-    same patches as they are compared, and `own_nD` those of the scored split.
+    same patches as they are compared, `what` says how, and `own_nD` are those of the scored split.
     """
     # The teacher's latents are relative to their training mean too: without it all features share one direction.
     mean_C = train_features_mC.mean(0, dtype=np.float64)
@@ -97,7 +98,7 @@ def he_only(
         # A fit on a single slide cannot be checked on another one.
         return found
     mapped_nD, alpha = ridge(train_mC, latents_mD, train.groups, queries_nC)
-    return [*found, Embedding(f"{name}, ridge to the latents (alpha {alpha:.3g})", mapped_nD, latents_mD, own_nD)]
+    return [*found, Embedding(f"{name}, ridge to the {what} (alpha {alpha:.3g})", mapped_nD, latents_mD, own_nD)]
 
 
 def explained_by_levels(train_mD: Floats, train_m4: Floats, latents_nD: Floats, soft_n4: Floats) -> float:

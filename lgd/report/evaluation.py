@@ -184,7 +184,8 @@ def list_embeddings(
             logger.info(message, scorer.name, sum(shard.samples for shard in training))
             train, train_vectors = score_shards(scorer, training, threads=config.data.threads)
             features = vectors["features"], train_vectors["features"]
-            embeddings += he_only(name, *features, train, whiten(latents_mD), whiten(own_nD))
+            what = "whitened latents" if whitening else "latents"
+            embeddings += he_only(name, *features, train, whiten(latents_mD), whiten(own_nD), what)
         elif scorer.retrieves_by == "latents" and scorer.config.teacher_sha256 == store.recipe.teacher.weights_sha256:
             if "query" in vectors:
                 mapped_nD = whiten(vectors["query"])

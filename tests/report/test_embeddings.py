@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from lgd.report.embeddings import (
     he_only,
     mean_with_interval,
     measure,
+    measure_hubs,
     own_pair,
     own_ranks,
     ridge,
@@ -150,6 +152,31 @@ def test_a_collapsed_network_ranks_like_chance():
 def test_ranks_of_what_is_not_finite_are_refused():
     with pytest.raises(DataError, match="not finite"):
         own_ranks(np.full((1, 3), np.nan), np.ones((2, 3)))
+
+
+def test_hubs_equal_a_count():
+    """Of 250 rows three are a hundredth; vectors that share a direction make some of them hubs."""
+    random = np.random.default_rng(0)
+    queries, gallery = random.normal(size=(250, 6)) + 1, random.normal(size=(250, 6))
+    groups = [f"s{row // 5}" for row in range(250)]
+    found = measure_hubs(queries, gallery, groups, 50, 0)
+    cosine = queries @ gallery.T / np.linalg.norm(gallery, axis=1)
+    order = [sorted(range(250), key=lambda column: -row[column])[:10] for row in cosine.tolist()]
+    first, ten = Counter(row[0] for row in order), Counter(itertools.chain(*order))
+    assert found.hubs == 3
+    assert found.first_answers.value == pytest.approx(sum(count for _, count in first.most_common(3)) / 250)
+    assert found.answers.value == pytest.approx(sum(count for _, count in ten.most_common(3)) / 2500)
+    assert found.never_found.value == pytest.approx(1 - len(ten) / 250)
+    for one, chance in (
+        (found.first_answers, found.chance_first_answers),
+        (found.answers, found.chance_answers),
+        (found.never_found, found.chance_never_found),
+    ):
+        assert one.low <= one.value <= one.high and one.value > chance
+    even = measure_hubs(gallery, gallery, groups, 50, 0)
+    assert even.first_answers.value == pytest.approx(3 / 250), "each finds itself first"
+    one = measure_hubs(np.ones((20, 6)), gallery[:20], groups[:20], 50, 0)
+    assert [one.first_answers.value, one.answers.value, one.never_found.value] == pytest.approx([1, 0.1, 0.5])
 
 
 def naive(query, level, gallery, levels, k):

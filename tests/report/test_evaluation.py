@@ -48,7 +48,7 @@ def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers, caplo
         "LGD-Net, mapped latents, whitened",
         "LGD-Net, hallucinated latents",
         "H&E-only, its features",
-        "H&E-only, ridge to the latents",
+        "H&E-only, ridge to the whitened latents",
         "IHC teacher, true latents",
         "IHC teacher, true latents, whitened",
     ]

@@ -71,7 +71,7 @@ def test_a_run_is_measured_with_a_number_a_query(finished):
     assert [*found] == [
         "LGD-Net, mapped latents, whitened",
         "LGD-Net, hallucinated latents",
-        "H&E-only, ridge to the latents",
+        "H&E-only, ridge to the whitened latents",
     ]
     for one in found.values():
         assert {len(values) for values in one} == {20}
