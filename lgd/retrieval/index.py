@@ -138,7 +138,7 @@ def _publish_index(
         queries=described,
         faiss=_publish(folder, ".faiss", lambda path: _write(index, path, kind)),
         table=_publish(folder, ".npy", lambda path: write_table(path, latents.parts, order_n)),
-        whitening=whitening and _publish(folder, ".axes", lambda path: _write_axes(whitening, path)),
+        whitening=_publish(folder, ".axes", functools.partial(_write_axes, whitening)) if whitening else None,
         trained_on=sampled,
         seconds=seconds,
     )
