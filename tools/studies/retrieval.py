@@ -103,18 +103,20 @@ def join(some: Sequence[Measured]) -> Measured:
     return Measured(groups, *(np.concatenate(parts) for parts in list(zip(*some, strict=True))[1:]))
 
 
+def as_values(one: Measured) -> list[Floats]:
+    """What the cells with an interval are means of."""
+    return [*((one.rank <= k).astype(np.float64) for k in RECALL_AT), one.precision, one.hubs, one.never]
+
+
 def as_row(one: Measured) -> list[str]:
     """The cells of a row of the table."""
-    means = [*(one.rank <= k for k in RECALL_AT), one.precision, one.hubs, one.never]
-    cells = [format_interval(mean_with_interval(value, one.groups, _RESAMPLES, 0)) for value in means]
+    cells = [format_interval(mean_with_interval(value, one.groups, _RESAMPLES, 0)) for value in as_values(one)]
     return [*cells[: len(RECALL_AT)], f"{np.median(one.rank):g}", *cells[len(RECALL_AT) :]]
 
 
 def as_difference(after: Measured, before: Measured) -> list[str]:
     """The cells of the paired differences; a median has none."""
-    pairs = [*((after.rank <= k, before.rank <= k) for k in RECALL_AT), (after.precision, before.precision)]
-    pairs += [(after.hubs, before.hubs), (after.never, before.never)]
-    values = [one.astype(np.float64) - other for one, other in pairs]
+    values = [one - other for one, other in zip(as_values(after), as_values(before), strict=True)]
     cells = [format_interval(mean_with_interval(value, after.groups, _RESAMPLES, 0), "+.3f") for value in values]
     return [*cells[: len(RECALL_AT)], "", *cells[len(RECALL_AT) :]]
 
