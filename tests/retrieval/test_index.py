@@ -635,7 +635,10 @@ def test_unit_vectors_have_length_1_and_zeros_stay():
 
 def test_auto_is_exact_until_it_is_large_and_compresses_for_memory_only():
     decide = functools.partial(choose_factory, dim=512, memory=24 * 2**30)
-    assert decide(EXACT_ROWS)[0] == "Flat"
+    assert decide(EXACT_ROWS)[0] == "Flat" and decide(EXACT_ROWS + 1)[0].startswith("IVF")
+    for dim in (16, 32, 128, 1024):
+        assert decide(EXACT_ROWS * 512 // dim, dim=dim)[0] == "Flat"
+        assert decide(EXACT_ROWS * 512 // dim + 1, dim=dim)[0].startswith("IVF")
     assert decide(1_000_000)[0] == "IVF4000,SQfp16"
     assert decide(12 * 2**20)[0] == "IVF14189,SQfp16"
     factory, why = decide(12 * 2**20 + 1)

@@ -239,9 +239,11 @@ def test_the_extrapolation_follows_its_rules():
     document = {"rows": 10**6, "factory": "IVF4000,SQfp16", "seconds": {"train": 100.0, "add": 50.0}}
     rows = query.extrapolation(IndexDocument.model_construct(**document), 60)["rows"]
     assert [row["rows"] for row in rows] == [10**power for power in range(3, 10)]
-    million = rows[3]
-    assert million["factory"] == "IVF4000,SQfp16" and million["build_hours"] == pytest.approx(150 / 3600)
-    assert million["index_bytes"] == 10**6 * (64 + 8) + 4000 * 32 * 4
+    assert rows[3]["factory"] == "Flat", "whitened to 32 numbers, a million are searched exactly"
+    more, cells = rows[4], 12649
+    assert more["factory"] == f"IVF{cells},SQfp16"
+    assert more["build_hours"] == pytest.approx((100 * (cells / 4000) ** 2 + 50 * 10 * cells / 4000) / 3600)
+    assert more["index_bytes"] == 10**7 * (64 + 8) + cells * 32 * 4
     assert rows[0]["index_bytes"] == 1000 * 128 and rows[0]["build_hours"] == 0
 
 
