@@ -122,6 +122,7 @@ def test_several_processes_fit_it_together(base, change, tmp_path, stage):
     """With parameters that are partitioned, a forward pass is one of all ranks."""
     config = student_of(base, change, tmp_path)
     if stage is not None:
+        config = change(config, train={"engine": "deepspeed"})
         config = replace(config, deepspeed={"zero_optimization": {"stage": stage}})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
