@@ -44,7 +44,8 @@ class PairSums:
         self._waiting: list[torch.Tensor] = []
 
     def add(self, streams_BS: torch.Tensor, latent_BD: torch.Tensor) -> None:
-        """Add pairs."""
+        """Add pairs; what the network computes in bf16 does not round the latents."""
+        streams_BS, latent_BD = streams_BS.float(), latent_BD.float()
         self._waiting.append(torch.cat([torch.ones_like(streams_BS[:, :1]), streams_BS, latent_BD], dim=1))
         # Of wide networks the sums take hundreds of megabytes, which are written once a block.
         if sum(map(len, self._waiting)) >= _BLOCK:

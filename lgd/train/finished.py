@@ -91,8 +91,8 @@ def fit_query_map(learner: Learner, shards: list[Shard]) -> None:
     latents = Targets(task.store.parts_of(shards), task.method.pairs, task.config.run.seed, ("pooled",))
     sums = PairSums(network.streams, network.sizes["latent_dim"], world.device)
     for batch, out in forward_split(learner, shards, task.config.data.on_bad.skips > 0, latents):
-        streams_BS, valid_B = out["streams"], batch.valid_B.to(world.device)
-        sums.add(streams_BS[valid_B], batch.stored["pooled"].to(streams_BS)[valid_B])
+        valid_B = batch.valid_B.to(world.device)
+        sums.add(out["streams"][valid_B], batch.stored["pooled"].to(world.device)[valid_B])
     if world.size > 1:
         dist.all_reduce(sums.total())
     network.query_map = sums.fit()

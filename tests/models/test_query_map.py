@@ -68,6 +68,14 @@ def test_the_sums_of_ranks_add_up():
         torch.testing.assert_close(halves[0].fit().state_dict()[name], tensor, rtol=1e-6, atol=0)
 
 
+def test_streams_in_bf16_do_not_round_the_latents():
+    x, y = (torch.from_numpy(some).float() for some in make_pairs())
+    rough, fine = PairSums(7, 4), PairSums(7, 4)
+    rough.add(x.bfloat16(), y)
+    fine.add(x.bfloat16().float(), y)
+    assert all(torch.equal(*pair) for pair in zip(rough.fit().buffers(), fine.fit().buffers(), strict=True))
+
+
 def test_a_stream_that_never_changes_has_no_weight():
     x, y = make_pairs()
     dead = np.insert(x, [2, 5], [1e4 / 3, 0.0], axis=1)
