@@ -7,7 +7,7 @@ native resolution, before any shrinking: a 1+ membrane is 1.4 px wide at 0.46 um
 import functools
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -82,29 +82,53 @@ class Supervision:
         """Read one sample of a `reader`, in any thread: its images are then `ihc`, uint8 of the teacher's size, and the
         targets `nuclei` (g, g) from the H&E and `membrane` (m, m, 3) from the IHC, float32.
 
-        Native images are dropped here: those of a batch would take gigabytes.
+        On a GPU the native images stand for the targets, which `rows` works out of many at once; elsewhere they are
+        dropped here: those of a batch would take gigabytes, and a thread a sample is as quick.
         """
         sample = reader.read(number)
-        mpp = sample.meta.mpp
-
-        def native(role: str) -> torch.Tensor:
-            return torch.from_numpy(sample.images[role])[None].to(self.device).permute(0, 3, 1, 2)
-
-        images = {
-            "ihc": sample.images["teacher_ihc"],
-            "nuclei": nuclei_grid(native("he"), self.recipe.targets.nuclei_grid, mpp)[0].cpu().numpy(),
-            "membrane": membrane_grid(native("ihc"), self.recipe.targets.membrane_grid, mpp)[0].cpu().numpy(),
-        }
+        images = {"ihc": sample.images["teacher_ihc"], "nuclei": sample.images["he"], "membrane": sample.images["ihc"]}
+        if self.device == "cpu":
+            images |= {name: measure(images[name][None], sample.meta.mpp)[0] for name, measure in self._targets.items()}
         return replace(sample, images=images)
+
+    @functools.cached_property
+    def _targets(self) -> dict[str, Callable[[np.ndarray, float | None], np.ndarray]]:
+        """What measures the targets of uint8 images (B, H, W, 3) of one scale."""
+        grids = self.recipe.targets
+        kinds = {"nuclei": (nuclei_grid, grids.nuclei_grid), "membrane": (membrane_grid, grids.membrane_grid)}
+
+        def measure(name: str, image_BHW3: np.ndarray, mpp: float | None) -> np.ndarray:
+            of, grid = kinds[name]
+            found: np.ndarray = (
+                of(torch.from_numpy(image_BHW3).to(self.device).permute(0, 3, 1, 2), grid, mpp).cpu().numpy()
+            )
+            return found
+
+        return {name: functools.partial(measure, name) for name in kinds}
 
     def rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
         """The rows of prepared samples, float32: `pooled` (B, views, D), `map` (B, views, D, m, m), and the targets."""
-        stacked = {name: np.stack([sample.images[name] for sample in samples]) for name in samples[0].images}
-        ihc_BHW3 = stacked.pop("ihc")
+        ihc_BHW3 = np.stack([sample.images["ihc"] for sample in samples])
         # Activations of more images fall out of a processor's cache: 13 instead of 7 ms each, of 256 px (resnet10).
         size = _CPU_BATCH if self.device == "cpu" else len(ihc_BHW3)
         runs = [self._latents(ihc_BHW3[start : start + size]) for start in range(0, len(ihc_BHW3), size)]
-        return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]} | stacked
+        rows = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+        return rows | {name: self.measure(name, samples) for name in self._targets}
+
+    def measure(self, name: str, samples: Sequence[Sample]) -> np.ndarray:
+        """A target of prepared samples; of native images those of one size and scale together."""
+        found = [sample.images[name] for sample in samples]
+        if self.device != "cpu":
+            alike: dict[tuple[object, ...], list[int]] = {}
+            for place, sample in enumerate(samples):
+                alike.setdefault((sample.images[name].shape, sample.meta.mpp), []).append(place)
+            for places in alike.values():
+                image_BHW3 = np.stack([found[place] for place in places])
+                for place, target in zip(
+                    places, self._targets[name](image_BHW3, samples[places[0]].meta.mpp), strict=True
+                ):
+                    found[place] = target
+        return np.stack(found)
 
     def _latents(self, ihc_BHW3: np.ndarray) -> dict[str, np.ndarray]:
         """`pooled` and, where maps are stored, `map`, as in `rows`."""

@@ -10,9 +10,11 @@ from PIL import Image
 from scipy import spatial
 
 from lgd.base.errors import DataError
+from lgd.shards.image import decode
 from lgd.stain.deconvolve import H_DAB, H_E
 from lgd.stain.targets import TARGET_SETTINGS, detect_nuclei, estimate_white, membrane_grid, nuclei_grid
 from lgd.stream.plan import d4
+from tools.bench import first_targets
 
 MPP = 0.46
 SIZE = 256
@@ -154,12 +156,37 @@ def test_the_white_is_the_background() -> None:
     torch.testing.assert_close(white.flatten(1), torch.tensor([[245.0] * 3, [170.0] * 3]), rtol=0, atol=3)
 
 
-def test_batches_are_the_single_images() -> None:
-    he = torch.cat([draw_he(lattice(pitch=pitch)) for pitch in (30, 50)])
-    ihc = torch.cat([draw_ihc("1+"), draw_ihc("3+", 170.0)])
-    assert torch.equal(nuclei_grid(he, 8, MPP), torch.cat([nuclei_grid(x[None], 8, MPP) for x in he]))
-    together, alone = membrane_grid(ihc, 4, MPP), torch.cat([membrane_grid(x[None], 4, MPP) for x in ihc])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("mpp", [0.23, MPP, 0.92, 1.5, 2.8])
+@pytest.mark.parametrize("height, width", [(SIZE, SIZE), (201, 255), (67, 130)])
+def test_the_numbers_are_those_of_the_first_edition(mpp: float, height: int, width: int) -> None:
+    for he, ihc in ((draw_he(lattice()), draw_ihc("1+")), (draw_he(lattice(pitch=30)), draw_ihc("3+", 170.0))):
+        he, ihc = he[..., :height, :width], ihc[..., :height, :width]
+        assert torch.equal(nuclei_grid(he, 8, mpp), first_targets.nuclei_grid(he, 8, mpp))
+        assert torch.equal(membrane_grid(ihc, 4, mpp), first_targets.membrane_grid(ihc, 4, mpp))
+
+
+def test_the_numbers_of_real_patches_are_those_of_the_first_edition(real_data) -> None:
+    for path in sorted((real_data / "bci-native").glob("*/test/*")):
+        image = torch.from_numpy(decode(path.read_bytes(), path.name, None))[None].permute(0, 3, 1, 2)
+        assert torch.equal(nuclei_grid(image, 8, MPP), first_targets.nuclei_grid(image, 8, MPP))
+        assert torch.equal(membrane_grid(image, 4, MPP), first_targets.membrane_grid(image, 4, MPP))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_no_number_depends_on_the_batch_or_on_the_threads(batch: int, threads: int) -> None:
+    he = torch.cat([draw_he(lattice(pitch=pitch)) for pitch in (30, 50)])[..., :160, :160]
+    ihc = torch.cat([draw_ihc("1+"), draw_ihc("3+", 170.0)])[..., :160, :160]
+    alone = [(nuclei_grid(he[i : i + 1], 8, MPP), membrane_grid(ihc[i : i + 1], 4, MPP)) for i in (0, 1)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = torch.arange(batch) % 2
+        nuclei, membrane = nuclei_grid(he[rows], 8, MPP), membrane_grid(ihc[rows], 4, MPP)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(nuclei, torch.cat([alone[i][0] for i in rows]))
+    assert torch.equal(membrane, torch.cat([alone[i][1] for i in rows]))
 
 
 @pytest.mark.parametrize("k", range(8))

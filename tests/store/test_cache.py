@@ -23,7 +23,7 @@ from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.cache import cache_latents, is_complete
 from lgd.store.document import TEACHER, Rounding
 from lgd.store.store import Store, commit
-from lgd.store.supervision import recipe_of
+from lgd.store.supervision import Supervision, recipe_of
 from lgd.store.writer import shard_writer
 from lgd.stream.plan import d4
 from lgd.stream.reader import Reader
@@ -64,6 +64,29 @@ def test_rows_are_what_the_teacher_and_the_targets_say(tissue_run):
     assert he.shape[-1] == 128, "targets are computed at native resolution"
     np.testing.assert_allclose(part.array("nuclei")[small.row], nuclei_grid(he, 8, 0.46)[0], **near)
     np.testing.assert_allclose(part.array("membrane")[small.row], membrane_grid(ihc, 4, 0.46)[0], **near)
+
+
+def test_images_of_several_sizes_are_measured_together_as_alone(tissue, tissue_run, tmp_path):
+    sizes = {}
+    for number, path in enumerate(sorted((tissue / "HE" / "train").iterdir())[:7]):
+        for stain in ("HE", "IHC"):
+            (tmp_path / stain / "train").mkdir(parents=True, exist_ok=True)
+            pixels = decode((tissue / stain / "train" / path.name).read_bytes(), path.name, None)
+            side = pixels.shape[0] - 8 * (number % 3)
+            (tmp_path / stain / "train" / path.name).write_bytes(encode(pixels[:side, :side], "png"))
+            sizes[path.name] = side
+    assert len(set(sizes.values())) == 3
+    build(ShardOptions(layout="bci", root=str(tmp_path), out=str(tmp_path / "shards"), mpp=0.46))
+    alone = Supervision(tissue_run.teacher.dir, recipe_of(tissue_run))
+    together = Supervision(tissue_run.teacher.dir, recipe_of(tissue_run))
+    # Any device but `cpu` measures many images at once.
+    together.device = "cpu:0"
+    reader = alone.reader(ShardFolder.open(tmp_path / "shards").shards)
+    of_each, of_all = ([one.prepare(reader, number) for number in range(7)] for one in (alone, together))
+    for name in ("nuclei", "membrane"):
+        expected = np.stack([sample.images[name] for sample in of_each])
+        assert np.array_equal(together.measure(name, of_all), expected)
+        assert np.array_equal(alone.measure(name, of_each), expected)
 
 
 def test_rows_are_in_shard_order_with_their_key_level_and_slide(tissue_run):

@@ -41,6 +41,7 @@ BENCHMARKS = {
     "store-plan": Benchmark("store", 1, "plan"),
     "store-random": Benchmark("store", 1, "random"),
     "store-write": Benchmark("write", 2),
+    "targets": Benchmark("targets", 1),
     "cache": Benchmark("cache", 8),
     "memory": Benchmark("memory", 3, estimated=True),
     "query": Benchmark("query", 2),
