@@ -54,6 +54,8 @@ _S = TARGET_SETTINGS
 _CHUNK_PIXELS = {"cpu": 4 << 20, "cuda": 32 << 20}
 # Native pixels whose stains are looked up at once: on a CPU those that stay in its cache.
 _STRIP_PIXELS = {"cpu": 128 << 10, "cuda": 32 << 20}
+# Nuclei whose membranes are looked for at once.
+_NUCLEI = {"cpu": 128, "cuda": 1 << 20}
 
 
 def _in_chunks(measure: Callable[[Tensor, int, float], Tensor]) -> Callable[[Tensor, int, float | None], Tensor]:
@@ -168,24 +170,22 @@ def detect_nuclei(stain_BHW: Tensor, mpp: float, least: float) -> Tensor:
 
 def _stained_sectors(dab_BHW: Tensor, low_dab_Bhw: Tensor, place_N3: Tensor, step: int, mpp: float) -> Tensor:
     """How many directions around each nucleus, by its image, y and x, meet a stained membrane: int64 (N,)."""
-    image_N, y_N, x_N = place_N3.unbind(1)
     around_Bhw = _mean_around(low_dab_Bhw)
-    radius_R = torch.arange(_S["membrane_from_um"], _S["membrane_to_um"] + 1e-6, _S["membrane_step_um"])
-    radius_R = radius_R.to(dab_BHW.device) / mpp
-    sectors = int(_S["membrane_sectors"])
-    height, width = dab_BHW.shape[1:]
-    y_N1, x_N1 = (((centre_N + 0.5) * step - 0.5)[:, None] for centre_N in (y_N, x_N))
-    first_N1 = (image_N * (height * width))[:, None]
-    angle_S = (torch.arange(sectors, device=dab_BHW.device) + 0.5) * (2 * math.pi / sectors)
-    sin_S, cos_S, dab = angle_S.sin(), angle_S.cos(), dab_BHW.flatten()
-    ray_NS = dab.new_full((len(image_N), sectors), -math.inf)
-    # Step by step along all rays: the places of a step stay in the processor's cache.
-    for radius in radius_R:
-        row_NS = (y_N1 + sin_S * radius).round_().clamp_(0, height - 1).long()
-        column_NS = (x_N1 + cos_S * radius).round_().clamp_(0, width - 1).long()
-        place_NS = row_NS.mul_(width).add_(column_NS).add_(first_N1)
-        torch.maximum(ray_NS, dab.take(place_NS), out=ray_NS)
-    least_N = (_S["membrane_contrast"] * around_Bhw[image_N, y_N, x_N]).clamp(min=_S["dab_stained"])
+    radius_R1 = torch.arange(_S["membrane_from_um"], _S["membrane_to_um"] + 1e-6, _S["membrane_step_um"])[:, None] / mpp
+    angle_S = (torch.arange(sectors := int(_S["membrane_sectors"])) + 0.5) * (2 * math.pi / sectors)
+    sides = dab_BHW.shape[1:]
+    steps = [(radius_R1 * along_S).flatten().to(dab_BHW.device) for along_S in (angle_S.sin(), angle_S.cos())]
+    rays, dab = [], dab_BHW.flatten()
+    # A few nuclei at a time: what lies around them is in the processor's cache.
+    for some_n3 in torch.split(place_N3, _NUCLEI[dab_BHW.device.type]):
+        row_nP, column_nP = (
+            (((centre_n + 0.5) * step - 0.5)[:, None] + step_P).round_().clamp_(0, side - 1).long()
+            for centre_n, step_P, side in zip(some_n3.unbind(1)[1:], steps, sides, strict=True)
+        )
+        place_nP = row_nP.mul_(sides[1]).add_(column_nP).add_(some_n3[:, :1] * sides.numel())
+        rays.append(dab.take(place_nP).view(-1, len(radius_R1), sectors).amax(1))
+    ray_NS = torch.cat(rays)
+    least_N = (_S["membrane_contrast"] * around_Bhw[place_N3.unbind(1)]).clamp(min=_S["dab_stained"])
     return (ray_NS > least_N[:, None]).sum(-1)
 
 
@@ -227,16 +227,20 @@ def _detection_step(mpp: float) -> int:
 
 def _shrink(x: Tensor, step: int) -> Tensor:
     """Mean of step x step pixels of (..., H, W); a last, narrower block keeps every pixel. Bytes add up as integers."""
-    kind = x.dtype if x.dtype != torch.uint8 else torch.int16 if 255 * step**2 < 2**15 else torch.int32
-    sizes = x.shape[-2:]
+    sizes, across = x.shape[-2:], step
     short_y, short_x = (-size % step for size in sizes)
-    padded = F.pad(x, (0, short_x, 0, short_y)) if short_y or short_x else x
-    rows = padded[..., ::step, :].to(kind, copy=True)
+    x = F.pad(x, (0, short_x, 0, short_y)) if short_y or short_x else x
+    if x.dtype == torch.uint8 and step % 2 == 0:
+        # Two bytes side by side are one number of 16 bits.
+        pairs, across = x.view(torch.int16), step // 2
+        x = (pairs & 255) + ((pairs >> 8) & 255)
+    x = x.int() if x.dtype == torch.uint8 else x
+    rows = x[..., ::step, :].clone()
     for k in range(1, step):
-        rows += padded[..., k::step, :].to(kind)
-    sums = rows[..., ::step].clone()
-    for k in range(1, step):
-        sums += rows[..., k::step]
+        rows += x[..., k::step, :]
+    sums = rows[..., ::across].clone()
+    for k in range(1, across):
+        sums += rows[..., k::across]
     held = [torch.full((-(-size // step),), float(step), device=x.device) for size in sizes]
     held[0][-1] -= short_y
     held[1][-1] -= short_x

@@ -2,6 +2,9 @@
 
 A is `Rows.read`, B the fastest of some plain ways over `numpy.memmap` of the same files.
 Both read pooled latents, maps, both target grids and the keys of 256 rows at a time, from a warm page cache.
+
+`store-first-row`: what must be read, digests and keys included, before the pooled latents of all rows are there,
+against these latents alone.
 """
 
 import itertools
@@ -22,7 +25,7 @@ from lgd.store.store import SUPERVISION, TEACHER, Rows, Store, commit
 from lgd.store.writer import shard_writer
 from lgd.stream.plan import Plan, offsets
 from tools.bench.inputs import Inputs
-from tools.bench.measure import Outcome, Rate, Settings, alternate, timed
+from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
 
 logger = logging.getLogger(f"lgd.{__name__}")
 
@@ -237,15 +240,20 @@ def _threaded(read: Read, batches: Sequence[Address], threads: int) -> float:
     return rows / (time.perf_counter() - began)
 
 
-def measured(
-    name: str, mark: float, numbers_of: Callable[[Store], np.ndarray], settings: Settings, inputs: Inputs
-) -> Outcome:
-    """One ratio of reading rows in some order, and its facts."""
+def _stored(settings: Settings, inputs: Inputs) -> Store:
+    """The store that rows are read of, opened anew."""
     folder = inputs.folder / "rows"
     if not (folder / "store.json").exists():
         logger.info(f"[bench] writing a store of {settings.stored} rows")
         write_store(folder, settings.stored)
-    store = Store(folder)
+    return Store(folder)
+
+
+def measured(
+    name: str, mark: float, numbers_of: Callable[[Store], np.ndarray], settings: Settings, inputs: Inputs
+) -> Outcome:
+    """One ratio of reading rows in some order, and its facts."""
+    store = _stored(settings, inputs)
     opened = first_use(store)
     rows, mapped = Rows(store.parts), Mapped(store.parts)
     numbers_n = numbers_of(store)
@@ -298,3 +306,23 @@ def random(settings: Settings, inputs: Inputs) -> Outcome:
         return np.random.default_rng(0).integers(0, store.rows, store.rows)
 
     return measured("store-random", 0.9, numbers_of, settings, inputs)
+
+
+def first_row(settings: Settings, inputs: Inputs) -> Outcome:
+    """Bytes that are read for the pooled latents of all rows by the bytes of these latents."""
+    store = _stored(settings, inputs)
+    rows, pooled = Rows(store.parts, ("pooled",)), 0
+    for number, part in enumerate(store.parts):
+        keys = [key.decode() for key in part.array("key")]
+        pooled += rows.read([number] * part.rows, range(part.rows), keys)["pooled"].nbytes
+    # A dataset is read whole, for its digest; what was not asked for is not in the maps.
+    read = sum(array.nbytes for part in store.parts for array in part.mapped(frozenset()).arrays.values())
+    stored = sum(file.path.stat().st_size for part in store.parts for file in part.files.values())
+    ratio = Ratio(
+        name="store-first-row",
+        compared="bytes read for the pooled latents of all rows / bytes of these latents",
+        value=read / pooled,
+        mark=1.1,
+        at_most=True,
+    )
+    return Outcome(ratios=[ratio], facts={"rows": store.rows, "read": read, "pooled": pooled, "stored": stored})

@@ -40,6 +40,7 @@ BENCHMARKS = {
     "decode": Benchmark("decode", 12, estimated=True),
     "store-plan": Benchmark("store", 1, "plan"),
     "store-random": Benchmark("store", 1, "random"),
+    "store-first-row": Benchmark("store", 0.1, "first_row"),
     "store-write": Benchmark("write", 2),
     "targets": Benchmark("targets", 1),
     "cache": Benchmark("cache", 8),
