@@ -12,8 +12,6 @@ here is 0.033 there.
 Shapes: B batch, 3 channels or stains, H and W pixels.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -21,6 +19,9 @@ from torch import Tensor
 HEMATOXYLIN = (0.650, 0.704, 0.286)
 EOSIN = (0.072, 0.990, 0.105)
 DAB = (0.268, 0.570, 0.776)
+
+_STRIP_PIXELS = 64 << 10
+"""Pixels that are looked up at once: those stay in a processor's cache."""
 
 
 def stain_matrix(first: tuple[float, float, float], second: tuple[float, float, float]) -> Tensor:
@@ -45,27 +46,27 @@ def rgb_to_od(rgb_B3HW: Tensor, white: float | Tensor = 255.0) -> Tensor:
 
 
 def byte_stains(white_B311: Tensor, stains_33: Tensor) -> Tensor:
-    """What each byte of each channel adds to each stain over a `white`: float32 (3 stains, B, 3, 256)."""
+    """What each byte of each channel adds to the first two stains over a `white`: complex64 (B, 3, 256)."""
     value_B31V = torch.arange(256, dtype=torch.float32, device=white_B311.device).expand(len(white_B311), 3, 1, 256)
-    of_33 = torch.linalg.inv(stains_33).to(white_B311)
-    stain_3B3V: Tensor = rgb_to_od(value_B31V, white_B311)[:, :, 0] * of_33.T[:, None, :, None]
-    return stain_3B3V
+    od_B3V, of_33 = rgb_to_od(value_B31V, white_B311)[:, :, 0], torch.linalg.inv(stains_33).to(white_B311)
+    return torch.complex(od_B3V * of_33[:, :1], od_B3V * of_33[:, 1:2])
 
 
-def unmix_bytes(channels: Sequence[Tensor], table_B3V: Tensor) -> Tensor:
-    """A stain, (B, H, W), of images whose `channels`, (B, H, W), are bytes as int32, by what each byte adds to it.
+def unmix_bytes(rgb_B3HW: Tensor, stain_B3V: Tensor) -> Tensor:
+    """The first two stains of uint8 images, by what each byte adds to them: real and imaginary part, (B, H, W).
 
-    Bit for bit what `unmix` gives of `rgb_to_od`, in a third of the time: tables in place of logarithms.
+    Bit for bit what `unmix` gives of `rgb_to_od`, in a third of the time: one look into a table finds both.
     """
-    image_B11 = 256 * torch.arange(len(table_B3V), device=table_B3V.device)[:, None, None]
-    total: Tensor
-    total, *others = (
-        table_BV.flatten().index_select(0, (channel_BHW + image_B11 if len(table_BV) > 1 else channel_BHW).flatten())
-        for channel_BHW, table_BV in zip(channels, table_B3V.unbind(1), strict=True)
-    )
-    for added in others:
-        total += added
-    return total.view_as(channels[0])
+    batch, _, height, width = rgb_B3HW.shape
+    total_BHW = torch.empty(batch, height, width, dtype=stain_B3V.dtype, device=rgb_B3HW.device)
+    rows = height if rgb_B3HW.is_cuda else max(1, _STRIP_PIXELS // width)
+    for rgb_3HW, stain_3V, total_HW in zip(rgb_B3HW, stain_B3V, total_BHW, strict=True):
+        for strip_3rW, total_rW in zip(rgb_3HW.split(rows, 1), total_HW.split(rows), strict=True):
+            red, green, blue = (channel_rW.int().flatten() for channel_rW in strip_3rW)
+            total = torch.index_select(stain_3V[0], 0, red, out=total_rW.view(-1))
+            total += stain_3V[1].index_select(0, green)
+            total += stain_3V[2].index_select(0, blue)
+    return total_BHW
 
 
 def unmix(od_B3HW: Tensor, stains_33: Tensor) -> Tensor:

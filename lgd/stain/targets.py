@@ -52,8 +52,6 @@ _S = TARGET_SETTINGS
 # Native pixels that go through at once: a batch of 1024 px patches would need gigabytes of intermediate floats. A GPU
 # has them, and waits for the next kernel where there is little to do.
 _CHUNK_PIXELS = {"cpu": 4 << 20, "cuda": 32 << 20}
-# Native pixels whose stains are looked up at once: on a CPU those that stay in its cache.
-_STRIP_PIXELS = {"cpu": 128 << 10, "cuda": 32 << 20}
 # Nuclei whose membranes are looked for at once.
 _NUCLEI = {"cpu": 128, "cuda": 1 << 20}
 
@@ -106,16 +104,18 @@ def membrane_grid(ihc_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
 
     Raises `DataError` for an `mpp` that is not positive.
     """
-    dab_BHW, small_2Bhw, step = _unmix_shrinking(ihc_B3HW, mpp)
+    stains_BHW, step = unmix_bytes(ihc_B3HW, byte_stains(estimate_white(ihc_B3HW), H_DAB)), _detection_step(mpp)
+    dab_BHW = stains_BHW.imag.contiguous()
     stained_BHW = torch.gt(dab_BHW, _S["dab_stained"], out=torch.empty_like(dab_BHW))
     fraction_Bmm = F.adaptive_avg_pool2d(stained_BHW, grid)
     # The fraction is at least one pixel of the cell, or the sum above it is 0 too.
     focal_Bmm = F.adaptive_avg_pool2d(stained_BHW.mul_(dab_BHW), grid) / fraction_Bmm.clamp(min=1e-12)
 
-    small_dab_Bhw = small_2Bhw[1].clamp(min=0)
-    blue_Bhw = small_2Bhw[0] - _S["ihc_brown_weight"] * small_dab_Bhw
+    small_Bhw = _shrink(stains_BHW, step)
+    small_blue_Bhw, small_dab_Bhw = small_Bhw.real.contiguous(), small_Bhw.imag.clamp(min=0)
+    blue_Bhw = small_blue_Bhw - _S["ihc_brown_weight"] * small_dab_Bhw
     nuclei_Bhw = detect_nuclei(blue_Bhw, mpp * step, _S["nucleus_contrast_ihc"])
-    nuclei_Bhw &= small_2Bhw[0] > _S["ihc_least_hematoxylin"]
+    nuclei_Bhw &= small_blue_Bhw > _S["ihc_least_hematoxylin"]
     place_N3 = nuclei_Bhw.nonzero()
     outlined_N = _stained_sectors(dab_BHW, small_dab_Bhw, place_N3, step, mpp)
     cell_N = _cells(place_N3, nuclei_Bhw.shape, grid)
@@ -189,22 +189,6 @@ def _stained_sectors(dab_BHW: Tensor, low_dab_Bhw: Tensor, place_N3: Tensor, ste
     return (ray_NS > least_N[:, None]).sum(-1)
 
 
-def _unmix_shrinking(ihc_B3HW: Tensor, mpp: float) -> tuple[Tensor, Tensor, int]:
-    """DAB at native resolution, hematoxylin and DAB (2, B, h, w) where nuclei are found, and how many native pixels are
-    one pixel there, a side.
-
-    A strip at a time, which stays in the processor's cache.
-    """
-    (blue_B3V, brown_B3V, _), step = byte_stains(estimate_white(ihc_B3HW), H_DAB), _detection_step(mpp)
-    rows = step * max(1, _STRIP_PIXELS[ihc_B3HW.device.type] // (ihc_B3HW.shape[3] * step))
-    dab, small = [], []
-    for strip_B3rW in torch.split(ihc_B3HW, rows, dim=2):
-        channels = strip_B3rW.int().unbind(1)
-        dab.append(unmix_bytes(channels, brown_B3V))
-        small.append(torch.stack([_shrink(unmix_bytes(channels, blue_B3V), step), _shrink(dab[-1], step)]))
-    return torch.cat(dab, dim=1), torch.cat(small, dim=2), step
-
-
 def _cells(place_N3: Tensor, shape: torch.Size, grid: int) -> Tensor:
     """The cell of a grid, counted over all images, of each place (image, y, x) in masks of a shape (B, H, W)."""
     _, height, width = shape
@@ -244,7 +228,9 @@ def _shrink(x: Tensor, step: int) -> Tensor:
     held = [torch.full((-(-size // step),), float(step), device=x.device) for size in sizes]
     held[0][-1] -= short_y
     held[1][-1] -= short_x
-    return sums / (held[0][:, None] * held[1])
+    area = held[0][:, None] * held[1]
+    # A division of complex numbers takes seven times as long.
+    return torch.view_as_complex(torch.view_as_real(sums) / area[..., None]) if x.is_complex() else sums / area
 
 
 def _shifted(padded_BHW: Tensor, dim: int, size: int) -> Iterator[Tensor]:
