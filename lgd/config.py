@@ -1,17 +1,14 @@
 """A run as frozen dataclasses, which `lgd.config_files` reads; the docstring of a field is also its `--help`."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from lgd.base.arguments import as_type
-from lgd.base.errors import ConfigError, OnBad, require
+from lgd.base.arguments import check_bounds
+from lgd.base.errors import OnBad, require
 from lgd.base.extensions import is_python
 from lgd.base.plain_yaml import write_yaml
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 LEVEL_NAMES = ("0", "1+", "2+", "3+")
 
@@ -20,6 +17,8 @@ NotNegative = Annotated[int, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+Pool = Literal["cls", "mean", "cls+mean"]
 
 WHERE_IT_RUNS = frozenset("workers engine compile resume checkpoint_every keep max_failures".split())
 """The fields of `train:` on which no result depends."""
@@ -65,13 +64,26 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Teacher:
-    """The IHC encoder that is trained once and then frozen."""
+    """The IHC encoder that is trained once and then frozen, or is taken as it is."""
 
     dir: str = ""
-    """Folder of the trained teacher; default RUN/teacher."""
+    """Folder of the teacher; default RUN/teacher."""
+    source: Literal["trained", "frozen"] = "trained"
+    """`trained` here, on the labels; or `frozen`: a pretrained encoder as it is, which needs no labels."""
     encoder: str = "resnet10"
-    """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny); `hf:ORG/NAME` or a folder as transformers saves
-    it, of which no code is run; or code outside LGD as `python:package.module:factory`, which is imported."""
+    """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny); `hf:ORG/NAME`, `timm:NAME`,
+    `timm:hf-hub:ORG/NAME`, or a folder as transformers or timm saves it, of which no code is run; or code outside LGD
+    as `python:package.module:factory`, which is imported."""
+    pool: Pool | None = None
+    """How an image becomes one latent: cls, mean, or cls+mean; by default cls where the encoder has a CLS token."""
+    mean: list[float] | None = None
+    """Mean of the encoder's images, by channel of RGB in 0 to 1, before what its files say; give std too."""
+    std: list[float] | None = None
+    """Their standard deviation."""
+    mpp: float | None = None
+    """Micrometres a pixel of the images that the encoder was made for."""
+    arguments: dict[str, object] = field(default_factory=dict)
+    """Arguments of timm's constructor, such as `{init_values: 1e-5}`, before what its files say."""
     epochs: AboveZero = 20.0
     """Passes over the training split."""
 
@@ -117,6 +129,14 @@ class Student:
     module is imported."""
     encoder: str = "resnet10"
     """Backbone of the morphology stream; see teacher.encoder."""
+    pool: Pool | None = None
+    """How it pools; see teacher.pool."""
+    mean: list[float] | None = None
+    """See teacher.mean."""
+    std: list[float] | None = None
+    """See teacher.std."""
+    arguments: dict[str, object] = field(default_factory=dict)
+    """See teacher.arguments."""
     hallucination: Literal["own", "shared"] = "own"
     """The hallucination stream has its own encoder, started from the teacher's weights, or shares the trunk."""
     epochs: AboveZero = 20.0
@@ -244,6 +264,10 @@ class Config:
         for key in _REFUSED_IN_DEEPSPEED:
             remedy = "batch size, precision, clipping, optimizer and schedule are set in train: only; remove it there"
             require(key not in self.deepspeed, f"deepspeed.{key} is set: {remedy}")
+        for name in ("teacher", "student"):
+            section = getattr(self, name)
+            both = f"give both {name}.mean and {name}.std, three numbers each: one alone says nothing"
+            require((section.mean is None) == (section.std is None), both)
         for name in ("run", "teacher", "student", "report"):
             folder = getattr(self, name).dir
             remedy = "nothing can be written there: use s3://, gs:// or a folder that all nodes share"
@@ -276,16 +300,3 @@ class Config:
         deepspeed = sections.pop("deepspeed")
         values = {f"{section}.{name}": value for section, those in sections.items() for name, value in those.items()}
         return {**values, "deepspeed": deepspeed}
-
-
-def check_bounds(settings: "DataclassInstance", before: str = "") -> None:
-    """Raise `ConfigError` for a number outside the bounds of its field, which has `before` in front of its name.
-
-    What a file or a command line gave was read as its type; Python may give any number.
-    """
-    for one in fields(settings):
-        if any(get_origin(kind) is Annotated for kind in (one.type, *get_args(one.type))):
-            try:
-                as_type(one.type, getattr(settings, one.name))
-            except ValueError as error:
-                raise ConfigError(f"{before}{one.name}: {error}") from error

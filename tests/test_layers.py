@@ -18,7 +18,8 @@ tissue.drawing tissue.sections tissue.synth
 shards.manifest shards.layouts shards.pairs shards.options shards.image shards.archive shards.shard_set
 shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
-models.spec models.description models.export models.pretrained models.backbone models.encoder
+models.spec models.description models.export models.pretrained models.known models.backbone models.timm_backbone
+models.encoder
 models.teacher models.query_map models.student models.losses models.methods
 store.document store.writer store.parts store.store store.supervision store.cache
 store.export
@@ -41,12 +42,23 @@ OWNERS = {
     "h5py": {"store.parts", "store.writer", "store.export"},
     "webdataset": {"shards.writer"},
     "transformers": {"models.backbone"},
+    "timm": {"models.timm_backbone"},
     "huggingface_hub": {"models.pretrained"},
     "matplotlib": {"report.figures"},
 }
 # These may not be imported when the module is: `lgd --help` must be quick, and works without them.
-LATE = {"ray", "faiss", "deepspeed", "h5py", "transformers", "huggingface_hub", "matplotlib", "docstring_parser"}
-LATE |= {"sklearn"}
+LATE = {
+    "ray",
+    "timm",
+    "faiss",
+    "deepspeed",
+    "h5py",
+    "transformers",
+    "huggingface_hub",
+    "matplotlib",
+    "docstring_parser",
+}
+LATE |= {"sklearn", "timm"}
 
 
 @functools.cache

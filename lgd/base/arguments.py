@@ -12,13 +12,16 @@ import itertools
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lgd.base.errors import ConfigError
 from lgd.base.plain_yaml import read_yaml
 from lgd.base.text import escape_text
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,6 +138,19 @@ def as_type(kind: object, value: object) -> Any:
         raise ValueError(f"{value!r:.100} should be {'put in quotes' if quotes else _describe(kind)}") from error
 
 
+def check_bounds(settings: "DataclassInstance", before: str = "") -> None:
+    """Raise `ConfigError` for a number outside the bounds of its field, which has `before` in front of its name.
+
+    What a file or a command line gave was read as its type; Python may give any number.
+    """
+    for one in dataclasses.fields(settings):
+        if any(typing.get_origin(kind) is Annotated for kind in (one.type, *typing.get_args(one.type))):
+            try:
+                as_type(one.type, getattr(settings, one.name))
+            except ValueError as error:
+                raise ConfigError(f"{before}{one.name}: {error}") from error
+
+
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[object]:
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -151,6 +167,10 @@ def _describe(kind: object) -> str:
     if typing.get_origin(kind) in _UNIONS:
         return " or ".join(map(_describe, arguments))
     if typing.get_origin(kind) is list:
-        return "a list of texts, such as [train, val]"
+        return (
+            "a list of numbers, such as [0.5, 0.5, 0.5]"
+            if arguments == (float,)
+            else "a list of texts, such as [train, val]"
+        )
     words: dict[object, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
     return words.get(kind, "null" if kind is type(None) else "a mapping, such as {stage: 1}")

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lgd.models.export import Shapes, count_numbers, read_shapes, shapes_of
 from lgd.models.pretrained import shorten
-from lgd.models.spec import LAYERS, list_values
+from lgd.models.spec import LAYERS, WITH_CLS, list_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,18 +33,77 @@ _MOST_CALLS = 10_000
 _OUTPUT_NORMS = "hidden_states_norms."
 
 
+class Features(NamedTuple):
+    """What a backbone gives."""
+
+    map_BCHW: torch.Tensor
+    """Its last feature map; of a transformer the tokens of the patches."""
+    cls_BC: torch.Tensor | None
+    """The CLS token, where it has one."""
+
+
+class Traits(NamedTuple):
+    """What must be known of a backbone to use it."""
+
+    channels: int
+    patch: int | None
+    """Pixels a side of the patches that an image is cut into; None where any size does."""
+    has_cls: bool
+    side: int | None = None
+    """Pixels a side of the only images that it takes; None where there are others."""
+
+
+def traits_of(network: Any) -> Traits:
+    """The traits of a backbone of transformers."""
+    kind, config = network.config.model_type, network.config
+    if kind in WITH_CLS:
+        return Traits(config.hidden_size, config.patch_size, has_cls=True)
+    return Traits(list(network.channels)[-1], config.patch_size if kind == "beit" else None, has_cls=False)
+
+
+def run_backbone(network: Any, normal_B3HW: torch.Tensor) -> Features:
+    """Normalised images -> what a backbone of transformers gives."""
+    config = network.config
+    if config.model_type not in WITH_CLS:
+        return Features(network(normal_B3HW).feature_maps[-1], None)
+    options = {}
+    height, width = normal_B3HW.shape[-2:]
+    if config.model_type == "vit":
+        # The others do it unasked.
+        options["interpolate_pos_encoding"] = (height, width) != (config.image_size, config.image_size)
+    tokens_BNC = network(normal_B3HW, **options).last_hidden_state
+    # Registers lie between the CLS token and the patches.
+    first, rows = 1 + getattr(config, "num_register_tokens", 0), height // config.patch_size
+    return Features(tokens_BNC[:, first:].transpose(1, 2).unflatten(2, (rows, -1)), tokens_BNC[:, 0])
+
+
+def batchnorm_to_groupnorm(module: nn.Module) -> None:
+    """Replace all batch norms inside, which would let an image see the rest of its batch."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            groups = 8 if child.num_features % 8 == 0 else 1
+            setattr(module, name, nn.GroupNorm(groups, child.num_features))
+        else:
+            batchnorm_to_groupnorm(child)
+
+
 def new_backbone(settings: Mapping[str, object]) -> nn.Module:
     """A backbone with random weights; `ValueError` where the fields make none, or one too large."""
     draft(json.dumps(settings))
-    network: nn.Module = _auto_backbone().from_config(_make_config(settings), trust_remote_code=False)
+    config = _make_config(settings)
+    auto, options = _find_class(config.model_type)
+    network: nn.Module = auto.from_config(config, trust_remote_code=False, **options)
     return network
 
 
-def _auto_backbone() -> Any:
-    # transformers does not annotate it.
-    from transformers import AutoBackbone
+def _find_class(kind: str) -> tuple[Any, dict[str, bool]]:
+    """The class that builds networks of an architecture, which transformers does not annotate, and its options."""
+    from transformers import AutoBackbone, AutoModel
 
-    return AutoBackbone
+    if kind not in WITH_CLS:
+        return AutoBackbone, {}
+    # A backbone would give the patches' tokens alone, and a plain ViT is none.
+    return AutoModel, {"add_pooling_layer": False} if kind == "vit" else {}
 
 
 def load_backbone(settings: Mapping[str, object], files: list[Path]) -> nn.Module:
@@ -69,9 +128,10 @@ def load_backbone(settings: Mapping[str, object], files: list[Path]) -> nn.Modul
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
             use_safetensors=True,
+            **_find_class(str(settings["model_type"]))[1],
         )
     mismatched = [name for name, *_ in found["mismatched_keys"]]
-    _check_loaded(backbone, needed, found["missing_keys"], mismatched, found["unexpected_keys"])
+    check_loaded(backbone, needed, found["missing_keys"], mismatched, found["unexpected_keys"])
     return cast(nn.Module, backbone.float())
 
 
@@ -96,7 +156,14 @@ def _make_config(settings: Mapping[str, object]) -> "PreTrainedConfig":
         raise ValueError(f"field {strange[0]!r:.80} is none of {kind} in transformers {__version__}")
     fields: dict[str, Any] = {field: value for field, value in settings.items() if field != "model_type"}
     with _errors_of_transformers("its fields make no network"):
-        return CONFIG_MAPPING[kind](**fields)
+        config: PreTrainedConfig = CONFIG_MAPPING[kind](**fields)
+    for field in ("out_features", "out_indices") if kind in WITH_CLS and kind != "vit" else ():
+        last = {"out_features": [f"stage{config.num_hidden_layers}"], "out_indices": [config.num_hidden_layers]}[field]
+        if list(getattr(config, field)) != last:
+            raise ValueError(
+                f"its fields make no network (field {field!r} names other layers than the last: remove it)"
+            )
+    return config
 
 
 @functools.lru_cache(8)
@@ -106,21 +173,23 @@ def draft(settings: str) -> tuple[Any, Shapes]:
     Raises `ValueError` where the settings make no network, or one that is too large.
     """
     fields = json.loads(settings)
-    auto, config, budget = _auto_backbone(), _make_config(fields), _Budget()
+    config, budget = _make_config(fields), Budget()
+    auto, options = _find_class(config.model_type)
     try:
         with torch.device("meta"), budget:
-            network = auto.from_config(config, trust_remote_code=False)
-        shapes, channels = shapes_of(network), list(network.channels)
+            network = auto.from_config(config, trust_remote_code=False, **options)
+        shapes = shapes_of(network)
+        channels = config.model_type in WITH_CLS or list(network.channels)
     except Exception as error:
         if not budget.spent:
             raise ValueError(f"its fields make no network ({shorten(error)})") from error
-        raise ValueError(f"its network would be larger than any encoder: {_explain_size(fields, budget)}") from error
+        raise ValueError(f"its network would be larger than any encoder: {explain_size(fields, budget)}") from error
     if not channels:
         raise ValueError("its fields make no network (no feature map is named in 'out_features')")
     return type(network), shapes
 
 
-def _explain_size(fields: Mapping[str, object], budget: "_Budget") -> str:
+def explain_size(fields: Mapping[str, object], budget: "Budget") -> str:
     """What made a draft too large."""
     if budget.parameters <= _MOST_PARAMETERS:
         return f"by its layers in {', '.join(repr(field) for field in fields if LAYERS.search(field)):.200}"
@@ -134,7 +203,7 @@ def _explain_size(fields: Mapping[str, object], budget: "_Budget") -> str:
     return f"more than {_MOST_PARAMETERS:,} parameters; its largest field is {field!r:.80}, {largest}"
 
 
-class _Budget(TorchFunctionMode):
+class Budget(TorchFunctionMode):
     """Stops a draft as soon as the network has become too large."""
 
     def __init__(self) -> None:
@@ -158,7 +227,7 @@ class _Budget(TorchFunctionMode):
         return out
 
 
-def _check_loaded(
+def check_loaded(
     backbone: nn.Module, needed: Shapes, lacking: Iterable[str], mismatched: list[str], unexpected: Iterable[str]
 ) -> None:
     """`ValueError` where weights were missing, of another shape, left over, or no numbers."""

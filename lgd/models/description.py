@@ -66,7 +66,8 @@ class ModelConfig(Document):
     inputs: Sha256
     """Of all that the result depends on (`lgd.train.tasks.inputs_of`)."""
     steps: Count
-    epochs: Annotated[float, Field(gt=0)]
+    epochs: Annotated[float, Field(ge=0)]
+    """0 of a frozen teacher, which is not trained."""
     skipped: Count
     engine: Text
     workers: Annotated[int, Field(ge=1)]
@@ -136,8 +137,11 @@ def read_kind(path: Location) -> type[ModelConfig]:
     return kinds[kind]
 
 
-def describe_training(shards: ShardSet) -> Training:
-    """What the split `train` of a run's shards holds."""
+def describe_training(shards: ShardSet, labelled: bool = True) -> Training:
+    """What the split `train` of a run's shards holds; of a network that saw no labels, as if it had none."""
+    labels = shards.count_labels("train")
+    if not labelled:
+        labels = dict.fromkeys(labels, 0) | {UNKNOWN: sum(labels.values())}
     shapes: Counter[tuple[int, int, float | None]] = Counter()
     for manifest in shards.manifests:
         for shape in manifest.splits["train"].shapes if "train" in manifest.splits else ():
@@ -146,7 +150,7 @@ def describe_training(shards: ShardSet) -> Training:
     return Training(
         target=shards.manifests[0].target,
         marker=None,
-        labels=shards.count_labels("train"),
+        labels=labels,
         shapes=tuple(
             Shape(width=width, height=height, mpp=mpp, samples=count) for (width, height, mpp), count in commonest
         ),

@@ -28,6 +28,7 @@ from lgd.models import losses
 from lgd.models.description import StudentConfig
 from lgd.models.encoder import Encoder, build_encoder
 from lgd.models.export import load_weights
+from lgd.models.known import state_inputs, stated_in
 from lgd.models.losses import Lesson, Negatives, Terms
 from lgd.models.query_map import QueryMap
 from lgd.models.student import HallucinatingStudent, Outputs, Sizes, Student, TwoStreamStudent
@@ -52,6 +53,9 @@ class Method:
     controls: ClassVar[Mapping[str, Mapping[str, float | str]]] = {}
     """Further rows of `lgd ablate --full`: which fields of `student:` differ from its own row."""
 
+    uses_levels: bool = False
+    """Whether the teacher's levels teach it, which a frozen one lacks."""
+
     def __init__(self, config: Config) -> None:
         """Raises `ConfigError` for fields that do not fit the method."""
         self.config = config
@@ -71,7 +75,7 @@ class Method:
             if config.student.hallucination == "own":
                 hallucination = self.start_hallucination(teacher).requires_grad_(True)
         return self.network(
-            morphology=build_encoder(config.student.encoder),
+            morphology=build_encoder(config.student.encoder, stated_in(config, "student")),
             hallucination=hallucination,
             latent_dim=dim,
             latent_map=config.latents.map,
@@ -81,7 +85,7 @@ class Method:
 
     def start_hallucination(self, teacher: Teacher) -> Encoder:
         """The second stream's own encoder: the teacher's architecture, and nothing of its weights."""
-        return build_encoder(self.config.teacher.encoder)
+        return build_encoder(self.config.teacher.encoder, stated_in(self.config, "teacher"))
 
     def fields(self) -> tuple[str, ...]:
         """The fields of `student:`, beside method, encoder and epochs, that its result depends on."""
@@ -90,7 +94,7 @@ class Method:
     def inputs(self) -> dict[str, JsonValue]:
         """What its result depends on, beside teacher, store, shards and the section `train:`."""
         names = ("method", "encoder", "epochs", *self.fields())
-        return {name: getattr(self.config.student, name) for name in names}
+        return {name: getattr(self.config.student, name) for name in names} | state_inputs(self.config, "student")
 
     def losses(self, out: Outputs, batch: Lesson) -> Terms:
         """The loss terms of each sample."""
@@ -124,7 +128,8 @@ class TwoStream(Method):
         return ("hallucination",)
 
     def inputs(self) -> dict[str, JsonValue]:
-        return super().inputs() | {"teacher_encoder": self.config.teacher.encoder}
+        stated = {f"teacher_{name}": value for name, value in state_inputs(self.config, "teacher").items()}
+        return super().inputs() | {"teacher_encoder": self.config.teacher.encoder} | stated
 
 
 _DISTIL = ("distil_weight", "distil_temperature")
@@ -137,6 +142,7 @@ class Distil(Method):
     network = TwoStreamStudent
     # The teacher's levels are read off its stored latents.
     needs = ("pooled",)
+    uses_levels = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -185,6 +191,8 @@ class LgdNet(Method):
         student = config.student
         self.pairs = student.pairs
         self.queue = student.contrast_queue if student.contrast_weight else 0
+        # Where a level is unknown the contrast takes the teacher's.
+        self.uses_levels = bool(student.distil_weight or student.contrast_weight)
 
     def start_hallucination(self, teacher: Teacher) -> Encoder:
         return teacher.encoder
@@ -212,7 +220,9 @@ class LgdNet(Method):
         kind = student.hallucination_loss
         terms["hallucination"] = losses.hallucination_loss(out["pooled"], stored["pooled"], kind)
         if "map" in stored:
-            terms["hallucination_map"] = losses.hallucination_loss(out["map"], stored["map"], kind)
+            # A pooled latent of CLS token and mean is twice as wide as the map, whose mean its second half is.
+            own_BCMM = out["map"][:, -stored["map"].shape[1] :]
+            terms["hallucination_map"] = losses.hallucination_loss(own_BCMM, stored["map"], kind)
         if batch.negatives is not None:
             mask_BQ = self.negative_mask(batch.negatives, stored["pooled"])
             temperature, queue_QD = student.contrast_temperature, batch.negatives.pooled_QD

@@ -26,10 +26,16 @@ _SHARD = r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$"
 # Fields of other programs may hold anything and are not used; these are checked before transformers is imported.
 _SIZES = re.compile(r"(sizes?|dim|layers|depths?|blocks|stages|levels|heads|channels|ratios?)$")
 
+_HUB = ("hf:", "timm:hf-hub:")
 _AGAIN = "copy the encoder again, whole"
-_NORMALISE = (
+_NO_WEIGHTS = (
+    f"{WEIGHTS} is missing: copy it too; weights of another format can run code and are never read: convert them where "
+    "you trust them (in transformers: from_pretrained, then save_pretrained; in timm: create_model, then save_for_hf "
+    "with safe_serialization=True), and name the folder"
+)
+NORMALISE = (
     'copy it from where the encoder was published, or write what was published, such as {"image_mean": [0.485, 0.456, '
-    '0.406], "image_std": [0.229, 0.224, 0.225]}'
+    '0.406], "image_std": [0.229, 0.224, 0.225]}; or state mean and std beside the encoder in the config of the run'
 )
 
 
@@ -48,17 +54,46 @@ class _Index(Record):
     weight_map: Annotated[dict[str, Annotated[str, Field(pattern=_SHARD)]], Field(min_length=1)]
 
 
+def is_hub(name: str) -> bool:
+    """Whether a name is that of a repository of the hub."""
+    return name.startswith(_HUB)
+
+
+def split_hub(name: str) -> tuple[str, str | None]:
+    """The repository and the revision of `hf:ORG/NAME@REV` or `timm:hf-hub:ORG/NAME@REV`."""
+    prefix = next(one for one in _HUB if name.startswith(one))
+    repository, _, revision = name.removeprefix(prefix).partition("@")
+    return repository, revision or None
+
+
+def check_hub(name: str) -> None:
+    """`ValueError` where the weights of a repository of the hub cannot be had; they are not copied for it."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    repository, revision = split_hub(name)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            find_weights(find_folder(name, weights=True))
+        elif not any(huggingface_hub.file_exists(repository, file, revision=revision) for file in (WEIGHTS, INDEX)):
+            raise ValueError(_NO_WEIGHTS)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(_explain_hub(error, repository)) from error
+
+
 def find_folder(name: str, *, weights: bool = False) -> Path:
     """The folder of a local encoder, or the copy of a hub repository with its descriptions or its weights too."""
-    if not name.startswith("hf:"):
+    if not is_hub(name):
         return Path(name)
     import huggingface_hub
 
-    repository, files = name.removeprefix("hf:"), [CONFIG, PROCESSOR]
+    (repository, revision), files = split_hub(name), [CONFIG, PROCESSOR]
     if weights:
         files += [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files))
     # Its errors come from three packages, which change with its version.
     except Exception as error:
         raise ValueError(_explain_hub(error, repository)) from error
@@ -74,6 +109,8 @@ def _explain_hub(error: Exception, repository: str) -> str:
         return f"it is gated: accept its terms at huggingface.co/{repository}, and set HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the hub knows no such repository: check the name, and set HF_TOKEN where it is private"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the hub knows no such revision of it: check what stands after @"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return f"the hub cannot be reached, and the cache lacks it: connect and unset HF_HUB_OFFLINE, {offline}"
     return f"it cannot be copied from the hub ({shorten(error)}): try again, {offline}"
@@ -81,7 +118,7 @@ def _explain_hub(error: Exception, repository: str) -> str:
 
 def read_settings(folder: Path) -> dict[str, object]:
     """The fields of `config.json`; `ValueError` for code, an unknown architecture and an absurd network."""
-    settings = _read_object(folder / CONFIG, _AGAIN)
+    settings = read_object(folder / CONFIG, _AGAIN)
     with _naming(CONFIG):
         refuse_code(settings)
         if "quantization_config" in settings:
@@ -93,8 +130,8 @@ def read_settings(folder: Path) -> dict[str, object]:
 
 def read_normalisation(folder: Path) -> tuple[Triple, Triple]:
     """Mean and standard deviation, by channel of RGB in 0..1, that an encoder was trained with."""
-    said = _read_object(folder / PROCESSOR, _NORMALISE)
-    with _naming(PROCESSOR, _NORMALISE):
+    said = read_object(folder / PROCESSOR, NORMALISE)
+    with _naming(PROCESSOR, NORMALISE):
         refuse_code(said)
         processor = _Processor.from_json(said)
     if not processor.do_normalize:
@@ -107,11 +144,8 @@ def find_weights(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise ValueError(
-            f"{WEIGHTS} is missing: copy it too; weights of another format can run code and are never read: convert "
-            "them where you trust them (in transformers: from_pretrained, then save_pretrained)"
-        )
-    found = _read_object(folder / INDEX, _AGAIN)
+        raise ValueError(_NO_WEIGHTS)
+    found = read_object(folder / INDEX, _AGAIN)
     with _naming(INDEX, f"it may name safetensors files of the folder only: {_AGAIN}"):
         index = _Index.from_json(found)
     return [folder / name for name in sorted(set(index.weight_map.values()))]
@@ -132,7 +166,7 @@ def shorten(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]!s:.160}"
 
 
-def _read_object(path: Path, remedy: str) -> dict[str, object]:
+def read_object(path: Path, remedy: str) -> dict[str, object]:
     """A JSON object of a file; `ValueError` where it is absent, broken or far too large."""
     if not path.is_file():
         raise ValueError(f"{path.name} is missing: {remedy}")

@@ -15,8 +15,11 @@ from lgd.base.records import Line, Record
 
 ARCHITECTURES = """
 beit bit convnext convnextv2 dinov2 dinov2_with_registers dinov3_convnext dinov3_vit focalnet pvt_v2 resnet swin swinv2
+vit
 """.split()
 """Architectures of transformers whose feature maps a test compares with those of the whole network."""
+WITH_CLS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
+"""Those that give a CLS token beside the tokens of the patches."""
 
 # The largest encoders today have 40 layers, widths of 8,192 (DINOv3, 6.7 billion parameters) and images of 4,096 px.
 MOST_LAYERS = 100
@@ -29,14 +32,43 @@ LAYERS = re.compile(r"(layers|depths?|blocks|stages|levels|convs)$")
 """Fields whose numbers say how often a part is repeated."""
 _WINDOWS = re.compile(r"(patch|kernel|window|stride|dilation|padding)")
 _MAY_BE_NEGATIVE = ("out_indices", "semantic_loss_ignore_index")
+_TIMM_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,99}")
+# These load files, or make another thing than the network.
+_NOT_ARGUMENTS = """
+pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict pretrained_filter_fn pretrained_model_args
+checkpoint_path cache_dir model_name scriptable exportable no_jit features_only feature_cfg feature_cls out_indices
+kwargs_filter model_cfg pruned in_chans device dtype
+""".split()
 _CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
 
 Triple = tuple[float, float, float]
+Pool = Literal["cls", "mean", "cls+mean"]
+"""The CLS token, the mean of the feature map, or the one after the other."""
 # Of RGB in 0..1: those of 0..255, zeros and tiny deviations would give numbers that no network was trained with.
 _Mean = Annotated[float, Field(ge=0, le=1)]
 _Std = Annotated[float, Field(ge=0.001, le=10)]
 Mean = Annotated[tuple[_Mean, _Mean, _Mean], Strict(False)]
 Std = Annotated[tuple[_Std, _Std, _Std], Strict(False)]
+Size = Annotated[int, Field(ge=1, le=_MOST_SIZE)]
+EncoderMpp = Annotated[float, Field(gt=0, le=100)]
+
+
+class Facts(Record):
+    """What a run's config, or LGD's table of encoders, states of an encoder; None where it states nothing."""
+
+    pool: Pool | None = None
+    mean: Mean | None = None
+    std: Std | None = None
+    size: Size | None = None
+    mpp: EncoderMpp | None = None
+    licence: Line | None = None
+    arguments: dict[str, object] = Field(default_factory=dict)
+    """Of the network's constructor in timm, as plain values."""
+
+    def over(self, others: "Facts") -> "Facts":
+        """These facts, and the others where these state nothing."""
+        stated = {field: value for field, value in self if value is not None}
+        return others.model_copy(update=stated | {"arguments": others.arguments | self.arguments})
 
 
 class EncoderSpec(Record):
@@ -51,13 +83,14 @@ class EncoderSpec(Record):
     mean: Mean
     std: Std
     """Of RGB in 0..1, by channel."""
-    pool: Literal["mean"]
-    """How a feature map becomes one vector."""
-    size: Annotated[int, Field(ge=1, le=_MOST_SIZE)] | None
+    pool: Pool
+    """How an image becomes one vector."""
+    size: Size | None
     """Pixels a side of the images that it was made for."""
-    mpp: Annotated[float, Field(gt=0, le=100)] | None
+    mpp: EncoderMpp | None
     """Micrometres a pixel of the images that it was made for."""
     licence: Line | None
+    """Terms that its weights come with."""
 
     @field_validator("backbone")
     @classmethod
@@ -68,7 +101,10 @@ class EncoderSpec(Record):
             return settings
         check_sizes(settings)
         refuse_code(settings)
-        check_architecture(settings)
+        if "architecture" in settings:
+            check_arguments(settings)
+        else:
+            check_architecture(settings)
         for field, value in settings.items():
             if isinstance(value, dict):
                 raise ValueError(f"{field!r:.80} is an object: it may be a number, a text or a list of them")
@@ -96,6 +132,19 @@ def check_architecture(settings: Mapping[str, object]) -> None:
     if kind not in ARCHITECTURES:
         problem = "is missing" if kind is None else f"is {kind!r:.80}, which is not supported as an encoder"
         raise ValueError(f"field 'model_type' {problem}: choose an encoder of {', '.join(ARCHITECTURES)}")
+
+
+def check_arguments(settings: Mapping[str, object]) -> None:
+    """`ValueError` where settings of one of timm's networks are no plain arguments, or change what it is."""
+    name = settings.get("architecture")
+    if not (isinstance(name, str) and _TIMM_NAME.fullmatch(name)):
+        raise ValueError(f"field 'architecture' is {name!r:.80}, which is no name of one of timm's networks")
+    check_sizes(settings)
+    for field, value in settings.items():
+        if field in _NOT_ARGUMENTS or not field.isidentifier() or isinstance(value, dict):
+            raise ValueError(f"argument {field!r:.80} cannot be set: leave it out")
+    if settings.get("num_classes") != 0:
+        raise ValueError("argument 'num_classes' should be 0: an encoder has no classifier")
 
 
 def check_sizes(settings: Mapping[str, object]) -> None:

@@ -41,18 +41,20 @@ class Student(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.morphology = morphology
-        self.head = nn.Linear(morphology.channels, len(LEVEL_NAMES))
+        self.head = nn.Linear(morphology.dim, len(LEVEL_NAMES))
         self.hallucination = hallucination
 
     def forward(self, he_B3HW: torch.Tensor) -> Outputs:
         """(B, 3, H, W) in 0..255 -> `logits` (B, 4), and `features` (B, width), which are the pooled morphology."""
-        morphology_BC = self.morphology(he_B3HW).mean(dim=(2, 3))
+        morphology_BC = self.morphology(he_B3HW).pooled_BD
         return {"logits": self.head(morphology_BC), "features": morphology_BC}
 
     def describe(self, **facts: object) -> StudentConfig:
         """What builds it again, beside its weights, with the facts of its training."""
         own = self.hallucination
         facts |= {"morphology": self.morphology.spec, "hallucination": None if own is None else own.spec}
+        terms = [one.spec.licence for one in (self.morphology, own) if one is not None and one.spec.licence]
+        facts["licence"] = "; ".join(dict.fromkeys(terms)) or None
         return StudentConfig.from_json({**facts, **self.sizes})
 
 
@@ -61,8 +63,8 @@ class TwoStreamStudent(Student):
 
     def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, **sizes: Unpack[Sizes]) -> None:
         super().__init__(morphology=morphology, hallucination=hallucination, **sizes)
-        width, latent_dim = morphology.channels, sizes["latent_dim"]
-        source = width if hallucination is None else hallucination.channels
+        width, latent_dim = morphology.dim, sizes["latent_dim"]
+        source = (hallucination or morphology).channels
         self.to_latent_map = nn.Conv2d(source, latent_dim, 1)
         self.to_latent = nn.Sequential(nn.Linear(latent_dim, latent_dim), nn.GELU(), nn.Linear(latent_dim, latent_dim))
         self.from_latent = nn.Linear(latent_dim, width)
@@ -70,9 +72,9 @@ class TwoStreamStudent(Student):
 
     def forward(self, he_B3HW: torch.Tensor) -> Outputs:
         """As of `Student`, and `gate` (B, width): 1 trusts the morphology."""
-        map_BCHW = self.morphology(he_B3HW)
-        morphology_BC = map_BCHW.mean(dim=(2, 3))
-        source_BCHW = map_BCHW if self.hallucination is None else self.hallucination(he_B3HW)
+        map_BCHW, morphology_BC = self.morphology(he_B3HW)
+        # Each place is hallucinated, and their mean is the whole: a CLS token of H&E has no place.
+        source_BCHW = map_BCHW if self.hallucination is None else self.hallucination(he_B3HW).map_BCHW
         latent_BDHW = self.to_latent_map(source_BCHW)
         pooled_BD = self.to_latent(latent_BDHW.mean(dim=(2, 3)))
         molecular_BC = self.from_latent(pooled_BD)

@@ -1,66 +1,98 @@
-"""The IHC teacher: trained once on the level, then frozen; its latents are what the student hallucinates."""
+"""The IHC teacher: trained once on the level and then frozen, or a pretrained encoder as it is.
+
+Its latents are what the student hallucinates.
+"""
 
 from collections.abc import Collection
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import nn
 
-from lgd.base.errors import DataError
+from lgd.base.errors import ConfigError, DataError
 from lgd.config import LEVEL_NAMES
 from lgd.io.location import Location
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder
 from lgd.models.export import load_weights
 
+NO_LEVELS = (
+    "the teacher is frozen (teacher.source): no label taught it, and it gives no levels to teach with; a probe on its "
+    "latents is planned, and until then student.distil_weight and student.contrast_weight must be 0"
+)
+
 
 class Teacher(nn.Module):
     """IHC -> latent map, pooled latent and level; its encoder was trained here."""
 
-    source: Literal["trained", "frozen"] = "trained"
+    source: ClassVar[Literal["trained", "frozen"]] = "trained"
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self.dim = encoder.channels
+        self.dim = encoder.dim
         """Length of the pooled latent."""
-        self.head = nn.Linear(encoder.channels, len(LEVEL_NAMES))
+        self.head = self._make_head()
         # Subtracted from what is cached: without it the latents share one direction. On the sample of BCI every
         # query then found the same neighbours, all at a cosine of 0.98.
         self.pooled_mean = nn.Buffer(torch.zeros(self.dim))
-        self.map_mean = nn.Buffer(torch.zeros(self.dim))
+        self.map_mean = nn.Buffer(torch.zeros(encoder.channels))
+
+    def _make_head(self) -> nn.Module | None:
+        return nn.Linear(self.dim, len(LEVEL_NAMES))
 
     def forward(self, ihc_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) in 0..255 -> `map` (B, D, h, w), `pooled` (B, D), `logits` (B, 4).
+        """(B, 3, H, W) in 0..255 -> `map` (B, C, h, w), `pooled` (B, D), and of a teacher that was
+        taught levels `logits` (B, 4).
 
         Map and pooled latent are relative to their means over the training split (`centre`).
         """
-        map_BDHW = self.encoder(ihc_B3HW)
+        map_BCHW, pooled_BD = self.encoder(ihc_B3HW)
         # No normalisation between the mean and the head: with a LayerNorm there, training from random weights left
         # its first plateau later (virtual H&E, one seed: 0.34 against 0.48 of the training patches after 10 epochs).
-        pooled_BD = map_BDHW.mean(dim=(2, 3))
-        return {
-            "map": map_BDHW - self.map_mean[:, None, None],
-            "pooled": pooled_BD - self.pooled_mean,
-            "logits": self.head(pooled_BD),
-        }
+        out = {"map": map_BCHW - self.map_mean[:, None, None], "pooled": pooled_BD - self.pooled_mean}
+        return out if self.head is None else out | {"logits": self.head(pooled_BD)}
 
     def levels_of(self, pooled_nD: torch.Tensor) -> torch.Tensor:
-        """The logits (n, 4) of pooled latents, which are relative to their mean as `forward` gives them."""
+        """The logits (n, 4) of pooled latents, which are relative to their mean as `forward` gives them.
+
+        Raises `ConfigError` for a teacher that was taught none.
+        """
+        if self.head is None:
+            raise ConfigError(NO_LEVELS)
         logits_n4: torch.Tensor = self.head(pooled_nD + self.pooled_mean)
         return logits_n4
 
-    def centre(self, pooled_D: torch.Tensor, map_D: torch.Tensor) -> None:
+    def centre(self, pooled_D: torch.Tensor, map_C: torch.Tensor) -> None:
         """Move the origin of the latents to these means of what `forward` gives."""
         self.pooled_mean.add_(pooled_D)
-        self.map_mean.add_(map_D)
+        self.map_mean.add_(map_C)
 
     def describe(self, **facts: object) -> TeacherConfig:
         """What builds it again, beside its weights, with the facts of its training."""
-        return TeacherConfig.from_json({"source": self.source, "encoder": self.encoder.spec, "pool": "mean"} | facts)
+        spec = self.encoder.spec
+        own = {"source": self.source, "encoder": spec, "pool": spec.pool, "licence": spec.licence}
+        return TeacherConfig.from_json(facts | own)
 
 
-TEACHERS: dict[str, type[Teacher]] = {Teacher.source: Teacher}
+class FrozenTeacher(Teacher):
+    """IHC -> latent map and pooled latent, of a pretrained encoder as it is. Nothing of it ever changes."""
+
+    source = "frozen"
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__(encoder)
+        self.requires_grad_(False).eval()
+
+    def _make_head(self) -> None:
+        return None
+
+    def train(self, mode: bool = True) -> Self:
+        """It stays in evaluation mode."""
+        return super().train(False)
+
+
+TEACHERS: dict[str, type[Teacher]] = {kind.source: kind for kind in (Teacher, FrozenTeacher)}
 """The kinds of teachers, by `source` in config.json."""
 
 

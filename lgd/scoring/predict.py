@@ -66,18 +66,18 @@ class Scorer:
         return "latents" if self.method is None else self.method.retrieves_by
 
     def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 (B, H, W, 3) -> `probability` (B, 4), `logits`, and where there are such `pooled` and `query` (B, D)
-        and `features` (B, C). The probabilities of a network that saw no label are NaN.
+        """uint8 (B, H, W, 3) -> `probability` (B, 4), and where there are such `logits`, `pooled` and `query` (B, D) and
+        `features` (B, C). The probabilities of a network that saw no label are NaN.
         """
         with torch.inference_mode():
             image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)
             out = self.model(image_B3HW)
         found = {name: out[name].float().cpu().numpy() for name in _READ if name in out}
+        if not self.config.training.labelled:
+            # What its head says was never taught; a frozen teacher has none.
+            return found | {"probability": np.full((len(image_BHW3), len(LEVEL_NAMES)), np.nan)}
         scaled = torch.from_numpy(found["logits"].astype(np.float64)) / self.config.temperature
         probability_B4 = torch.softmax(scaled, dim=1).numpy()
-        if not self.config.training.labelled:
-            # What its head says was never taught.
-            probability_B4 = np.full_like(probability_B4, np.nan)
         return found | {"probability": probability_B4}
 
 
@@ -194,7 +194,7 @@ def _try_to_read(scorer: Scorer, image: OneImage, mpp: Mpp, keep_going: bool) ->
 def collect_notes(scorer: Scorer, image_HW3: np.ndarray, values: dict[str, np.ndarray]) -> list[str]:
     """All notes on what a scorer says of one decoded image; each kind of note is added here."""
     notes = find_notes(image_HW3) if scorer.role == "he" else []
-    if not np.isfinite(values["logits"]).all():
+    if "logits" in values and not np.isfinite(values["logits"]).all():
         notes.append(NO_NUMBER)
     if not scorer.config.training.labelled:
         notes.append(NO_LABELS)

@@ -277,7 +277,7 @@ def as_document(recipe: Recipe, sidecars: Mapping[str, Sequence[Sidecar]], versi
     shared = set(Entry.model_fields)
     teacher = TeacherLayer(
         recipe=recipe.teacher,
-        licence=None,
+        licence=str(terms) if (terms := recipe.teacher.encoder.get("licence")) else None,
         versions=versions,
         probe=None,
         centre=None,

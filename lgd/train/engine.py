@@ -115,6 +115,26 @@ class TorchEngine(Engine):
             torch.autograd.backward(loss * self.world.size)
 
 
+class StillEngine(Engine):
+    """A network that is not trained: forward passes in float32, and no optimizer."""
+
+    name = "none"
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self.model, self.world = model.to(world.device), world
+
+    @torch.no_grad()
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = self.model(image)
+        return out
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        raise AssertionError("nothing is trained")
+
+    def state(self) -> tuple[dict[str, torch.Tensor], Moments]:
+        return {name: copy_float32(tensor) for name, tensor in self.model.state_dict().items()}, {}
+
+
 def copy_float32(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the CPU."""
     return tensor.detach().float().cpu().clone()

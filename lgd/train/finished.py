@@ -69,7 +69,7 @@ def centre_latents(learner: Learner, shards: list[Shard]) -> None:
     """Put the origin of the teacher's latents at their mean over the training split, skipping what training skipped."""
     teacher, world = learner.engine.model, learner.engine.world
     assert isinstance(teacher, Teacher)
-    sums = torch.zeros(2 * teacher.dim + 1, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(teacher.dim + len(teacher.map_mean) + 1, dtype=torch.float64, device=world.device)
     for batch, out in forward_split(learner, shards, skip=learner.task.config.data.on_bad.skips > 0):
         ones = out["pooled"].new_ones(len(batch), 1)
         rows = torch.cat([out["pooled"], out["map"].mean(dim=(2, 3)), ones], dim=1)
@@ -103,7 +103,7 @@ def export(run: Prepared, step: int) -> None:
     learner, engine, log = run.learner, run.learner.engine, run.log
     temperature = 1.0
     scores: dict[str, float] = {}
-    if held_out := run.shards.of_split("val"):
+    if learner.task.trains and (held_out := run.shards.of_split("val")):
         logits, levels, scores = validate(learner, held_out)
         if len(levels):
             temperature = fit_temperature(levels, logits)
@@ -116,7 +116,7 @@ def export(run: Prepared, step: int) -> None:
             learner.task.describe,
             engine.model,
             size=learner.task.config.data.size,
-            training=describe_training(run.shards),
+            training=describe_training(run.shards, labelled=learner.task.trains),
             licence=None,
             temperature=temperature,
             validation={name: value for name, value in scores.items() if math.isfinite(value)},

@@ -30,6 +30,7 @@ from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import World
 from lgd.train import checkpoint
 from lgd.train.deepspeed_engine import leave_world
+from lgd.train.engine import StillEngine
 from lgd.train.finished import centre_latents, export, fit_query_map
 from lgd.train.loop import fit
 from lgd.train.prepare import Prepared, choose_engine
@@ -90,8 +91,9 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
     built, resume = TASKS[task](config), config.train.resume
     if not shards.of_split("train"):
         raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
-    check_levels(built, shards)
-    check_scales(shards)
+    if built.trains:
+        check_levels(built, shards)
+        check_scales(shards)
     inputs = inputs_of(built, shards)
     anew = resume == "never" or (resume != "auto" and overwrite)
     if not anew and is_finished(built, inputs):
@@ -104,7 +106,7 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
             return False
         refuse_foreign(built.folder, _OWN, f"name another folder as {task}.dir")
         refuse_finished(built, inputs, overwrite)
-        engine = choose_engine(config.train.engine)
+        engine = choose_engine(config.train.engine) if built.trains else StillEngine.name
         # Once, here: a worker that Ray restarts must go on from its own checkpoints. Under torchrun one process does
         # it, before the others can be past the meeting with it.
         if first:

@@ -15,7 +15,7 @@ from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
 from lgd.train.batch import Batches, Skipped
 from lgd.train.deepspeed_engine import DeepSpeedEngine, deepspeed_problem
-from lgd.train.engine import Engine, TorchEngine
+from lgd.train.engine import Engine, StillEngine, TorchEngine
 from lgd.train.log import Log
 from lgd.train.targets import Queue, Targets
 from lgd.train.tasks import Task, inputs_of
@@ -46,6 +46,8 @@ def choose_engine(asked: str) -> str:
 
 def make_engine(name: str, model: nn.Module, train: Train, extra: Mapping[str, object], world: World) -> Engine:
     """The engine around a model. `extra` is the configuration's `deepspeed:` section."""
+    if name == StillEngine.name:
+        return StillEngine(model, world)
     if name == "torch":
         if extra:
             raise ConfigError("deepspeed: is set, but this run uses the torch engine: remove it, or install DeepSpeed")
@@ -64,7 +66,7 @@ class Prepared:
                 f"train.batch {settings.batch} does not divide into {world.size} workers x train.accumulate "
                 f"{settings.accumulate}: use a multiple of {world.size * settings.accumulate}"
             )
-        if settings.patience and not shards.of_split("val"):
+        if settings.patience and task.trains and not shards.of_split("val"):
             raise DataError("train.patience needs a validation split, and the shards have no split `val`")
         self.shards, self.inputs = shards, inputs_of(task, shards)
         self.reader = Reader(shards.of_split("train"), (task.role,), config.data.size)
@@ -72,7 +74,7 @@ class Prepared:
         self.learner = Learner(
             task=task,
             engine=make_engine(engine, task.build().train(), settings, config.deepspeed, world),
-            steps=max(1, math.ceil(task.epochs * plan.total / settings.batch)),
+            steps=max(1, math.ceil(task.epochs * plan.total / settings.batch)) if task.trains else 0,
             skipped=Skipped(config.data),
         )
         rows, queue, method = None, None, task.method

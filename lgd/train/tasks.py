@@ -5,14 +5,16 @@ from typing import ClassVar, Literal
 
 from pydantic import JsonValue
 
+from lgd.base.errors import ConfigError, require
 from lgd.config import WHERE_IT_RUNS, Config
 from lgd.io.digests import digest_of
 from lgd.io.location import as_location
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig, TeacherRef
-from lgd.models.encoder import build_encoder
+from lgd.models.encoder import PRESETS, build_encoder
+from lgd.models.known import state_inputs, stated_in
 from lgd.models.methods import Method, find_method
 from lgd.models.student import Student
-from lgd.models.teacher import Teacher
+from lgd.models.teacher import NO_LEVELS, TEACHERS, Teacher
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import TEACHER, Store
 from lgd.store.supervision import recipe_of
@@ -34,6 +36,8 @@ class Task(ABC):
     def __init__(self, config: Config) -> None:
         section = config.teacher if self.kind == "teacher" else config.student
         self.config, self.epochs = config, section.epochs
+        self.trains = True
+        """Whether there is anything to train: nothing of a frozen teacher."""
         self.folder = as_location(section.dir)
         # The level alone teaches, unless a task has another one.
         self.method = Method(config)
@@ -55,15 +59,30 @@ class Task(ABC):
 
 
 class TeacherTask(Task):
-    """IHC -> level."""
+    """IHC -> level, or latents of a pretrained encoder as it is."""
 
     kind, role, document = "teacher", "ihc", TeacherConfig
 
+    def __init__(self, config: Config) -> None:
+        """Raises `ConfigError` for a frozen teacher that nobody has trained."""
+        super().__init__(config)
+        self.trains = config.teacher.source == Teacher.source
+        if not self.trains:
+            self.epochs = 0.0
+            require(
+                config.teacher.encoder not in PRESETS,
+                f"teacher.source is frozen and teacher.encoder is {config.teacher.encoder}, whose weights are random: "
+                "name a pretrained encoder, or set teacher.source to trained",
+            )
+
     def build(self) -> Network:
-        return Teacher(build_encoder(self.config.teacher.encoder))
+        config = self.config.teacher
+        return TEACHERS[config.source](build_encoder(config.encoder, stated_in(self.config, "teacher")))
 
     def inputs(self) -> dict[str, JsonValue]:
-        return {"encoder": self.config.teacher.encoder, "epochs": self.epochs}
+        own: dict[str, JsonValue] = {"encoder": self.config.teacher.encoder}
+        own |= {"epochs": self.epochs} if self.trains else {"source": self.config.teacher.source}
+        return own | state_inputs(self.config, "teacher")
 
 
 class StudentTask(Task):
@@ -76,6 +95,8 @@ class StudentTask(Task):
         super().__init__(config)
         self.method = find_method(config.student.method)(config)
         self.store = Store(config.latents.dir, recipe_of(config)) if self.method.needs else None
+        if self.store and self.method.uses_levels and self.store.recipe.teacher.source != Teacher.source:
+            raise ConfigError(NO_LEVELS)
 
     def build(self) -> Network:
         return self.method.build()
@@ -105,6 +126,10 @@ def inputs_of(task: Task, shards: ShardSet) -> dict[str, JsonValue]:
     for shard in [*shards.of_split("train"), *shards.of_split("val")]:
         splits.setdefault(shard.split, []).append(shard.sha256)
     inputs = task.inputs()
+    if not task.trains:
+        # Its weights are given, and its centre is that of the training split.
+        digests: JsonValue = {"count": len(splits["train"]), "digest": digest_of(splits["train"])}
+        return {"task": inputs, "role": task.role, "shards": {"train": digests}, "data": {"size": config.data.size}}
     if task.store is not None:
         # Not the whole store: what else it holds does not concern this network.
         inputs["store"] = task.store.digest_of(shards.of_split("train"))

@@ -8,10 +8,10 @@ from conftest import TINY, change_json, save_network
 from safetensors.torch import load_file, save_file
 from tracing import refused
 
-from lgd.models.backbone import draft, list_fields, load_backbone, new_backbone
+from lgd.models.backbone import draft, list_fields, load_backbone, new_backbone, run_backbone, traits_of
 from lgd.models.export import count_numbers
 from lgd.models.pretrained import find_weights, read_settings
-from lgd.models.spec import ARCHITECTURES
+from lgd.models.spec import ARCHITECTURES, WITH_CLS
 
 
 def settings_of(folder) -> dict:
@@ -32,10 +32,12 @@ def test_each_architecture_takes_all_its_weights_and_gives_a_map_of_any_side(kin
     own = {name for name, tensor in state.items() if bytes(tensor.numpy()) not in stored}
     assert not own and len(state) > 10
     with torch.inference_mode():
-        for side in (64, 96):
-            maps = backbone(torch.rand(1, 3, side, side)).feature_maps
-            assert maps[-1].shape[:2] == (1, list(backbone.channels)[-1]) and maps[-1].shape[2] == maps[-1].shape[3] > 0
-            assert torch.isfinite(maps[-1]).all()
+        # Of whole patches, whether they have 14 px or 16.
+        for side in (112, 224):
+            map_BCHW, cls_BC = run_backbone(backbone, torch.rand(1, 3, side, side))
+            channels, _, has_cls, _ = traits_of(backbone)
+            assert map_BCHW.shape[:2] == (1, channels) and map_BCHW.shape[2] == map_BCHW.shape[3] > 0
+            assert torch.isfinite(map_BCHW).all() and (cls_BC is not None) == has_cls == (kind in WITH_CLS)
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "resnet"])

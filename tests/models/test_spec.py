@@ -46,7 +46,7 @@ def test_presets_have_one(name):
 
 WRONG = {
     "name": [None, 3, "a\nb"],
-    "backbone": [None, [], "resnet", {}, {"model_type": "vit"}, {"model_type": ["resnet"]}, {"model_type": "evil"}],
+    "backbone": [None, [], "resnet", {}, {"model_type": "clip"}, {"model_type": ["resnet"]}, {"model_type": "evil"}],
     "batchnorm": ["batch", None, 1],
     "mean": [
         None,
@@ -60,7 +60,7 @@ WRONG = {
         [-0.1] * 3,
     ],
     "std": [[0, 0, 0], [0.2, -0.2, 0.2], [1e-30] * 3, [float("inf")] * 3, [58, 57, 57], [0.5, None, 0.5]],
-    "pool": ["cls", None, 1],
+    "pool": ["max", None, 1],
     "size": [0, -1, 224.5, "224", 10**9],
     "mpp": [0, -0.5, "0.5", float("nan"), 1e9],
     "licence": [3, "a\x1b[31m"],
