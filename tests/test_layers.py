@@ -19,7 +19,7 @@ shards.manifest shards.layouts shards.pairs shards.options shards.image shards.a
 shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
 models.spec models.description models.export models.pretrained models.known models.backbone models.timm_backbone
-models.encoder
+models.encoder models.availability
 models.teacher models.query_map models.student models.losses models.methods
 store.document store.writer store.parts store.store store.supervision store.cache
 store.export

@@ -11,6 +11,8 @@ from lgd.base.environment import version_of
 from lgd.base.errors import DataError
 from lgd.base.text import print_json, print_lines
 from lgd.cli.verb import Run, Verb, add_code_argument
+from lgd.config import Config
+from lgd.config_files import add_config_arguments, config_of, given_of
 from lgd.io.location import as_location
 
 _FOLDER = "a run, shards, a feature store, a trained network or a checkpoint"
@@ -55,9 +57,13 @@ def _add_verify(parser: Parser) -> Run:
 
 def _add_doctor(parser: Parser) -> Run:
     parser.add_argument("--gpu", action="store_true", help="try a bf16 step and a FAISS search on the GPU")
+    add_config_arguments(parser, listed=False)
 
     def run(namespace: Namespace) -> None:
         findings = _examine(namespace.gpu)
+        # Without a run there are no encoders to look for.
+        if len(given_of(namespace).fields):
+            findings |= _find_encoders(config_of(namespace))
         print_lines(*(f"{state:7} {name:13} {detail}" for name, (state, detail) in findings.items()))
         if any(state == "broken" for state, _ in findings.values()):
             raise DataError("something is broken: see the lines above")
@@ -82,6 +88,8 @@ def _examine(gpu: bool) -> dict[str, _Finding]:
         found[name] = ("ok", version) if version else ("broken", f"not installed: pip install {name}")
     ray, problem = version_of("ray"), "not installed: pip install 'ray[default,train]', or train.workers 0"
     found["ray"] = ("ok", ray) if ray else ("lacks", problem)
+    timm = version_of("timm")
+    found["timm"] = ("ok", timm) if timm else ("lacks", "for encoders of timm: pip install 'lgd[encoders]'")
     found["faiss"] = _find_faiss()
     # The rest is asked through torch.
     if version_of("torch"):
@@ -90,6 +98,21 @@ def _examine(gpu: bool) -> dict[str, _Finding]:
             found["bf16 step"] = _try_bf16_step()
             if found["faiss"][0] == "ok":
                 found["faiss on GPU"] = _try_faiss_gpu()
+    return found
+
+
+def _find_encoders(config: Config) -> dict[str, _Finding]:
+    """Whether the encoders of a run can be had: packages, files, and access to the hub."""
+    from lgd.models.availability import find_problem
+    from lgd.models.pretrained import describe_hub, is_hub
+
+    found: dict[str, _Finding] = {}
+    names = (config.teacher.encoder, config.student.encoder)
+    if any(name.startswith("timm:") or is_hub(name) for name in names):
+        found["hub"] = ("ok", describe_hub())
+    for section in ("teacher", "student"):
+        works, text = find_problem(config, section)
+        found[f"{section}.encoder"] = ("ok" if works else "broken", text)
     return found
 
 

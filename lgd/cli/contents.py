@@ -13,7 +13,7 @@ from lgd.config_files import find_in_run, is_run, load_config
 from lgd.io.documents import MissingDocument
 from lgd.io.files import exists, peek_kind
 from lgd.io.location import Location, as_location
-from lgd.models.description import StudentConfig, TeacherConfig, read_kind
+from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig, read_kind
 from lgd.retrieval import search
 from lgd.runs.folder import RunDocument, Stage, read_stages
 from lgd.shards.manifest import Manifest, Shape
@@ -189,11 +189,17 @@ def _describe_network(folder: Location) -> dict[str, JsonValue]:
         "target": training.target.name,
         "trained_on": f"{sum(training.labels.values())} patches ({training.labelled} labelled) of {sizes}",
         "tissue": "virtual" if training.virtual else "not drawn by lgd synth",
-        "training": f"{config.steps} steps, {config.epochs:g} epochs, {config.engine}, workers: {config.workers}",
+        "training": _describe_training(config),
         "validation": dict(config.validation),
         "licence": config.licence,
         "weights_sha256": config.weights_sha256,
     }
+
+
+def _describe_training(config: ModelConfig) -> str:
+    if isinstance(config, TeacherConfig) and config.source == "frozen":
+        return f"none: a pretrained encoder as it is, pooled by {config.pool}"
+    return f"{config.steps} steps, {config.epochs:g} epochs, {config.engine}, workers: {config.workers}"
 
 
 def _describe_checkpoint(folder: Location) -> dict[str, JsonValue]:

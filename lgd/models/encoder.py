@@ -167,7 +167,7 @@ def describe(name: str, stated: Facts = NOTHING) -> EncoderSpec:
     Raises `ConfigError` for an unknown name and `DataError` for one that cannot be had or is not accepted.
     """
     kind = find_kind(name)
-    with _naming(name):
+    with name_errors(name):
         return kind.describe(name, stated.over(look_up(name)))
 
 
@@ -191,7 +191,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.spec = spec
         if backbone is None:
-            with _naming(spec.name):
+            with name_errors(spec.name):
                 # Where it came from may be gone.
                 backbone = _build_backbone(spec)
         self.backbone = backbone
@@ -278,12 +278,12 @@ def _find_traits(backbone: Any) -> Traits:
 def build_encoder(name: str, stated: Facts = NOTHING) -> Encoder:
     """An encoder with its pretrained weights, or with random ones for a preset; `stated` as in `describe`."""
     spec = describe(name, stated)
-    with _naming(name):
+    with name_errors(name):
         return Encoder(spec, find_kind(name).load(spec))
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def name_errors(name: str) -> Iterator[None]:
     """A `ValueError` becomes a `DataError` that names the encoder."""
     try:
         yield

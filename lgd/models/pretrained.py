@@ -66,6 +66,17 @@ def split_hub(name: str) -> tuple[str, str | None]:
     return repository, revision or None
 
 
+def describe_hub() -> str:
+    """How the hub is reached from here."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "offline (HF_HUB_OFFLINE): what is in the cache, and nothing else"
+    token = "a token is set" if huggingface_hub.get_token() else "no token (HF_TOKEN): gated encoders cannot be had"
+    return f"{constants.ENDPOINT}, {token}"
+
+
 def check_hub(name: str) -> None:
     """`ValueError` where the weights of a repository of the hub cannot be had; they are not copied for it."""
     import huggingface_hub

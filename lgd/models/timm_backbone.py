@@ -69,14 +69,19 @@ def is_timm(name: str) -> bool:
 
 def find_timm_folder(name: str, *, weights: bool = False) -> Path:
     """The folder of an encoder, or the copy of a repository with its description or its weights too."""
-    if name.startswith(_OWN) and not name.startswith(_HUB):
-        name = f"{_HUB}{_find_repository(name.removeprefix(_OWN))}"
-    return find_folder(name, weights=weights)
+    return find_folder(find_hub_name(name), weights=weights)
+
+
+def find_hub_name(name: str) -> str:
+    """The name of the repository that one of timm's own names stands for; other names are given back."""
+    if not name.startswith(_OWN) or name.startswith(_HUB):
+        return name
+    return f"{_HUB}{_find_repository(name.removeprefix(_OWN))}"
 
 
 def _find_repository(name: str) -> str:
     """The repository of the hub that holds the weights of one of timm's own names."""
-    _import_timm()
+    import_timm()
     from timm.models import get_pretrained_cfg, is_model
 
     if not is_model(name.partition(".")[0]):
@@ -110,14 +115,15 @@ def read_saved(folder: Path) -> Saved:
         raise ValueError(f"{CONFIG}: field 'in_chans' is {arguments['in_chans']!r:.80}: an encoder sees RGB")
     stated = {name: value for name, value in arguments.items() if value is not None and name != "in_chans"}
     arguments = defaults | stated
-    if isinstance(size := arguments.get("img_size"), int):
-        side = size
     return Saved(str(found["architecture"]), arguments, said.mean, said.std, side)
 
 
 def choose_settings(architecture: str, arguments: Mapping[str, object]) -> dict[str, object]:
     """The settings of a network that takes images of any size, where the architecture allows it."""
     settings = {"architecture": architecture, **arguments, "num_classes": 0}
+    sides = settings.get("img_size")
+    if isinstance(sides, list) and len(set(sides)) == 1:
+        settings["img_size"] = sides[0]
     check_arguments(settings)
     if "dynamic_img_size" not in arguments:
         with contextlib.suppress(ValueError):
@@ -192,7 +198,7 @@ def draft_timm(settings: str) -> tuple[Traits, Shapes]:
     Raises `ValueError` where the settings make no network of feature maps, or one that is too large.
     """
     fields, budget = json.loads(settings), Budget()
-    _import_timm()
+    import_timm()
     try:
         with torch.device("meta"), budget:
             network = _create(fields)
@@ -230,7 +236,8 @@ def _create(settings: Mapping[str, object]) -> Any:
     return create_model(str(settings["architecture"]), pretrained=False, pretrained_cfg=plain, **arguments)
 
 
-def _import_timm() -> None:
+def import_timm() -> None:
+    """`ValueError` with the remedy where timm cannot be imported."""
     try:
         import timm  # noqa: F401
     except ModuleNotFoundError as error:

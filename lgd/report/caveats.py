@@ -29,6 +29,10 @@ UNTAUGHT = (
     "No patch of the training split had a label: the network gives no level, nothing is scored, and what it "
     "hallucinates is measured by retrieval alone."
 )
+UNTAUGHT_TEACHER = (
+    "The teacher is a pretrained encoder as it is: no label taught it, it gives no level, and its row of scores is "
+    "empty. What its latents are worth is measured by retrieval."
+)
 COLOUR = "colour only"
 """Its row in a table."""
 HOW = (

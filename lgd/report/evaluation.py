@@ -14,6 +14,7 @@ from lgd.metrics import Predictions, paired_differences
 from lgd.report.caveats import (
     ONE_TRAINING,
     UNTAUGHT,
+    UNTAUGHT_TEACHER,
     caveats_of,
     chance_retrieval_caveats,
     colour_only,
@@ -87,12 +88,17 @@ def evaluate(
         retrieval = measure_retrieval(config, store, training, split, student, rivals)
         queries = sheet_rows(config, store, shards, student) if has_sheet else []
     if config.report.robustness and labelled:
-        shifted = measure_robustness(config, [(one.scorer, one.predictions) for one in networks], split)
+        answering = [(one.scorer, one.predictions) for one in networks if one.scorer.config.training.labelled]
+        shifted = measure_robustness(config, answering, split)
     colour = colour_only(training, split, config.data.threads)
     scored = [*(one.predictions for one in (student, *rivals)), *([colour] if colour else []), teacher.predictions]
     results = measure_results(
         scored,
-        caveats=[ONE_TRAINING if labelled else UNTAUGHT, *caveats_of(shards, student.predictions)],
+        caveats=[
+            ONE_TRAINING if labelled else UNTAUGHT,
+            *([] if teacher.scorer.config.training.labelled or not labelled else [UNTAUGHT_TEACHER]),
+            *caveats_of(shards, student.predictions),
+        ],
         provenance={
             "split": config.report.split,
             "shards": list(shards.digests),
@@ -127,6 +133,8 @@ def measure_results(
             of=student.name, minus=other.name, metrics=paired_differences(student, other, [*HEADLINE], resamples, seed)
         )
         for other in others
+        # One that was taught no labels has no answers that could differ.
+        if (other.level >= 0).any() == bool(len(labels))
     )
     return Results(
         caveats=(*caveats, *colour_shortcut_caveats(models, differences), *chance_retrieval_caveats(retrieval)),

@@ -66,8 +66,8 @@ class Scorer:
         return "latents" if self.method is None else self.method.retrieves_by
 
     def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 (B, H, W, 3) -> `probability` (B, 4), and where there are such `logits`, `pooled` and `query` (B, D) and
-        `features` (B, C). The probabilities of a network that saw no label are NaN.
+        """uint8 (B, H, W, 3) -> `probability` (B, 4), and where there are such `logits`, `pooled` and `query` (B, D),
+        and `features` (B, C). The probabilities of a network that saw no label are NaN.
         """
         with torch.inference_mode():
             image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)

@@ -22,6 +22,8 @@ from lgd.io.files import exists, size_of
 from lgd.io.folders import refuse_foreign
 from lgd.io.location import Location, as_location
 from lgd.io.locks import LOCK, exclusive
+from lgd.models.availability import check_packages
+from lgd.models.spec import EncoderSpec
 from lgd.ray_jobs.cluster import map_with
 from lgd.shards.archive import Shard
 from lgd.store.document import PATCHES, TEACHER, Recipe, part_name, read_sidecar
@@ -56,6 +58,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
     same local folder.
     """
     folder, recipe = as_location(config.latents.dir), recipe_of(config)
+    spec = EncoderSpec.from_json(recipe.teacher.encoder)
     there = Store(folder, recipe) if exists(folder / "store.json") else None
     before = {part.name: part.tar_sha256 for part in there.parts} if there else {}
     has_all = {*before.values()} >= {shard.sha256 for shard in shards}
@@ -63,6 +66,8 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
         return Cached(there, 0, 0)
     if there is None:
         refuse_foreign(folder, _OURS, "name another folder as latents.dir")
+    check_packages(spec)
+    libraries = ("torch", "transformers", *(("timm",) if "architecture" in spec.backbone else ()))
     with exclusive(folder, "caching latents"):
         missing = _missing(folder, recipe, shards)
         _fill(config, recipe, missing, workers)
@@ -72,7 +77,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
             shards,
             sources=sorted({str(shard.path.absolute().parent) for shard in shards}),
             teacher=config.teacher.dir,
-            versions={name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+            versions={name: importlib.metadata.version(name) for name in libraries},
             prune=prune,
         )
         return Cached(store, len(missing), len(before.keys() - {part.name for part in store.parts}))

@@ -22,7 +22,8 @@ from lgd.io.files import exists, remove_folder
 from lgd.io.folders import refuse_foreign
 from lgd.io.location import RemoteError, as_location
 from lgd.io.locks import LOCK, exclusive
-from lgd.models.description import ModelConfig
+from lgd.models.availability import Section, report_encoders
+from lgd.models.description import ModelConfig, describe_training
 from lgd.ray_jobs.training import launch
 from lgd.shards.manifest import UNKNOWN
 from lgd.shards.repeats import open_disjoint
@@ -95,11 +96,16 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
         check_levels(built, shards)
         check_scales(shards)
     inputs = inputs_of(built, shards)
+    # Under torchrun one process stands for all.
+    first = os.environ.get("RANK", "0") == "0"
     anew = resume == "never" or (resume != "auto" and overwrite)
     if not anew and is_finished(built, inputs):
         return False
-    # Here, and not in the workers, which Ray may restart. Under torchrun one process stands for all.
-    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        # A student's that cannot be had would be noticed after the teacher's hours.
+        sections: tuple[Section, ...] = ("teacher", "student") if task == "teacher" else ("student",)
+        report_encoders(config, sections, describe_training(shards).shapes)
+    # Here, and not in the workers, which Ray may restart.
     with exclusive(built.folder, "training") if first else contextlib.nullcontext():
         # Another process may have done it meanwhile.
         if not anew and is_finished(built, inputs):
