@@ -7,7 +7,7 @@ BIN := .venv/bin
 # What `make evidence` shows: method, coupling, shortcut or background.
 STUDY ?= method
 
-.PHONY: demo test check bench faults evidence clean
+.PHONY: demo test test-encoders check bench faults evidence clean
 
 demo: .venv/installed
 	$(BIN)/lgd demo
@@ -27,6 +27,12 @@ endef
 
 test: .venv/installed-dev
 	$(call PYTEST)
+
+# Encoders of timm, in an environment of its own: torchvision of another torch than .venv's. The rest is tested by `make test`.
+ENCODER_TESTS := tests/models tests/train/test_frozen.py tests/cli/test_encoders_of_the_hub.py
+
+test-encoders: .venv-encoders/installed
+	.venv-encoders/bin/python -m pytest $(ENCODER_TESTS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -55,5 +61,11 @@ CONSTRAINTS = $(if $(filter cpu,$(FAISS)),--constraint constraints-cpu.txt)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[$(FAISS),dev]'
 	touch $@
 
+.venv-encoders/installed: pyproject.toml constraints-encoders.txt
+	$(PYTHON) -m venv .venv-encoders
+	.venv-encoders/bin/python -m pip install --quiet --constraint constraints-encoders.txt --editable '.[cpu,encoders]' \
+		pytest hypothesis
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-encoders runs

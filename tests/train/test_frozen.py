@@ -1,0 +1,192 @@
+"""Pretrained encoders as teachers, as they are: through the store, the index, training, queries and a report."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lgd import pipeline
+from lgd.base.errors import ConfigError, DataError
+from lgd.models.description import TeacherConfig
+from lgd.models.encoder import build_encoder
+from lgd.models.known import stated_in
+from lgd.models.teacher import FrozenTeacher, load_teacher
+from lgd.report.caveats import UNTAUGHT_TEACHER
+from lgd.retrieval.queries import query
+from lgd.shards.shard_set import ShardSet
+from lgd.store.store import Store
+from lgd.train.launch import train_under
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+needs_timm = pytest.mark.skipif(
+    importlib.util.find_spec("timm") is None, reason="timm is not installed: make test-encoders"
+)
+
+
+def save_with_transformers(folder: Path, kind: str) -> str:
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+    more = {"intermediate_size": 64} if kind == "vit" else {}
+    AutoModel.from_config(AutoConfig.for_model(kind, **sizes, **more)).save_pretrained(folder)
+    normal = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(normal))
+    return str(folder)
+
+
+def save_with_timm(folder: Path, name: str, **sizes) -> str:
+    import timm
+
+    torch.manual_seed(3)
+    network = timm.create_model(name, num_classes=0, **sizes)
+    timm.models.save_for_hf(network, folder, safe_serialization=True)
+    return str(folder)
+
+
+MAKE = {
+    "dinov2": lambda folder: save_with_transformers(folder, "dinov2"),
+    "vit": lambda folder: save_with_transformers(folder, "vit"),
+    "timm vit": lambda folder: save_with_timm(
+        folder, "vit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=4, reg_tokens=2, img_size=64
+    ),
+    "timm convnext": lambda folder: save_with_timm(folder, "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 24)),
+    "python": lambda folder: "python:mine:tiny",
+}
+TEACHERS = [
+    ("dinov2", "cls+mean", 64),
+    ("vit", None, 32),
+    pytest.param("timm vit", None, 48, marks=needs_timm),
+    pytest.param("timm convnext", None, 24, marks=needs_timm),
+    ("python", None, 24),
+]
+
+
+@pytest.fixture
+def frozen(tissue_config, change, tmp_path, monkeypatch):
+    """`frozen(kind, pool)`: a run whose teacher is a frozen encoder, in folders of its own."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    sys.modules.pop("mine", None)
+
+    def make(kind, pool=None, **student):
+        folder = tmp_path / "encoder"
+        folder.mkdir(exist_ok=True)
+        parts = {name: {"dir": str(tmp_path / name)} for name in ("run", "teacher", "latents", "student", "report")}
+        parts["teacher"] |= {"source": "frozen", "encoder": MAKE[kind](folder), "pool": pool}
+        parts["student"] |= {"epochs": 0.5, "hallucination": "shared"} | student
+        return change(tissue_config, **parts)
+
+    return make
+
+
+@pytest.mark.parametrize(("kind", "pool", "dim"), TEACHERS)
+def test_a_frozen_encoder_teaches_a_student(frozen, kind, pool, dim):
+    config = frozen(kind, pool)
+    encoder = build_encoder(config.teacher.encoder, stated_in(config, "teacher"))
+    pipeline.train_teacher(config)
+    teacher, described = load_teacher(config.teacher.dir, config.code)
+    assert isinstance(teacher, FrozenTeacher) and teacher.dim == dim
+    assert (described.source, described.steps, described.epochs, described.engine) == ("frozen", 0, 0, "none")
+    assert described.pool == encoder.spec.pool and described.training.labelled == 0
+    stored = load_file(Path(config.teacher.dir) / "model.safetensors")
+    if kind != "python":
+        # Its factory draws weights of its own at each call.
+        for name, tensor in encoder.state_dict().items():
+            assert torch.equal(stored[f"encoder.{name}"], tensor), name
+    assert not [name for name in stored if name.startswith("head")]
+
+    # The latents of the training split are relative to their mean.
+    pipeline.cache_latents(config)
+    store = Store(config.latents.dir)
+    training = ShardSet.open(config.shard_dirs).of_split("train")
+    pooled = torch.cat([torch.tensor(part.array("pooled")[:, 0]).float() for part in store.parts_of(training)])
+    assert pooled.shape == (20, dim) and pooled.mean(dim=0).abs().max() < 1e-3 * pooled.abs().max() + 1e-3
+    assert store.recipe.teacher.source == "frozen" and store.recipe.teacher.pool == encoder.spec.pool
+
+    pipeline.build_index(config)
+    pipeline.train_student(config)
+    again = load_file(Path(config.teacher.dir) / "model.safetensors")
+    assert again.keys() == stored.keys() and all(torch.equal(again[name], stored[name]) for name in stored)
+    image = next(Path(config.shard_dirs[0]).parent.glob("bci/HE/test/*"))
+    answers = query(config.student.dir, config.latents.dir, [str(image)], k=2)
+    assert len(answers[0].neighbours) == 2
+
+
+def test_its_row_in_a_report_says_that_it_gives_no_level(frozen):
+    config = frozen("dinov2")
+    for stage in (pipeline.train_teacher, pipeline.cache_latents, pipeline.build_index, pipeline.train_student):
+        stage(config)
+    table = pipeline.evaluate(config)
+    (row,) = [line for line in table.splitlines() if line.startswith("IHC teacher")]
+    assert row.split()[1:3] == ["0", "0"] and not any(letter.isdigit() for letter in row[30:])
+    report = json.loads((Path(config.report.dir) / "metrics.json").read_text())
+    assert UNTAUGHT_TEACHER in report["caveats"]
+    assert [one["minus"] for one in report["differences"]] == ["colour only"]
+    names = [one["name"] for one in report["retrieval"]["embeddings"]]
+    assert "IHC teacher, true latents" in names
+
+
+def test_nothing_of_it_is_ever_trained(frozen):
+    config = frozen("dinov2", "mean")
+    teacher = FrozenTeacher(build_encoder(config.teacher.encoder)).train()
+    assert not teacher.training and not any(one.training for one in teacher.modules())
+    assert not [name for name, one in teacher.named_parameters() if one.requires_grad]
+    assert not teacher(torch.zeros(1, 3, 64, 64))["pooled"].requires_grad
+    with pytest.raises(ConfigError, match=r"a probe .* student.distil_weight and student.contrast_weight must be 0"):
+        teacher.levels_of(torch.zeros(1, 32))
+
+
+def test_it_needs_no_labels_and_is_reused(frozen, change, tmp_path, tissue):
+    from lgd.shards.builder import build
+    from lgd.shards.options import ShardOptions
+
+    pairs = tmp_path / "pairs.csv"
+    images = sorted((tissue / "HE" / "train").iterdir())
+    rows = [f"{he},{tissue / 'IHC' / 'train' / he.name},train" for he in images[:6]]
+    pairs.write_text("\n".join(["he,ihc,split", *rows]) + "\n")
+    build(ShardOptions(layout="csv", root=str(pairs), out=str(tmp_path / "shards"), shard_size=8))
+    config = change(frozen("vit"), data={"shards": [str(tmp_path / "shards")]})
+    assert train_under(config, "teacher") and not train_under(config, "teacher", overwrite=False)
+    # Neither what training depends on nor what nothing is trained with.
+    assert not train_under(change(config, train={"lr": 0.5}, teacher={"epochs": 3}), "teacher", overwrite=False)
+    described = TeacherConfig.read_folder(config.teacher.dir)
+    assert described.training.labels["unknown"] == 6
+    with pytest.raises(DataError, match="--overwrite"):
+        train_under(change(config, teacher={"pool": "mean"}), "teacher", overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "student", [{"distil_weight": 1.0}, {"contrast_weight": 0.5}, {"method": "distil", "distil_weight": 1.0}]
+)
+def test_what_needs_its_levels_is_refused_before_training(frozen, student):
+    config = frozen("vit", **student)
+    train_under(config, "teacher")
+    pipeline.cache_latents(config)
+    with pytest.raises(ConfigError, match=r"teacher is frozen .* must be 0"):
+        train_under(config, "student")
+    assert not Path(config.student.dir).exists()
+
+
+def test_random_weights_are_no_teacher(frozen, change):
+    config = change(frozen("vit"), teacher={"encoder": "resnet10"})
+    with pytest.raises(ConfigError, match="teacher.encoder is resnet10, whose weights are random: name a pretrained"):
+        train_under(config, "teacher")
+
+
+def test_methods_are_not_compared_by_its_levels(frozen):
+    from lgd.report.ablation import AblateOptions
+
+    with pytest.raises(ConfigError, match="lgd ablate compares with the teacher's levels"):
+        pipeline.ablate(frozen("vit"), AblateOptions())
+
+
+def test_a_student_that_cannot_be_had_is_told_before_the_teacher(frozen, change, tmp_path):
+    (tmp_path / "other").mkdir()
+    config = change(frozen("vit"), student={"encoder": str(tmp_path / "other")})
+    with pytest.raises(DataError, match=f"encoder {tmp_path / 'other'}: config.json is missing"):
+        train_under(config, "teacher")
+    assert not Path(config.teacher.dir).exists()
