@@ -53,8 +53,9 @@ def images(side: int) -> torch.Tensor:
 
 
 def normalise(encoder: Encoder, rgb: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.spec.mean, encoder.spec.std))
-    return (rgb / 255 - mean) / std
+    """(rgb / 255 - mean) / std, in the order that gives the same last digit."""
+    mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (encoder.spec.mean, encoder.spec.std))
+    return (rgb - mean) / std
 
 
 def test_the_map_is_that_of_the_network_as_timm_loads_it(saved):
