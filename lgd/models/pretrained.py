@@ -84,6 +84,10 @@ def check_hub(name: str) -> None:
 
     repository, revision = split_hub(name)
     try:
+        found = [huggingface_hub.try_to_load_from_cache(repository, one, revision=revision) for one in (WEIGHTS, INDEX)]
+        # A copy does without the hub, which may be out of reach.
+        if any(isinstance(one, str) for one in found):
+            return
         if constants.HF_HUB_OFFLINE:
             find_weights(find_folder(name, weights=True))
         elif not any(huggingface_hub.file_exists(repository, file, revision=revision) for file in (WEIGHTS, INDEX)):
