@@ -202,6 +202,7 @@ def test_a_wheel_holds_the_package_and_its_configs(wheel):
     assert (site / "lgd" / "py.typed").exists()
     for config in (ROOT / "configs").glob("*.yaml"):
         assert (site / "lgd" / "configs" / config.name).read_bytes() == config.read_bytes()
+    assert (site / "lgd" / "models" / "encoders.yaml").exists()
     modules = {str(one.relative_to(ROOT)) for one in (ROOT / "lgd").rglob("*.py")}
     assert {str(one.relative_to(site)) for one in (site / "lgd").rglob("*.py")} == modules
 
