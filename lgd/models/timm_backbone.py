@@ -6,6 +6,7 @@ folder or the hub states is read and checked as all else is (`lgd.models.pretrai
 
 import contextlib
 import functools
+import importlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping
@@ -230,7 +231,7 @@ def _create(settings: Mapping[str, object]) -> Any:
     arguments = {name: value for name, value in settings.items() if name != "architecture"}
     for name, (module, classes) in _CLASSES.items():
         if (value := arguments.get(name)) in classes:
-            arguments[name] = getattr(__import__(module, fromlist=[""]), str(value))
+            arguments[name] = getattr(importlib.import_module(module), str(value))
     # timm would take defaults from the network's usual weights, which change with its version.
     plain = {"num_classes": 0, "input_size": (3, _ANY_SIDE, _ANY_SIDE)}
     return create_model(str(settings["architecture"]), pretrained=False, pretrained_cfg=plain, **arguments)
