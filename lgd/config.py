@@ -17,7 +17,6 @@ NotNegative = Annotated[int, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
 Pool = Literal["cls", "mean", "cls+mean"]
 
 WHERE_IT_RUNS = frozenset("workers engine compile resume checkpoint_every keep max_failures".split())
@@ -264,10 +263,9 @@ class Config:
         for key in _REFUSED_IN_DEEPSPEED:
             remedy = "batch size, precision, clipping, optimizer and schedule are set in train: only; remove it there"
             require(key not in self.deepspeed, f"deepspeed.{key} is set: {remedy}")
-        for name in ("teacher", "student"):
-            section = getattr(self, name)
+        for name, one in (("teacher", self.teacher), ("student", self.student)):
             both = f"give both {name}.mean and {name}.std, three numbers each: one alone says nothing"
-            require((section.mean is None) == (section.std is None), both)
+            require((one.mean is None) == (one.std is None), both)
         for name in ("run", "teacher", "student", "report"):
             folder = getattr(self, name).dir
             remedy = "nothing can be written there: use s3://, gs:// or a folder that all nodes share"

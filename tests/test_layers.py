@@ -26,8 +26,8 @@ store.export
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
 scoring.images scoring.predict scoring.slide_rows
-retrieval.index_files retrieval.whitening retrieval.search retrieval.factory retrieval.index
-retrieval.hubs retrieval.duplicates retrieval.answers retrieval.queries
+retrieval.index_files retrieval.search retrieval.factory retrieval.index
+retrieval.hubs retrieval.answers retrieval.queries
 runs.folder
 report.results report.caveats report.ablation_table report.figures report.sheet report.embeddings
 report.robustness report.slides report.evaluation report.report report.ablation

@@ -14,8 +14,8 @@ from pydantic import Field, JsonValue
 from lgd.base.errors import ConfigError
 from lgd.base.plain_yaml import read_yaml
 from lgd.base.records import Line, Record
-from lgd.config import Config
-from lgd.models.spec import EncoderMpp, Facts, Mean, Pool, Size, Std
+from lgd.config import Config, Pool
+from lgd.models.spec import EncoderMpp, Facts, Mean, Size, Std
 
 STATED = ("pool", "mean", "std", "mpp", "arguments")
 """The fields of a config that state something of an encoder."""

@@ -52,7 +52,6 @@ class Method:
     """Latents in the queue of `Lesson.negatives`; 0 for none."""
     controls: ClassVar[Mapping[str, Mapping[str, float | str]]] = {}
     """Further rows of `lgd ablate --full`: which fields of `student:` differ from its own row."""
-
     uses_levels: bool = False
     """Whether the teacher's levels teach it, which a frozen one lacks."""
 

@@ -12,6 +12,7 @@ from pydantic import Field, Strict, ValidationInfo, field_validator
 
 from lgd.base.extensions import is_python
 from lgd.base.records import Line, Record
+from lgd.config import Pool
 
 ARCHITECTURES = """
 beit bit convnext convnextv2 dinov2 dinov2_with_registers dinov3_convnext dinov3_vit focalnet pvt_v2 resnet swin swinv2
@@ -42,8 +43,6 @@ kwargs_filter model_cfg pruned in_chans device dtype
 _CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
 
 Triple = tuple[float, float, float]
-Pool = Literal["cls", "mean", "cls+mean"]
-"""The CLS token, the mean of the feature map, or the one after the other."""
 # Of RGB in 0..1: those of 0..255, zeros and tiny deviations would give numbers that no network was trained with.
 _Mean = Annotated[float, Field(ge=0, le=1)]
 _Std = Annotated[float, Field(ge=0.001, le=10)]

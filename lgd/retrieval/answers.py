@@ -26,7 +26,6 @@ import numpy as np
 from lgd.base.errors import DataError
 from lgd.config import LEVEL_NAMES
 from lgd.io.location import Location
-from lgd.retrieval.duplicates import NEAR_DUPLICATE
 from lgd.retrieval.hubs import chance_of_hubs, chance_of_never, count_found, count_hubs, find_hubs
 from lgd.scoring.predict import count_notes, join_notes, round_probabilities
 from lgd.shards.layouts import safe_key
@@ -166,10 +165,10 @@ def find_slides(store: Store, keys: Sequence[str], slides: Location | None) -> l
     return found
 
 
-def count_neighbours(answers: Sequence[Answer], near: float = NEAR_DUPLICATE) -> str:
+def count_neighbours(answers: Sequence[Answer], near: float) -> str:
     """A line on how many neighbours all answers together have, and how many of them are near-duplicates.
 
-    `near` is the distance below which they are (`lgd.retrieval.duplicates`).
+    `near` is the distance below which they are (`lgd.retrieval.queries`).
     """
     hits = [hit for answer in answers for hit in answer.neighbours]
     twins = [hit for hit in hits if hit.duplicate_of]

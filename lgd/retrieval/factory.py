@@ -25,15 +25,14 @@ default 1; to refine takes the float16 vectors too and saves no memory. It is no
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.retrieval.index_files import code_bytes
+from lgd.retrieval.index_files import Whitening, code_bytes
 from lgd.retrieval.search import import_faiss
-from lgd.retrieval.whitening import Whitening, fit_whitening
 from lgd.store.parts import Part
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ TRAIN_ROWS = 40
 _TRAIN_ROUNDS = 10
 _BLOCK = 16_384
 """Rows that are held as float32: 34 MB at 512 dimensions."""
+_LEAST = 1e-5
+"""Variance of a component, by that of the first, below which it is left out: float16 alone leaves 1e-7."""
 _FIT_ROWS = 100_000
 """Latents at most that the whitening is fitted on, evenly spaced."""
 
@@ -98,6 +99,32 @@ def fit_on_parts(parts: Sequence[Part], components: int) -> Whitening | None:
     row_n = np.unique(np.linspace(0, latents.rows - 1, min(latents.rows, _FIT_ROWS)).round().astype(np.int64))
     starts = range(0, len(row_n), _BLOCK)
     return fit_whitening((latents.latents_at(row_n[start : start + _BLOCK]) for start in starts), components)
+
+
+def fit_whitening(blocks: Iterable[np.ndarray], components: int) -> Whitening:
+    """The whitening by the `components` leading principal components of the latents in some blocks (n, D).
+
+    Fewer where the latents do not vary along so many. Raises `DataError` where they do not vary at all, and for latents
+    that are not finite.
+    """
+    rows, total_D, squares_DD = 0, np.zeros(1), np.zeros((1, 1))
+    for block_nD in blocks:
+        latent_nD = np.asarray(block_nD, np.float64)
+        rows, total_D = rows + len(latent_nD), total_D + latent_nD.sum(0)
+        squares_DD = squares_DD + latent_nD.T @ latent_nD
+    if not np.isfinite(squares_DD).all():
+        raise DataError("the store has latents that are not finite: the teacher diverged, train and cache it again")
+    mean_D = total_D / max(rows, 1)
+    variance_D, axes_DD = np.linalg.eigh(squares_DD / max(rows, 1) - np.outer(mean_D, mean_D))
+    # The largest first.
+    variance_D, axes_DD = variance_D[::-1], axes_DD[:, ::-1]
+    kept = min(components, int((variance_D > _LEAST * max(variance_D[0], 0)).sum()), max(rows - 1, 0))
+    if not kept:
+        raise DataError("all latents of the gallery are alike: train the teacher again, or set latents.components to 0")
+    # An axis may point either way: the same on every machine.
+    signs_k = np.sign(axes_DD[np.abs(axes_DD[:, :kept]).argmax(0), np.arange(kept)])
+    axes_Dk = axes_DD[:, :kept] * signs_k / np.sqrt(variance_D[:kept])
+    return Whitening(mean_D.astype(np.float32), np.ascontiguousarray(axes_Dk, np.float32))
 
 
 def nearest(latents: UnitVectors, queries_nD: np.ndarray, k: int) -> np.ndarray:

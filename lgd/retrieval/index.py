@@ -29,9 +29,8 @@ from lgd.retrieval.factory import (
     train_index,
     unit,
 )
-from lgd.retrieval.index_files import cells_of, check_file, write_table
+from lgd.retrieval.index_files import Whitening, cells_of, check_file, write_table
 from lgd.retrieval.search import IndexDocument, IndexFile, IndexRequest, import_faiss, index_folder, open_index
-from lgd.retrieval.whitening import Whitening
 from lgd.shards.archive import Shard
 from lgd.store.parts import Part
 from lgd.store.store import TEACHER, Store

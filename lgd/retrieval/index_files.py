@@ -1,4 +1,5 @@
-"""The two files of an index: what a faiss.index of ours looks like, and the table of the latents that it holds.
+"""The files of an index: what a faiss.index of ours looks like, the table of the latents that it holds, and in which
+space it compares them.
 
 A query is answered from the table alone, without opening a part. It is written and read through a map of the file.
 
@@ -17,8 +18,9 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -170,3 +172,36 @@ def read_table(file: BinaryIO, rows: int, parts: Sequence[Part]) -> np.ndarray:
         for name in ("key", "slide", "label"):
             check_rows(name, table[name][first : first + _BLOCK])
     return table
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Whitening:
+    """The space that an index compares latents in: (latent - mean) @ axes, uncorrelated numbers of variance 1.
+
+    A teacher's latents vary along a few directions far more than along all others, and cosines see only those: the same
+    few IHCs lie near every query. Whitening is linear: a ridge regression to latents, whitened, is the ridge regression
+    to whitened latents.
+    """
+
+    mean_D: np.ndarray
+    axes_Dk: np.ndarray
+
+    def apply(self, latent_nD: np.ndarray) -> np.ndarray:
+        """The compared vectors, (n, k) float32."""
+        whitened_nk: np.ndarray = (np.asarray(latent_nD, np.float32) - self.mean_D) @ self.axes_Dk
+        return whitened_nk
+
+    def write(self, file: BinaryIO) -> None:
+        """Write mean and axes as float32, little-endian."""
+        file.write(np.vstack([self.mean_D, self.axes_Dk.T]).astype("<f4").tobytes())
+
+    @classmethod
+    def read(cls, file: BinaryIO, latent_dim: int, components: int) -> Self:
+        """Read what `write` wrote; `ValueError` for another size or what is not finite."""
+        content = file.read()
+        if len(content) != 4 * (1 + components) * latent_dim:
+            raise ValueError(f"{len(content)} bytes, and {components} axes of {latent_dim} numbers have more or less")
+        rows = np.frombuffer(content, "<f4").reshape(1 + components, latent_dim).astype(np.float32)
+        if not np.isfinite(rows).all():
+            raise ValueError("a number that is not finite")
+        return cls(rows[0], np.ascontiguousarray(rows[1:].T))

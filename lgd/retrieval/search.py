@@ -2,7 +2,7 @@
 
     DIR/index/TEACHER/DIGEST.faiss   inner product of unit vectors, which is the cosine
     DIR/index/TEACHER/DIGEST.npy     part, row, label, key and slide of each indexed latent, in the index's order
-    DIR/index/TEACHER/DIGEST.axes    mean and axes that latents are whitened by, float32 (`lgd.retrieval.whitening`)
+    DIR/index/TEACHER/DIGEST.axes    mean and axes that latents are whitened by, float32 (`lgd.retrieval.index_files`)
     DIR/index/TEACHER/index.json     what the index is and reached, its files, the parts that it is of; written last
 
 The first two are mapped, not read: what is resident is the operating system's cache, which it can take back. Opening
@@ -27,8 +27,7 @@ from lgd.base.records import Count, Many, Record, Sha256, Xxh3
 from lgd.io.documents import Document
 from lgd.io.location import Location
 from lgd.io.remote import open_checked
-from lgd.retrieval.index_files import cells_of, check_file, read_table
-from lgd.retrieval.whitening import Whitening
+from lgd.retrieval.index_files import Whitening, cells_of, check_file, read_table
 from lgd.shards.manifest import Text, Word
 from lgd.store.store import TEACHER, Store
 

@@ -11,7 +11,7 @@ from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
 from lgd.config import LEVEL_NAMES
 from lgd.retrieval.answers import as_json, collect_notes, count_neighbours
-from lgd.retrieval.queries import query
+from lgd.retrieval.queries import NEAR_DUPLICATE, query
 from lgd.retrieval.search import Searcher
 from lgd.store.parts import as_levels
 from lgd.store.store import Store
@@ -121,7 +121,7 @@ def test_a_twin_is_marked_and_counted(store):
     (other,) = query(None, store, keys=["a-001"], k=100)
     marked = {hit.key: hit.duplicate_of for hit in other.neighbours if hit.duplicate_of}
     assert marked in ({"twin": "a-000"}, {"a-000": "twin"})
-    line = count_neighbours([answer, other])
+    line = count_neighbours([answer, other], NEAR_DUPLICATE)
     assert line.endswith("near-duplicates (closer than 0.001 to the query or to a nearer neighbour): 2")
 
 
@@ -199,7 +199,7 @@ def test_the_outputs_agree(store, capsys):
     document = json.loads(told.out)
     answers = query(None, Store(store.folder), keys=keys[1:], k=3, splits=["train", "val"], levels=["0", "1+", "2+"])
     assert document == json.loads(json.dumps(as_json(answers)))
-    assert told.err.splitlines() == [count_neighbours(answers), *collect_notes(store, answers)]
+    assert told.err.splitlines() == [count_neighbours(answers, NEAR_DUPLICATE), *collect_notes(store, answers)]
     assert main([*command, *keys, "--csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     flat = [hit for answer in document for hit in answer["neighbours"]]

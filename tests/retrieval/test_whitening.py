@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
-from lgd.retrieval.whitening import Whitening, fit_whitening
+from lgd.retrieval.factory import fit_whitening
+from lgd.retrieval.index_files import Whitening
 
 
 def draw(rows=200, dim=8, seed=0):
