@@ -13,7 +13,8 @@ def make_pairs(rows=60, streams=7, dim=4, seed=0):
     random = np.random.default_rng(seed)
     x = random.normal(size=(rows, streams)) * np.logspace(-2, 3, streams) + np.linspace(0, 500, streams)
     y = (x - x.mean(0)) / x.std(0) @ random.normal(size=(streams, dim)) + random.normal(size=(rows, dim)) + 3
-    return x, y
+    # Networks give float32.
+    return x.astype(np.float32).astype(np.float64), y.astype(np.float32).astype(np.float64)
 
 
 def fit_naively(x, y, ridge):
