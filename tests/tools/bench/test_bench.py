@@ -375,7 +375,7 @@ def test_it_runs_from_any_folder(tmp_path):
         (
             ["loader", "nonsense"],
             2,
-            "there are loader, loader-peers, decode, store-plan, store-random, store-write, cache, memory, query",
+            "there are loader, loader-peers, decode, store-plan, store-random, store-first-row, store-write, targets",
         ),
         (["loader", "--shards", "2"], 2, "bench: python tools/bench has no option --shards"),
         (["loader", "--rounds", "0"], 2, "--rounds 0: use at least 1"),
