@@ -246,15 +246,13 @@ def _pad(x_BHW: Tensor, reach: int, dim: int, mode: str, value: float | None = N
 def _mean_around(x_BHW: Tensor) -> Tensor:
     """Mean of each pixel and its neighbours, as far as there are such."""
     height, width = x_BHW.shape[1:]
-
-    def add_up(padded_BHW: Tensor) -> Tensor:
-        total = torch.zeros_like(padded_BHW[:, :height, :width])
-        for rows in _shifted(padded_BHW, 1, height):
-            for window in _shifted(rows, 2, width):
-                total += window
-        return total
-
-    return add_up(F.pad(x_BHW, (1, 1, 1, 1))) / add_up(F.pad(torch.ones_like(x_BHW[:1]), (1, 1, 1, 1)))
+    padded_BHW, total_BHW = F.pad(x_BHW, (1, 1, 1, 1)), torch.zeros_like(x_BHW)
+    for rows in _shifted(padded_BHW, 1, height):
+        for window in _shifted(rows, 2, width):
+            total_BHW += window
+    # 3 in each direction, and one less at an edge.
+    near_y, near_x = (F.pad(x_BHW.new_ones(size), (1, 1)).unfold(0, 3, 1).sum(1) for size in (height, width))
+    return total_BHW / (near_y[:, None] * near_x)
 
 
 def _highest(x_BHW: Tensor, reach: int) -> Tensor:
