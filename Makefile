@@ -29,11 +29,8 @@ test: .venv/installed-dev
 	$(call PYTEST)
 
 # Encoders of timm, in an environment of its own: torchvision of another torch than .venv's. The rest is tested by `make test`.
-# Three calls: each folder has a conftest of its own, and of several folders that are named the last would stand for all.
 test-encoders: .venv-encoders/installed
-	.venv-encoders/bin/python -m pytest tests/models
-	.venv-encoders/bin/python -m pytest tests/train/test_frozen.py
-	.venv-encoders/bin/python -m pytest tests/cli/test_encoders_of_the_hub.py
+	.venv-encoders/bin/python -m pytest tests/models tests/train/test_frozen.py tests/cli/test_encoders_of_the_hub.py
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

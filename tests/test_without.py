@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from verbs import VERBS
 
 from lgd.io.files import read_json
 
@@ -30,20 +31,6 @@ RAY = "Ray is not installed: pip install 'ray[default,train]', or set {} to 0"
 FAISS = "FAISS is not installed: pip install 'lgd[cpu]', or 'lgd[gpu]' on a CUDA machine"
 NO_DEEPSPEED = "DeepSpeed is not installed: pip install deepspeed"
 NO_COMPILER = "DeepSpeed compiles an extension on the CPU and there is no C++ compiler: install g++"
-
-# One process runs many verbs: importing torch takes seconds.
-VERBS = """
-import contextlib, io, json, sys
-from lgd.cli import main
-if __name__ == "__main__":
-    told = []
-    for args in json.loads(sys.argv[1]):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = main(args)
-        told.append([status, out.getvalue(), err.getvalue()])
-    print("\\n" + json.dumps(told))
-"""
 
 
 @pytest.fixture(scope="module")

@@ -64,11 +64,11 @@ def _trace_sources(name: str, spec: EncoderSpec, stated: set[str]) -> str:
     row = find_known(name)
     known = row.facts.model_dump(exclude_none=True) if row else {}
     tabled = [field for field, value in known.items() if value not in (None, {}) and field not in stated]
-    told = [f"from the config: {', '.join(sorted(stated))}"] if stated else []
+    stated_by = [f"from the config: {', '.join(sorted(stated))}"] if stated else []
     if row and tabled:
-        told.append(f"from LGD's table ({row.source}; {row.checked}): {', '.join(tabled)}")
-        told.append(f"{row.gate} there")
-    return "; ".join([*told, "all else from its files"])
+        stated_by.append(f"from LGD's table ({row.source}; {row.checked}): {', '.join(tabled)}")
+        stated_by.append(f"{row.gate} there")
+    return "; ".join([*stated_by, "all else from its files"])
 
 
 def check_packages(spec: EncoderSpec) -> None:

@@ -118,7 +118,7 @@ def load_backbone(settings: Mapping[str, object], files: list[Path]) -> nn.Modul
         )
     # Copies: the file may be replaced or cut off while the network lives.
     tensors = {name: tensor.clone() for path in files for name, tensor in load_file(path).items()}
-    with _quiet(), _errors_of_transformers("its weights cannot be loaded"):
+    with _quiet(), explain_library("its weights cannot be loaded"):
         backbone, found = kind.from_pretrained(
             None,
             config=_make_config(settings),
@@ -155,7 +155,7 @@ def _make_config(settings: Mapping[str, object]) -> "PreTrainedConfig":
     if strange:
         raise ValueError(f"field {strange[0]!r:.80} is none of {kind} in transformers {__version__}")
     fields: dict[str, Any] = {field: value for field, value in settings.items() if field != "model_type"}
-    with _errors_of_transformers("its fields make no network"):
+    with explain_library("its fields make no network"):
         config: PreTrainedConfig = CONFIG_MAPPING[kind](**fields)
     for field in ("out_features", "out_indices") if kind in WITH_CLS and kind != "vit" else ():
         last = {"out_features": [f"stage{config.num_hidden_layers}"], "out_indices": [config.num_hidden_layers]}[field]
@@ -173,23 +173,33 @@ def draft(settings: str) -> tuple[Any, Shapes]:
     Raises `ValueError` where the settings make no network, or one that is too large.
     """
     fields = json.loads(settings)
-    config, budget = _make_config(fields), Budget()
+    config = _make_config(fields)
     auto, options = _find_class(config.model_type)
-    try:
-        with torch.device("meta"), budget:
-            network = auto.from_config(config, trust_remote_code=False, **options)
-        shapes = shapes_of(network)
+    with drafting(fields, "its fields make no network"):
+        network = auto.from_config(config, trust_remote_code=False, **options)
+    with explain_library("its fields make no network"):
         channels = config.model_type in WITH_CLS or list(network.channels)
-    except Exception as error:
-        if not budget.spent:
-            raise ValueError(f"its fields make no network ({shorten(error)})") from error
-        raise ValueError(f"its network would be larger than any encoder: {explain_size(fields, budget)}") from error
     if not channels:
         raise ValueError("its fields make no network (no feature map is named in 'out_features')")
-    return type(network), shapes
+    return type(network), shapes_of(network)
 
 
-def explain_size(fields: Mapping[str, object], budget: "Budget") -> str:
+@contextlib.contextmanager
+def drafting(fields: Mapping[str, object], problem: str) -> Iterator[None]:
+    """Build a network of these fields without any memory for its weights; `ValueError` where that fails or grows too
+    large.
+    """
+    budget = _Budget()
+    try:
+        with torch.device("meta"), budget:
+            yield
+    except Exception as error:
+        if not budget.spent:
+            raise ValueError(f"{problem} ({shorten(error)})") from error
+        raise ValueError(f"its network would be larger than any encoder: {_explain_size(fields, budget)}") from error
+
+
+def _explain_size(fields: Mapping[str, object], budget: "_Budget") -> str:
     """What made a draft too large."""
     if budget.parameters <= _MOST_PARAMETERS:
         return f"by its layers in {', '.join(repr(field) for field in fields if LAYERS.search(field)):.200}"
@@ -203,7 +213,7 @@ def explain_size(fields: Mapping[str, object], budget: "Budget") -> str:
     return f"more than {_MOST_PARAMETERS:,} parameters; its largest field is {field!r:.80}, {largest}"
 
 
-class Budget(TorchFunctionMode):
+class _Budget(TorchFunctionMode):
     """Stops a draft as soon as the network has become too large."""
 
     def __init__(self) -> None:
@@ -251,8 +261,8 @@ def _mask_numbers(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _errors_of_transformers(problem: str) -> Iterator[None]:
-    """Whatever it raises about data becomes a `ValueError` of one line: the types differ by field and version."""
+def explain_library(problem: str) -> Iterator[None]:
+    """Whatever a library raises about data becomes a `ValueError` of one line: its types differ by version."""
     try:
         yield
     except Exception as error:

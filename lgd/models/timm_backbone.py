@@ -9,7 +9,7 @@ import functools
 import importlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lgd.base.records import Record
-from lgd.models.backbone import Budget, Features, Traits, check_loaded, explain_size
+from lgd.models.backbone import Features, Traits, check_loaded, drafting, explain_library
 from lgd.models.export import Shapes, read_shapes, shapes_of
 from lgd.models.pretrained import CONFIG, NORMALISE, find_folder, read_object, shorten
 from lgd.models.spec import Mean, Size, Std, check_arguments, refuse_code
@@ -87,7 +87,7 @@ def _find_repository(name: str) -> str:
 
     if not is_model(name.partition(".")[0]):
         raise ValueError("timm knows no such network: use timm:NAME, timm:hf-hub:ORG/NAME, or a folder that timm wrote")
-    with _errors_of_timm("timm has no weights of that name"):
+    with explain_library("timm has no weights of that name"):
         found = get_pretrained_cfg(name)
     if found is None or not found.hf_hub_id:
         raise ValueError("timm has no weights of that name on the hub: add one of its tags, as in NAME.TAG")
@@ -157,8 +157,7 @@ def _run(network: Any, normal_B3HW: torch.Tensor) -> Features:
 
 
 def _has_prefix(network: Any) -> bool:
-    takes = "return_prefix_tokens" in inspect.signature(network.forward_intermediates).parameters
-    return takes and getattr(network, "num_prefix_tokens", 0) > 0
+    return _takes_tokens(network) and getattr(network, "num_prefix_tokens", 0) > 0
 
 
 def _has_cls(network: Any) -> bool:
@@ -169,7 +168,7 @@ def _has_cls(network: Any) -> bool:
 def new_timm(settings: Mapping[str, object]) -> TimmBackbone:
     """A backbone with random weights; `ValueError` where the settings make none, or one too large."""
     traits, _ = draft_timm(json.dumps(settings))
-    with _errors_of_timm("its arguments make no network"):
+    with explain_library("its arguments make no network"):
         return TimmBackbone(_create(settings), traits)
 
 
@@ -198,19 +197,14 @@ def draft_timm(settings: str) -> tuple[Traits, Shapes]:
 
     Raises `ValueError` where the settings make no network of feature maps, or one that is too large.
     """
-    fields, budget = json.loads(settings), Budget()
+    fields = json.loads(settings)
     import_timm()
-    try:
-        with torch.device("meta"), budget:
-            network = _create(fields)
-    except Exception as error:
-        if not budget.spent:
-            raise ValueError(f"its arguments make no network ({shorten(error)})") from error
-        raise ValueError(f"its network would be larger than any encoder: {explain_size(fields, budget)}") from error
+    with drafting(fields, "its arguments make no network"):
+        network = _create(fields)
     patches = getattr(network, "patch_embed", None)
     own = getattr(patches, "img_size", None)
     side = own[0] if own else _ANY_SIDE
-    with _errors_of_timm("it gives no feature map"), torch.no_grad():
+    with explain_library("it gives no feature map"), torch.no_grad():
         map_BCHW, cls_BC = _run(network.eval(), torch.empty(1, 3, side, side, device="meta"))
         _, channels, height, _ = map_BCHW.shape
     fixed = own is not None and getattr(patches, "strict_img_size", False) is True
@@ -246,12 +240,3 @@ def import_timm() -> None:
     # torchvision of another torch fails in many ways.
     except Exception as error:
         raise ValueError(f"it needs timm, which cannot be imported ({shorten(error)}): {INSTALL}") from error
-
-
-@contextlib.contextmanager
-def _errors_of_timm(problem: str) -> Iterator[None]:
-    """Whatever it raises about data becomes a `ValueError` of one line."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{problem} ({shorten(error)})") from error

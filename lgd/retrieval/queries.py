@@ -17,14 +17,7 @@ from lgd.config import LEVEL_NAMES
 from lgd.config_files import find_in_run
 from lgd.io.location import Location, as_location
 from lgd.models.methods import METHODS, PROPOSED
-from lgd.retrieval.answers import (
-    Answer,
-    Hit,
-    Stored,
-    find_slides,
-    find_stored,
-    name_level,
-)
+from lgd.retrieval.answers import Answer, Hit, Stored, find_slides, find_stored, name_level
 from lgd.retrieval.search import IndexDocument, Searcher
 from lgd.scoring.images import Images, Mpp, list_sources, take_images
 from lgd.scoring.predict import Scorer, choose_latents, load_scorer, score_images
@@ -39,7 +32,7 @@ tissue: float16 moves a distance by less than 1e-7. Real IHC saved again as JPEG
 (median; 95 % within 5e-4), moved by one pixel at 5e-4 (95 % within 2.5e-3). Of 480 different patches the nearest other
 one lies at 6e-3 (median), but 11 pairs of them below 0.001: a mark is a reason to look, not a proof."""
 NEAR_WHITENED = 0.05
-"""The same of whitened latents, which tell patches further apart. Of 180 different virtual patches and 22 real ones the
+"""The same of whitened latents, where patches lie further apart. Of 180 different virtual patches and 22 real ones the
 nearest other one lay at 0.43 and 0.51 (median), never below 0.19; saved as JPEG of quality 90 they lay at 0.004 from
 themselves (0.032 at most), moved by one pixel at 0.04 and 0.02 (95 % within 0.09 and 0.05)."""
 _ENOUGH_AXES = 16

@@ -218,7 +218,7 @@ def commit(
 ) -> Store:
     """Write store.json over the parts of these shards, and of those that it names already.
 
-    `prune` drops the parts of other shards. `sources` (shard folders) and `teacher` tell where they were, for pictures
+    `prune` drops the parts of other shards. `sources` (shard folders) and `teacher` say where they were, for pictures
     and for `lgd verify --reencode`.
     """
     names = list(dict.fromkeys(part_name(shard) for shard in shards))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub import serve_hub
+from verbs import VERBS
 
 import lgd
 from lgd.models.description import TeacherConfig
@@ -24,21 +25,6 @@ def save_vit(folder: Path) -> Path:
     ViTModel(ViTConfig(**sizes, image_size=64, patch_size=16)).save_pretrained(folder)
     (folder / "code.py").write_text("raise SystemExit('run')")
     return folder
-
-
-# One process runs many verbs: importing torch takes seconds. The hub's address is read when its library is imported.
-VERBS = """
-import contextlib, io, json, sys
-from lgd.cli import main
-if __name__ == "__main__":
-    told = []
-    for args in json.loads(sys.argv[1]):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = main(args)
-        told.append([status, out.getvalue(), err.getvalue()])
-    print("\\n" + json.dumps(told))
-"""
 
 
 def run(address: str, cache: Path, *verbs: list[str], **env: str) -> list[tuple[int, str, str]]:

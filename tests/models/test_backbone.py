@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, change_json, save_network
+from networks import TINY, change_json, save_network
 from safetensors.torch import load_file, save_file
 from tracing import refused
 

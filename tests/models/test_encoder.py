@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import change_json, save_network
+from networks import change_json, save_network
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, change_json, save_network
+from networks import TINY, change_json, save_network
 from transformers import AutoBackbone, AutoModel
 
 from lgd.base.errors import ConfigError, DataError

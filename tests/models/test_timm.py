@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import change_json
+from networks import change_json
 from safetensors.torch import load_file, save_file
 
 from lgd.base.errors import DataError
