@@ -140,14 +140,22 @@ def run_pair(forks, kind):
     return [queue.get() for queue in queues]
 
 
+def came_late(outcome, name):
+    """Whether a training found the other's finished network: on a busy machine it started after the other's end."""
+    return name in ("teacher", "student") and " of other inputs" in outcome
+
+
 def test_of_two_stages_one_works_and_the_other_is_told(forks, kinds, fault_count, tmp_path):
     names = ["student", "store", "teacher", "report"] * 5
     chosen = names[: fault_count(len(names))]
     met = 0
     for number, name in enumerate(random.Random(0).sample(chosen, len(chosen))):
-        kind = kinds(name, tmp_path / str(number))
-        ends = run_pair(forks, kind)
-        outcomes = [outcome for _, _, outcome in ends]
+        for attempt in range(5):
+            kind = kinds(name, tmp_path / f"{number}-{attempt}")
+            ends = run_pair(forks, kind)
+            outcomes = [outcome for _, _, outcome in ends]
+            if not any(came_late(outcome, name) for outcome in outcomes):
+                break
         refused = [text for text in outcomes if f" is {kind.doing} there, for " in text and "\n" not in text]
         assert len(refused) == 1 and outcomes.count("done") == 1, outcomes
         winner = outcomes.index("done")
