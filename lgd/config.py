@@ -1,23 +1,15 @@
-"""A run as frozen dataclasses, which `lgd.config_files` reads; the docstring of a field is also its `--help`."""
+"""A run, whole: its sections (`lgd.config_sections`) and what they say together; `lgd.config_files` reads it."""
 
+import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import JsonValue
 
 from lgd.base.arguments import check_bounds
-from lgd.base.errors import OnBad, require
+from lgd.base.errors import require
 from lgd.base.extensions import is_python
 from lgd.base.plain_yaml import write_yaml
-
-LEVEL_NAMES = ("0", "1+", "2+", "3+")
-
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-AboveZero = Annotated[float, Field(gt=0)]
-Amount = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Pool = Literal["cls", "mean", "cls+mean"]
+from lgd.config_sections import Data, Latents, Report, Run, Student, Teacher, Train
 
 WHERE_IT_RUNS = frozenset("workers engine compile resume checkpoint_every keep max_failures".split())
 """The fields of `train:` on which no result depends."""
@@ -27,200 +19,6 @@ _REFUSED_IN_DEEPSPEED = """
 train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler
 bf16 fp16 torch_autocast
 """.split()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """Where a run lives, and its seed."""
-
-    dir: str = "runs/run"
-    """Folder of the run; the other folders default to places under it."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of weights, sample order and augmentation."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Data:
-    """The shards and how they are read."""
-
-    shards: str | list[str] = ""
-    """Shard folder or url (s3://, gs://, http://), or a list of them; default RUN/shards."""
-    size: Annotated[int, Field(ge=32)] = 256
-    """Side of the model's input, in pixels; images are shrunk to it."""
-    threads: Positive = 2
-    """Threads that read and decode, in each worker."""
-    lanes: Positive = 64
-    """Shards that a batch is mixed from at a time: at least train.batch; the order of samples depends on it."""
-    on_bad: OnBad = field(default_factory=OnBad)
-    """Training stops at a sample that cannot be read, or `skip:N` leaves out up to N, each logged and counted."""
-    augment: Literal["none", "d4", "d4+stain"] = "d4+stain"
-    """Training augmentation that keeps a cached target valid: turns and flips, and jitter of stain and light."""
-    stain_jitter: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Standard deviation of the factor on each stain's optical density under `d4+stain`."""
-    light_jitter: Share = 0.0
-    """Standard deviation of the logarithm of the factor on each H&E's light under `d4+stain`: white to grey glass."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Teacher:
-    """The IHC encoder that is trained once and then frozen, or is taken as it is."""
-
-    dir: str = ""
-    """Folder of the teacher; default RUN/teacher."""
-    source: Literal["trained", "frozen"] = "trained"
-    """`trained` here, on the labels; or `frozen`: a pretrained encoder as it is, which needs no labels."""
-    encoder: str = "resnet10"
-    """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny); `hf:ORG/NAME`, `timm:NAME`,
-    `timm:hf-hub:ORG/NAME`, or a folder as transformers or timm saves it, of which no code is run; or code outside LGD
-    as `python:package.module:factory`, which is imported."""
-    pool: Pool | None = None
-    """How an image becomes one latent: cls, mean, or cls+mean; by default cls where the encoder has a CLS token."""
-    mean: list[float] | None = None
-    """Mean of the encoder's images, by channel of RGB in 0 to 1, before what its files say; give std too."""
-    std: list[float] | None = None
-    """Their standard deviation."""
-    mpp: float | None = None
-    """Micrometres a pixel of the images that the encoder was made for."""
-    arguments: dict[str, object] = field(default_factory=dict)
-    """Arguments of timm's constructor, such as `{init_values: 1e-5}`, before what its files say."""
-    epochs: AboveZero = 20.0
-    """Passes over the training split."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Latents:
-    """The feature store and its index."""
-
-    dir: str = ""
-    """Folder of the feature store; default RUN/latents."""
-    views: Literal[1, 8] = 1
-    """Cached views of each IHC: itself, or all eight of the dihedral group D4."""
-    dtype: Literal["float16", "float32"] = "float16"
-    """Type of the stored latents and targets."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the teacher's forward pass; bf16 needs a GPU that has it."""
-    map: NotNegative = 4
-    """Side of the cached latent map; 0 caches pooled latents only."""
-    nuclei_grid: Positive = 8
-    """Side of the nuclei-density grid."""
-    membrane_grid: Positive = 4
-    """Side of the membrane-staining grid."""
-    batch: Positive = 64
-    """Patches in one forward pass of the teacher."""
-    index: str = "auto"
-    """`Flat`, or `IVFn` (n cells) before `,Flat`, `,SQfp16` or `,SQ8`; `auto` chooses by the number of rows."""
-    gallery: list[str] = field(default_factory=lambda: ["train"])
-    """Splits that queries search."""
-    components: NotNegative = 32
-    """Principal components of the latents, scaled alike, that queries compare; 0 compares latents as they are."""
-    recall: Annotated[float, Field(gt=0, le=1)] = 0.99
-    """Recall@10 against exact search that an index must reach."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Student:
-    """The H&E network and its losses."""
-
-    dir: str = ""
-    """Folder of the trained student; default RUN/student."""
-    method: str = "lgd"
-    """LGD-Net, a baseline (an unknown name lists them), or a class outside LGD as `python:package.module:name`, whose
-    module is imported."""
-    encoder: str = "resnet10"
-    """Backbone of the morphology stream; see teacher.encoder."""
-    pool: Pool | None = None
-    """How it pools; see teacher.pool."""
-    mean: list[float] | None = None
-    """See teacher.mean."""
-    std: list[float] | None = None
-    """See teacher.std."""
-    arguments: dict[str, object] = field(default_factory=dict)
-    """See teacher.arguments."""
-    hallucination: Literal["own", "shared"] = "own"
-    """The hallucination stream has its own encoder, started from the teacher's weights, or shares the trunk."""
-    epochs: AboveZero = 20.0
-    """Passes over the training split."""
-    hallucination_loss: Literal["smooth-l1", "cosine"] = "smooth-l1"
-    """Distance between hallucinated and cached latents, both normalised."""
-    hallucination_weight: Amount = 1.0
-    """Weight of the hallucination loss."""
-    contrast_weight: Amount = 0.0
-    """Weight of the contrastive hallucination loss (InfoNCE against latents of other levels); 0 leaves it out."""
-    contrast_queue: Positive = 4096
-    """Latents that a sample's own is compared with."""
-    contrast_temperature: AboveZero = 0.07
-    """Its temperature."""
-    distil_weight: Amount = 0.0
-    """Weight of the loss to the teacher's soft levels, for LGD-Net and label distillation; 0 leaves it out."""
-    distil_temperature: AboveZero = 2.0
-    """Temperature that softens them."""
-    pairs: Literal["own", "shuffled", "within-level"] = "own"
-    """A control, for LGD-Net: latents and membranes of another pair, of any level or of the same."""
-    warmup: Share = 0.1
-    """Share of the steps over which the weights of both hallucination losses rise from 0."""
-    nuclei_weight: Amount = 0.1
-    """Weight of the nuclei-grid loss."""
-    membrane_weight: Amount = 0.1
-    """Weight of the membrane-grid loss."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Train:
-    """How both networks are trained."""
-
-    workers: NotNegative = 1
-    """Training workers under Ray, one a GPU or a CPU; 0 trains in this process without Ray."""
-    engine: Literal["auto", "deepspeed", "torch"] = "auto"
-    """DeepSpeed, or its plain PyTorch twin; `auto` is DeepSpeed where it can be built."""
-    batch: Positive = 32
-    """Global batch, over all workers."""
-    accumulate: Positive = 1
-    """Micro-batches whose gradients are added in one step."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward and backward pass."""
-    lr: AboveZero = 1e-3
-    """Peak learning rate of AdamW."""
-    weight_decay: Amount = 0.05
-    """Decoupled weight decay."""
-    warmup: Share = 0.05
-    """Share of the steps over which the learning rate rises from 0; it then falls as a cosine."""
-    clip: Amount = 1.0
-    """Largest norm of the gradient; 0 for no limit."""
-    compile: bool = False
-    """Compile the network with torch.compile; the first steps take minutes. Needs a C++ compiler."""
-    checkpoint_every: Positive = 500
-    """Steps between checkpoints; the last step always saves one."""
-    evaluate_every: NotNegative = 0
-    """Steps between validations; 0 for once an epoch."""
-    patience: NotNegative = 0
-    """Validations without a better `metric` that end training, with the best network; 0: all steps, and the last."""
-    metric: Literal["kappa", "macro_f1", "accuracy"] = "kappa"
-    """Validation metric by which the best checkpoint is kept."""
-    keep: Positive = 2
-    """Newest checkpoints that are kept, beside the one with the best validation."""
-    resume: str = "auto"
-    """`auto` goes on from the newest complete checkpoint; `never` removes them and starts anew; a path goes on from
-    that one, and removes later ones."""
-    max_failures: int = 3
-    """How often Ray restarts lost workers before the run fails; -1 for always."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """The evaluation."""
-
-    dir: str = ""
-    """Folder of the report; default RUN/report."""
-    split: str = "test"
-    """Split that is scored."""
-    also: list[str] = field(default_factory=list)
-    """Folders of further students that the table compares."""
-    bootstrap: Positive = 1000
-    """Resamples of slides behind each 95 % interval."""
-    queries: int = 8
-    """Rows of the contact sheet."""
-    robustness: bool = False
-    """Score every network under changed stain, background, JPEG quality and blur too: 11 more passes over the split."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,6 +61,12 @@ class Config:
         for key in _REFUSED_IN_DEEPSPEED:
             remedy = "batch size, precision, clipping, optimizer and schedule are set in train: only; remove it there"
             require(key not in self.deepspeed, f"deepspeed.{key} is set: {remedy}")
+        for name in (self.teacher.name, *self.student.teachers):
+            remedy = "use up to 64 letters, digits and _, and not patches, which names the domain targets"
+            fits = re.fullmatch("[A-Za-z0-9_]{1,64}", name) and name != "patches"
+            require(bool(fits), f"teacher.name, or one of student.teachers, is {name!r:.80}: {remedy}")
+        twice = sorted({name for name in self.student.teachers if self.student.teachers.count(name) > 1})
+        require(not twice, f"student.teachers names {', '.join(twice)} twice: name each teacher once")
         for name, one in (("teacher", self.teacher), ("student", self.student)):
             both = f"give both {name}.mean and {name}.std, three numbers each: one alone says nothing"
             require((one.mean is None) == (one.std is None), both)
@@ -277,6 +81,11 @@ class Config:
     def code(self) -> frozenset[str]:
         """The code outside LGD that the run names: it may be imported."""
         return frozenset(filter(is_python, (self.student.method, self.student.encoder, self.teacher.encoder)))
+
+    @property
+    def taught_by(self) -> tuple[str, ...]:
+        """Names of the latents that teach the student."""
+        return tuple(self.student.teachers) or (self.teacher.name,)
 
     @property
     def shard_dirs(self) -> list[str]:

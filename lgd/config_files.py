@@ -248,22 +248,23 @@ def resolve_config(config: Config) -> Config:
     """The same run with every default folder filled in, and paths absolute: workers have other working folders."""
     root = _absolute(config.run.dir, "run.dir")
 
-    def output(name: str) -> str:
+    def output(name: str, default: str = "") -> str:
         folder: str = getattr(config, name).dir
-        return _absolute(folder, f"{name}.dir") if folder else f"{root}/{name}"
+        return _absolute(folder, f"{name}.dir") if folder else f"{root}/{default or name}"
 
     def encoder(name: str) -> str:
         local = name.startswith("~") or ("/" in name and Path(name).is_dir())
         return _absolute(name) if local else name
 
     replace, resume = dataclasses.replace, config.train.resume
+    named = "teacher" if config.teacher.name == "teacher" else f"teacher-{config.teacher.name}"
     shards = [_absolute(folder) if folder else f"{root}/shards" for folder in config.shard_dirs]
     also = [_absolute(folder) for folder in config.report.also]
     return replace(
         config,
         run=replace(config.run, dir=root),
         data=replace(config.data, shards=shards),
-        teacher=replace(config.teacher, dir=output("teacher"), encoder=encoder(config.teacher.encoder)),
+        teacher=replace(config.teacher, dir=output("teacher", named), encoder=encoder(config.teacher.encoder)),
         latents=replace(config.latents, dir=output("latents")),
         student=replace(config.student, dir=output("student"), encoder=encoder(config.student.encoder)),
         train=replace(config.train, resume=resume if resume in ("auto", "never") else _absolute(resume)),

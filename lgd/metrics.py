@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lgd.base.errors import DataError
 from lgd.base.records import Measured, Record
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -110,15 +110,21 @@ def cache_latents(
 
 
 def build_index(config: Config, given: Given | None = None, shards: ShardSet | None = None) -> None:
-    """Build the FAISS index of the store."""
+    """Build the FAISS index of the latents of the run's teacher, and of others that teach its student."""
+    shards = shards or open_disjoint(config.shard_dirs)
+    for teacher in reversed(dict.fromkeys([config.teacher.name, *config.taught_by])):
+        _build_index(config, teacher, given, shards)
+
+
+def _build_index(config: Config, teacher: str, given: Given | None, shards: ShardSet) -> None:
     latents = config.latents
     with stage("index", "build-index", config, latents.dir, given, shards) as (opened, outcome):
-        store, seed, workers = Store(latents.dir), config.run.seed, config.train.workers
+        store, seed, workers = Store(latents.dir, teachers=(teacher,)), config.run.seed, config.train.workers
         made, new = index.build_index(
             store, opened.shards, latents.index, latents.gallery, latents.recall, seed, workers, latents.components
         )
         outcome.done = (
-            f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents, "
+            f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents of {teacher}, "
             f"recall@10 {made.recall_at_10:.3f}: {made.why}"
         )
         outcome.facts = Indexed(

@@ -6,8 +6,9 @@ import pytest
 from lgd.base.errors import ConfigError, OnBad
 from lgd.base.plain_yaml import read_yaml
 from lgd.cli import main
-from lgd.config import Config, Data, Train
+from lgd.config import Config
 from lgd.config_files import load_config
+from lgd.config_sections import Data, Train
 from lgd.io.digests import digest_of
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

@@ -15,7 +15,8 @@ from lgd.base.extensions import load_object, refuse_unnamed
 from lgd.cli import main
 from lgd.io.files import read_json
 from lgd.models.encoder import Encoder, build_encoder, describe
-from lgd.models.methods import find_method, load_student
+from lgd.models.loading import load_student
+from lgd.models.methods import find_method
 from lgd.models.spec import EncoderSpec
 from lgd.models.teacher import load_teacher
 from lgd.report.ablation import variants

@@ -11,7 +11,7 @@ ORDER = """
 base.errors base.extensions base.text base.logs base.process_state base.threads base.markup base.plain_yaml base.records
 base.environment base.arguments
 io.location io.digests io.files io.folders io.tables io.locks io.download_cache io.remote io.documents
-config config_files metrics
+config_sections config config_files metrics
 ray_jobs.cluster ray_jobs.training
 stain.deconvolve stain.targets stain.checks
 tissue.drawing tissue.sections tissue.synth
@@ -21,7 +21,8 @@ stream.plan stream.reader
 models.spec models.description models.export models.pretrained models.known models.backbone models.timm_backbone
 models.encoder models.availability
 models.teacher models.query_map models.student models.losses models.methods
-store.document store.writer store.parts store.store store.supervision store.cache
+models.loading
+store.document store.writer store.parts store.store store.commit store.supervision store.cache
 store.export
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
@@ -103,7 +104,13 @@ def test_no_two_files_of_tests_have_one_name():
 
 
 def test_the_root_holds_what_has_no_folder():
-    assert [name for name in ORDER if "." not in name] == ["config", "config_files", "metrics", "pipeline"]
+    assert [name for name in ORDER if "." not in name] == [
+        "config_sections",
+        "config",
+        "config_files",
+        "metrics",
+        "pipeline",
+    ]
 
 
 def test_modules_and_functions_are_short():

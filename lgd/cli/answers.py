@@ -111,6 +111,12 @@ def _add_query(parser: Parser) -> Run:
     _add_images(parser, "*", "H&E image files, folders or patterns; or give --key")
     parser.add_argument("--key", nargs="+", default=[], metavar="KEY", help="stored patches whose IHC is the query")
     parser.add_argument("--store", default="", metavar="DIR", help="the feature store's folder, or its run's")
+    parser.add_argument(
+        "--teacher",
+        default=None,
+        metavar="NAME",
+        help="whose latents to compare (default: the student's first teacher)",
+    )
     parser.add_argument("-k", type=typed(int), default=5, metavar="N", help="neighbours of each query (default: 5)")
     parser.add_argument("--split", default="", metavar="S,S", help="search these splits only, such as train,val")
     parser.add_argument("--level", default="", metavar="L,L", help="search these levels only, such as 2+,3+")
@@ -133,13 +139,12 @@ def _run_query(namespace: Namespace) -> None:
     from lgd.retrieval.search import read_document
     from lgd.runs.folder import explain_overrides
     from lgd.scoring import images, predict
-    from lgd.store.store import Store
 
     store_folder = _find_store(namespace, config)
     with explain_overrides(config):
         # Keys are answered from the store alone.
         scorer = predict.load_scorer(_find_student(namespace), code=namespace.code) if namespace.images else None
-        store = Store(store_folder)
+        store = queries.open_for(scorer, store_folder, namespace.teacher)
         paths = images.find_images(namespace.images)
         if drawn:
             sheet.check_sheet(len(paths) + len(namespace.key), namespace.k)

@@ -77,20 +77,28 @@ def check(
 
 
 def _check_store(folder: Location, reencode: int, teacher: str, code: Collection[str]) -> tuple[list[str], list[str]]:
-    store = Store(folder)
-    problems = store.verify()
-    if exists(search.index_folder(store) / "index.json"):
-        problems += search.problems(store)
+    document, notes = StoreDocument.read(folder / "store.json"), list[str]()
+    stores = [Store(folder, teachers=(name,)) for name in document.teachers]
+    problems = stores[0].verify()
+    for store in stores:
+        if exists(search.index_folder(store) / "index.json"):
+            problems += search.problems(store)
     if problems or not reencode:
         return problems, []
     from lgd.store.supervision import reencode as run_again
 
-    return run_again(store, reencode, teacher, code=code)
+    # A folder that is named is that of one teacher.
+    named = TeacherConfig.read_folder(teacher).weights_sha256 if teacher and len(stores) > 1 else ""
+    for store in stores:
+        own = teacher if named in ("", store.recipe.teacher.weights_sha256) else ""
+        found, more = run_again(store, reencode, own, code=code)
+        problems, notes = problems + found, notes + more
+    return problems, notes
 
 
 def _check_network(folder: Location, kind: Kind, code: Collection[str]) -> list[str]:
     """Problems of a teacher or a student, which is built and given its weights, and of its checkpoints."""
-    from lgd.models.methods import load_student
+    from lgd.models.loading import load_student
     from lgd.models.teacher import load_teacher
     from lgd.train import checkpoint
 

@@ -11,7 +11,7 @@ from lgd.io.documents import Document
 from lgd.io.files import read_json
 from lgd.io.location import Location, as_location
 from lgd.models.spec import EncoderSpec
-from lgd.shards.manifest import UNKNOWN, Shape, Target, Text
+from lgd.shards.manifest import UNKNOWN, Shape, Target, Text, Word
 from lgd.shards.shard_set import ShardSet
 
 Grid = Annotated[int, Field(ge=1, le=256)]
@@ -20,10 +20,19 @@ Grid = Annotated[int, Field(ge=1, le=256)]
 class TeacherRef(Record):
     """A teacher that a student was taught by."""
 
-    name: Text
+    name: Word
     """Of its latents in the store."""
     weights_sha256: Sha256
     licence: Text | None
+
+
+class LatentSizes(Record):
+    """What latents of a teacher a student hallucinates."""
+
+    dim: Annotated[int, Field(ge=1, le=65_536)]
+    """Length of a pooled latent."""
+    map: Annotated[int, Field(ge=0, le=256)]
+    """Side of the latent map; 0 where there is none."""
 
 
 class Training(Record):
@@ -50,7 +59,7 @@ class Training(Record):
 class ModelConfig(Document):
     """What a teacher's and a student's folder say alike."""
 
-    FORMAT: ClassVar[str] = "lgd-model/2"
+    FORMAT: ClassVar[str] = "lgd-model/3"
     ABSENT: ClassVar[str] = "train it first"
     REMEDY: ClassVar[str] = "copy the folder again, or train it again"
 
@@ -79,11 +88,6 @@ class ModelConfig(Document):
         return cls.read(as_location(folder) / "config.json")
 
     @property
-    def teacher_sha256(self) -> str | None:
-        """Weights of the teacher whose latents the network hallucinates, if it does."""
-        return None
-
-    @property
     def named(self) -> dict[str, str]:
         """By field, each name that may be one of code outside LGD."""
         return {field: value.name for field, value in self if isinstance(value, EncoderSpec)}
@@ -110,21 +114,23 @@ class StudentConfig(ModelConfig):
     """Its name in `lgd.models.methods`."""
     morphology: EncoderSpec
     hallucination: EncoderSpec | None
-    latent_dim: Annotated[int, Field(ge=0, le=65_536)]
-    latent_map: Annotated[int, Field(ge=0, le=256)]
+    latents: dict[Word, LatentSizes]
+    """Of each teacher, by name, first that whose latents queries compare; none where there is one stream."""
     nuclei_grid: Grid
     membrane_grid: Grid
     teachers: Many[TeacherRef]
     """None of a network that was taught by labels alone."""
 
     @property
-    def teacher_sha256(self) -> str | None:
-        """Weights of the teacher that it was taught by."""
-        return self.teachers[0].weights_sha256 if self.teachers else None
-
-    @property
     def named(self) -> dict[str, str]:
         return {"method": self.method, **super().named}
+
+    def suffix_of(self, weights_sha256: str) -> str | None:
+        """What ends the names of the latents of a teacher in what the network gives; None where it gives none."""
+        for number, teacher in enumerate(self.teachers):
+            if teacher.weights_sha256 == weights_sha256:
+                return f"@{teacher.name}" if number else ""
+        return None
 
 
 def read_kind(path: Location) -> type[ModelConfig]:

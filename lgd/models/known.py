@@ -14,7 +14,8 @@ from pydantic import Field, JsonValue
 from lgd.base.errors import ConfigError
 from lgd.base.plain_yaml import read_yaml
 from lgd.base.records import Line, Record
-from lgd.config import Config, Pool
+from lgd.config import Config
+from lgd.config_sections import Pool
 from lgd.models.spec import EncoderMpp, Facts, Mean, Size, Std
 
 STATED = ("pool", "mean", "std", "mpp", "arguments")

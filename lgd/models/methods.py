@@ -14,24 +14,21 @@ name in a table. A baseline is added here and nowhere else. One in another packa
             return {"level": 1.0, "spread": 0.1 * progress}
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import JsonValue
 
-from lgd.base.errors import ConfigError, DataError, require
+from lgd.base.errors import ConfigError, require
 from lgd.base.extensions import FORM, is_python, load_object
 from lgd.config import Config
-from lgd.io.location import Location
 from lgd.models import losses
-from lgd.models.description import StudentConfig
-from lgd.models.encoder import Encoder, build_encoder
-from lgd.models.export import load_weights
+from lgd.models.description import LatentSizes
+from lgd.models.encoder import PRESETS, Encoder, build_encoder
 from lgd.models.known import state_inputs, stated_in
 from lgd.models.losses import Lesson, Negatives, Terms
-from lgd.models.query_map import QueryMap
-from lgd.models.student import HallucinatingStudent, Outputs, Sizes, Student, TwoStreamStudent
+from lgd.models.student import HallucinatingStudent, Outputs, Student, TwoStreamStudent
 from lgd.models.teacher import Teacher, load_teacher
 
 
@@ -58,7 +55,17 @@ class Method:
     def __init__(self, config: Config) -> None:
         """Raises `ConfigError` for fields that do not fit the method."""
         self.config = config
+        self.latents: Mapping[str, LatentSizes] = {}
+        """Those of the store that teach it, by teacher; empty where none do."""
         self._teacher: Teacher | None = None
+        preset = config.teacher.encoder in PRESETS
+        self.own_stream = preset if config.student.hallucination == "auto" else config.student.hallucination == "own"
+        """Whether the second stream has an encoder of its own."""
+        require(
+            preset or not self.own_stream,
+            f"student.hallucination is own, and teacher.encoder is {config.teacher.encoder}: only a preset "
+            f"({', '.join(PRESETS)}) is copied into the student; set student.hallucination to shared",
+        )
 
     @classmethod
     def row_fields(cls, config: Config) -> Mapping[str, float | str]:
@@ -67,17 +74,16 @@ class Method:
 
     def build(self) -> Student:
         """The untrained network."""
-        config, hallucination, dim = self.config, None, 0
-        if issubclass(self.network, TwoStreamStudent):
+        config, hallucination, latents = self.config, None, self.latents
+        if issubclass(self.network, TwoStreamStudent) and (self.own_stream or not latents):
             teacher, _ = load_teacher(config.teacher.dir, config.code)
-            dim = teacher.dim
-            if config.student.hallucination == "own":
+            latents = latents or {config.teacher.name: LatentSizes(dim=teacher.dim, map=config.latents.map)}
+            if self.own_stream:
                 hallucination = self.start_hallucination(teacher).requires_grad_(True)
         return self.network(
             morphology=build_encoder(config.student.encoder, stated_in(config, "student")),
             hallucination=hallucination,
-            latent_dim=dim,
-            latent_map=config.latents.map,
+            latents=latents,
             nuclei_grid=config.latents.nuclei_grid,
             membrane_grid=config.latents.membrane_grid,
         )
@@ -92,8 +98,11 @@ class Method:
 
     def inputs(self) -> dict[str, JsonValue]:
         """What its result depends on, beside teacher, store, shards and the section `train:`."""
-        names = ("method", "encoder", "epochs", *self.fields())
-        return {name: getattr(self.config.student, name) for name in names} | state_inputs(self.config, "student")
+        student = self.config.student
+        inputs = {name: getattr(student, name) for name in ("method", "encoder", "epochs", *self.fields())}
+        if "hallucination" in inputs:
+            inputs["hallucination"] = "own" if self.own_stream else "shared"
+        return inputs | state_inputs(self.config, "student")
 
     def losses(self, out: Outputs, batch: Lesson) -> Terms:
         """The loss terms of each sample."""
@@ -217,11 +226,9 @@ class LgdNet(Method):
             soft_BK = self.soft_levels(stored["pooled"])
             terms["distil"] = losses.distillation_loss(out["logits"], soft_BK, student.distil_temperature)
         kind = student.hallucination_loss
-        terms["hallucination"] = losses.hallucination_loss(out["pooled"], stored["pooled"], kind)
-        if "map" in stored:
-            # A pooled latent of CLS token and mean is twice as wide as the map, whose mean its second half is.
-            own_BCMM = out["map"][:, -stored["map"].shape[1] :]
-            terms["hallucination_map"] = losses.hallucination_loss(own_BCMM, stored["map"], kind)
+        terms["hallucination"] = _mean_over_teachers(out, stored, "pooled", kind)
+        if any(name.startswith("map") for name in stored):
+            terms["hallucination_map"] = _mean_over_teachers(out, stored, "map", kind)
         if batch.negatives is not None:
             mask_BQ = self.negative_mask(batch.negatives, stored["pooled"])
             temperature, queue_QD = student.contrast_temperature, batch.negatives.pooled_QD
@@ -256,6 +263,16 @@ class LgdNet(Method):
         }
 
 
+def _mean_over_teachers(out: Outputs, stored: Mapping[str, torch.Tensor], dataset: str, kind: str) -> torch.Tensor:
+    """The hallucination loss of pooled latents or maps, (B,), each teacher that has them weighing alike."""
+    terms = []
+    for name, latent in stored.items():
+        if name.partition("@")[0] == dataset:
+            # A pooled latent of CLS token and mean is twice as wide as the map, whose mean its second half is.
+            terms.append(losses.hallucination_loss(out[name][:, -latent.shape[1] :], latent, kind))
+    return torch.stack(terms).mean(dim=0)
+
+
 METHODS: dict[str, type[Method]] = {"he-only": HeOnly, "two-stream": TwoStream, "distil": Distil, "lgd": LgdNet}
 """The methods by their names in `student.method`, in the order of a table."""
 BASELINE, PROPOSED = "he-only", "lgd"
@@ -274,27 +291,3 @@ def find_method(name: str) -> type[Method]:
     raise ConfigError(
         f"student.method is {name}, which is no method: derive it from lgd.models.methods.Method, with a `title`"
     )
-
-
-def student_from(config: StudentConfig) -> Student:
-    """A student of the shape that `Student.describe` gave, with all tensors of a finished one."""
-    spec, name = config.hallucination, config.method
-    if name not in METHODS and not is_python(name):
-        raise DataError(f"field method is {name!r:.120}, which this version of lgd lacks")
-    student = find_method(name).network(
-        morphology=Encoder(config.morphology),
-        hallucination=None if spec is None else Encoder(spec),
-        **{name: getattr(config, name) for name in Sizes.__annotations__},
-    )
-    if isinstance(student, HallucinatingStudent):
-        student.query_map = QueryMap(student.streams, config.latent_dim)
-    return student
-
-
-def load_student(folder: str | Location, code: Collection[str] = ()) -> tuple[Student, StudentConfig]:
-    """The student of a folder in evaluation mode, and its `config.json`.
-
-    Raises `DataError` for what cannot be read, and for code that it names and `code`, what the user named, lacks.
-    """
-    config = StudentConfig.read_folder(folder)
-    return load_weights(folder, lambda: student_from(config), config, code).eval(), config

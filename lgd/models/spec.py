@@ -12,7 +12,7 @@ from pydantic import Field, Strict, ValidationInfo, field_validator
 
 from lgd.base.extensions import is_python
 from lgd.base.records import Line, Record
-from lgd.config import Pool
+from lgd.config_sections import Pool
 
 ARCHITECTURES = """
 beit bit convnext convnextv2 dinov2 dinov2_with_registers dinov3_convnext dinov3_vit focalnet pvt_v2 resnet swin swinv2

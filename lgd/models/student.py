@@ -5,14 +5,15 @@ abstract says. Its hallucination stream has its own encoder, started from the te
 or shares the trunk of the morphology stream. Which method trains which network is said in `lgd.models.methods`.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import TypedDict, Unpack
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lgd.config import LEVEL_NAMES
-from lgd.models.description import StudentConfig
+from lgd.config_sections import LEVEL_NAMES
+from lgd.models.description import LatentSizes, StudentConfig
 from lgd.models.encoder import Encoder
 from lgd.models.query_map import QueryMap
 
@@ -23,9 +24,8 @@ Outputs = dict[str, torch.Tensor]
 class Sizes(TypedDict):
     """Sizes of what a student gives beside the level."""
 
-    latent_dim: int
-    latent_map: int
-    """0 leaves out the map."""
+    latents: Mapping[str, LatentSizes]
+    """By teacher, the first of which comes first in what a network gives; empty where there is one stream."""
     nuclei_grid: int
     membrane_grid: int
 
@@ -58,37 +58,48 @@ class Student(nn.Module):
         return StudentConfig.from_json({**facts, **self.sizes})
 
 
+class Adaptor(nn.Module):
+    """A map of H&E features -> the latents of one teacher."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.to_latent_map = nn.Conv2d(channels, dim, 1)
+        self.to_latent = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def forward(self, source_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latent map (B, D, h, w) and the pooled latent (B, D)."""
+        # Each place is hallucinated, and their mean is the whole: a CLS token of H&E has no place.
+        latent_BDHW = self.to_latent_map(source_BCHW)
+        return latent_BDHW, self.to_latent(latent_BDHW.mean(dim=(2, 3)))
+
+
 class TwoStreamStudent(Student):
-    """H&E -> level, by two streams that a gate fuses."""
+    """H&E -> level, by two streams that a gate fuses; the second has an adaptor for the latents of each teacher."""
 
     def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, **sizes: Unpack[Sizes]) -> None:
         super().__init__(morphology=morphology, hallucination=hallucination, **sizes)
-        width, latent_dim = morphology.dim, sizes["latent_dim"]
-        source = (hallucination or morphology).channels
-        self.to_latent_map = nn.Conv2d(source, latent_dim, 1)
-        self.to_latent = nn.Sequential(nn.Linear(latent_dim, latent_dim), nn.GELU(), nn.Linear(latent_dim, latent_dim))
-        self.from_latent = nn.Linear(latent_dim, width)
-        self.gate = nn.Linear(2 * width, width)
+        source, dims = (hallucination or morphology).channels, [one.dim for one in sizes["latents"].values()]
+        self.adaptors = nn.ModuleList(Adaptor(source, dim) for dim in dims)
+        self.from_latent = nn.Linear(sum(dims), morphology.dim)
+        self.gate = nn.Linear(2 * morphology.dim, morphology.dim)
 
     def forward(self, he_B3HW: torch.Tensor) -> Outputs:
         """As of `Student`, and `gate` (B, width): 1 trusts the morphology."""
         map_BCHW, morphology_BC = self.morphology(he_B3HW)
-        # Each place is hallucinated, and their mean is the whole: a CLS token of H&E has no place.
         source_BCHW = map_BCHW if self.hallucination is None else self.hallucination(he_B3HW).map_BCHW
-        latent_BDHW = self.to_latent_map(source_BCHW)
-        pooled_BD = self.to_latent(latent_BDHW.mean(dim=(2, 3)))
-        molecular_BC = self.from_latent(pooled_BD)
+        latents = [adaptor(source_BCHW) for adaptor in self.adaptors]
+        molecular_BC = self.from_latent(torch.cat([pooled_BD for _, pooled_BD in latents], dim=1))
         gate_BC = torch.sigmoid(self.gate(torch.cat([morphology_BC, molecular_BC], dim=1)))
         logits = self.head(gate_BC * morphology_BC + (1 - gate_BC) * molecular_BC)
         return {
             "logits": logits,
             "features": morphology_BC,
             "gate": gate_BC,
-            **self.hallucinate(map_BCHW, latent_BDHW, pooled_BD),
+            **self.hallucinate(map_BCHW, latents),
         }
 
-    def hallucinate(self, map_BCHW: torch.Tensor, latent_BDHW: torch.Tensor, pooled_BD: torch.Tensor) -> Outputs:
-        """What is given beside, of the morphology's map, the latents' and the pooled latents: nothing here."""
+    def hallucinate(self, map_BCHW: torch.Tensor, latents: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Outputs:
+        """What is given beside, of the morphology's map and each teacher's map and pooled latents: nothing here."""
         return {}
 
 
@@ -97,26 +108,32 @@ class HallucinatingStudent(TwoStreamStudent):
 
     def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, **sizes: Unpack[Sizes]) -> None:
         super().__init__(morphology=morphology, hallucination=hallucination, **sizes)
+        self.dims = [one.dim for one in sizes["latents"].values()]
         self.nuclei_head = nn.Conv2d(morphology.channels, 1, 1)
-        self.membrane_head = nn.Conv2d(sizes["latent_dim"], 3, 1)
-        self.streams = morphology.channels + 2 * sizes["latent_dim"]
+        self.membrane_head = nn.Conv2d(self.dims[0], 3, 1)
+        self.streams = morphology.channels + 2 * sum(self.dims)
         self.query_map: QueryMap | None = None
-        """Fitted when the network is finished (`lgd.train.finished`)."""
+        """To the latents of all teachers; fitted when the network is finished (`lgd.train.finished`)."""
 
-    def hallucinate(self, map_BCHW: torch.Tensor, latent_BDHW: torch.Tensor, pooled_BD: torch.Tensor) -> Outputs:
+    def hallucinate(self, map_BCHW: torch.Tensor, latents: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Outputs:
         """`pooled` (B, D), `map` (B, D, m, m) when maps are cached, `nuclei` (B, g, g) as log(1 + density), `membrane`
         (B, k, k, 3), `streams` (B, S), all that was pooled, without gradient, and `query` (B, D), the latent that the
-        map makes of them, once it is fitted.
+        map makes of them, once it is fitted. Of each teacher but the first `pooled`, `map` and `query` bear its name,
+        such as `pooled@NAME`.
         """
-        streams_BS = torch.cat([map_BCHW.mean(dim=(2, 3)), latent_BDHW.mean(dim=(2, 3)), pooled_BD], dim=1).detach()
-        out = {"pooled": pooled_BD, "streams": streams_BS}
-        if self.query_map is not None:
-            out["query"] = self.query_map(streams_BS)
-        if self.sizes["latent_map"]:
-            out["map"] = F.adaptive_avg_pool2d(latent_BDHW, self.sizes["latent_map"])
+        pooled = [one_BD for latent_BDHW, pooled_BD in latents for one_BD in (latent_BDHW.mean(dim=(2, 3)), pooled_BD)]
+        out = {"streams": torch.cat([map_BCHW.mean(dim=(2, 3)), *pooled], dim=1).detach()}
+        queries = [] if self.query_map is None else self.query_map(out["streams"]).split(self.dims, dim=1)
+        for number, (name, sizes) in enumerate(self.sizes["latents"].items()):
+            (latent_BDHW, pooled_BD), of = latents[number], f"@{name}" if number else ""
+            out[f"pooled{of}"] = pooled_BD
+            if queries:
+                out[f"query{of}"] = queries[number]
+            if sizes.map:
+                out[f"map{of}"] = F.adaptive_avg_pool2d(latent_BDHW, sizes.map)
         nuclei_BCGG = _resize(map_BCHW, self.sizes["nuclei_grid"])
         out["nuclei"] = F.softplus(self.nuclei_head(nuclei_BCGG)).squeeze(1)
-        membrane_B3MM = self.membrane_head(_resize(latent_BDHW, self.sizes["membrane_grid"]))
+        membrane_B3MM = self.membrane_head(_resize(latents[0][0], self.sizes["membrane_grid"]))
         out["membrane"] = F.softplus(membrane_B3MM).permute(0, 2, 3, 1)
         return out
 

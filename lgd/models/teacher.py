@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lgd.base.errors import ConfigError, DataError
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.location import Location
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder

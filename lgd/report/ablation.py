@@ -163,7 +163,7 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
 def _explained_by_levels(config: Config, shards: ShardSet) -> float:
     """The share of what varies in the teacher's latents of the scored split that its soft levels explain."""
     teacher, _ = load_teacher(config.teacher.dir, config.code)
-    store, temperature = Store(config.latents.dir), config.student.distil_temperature
+    store, temperature = Store(config.latents.dir, teachers=(config.teacher.name,)), config.student.distil_temperature
 
     def both(some: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
         latents_nD = pooled_latents(store, some)

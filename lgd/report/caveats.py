@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.metrics import Floats, Ints, Predictions
 from lgd.report.results import Difference, ModelScores, Retrieval, format_interval
 from lgd.shards.archive import Shard

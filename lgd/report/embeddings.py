@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lgd.base.errors import DataError
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.metrics import Floats, Interval, Ints, Predictions, draws, interval
 from lgd.report.results import EmbeddingScores, Hubs, OwnPair, Precision, Retrieval
 from lgd.retrieval.hubs import chance_of_hubs, chance_of_never, count_found, count_hubs, find_hubs

@@ -9,8 +9,10 @@ import numpy as np
 from pydantic import JsonValue
 
 from lgd.base.errors import DataError
-from lgd.config import LEVEL_NAMES, Config
+from lgd.config import Config
+from lgd.config_sections import LEVEL_NAMES
 from lgd.metrics import Predictions, paired_differences
+from lgd.models.description import StudentConfig
 from lgd.report.caveats import (
     ONE_TRAINING,
     UNTAUGHT,
@@ -28,7 +30,7 @@ from lgd.report.sheet import Gallery
 from lgd.report.slides import SLIDE_RULES, score_model
 from lgd.retrieval.answers import Answer, name_level
 from lgd.retrieval.factory import fit_on_parts
-from lgd.retrieval.queries import check_pair, search
+from lgd.retrieval.queries import check_pair, open_for, search
 from lgd.retrieval.search import Searcher, read_document, require_faiss
 from lgd.scoring.predict import Scorer, choose_latents, choose_level, load_scorer, name_probabilities, score_shards
 from lgd.shards.archive import Shard
@@ -62,7 +64,7 @@ def evaluate(
     training = shards.of_split("train") if config.report.split != "train" else []
     scorers = [load_scorer(folder, code=code) for folder in (config.student.dir, *config.report.also)]
     # Opened before the scoring, which can take hours.
-    store = Store(config.latents.dir) if scorers[0].retrieves_by == "latents" else None
+    store = open_for(scorers[0], config.latents.dir, None) if scorers[0].retrieves_by == "latents" else None
     has_sheet = store is not None and config.report.queries > 0
     if store is not None and has_sheet:
         try:
@@ -194,13 +196,16 @@ def list_embeddings(
             features = vectors["features"], train_vectors["features"]
             what = "whitened latents" if whitening else "latents"
             embeddings += he_only(name, *features, train, whiten(latents_mD), whiten(own_nD), what)
-        elif scorer.retrieves_by == "latents" and scorer.config.teacher_sha256 == store.recipe.teacher.weights_sha256:
-            if "query" in vectors:
-                mapped_nD = whiten(vectors["query"])
+        elif isinstance(scorer.config, StudentConfig) and scorer.retrieves_by == "latents":
+            of = scorer.config.suffix_of(store.recipe.teacher.weights_sha256)
+            if of is None:
+                continue
+            if f"query{of}" in vectors:
+                mapped_nD = whiten(vectors[f"query{of}"])
                 embeddings.append(
                     Embedding(f"{name}, mapped latents{white}", mapped_nD, whiten(latents_mD), whiten(own_nD))
                 )
-            embeddings.append(Embedding(f"{name}, hallucinated latents", vectors["pooled"], latents_mD, own_nD))
+            embeddings.append(Embedding(f"{name}, hallucinated latents", vectors[f"pooled{of}"], latents_mD, own_nD))
     # What no hallucination can be expected to pass; its own pair would be the query itself.
     embeddings.append(Embedding("IHC teacher, true latents", own_nD, latents_mD))
     if whitening:

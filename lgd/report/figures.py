@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lgd.base.text import escape_text
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.files import publish
 from lgd.io.location import Location
 from lgd.metrics import BINS, Floats, Interval, Predictions, confidence_bins, confusion, score

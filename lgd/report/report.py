@@ -11,7 +11,7 @@ import numpy as np
 
 from lgd.base.markup import code_block, escape_markdown, list_items, markdown_table
 from lgd.base.text import escape_text
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.files import exists, list_folder, read_bytes, remove, write_bytes
 from lgd.io.folders import WorkingFolder
 from lgd.io.location import Location

@@ -7,7 +7,7 @@ from pydantic import JsonValue
 
 from lgd.base.markup import list_items, markdown_table
 from lgd.base.records import Count, Many, Measured, Record
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.documents import Document
 from lgd.metrics import Interval
 

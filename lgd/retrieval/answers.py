@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.location import Location
 from lgd.retrieval.hubs import chance_of_hubs, chance_of_never, count_found, count_hubs, find_hubs
 from lgd.scoring.predict import count_notes, join_notes, round_probabilities

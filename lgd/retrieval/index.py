@@ -33,7 +33,7 @@ from lgd.retrieval.index_files import Whitening, cells_of, check_file, write_tab
 from lgd.retrieval.search import IndexDocument, IndexFile, IndexRequest, import_faiss, index_folder, open_index
 from lgd.shards.archive import Shard
 from lgd.store.parts import Part
-from lgd.store.store import TEACHER, Store
+from lgd.store.store import Store
 
 if TYPE_CHECKING:
     from lgd.retrieval.search import Index, IndexIVF
@@ -79,7 +79,7 @@ def build_index(  # noqa: PLR0913 - the settings of an index
         gallery=tuple(gallery),
         target=recall,
         components=components,
-        parts=tuple(part.digest(TEACHER) for part in indexed),
+        parts=tuple(part.digest(store.teacher) for part in indexed),
     )
     if there := _find(store, request):
         return there, False
@@ -161,7 +161,9 @@ def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -
     workers = workers if latents.rows > _ALONE_ROWS else 0
     # Of 20,000 rows in 1264 cells, 0.8 s go into finding the cells and 0.1 s into adding, on one core.
     centroids_CD = index.quantizer.reconstruct_n(0, index.nlist)
-    find_cells = functools.partial(_load_cells, str(store.folder.absolute()), centroids_CD, latents.whitening)
+    find_cells = functools.partial(
+        _load_cells, str(store.folder.absolute()), store.teacher, centroids_CD, latents.whitening
+    )
     cell_n = np.empty(latents.rows, np.int64)
     for number, found_n in map_with(find_cells, [*first_row], workers=workers, option_name="train.workers"):
         cell_n[first_row[number] : first_row[number] + len(found_n)] = found_n
@@ -174,10 +176,10 @@ def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -
 
 
 def _load_cells(
-    folder: str, centroids_CD: np.ndarray, whitening: Whitening | None
+    folder: str, teacher: str, centroids_CD: np.ndarray, whitening: Whitening | None
 ) -> Callable[[int], tuple[int, np.ndarray]]:
     """What finds the cell of each row of a part, by the number of it in the store; a worker has one."""
-    parts, coarse = Store(folder).parts, import_faiss().IndexFlatIP(centroids_CD.shape[1])
+    parts, coarse = Store(folder, teachers=(teacher,)).parts, import_faiss().IndexFlatIP(centroids_CD.shape[1])
     coarse.add(centroids_CD)
     coarse = move_to_gpu(coarse)
 

@@ -13,9 +13,10 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from lgd.base.errors import ConfigError, DataError, require
-from lgd.config import LEVEL_NAMES
 from lgd.config_files import find_in_run
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.location import Location, as_location
+from lgd.models.description import StudentConfig
 from lgd.models.methods import METHODS, PROPOSED
 from lgd.retrieval.answers import Answer, Hit, Stored, find_slides, find_stored, name_level
 from lgd.retrieval.search import IndexDocument, Searcher
@@ -23,6 +24,7 @@ from lgd.scoring.images import Images, Mpp, list_sources, take_images
 from lgd.scoring.predict import Scorer, choose_latents, load_scorer, score_images
 from lgd.scoring.slide_rows import require_names
 from lgd.shards.layouts import safe_key
+from lgd.store.document import StoreDocument
 from lgd.store.parts import as_levels
 from lgd.store.store import Store
 
@@ -39,19 +41,40 @@ _ENOUGH_AXES = 16
 """With fewer, different patches can lie as close as that."""
 
 
-def check_pair(scorer: Scorer, store: Store) -> None:
-    """Raise `DataError` unless the student hallucinates the latents of the teacher that made the store."""
+def check_pair(scorer: Scorer, store: Store) -> str:
+    """What ends the names of the latents that a student hallucinates of the store's first teacher.
+
+    Raises `DataError` where it hallucinates none of them.
+    """
+    config = scorer.config
     if scorer.method is None or scorer.method.retrieves_by != "latents":
         raise DataError(
             f"the student {scorer.folder} hallucinates no latents ({scorer.name}): query with one that does, such as "
             f"{METHODS[PROPOSED].title}"
         )
-    there, asked = store.recipe.teacher.weights_sha256, scorer.config.teacher_sha256 or ""
-    if there != asked:
+    stored, teachers = store.recipe.teacher.weights_sha256, config.teachers if isinstance(config, StudentConfig) else ()
+    suffix = config.suffix_of(stored) if isinstance(config, StudentConfig) else None
+    if suffix is None:
+        taught = ", ".join(f"{one.name}, {one.weights_sha256[:12]}" for one in teachers)
         raise DataError(
-            f"the store {store.folder} was made by another teacher ({there[:12]}) than the one that this student "
-            f"hallucinates ({asked[:12]}): use the store that it was trained on, or cache and train again"
+            f"the latents of {store.teacher} in the store {store.folder} are of another teacher ({stored[:12]}) than "
+            f"this student hallucinates ({taught}): name another of its teachers by --teacher, use the store "
+            "that it was trained on, or cache and train again"
         )
+    return suffix
+
+
+def open_for(scorer: Scorer | None, folder: str | Location, teacher: str | None) -> Store:
+    """A store, or that of its run, seen through a teacher: by default the student's first one that it has latents of.
+
+    Raises `DataError` for a store without latents of that name.
+    """
+    at = find_in_run(folder, "latents")
+    if teacher is None and scorer is not None and isinstance(scorer.config, StudentConfig):
+        stored = StoreDocument.read(at / "store.json").teachers
+        own = (one.name for one in scorer.config.teachers)
+        teacher = next((name for name in own if name in stored), None)
+    return Store(at, teachers=[teacher] if teacher else ())
 
 
 def query(  # noqa: PLR0913 - a public function, whose options are given by name
@@ -66,6 +89,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     exclude_same_slide: bool = False,
     slides: str | Location | None = None,
     mpp: Mpp = None,
+    teacher: str | None = None,
     keep_going: bool = False,
 ) -> list[Answer]:
     """Find the nearest stored IHC latents of H&E images, or of stored patches.
@@ -83,6 +107,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
         slides: A CSV with columns key (file name without suffix) and slide: the slides of the images. By default a
             query's slide is that of the stored patch of this key.
         mpp: The scale of the images, as for `predict`.
+        teacher: Whose latents are compared, where `store` is a folder; by default those of the student's first teacher.
         keep_going: Give an image that cannot be used an answer that is not `usable`, rather than raise.
 
     Returns:
@@ -105,12 +130,14 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     )
     require(bool(sources or keys), "nothing is asked: give H&E images, or --key KEY of stored patches")
     require(exclude_same_slide or not slides, "--slides is used by --exclude-same-slide only: give both, or neither")
-    opened, student = store if isinstance(store, Store) else Store(find_in_run(store, "latents")), None
+    student, of = None, ""
     if sources:
         if scorer is None:
             raise ConfigError("an image needs a student to hallucinate its latent: give one, such as --model DIR")
         student = scorer if isinstance(scorer, Scorer) else load_scorer(scorer)
-        check_pair(student, opened)
+    opened = store if isinstance(store, Store) else open_for(student, store, teacher)
+    if student is not None:
+        of = check_pair(student, opened)
     searcher = Searcher(opened)
     allowed = _allowed(searcher, splits, levels)
     taken, stored = take_images(sources), find_stored(opened, keys)
@@ -125,7 +152,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     # Last, because it takes the longest.
     for prediction, values in score_images(student, taken, mpp, keep_going=keep_going) if student else ():
         answers.append(Answer(**asdict(prediction)))
-        vectors.append(choose_latents(values) if values else np.empty(0))
+        vectors.append(choose_latents(values, of) if values else np.empty(0))
     for patch in stored:
         answers.append(Answer(stored=patch))
         vectors.append(np.asarray(opened.parts[patch.part].array("pooled")[patch.row, 0], np.float32))

@@ -29,7 +29,7 @@ from lgd.io.location import Location
 from lgd.io.remote import open_checked
 from lgd.retrieval.index_files import Whitening, cells_of, check_file, read_table
 from lgd.shards.manifest import Text, Word
-from lgd.store.store import TEACHER, Store
+from lgd.store.store import Store
 
 if TYPE_CHECKING:
     from faiss import Index as Index
@@ -124,8 +124,8 @@ def import_faiss() -> ModuleType:
 
 
 def index_folder(store: Store) -> Location:
-    """Where the index of the run's teacher lies."""
-    return store.folder / "index" / TEACHER
+    """Where the index of the store's first teacher lies."""
+    return store.folder / "index" / store.teacher
 
 
 def read_document(store: Store) -> IndexDocument:
@@ -139,7 +139,7 @@ def read_document(store: Store) -> IndexDocument:
 
 def _numbers(store: Store) -> dict[str, int]:
     """Digest of a part -> its number in the store."""
-    return {part.digest(TEACHER): number for number, part in enumerate(store.parts)}
+    return {part.digest(store.teacher): number for number, part in enumerate(store.parts)}
 
 
 @contextlib.contextmanager

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from lgd.base.errors import DataError
-from lgd.config import LEVEL_NAMES
 from lgd.config_files import find_in_run
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.location import Location
 from lgd.metrics import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
-from lgd.models.methods import Method, find_method, load_student
+from lgd.models.loading import load_student
+from lgd.models.methods import Method, find_method
 from lgd.models.teacher import load_teacher
 from lgd.scoring.images import Images, Mpp, OneImage, read_fitted, take_images
 from lgd.shards.archive import Shard
@@ -67,12 +68,13 @@ class Scorer:
 
     def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 (B, H, W, 3) -> `probability` (B, 4), and where there are such `logits`, `pooled` and `query` (B, D),
-        and `features` (B, C). The probabilities of a network that saw no label are NaN.
+        of further teachers `pooled@NAME` and `query@NAME`, and `features` (B, C). The probabilities of a network that
+        saw no label are NaN.
         """
         with torch.inference_mode():
             image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)
             out = self.model(image_B3HW)
-        found = {name: out[name].float().cpu().numpy() for name in _READ if name in out}
+        found = {name: one.float().cpu().numpy() for name, one in out.items() if name.partition("@")[0] in _READ}
         if not self.config.training.labelled:
             # What its head says was never taught; a frozen teacher has none.
             return found | {"probability": np.full((len(image_BHW3), len(LEVEL_NAMES)), np.nan)}
@@ -130,13 +132,17 @@ def score_shards(
     predictions = Predictions(
         name=scorer.name, keys=keys, groups=groups, level=np.array(levels, np.int64), probability=probability
     )
-    names = _RETRIEVES_BY.get(scorer.retrieves_by or "", ())
-    return predictions, {name: np.concatenate([f[name] for f in found]) for name in names if name in found[0]}
+    kinds = _RETRIEVES_BY.get(scorer.retrieves_by or "", ())
+    names = [name for name in found[0] if name.partition("@")[0] in kinds]
+    return predictions, {name: np.concatenate([f[name] for f in found]) for name in names}
 
 
-def choose_latents(values: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Of what `Scorer.score` gives the latents that queries compare: those of the map, else those of the head."""
-    return values["query"] if "query" in values else values["pooled"]
+def choose_latents(values: Mapping[str, np.ndarray], of: str = "") -> np.ndarray:
+    """Of what `Scorer.score` gives the latents that queries compare: those of the map, else those of the head.
+
+    `of` ends the names of those of a further teacher (`StudentConfig.suffix_of`).
+    """
+    return values[f"query{of}" if f"query{of}" in values else f"pooled{of}"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

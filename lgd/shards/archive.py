@@ -20,7 +20,7 @@ from zlib_ng.zlib_ng import crc32
 
 from lgd.base.errors import DataError
 from lgd.base.records import explain
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.location import Location
 from lgd.io.remote import name_with_copy, open_checked
 from lgd.shards.image import kind

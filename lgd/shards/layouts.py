@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from lgd.base.errors import DataError, require
 from lgd.base.extensions import FORM, is_python, load_object
 from lgd.base.records import explain
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.files import Kind, list_folder, peek_kind, publish
 from lgd.io.location import Location
 from lgd.io.tables import read_csv, write_csv

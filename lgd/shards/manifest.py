@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lgd.base.records import Count, Line, Many, Record, Sha256
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.digests import hash_64
 from lgd.io.documents import Document
 

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 from lgd.base.arguments import check_bounds
 from lgd.base.errors import ConfigError, DataError, require
-from lgd.config import LEVEL_NAMES, NotNegative, Positive
+from lgd.config_sections import LEVEL_NAMES, NotNegative, Positive
 from lgd.io.digests import digest_of
 from lgd.io.location import waits_for_network
 from lgd.shards.layouts import check_layout

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lgd.base.errors import DataError
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.files import exists, list_folder, peek_kind
 from lgd.io.location import Location, as_location, relative_name
 from lgd.io.tables import read_csv

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.folders import list_local_sizes
 from lgd.io.location import Location, as_location
 from lgd.shards.archive import Shard, load_table

@@ -26,8 +26,9 @@ from lgd.models.availability import check_packages
 from lgd.models.spec import EncoderSpec
 from lgd.ray_jobs.cluster import map_with
 from lgd.shards.archive import Shard
-from lgd.store.document import PATCHES, TEACHER, Recipe, part_name, read_sidecar
-from lgd.store.store import Store, commit
+from lgd.store.commit import commit
+from lgd.store.document import PATCHES, Recipe, StoreDocument, part_name, read_sidecar, refuse_recipe
+from lgd.store.store import Store
 from lgd.store.supervision import Supervision, recipe_of, stored
 from lgd.store.writer import shard_writer
 from lgd.stream.reader import Sample
@@ -52,45 +53,60 @@ class Cached(NamedTuple):
 
 
 def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: bool = False) -> Cached:
-    """Fill the store of a run.
+    """Fill the store of a run with the latents of its teacher, and with the domain targets.
 
-    Parts of other shards stay, unless `prune` removes them. Raises `DataError` while another process caches into the
-    same local folder.
+    Parts of other shards stay, unless `prune` removes them, and so do the latents of other teachers. Raises `DataError`
+    while another process caches into the same local folder.
     """
-    folder, recipe = as_location(config.latents.dir), recipe_of(config)
+    folder, recipe, name = as_location(config.latents.dir), recipe_of(config), config.teacher.name
     spec = EncoderSpec.from_json(recipe.teacher.encoder)
-    there = Store(folder, recipe) if exists(folder / "store.json") else None
-    before = {part.name: part.tar_sha256 for part in there.parts} if there else {}
-    has_all = {*before.values()} >= {shard.sha256 for shard in shards}
-    if there and not prune and has_all and not _missing(folder, recipe, shards):
-        return Cached(there, 0, 0)
-    if there is None:
+    before = _open(folder, recipe, name)
+    named = {entry.name for entry in before.entries} if before else set[str]()
+    if before and name in before.teachers and not prune:
+        there = Store(folder, recipe, (name,))
+        has_all = {part.tar_sha256 for part in there.parts} >= {shard.sha256 for shard in shards}
+        if has_all and not _missing(folder, recipe, name, shards):
+            return Cached(there, 0, 0)
+    if before is None:
         refuse_foreign(folder, _OURS, "name another folder as latents.dir")
     check_packages(spec)
     libraries = ("torch", "transformers", *(("timm",) if "architecture" in spec.backbone else ()))
     with exclusive(folder, "caching latents"):
-        missing = _missing(folder, recipe, shards)
+        missing = _missing(folder, recipe, name, shards)
         _fill(config, recipe, missing, workers)
         store = commit(
             folder,
             recipe,
             shards,
+            name=name,
             sources=sorted({str(shard.path.absolute().parent) for shard in shards}),
             teacher=config.teacher.dir,
             versions={name: importlib.metadata.version(name) for name in libraries},
             prune=prune,
         )
-        return Cached(store, len(missing), len(before.keys() - {part.name for part in store.parts}))
+        return Cached(store, len(missing), len(named - {entry.name for entry in store.document.entries}))
 
 
-def _missing(folder: Location, recipe: Recipe, shards: Sequence[Shard]) -> list[Shard]:
+def _open(folder: Location, recipe: Recipe, teacher: str) -> StoreDocument | None:
+    """What a store states, if there is one; `DataError` where it has other targets, or other latents of the name."""
+    if not exists(folder / "store.json"):
+        return None
+    document = StoreDocument.read(folder / "store.json")
+    stored = document.teachers[teacher].recipe if teacher in document.teachers else recipe.teacher
+    if (before := Recipe(targets=document.patches.recipe, teacher=stored)) != recipe:
+        refuse_recipe(folder, before, recipe, teacher)
+    return document
+
+
+def _missing(folder: Location, recipe: Recipe, teacher: str, shards: Sequence[Shard]) -> list[Shard]:
     """The shards without complete parts, each tar once."""
     by_tar = {shard.sha256: shard for shard in shards}
-    return [
-        shard
-        for shard in by_tar.values()
-        if not all(is_complete(folder, layer, shard, recipe) for layer in (PATCHES, TEACHER))
-    ]
+    return [shard for shard in by_tar.values() if _lacking(folder, recipe, teacher, shard)]
+
+
+def _lacking(folder: Location, recipe: Recipe, teacher: str, shard: Shard) -> list[str]:
+    """The layers in which a shard has no complete part."""
+    return [layer for layer in (PATCHES, teacher) if not is_complete(folder, layer, shard, recipe)]
 
 
 def is_complete(store: Location, layer: str, shard: Shard, recipe: Recipe) -> bool:
@@ -129,12 +145,14 @@ class Cacher:
         self._counting, self._stopping = threading.Lock(), threading.Event()
 
     def __call__(self, shard: Shard) -> int:
-        """Write the shard's part; returns its rows."""
+        """Write the shard's parts that are missing; returns its rows."""
         batch, make = self.config.latents.batch, self.supervision
-        reader = make.reader([shard])
+        folder = as_location(self.config.latents.dir)
+        lacking = _lacking(folder, self.recipe, self.config.teacher.name, shard)
+        reader = make.reader([shard], PATCHES in lacking)
         prepare = functools.partial(make.prepare, reader)
         prepared = threads.map_ordered_prefetch(self._pool, prepare, range(shard.samples), count=batch)
-        with shard_writer(as_location(self.config.latents.dir), shard, self.recipe) as writer:
+        with shard_writer(folder, shard, self.recipe, lacking) as writer:
             while samples := list(itertools.islice(prepared, batch)):
                 if self._stopping.is_set():
                     raise InterruptedError("caching was stopped")

@@ -9,14 +9,14 @@ A recipe is what the numbers of a store depend on beside the shards: one of the 
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, NoReturn, Self
 
 import numpy as np
 from pydantic import Field, JsonValue, model_validator
 
 from lgd.base.errors import DataError
 from lgd.base.records import Count, Line, Many, Record, Sha256, Xxh3
+from lgd.io.digests import format_diff
 from lgd.io.documents import Document
 from lgd.io.location import Location
 from lgd.models.description import Grid
@@ -33,7 +33,7 @@ _Length = Annotated[int, Field(ge=1, lt=2**31)]
 PATCHES = "patches"
 """The layer of a store that does not depend on a teacher: keys, labels, slides and domain targets."""
 TEACHER = "teacher"
-"""The name of the latents of a run's teacher."""
+"""The name of a teacher's latents, unless `teacher.name` is another."""
 
 Dtype = Literal["float16", "float32"]
 
@@ -68,7 +68,7 @@ class TeacherRecipe(Record):
 
 
 class Recipe(Record):
-    """Of what a student is trained against."""
+    """Of the domain targets and of one teacher's latents."""
 
     targets: TargetsRecipe
     teacher: TeacherRecipe
@@ -199,12 +199,12 @@ class Layer(Record):
     datasets: dict[Name, Layout]
     rounding: dict[Name, Rounding]
     """The largest of all parts."""
-    parts: Many[Sha256]
-    """Digest of the sidecar of each entry's part, in the order of the entries."""
+    parts: Many[Sha256 | None]
+    """Digest of the sidecar of each entry's part, in the order of the entries; None where the layer has none."""
 
 
 class TargetsLayer(Layer):
-    """Keys, labels, slides, and the domain targets."""
+    """Keys, labels, slides, and the domain targets: of every entry."""
 
     recipe: TargetsRecipe
 
@@ -233,11 +233,12 @@ class StoreDocument(Document):
     entries: Annotated[Many[Entry], Field(min_length=1)]
     patches: TargetsLayer
     teachers: Annotated[dict[Word, TeacherLayer], Field(min_length=1)]
+    """Named latents; of some entries one may have no part."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
-        if PATCHES in self.teachers or TEACHER not in self.teachers:
-            raise ValueError(f"field teachers names {', '.join(self.teachers)}")
+        if PATCHES in self.teachers or None in self.patches.parts:
+            raise ValueError("field teachers names patches, or a part of the patches is missing")
         for name, layer in self.layers.items():
             if len(layer.parts) != len(self.entries) or "key" not in layer.datasets:
                 raise ValueError(f"layer {name} has {len(layer.parts)} parts, and the store {len(self.entries)}")
@@ -246,8 +247,8 @@ class StoreDocument(Document):
                     raise ValueError(f"dataset {dataset} has rows of shape {layout.shape}")
         if len({entry.tar_sha256 for entry in self.entries}) != len(self.entries):
             raise ValueError("field entries names a shard twice")
-        if "pooled" not in self.teachers[TEACHER].datasets:
-            raise ValueError("there is no dataset pooled")
+        if lacking := [name for name, layer in self.teachers.items() if "pooled" not in layer.datasets]:
+            raise ValueError(f"there is no dataset pooled of {lacking[0]}")
         return self
 
     @property
@@ -255,10 +256,9 @@ class StoreDocument(Document):
         """All layers by their names."""
         return {PATCHES: self.patches, **self.teachers}
 
-    @property
-    def recipe(self) -> Recipe:
-        """Of the targets and of the run's teacher."""
-        return Recipe(targets=self.patches.recipe, teacher=self.teachers[TEACHER].recipe)
+    def recipe(self, teacher: str) -> Recipe:
+        """Of the targets and of a teacher."""
+        return Recipe(targets=self.patches.recipe, teacher=self.teachers[teacher].recipe)
 
 
 class SourcesDocument(Document):
@@ -272,27 +272,11 @@ class SourcesDocument(Document):
     teachers: dict[Word, Line]
 
 
-def as_document(recipe: Recipe, sidecars: Mapping[str, Sequence[Sidecar]], versions: dict[str, str]) -> StoreDocument:
-    """The document over the sidecars of each layer, alike ordered."""
-    shared = set(Entry.model_fields)
-    teacher = TeacherLayer(
-        recipe=recipe.teacher,
-        licence=str(terms) if (terms := recipe.teacher.encoder.get("licence")) else None,
-        versions=versions,
-        probe=None,
-        centre=None,
-        **dict(_join_layer(sidecars[TEACHER])),
+def refuse_recipe(folder: Location, stored: Recipe, requested: Recipe, teacher: str) -> NoReturn:
+    """Raise `DataError` with the fields in which two recipes differ."""
+    raise DataError(
+        f"{folder / 'store.json'} was made by another recipe:",
+        *format_diff(stored.as_json(), requested.as_json(), "in the store"),
+        f"Use the teacher and settings that made it, name these latents otherwise than {teacher} (teacher.name), name "
+        "another folder as latents.dir, or delete this one",
     )
-    return StoreDocument(
-        entries=tuple(Entry(**one.model_dump(include=shared)) for one in sidecars[PATCHES]),
-        patches=TargetsLayer(recipe=recipe.targets, **dict(_join_layer(sidecars[PATCHES]))),
-        teachers={TEACHER: teacher},
-    )
-
-
-def _join_layer(sidecars: Sequence[Sidecar]) -> Layer:
-    layout, rounding = sidecars[0].layout, dict[str, Rounding]()
-    assert all(sidecar.layout == layout for sidecar in sidecars), "parts of one recipe have the same datasets"
-    for sidecar in sidecars:
-        rounding |= {name: lost.largest(rounding.get(name)) for name, lost in sidecar.rounding.items()}
-    return Layer(datasets=layout, rounding=rounding, parts=tuple(sidecar.digest for sidecar in sidecars))

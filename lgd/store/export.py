@@ -63,6 +63,8 @@ class ExportOptions:
     """Folder or url of the feature store; the shards that it was made of must still be there."""
     out: str
     """Folder or url to write to: empty, new, or one of an earlier export."""
+    teacher: str = ""
+    """Name of the latents to export, of a store that holds several teachers'."""
     split: str = ""
     """Splits to export, such as `train,val`; by default all."""
 
@@ -90,7 +92,8 @@ def export(options: ExportOptions) -> list[Exported]:
     Raises `ConfigError` for a split that the store does not have, and `DataError` where the shards are gone or the
     folder holds something else, and while another process exports into a local one.
     """
-    store, out = Store(options.store), as_output_location(options.out, "--out")
+    store = Store(options.store, teachers=[options.teacher] if options.teacher else ())
+    out = as_output_location(options.out, "--out")
     splits = sorted({part.split for part in store.parts})
     asked = options.split.split(",") if options.split else splits
     for split in asked:

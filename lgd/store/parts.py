@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from lgd.base.errors import DataError
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.digests import digest_of
 from lgd.io.location import Location
 from lgd.io.remote import drop_damaged, open_checked, open_file
@@ -126,13 +126,20 @@ class Mapped(NamedTuple):
 
 
 class Part:
-    """The rows of one shard, over all layers of a store."""
+    """The rows of one shard, over some layers of a store."""
 
     def __init__(self, files: Mapping[str, PartFile], entry: Entry) -> None:
-        """`files` by their layer."""
+        """`files` by their layer: the patches, a teacher, and further ones whose datasets are named `pooled@NAME`."""
         self.files, self.name, self.split, self.tar_sha256 = files, entry.name, entry.split, entry.tar_sha256
         self.rows, self.first, self.last = entry.rows, entry.first, entry.last
-        self.layout = {name: layout for file in files.values() for name, layout in file.layout.items()}
+        self.layout: dict[str, Layout] = {}
+        self._lies_in: dict[str, tuple[PartFile, str]] = {}
+        for number, (layer, file) in enumerate(files.items()):
+            for dataset, layout in file.layout.items():
+                name = dataset if number < 2 or dataset == "key" else f"{dataset}@{layer}"
+                # Every layer has the keys.
+                self.layout.setdefault(name, layout)
+                self._lies_in.setdefault(name, (file, dataset))
         self._mapped = Mapped({}, {})
         self._lock = threading.Lock()
 
@@ -165,13 +172,14 @@ class Part:
         return mapped
 
     def _map(self, names: frozenset[str], before: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        arrays = dict(before)
-        for file in self.files.values():
-            if wanted := [name for name in sorted(names) if name in file.layout and name not in arrays]:
-                sidecar = file.sidecar()
-                arrays |= {name: file.read(sidecar, name) for name in wanted}
-        if lacking := sorted(names - arrays.keys()):
-            raise DataError(f"{self.path} has no dataset {lacking[0]!r}: cache into a store that has it")
+        arrays, sidecars = dict(before), dict[PartFile, Sidecar]()
+        for name in sorted(names - arrays.keys()):
+            if name not in self._lies_in:
+                raise DataError(f"{self.path} has no dataset {name!r}: cache into a store that has it")
+            file, dataset = self._lies_in[name]
+            if file not in sidecars:
+                sidecars[file] = file.sidecar()
+            arrays[name] = file.read(sidecars[file], dataset)
         return arrays
 
     def array(self, dataset: str) -> np.ndarray:

@@ -1,40 +1,29 @@
 """The feature store: its recipes, its parts, and rows by address or by key.
 
 DIR/store.json                    recipes, layers and the list of parts; written last
-DIR/sources.json                  where the shards and the teacher were
+DIR/sources.json                  where the shards and the teachers were
 DIR/parts/LAYER/NAME.{h5,json}    one part a shard and layer (`lgd.store.parts`): `patches`, and one a teacher
 DIR/index/TEACHER/                what queries search (`lgd.retrieval.index`)
 DIR/.lgd.lock                     while `lgd cache-latents` runs, or after it was killed
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
-from lgd.io.digests import digest_of, format_diff
+from lgd.io.digests import digest_of
 from lgd.io.documents import MissingDocument
-from lgd.io.files import list_folder, remove
+from lgd.io.files import list_folder
 from lgd.io.location import Location, as_location
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardFolder
-from lgd.store.document import (
-    PATCHES,
-    REMEDY,
-    TEACHER,
-    Recipe,
-    SourcesDocument,
-    StoreDocument,
-    as_document,
-    part_name,
-    read_sidecar,
-)
+from lgd.store.document import PATCHES, REMEDY, TEACHER, Recipe, SourcesDocument, StoreDocument, refuse_recipe
 from lgd.store.parts import Part, PartFile
 
-__all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store", "commit"]
+__all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store"]
 
 SUPERVISION = ("pooled", "map", "nuclei", "membrane")
 """The datasets that a student is trained on."""
@@ -43,12 +32,17 @@ SUPERVISION = ("pooled", "map", "nuclei", "membrane")
 class Store:
     """A finished feature store: the latents, targets, labels and slides of patches, read by (part, row).
 
+    A store may hold the latents of several teachers. It is seen through one or more of them: `parts` are those that all
+    of these have, and of each but the first a dataset is named `pooled@NAME`.
+
     Args:
         folder: The store's folder, or a url.
-        recipe: What the store must have been made by; by default it may be anything.
+        recipe: What targets and the first teacher's latents must have been made by; by default it may be anything.
+        teachers: Names of latents; by default `teacher`, or the only ones.
 
     Raises:
-        DataError: For a folder that holds no finished store, and, field by field, for one of another `recipe`.
+        DataError: For a folder that holds no finished store, for latents that it does not hold, and, field by field,
+            for one of another `recipe`.
 
     Example:
         >>> store = lgd.Store("runs/demo/latents")
@@ -56,28 +50,49 @@ class Store:
         >>> store.parts[part].array("pooled")[row]
     """
 
-    def __init__(self, folder: str | Location, recipe: Recipe | None = None) -> None:
+    def __init__(self, folder: str | Location, recipe: Recipe | None = None, teachers: Sequence[str] = ()) -> None:
         self.folder = as_location(folder)
-        path = self.folder / "store.json"
-        self.document = StoreDocument.read(path)
-        if recipe not in (None, self.recipe):
-            raise DataError(
-                f"{path} was made by another recipe:",
-                *format_diff(self.recipe.as_json(), recipe.as_json(), "in the store"),
-                "Use the teacher and settings that made it, name another folder as latents.dir, or delete this one",
-            )
-        layers = self.document.layers
-        self.parts = [
-            Part(
-                {
-                    layer: PartFile(self.folder / "parts" / layer, entry.name, facts.parts[number], facts.datasets)
-                    for layer, facts in layers.items()
-                },
-                entry,
-            )
-            for number, entry in enumerate(self.document.entries)
-        ]
+        self.document = StoreDocument.read(self.folder / "store.json")
+        self.teachers = tuple(teachers) or self._choose_teacher()
+        for name in self.teachers:
+            if name not in self.document.teachers:
+                raise DataError(
+                    f"the store {self.folder} holds no latents of {name!r:.80}, only of "
+                    f"{', '.join(self.document.teachers)}: name one of these, or run lgd cache-latents with "
+                    "--teacher.name"
+                )
+        if recipe:
+            self.require_recipe(recipe)
+        layers = {name: self.document.layers[name] for name in (PATCHES, *self.teachers)}
+        self.parts = []
+        for number, entry in enumerate(self.document.entries):
+            digests = {layer: facts.parts[number] for layer, facts in layers.items()}
+            files = {
+                layer: PartFile(self.folder / "parts" / layer, entry.name, digest, layers[layer].datasets)
+                for layer, digest in digests.items()
+                if digest is not None
+            }
+            if len(files) == len(layers):
+                self.parts.append(Part(files, entry))
         self._of_tar = {part.tar_sha256: part for part in self.parts}
+
+    def _choose_teacher(self) -> tuple[str]:
+        names = [*self.document.teachers]
+        if TEACHER not in names and len(names) > 1:
+            raise DataError(
+                f"the store {self.folder} holds latents of {', '.join(names)}: name one of them by --teacher"
+            )
+        return (TEACHER if TEACHER in names else names[0],)
+
+    def require_recipe(self, recipe: Recipe) -> None:
+        """Raise `DataError`, field by field, where the targets or the first teacher's latents are of another recipe."""
+        if recipe != self.recipe:
+            refuse_recipe(self.folder, self.recipe, recipe, self.teacher)
+
+    @property
+    def teacher(self) -> str:
+        """The first of the teachers that the store is seen through."""
+        return self.teachers[0]
 
     @property
     def digest(self) -> str:
@@ -86,8 +101,8 @@ class Store:
 
     @property
     def recipe(self) -> Recipe:
-        """What the targets and the latents of the run's teacher depend on."""
-        return self.document.recipe
+        """What the targets and the first teacher's latents depend on."""
+        return self.document.recipe(self.teacher)
 
     @property
     def sources(self) -> SourcesDocument:
@@ -124,12 +139,21 @@ class Store:
 
     @property
     def rows(self) -> int:
-        """Samples in the store."""
+        """Samples of which the store has latents."""
         return sum(part.rows for part in self.parts)
 
     def digest_of(self, shards: Sequence[Shard]) -> str:
         """Digest of the rows of some shards, whatever else the store holds."""
-        return digest_of([self.recipe.as_json(), [part.digest(TEACHER) for part in self.parts_of(shards)]])
+        parts = self.parts_of(shards)
+        recipes = [self.document.recipe(teacher).as_json() for teacher in self.teachers]
+        rows = [
+            [recipe, [part.digest(name) for part in parts]] for name, recipe in zip(self.teachers, recipes, strict=True)
+        ]
+        return digest_of(rows[0] if len(rows) == 1 else rows)
+
+    def datasets(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The names of datasets, and those of the further teachers' ones."""
+        return tuple(name for name in self.parts[0].layout if name.partition("@")[0] in names)
 
     def parts_of(self, shards: Sequence[Shard]) -> list[Part]:
         """Look up the part of each shard, so that a shard's number is its part's number too.
@@ -140,8 +164,8 @@ class Store:
         lacking = [shard for shard in shards if shard.sha256 not in self._of_tar]
         if lacking:
             raise DataError(
-                f"the feature store {self.folder} lacks {len(lacking)} of {len(shards)} shards, the first of them "
-                f"{lacking[0].path}: run lgd cache-latents"
+                f"the feature store {self.folder} lacks latents of {' or '.join(self.teachers)} for {len(lacking)} of "
+                f"{len(shards)} shards, the first of them {lacking[0].path}: run lgd cache-latents"
             )
         parts = [self._of_tar[shard.sha256] for shard in shards]
         for shard, part in zip(shards, parts, strict=True):
@@ -180,23 +204,28 @@ class Store:
         """Read everything, behind a bar of progress.
 
         Returns:
-            A line for each problem of the store's parts, and for each file that is none of it.
+            A line for each problem of the parts of all teachers, and for each file that is none of the store.
         """
         problems = []
         try:
             SourcesDocument.read(self.folder / "sources.json")
         except DataError as error:
             problems.append(str(error))
-        with progress(self.rows, "verify", "rows") as bar:
-            for part in self.parts:
-                problems += [problem for file in part.files.values() if (problem := file.problem())]
-                bar.update(part.rows)
-        known = {f"{part.name}{suffix}" for part in self.parts for suffix in (".h5", ".json")}
+        entries, layers = self.document.entries, self.document.layers
+        with progress(sum(entry.rows for entry in entries), "verify", "rows") as bar:
+            for number, entry in enumerate(entries):
+                for layer, facts in layers.items():
+                    if digest := facts.parts[number]:
+                        file = PartFile(self.folder / "parts" / layer, entry.name, digest, facts.datasets)
+                        problems += [problem] if (problem := file.problem()) else []
+                bar.update(entry.rows)
         for layer in list_folder(self.folder / "parts"):
             folder = self.folder / "parts" / layer
-            if layer not in self.document.layers:
+            if layer not in layers:
                 problems.append(f"{folder} is of no teacher of store.json")
                 continue
+            parts = zip(entries, layers[layer].parts, strict=True)
+            known = {f"{entry.name}{suffix}" for entry, digest in parts if digest for suffix in (".h5", ".json")}
             problems += [
                 f"{folder / name} is of no part of store.json: it is being written, or left from a stopped run; "
                 "lgd cache-latents --prune removes what the run does not need"
@@ -204,44 +233,6 @@ class Store:
                 if name not in known
             ]
         return problems
-
-
-def commit(
-    folder: Location,
-    recipe: Recipe,
-    shards: Sequence[Shard],
-    *,
-    sources: Iterable[str] = (),
-    teacher: str = "",
-    versions: dict[str, str] | None = None,
-    prune: bool = False,
-) -> Store:
-    """Write store.json over the parts of these shards, and of those that it names already.
-
-    `prune` drops the parts of other shards. `sources` (shard folders) and `teacher` say where they were, for pictures
-    and for `lgd verify --reencode`.
-    """
-    names = list(dict.fromkeys(part_name(shard) for shard in shards))
-    ordered, folders = names, list(sources)
-    with contextlib.suppress(MissingDocument):
-        before = Store(folder)
-        versions = before.document.teachers[TEACHER].versions
-        # Those that were there keep their numbers.
-        kept = [part.name for part in before.parts if not prune or part.name in names]
-        ordered = list(dict.fromkeys([*kept, *names]))
-        folders += before.sources.shards if len(ordered) > len(names) else ()
-    sidecars = {
-        layer: [read_sidecar(folder / "parts" / layer, name) for name in ordered] for layer in (PATCHES, TEACHER)
-    }
-    SourcesDocument(shards=tuple(sorted(set(folders))), teachers={TEACHER: teacher}).write(folder / "sources.json")
-    as_document(recipe, sidecars, versions or {}).write(folder / "store.json")
-    known = {f"{name}{suffix}" for name in ordered for suffix in (".h5", ".json")}
-    for layer in (PATCHES, TEACHER):
-        for name in list_folder(folder / "parts" / layer):
-            # The caller holds the store's lock: what a killed `publish` left is nobody's.
-            if name.endswith(".tmp") or (prune and name not in known):
-                remove(folder / "parts" / layer / name)
-    return Store(folder)
 
 
 class Rows:
@@ -278,7 +269,7 @@ class Rows:
         found = {}
         for name, layout in self._layout.items():
             dtype, shape, views = np.dtype(layout.dtype), layout.shape, 1
-            if name in ("pooled", "map"):
+            if name.partition("@")[0] in ("pooled", "map"):
                 views, shape = shape[0], shape[1:]
             size = math.prod(shape) * dtype.itemsize
             starts = [row * views * size for row in row_n]

@@ -17,12 +17,14 @@ from torch.nn import functional as F
 
 from lgd.base.errors import DataError
 from lgd.config import Config
+from lgd.io.files import exists
+from lgd.io.location import as_location
 from lgd.models.description import TeacherConfig
 from lgd.models.teacher import load_teacher
 from lgd.shards.archive import Shard
 from lgd.shards.image import RESIZE, decode
 from lgd.stain.targets import TARGET_SETTINGS, membrane_grid, nuclei_grid
-from lgd.store.document import TEACHER, Recipe, Rounding, TargetsRecipe, TeacherRecipe
+from lgd.store.document import Recipe, Rounding, TargetsRecipe, TeacherRecipe
 from lgd.store.store import Store
 from lgd.stream.plan import d4
 from lgd.stream.reader import Reader, Sample, in_batches
@@ -57,6 +59,29 @@ def recipe_of(config: Config) -> Recipe:
     )
 
 
+def open_store(config: Config) -> Store:
+    """The store of a run, seen through the teachers of its student.
+
+    Raises `DataError` where it was made by other teachers or settings than those of the run, or where a further teacher
+    was trained again since.
+    """
+    folder, names = config.latents.dir, config.taught_by
+    store = Store(folder, teachers=names)
+    if config.teacher.name in names:
+        Store(folder, recipe_of(config), (config.teacher.name,))
+    for name in names:
+        trained_in = store.sources.teachers[name]
+        if name == config.teacher.name or not exists(as_location(trained_in) / "config.json"):
+            continue
+        weights = TeacherConfig.read_folder(trained_in).weights_sha256
+        if weights != store.document.teachers[name].recipe.weights_sha256:
+            raise DataError(
+                f"the latents of {name} in {folder} are of another teacher than {trained_in} holds now: cache them "
+                "under another name (lgd cache-latents --teacher.name), or leave it out of student.teachers"
+            )
+    return store
+
+
 class Supervision:
     """The teacher, loaded once, and the domain targets: what a recipe makes of samples."""
 
@@ -74,9 +99,10 @@ class Supervision:
             raise DataError(f"{folder} holds another teacher than the one that made the store: name that by --teacher")
         self.teacher = teacher.to(self.device)
 
-    def reader(self, shards: Sequence[Shard]) -> Reader:
-        """A reader for `prepare`."""
-        return _NativeReader(shards, ("he", "ihc"), self.recipe.teacher.size)
+    def reader(self, shards: Sequence[Shard], targets: bool = True) -> Reader:
+        """A reader for `prepare`; without `targets` latents alone are made of what it reads."""
+        size = self.recipe.teacher.size
+        return _NativeReader(shards, ("he", "ihc"), size) if targets else Reader(shards, ("ihc",), size)
 
     def prepare(self, reader: Reader, number: int) -> Sample:
         """Read one sample of a `reader`, in any thread: its images are then `ihc`, uint8 of the teacher's size, and the
@@ -86,6 +112,8 @@ class Supervision:
         dropped here: those of a batch would take gigabytes, and a thread a sample is as quick.
         """
         sample = reader.read(number)
+        if "teacher_ihc" not in sample.images:
+            return sample
         images = {"ihc": sample.images["teacher_ihc"], "nuclei": sample.images["he"], "membrane": sample.images["ihc"]}
         if self.device == "cpu":
             images |= {name: measure(images[name][None], sample.meta.mpp)[0] for name, measure in self._targets.items()}
@@ -113,7 +141,7 @@ class Supervision:
         size = _CPU_BATCH if self.device == "cpu" else len(ihc_BHW3)
         runs = [self._latents(ihc_BHW3[start : start + size]) for start in range(0, len(ihc_BHW3), size)]
         rows = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
-        return rows | {name: self.measure(name, samples) for name in self._targets}
+        return rows | {name: self.measure(name, samples) for name in self._targets if name in samples[0].images}
 
     def measure(self, name: str, samples: Sequence[Sample]) -> np.ndarray:
         """A target of prepared samples; of native images those of one size and scale together."""
@@ -181,13 +209,13 @@ def _differ(a: np.ndarray, b: np.ndarray) -> Rounding:
 def reencode(
     store: Store, count: int, teacher: str = "", seed: int = 0, code: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Run teacher and targets again on `count` rows, drawn over the whole store, and compare them with what is stored.
+    """Run the store's first teacher and the targets again on `count` rows, drawn over all, and compare the results.
 
     Returns the problems, and a line on each dataset. Raises `DataError` when the shards, or the teacher, are not where
     they were; `teacher` names another folder of it.
     """
     shards = list(map(store.open_sources(), store.parts))
-    supervision = Supervision(teacher or store.sources.teachers[TEACHER], store.recipe, code)
+    supervision = Supervision(teacher or store.sources.teachers[store.teacher], store.recipe, code)
     reader = supervision.reader(shards)
     numbers_n = np.sort(np.random.default_rng(seed).choice(reader.total, min(count, reader.total), replace=False))
     found: dict[str, Rounding] = {}
@@ -200,9 +228,9 @@ def reencode(
     reader.close()
     # Other neighbours in a batch, other threads and another device change sums in their last digits.
     arithmetic = 0.05 if store.recipe.teacher.precision == "bf16" else 1e-3
-    rounding = store.document.patches.rounding | store.document.teachers[TEACHER].rounding
+    rounding = store.document.patches.rounding | store.document.teachers[store.teacher].rounding
     problems = []
-    notes = [f"re-encoded {len(numbers_n)} rows, largest difference to what is stored:"]
+    notes = [f"re-encoded {len(numbers_n)} rows of {store.teacher}, largest difference to what is stored:"]
     for name, one in found.items():
         allowed = arithmetic + 2 * rounding[name].relative
         notes.append(f"  {name}: {one.absolute:.2g}, {one.relative:.2g} of the row's length (at most {allowed:.2g})")

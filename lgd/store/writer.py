@@ -9,7 +9,7 @@ A part is named for its shard and the first digits of the tar's digest, so a cha
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -128,27 +128,28 @@ class PartWriter:
 class ShardWriter(NamedTuple):
     """Takes the rows of a shard, batch by batch, and deals their datasets to the parts of the layers."""
 
-    patches: PartWriter
-    teacher: PartWriter
+    parts: dict[str, PartWriter]
+    """By layer."""
     rounding: dict[str, Rounding]
     """What the sidecars state of the loss by the stored type; the caller fills it."""
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
         """Write the next rows, as `PartWriter.add`."""
         latents = {name: array for name, array in arrays.items() if name in _LATENTS}
-        self.patches.add({name: array for name, array in arrays.items() if name not in latents})
-        self.teacher.add(latents | {"key": arrays["key"]})
+        others = {name: array for name, array in arrays.items() if name not in latents}
+        for layer, part in self.parts.items():
+            part.add(others if layer == PATCHES else latents | {"key": arrays["key"]})
 
 
 @contextlib.contextmanager
-def shard_writer(store: Location, shard: Shard, recipe: Recipe) -> Iterator[ShardWriter]:
-    """Give a writer for a shard's rows; on success publish its parts."""
+def shard_writer(
+    store: Location, shard: Shard, recipe: Recipe, layers: Sequence[str] = (PATCHES, TEACHER)
+) -> Iterator[ShardWriter]:
+    """Give a writer for a shard's rows; on success publish its parts of these layers."""
     rounding: dict[str, Rounding] = {}
-    with (
-        _part_writer(store, PATCHES, shard, recipe, rounding) as patches,
-        _part_writer(store, TEACHER, shard, recipe, rounding) as teacher,
-    ):
-        yield ShardWriter(patches, teacher, rounding)
+    with contextlib.ExitStack() as stack:
+        writers = {layer: stack.enter_context(_part_writer(store, layer, shard, recipe, rounding)) for layer in layers}
+        yield ShardWriter(writers, rounding)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lgd.config import Data
+from lgd.config_sections import Data
 from lgd.io.digests import hash_64
 from lgd.stain.deconvolve import H_E, rgb_to_od
 
@@ -264,7 +264,8 @@ def turn_stored(stored: Mapping[str, Tensor], k_B: Tensor, views: int) -> dict[s
     a network is not exactly equivariant.
     """
     dims = {"nuclei": (1, 2), "membrane": (1, 2), **({"map": (-2, -1)} if views == 1 else {})}
-    return {name: d4(x, k_B, dims[name]) if name in dims else x for name, x in stored.items()}
+    kinds = {name: name.partition("@")[0] for name in stored}
+    return {name: d4(x, k_B, dims[kinds[name]]) if kinds[name] in dims else x for name, x in stored.items()}
 
 
 def _normal(u_B2n: Tensor | np.ndarray) -> Tensor:

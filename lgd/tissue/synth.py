@@ -28,7 +28,7 @@ from lgd.base.arguments import check_bounds
 from lgd.base.errors import DataError, require
 from lgd.base.logs import progress
 from lgd.base.records import Count, Line, Record
-from lgd.config import LEVEL_NAMES, NotNegative, Positive, Share
+from lgd.config_sections import LEVEL_NAMES, NotNegative, Positive, Share
 from lgd.io.documents import Document
 from lgd.io.files import publish
 from lgd.io.location import as_output_location, require_local

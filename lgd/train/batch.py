@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from lgd.base.errors import DataError
-from lgd.config import Config, Data
+from lgd.config import Config
+from lgd.config_sections import Data
 from lgd.models.losses import Lesson, Negatives
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World, d4, drawn_views, jitter_he, rank_positions, to_device, turn_stored

@@ -19,7 +19,7 @@ from torch import nn
 
 from lgd.base.logs import log_prints
 from lgd.base.process_state import default_environment
-from lgd.config import Train
+from lgd.config_sections import Train
 from lgd.io.locks import LOCK, hold_lock
 from lgd.stream.plan import World
 from lgd.train.engine import MOMENTS, Engine, Moments, copy_float32

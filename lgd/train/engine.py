@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lgd.base.errors import DataError
-from lgd.config import Train
+from lgd.config_sections import Train
 from lgd.stream.plan import World
 
 Moments = dict[str, torch.Tensor]

@@ -88,11 +88,13 @@ def fit_query_map(learner: Learner, shards: list[Shard]) -> None:
     network, task, world = learner.engine.model, learner.task, learner.engine.world
     if task.store is None or not isinstance(network, HallucinatingStudent):
         return
-    latents = Targets(task.store.parts_of(shards), task.method.pairs, task.config.run.seed, ("pooled",))
-    sums = PairSums(network.streams, network.sizes["latent_dim"], world.device)
+    datasets = task.store.datasets(("pooled",))
+    latents = Targets(task.store.parts_of(shards), task.method.pairs, task.config.run.seed, datasets)
+    sums = PairSums(network.streams, sum(network.dims), world.device)
     for batch, out in forward_split(learner, shards, task.config.data.on_bad.skips > 0, latents):
         valid_B = batch.valid_B.to(world.device)
-        sums.add(out["streams"][valid_B], batch.stored["pooled"].to(world.device)[valid_B])
+        pooled_BD = torch.cat([batch.stored[name] for name in datasets], dim=1)
+        sums.add(out["streams"][valid_B], pooled_BD.to(world.device)[valid_B])
     if world.size > 1:
         dist.all_reduce(sums.total())
     network.query_map = sums.fit()

@@ -16,7 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from lgd.base.errors import DataError
 from lgd.base.process_state import default_environment, stop_signals
-from lgd.config import LEVEL_NAMES, Config
+from lgd.config import Config
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.digests import digest_of, format_diff, may_have_sha256
 from lgd.io.files import exists, remove_folder
 from lgd.io.folders import refuse_foreign

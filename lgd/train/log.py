@@ -13,7 +13,7 @@ from lgd.base.errors import DataError
 from lgd.base.logs import progress
 from lgd.base.markup import markdown_table
 from lgd.base.text import dump_json
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.files import exists, read_bytes, write_bytes
 from lgd.io.folders import WorkingFolder
 from lgd.io.location import Location

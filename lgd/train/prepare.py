@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lgd.base.errors import ConfigError, DataError
-from lgd.config import Train
+from lgd.config_sections import Train
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World
@@ -80,10 +80,11 @@ class Prepared:
         rows, queue, method = None, None, task.method
         if task.store:
             parts = task.store.parts_of(self.reader.shards)
-            rows = Rows(parts, method.needs)
+            datasets = task.store.datasets(method.needs)
+            rows = Rows(parts, datasets)
             if method.pairs != "own" or method.queue:
                 # The latents of other samples teach too, as partners or as negatives.
-                rows = targets = Targets(parts, method.pairs, config.run.seed, method.needs)
+                rows = targets = Targets(parts, method.pairs, config.run.seed, datasets)
                 # Of one stored view the latents are not turned with the image.
                 queue = Queue(targets, plan, method.queue, config.data.augment != "none") if method.queue else None
         self.batches = Batches(config, self.reader, plan, world, rows, queue)

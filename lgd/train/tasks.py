@@ -9,15 +9,15 @@ from lgd.base.errors import ConfigError, require
 from lgd.config import WHERE_IT_RUNS, Config
 from lgd.io.digests import digest_of
 from lgd.io.location import as_location
-from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig, TeacherRef
+from lgd.models.description import LatentSizes, ModelConfig, StudentConfig, TeacherConfig, TeacherRef
 from lgd.models.encoder import PRESETS, build_encoder
 from lgd.models.known import state_inputs, stated_in
 from lgd.models.methods import Method, find_method
 from lgd.models.student import Student
 from lgd.models.teacher import NO_LEVELS, TEACHERS, Teacher
 from lgd.shards.shard_set import ShardSet
-from lgd.store.store import TEACHER, Store
-from lgd.store.supervision import recipe_of
+from lgd.store.store import Store
+from lgd.store.supervision import open_store
 from lgd.stream.plan import ORDER
 
 Network = Teacher | Student
@@ -94,25 +94,38 @@ class StudentTask(Task):
         """Raises `ConfigError` for a method that is not known, or that the fields of `student:` do not fit."""
         super().__init__(config)
         self.method = find_method(config.student.method)(config)
-        self.store = Store(config.latents.dir, recipe_of(config)) if self.method.needs else None
-        if self.store and self.method.uses_levels and self.store.recipe.teacher.source != Teacher.source:
+        if not self.method.needs:
+            return
+        self.store = open_store(config)
+        if self.method.uses_levels and self.store.recipe.teacher.source != Teacher.source:
             raise ConfigError(NO_LEVELS)
+        self.method.latents = {
+            name: LatentSizes(dim=layer.datasets["pooled"].shape[-1], map=layer.recipe.map)
+            for name in self.store.teachers
+            for layer in [self.store.document.teachers[name]]
+        }
 
     def build(self) -> Network:
         return self.method.build()
 
     def inputs(self) -> dict[str, JsonValue]:
-        inputs = self.method.inputs()
-        if self.store is not None:
-            inputs["teacher"] = TeacherConfig.read_folder(self.config.teacher.dir).weights_sha256
+        inputs, teachers = self.method.inputs(), [one.weights_sha256 for one in self.list_teachers()]
+        if teachers:
+            inputs["teacher"] = teachers[0] if len(teachers) == 1 else [*teachers]
         return inputs
 
+    def list_teachers(self) -> list[TeacherRef]:
+        """The teachers whose latents teach it."""
+        if self.store is None:
+            return []
+        return [
+            TeacherRef(name=name, weights_sha256=layer.recipe.weights_sha256, licence=layer.licence)
+            for name in self.store.teachers
+            for layer in [self.store.document.teachers[name]]
+        ]
+
     def describe(self, model: Network, **facts: object) -> ModelConfig:
-        teachers = []
-        if self.store is not None:
-            teacher = TeacherConfig.read_folder(self.config.teacher.dir)
-            teachers = [TeacherRef(name=TEACHER, weights_sha256=teacher.weights_sha256, licence=teacher.licence)]
-        return model.describe(method=self.config.student.method, teachers=tuple(teachers), **facts)
+        return model.describe(method=self.config.student.method, teachers=tuple(self.list_teachers()), **facts)
 
 
 TASKS: dict[str, type[Task]] = {"teacher": TeacherTask, "student": StudentTask}

@@ -49,7 +49,7 @@ def test_damaged_weights_and_checkpoints_are_found(student):
         ("method", "guess"),
         ("weights_sha256", "../../victim/x"),
         ("size", 0),
-        ("latent_dim", 10**9),
+        ("latents", {"teacher": {"dim": 10**9, "map": 4}}),
         ("morphology", {}),
         ("teachers", [{"name": "teacher"}]),
         ("training", None),

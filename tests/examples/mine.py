@@ -20,9 +20,10 @@ from lgd.shards.layouts import Candidate, Layout, Problem
 class Deeper(HallucinatingStudent):
     """LGD-Net's network with one layer more before its latents."""
 
-    def __init__(self, *, latent_dim: int, **others) -> None:
-        super().__init__(latent_dim=latent_dim, **others)
-        self.to_latent.append(nn.Linear(latent_dim, latent_dim))
+    def __init__(self, **sizes) -> None:
+        super().__init__(**sizes)
+        for adaptor, dim in zip(self.adaptors, self.dims, strict=True):
+            adaptor.to_latent.append(nn.Linear(dim, dim))
 
 
 class Focal(LgdNet):

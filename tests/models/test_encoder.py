@@ -226,7 +226,7 @@ def test_nothing_is_asked_on_a_terminal(trap, tmp_path):
     known = shutil.copytree(folder, tmp_path / "known")
     change_json(known / "config.json", model_type="dinov2")
     student = Student(
-        morphology=build_encoder("resnet10"), hallucination=None, latent_dim=0, latent_map=0,
+        morphology=build_encoder("resnet10"), hallucination=None, latents={},
         nuclei_grid=1, membrane_grid=1,
     )  # fmt: skip
     model = tmp_path / "model"

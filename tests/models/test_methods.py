@@ -5,10 +5,12 @@ import pytest
 
 import lgd
 from lgd.base.errors import ConfigError, DataError
-from lgd.config import Config, Student
+from lgd.config import Config
+from lgd.config_sections import Student
 from lgd.models.encoder import build_encoder
 from lgd.models.export import save_model
-from lgd.models.methods import BASELINE, METHODS, PROPOSED, Method, find_method, load_student
+from lgd.models.loading import load_student
+from lgd.models.methods import BASELINE, METHODS, PROPOSED, Method, find_method
 from lgd.models.student import Student as Network
 from tools.bench.inputs import NOT_TRAINED
 
@@ -32,7 +34,7 @@ def test_an_unknown_method_is_refused_with_those_that_there_are(name):
 
 
 def test_a_model_of_an_unknown_method_is_refused(tmp_path):
-    sizes = {"latent_dim": 0, "latent_map": 0, "nuclei_grid": 1, "membrane_grid": 1}
+    sizes = {"latents": {}, "nuclei_grid": 1, "membrane_grid": 1}
     model = Network(morphology=build_encoder("resnet10"), hallucination=None, **sizes)
     facts = NOT_TRAINED | {"method": "magic", "size": 64, "teachers": ()}
     save_model(tmp_path, model.state_dict(), lambda **digests: model.describe(**facts, **digests))
@@ -60,7 +62,7 @@ def test_no_other_module_names_a_method():
     assert {"he-only", "two-stream"}.isdisjoint(set().union(*(v for k, v in named.items() if k != "models/methods.py")))
     assert named.pop("models/methods.py") == set(METHODS)
     # Fields are named `distil_weight` and `distil_temperature`.
-    assert named.pop("config.py") == {"lgd"}
+    assert named.pop("config_sections.py") == {"lgd"}
     assert all(found == {"lgd"} for found in named.values())
     compared = [
         f"{path}:{node.lineno}"

@@ -10,6 +10,7 @@ from transformers import AutoBackbone, AutoModel
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.config_files import load_config
+from lgd.models.description import LatentSizes
 from lgd.models.encoder import Encoder, build_encoder
 from lgd.models.known import stated_in
 from lgd.models.losses import Lesson
@@ -130,7 +131,7 @@ def test_a_latent_of_cls_and_mean_is_hallucinated_with_a_map_of_half_its_width(f
     assert out["pooled"].shape == (2, 64) and out["map"].shape == (2, 32, 4, 4)
     torch.testing.assert_close(out["pooled"][:, 32:], out["map"].mean(dim=(2, 3)), rtol=1e-4, atol=1e-6)
     student = HallucinatingStudent(
-        morphology=build_encoder("resnet10"), hallucination=None, latent_dim=64, latent_map=4,
+        morphology=build_encoder("resnet10"), hallucination=None, latents={"teacher": LatentSizes(dim=64, map=4)},
         nuclei_grid=2, membrane_grid=2,
     )  # fmt: skip
     hallucinated = student(images(64))
@@ -142,14 +143,18 @@ def test_a_latent_of_cls_and_mean_is_hallucinated_with_a_map_of_half_its_width(f
     terms = LgdNet(config).losses(hallucinated, Lesson(level_B=level_B, stored=stored, negatives=None))
     again = terms["hallucination_map"].sum()
     again.backward()
-    gradient = student.to_latent_map.weight.grad
+    gradient = student.adaptors[0].to_latent_map.weight.grad
     assert torch.isfinite(again) and not gradient[:32].any() and gradient[32:].any()
 
 
 def test_a_student_reads_the_cls_token_of_its_encoder(folder):
     encoder = build_encoder(str(folder)).eval()
     student = HallucinatingStudent(
-        morphology=encoder, hallucination=None, latent_dim=8, latent_map=2, nuclei_grid=2, membrane_grid=2
+        morphology=encoder,
+        hallucination=None,
+        latents={"teacher": LatentSizes(dim=8, map=2)},
+        nuclei_grid=2,
+        membrane_grid=2,
     ).eval()
     with torch.no_grad():
         assert torch.equal(student(images(64))["features"], encoder(images(64)).pooled_BD)

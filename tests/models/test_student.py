@@ -7,10 +7,11 @@ import torch
 
 from lgd.base.errors import DataError
 from lgd.io.digests import digest_of, sha256
-from lgd.models.description import StudentConfig
+from lgd.models.description import LatentSizes, StudentConfig
 from lgd.models.encoder import build_encoder
 from lgd.models.export import load_weights, save_model
-from lgd.models.methods import METHODS, load_student, student_from
+from lgd.models.loading import load_student, student_from
+from lgd.models.methods import METHODS
 from lgd.models.query_map import QueryMap
 from lgd.models.student import HallucinatingStudent, Student
 from lgd.models.teacher import Teacher, load_teacher
@@ -23,8 +24,7 @@ def student(method="lgd", own=True, latent_map=2, dim=24) -> Student:
     return METHODS[method].network(
         morphology=build_encoder("resnet10"),
         hallucination=hallucination,
-        latent_dim=dim,
-        latent_map=latent_map,
+        latents={"teacher": LatentSizes(dim=dim, map=latent_map)},
         nuclei_grid=4,
         membrane_grid=3,
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lgd.base.errors import DataError
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.report import evaluation
 from lgd.report.embeddings import average_precision, own_ranks
 from lgd.scoring.predict import load_scorer, score_shards

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lgd.base.errors import DataError
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.metrics import METRICS, Predictions, paired_differences, score
 from lgd.report.caveats import COLOUR, HOW, caveats_of
 from lgd.report.embeddings import Embedding, measure

@@ -6,7 +6,8 @@ from filling import RECIPE
 
 from lgd.retrieval.index import build_index
 from lgd.shards.archive import Shard
-from lgd.store.store import Store, commit
+from lgd.store.commit import commit
+from lgd.store.store import Store
 from lgd.store.writer import shard_writer
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.retrieval.answers import Answer, Hit, Stored, as_json, as_rows, as_table
 from lgd.retrieval.queries import NEAR_DUPLICATE, NEAR_WHITENED, choose_near, near_duplicates
 from lgd.retrieval.search import IndexDocument

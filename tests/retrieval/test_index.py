@@ -23,7 +23,8 @@ from lgd.retrieval.index import build_index
 from lgd.retrieval.index_files import cells_of
 from lgd.retrieval.search import Searcher, index_folder, problems
 from lgd.shards.archive import Shard
-from lgd.store.store import Store, commit
+from lgd.store.commit import commit
+from lgd.store.store import Store
 from lgd.store.writer import shard_writer
 
 SHARD = {"bytes": 1, "idx_sha256": "0" * 64, "extensions": {}, "keeps_files": True}

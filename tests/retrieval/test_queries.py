@@ -8,7 +8,7 @@ from PIL import Image
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.digests import digest_of
 from lgd.io.files import read_json, write_json
 from lgd.report.sheet import Gallery

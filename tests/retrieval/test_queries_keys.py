@@ -9,7 +9,7 @@ import pytest
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.retrieval.answers import as_json, collect_notes, count_neighbours
 from lgd.retrieval.queries import NEAR_DUPLICATE, query
 from lgd.retrieval.search import Searcher

@@ -13,9 +13,9 @@ from scipy.special import softmax
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.metrics import score
-from lgd.models.methods import load_student
+from lgd.models.loading import load_student
 from lgd.scoring.images import find_images, read_image
 from lgd.scoring.predict import count_notes, join_notes, load_scorer, predict, score_images, score_shards
 from lgd.scoring.slide_rows import as_json, join_slides, slides_of_images
@@ -116,7 +116,7 @@ def test_shards_score_as_their_files(scorer, tissue_run, tissue):
     assert predictions.level.tolist() == [sample.level for sample in samples]
     assert predictions.groups == [sample.meta.group for sample in samples]
     assert {name: array.shape for name, array in vectors.items()} == dict.fromkeys(
-        ("pooled", "query"), (20, scorer.config.latent_dim)
+        ("pooled", "query"), (20, scorer.config.latents["teacher"].dim)
     )
     files = [tissue / sample.meta.source for sample in samples]
     rows = [values for _, values in score_images(scorer, files)]

@@ -13,9 +13,10 @@ from lgd.io.files import write_json
 from lgd.shards.archive import Shard
 from lgd.store import parts
 from lgd.store.cache import is_complete
+from lgd.store.commit import commit
 from lgd.store.document import part_name
 from lgd.store.parts import read_all
-from lgd.store.store import PATCHES, TEACHER, Rows, Store, commit
+from lgd.store.store import PATCHES, TEACHER, Rows, Store
 from lgd.store.writer import shard_writer
 
 
@@ -307,7 +308,9 @@ def test_what_no_shard_of_the_run_has_is_removed_when_asked(store, tmp_path):
 def test_parts_of_shards_come_in_their_order(store, tmp_path):
     shards = [shard(tmp_path, 1, sha="c" * 64), shard(tmp_path)]
     assert [part.name[:12] for part in store.parts_of(shards)] == ["train-000001", "train-000000"]
-    with pytest.raises(DataError, match=r"lacks 1 of 2 shards, .*train-000005\.tar: run lgd cache-latents"):
+    with pytest.raises(
+        DataError, match=r"lacks latents of teacher for 1 of 2 shards, .*train-000005\.tar: run lgd cache-latents"
+    ):
         store.parts_of([shards[0], shard(tmp_path, 5, sha="e" * 64)])
 
 

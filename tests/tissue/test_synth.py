@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lgd.base.errors import ConfigError, DataError
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.io.locks import LOCK, TakenError, exclusive
 from lgd.tissue.drawing import MPP
 from lgd.tissue.sections import draw_pair, grade_of, shortcut_of, slide_level

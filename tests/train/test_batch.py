@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lgd.base.errors import DataError
-from lgd.config import Config, Data, Train
+from lgd.config import Config
+from lgd.config_sections import Data, Train
 from lgd.shards.shard_set import ShardFolder
 from lgd.store.cache import cache_latents
 from lgd.store.store import Rows, Store

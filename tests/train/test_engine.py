@@ -15,7 +15,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from lgd.base.errors import ConfigError, DataError
-from lgd.config import Train
+from lgd.config_sections import Train
 from lgd.stream.plan import World
 from lgd.train import prepare
 from lgd.train.deepspeed_engine import build_extension, deepspeed_environment, deepspeed_problem

@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from lgd.base.errors import OnBad
-from lgd.models.methods import load_student
+from lgd.models.loading import load_student
 from lgd.models.query_map import RIDGE
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from test_loop import assert_same_curve, log_of
 
 from lgd.base.errors import DataError
-from lgd.config import Config, Data, Train
+from lgd.config import Config
+from lgd.config_sections import Data, Train
 from lgd.models.losses import Negatives
 from lgd.models.methods import Distil, LgdNet
 from lgd.models.teacher import load_teacher

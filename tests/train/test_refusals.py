@@ -15,12 +15,13 @@ from torch import nn
 
 from lgd.base.errors import DataError
 from lgd.cli import main
-from lgd.config import Train
+from lgd.config_sections import Train
 from lgd.io.files import read_json
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder, ShardSet
-from lgd.store.store import Store, commit
+from lgd.store.commit import commit
+from lgd.store.store import Store
 from lgd.store.writer import shard_writer
 from lgd.stream.plan import World
 from lgd.tissue.synth import SynthOptions, synthesise

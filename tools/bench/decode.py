@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from lgd.base.errors import DataError
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.models.teacher import Teacher, load_teacher
 from lgd.shards.pairs import PatchPair, find_pairs
 from tools.bench.formats import formats

@@ -28,7 +28,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgd.config import Latents
+from lgd.config_sections import Latents
+from lgd.models.description import LatentSizes
 from lgd.models.encoder import build_encoder
 from lgd.models.methods import PROPOSED
 from lgd.models.student import HallucinatingStudent, Student
@@ -53,8 +54,7 @@ def networks(settings: Settings) -> tuple[Student, Teacher]:
     student = HallucinatingStudent(
         morphology=build_encoder(settings.model),
         hallucination=build_encoder(settings.model),
-        latent_dim=teacher.dim,
-        latent_map=latents.map,
+        latents={"teacher": LatentSizes(dim=teacher.dim, map=latents.map)},
         nuclei_grid=latents.nuclei_grid,
         membrane_grid=latents.membrane_grid,
     )

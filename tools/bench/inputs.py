@@ -13,7 +13,7 @@ from typing import Any
 import simplejpeg
 
 from lgd.base.errors import DataError
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from lgd.models.description import Training
 from lgd.shards.archive import Shard, read_sample
 from lgd.shards.builder import build

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lgd.config import Config, Data, Train
+from lgd.config import Config
+from lgd.config_sections import Data, Train
 from lgd.shards.archive import Shard
 from lgd.shards.image import decode
 from lgd.stream.plan import Plan, World

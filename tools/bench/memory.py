@@ -19,13 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from lgd.config import LEVEL_NAMES, Config, Data, Train
+from lgd.config import Config
+from lgd.config_sections import LEVEL_NAMES, Data, Train
 from lgd.shards.archive import Shard
 from lgd.shards.builder import build
 from lgd.shards.image import encode
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder
-from lgd.store.store import Rows, Store, commit
+from lgd.store.commit import commit
+from lgd.store.store import Rows, Store
 from lgd.store.writer import shard_writer
 from lgd.stream.plan import Plan, World, rank_positions
 from lgd.stream.reader import Reader

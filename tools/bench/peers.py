@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from lgd.config import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES
 from tools.bench.inputs import Inputs
 from tools.bench.loader import Product, count_for, pixels
 from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady

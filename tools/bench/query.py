@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from lgd.config import Latents
+from lgd.config_sections import Latents
 from lgd.retrieval.factory import UnitVectors, choose_factory, nearest, overlap, unit
 from lgd.retrieval.index import build_index
 from lgd.retrieval.index_files import cells_of, code_bytes
 from lgd.retrieval.search import IndexDocument, Searcher, import_faiss, index_folder
 from lgd.shards.archive import Shard
-from lgd.store.store import Store, commit
+from lgd.store.commit import commit
+from lgd.store.store import Store
 from lgd.store.writer import shard_writer
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Outcome, Ratio, Settings

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from lgd.config import Data
+from lgd.config_sections import Data
 from lgd.shards.archive import Shard
+from lgd.store.commit import commit
 from lgd.store.document import Recipe, TargetsRecipe, TeacherRecipe
 from lgd.store.parts import Part
-from lgd.store.store import SUPERVISION, TEACHER, Rows, Store, commit
+from lgd.store.store import SUPERVISION, TEACHER, Rows, Store
 from lgd.store.writer import shard_writer
 from lgd.stream.plan import Plan, offsets
 from tools.bench.inputs import Inputs
