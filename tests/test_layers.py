@@ -22,7 +22,7 @@ models.spec models.description models.export models.pretrained models.known mode
 models.encoder models.availability
 models.teacher models.query_map models.student models.losses models.methods
 models.loading
-store.document store.writer store.parts store.store store.commit store.supervision store.cache
+store.document store.drift store.writer store.parts store.store store.commit store.supervision store.cache
 store.export
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch

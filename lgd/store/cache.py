@@ -24,10 +24,12 @@ from lgd.io.location import Location, as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.models.availability import check_packages
 from lgd.models.spec import EncoderSpec
+from lgd.models.teacher import load_teacher
 from lgd.ray_jobs.cluster import map_with
 from lgd.shards.archive import Shard
 from lgd.store.commit import commit
 from lgd.store.document import PATCHES, Recipe, StoreDocument, part_name, read_sidecar, refuse_recipe
+from lgd.store.drift import check_probe, make_probe
 from lgd.store.store import Store
 from lgd.store.supervision import Supervision, recipe_of, stored
 from lgd.store.writer import shard_writer
@@ -71,8 +73,13 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
         refuse_foreign(folder, _OURS, "name another folder as latents.dir")
     check_packages(spec)
     libraries = ("torch", "transformers", *(("timm",) if "architecture" in spec.backbone else ()))
+    versions = {library: importlib.metadata.version(library) for library in libraries}
     with exclusive(folder, "caching latents"):
         missing = _missing(folder, recipe, name, shards)
+        probe = make_probe(load_teacher(config.teacher.dir, config.code)[0], recipe.teacher.size)
+        stored = before.teachers.get(name) if before else None
+        if stored and stored.probe:
+            check_probe(name, stored.probe, probe, stored.versions, versions)
         _fill(config, recipe, missing, workers)
         store = commit(
             folder,
@@ -81,7 +88,8 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
             name=name,
             sources=sorted({str(shard.path.absolute().parent) for shard in shards}),
             teacher=config.teacher.dir,
-            versions={name: importlib.metadata.version(name) for name in libraries},
+            versions=versions,
+            probe=probe,
             prune=prune,
         )
         return Cached(store, len(missing), len(named - {entry.name for entry in store.document.entries}))

@@ -49,7 +49,7 @@ def recipe_of(config: Config) -> Recipe:
             encoder=teacher.encoder.as_json(),
             pool=teacher.pool,
             size=teacher.size,
-            mpp=None,
+            mpp=teacher.encoder.mpp,
             resize=RESIZE,
             precision=latents.precision,
             views=latents.views,
