@@ -188,6 +188,8 @@ def _describe_network(folder: Location) -> dict[str, JsonValue]:
     config = read_kind(folder / "config.json").read(folder / "config.json")
     training, sizes = config.training, _describe_shapes(config.training.shapes)
     facts: dict[str, JsonValue] = {"format": config.FORMAT}
+    teachers = config.teachers if isinstance(config, StudentConfig) else ()
+    terms = [f"of the teacher {one.name}: {one.licence}" for one in teachers if one.licence]
     if isinstance(config, StudentConfig):
         taught = [f"taught by the latents of {one.name}" for one in config.teachers]
         facts["method"] = ", ".join([config.method, *taught])
@@ -199,7 +201,7 @@ def _describe_network(folder: Location) -> dict[str, JsonValue]:
         "tissue": "virtual" if training.virtual else "not drawn by lgd synth",
         "training": _describe_training(config),
         "validation": dict(config.validation),
-        "licence": config.licence,
+        "licence": "; ".join([*([config.licence] if config.licence else []), *terms]) or None,
         "weights_sha256": config.weights_sha256,
     }
 

@@ -14,6 +14,7 @@ from hub import serve_hub
 from verbs import VERBS
 
 import lgd
+from lgd.cli.contents import describe
 from lgd.models.description import TeacherConfig
 
 
@@ -68,7 +69,9 @@ def test_a_model_of_the_table_is_taken_by_its_name_alone(tissue_config, tmp_path
     store = json.loads((tmp_path / "run" / "latents" / "store.json").read_text())
     assert store["teachers"]["teacher"]["licence"] == "Owkin non-commercial"
     taught = json.loads((tmp_path / "run" / "student" / "config.json").read_text())
-    assert taught["teachers"][0]["licence"] == taught["licence"] == "Owkin non-commercial"
+    # Its weights are not in the student, so they are the teacher's terms alone.
+    assert taught["teachers"][0]["licence"] == "Owkin non-commercial" and taught["licence"] is None
+    assert describe(tmp_path / "run" / "student")["licence"] == "of the teacher teacher: Owkin non-commercial"
 
 
 PROBLEMS = {

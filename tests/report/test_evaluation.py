@@ -122,7 +122,7 @@ def test_a_rival_of_another_teacher_has_no_row(tissue_run, scorers):
     stranger = dataclasses.replace(student, config=student.config.model_copy(update={"teachers": teachers}))
     found, _ = measured(tissue_run, [student, stranger, teacher])
     assert len(found.embeddings) == 4
-    with pytest.raises(DataError, match="made by another teacher"):
+    with pytest.raises(DataError, match="are of another teacher"):
         measured(tissue_run, [stranger, teacher])
 
 

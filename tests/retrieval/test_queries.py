@@ -168,7 +168,7 @@ def test_a_student_of_another_teacher_is_refused(tissue_run, store, tmp_path):
     config["teachers"][0]["weights_sha256"] = "f" * 64
     config["digest"] = digest_of({name: value for name, value in config.items() if name != "digest"})
     write_json(tmp_path / "student" / "config.json", config)
-    with pytest.raises(DataError, match=rf"made by another teacher \({there}\) than the one .*\(ffffffffffff\)"):
+    with pytest.raises(DataError, match=rf"are of another teacher \({there}\) than .*\(teacher, ffffffffffff\)"):
         check_pair(load_scorer(tmp_path / "student"), store)
 
 

@@ -16,7 +16,9 @@ from lgd.config_files import load_config
 from lgd.io.location import as_location
 from lgd.models.description import StudentConfig
 from lgd.models.loading import load_student
-from lgd.models.teacher import FrozenTeacher, Teacher
+from lgd.models.losses import Lesson, hallucination_loss
+from lgd.models.methods import LgdNet
+from lgd.models.teacher import FrozenTeacher, Teacher, load_teacher
 from lgd.retrieval.queries import query
 from lgd.shards.shard_set import ShardSet
 from lgd.store import supervision
@@ -61,7 +63,8 @@ def test_a_second_teacher_is_added_without_the_first(second, monkeypatch):
         for measure in ("nuclei_grid", "membrane_grid"):
             patched.setattr(supervision, measure, lambda *_: pytest.fail("a target was measured again"))
         made, computed, pruned = cache_latents(second, shards_of(second), workers=0)
-    assert (computed, pruned) == (len(made.parts), 0) and calls == {Teacher: 0, FrozenTeacher: made.rows}
+    # Beside the rows the two fixed images.
+    assert (computed, pruned) == (len(made.parts), 0) and calls == {Teacher: 0, FrozenTeacher: made.rows + 2}
     after = contents_of(folder)
     assert {name: after[name] for name in before} == before and len(after) == 1.5 * len(before)
     assert made.document.teachers["teacher"] == first.document.teachers["teacher"]
@@ -119,9 +122,6 @@ def test_two_teachers_teach_one_student_and_are_queried_by_name(both, tissue_run
 
 
 def test_losses_of_several_teachers_weigh_alike(both):
-    from lgd.models.losses import Lesson, hallucination_loss
-    from lgd.models.methods import LgdNet
-
     random = torch.Generator().manual_seed(0)
     shapes = {"pooled": (2, 8), "pooled@b": (2, 6), "map": (2, 8, 2, 2), "nuclei": (2, 2, 2), "membrane": (2, 2, 2, 3)}
     out = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()} | {"logits": torch.zeros(2, 4)}
@@ -184,7 +184,10 @@ def test_names_that_cannot_be_are_refused(options, message):
         load_config(overrides=options)
 
 
-def test_only_a_preset_is_copied_into_the_student(second, change):
+def test_only_a_preset_is_copied_into_the_student(tissue_run, second, change):
+    student, (teacher, _) = LgdNet(tissue_run).build(), load_teacher(tissue_run.teacher.dir)
+    for one, other in zip(student.hallucination.parameters(), teacher.encoder.parameters(), strict=True):
+        assert torch.equal(one, other) and one.requires_grad
     with pytest.raises(ConfigError, match=r"student.hallucination is own, and teacher.encoder is .*: only a preset"):
         pipeline.train_student(change(second, student={"hallucination": "own"}))
     assert load_config(overrides=["--teacher.name=uni2"]).teacher.dir.endswith("/teacher-uni2")

@@ -295,7 +295,7 @@ def test_a_store_that_lacks_shards_is_refused_before_training(train, folder, tis
     status, message = train("--student.method=lgd", f"--data.shards={shards}")
     assert status == 1
     lacking = [shard for shard in ShardFolder.open(more).shards if shard.split == "train"]
-    assert f"the feature store {tissue_run.latents.dir} lacks {len(lacking)} of" in message
+    assert f"the feature store {tissue_run.latents.dir} lacks latents of teacher for {len(lacking)} of" in message
     assert str(lacking[0].path) in message and message.endswith("run lgd cache-latents")
     assert not (folder / "checkpoints").exists() and not (folder / "config.json").exists()
 
