@@ -102,7 +102,8 @@ def cache_latents(
 ) -> None:
     """Fill the feature store: every part that is missing; `prune` removes those of other shards."""
     with stage("latents", "cache-latents", config, config.latents.dir, given, shards) as (opened, outcome):
-        store, computed, pruned = cache.cache_latents(config, opened.shards, config.train.workers, prune)
+        paired = opened.with_ihc("caching").shards
+        store, computed, pruned = cache.cache_latents(config, paired, config.train.workers, prune)
         did = [f"{computed} of {len(store.parts)} parts computed"] if computed else []
         did += [f"{pruned} parts of other shards removed"] if pruned else []
         outcome.done = f"{', '.join(did) or 'reused, nothing changed'}, {store.rows} rows: {store.folder}"
@@ -120,8 +121,9 @@ def _build_index(config: Config, teacher: str, given: Given | None, shards: Shar
     latents = config.latents
     with stage("index", "build-index", config, latents.dir, given, shards) as (opened, outcome):
         store, seed, workers = Store(latents.dir, teachers=(teacher,)), config.run.seed, config.train.workers
+        known = store.with_latents(opened.shards)
         made, new = index.build_index(
-            store, opened.shards, latents.index, latents.gallery, latents.recall, seed, workers, latents.components
+            store, known, latents.index, latents.gallery, latents.recall, seed, workers, latents.components
         )
         outcome.done = (
             f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents of {teacher}, "

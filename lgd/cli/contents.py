@@ -151,6 +151,7 @@ def as_lines(description: dict[str, JsonValue]) -> list[str]:
 def _describe_shards(folder: Location) -> dict[str, JsonValue]:
     manifest = Manifest.read(folder / "manifest.json")
     labels, images = Counter[str](), manifest.extensions
+    unit = "pairs" if images.ihc else "H&E patches"
     for split in manifest.splits.values():
         labels.update(split.labels)
     return {
@@ -160,7 +161,7 @@ def _describe_shards(folder: Location) -> dict[str, JsonValue]:
         "labels": dict(labels),
         "sizes": _describe_shapes([shape for split in manifest.splits.values() for shape in split.shapes]),
         "images": f"H&E {images.he}, {f'IHC {images.ihc}' if images.ihc else 'no IHC'}",
-        "source": f"{manifest.layout}, {manifest.sources.pairs} pairs, {manifest.sources.rejected} left out",
+        "source": f"{manifest.layout}, {manifest.sources.pairs} {unit}, {manifest.sources.rejected} left out",
         "tissue": "virtual" if manifest.virtual else "not drawn by lgd synth",
         "digest": manifest.digest,
     }

@@ -34,6 +34,7 @@ def _add_synth(parser: Parser) -> Run:
 def _add_build_shards(parser: Parser) -> Run:
     from lgd.shards.builder import build
     from lgd.shards.options import ShardOptions
+    from lgd.shards.shard_set import WITHOUT_IHC
 
     read_options = add_option_arguments(parser, ShardOptions)
 
@@ -55,13 +56,16 @@ def _add_build_shards(parser: Parser) -> Run:
                 f"{unscaled} patches have no scale: give --mpp X (micrometres per pixel), or --mpp unknown, else no "
                 "network is trained on their labels"
             )
+        paired = manifest.extensions.ihc is not None
+        if not paired:
+            logger.warning(f"no patch has a second image (IHC), so the set holds H&E alone: {WITHOUT_IHC}")
         for name, use in (("train", "trained on"), ("test", "scored in a report")):
             if name not in manifest.splits:
                 logger.warning(
                     f"no patch is in the split {name}, so nothing can be {use}: name the split of each pair in a "
                     "CSV, or draw another one with --split or --salt"
                 )
-        print_lines(f"{done}: {options.out} (from {sources.pairs} pairs{left_out})")
+        print_lines(f"{done}: {options.out} (from {sources.pairs} {'pairs' if paired else 'H&E patches'}{left_out})")
 
     return run
 

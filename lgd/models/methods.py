@@ -233,8 +233,10 @@ class LgdNet(Method):
             mask_BQ = self.negative_mask(batch.negatives, stored["pooled"])
             temperature, queue_QD = student.contrast_temperature, batch.negatives.pooled_QD
             terms["contrast"] = losses.contrast_loss(out["pooled"], stored["pooled"], queue_QD, mask_BQ, temperature)
-        terms["nuclei"] = losses.grid_loss(out["nuclei"], torch.log1p(stored["nuclei"]))
-        terms["membrane"] = losses.grid_loss(out["membrane"], stored["membrane"])
+        if "nuclei" in stored:
+            terms["nuclei"] = losses.grid_loss(out["nuclei"], torch.log1p(stored["nuclei"]))
+        if "membrane" in stored:
+            terms["membrane"] = losses.grid_loss(out["membrane"], stored["membrane"])
         return terms
 
     def negative_mask(self, negatives: Negatives, pooled_BD: torch.Tensor) -> torch.Tensor:

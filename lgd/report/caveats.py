@@ -33,6 +33,10 @@ UNTAUGHT_TEACHER = (
     "The teacher is a pretrained encoder as it is: no label taught it, it gives no level, and its row of scores is "
     "empty. What its latents are worth is measured by retrieval."
 )
+WITHOUT_TEACHER = (
+    "{} of {} patches of this split have no second image (IHC): the teacher, which reads it, has no row here, and no "
+    "query can look for its own IHC."
+)
 COLOUR = "colour only"
 """Its row in a table."""
 HOW = (

@@ -82,13 +82,13 @@ def he_only(
     train_features_mC: np.ndarray,
     train: Predictions,
     latents_mD: Floats,
-    own_nD: Floats,
+    own_nD: Floats | None,
     what: str = "latents",
 ) -> list[Embedding]:
     """A network of H&E alone, by its features and by their ridge regression to the teacher's latents.
 
     `train` are its predictions of the training patches, for their groups; `latents_mD` are the teacher's latents of the
-    same patches as they are compared, `what` says how, and `own_nD` are those of the scored split.
+    same patches as they are compared, `what` says how, and `own_nD` are those of the scored split, if there are any.
     """
     # The teacher's latents are relative to their training mean too: without it all features share one direction.
     mean_C = train_features_mC.mean(0, dtype=np.float64)

@@ -17,6 +17,7 @@ from lgd.report.caveats import (
     ONE_TRAINING,
     UNTAUGHT,
     UNTAUGHT_TEACHER,
+    WITHOUT_TEACHER,
     caveats_of,
     chance_retrieval_caveats,
     colour_only,
@@ -26,7 +27,7 @@ from lgd.report.embeddings import Embedding, he_only, measure
 from lgd.report.figures import Query
 from lgd.report.results import HEADLINE, Difference, Results, Retrieval, Robustness
 from lgd.report.robustness import measure as measure_robustness
-from lgd.report.sheet import Gallery
+from lgd.report.sheet import Gallery, read_images
 from lgd.report.slides import SLIDE_RULES, score_model
 from lgd.retrieval.answers import Answer, name_level
 from lgd.retrieval.factory import fit_on_parts
@@ -63,27 +64,20 @@ def evaluate(
     # Where the training split itself is scored it is no gallery: queries would find themselves.
     training = shards.of_split("train") if config.report.split != "train" else []
     scorers = [load_scorer(folder, code=code) for folder in (config.student.dir, *config.report.also)]
+    unpaired = sum(shard.samples for shard in split if "ihc" not in shard.roles)
     # Opened before the scoring, which can take hours.
     store = open_for(scorers[0], config.latents.dir, None) if scorers[0].retrieves_by == "latents" else None
-    has_sheet = store is not None and config.report.queries > 0
-    if store is not None and has_sheet:
-        try:
-            require_faiss()
-        except DataError as error:
-            logger.warning("[report] the contact sheet is left out: %s", error)
-            has_sheet = False
-        else:
-            read_document(store)
+    has_sheet = store is not None and config.report.queries > 0 and _can_search(store)
     networks = [
         Network(scorer, *score_shards(scorer, split, threads=config.data.threads))
-        for scorer in (*scorers, load_scorer(config.teacher.dir, "teacher", code))
+        for scorer in (*scorers, *([] if unpaired else [load_scorer(config.teacher.dir, "teacher", code)]))
     ]
     labelled = scorers[0].config.training.labelled
     if not labelled:
         # Its levels are none, so there is nothing to compare either.
         unknown = np.full_like(networks[0].predictions.level, -1)
         networks = [one._replace(predictions=replace(one.predictions, level=unknown)) for one in networks]
-    student, *rivals, teacher = networks
+    (student, *rivals), teachers = networks[: len(scorers)], networks[len(scorers) :]
     retrieval = shifted = None
     queries: list[Query] = []
     if store is not None:
@@ -93,12 +87,14 @@ def evaluate(
         answering = [(one.scorer, one.predictions) for one in networks if one.scorer.config.training.labelled]
         shifted = measure_robustness(config, answering, split)
     colour = colour_only(training, split, config.data.threads)
-    scored = [*(one.predictions for one in (student, *rivals)), *([colour] if colour else []), teacher.predictions]
+    scored = [one.predictions for one in (student, *rivals)]
+    scored += [*([colour] if colour else []), *(one.predictions for one in teachers)]
     results = measure_results(
         scored,
         caveats=[
             ONE_TRAINING if labelled else UNTAUGHT,
-            *([] if teacher.scorer.config.training.labelled or not labelled else [UNTAUGHT_TEACHER]),
+            *(UNTAUGHT_TEACHER for one in teachers if labelled and not one.scorer.config.training.labelled),
+            *([WITHOUT_TEACHER.format(unpaired, len(student.predictions.keys))] if unpaired else []),
             *caveats_of(shards, student.predictions),
         ],
         provenance={
@@ -114,6 +110,17 @@ def evaluate(
         robustness=shifted,
     )
     return results, scored, queries
+
+
+def _can_search(store: Store) -> bool:
+    """Whether queries of the contact sheet can be answered, else a note; `DataError` for a store without an index."""
+    try:
+        require_faiss()
+    except DataError as error:
+        logger.warning("[report] the contact sheet is left out: %s", error)
+        return False
+    read_document(store)
+    return True
 
 
 def measure_results(
@@ -163,12 +170,16 @@ def measure_retrieval(
     shards: Sequence[Shard],
     student: Network,
     rivals: Sequence[Network],
-) -> Retrieval:
+) -> Retrieval | None:
     """The measures of what `list_embeddings` gives.
 
-    `shards` were scored; `training` is the gallery that levels are looked up in.
+    `shards` were scored; `training` is the gallery that levels are looked up in. Latents of patches without an IHC, if
+    the store has none, are not searched; None where nothing is left to search.
     """
     check_pair(student.scorer, store)
+    training = store.with_latents(training)
+    if not training and len(store.with_latents(shards)) < len(shards):
+        return None
     embeddings = list_embeddings(config, store, training, shards, (student, *rivals))
     level_m = read_levels(store.parts_of(training)) if training else np.empty(0, np.int64)
     return measure(embeddings, student.predictions, level_m, config.report.bootstrap, config.run.seed)
@@ -182,10 +193,12 @@ def list_embeddings(
     Students of other teachers have no row: their latents do not compare with the store's. Latents are compared as
     queries compare them, whitened by those of `training`; beside that stand hallucinated and true ones as they are.
     """
-    own_nD = pooled_latents(store, shards)
-    latents_mD = pooled_latents(store, training) if training else own_nD[:0]
+    has_own = len(store.with_latents(shards)) == len(shards)
+    own_nD = pooled_latents(store, shards) if has_own else None
+    latents_mD = pooled_latents(store, training or shards)[: None if training else 0]
     whitening = fit_on_parts(store.parts_of(training or shards), config.latents.components)
     whiten, white = (whitening.apply, ", whitened") if whitening else (np.asarray, "")
+    white_own_nD = None if own_nD is None else whiten(own_nD)
     embeddings = []
     for scorer, predictions, vectors in networks:
         name = predictions.name
@@ -195,7 +208,7 @@ def list_embeddings(
             train, train_vectors = score_shards(scorer, training, threads=config.data.threads)
             features = vectors["features"], train_vectors["features"]
             what = "whitened latents" if whitening else "latents"
-            embeddings += he_only(name, *features, train, whiten(latents_mD), whiten(own_nD), what)
+            embeddings += he_only(name, *features, train, whiten(latents_mD), white_own_nD, what)
         elif isinstance(scorer.config, StudentConfig) and scorer.retrieves_by == "latents":
             of = scorer.config.suffix_of(store.recipe.teacher.weights_sha256)
             if of is None:
@@ -203,13 +216,14 @@ def list_embeddings(
             if f"query{of}" in vectors:
                 mapped_nD = whiten(vectors[f"query{of}"])
                 embeddings.append(
-                    Embedding(f"{name}, mapped latents{white}", mapped_nD, whiten(latents_mD), whiten(own_nD))
+                    Embedding(f"{name}, mapped latents{white}", mapped_nD, whiten(latents_mD), white_own_nD)
                 )
             embeddings.append(Embedding(f"{name}, hallucinated latents", vectors[f"pooled{of}"], latents_mD, own_nD))
     # What no hallucination can be expected to pass; its own pair would be the query itself.
-    embeddings.append(Embedding("IHC teacher, true latents", own_nD, latents_mD))
-    if whitening:
-        embeddings.append(Embedding(f"IHC teacher, true latents{white}", whiten(own_nD), whiten(latents_mD)))
+    if own_nD is not None and white_own_nD is not None:
+        embeddings.append(Embedding("IHC teacher, true latents", own_nD, latents_mD))
+        if whitening:
+            embeddings.append(Embedding(f"IHC teacher, true latents{white}", white_own_nD, whiten(latents_mD)))
     return embeddings
 
 
@@ -224,8 +238,9 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
     rows = _spread(predictions.level, config.report.queries)
     found = search(Searcher(store), choose_latents(student.vectors)[rows], 4) if len(rows) else []
     images = Gallery(store, 256, shards.folders)
-    reader = Reader(shards.of_split(config.report.split), ("he", "ihc"), 256)
-    samples = [reader.read(row) for row in rows.tolist()]
+    split = Reader(shards.of_split(config.report.split), ())
+    samples = [split.read(row) for row in rows.tolist()]
+    pictures = [read_images(split.shards[sample.shard], sample.row, 256) for sample in samples]
     return [
         Query(
             answer=Answer(
@@ -235,11 +250,11 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
             ),
             slide=sample.meta.slide,
             level=name_level(sample.level),
-            he=sample.images["he"],
-            ihc=sample.images["ihc"],
-            images=[images.image(hit) for hit in hits],
+            he=he,
+            ihc=ihc,
+            images=[images.show(hit) for hit in hits],
         )
-        for row, sample, hits in zip(rows, samples, found, strict=True)
+        for row, sample, (he, ihc), hits in zip(rows, samples, pictures, found, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,14 @@ _SAME, _ONE_OFF = (_GREEN, "-", "same level"), (_ORANGE, "--", "one level off")
 _BEYOND, _UNKNOWN = (_RED, ":", "further off"), (_GREY, "-.", "not comparable")
 
 
+class Picture(NamedTuple):
+    """What is shown of a patch."""
+
+    stain: str
+    """IHC, or H&E of a patch without one."""
+    image: Image
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Query:
     """An answer with its pictures, each uint8 (H, W, 3), and what is known of the patch that asks."""
@@ -48,8 +56,8 @@ class Query:
     he: Image
     ihc: Image | None
     """Its own IHC, where there is one: never an input of the student, but the query where the patch is a stored one."""
-    images: Sequence[Image]
-    """The IHC of each neighbour."""
+    images: Sequence[Picture]
+    """One of each neighbour."""
 
 
 def confusion_matrix(predictions: Predictions, path: str | Location, title: str) -> None:
@@ -140,15 +148,17 @@ def error_bars(intervals: Sequence[Interval | None]) -> tuple[Floats, Floats]:
 
 
 def contact_sheet(rows: Sequence[Query], path: str | Location, votes: bool = False) -> None:
-    """A row a query: its H&E, its own IHC (if any query has one), and the IHCs that it found with level and distance.
+    """A row a query: its H&E, its own IHC (if any query has one), and what it found, with level and distance.
+
+    A patch is shown by its IHC, and by its H&E where it has none.
 
     The frame of a found IHC, and that of the H&E for its predicted level, shows how far the level is from the
     query's true one. `votes`: also what the levels of all neighbours say together.
     """
     first = 1 + any(row.ihc is not None for row in rows)
     columns = first + max((len(row.images) for row in rows), default=0)
-    # The caption of a panel has up to five lines.
-    figure = new_figure(1.9 * columns, 2.7 * len(rows))
+    # The caption of a panel has up to six lines.
+    figure = new_figure(1.9 * columns, 2.8 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, row in zip(grid, rows, strict=True):
         answer, true = row.answer, f"true level {row.level or 'unknown'}"
@@ -156,20 +166,24 @@ def contact_sheet(rows: Sequence[Query], path: str | Location, votes: bool = Fal
         lines = [_short(Path(answer.name).stem), f"slide {_short(row.slide or 'unknown')}", true + predicted]
         vote = [_vote_line(answer.vote)] if votes else []
         if answer.stored:
-            _panel(axes[0], row.he, ["its H&E, not asked", *lines], None)
-            _panel(axes[1], row.ihc, ["IHC query", true, *vote], None)
+            if first == 2:
+                _panel(axes[0], row.he, ["its H&E, not asked", *lines], None)
+                _panel(axes[1], row.ihc, ["IHC query", true, *vote], None)
+            else:
+                _panel(axes[0], row.he, ["its stored latent asks", *lines, *vote], None)
         else:
             frame = _agreement(row.level, answer.level) if answer.level else None
             _panel(axes[0], row.he, ["H&E query", *lines, *vote], frame)
             if first == 2:
                 _panel(axes[1], row.ihc, ["its own IHC", "not given to the student", "", true], None)
-        for rank, (ax, found, image) in enumerate(zip(axes[first:], answer.neighbours, row.images, strict=False), 1):
+        for rank, (ax, found, shown) in enumerate(zip(axes[first:], answer.neighbours, row.images, strict=False), 1):
             agreement = _agreement(row.level, found.level)
             slide = f"slide {_short(found.slide or 'unknown')} ({found.split})"
             level = f"level {found.level or 'unknown'}, {agreement[2]}"
             distance = f"found {rank}, distance {found.distance:.3f}"
             twin = [f"near-duplicate of {_short(found.duplicate_of)}"] if found.duplicate_of else []
-            _panel(ax, image, [distance, _short(found.key), slide, level, *twin], agreement)
+            stain = ["its H&E: it has no IHC"] if shown.stain == "H&E" else []
+            _panel(ax, shown.image, [distance, _short(found.key), slide, level, *twin, *stain], agreement)
         for ax in axes[first + len(row.images) :]:
             ax.set_axis_off()
     save_figure(figure, path)

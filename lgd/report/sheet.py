@@ -7,9 +7,10 @@ import numpy as np
 
 from lgd.base.errors import require
 from lgd.io.location import Location
-from lgd.report.figures import Query, contact_sheet
+from lgd.report.figures import Picture, Query, contact_sheet
 from lgd.retrieval.answers import Answer, Stored
 from lgd.scoring.images import read_image
+from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardFolder
 from lgd.store.store import Store
 from lgd.stream.reader import Reader
@@ -26,10 +27,21 @@ class Gallery:
         self.store, self.size = store, size
         self._find_shard = store.open_sources(known, otherwise=", or query without --sheet")
 
-    def image(self, stored: Stored, role: str = "ihc") -> np.ndarray:
-        """An image of a stored patch, uint8 (size, size, 3)."""
-        shard = self._find_shard(self.store.parts[stored.part])
-        return Reader([shard], (role,), self.size).read(stored.row).images[role]
+    def read(self, stored: Stored) -> tuple[np.ndarray, np.ndarray | None]:
+        """The H&E and the IHC of a stored patch, as `read_images`."""
+        return read_images(self._find_shard(self.store.parts[stored.part]), stored.row, self.size)
+
+    def show(self, stored: Stored) -> Picture:
+        """What stands for a stored patch."""
+        he, ihc = self.read(stored)
+        return Picture("H&E", he) if ihc is None else Picture("IHC", ihc)
+
+
+def read_images(shard: Shard, row: int, size: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The H&E and, where its set has one, the IHC of a patch, uint8 (size, size, 3)."""
+    roles = tuple(role for role in ("he", "ihc") if role in shard.roles)
+    images = Reader([shard], roles, size).read(row).images
+    return images["he"], images.get("ihc")
 
 
 def check_sheet(queries: int, k: int) -> None:
@@ -42,17 +54,17 @@ def check_sheet(queries: int, k: int) -> None:
 
 
 def draw_sheet(store: Store, answers: Sequence[Answer], path: Location, size: int = 256) -> None:
-    """Draw each query beside the IHCs that it found, as a PNG."""
+    """Draw each query beside the IHCs that it found (the H&E of those without one), as a PNG."""
     gallery = Gallery(store, size)
     rows = []
     for answer in answers:
         stored = answer.stored
         if stored:
-            he, ihc = gallery.image(stored, "he"), gallery.image(stored, "ihc")
+            he, ihc = gallery.read(stored)
         else:
             assert answer.image is not None
             he, ihc = read_image(Path(answer.image), size), None
         slide, level = (stored.slide, stored.level) if stored else (None, None)
-        images = [gallery.image(hit) for hit in answer.neighbours]
+        images = [gallery.show(hit) for hit in answer.neighbours]
         rows.append(Query(answer=answer, slide=slide, level=level, he=he, ihc=ihc, images=images))
     contact_sheet(rows, path, votes=True)

@@ -41,17 +41,22 @@ _ENOUGH_AXES = 16
 """With fewer, different patches can lie as close as that."""
 
 
-def check_pair(scorer: Scorer, store: Store) -> str:
-    """What ends the names of the latents that a student hallucinates of the store's first teacher.
-
-    Raises `DataError` where it hallucinates none of them.
-    """
-    config = scorer.config
+def require_latents(scorer: Scorer) -> None:
+    """Raise `DataError` unless the student hallucinates latents."""
     if scorer.method is None or scorer.method.retrieves_by != "latents":
         raise DataError(
             f"the student {scorer.folder} hallucinates no latents ({scorer.name}): query with one that does, such as "
             f"{METHODS[PROPOSED].title}"
         )
+
+
+def check_pair(scorer: Scorer, store: Store) -> str:
+    """What ends the names of the latents that a student hallucinates of the store's first teacher.
+
+    Raises `DataError` where it hallucinates none of them.
+    """
+    require_latents(scorer)
+    config = scorer.config
     stored, teachers = store.recipe.teacher.weights_sha256, config.teachers if isinstance(config, StudentConfig) else ()
     suffix = config.suffix_of(stored) if isinstance(config, StudentConfig) else None
     if suffix is None:
@@ -67,8 +72,11 @@ def check_pair(scorer: Scorer, store: Store) -> str:
 def open_for(scorer: Scorer | None, folder: str | Location, teacher: str | None) -> Store:
     """A store, or that of its run, seen through a teacher: by default the student's first one that it has latents of.
 
-    Raises `DataError` for a store without latents of that name.
+    Raises `DataError` for a store without latents of that name, and for a student that hallucinates none.
     """
+    if scorer is not None:
+        # Before the store is opened: the run of such a student need not have one.
+        require_latents(scorer)
     at = find_in_run(folder, "latents")
     if teacher is None and scorer is not None and isinstance(scorer.config, StudentConfig):
         stored = StoreDocument.read(at / "store.json").teachers

@@ -183,6 +183,8 @@ def _parse_meta(content: memoryview, shard: Shard) -> tuple[PatchMeta | None, st
         return None, f"{meta.key}: fields slide and group are {meta.slide!r:.80} and {meta.group!r:.80}"
     if meta.split != shard.split:
         return meta, f"field split is {meta.split!r:.80}, but the shard is of {shard.split}"
+    if (meta.sha256.ihc is not None) != ("ihc" in shard.extensions):
+        return meta, f"field sha256 has {'an' if meta.sha256.ihc else 'no'} IHC, and the set {shard.roles[1:]}"
     label = meta.label
     if label is not None and (type(label) is not int or not 0 <= label < len(LEVEL_NAMES)):
         return meta, f"field label is {label!r:.80}, and the set has {len(LEVEL_NAMES)} classes"

@@ -2,7 +2,7 @@
 
 `lgd build-shards` runs `build`. It leaves on disk (format `lgd-shards/2`, described in shards/README.md):
 
-    OUT/{split}-{000000}.tar   KEY.json, KEY.he.EXT, KEY.ihc.EXT of each sample, contiguous
+    OUT/{split}-{000000}.tar   KEY.json, KEY.he.EXT and, where there is one, KEY.ihc.EXT of each sample, contiguous
     OUT/{split}-{000000}.idx   offset, length and crc32 of every member
     OUT/patches.npy            what must not lie on two sides of a split (`lgd.shards.manifest.PATCHES`)
     OUT/rejected.csv           what `--on-bad skip` left out
@@ -34,7 +34,18 @@ from lgd.io.locks import LOCK, exclusive
 from lgd.ray_jobs.cluster import map_with, restore_connection
 from lgd.shards.image import codecs
 from lgd.shards.layouts import Problem, write_problems
-from lgd.shards.manifest import HER2, PATCHES, Extensions, File, Manifest, Options, Recipe, Sources, patch_entry
+from lgd.shards.manifest import (
+    HER2,
+    PATCHES,
+    Digests,
+    Extensions,
+    File,
+    Manifest,
+    Options,
+    Recipe,
+    Sources,
+    patch_entry,
+)
 from lgd.shards.options import SPLITS, ShardOptions, describe_split, list_caveats, make_samples
 from lgd.shards.pairs import Source, find_pairs, leave_out_duplicates, refuse_spellings
 from lgd.shards.shard_set import ShardFolder
@@ -101,7 +112,7 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
             entries.append(entry)
             bar.update(entry.samples)
     stream, in_order = io.BytesIO(), (sample for some in of_split.values() for sample in some)
-    rows = [patch_entry(*sample.source.sha256, sample.source.pair.group) for sample in in_order]
+    rows = [patch_entry(Digests.of(sample.source.sha256), sample.source.pair.group) for sample in in_order]
     np.save(stream, np.array(rows, PATCHES), allow_pickle=False)
     patches = stream.getvalue()
     write_bytes(out / "patches.npy", patches)
@@ -176,7 +187,7 @@ def _check_pairs(options: ShardOptions) -> tuple[list[Source], list[Problem]]:
 def _choose_extensions(options: ShardOptions, sources: Sequence[Source]) -> Extensions:
     """The one type of all H&E and of all IHC images; `DataError` names two files that differ."""
     kept, first = options.encoding.extension, sources[0]
-    he, ihc = (kept, kept) if kept else first.extensions
+    types = [kept or extension for extension in first.extensions]
     for source in sources if not kept else ():
         names = zip(source.pair.names, first.pair.names, strict=True)
         for (name, other), mine, theirs in zip(names, source.extensions, first.extensions, strict=True):
@@ -185,7 +196,7 @@ def _choose_extensions(options: ShardOptions, sources: Sequence[Source]) -> Exte
                     f"{other} holds {theirs} and {name} holds {mine}, but a shard set keeps one type a "
                     "stain: use --image png or --image jpeg:95 to re-encode them all"
                 )
-    return Extensions.from_json({"hes": None, "he": he, "ihc": ihc})
+    return Extensions.from_json({"hes": None, "he": types[0], "ihc": types[1] if len(types) == 2 else None})
 
 
 def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> Building:

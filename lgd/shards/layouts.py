@@ -1,7 +1,8 @@
 """How paired patches lie on disk: BCI, MIST, a CSV, and layouts of other packages.
 
 Only names are looked at, from one listing a folder. Nothing is dropped silently: what looks like a patch but cannot be
-paired comes back as a `Problem`. A layout of another package is named `python:package.module:name`:
+paired comes back as a `Problem`. In a set of H&E alone no candidate has an IHC. A layout of another package is named
+`python:package.module:name`:
 
     class Flat(Layout):
         def scan(self, root):
@@ -67,7 +68,8 @@ class Candidate:
 
     stem: str
     he: Location
-    ihc: Location
+    ihc: Location | None
+    """None in a set of H&E alone."""
     label: int | None
     """Number of the class; None where unknown."""
     slide: str | None = None
@@ -129,6 +131,7 @@ class Bci(Layout):
                 elif (level := entry.stem.rpartition("_")[2]) in LEVEL_NAMES:
                     yield replace(entry, label=LEVEL_NAMES.index(level), split=split)
                 else:
+                    assert entry.ihc is not None, "both stains were matched"
                     he, ihc = f"HE/{split}/{entry.he.name}", f"IHC/{split}/{entry.ihc.name}"
                     reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
                     yield Problem(he, reason, "", he, ihc)
@@ -153,18 +156,20 @@ class Csv(Layout):
     """A folder with `pairs.csv`, or the CSV itself.
 
     Columns he and ihc (relative to the CSV), and as you have them key, label, slide, split, mpp and the fields of
-    `Origin`. Whether the files of a remote CSV exist is seen when they are read.
+    `Origin`. Without a column ihc, or with an empty one, the set holds H&E alone. Whether the files of a remote CSV
+    exist is seen when they are read.
     """
 
     takes_csv = True
 
     def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         base, path = (root.parent, root) if is_csv(root) else (root, root / "pairs.csv")
-        for number, row in read_csv(path, required=("he", "ihc"), allowed=_COLUMNS):
+        for number, row in read_csv(path, required=("he",), allowed=_COLUMNS):
             try:
                 yield _read_row(base, row)
             except DataError as error:
-                yield Problem(f"{path.name} row {number}", str(error), row.get("key", ""), row["he"], row["ihc"])
+                name, named = f"{path.name} row {number}", [row.get(column, "") for column in ("key", "he", "ihc")]
+                yield Problem(name, str(error), *named)
 
 
 LAYOUTS: dict[str, type[Layout]] = {"bci": Bci, "mist": Mist, "csv": Csv}
@@ -227,7 +232,7 @@ def _is_patch(name: str) -> bool:
 
 def _read_row(base: Location, row: dict[str, str]) -> Candidate:
     """The pair of one row; `DataError` says what is wrong with it."""
-    for role in ("he", "ihc"):
+    for role in ("he", "ihc") if row.get("ihc") else ("he",):
         if not row[role] or Path(row[role]).is_absolute() or "://" in row[role]:
             raise DataError(f"{role} is {row[role]!r}: give the path relative to the CSV")
         if (kind := peek_kind(base / row[role], "file")) != "file":
@@ -238,7 +243,7 @@ def _read_row(base: Location, row: dict[str, str]) -> Candidate:
         raise DataError(f"key is {key!r}: use letters, digits, _, + and - only")
     if split and not _SPLIT.fullmatch(split):
         raise DataError(f"split is {split!r}: use a plain word such as train, val or test")
-    he, ihc = base / row["he"], base / row["ihc"]
+    he, ihc = base / row["he"], base / row["ihc"] if row.get("ihc") else None
     try:
         # Its numbers are texts here.
         origin = Origin.model_validate({name: row.get(name) or None for name in Origin.model_fields}, strict=False)

@@ -6,6 +6,7 @@ KEY.json has no digest of its own: the index has its crc32, and the manifest the
 import decimal
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
@@ -34,6 +35,11 @@ class Digests(Record):
 
     he: Sha256 | None
     ihc: Sha256 | None
+
+    @classmethod
+    def of(cls, digests: Sequence[str | None]) -> Self:
+        """Those of the H&E and, where there is one, the IHC."""
+        return cls(he=digests[0], ihc=digests[1] if len(digests) == 2 else None)
 
 
 class Origin(Record):
@@ -81,7 +87,7 @@ class PatchMeta(Origin):
     source: Line
     """The H&E file, relative to the root."""
     width: Pixels
-    """Of both images, in pixels."""
+    """Of all images, in pixels."""
     height: Pixels
     mpp: Mpp | None
     icc: Digests
@@ -232,10 +238,10 @@ class Manifest(Recipe):
         return self
 
 
-def patch_entry(he: str | None, ihc: str | None, group: str) -> tuple[int, int, int]:
-    """An entry of patches.npy, from the SHA-256 of the image files and the group."""
-    first, second = (int.from_bytes(bytes.fromhex(digest or "")[:8], "little") for digest in (he, ihc))
-    return first, second, hash_64(canonical_group(group))
+def patch_entry(files: Digests, group: str) -> tuple[int, int, int]:
+    """An entry of patches.npy, from the digests of the image files and the group."""
+    he, ihc = (int.from_bytes(bytes.fromhex(digest or "")[:8], "little") for digest in (files.he, files.ihc))
+    return he, ihc, hash_64(canonical_group(group))
 
 
 def canonical_group(name: str) -> str:

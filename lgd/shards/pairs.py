@@ -29,12 +29,17 @@ _MOST = 10
 
 @dataclass(frozen=True, kw_only=True)
 class PatchPair(Candidate):
-    """An H&E patch and the IHC patch of the same field, under a key that no other pair has."""
+    """An H&E patch and the IHC patch of the same field, if there is one, under a key that no other pair has."""
 
     key: str
     """Of letters, digits, `_`, `+` and `-`."""
-    names: tuple[str, str]
+    names: tuple[str, ...]
     """The files of the H&E and of the IHC, relative to the root, with `/`."""
+
+    @property
+    def images(self) -> tuple[Location, ...]:
+        """The H&E and the IHC."""
+        return (self.he,) if self.ihc is None else (self.he, self.ihc)
 
     @property
     def group(self) -> str:
@@ -48,16 +53,16 @@ class PatchPair(Candidate):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A pair whose two images were read and decoded in full."""
+    """A pair whose images were read and decoded in full; of each image a fact stands in the pair's order."""
 
     pair: PatchPair
     width: int
     height: int
-    extensions: tuple[str, str]
+    extensions: tuple[str, ...]
     """True types of the H&E and the IHC: jpg, png or webp."""
-    sha256: tuple[str, str]
+    sha256: tuple[str, ...]
     """Digests of the H&E and the IHC file."""
-    icc: tuple[str | None, str | None]
+    icc: tuple[str | None, ...]
     """Digests of the colour profiles in them."""
 
 
@@ -81,12 +86,19 @@ def find_pairs(
         raise DataError(f"{root} holds no pairs of the {layout} layout: check --root and --layout")
     problems = [entry for entry in entries if isinstance(entry, Problem)]
     known, base = None if slides is None else read_slides(slides), root if folder else root.parent
+    paired = sum(bool(entry.ihc) for entry in entries)
     sharing: dict[str, list[PatchPair]] = {}
     for entry in entries:
         if not isinstance(entry, Problem):
-            key, names = safe_key(entry.stem), (relative_name(entry.he, base), relative_name(entry.ihc, base))
+            key, names = safe_key(entry.stem), [relative_name(entry.he, base)]
+            if entry.ihc is not None:
+                names.append(relative_name(entry.ihc, base))
+            elif paired:
+                reason = f"has no IHC, and {paired} of {len(entries)} have one: name it, or build two sets"
+                problems.append(Problem(names[0], reason, key, names[0]))
+                continue
             slide = entry.slide if known is None else known.get(key)
-            sharing.setdefault(key, []).append(PatchPair(**vars(entry) | {"slide": slide}, key=key, names=names))
+            sharing.setdefault(key, []).append(PatchPair(**vars(entry) | {"slide": slide}, key=key, names=tuple(names)))
     pairs = []
     for key in sorted(sharing):
         for pair in sharing[key]:
@@ -108,9 +120,9 @@ def _find_problem(pair: PatchPair, sharing: Sequence[PatchPair], slides: str | L
         return pair.problem(f"key {pair.key} has no slide in {slides}: add the row")
     names = (*pair.names, pair.slide or "")
     if any(map(_UNPRINTABLE.search, names)):
-        he, ihc, slide = (name.encode("unicode_escape").decode() for name in names)
-        reason = f"a file or slide name cannot be printed ({ihc}, slide {slide or 'unknown'}): rename it"
-        return Problem(he, reason, pair.key, he, ihc)
+        *files, slide = (name.encode("unicode_escape").decode() for name in names)
+        reason = f"a file or slide name cannot be printed ({files[-1]}, slide {slide or 'unknown'}): rename it"
+        return Problem(files[0], reason, pair.key, *files)
     return None
 
 
@@ -180,7 +192,8 @@ def leave_out_duplicates(sources: Sequence[Source], keeps_split: bool) -> tuple[
         pair, split = source.pair, source.pair.split if keeps_split else None
         shared = {"split": split, "label": pair.label, "slide": pair.slide, "mpp": pair.mpp, **dict(pair.origin)}
         for stain, digest in enumerate(source.sha256):
-            facts = {"stain": stain, **shared, _STAINS[1 - stain]: source.sha256[1 - stain]}
+            other_image = source.sha256[1 - stain] if len(source.sha256) == 2 else None
+            facts = {"stain": stain, **shared, _STAINS[1 - stain]: other_image}
             users.setdefault(digest, []).append(_Use(pair, stain, facts))
     conflicts: dict[str, Problem] = {}
     copies: dict[str, Problem] = {}

@@ -88,7 +88,7 @@ def as_seen(rows: Sequence[tuple[int, PatchMeta]], start: int, tiled: bool) -> n
 def unlike_patches(shard: Shard, rows: Sequence[tuple[int, PatchMeta]], patches_n: np.ndarray) -> list[str]:
     """The first sample of which patches.npy states something else; `patches_n` are the rows of the shard."""
     for row, meta in rows:
-        he, ihc, group = patch_entry(meta.sha256.he, meta.sha256.ihc, meta.group)
+        he, ihc, group = patch_entry(meta.sha256, meta.group)
         stated = {"group": group, **({"he": he, "ihc": ihc} if shard.keeps_files else {})}
         if wrong := [name for name, value in stated.items() if patches_n[row][name] != value]:
             return [

@@ -6,6 +6,8 @@
 What a run reads of its manifests is read here; nothing downstream opens a manifest again.
 """
 
+import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +20,10 @@ from lgd.io.location import Location, as_location
 from lgd.shards.archive import Shard, load_table
 from lgd.shards.manifest import HER2, PATCHES, REBUILD, UNKNOWN, Manifest
 
+logger = logging.getLogger(__name__)
+
+WITHOUT_IHC = "import latents by lgd import-latents, or train --student.method he-only"
+"""What to do with a set without second images."""
 _MOST = 20
 
 
@@ -111,6 +117,21 @@ class ShardSet:
             names = ", ".join(sorted({shard.split for shard in self.shards}))
             raise DataError(f"{field} {split!r} has no patches; the shards have {names}")
         return shards
+
+    def with_ihc(self, reader: str) -> "ShardSet":
+        """The folders that hold second images, for a `reader` of these; `DataError` where none does.
+
+        A note names those that are left out.
+        """
+        lacking = [str(one.folder) for one in self.folders if one.manifest.extensions.ihc is None]
+        if not lacking:
+            return self
+        hold = f"{', '.join(lacking)} {'holds' if len(lacking) == 1 else 'hold'} no second image (IHC)"
+        if len(lacking) == len(self.folders):
+            raise DataError(f"{hold}, which {reader} needs: {WITHOUT_IHC}")
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning("%s: left out by %s", hold, reader)
+        return ShardSet(tuple(one for one in self.folders if one.manifest.extensions.ihc is not None))
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:

@@ -113,7 +113,7 @@ def check_chunk(options: ShardOptions, pairs: Sequence[PatchPair]) -> list[Sourc
 
 
 def check_pair(pair: PatchPair, options: ShardOptions) -> Source | Problem:
-    """Read and fully decode both images of a pair; they must be of one size, and hold at least one tile.
+    """Read and fully decode the images of a pair; they must be of one size, and hold at least one tile.
 
     Sizes are those of the upright images. One that is kept as it is must be stored upright.
 
@@ -121,13 +121,14 @@ def check_pair(pair: PatchPair, options: ShardOptions) -> Source | Problem:
     """
     turns = options.encoding.extension is not None
     try:
-        images = [_read(path, name) for path, name in zip((pair.he, pair.ihc), pair.names, strict=True)]
-        he, ihc = (check(content, name, turns) for content, name in zip(images, pair.names, strict=True))
-        if he[1:] != ihc[1:]:
-            raise DataError(
-                f"{pair.names[0]}: is {he.width} x {he.height} pixels but its IHC {pair.names[1]} is "
-                f"{ihc.width} x {ihc.height}: register the two, so that they show the same field"
-            )
+        images = [_read(path, name) for path, name in zip(pair.images, pair.names, strict=True)]
+        he, *others = headers = [check(content, name, turns) for content, name in zip(images, pair.names, strict=True)]
+        for ihc in others:
+            if he[1:] != ihc[1:]:
+                raise DataError(
+                    f"{pair.names[0]}: is {he.width} x {he.height} pixels but its IHC {pair.names[1]} is "
+                    f"{ihc.width} x {ihc.height}: register the two, so that they show the same field"
+                )
         if min(he[1:]) < options.tile:
             raise DataError(
                 f"{pair.names[0]}: is {he.width} x {he.height} pixels, smaller than --tile {options.tile}: use a "
@@ -137,15 +138,15 @@ def check_pair(pair: PatchPair, options: ShardOptions) -> Source | Problem:
         raise
     except DataError as error:
         message = str(error)
-        name = pair.names[message.startswith(f"{pair.names[1]}: ")]
+        name = next((name for name in pair.names if message.startswith(f"{name}: ")), pair.names[0])
         return pair.problem(message.removeprefix(f"{name}: "), name)
     return Source(
         pair=pair,
         width=he.width,
         height=he.height,
-        extensions=(he.extension, ihc.extension),
-        sha256=(hashlib.sha256(images[0]).hexdigest(), hashlib.sha256(images[1]).hexdigest()),
-        icc=(read_icc_digest(images[0]), read_icc_digest(images[1])),
+        extensions=tuple(one.extension for one in headers),
+        sha256=tuple(hashlib.sha256(content).hexdigest() for content in images),
+        icc=tuple(map(read_icc_digest, images)),
     )
 
 
@@ -234,13 +235,13 @@ def _write_archive(job: ShardJob) -> Entry:
 
 
 def _make_members(options: ShardOptions, samples: Sequence[Sample]) -> list[tuple[str, list[bytes]]]:
-    """The key of each of the samples of one source, and its json, H&E and IHC bytes.
+    """The key of each of the samples of one source, and the bytes of its json, its H&E and its IHC.
 
     Raises `DataError` for a source that is no longer the file that was checked.
     """
     source, encoding = samples[0].source, options.encoding
     names = source.pair.names
-    images = [_read(path, name) for path, name in zip((source.pair.he, source.pair.ihc), names, strict=True)]
+    images = [_read(path, name) for path, name in zip(source.pair.images, names, strict=True)]
     for content, name, digest in zip(images, names, source.sha256, strict=True):
         if hashlib.sha256(content).hexdigest() != digest:
             raise DataError(f"{name}: changed while the shards were built: build them again")
@@ -271,8 +272,8 @@ def _describe(sample: Sample, digests: Sequence[str], options: ShardOptions) -> 
         width=options.tile or source.width,
         height=options.tile or source.height,
         mpp=pair.mpp or options.known_mpp,
-        icc=Digests(he=source.icc[0], ihc=source.icc[1]),
-        sha256=Digests(he=digests[0], ihc=digests[1]),
+        icc=Digests.of(source.icc),
+        sha256=Digests.of(digests),
         **dict(pair.origin),
     )
     return json.dumps(meta.as_json(), ensure_ascii=False, allow_nan=False).encode()

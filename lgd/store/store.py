@@ -19,7 +19,7 @@ from lgd.io.documents import MissingDocument
 from lgd.io.files import list_folder
 from lgd.io.location import Location, as_location
 from lgd.shards.archive import Shard
-from lgd.shards.shard_set import ShardFolder
+from lgd.shards.shard_set import WITHOUT_IHC, ShardFolder
 from lgd.store.document import PATCHES, REMEDY, TEACHER, Recipe, SourcesDocument, StoreDocument, refuse_recipe
 from lgd.store.parts import Part, PartFile
 
@@ -155,6 +155,10 @@ class Store:
         """The names of datasets, and those of the further teachers' ones."""
         return tuple(name for name in self.parts[0].layout if name.partition("@")[0] in names)
 
+    def with_latents(self, shards: Sequence[Shard]) -> list[Shard]:
+        """All of these shards but those that have no IHC, and no part here either."""
+        return [shard for shard in shards if "ihc" in shard.roles or shard.sha256 in self._of_tar]
+
     def parts_of(self, shards: Sequence[Shard]) -> list[Part]:
         """Look up the part of each shard, so that a shard's number is its part's number too.
 
@@ -162,6 +166,11 @@ class Store:
             DataError: For a shard that the store does not have, or has with another number of samples.
         """
         lacking = [shard for shard in shards if shard.sha256 not in self._of_tar]
+        if without := [shard for shard in lacking if "ihc" not in shard.roles]:
+            raise DataError(
+                f"{without[0].path.parent} holds no second image (IHC), and {self.folder} no latents of it: "
+                f"{WITHOUT_IHC}, or leave it out of data.shards"
+            )
         if lacking:
             raise DataError(
                 f"the feature store {self.folder} lacks latents of {' or '.join(self.teachers)} for {len(lacking)} of "

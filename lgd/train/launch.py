@@ -90,6 +90,8 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
     otherwise, and while another process trains in the same local folder.
     """
     shards = shards or open_disjoint(config.shard_dirs)
+    if TASKS[task].role == "ihc":
+        shards = shards.with_ihc("the teacher")
     built, resume = TASKS[task](config), config.train.resume
     if not shards.of_split("train"):
         raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")

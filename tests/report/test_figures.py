@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lgd.metrics import Interval, Predictions
-from lgd.report.figures import Query, confusion_matrix, contact_sheet, robustness_curves
+from lgd.report.figures import Picture, Query, confusion_matrix, contact_sheet, robustness_curves
 from lgd.report.results import AtStrength, ModelRobustness, Robustness, UnderChange
 from lgd.retrieval.answers import Answer, Hit
 
@@ -27,7 +27,7 @@ def test_any_text_can_be_drawn(tmp_path, name):
     image = np.zeros((8, 8, 3), np.uint8)
     found = Hit(key=name, slide=name, split=name, level="1+", part=0, row=0, distance=0.1, duplicate_of=name)
     answer = Answer(image=name, level="1+", neighbours=[found])
-    query = Query(answer=answer, slide=name, level="1+", he=image, ihc=image, images=[image])
+    query = Query(answer=answer, slide=name, level="1+", he=image, ihc=image, images=[Picture("H&E", image)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         confusion_matrix(scored, tmp_path / "confusion.png", name)

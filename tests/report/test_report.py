@@ -12,7 +12,7 @@ from lgd.metrics import METRICS, Predictions, paired_differences, score
 from lgd.report.caveats import COLOUR, HOW, caveats_of
 from lgd.report.embeddings import Embedding, measure
 from lgd.report.evaluation import measure_results
-from lgd.report.figures import Query, confusion_matrix, contact_sheet
+from lgd.report.figures import Picture, Query, confusion_matrix, contact_sheet
 from lgd.report.report import format_scores, write_report
 from lgd.report.results import Results
 from lgd.retrieval.answers import Answer, Hit, name_level
@@ -48,7 +48,7 @@ def query(level=2, ihc=True):
         level=None if level is None else name_level(level),
         he=image,
         ihc=image if ihc else None,
-        images=[image] * 4,
+        images=[Picture("IHC", image)] * 4,
     )
 
 
@@ -318,7 +318,7 @@ def test_real_patches_fill_a_sheet(real_data, tmp_path):
             level=level,
             he=he,
             ihc=ihc,
-            images=images["IHC"][:2],
+            images=[Picture("IHC", image) for image in images["IHC"][:2]],
         )
         for name, level, he, ihc in zip(names, levels, images["HE"], images["IHC"], strict=True)
     ]

@@ -121,7 +121,8 @@ def test_the_picture_of_a_hit_is_its_ihc(scorer, store, images, tissue_run):
     hit = query(scorer, store, images[:1], 1)[0].neighbours[0]
     reader = Reader(ShardFolder.open(tissue_run.shard_dirs[0]).shards, ("ihc",), 64)
     sample = next(s for s in map(reader.read, range(48)) if s.key == hit.key)
-    assert np.array_equal(Gallery(store, 64).image(hit), sample.images["ihc"])
+    shown = Gallery(store, 64).show(hit)
+    assert shown.stain == "IHC" and np.array_equal(shown.image, sample.images["ihc"])
 
 
 def test_the_sheet_is_drawn(tissue_run, images, capsys, tmp_path):

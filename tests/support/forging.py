@@ -117,8 +117,8 @@ class Member(NamedTuple):
         return info.tobuf(self.format)
 
 
-def forge(out, change, name=FIRST, **facts):
-    """Write a shard with changed members; its index and the manifest agree with it."""
+def forge(out, change, name=FIRST, columns=3, **facts):
+    """Write a shard with changed members, of which a sample has `columns`; its index and the manifest agree with it."""
     path = out / f"{name}.tar"
     with tarfile.open(path) as tar:
         members = [Member(info.name, tar.extractfile(info).read()) for info in tar]
@@ -130,13 +130,13 @@ def forge(out, change, name=FIRST, **facts):
         stream.write(member.content + bytes(-len(member.content) % 512))
     stream.write(bytes(1024))
     path.write_bytes(stream.getvalue() + bytes(-stream.tell() % 10240))
-    write_index(path.with_suffix(".idx"), np.array(rows, INDEX))
+    write_index(path.with_suffix(".idx"), np.array(rows, INDEX), columns)
     agree(out, name, **facts)
 
 
-def write_index(path, entries):
+def write_index(path, entries, columns=3):
     with path.open("wb") as stream:
-        np.save(stream, entries.reshape(-1, 3) if entries.size % 3 == 0 else entries)
+        np.save(stream, entries.reshape(-1, columns) if entries.size % columns == 0 else entries)
 
 
 def with_content(place, content):

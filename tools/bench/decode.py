@@ -148,7 +148,7 @@ def noticed(
     teacher: Teacher, pairs: Sequence[PatchPair], size: int, references: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """How alike a teacher finds scaled decodes and each of the resizes: cosines, and the share of equal predictions."""
-    contents = [pair.ihc.read_bytes() for pair in pairs]
+    contents = [pair.images[1].read_bytes() for pair in pairs]
     levels = np.array([-1 if pair.label is None else pair.label for pair in pairs])
     scaled = latents(teacher, [pixels(content, size) for content in contents])
     found: dict[str, dict[str, Any]] = {}
@@ -183,7 +183,7 @@ def _teacher(settings: Settings, inputs: Inputs) -> tuple[Teacher, dict[str, Any
 
 def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Scaled decodes a second by full decodes and resizes, and what a trained teacher notices of it."""
-    contents = {"he": inputs.contents, "ihc": [pair.ihc.read_bytes() for pair in inputs.pairs]}
+    contents = {"he": inputs.contents, "ihc": [pair.images[1].read_bytes() for pair in inputs.pairs]}
     if any(content[:2] != b"\xff\xd8" for content in contents["he"] + contents["ihc"]):
         raise DataError(f"{settings.images}: decode compares ways to decode JPEG; give --images a folder of JPEG files")
     few = {role: some[:16] for role, some in contents.items()}

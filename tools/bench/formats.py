@@ -32,7 +32,7 @@ ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {
 
 def formats(pairs: Sequence[PatchPair], settings: Settings) -> dict[str, list[dict[str, Any]]]:
     """Bytes a pair and H&E decodes a second of each format: whole patches to the input size, and tiles as they are."""
-    contents = [(pair.he.read_bytes(), pair.ihc.read_bytes()) for pair in pairs]
+    contents = [(pair.he.read_bytes(), pair.images[1].read_bytes()) for pair in pairs]
     pixels = [(decode(he, ""), decode(ihc, "")) for he, ihc in contents]
     tiles = [
         (he[y : y + _TILE, x : x + _TILE], ihc[y : y + _TILE, x : x + _TILE])

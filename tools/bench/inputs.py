@@ -62,7 +62,7 @@ class Inputs:
         for number in range(self.settings.pairs):
             pair = self.pairs[number % len(self.pairs)]
             name = f"{number:05d}_train_{LEVEL_NAMES[pair.label or 0]}.png"
-            for role, path in (("HE", pair.he), ("IHC", pair.ihc)):
+            for role, path in zip(("HE", "IHC"), pair.images, strict=True):
                 (root / role / "train" / name).write_bytes(_with_comment(path.read_bytes(), number))
         return root
 

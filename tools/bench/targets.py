@@ -24,10 +24,7 @@ _GRIDS = {"nuclei": 8, "membrane": 4}
 def run(settings: Settings, inputs: Inputs) -> Outcome:
     """Milliseconds of a core a pair by those of the first edition."""
     pairs = [
-        [
-            torch.from_numpy(decode(path.read_bytes(), path.name, None))[None].permute(0, 3, 1, 2)
-            for path in (p.he, p.ihc)
-        ]
+        [torch.from_numpy(decode(path.read_bytes(), path.name, None))[None].permute(0, 3, 1, 2) for path in p.images]
         for p in inputs.pairs[:_PAIRS]
     ]
 
