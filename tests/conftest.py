@@ -80,18 +80,27 @@ def tissue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tissue_config(tissue: Path) -> Config:
-    """A small run over shards of `tissue` in which nothing is trained yet; its folders are those of `tissue_run`.
-
-    20 pairs are in train, 8 in val and 20 in test; a shard holds 8.
-    """
+def build_tissue_shards(tissue: Path, out: Path, he_size: int = 0) -> Path:
+    """Shards of `tissue`, 8 pairs in each: 20 pairs in train, 8 in val and 20 in test."""
     from lgd.shards.builder import build
     from lgd.shards.options import ShardOptions
 
-    shards = tissue.parent / "shards"
     split = {"slides": str(tissue / "truth.csv"), "split": "group:0.5,0.25,0.25"}
-    build(ShardOptions(layout="bci", root=str(tissue), out=str(shards), shard_size=8, mpp=0.46, **split))
+    asked = {"shard_size": 8, "mpp": 0.46, "he_size": he_size}
+    build(ShardOptions(layout="bci", root=str(tissue), out=str(out), **asked, **split))
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_he_shards(tissue: Path) -> Path:
+    """The shards of `tissue_config`, with the H&E at its `data.size` too. No test may change them."""
+    return build_tissue_shards(tissue, tissue.parent / "small-he-shards", he_size=64)
+
+
+@pytest.fixture(scope="session")
+def tissue_config(tissue: Path) -> Config:
+    """A small run over shards of `tissue` in which nothing is trained yet; its folders are those of `tissue_run`."""
+    shards = build_tissue_shards(tissue, tissue.parent / "shards")
     options = {
         "run.dir": tissue.parent / "run",
         "data.shards": shards,

@@ -150,8 +150,8 @@ def as_lines(description: dict[str, JsonValue]) -> list[str]:
 
 def _describe_shards(folder: Location) -> dict[str, JsonValue]:
     manifest = Manifest.read(folder / "manifest.json")
-    labels, images = Counter[str](), manifest.extensions
-    unit = "pairs" if images.ihc else "H&E patches"
+    labels, images, side = Counter[str](), manifest.extensions, manifest.options.he_size
+    small, unit = f" (and at {side} x {side} px)" if side else "", "pairs" if images.ihc else "H&E patches"
     for split in manifest.splits.values():
         labels.update(split.labels)
     return {
@@ -160,7 +160,7 @@ def _describe_shards(folder: Location) -> dict[str, JsonValue]:
         "patches": {name: split.samples for name, split in manifest.splits.items()},
         "labels": dict(labels),
         "sizes": _describe_shapes([shape for split in manifest.splits.values() for shape in split.shapes]),
-        "images": f"H&E {images.he}, {f'IHC {images.ihc}' if images.ihc else 'no IHC'}",
+        "images": f"H&E {images.he}{small}, {f'IHC {images.ihc}' if images.ihc else 'no IHC'}",
         "source": f"{manifest.layout}, {manifest.sources.pairs} {unit}, {manifest.sources.rejected} left out",
         "tissue": "virtual" if manifest.virtual else "not drawn by lgd synth",
         "digest": manifest.digest,

@@ -52,6 +52,8 @@ class Shard:
     """Extension of each role that a sample has, in their order: json, hes, he, ihc."""
     keeps_files: bool
     """Whether its images are the files that the set was built from, so that KEY.json has their digests."""
+    he_size: int | None = None
+    """Side of the H&E that a sample also has as its role hes; None where it has none."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -135,7 +137,7 @@ def read_sample(
 ) -> tuple[PatchMeta, dict[str, memoryview]]:
     """Read one sample of an open shard, from any thread: its KEY.json, and the content of the images of `roles`.
 
-    One read for the H&E, one for both images, two for the IHC alone; what is not asked for is not touched. Of each
+    One read for the first image, one for all, two for the IHC alone; what is not asked for is not touched. Of each
     member the tar header, the crc32 and the type are checked. Raises `DataError` with shard, row, key and role.
     """
     places = index[row].tolist()

@@ -2,7 +2,8 @@
 
 `lgd build-shards` runs `build`. It leaves on disk (format `lgd-shards/2`, described in shards/README.md):
 
-    OUT/{split}-{000000}.tar   KEY.json, KEY.he.EXT and, where there is one, KEY.ihc.EXT of each sample, contiguous
+    OUT/{split}-{000000}.tar   KEY.json, KEY.hes.jpg if asked for, KEY.he.EXT and, where there is one, KEY.ihc.EXT of
+                               each sample, contiguous
     OUT/{split}-{000000}.idx   offset, length and crc32 of every member
     OUT/patches.npy            what must not lie on two sides of a split (`lgd.shards.manifest.PATCHES`)
     OUT/rejected.csv           what `--on-bad skip` left out
@@ -196,7 +197,8 @@ def _choose_extensions(options: ShardOptions, sources: Sequence[Source]) -> Exte
                     f"{other} holds {theirs} and {name} holds {mine}, but a shard set keeps one type a "
                     "stain: use --image png or --image jpeg:95 to re-encode them all"
                 )
-    return Extensions.from_json({"hes": None, "he": types[0], "ihc": types[1] if len(types) == 2 else None})
+    small = "jpg" if options.he_size else None
+    return Extensions.from_json({"hes": small, "he": types[0], "ihc": types[1] if len(types) == 2 else None})
 
 
 def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> Building:
@@ -209,7 +211,7 @@ def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> 
     chosen = ("split", "salt", "shard_size", "tile", "image", "mpp", "labelled")
     return Building(
         layout=options.layout,
-        options=Options(he_size=None, **{name: getattr(options, name) for name in chosen}),
+        options=Options(he_size=options.he_size or None, **{name: getattr(options, name) for name in chosen}),
         codecs=codecs(),
         sources=Sources(pairs=len(sources), rejected=rejected, digest=digest_of(facts)),
     )

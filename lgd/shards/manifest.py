@@ -219,6 +219,12 @@ class Manifest(Recipe):
     splits: dict[Word, Split]
 
     @model_validator(mode="after")
+    def _check_he_size(self) -> Self:
+        if (self.options.he_size is None) != (self.extensions.hes is None):
+            raise ValueError(f"field he_size is {self.options.he_size}, but extensions.hes is {self.extensions.hes}")
+        return self
+
+    @model_validator(mode="after")
     def _check_shards(self) -> Self:
         if not self.splits:
             raise ValueError("field splits is empty")

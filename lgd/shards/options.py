@@ -100,6 +100,8 @@ class ShardOptions:
     """Side of the square tiles that patches are cut into, in pixels; 0 keeps whole patches."""
     image: str = "keep"
     """`keep` the original bytes (tiles become PNG), or re-encode to `png` or `jpeg:QUALITY`, turned as EXIF says."""
+    he_size: NotNegative = 0
+    """Side at which the H&E is stored once more, in pixels, for training at this `data.size`; 0 stores none."""
     slides: str | Path = ""
     """CSV (or its url) with the columns key and slide that names the slide of every pair."""
     mpp: Mpp | Literal["unknown"] | None = None
@@ -118,6 +120,9 @@ class ShardOptions:
         check_layout(self.layout)
         SplitRule.parse(self.split)
         Encoding.parse(self.image, self.tile)
+        if self.tile:
+            remedy = f"use at most {self.tile}, or larger tiles"
+            require(self.he_size <= self.tile, f"--he-size {self.he_size}: is larger than --tile {self.tile}: {remedy}")
 
     @property
     def rule(self) -> SplitRule:

@@ -57,6 +57,7 @@ class ShardFolder:
                 idx_sha256=entry.idx_sha256,
                 extensions=extensions,
                 keeps_files=options.image == "keep" and not options.tile,
+                he_size=options.he_size,
             )
             for name, split in manifest.splits.items()
             for entry in split.shards

@@ -27,7 +27,7 @@ from lgd.io.documents import Document, MissingDocument
 from lgd.io.files import create_json, list_folder, publish, read_bytes, remove
 from lgd.io.location import Location, MissingError, RemoteError
 from lgd.shards.archive import INDEX
-from lgd.shards.image import check, decode_upright, encode, read_icc_digest
+from lgd.shards.image import check, decode, decode_upright, encode, read_icc_digest
 from lgd.shards.layouts import Problem
 from lgd.shards.manifest import Digests, Entry, Extensions, PatchMeta, Recipe
 from lgd.shards.options import Sample, ShardOptions
@@ -129,11 +129,10 @@ def check_pair(pair: PatchPair, options: ShardOptions) -> Source | Problem:
                     f"{pair.names[0]}: is {he.width} x {he.height} pixels but its IHC {pair.names[1]} is "
                     f"{ihc.width} x {ihc.height}: register the two, so that they show the same field"
                 )
-        if min(he[1:]) < options.tile:
-            raise DataError(
-                f"{pair.names[0]}: is {he.width} x {he.height} pixels, smaller than --tile {options.tile}: use a "
-                "smaller tile"
-            )
+        for option, side in (("tile", options.tile), ("he-size", options.he_size)):
+            if min(he[1:]) < side:
+                what = f"is {he.width} x {he.height} pixels, smaller than --{option} {side}: use a smaller one"
+                raise DataError(f"{pair.names[0]}: {what}")
     except RemoteError:
         raise
     except DataError as error:
@@ -235,7 +234,7 @@ def _write_archive(job: ShardJob) -> Entry:
 
 
 def _make_members(options: ShardOptions, samples: Sequence[Sample]) -> list[tuple[str, list[bytes]]]:
-    """The key of each of the samples of one source, and the bytes of its json, its H&E and its IHC.
+    """The key of each of the samples of one source, and the bytes of its members, in their order.
 
     Raises `DataError` for a source that is no longer the file that was checked.
     """
@@ -246,7 +245,7 @@ def _make_members(options: ShardOptions, samples: Sequence[Sample]) -> list[tupl
         if hashlib.sha256(content).hexdigest() != digest:
             raise DataError(f"{name}: changed while the shards were built: build them again")
     if encoding.extension is None:
-        return [(sample.key, [_describe(sample, source.sha256, options), *images]) for sample in samples]
+        return [(sample.key, _order_members(sample, images, source.sha256, options)) for sample in samples]
     decoded = [decode_upright(content, name) for content, name in zip(images, names, strict=True)]
     made = []
     for sample in samples:
@@ -255,8 +254,19 @@ def _make_members(options: ShardOptions, samples: Sequence[Sample]) -> list[tupl
         cut = [pixels[top : top + tile_h, left : left + tile_w] for pixels in decoded]
         images = [encode(pixels, encoding.extension, encoding.quality) for pixels in cut]
         digests = [hashlib.sha256(content).hexdigest() for content in images]
-        made.append((sample.key, [_describe(sample, digests, options), *images]))
+        made.append((sample.key, _order_members(sample, images, digests, options)))
     return made
+
+
+def _order_members(
+    sample: Sample, images: Sequence[bytes], digests: Sequence[str], options: ShardOptions
+) -> list[bytes]:
+    """The members of a sample, in their order, of which its H&E and IHC are given."""
+    small = []
+    if options.he_size:
+        # What the stream would make of the H&E, so that a network sees the same where it is given the H&E alone.
+        small = [encode(decode(images[0], sample.key, options.he_size), "jpg")]
+    return [_describe(sample, digests, options), *small, *images]
 
 
 def _describe(sample: Sample, digests: Sequence[str], options: ShardOptions) -> bytes:

@@ -102,7 +102,7 @@ class Supervision:
     def reader(self, shards: Sequence[Shard], targets: bool = True) -> Reader:
         """A reader for `prepare`; without `targets` latents alone are made of what it reads."""
         size = self.recipe.teacher.size
-        return _NativeReader(shards, ("he", "ihc"), size) if targets else Reader(shards, ("ihc",), size)
+        return _NativeReader(shards, size) if targets else Reader(shards, ("ihc",), size)
 
     def prepare(self, reader: Reader, number: int) -> Sample:
         """Read one sample of a `reader`, in any thread: its images are then `ihc`, uint8 of the teacher's size, and the
@@ -243,12 +243,16 @@ def reencode(
 
 
 class _NativeReader(Reader):
-    """Reads images at native resolution, and the IHC also at its size, decoded as in training."""
+    """Reads images at native resolution, and the IHC also at the teacher's size, decoded as in training."""
+
+    def __init__(self, shards: Sequence[Shard], teacher_size: int) -> None:
+        super().__init__(shards, ("he", "ihc"))
+        self.teacher_size = teacher_size
 
     def decode(
         self, content: bytes | memoryview, what: str, role: str, out: np.ndarray | None
     ) -> dict[str, np.ndarray]:
         images = {role: decode(content, what, None)}
         if role == "ihc":
-            images["teacher_ihc"] = decode(content, what, self.size)
+            images["teacher_ihc"] = decode(content, what, self.teacher_size)
         return images

@@ -75,7 +75,10 @@ class Reader:
     """Reads samples of a list of shards by number, from any thread."""
 
     def __init__(self, shards: Sequence[Shard], roles: Sequence[str] = ("he",), size: int | None = None) -> None:
-        """`roles`: images to decode; `size`: side to shrink them to, or None for native resolution."""
+        """`roles`: images to decode; `size`: side to shrink them to, or None for native resolution.
+
+        Where a shard stores the H&E at that size too, the role `he` is read from there.
+        """
         self.shards = shards = list(shards)
         self.sizes = [shard.samples for shard in self.shards]
         self.first = offsets(self.sizes)
@@ -85,6 +88,10 @@ class Reader:
             if lacking := [role for role in self.roles if role not in shard.extensions]:
                 raise DataError(f"{shard.path} has no images of the role {lacking[0]}: its set was built without them")
         self.size = size
+        self._members = [
+            tuple("hes" if role == "he" and size and size == shard.he_size else role for role in self.roles)
+            for shard in self.shards
+        ]
         self._opening = [threading.Lock() for _ in self.shards]
         self._opened = functools.lru_cache(OPEN_SHARDS)(lambda shard: shards[shard].open())
 
@@ -108,8 +115,9 @@ class Reader:
         problem = ""
         try:
             meta, contents = self._read_members(shard, row, opened)
-            for role, content in contents.items():
-                what = f"{self.shards[shard].path}, row {row}, {meta.key}, {role}"
+            for member, content in contents.items():
+                what = f"{self.shards[shard].path}, row {row}, {meta.key}, {member}"
+                role = "he" if member == "hes" else member
                 images |= self.decode(content, what, role, out[role] if out else None)
         except DataError as error:
             if not skip:
@@ -125,12 +133,12 @@ class Reader:
         """A sample of a shard that is open; where its copy was damaged in the cache, of the next one."""
         at = self.shards[shard]
         try:
-            return read_sample(*opened, row, at, self.roles)
+            return read_sample(*opened, row, at, self._members[shard])
         except DataError:
             if not drop_damaged(at.path, at.sha256, opened[0]):
                 raise
         self._opened.cache_clear()
-        return read_sample(*self.open(shard), row, at, self.roles)
+        return read_sample(*self.open(shard), row, at, self._members[shard])
 
     def decode(
         self, content: bytes | memoryview, what: str, role: str, out: np.ndarray | None

@@ -156,6 +156,11 @@ def test_ten_lines_say_what_a_folder_is(tissue_run):
         assert all(" ".join(word.split()) in " ".join(text.split()) for word in words), text
 
 
+def test_a_small_he_is_said(small_he_shards):
+    lines = as_lines(describe(small_he_shards))
+    assert len(lines) <= 10 and any("H&E jpg (and at 64 x 64 px), IHC jpg" in line for line in lines)
+
+
 def test_a_run_lists_its_stages_and_how_to_go_on(tissue_run, tmp_path, change):
     folder = tmp_path / "a run"
     folder.mkdir()

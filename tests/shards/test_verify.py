@@ -44,7 +44,7 @@ def out(whole, tmp_path):
     return tmp_path / "out"
 
 
-def rewrite(out, change, shard="train-000000"):
+def rewrite(out, change, shard="train-000000", columns=3):
     """Write a shard anew with changed members, with an index, digests and counts that all agree with it."""
     path = out / f"{shard}.tar"
     with tarfile.open(path) as tar:
@@ -58,7 +58,7 @@ def rewrite(out, change, shard="train-000000"):
     with tarfile.open(path) as tar:
         rows = [(m.offset_data, m.size, zlib.crc32(tar.extractfile(m).read())) for m in tar]
     with path.with_suffix(".idx").open("wb") as stream:
-        np.save(stream, np.array(rows, INDEX).reshape(-1, 3))
+        np.save(stream, np.array(rows, INDEX).reshape(-1, columns))
 
     def agree(manifest):
         split = shard.split("-")[0]

@@ -90,6 +90,17 @@ def test_images_of_several_sizes_are_measured_together_as_alone(tissue, tissue_r
         assert np.array_equal(alone.measure(name, of_each), expected)
 
 
+def test_a_small_he_beside_the_native_one_changes_no_row(small_he_shards, tissue_run, change, tmp_path):
+    """Nuclei are measured on the native H&E, also where the teacher's size is that of the small one."""
+    assert recipe_of(tissue_run).teacher.size == 64
+    asked = change(tissue_run, data={"shards": [str(small_he_shards)]}, latents={"dir": str(tmp_path / "latents")})
+    made = cache_latents(asked, shards_of(asked), workers=0).store
+    for one, other in zip(Store(tissue_run.latents.dir).parts, made.parts, strict=True):
+        assert one.tar_sha256 != other.tar_sha256
+        for name in ("pooled", "map", "nuclei", "membrane", "key"):
+            assert np.array_equal(one.array(name), other.array(name)), name
+
+
 def test_rows_are_in_shard_order_with_their_key_level_and_slide(tissue_run):
     shards = shards_of(tissue_run)
     reader = Reader(shards, ())

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
+from lgd.shards.archive import read_sample
 from lgd.shards.image import decode
 from lgd.shards.shard_set import ShardFolder
 from lgd.stream.plan import Plan, World, rank_positions
@@ -215,6 +216,58 @@ def test_batches_are_asked_for_no_further_than_the_prefetch(shards):
     next(samples)
     assert len(asked) == 4
     samples.close()
+
+
+@pytest.fixture
+def small_he(small_he_shards, tmp_path):
+    """A copy of the shards that have the H&E at 64 px too, to damage."""
+    folder = tmp_path / "small-he"
+    shutil.copytree(small_he_shards, folder)
+    return ShardFolder.open(folder).shards
+
+
+def test_the_he_of_the_readers_size_is_read_where_it_is_stored(shards, small_he):
+    native = [sample for batch in read(shards, 1) for sample in batch]
+    small = [sample for batch in read(small_he, 2) for sample in batch]
+    for one, other in zip(native, small, strict=True):
+        assert one.meta == other.meta and one.number == other.number
+        assert np.array_equal(one.images["ihc"], other.images["ihc"])
+        there = small_he[other.shard]
+        with there.path.open("rb") as file:
+            stored = read_sample(file, there.index(), other.row, there, ("hes",))[1]["hes"]
+        assert np.array_equal(other.images["he"], decode(stored, "x"))
+        assert not np.array_equal(one.images["he"], other.images["he"])
+
+
+@pytest.mark.parametrize("size", [None, 32, 128])
+def test_at_any_other_size_the_native_he_is_read(shards, small_he, size):
+    for number in (0, 9, 47):
+        images = [Reader(some, ("he", "ihc"), size).read(number).images for some in (shards, small_he)]
+        assert all(np.array_equal(images[0][role], images[1][role]) for role in ("he", "ihc"))
+
+
+def test_sets_with_and_without_a_small_he_are_mixed(shards, small_he):
+    mixed = Reader([*shards, *small_he], ("he",), 64)
+    alone = [Reader(some, ("he",), 64) for some in (shards, small_he)]
+    (found,) = stream(mixed, [np.arange(mixed.total)], threads=2)
+    wanted = [reader.read(number).images["he"] for reader in alone for number in range(reader.total)]
+    assert np.array_equal(found.images["he"], np.stack(wanted))
+
+
+def test_of_the_two_he_images_only_one_is_read(shards, small_he):
+    for shard in small_he:
+        for row in range(shard.samples):
+            damage(shard, row, "he")
+    read(small_he, 2, roles=("he",))
+    damage(small_he[1], 2, "hes")
+    bad = small_he[0].samples + 2
+    with pytest.raises(DataError, match=r"train-000001\.tar, row 2, .*, he: its crc32"):
+        Reader(small_he, ("he",), 32).read(bad)
+    with pytest.raises(DataError, match=r"train-000001\.tar, row 2, .*, hes: its crc32"):
+        read(small_he, 2, roles=("he",))
+    (samples,) = stream(Reader(small_he, ("he",), 64), [[bad, bad + 1]], threads=1, skip=True)
+    assert "hes: its crc32" in samples.rows[0].error and not samples.rows[1].error
+    assert not samples.images["he"][0].any() and samples.images["he"][1].any()
 
 
 def test_in_batches_loses_nothing():

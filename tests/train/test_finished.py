@@ -73,6 +73,15 @@ def test_another_one_is_refused_with_the_difference_and_replaced_when_asked_for(
     assert lgd("train")[0] == 1
 
 
+def test_shards_with_the_he_at_the_models_size_are_other_inputs(lgd, folder, small_he_shards):
+    """The network sees the same patches, a little changed by one more JPEG."""
+    status, message = lgd("train", f"--data.shards={small_he_shards}")
+    assert status == 1 and "holds a finished student of other inputs:" in message
+    assert "  shards.train.digest: " in message and "  shards.val.digest: " in message
+    status, message = lgd("train", f"--data.shards={small_he_shards}", "--overwrite")
+    assert status == 0 and load_scorer(folder).config.training.shards
+
+
 def test_the_old_one_is_there_until_the_new_one_is_and_a_stopped_replacement_goes_on(lgd, folder, monkeypatch):
     network = [folder / "config.json", folder / "model.safetensors"]
     before = [path.read_bytes() for path in network]
