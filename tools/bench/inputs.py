@@ -69,19 +69,32 @@ class Inputs:
     @functools.cached_property
     def shards(self) -> list[Shard]:
         """The shard set of `files`: at least four shards, and one for every worker of a peer."""
-        count = max(4, self.settings.workers)
-        out = self.folder / "shards"
-        size = -(-self.settings.pairs // count)
-        build(ShardOptions(layout="bci", root=str(self.files), out=str(out), shard_size=size, mpp="unknown"))
+        return self._build(self.folder / "shards")
+
+    @functools.cached_property
+    def small_shards(self) -> list[Shard]:
+        """The same with the H&E at `size` too."""
+        return self._build(self.folder / "small-shards", self.settings.size)
+
+    def _build(self, out: Path, he_size: int = 0) -> list[Shard]:
+        options = ShardOptions(
+            layout="bci",
+            root=self.files,
+            out=out,
+            shard_size=-(-self.settings.pairs // max(4, self.settings.workers)),
+            he_size=he_size,
+            mpp="unknown",
+        )
+        build(options)
         return list(ShardFolder.open(out).shards)
 
-    def sample_contents(self) -> list[bytes]:
-        """The H&E bytes of every sample of the shards, in the order of the sample numbers."""
+    def sample_contents(self, role: str = "he") -> list[bytes]:
+        """The bytes of a role of every sample of the shards that have it, in the order of the sample numbers."""
         contents = []
-        for shard in self.shards:
+        for shard in self.small_shards if role == "hes" else self.shards:
             file, index = shard.open()
             with file:
-                contents += [bytes(read_sample(file, index, row, shard, ("he",))[1]["he"]) for row in range(len(index))]
+                contents += [bytes(read_sample(file, index, row, shard, (role,))[1][role]) for row in range(len(index))]
         return contents
 
     def described(self) -> dict[str, Any]:

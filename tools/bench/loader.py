@@ -1,7 +1,8 @@
-"""`loader`: what training's stream reaches of a bare decode loop.
+"""`loader`: what training's stream reaches of a bare decode loop; `loader-small`: what small H&E images spare it.
 
 A is `Batches` over real shards, end to end: plan, read, crc32, decode, collate. B decodes the same bytes from
-memory with the same number of threads, and does nothing else.
+memory with the same number of threads, and does nothing else. For `loader-small` A reads shards with `--he-size`, and B
+is the same stream over shards of the native images alone.
 
 Where a run falls short, the CPU milliseconds a sample of both sides tell why: more than B's is work, which
 `perf record -g` and the list of functions in `profile` find; as many as B's at a lower rate is waiting.
@@ -150,4 +151,29 @@ def run(settings: Settings, inputs: Inputs) -> Outcome:
         "profile": profile(product),
     }
     product.reader.close()
+    return Outcome(ratios=[ratio], facts=facts)
+
+
+def run_small(settings: Settings, inputs: Inputs) -> Outcome:
+    """Samples a second from shards that have the H&E at the model's size too by those from native images alone."""
+    small, native = Product(inputs.small_shards, settings), Product(inputs.shards, settings)
+    contents = {"hes": inputs.sample_contents("hes"), "he": inputs.sample_contents()}
+    compared = [check_outputs(product, contents[role]) for product, role in ((small, "hes"), (native, "he"))]
+    counts = [product.warm() for product in (small, native)]
+    ratio = alternate(
+        "loader-small",
+        f"shards with --he-size {settings.size} to batches / shards of the native images to batches",
+        6,
+        lambda: small.rate(counts[0]),
+        lambda: native.rate(counts[1]),
+        settings.rounds,
+    )
+    facts = {
+        "input": inputs.described(),
+        "bytes_of_an_image": {role: sum(map(len, some)) / len(some) for role, some in contents.items()},
+        "images_compared": compared,
+        "profile": profile(small),
+    }
+    for product in (small, native):
+        product.reader.close()
     return Outcome(ratios=[ratio], facts=facts)

@@ -36,6 +36,7 @@ class Benchmark(NamedTuple):
 # Timed whole: store-plan, query, engine, cached-step. Two rounds were timed of the others, and taken for seven.
 BENCHMARKS = {
     "loader": Benchmark("loader", 2),
+    "loader-small": Benchmark("loader", 2, "run_small"),
     "loader-peers": Benchmark("peers", 6),
     "decode": Benchmark("decode", 12, estimated=True),
     "store-plan": Benchmark("store", 1, "plan"),

@@ -53,6 +53,7 @@ def tiny(tissue) -> Settings:
 
 EXPECTED = {
     "loader": {"loader": 0.95},
+    "loader-small": {"loader-small": 6},
     "loader-peers": {"loader-peers: webdataset": 1.15, "loader-peers: litdata": 1.04, "loader-peers: pillow": 4.5},
     "decode": {"decode": 1.6, "decode: cosine": 0.999, "decode: predictions": 0.99},
     "store-plan": {"store-plan": 0.97},
@@ -127,6 +128,10 @@ def test_the_loaders_of_all_sides_are_held_to_the_same_pixels(tiny, tmp_path):
     inputs = Inputs(tiny, tmp_path)
     product, contents = loader.Product(inputs.shards, tiny), inputs.sample_contents()
     assert loader.check_outputs(product, contents) == tiny.pairs
+    small = loader.Product(inputs.small_shards, tiny)
+    assert loader.check_outputs(small, inputs.sample_contents("hes")) == tiny.pairs
+    with pytest.raises(AssertionError, match="other pixels"):
+        loader.check_outputs(small, contents)
     with pytest.raises(AssertionError, match="other pixels"):
         loader.check_outputs(product, contents[::-1])
     peer = peers.WebDataset(tiny, inputs)
@@ -375,7 +380,7 @@ def test_it_runs_from_any_folder(tmp_path):
         (
             ["loader", "nonsense"],
             2,
-            "there are loader, loader-peers, decode, store-plan, store-random, store-first-row, store-write, targets",
+            "there are loader, loader-small, loader-peers, decode, store-plan, store-random, store-first-row",
         ),
         (["loader", "--shards", "2"], 2, "bench: python tools/bench has no option --shards"),
         (["loader", "--rounds", "0"], 2, "--rounds 0: use at least 1"),
