@@ -20,7 +20,6 @@ from lgd.config_files import Given, locate_field
 from lgd.io.location import as_location, require_local
 from lgd.io.locks import exclusive
 from lgd.models.methods import BASELINE, find_method
-from lgd.models.teacher import FrozenTeacher
 from lgd.ray_jobs.cluster import restore_connection
 from lgd.report import ablation, evaluation, report
 from lgd.retrieval import index
@@ -158,11 +157,6 @@ def evaluate(
 @restore_connection()
 def ablate(config: Config, options: ablation.AblateOptions, given: Given | None = None) -> str:
     """The table of LGD-Net, its controls and its parts (`lgd.report.ablation`), after the teacher and the store."""
-    if config.teacher.source == FrozenTeacher.source:
-        raise ConfigError(
-            "teacher.source is frozen, and lgd ablate compares with the teacher's levels, of which a frozen one has "
-            "none: set teacher.source to trained, or compare students by lgd train and lgd evaluate --report.also"
-        )
     shards, folder = open_disjoint(config.shard_dirs), f"{config.run.dir}/ablation"
     train_teacher(config, given, shards=shards)
     cache_latents(config, given, shards=shards)

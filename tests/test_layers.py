@@ -22,7 +22,7 @@ models.spec models.description models.export models.pretrained models.known mode
 models.encoder models.availability
 models.teacher models.query_map models.student models.losses models.methods
 models.loading
-store.document store.drift store.writer store.parts store.store store.commit store.supervision store.cache
+store.document store.drift store.writer store.parts store.store store.commit store.probe store.supervision store.cache
 store.export
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
@@ -31,7 +31,7 @@ retrieval.index_files retrieval.search retrieval.factory retrieval.index
 retrieval.hubs retrieval.answers retrieval.queries
 runs.folder
 report.results report.caveats report.ablation_table report.figures report.sheet report.embeddings
-report.robustness report.slides report.evaluation report.report report.ablation
+report.robustness report.slides report.probed report.evaluation report.report report.ablation
 pipeline
 cli.contents cli.verb cli.stages cli.answers cli.checks
 """.split()

@@ -18,6 +18,7 @@ from lgd.retrieval import search
 from lgd.runs.folder import RunDocument, Stage, read_stages
 from lgd.shards.manifest import Manifest, Shape
 from lgd.shards.verify import verify
+from lgd.store import probe
 from lgd.store.document import StoreDocument
 from lgd.store.store import Store
 
@@ -81,6 +82,7 @@ def _check_store(folder: Location, reencode: int, teacher: str, code: Collection
     stores = [Store(folder, teachers=(name,)) for name in document.teachers]
     problems = stores[0].verify()
     for store in stores:
+        problems += probe.find_problems(store)
         if exists(search.index_folder(store) / "index.json"):
             problems += search.problems(store)
     if problems or not reencode:
@@ -182,6 +184,8 @@ def _describe_store(folder: Location) -> dict[str, JsonValue]:
             facts[f"index_of_{name}"] = f"{index.factory} over {index.rows} latents, recall@10 {index.recall_at_10:.3f}"
         except MissingDocument:
             facts[f"index_of_{name}"] = "none yet: run lgd build-index"
+        with contextlib.suppress(MissingDocument):
+            facts[f"probe_of_{name}"] = probe.ProbeDocument.read(folder / "probe" / f"{name}.json").describe()
     return facts | {"digest": store.digest}
 
 

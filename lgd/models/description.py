@@ -103,6 +103,11 @@ class TeacherConfig(ModelConfig):
     encoder: EncoderSpec
     pool: Literal["cls", "mean", "cls+mean"]
 
+    @property
+    def gives_labels(self) -> bool:
+        """Whether labels taught it; else a probe on its latents gives them (`lgd.store.probe`)."""
+        return self.training.labelled > 0
+
 
 class StudentConfig(ModelConfig):
     """A student's folder."""

@@ -29,7 +29,7 @@ from lgd.models.encoder import PRESETS, Encoder, build_encoder
 from lgd.models.known import state_inputs, stated_in
 from lgd.models.losses import Lesson, Negatives, Terms
 from lgd.models.student import HallucinatingStudent, Outputs, Student, TwoStreamStudent
-from lgd.models.teacher import Teacher, load_teacher
+from lgd.models.teacher import Probe, Teacher, load_teacher
 
 
 class Method:
@@ -50,14 +50,17 @@ class Method:
     controls: ClassVar[Mapping[str, Mapping[str, float | str]]] = {}
     """Further rows of `lgd ablate --full`: which fields of `student:` differ from its own row."""
     uses_levels: bool = False
-    """Whether the teacher's levels teach it, which a frozen one lacks."""
+    """Whether the teacher's levels teach it: those of its head, or of a probe where no label taught it."""
 
     def __init__(self, config: Config) -> None:
         """Raises `ConfigError` for fields that do not fit the method."""
         self.config = config
         self.latents: Mapping[str, LatentSizes] = {}
         """Those of the store that teach it, by teacher; empty where none do."""
-        self._teacher: Teacher | None = None
+        self.teacher_dir = config.teacher.dir
+        """Of the teacher whose head gives soft levels, that of the first latents."""
+        self.levels: Teacher | Probe | None = None
+        """What gives soft levels: the task gives a probe where no label taught that teacher."""
         preset = config.teacher.encoder in PRESETS
         self.own_stream = preset if config.student.hallucination == "auto" else config.student.hallucination == "own"
         """Whether the second stream has an encoder of its own."""
@@ -114,9 +117,9 @@ class Method:
 
     def soft_levels(self, pooled_nD: torch.Tensor) -> torch.Tensor:
         """The teacher's logits (n, 4) of its stored latents."""
-        if self._teacher is None:
-            self._teacher = load_teacher(self.config.teacher.dir, self.config.code)[0].to(pooled_nD.device)
-        return self._teacher.levels_of(pooled_nD)
+        if self.levels is None:
+            self.levels = load_teacher(self.teacher_dir, self.config.code)[0].to(pooled_nD.device)
+        return self.levels.levels_of(pooled_nD)
 
 
 class HeOnly(Method):
@@ -240,10 +243,7 @@ class LgdNet(Method):
         return terms
 
     def negative_mask(self, negatives: Negatives, pooled_BD: torch.Tensor) -> torch.Tensor:
-        """Which latents of the queue are of another level, and not of the same sample, bool (B, Q).
-
-        Where a level is unknown the teacher's stands for it.
-        """
+        """Which latents of the queue are of another level (unknown, that of the teacher) and sample, bool (B, Q)."""
         level_B, level_Q = (
             torch.where(level >= 0, level, self.soft_levels(pooled).argmax(dim=1))
             for level, pooled in ((negatives.level_B, pooled_BD), (negatives.level_Q, negatives.pooled_QD))

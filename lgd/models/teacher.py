@@ -17,8 +17,9 @@ from lgd.models.encoder import Encoder
 from lgd.models.export import load_weights
 
 NO_LEVELS = (
-    "the teacher is frozen (teacher.source): no label taught it, and it gives no levels to teach with; a probe on its "
-    "latents is planned, and until then student.distil_weight and student.contrast_weight must be 0"
+    "no label taught the teacher, so that a probe on its latents would give its levels, and the training split has "
+    "labels of fewer than two levels to fit one on: set student.distil_weight and student.contrast_weight to 0, take "
+    "another method than distil, or label patches"
 )
 
 
@@ -73,6 +74,21 @@ class Teacher(nn.Module):
         spec = self.encoder.spec
         own = {"source": self.source, "encoder": spec, "pool": spec.pool, "licence": spec.licence}
         return TeacherConfig.from_json(facts | own)
+
+
+class Probe(nn.Module):
+    """Pooled latent -> level by a linear map, which stands for the head that a teacher was not taught.
+
+    It is fitted on stored latents (`lgd.store.probe`): no network is needed for it.
+    """
+
+    def __init__(self, weight_4D: torch.Tensor, bias_4: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Buffer(weight_4D), nn.Buffer(bias_4)
+
+    def levels_of(self, pooled_nD: torch.Tensor) -> torch.Tensor:
+        """The logits (n, 4) of stored latents."""
+        return nn.functional.linear(pooled_nD.float(), self.weight, self.bias)
 
 
 class FrozenTeacher(Teacher):

@@ -2,7 +2,8 @@
 
     RUN/ablation/VARIANT/seed-0/           a network and its log, as of `lgd train`
     RUN/ablation/VARIANT/seed-0.npz        what it says about the report's split
-    RUN/ablation/teacher.npz               what the teacher says; colour-only.npz, what stain and background alone say
+    RUN/ablation/teacher.npz               what the teacher says, or its probe
+    RUN/ablation/colour-only.npz           what stain and background alone say
     RUN/ablation/ablation.json, .md        the table
 
 All share one teacher, one store and as many samples; they differ in `student:` and in the seed. What is done is found
@@ -26,22 +27,23 @@ from lgd.io.location import Location, as_location
 from lgd.metrics import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.methods import METHODS, PROPOSED, find_method
-from lgd.models.teacher import load_teacher
+from lgd.models.teacher import Probe, Teacher, load_teacher
 from lgd.ray_jobs.cluster import map_with
-from lgd.report.ablation_table import LGD_NET, UPPER_BOUND, AblationDocument, compare_rows, format_ablation
-from lgd.report.caveats import COLOUR, ONE_TRAINING, caveats_of, colour_only
+from lgd.report.ablation_table import LGD_NET, UPPER_BOUNDS, AblationDocument, compare_rows, format_ablation
+from lgd.report.caveats import COLOUR, ONE_TRAINING, caveats_of, colour_only, probe_caveat
 from lgd.report.embeddings import explained_by_levels
-from lgd.report.evaluation import pooled_latents
+from lgd.report.probed import pooled_latents, score_by_probe
 from lgd.runs.folder import command
-from lgd.scoring.predict import load_scorer, score_shards
+from lgd.scoring.predict import TEACHER_ROW, load_scorer, score_shards
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardSet
+from lgd.store.probe import find_probe
 from lgd.store.store import Store
 from lgd.train.launch import train_under
 
 logger = logging.getLogger(__name__)
 
-SINGLE_RUN_ROWS = {UPPER_BOUND: "teacher.npz", COLOUR: "colour-only.npz"}
+SINGLE_RUN_ROWS = {**dict.fromkeys(UPPER_BOUNDS, "teacher.npz"), COLOUR: "colour-only.npz"}
 """The rows of one training, whatever the number of seeds, and where their answers are kept."""
 
 
@@ -135,11 +137,11 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
         rows[COLOUR] = [colour]
     for job in jobs:
         rows.setdefault(job.name, []).append(answers(job.run.student.dir, "student", scored, job.run, job.name))
-    kept = folder / SINGLE_RUN_ROWS[UPPER_BOUND]
-    rows[UPPER_BOUND] = [answers(config.teacher.dir, "teacher", scored, config, UPPER_BOUND, kept)]
-    if not (rows[LGD_NET][0].level >= 0).any():
+    ours, store = rows[LGD_NET][0], Store(config.latents.dir, teachers=(config.teacher.name,))
+    if not (ours.level >= 0).any():
         raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
-    ours = rows[LGD_NET][0]
+    teacher, levels, notes = _score_teacher(config, store, shards, ours)
+    rows[teacher.name] = [teacher]
     compared, gap_closed = compare_rows(rows, config.report.bootstrap, config.run.seed)
     table = AblationDocument(
         seeds=options.seeds,
@@ -148,8 +150,8 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
         groups=len(set(ours.groups)),
         rows=compared,
         gap_closed=gap_closed,
-        caveats=(*([ONE_TRAINING] if options.seeds == 1 else []), *caveats_of(shards, ours)),
-        explained_by_levels=_explained_by_levels(config, shards),
+        caveats=(*([ONE_TRAINING] if options.seeds == 1 else []), *notes, *caveats_of(shards, ours)),
+        explained_by_levels=_explained_by_levels(config, store, levels, shards),
         command=f"{command(config, 'ablate')} --seeds {options.seeds}" + (" --full" if options.full else ""),
         shards=shards.digests,
         teacher=TeacherConfig.read_folder(config.teacher.dir).weights_sha256,
@@ -160,14 +162,28 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
     return text
 
 
-def _explained_by_levels(config: Config, shards: ShardSet) -> float:
+def _score_teacher(
+    config: Config, store: Store, shards: ShardSet, like: Predictions
+) -> tuple[Predictions, Teacher | Probe, list[str]]:
+    """What the teacher, or the probe of its latents, says of the patches of `like`; what reads levels; and caveats."""
+    scored, kept = shards.of_split(config.report.split), as_location(config.run.dir) / "ablation" / "teacher.npz"
+    if TeacherConfig.read_folder(config.teacher.dir).gives_labels:
+        teacher, _ = load_teacher(config.teacher.dir, config.code)
+        return answers(config.teacher.dir, "teacher", scored, config, TEACHER_ROW, kept), teacher, []
+    probe = find_probe(store, shards.of_split("train"))
+    assert probe is not None, "a method that is taught levels was trained"
+    found = score_by_probe(store, probe, shards, scored, like)
+    _keep(kept, found, "")
+    return found, probe.network(), [probe_caveat(probe)]
+
+
+def _explained_by_levels(config: Config, store: Store, levels: Teacher | Probe, shards: ShardSet) -> float:
     """The share of what varies in the teacher's latents of the scored split that its soft levels explain."""
-    teacher, _ = load_teacher(config.teacher.dir, config.code)
-    store, temperature = Store(config.latents.dir, teachers=(config.teacher.name,)), config.student.distil_temperature
+    temperature = config.student.distil_temperature
 
     def both(some: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
         latents_nD = pooled_latents(store, some)
-        logits_n4 = teacher.levels_of(torch.from_numpy(latents_nD).float())
+        logits_n4 = levels.levels_of(torch.from_numpy(latents_nD).float())
         return latents_nD, (logits_n4 / temperature).softmax(dim=1).double().numpy()
 
     return explained_by_levels(*both(shards.of_split("train")), *both(shards.of_split(config.report.split)))

@@ -14,11 +14,13 @@ import torch
 from lgd.config_sections import LEVEL_NAMES
 from lgd.metrics import Floats, Ints, Predictions
 from lgd.report.results import Difference, ModelScores, Retrieval, format_interval
+from lgd.scoring.predict import TEACHER_ROW
 from lgd.shards.archive import Shard
 from lgd.shards.layouts import LAYOUTS
 from lgd.shards.shard_set import ShardSet
 from lgd.stain.deconvolve import rgb_to_od
 from lgd.stain.targets import estimate_white
+from lgd.store.probe import ProbeDocument
 from lgd.stream.reader import Reader, in_batches, stream
 
 ONE_TRAINING = (
@@ -29,8 +31,10 @@ UNTAUGHT = (
     "No patch of the training split had a label: the network gives no level, nothing is scored, and what it "
     "hallucinates is measured by retrieval alone."
 )
+PROBE_ROW = f"{TEACHER_ROW}, probe"
+"""The row of a teacher that no label taught."""
 UNTAUGHT_TEACHER = (
-    "The teacher is a pretrained encoder as it is: no label taught it, it gives no level, and its row of scores is "
+    "No label taught the teacher, and too few labels are there to read levels off its latents: its row of scores is "
     "empty. What its latents are worth is measured by retrieval."
 )
 WITHOUT_TEACHER = (
@@ -54,6 +58,15 @@ FEW_OF_A_LEVEL = 3
 """Below this many slides a level's sensitivity is that of these slides."""
 FEW_LEVEL_0 = 50
 """Below this many patches of level 0 its sensitivity and AUC mean little."""
+
+
+def probe_caveat(probe: ProbeDocument) -> str:
+    """What must be known of the row of a teacher whose levels a probe gives."""
+    return (
+        f"{PROBE_ROW}: no label taught the teacher. Its levels are those of a logistic regression on its latents of "
+        f"{probe.describe()}. What the latents hold beyond a linear map it does not show, and students that are taught "
+        "soft levels are taught these."
+    )
 
 
 def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:

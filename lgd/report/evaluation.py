@@ -12,7 +12,7 @@ from lgd.base.errors import DataError
 from lgd.config import Config
 from lgd.config_sections import LEVEL_NAMES
 from lgd.metrics import Predictions, paired_differences
-from lgd.models.description import StudentConfig
+from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.report.caveats import (
     ONE_TRAINING,
     UNTAUGHT,
@@ -22,9 +22,11 @@ from lgd.report.caveats import (
     chance_retrieval_caveats,
     colour_only,
     colour_shortcut_caveats,
+    probe_caveat,
 )
 from lgd.report.embeddings import Embedding, he_only, measure
 from lgd.report.figures import Query
+from lgd.report.probed import pooled_latents, score_by_probe
 from lgd.report.results import HEADLINE, Difference, Results, Retrieval, Robustness
 from lgd.report.robustness import measure as measure_robustness
 from lgd.report.sheet import Gallery, read_images
@@ -33,10 +35,18 @@ from lgd.retrieval.answers import Answer, name_level
 from lgd.retrieval.factory import fit_on_parts
 from lgd.retrieval.queries import check_pair, open_for, search
 from lgd.retrieval.search import Searcher, read_document, require_faiss
-from lgd.scoring.predict import Scorer, choose_latents, choose_level, load_scorer, name_probabilities, score_shards
+from lgd.scoring.predict import (
+    Scorer,
+    choose_latents,
+    choose_level,
+    load_scorer,
+    name_probabilities,
+    score_shards,
+)
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardSet
-from lgd.store.parts import read_all, read_levels
+from lgd.store.parts import read_levels
+from lgd.store.probe import find_probe
 from lgd.store.store import Store
 from lgd.stream.reader import Reader
 
@@ -65,19 +75,26 @@ def evaluate(
     training = shards.of_split("train") if config.report.split != "train" else []
     scorers = [load_scorer(folder, code=code) for folder in (config.student.dir, *config.report.also)]
     unpaired = sum(shard.samples for shard in split if "ihc" not in shard.roles)
+    # A teacher that no label taught answers by the probe of its stored latents, and its network is not asked.
+    gives_labels = not unpaired and TeacherConfig.read_folder(config.teacher.dir).gives_labels
+    own = [load_scorer(config.teacher.dir, "teacher", code)] if gives_labels else []
     # Opened before the scoring, which can take hours.
     store = open_for(scorers[0], config.latents.dir, None) if scorers[0].retrieves_by == "latents" else None
     has_sheet = store is not None and config.report.queries > 0 and _can_search(store)
+    probed = None if gives_labels or unpaired else Store(config.latents.dir, teachers=(config.teacher.name,))
+    probe = find_probe(probed, shards.of_split("train")) if probed else None
     networks = [
-        Network(scorer, *score_shards(scorer, split, threads=config.data.threads))
-        for scorer in (*scorers, *([] if unpaired else [load_scorer(config.teacher.dir, "teacher", code)]))
+        Network(scorer, *score_shards(scorer, split, threads=config.data.threads)) for scorer in (*scorers, *own)
     ]
     labelled = scorers[0].config.training.labelled
     if not labelled:
         # Its levels are none, so there is nothing to compare either.
         unknown = np.full_like(networks[0].predictions.level, -1)
         networks = [one._replace(predictions=replace(one.predictions, level=unknown)) for one in networks]
-    (student, *rivals), teachers = networks[: len(scorers)], networks[len(scorers) :]
+    student, *rivals = networks[: len(scorers)]
+    teachers = [one.predictions for one in networks[len(scorers) :]]
+    if probed is not None:
+        teachers = [score_by_probe(probed, probe, shards, split, student.predictions)]
     retrieval = shifted = None
     queries: list[Query] = []
     if store is not None:
@@ -87,13 +104,12 @@ def evaluate(
         answering = [(one.scorer, one.predictions) for one in networks if one.scorer.config.training.labelled]
         shifted = measure_robustness(config, answering, split)
     colour = colour_only(training, split, config.data.threads)
-    scored = [one.predictions for one in (student, *rivals)]
-    scored += [*([colour] if colour else []), *(one.predictions for one in teachers)]
+    scored = [*(one.predictions for one in (student, *rivals)), *([colour] if colour else []), *teachers]
     results = measure_results(
         scored,
         caveats=[
             ONE_TRAINING if labelled else UNTAUGHT,
-            *(UNTAUGHT_TEACHER for one in teachers if labelled and not one.scorer.config.training.labelled),
+            *([probe_caveat(probe)] if probe else [UNTAUGHT_TEACHER] if labelled and probed else []),
             *([WITHOUT_TEACHER.format(unpaired, len(student.predictions.keys))] if unpaired else []),
             *caveats_of(shards, student.predictions),
         ],
@@ -225,11 +241,6 @@ def list_embeddings(
         if whitening:
             embeddings.append(Embedding(f"IHC teacher, true latents{white}", white_own_nD, whiten(latents_mD)))
     return embeddings
-
-
-def pooled_latents(store: Store, shards: Sequence[Shard]) -> np.ndarray:
-    """The teacher's latents of all patches of some shards, (n, D), in their order."""
-    return read_all(store.parts_of(shards), "pooled")[:, 0].astype(np.float64)
 
 
 def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network) -> list[Query]:

@@ -29,6 +29,8 @@ from lgd.stream.reader import Reader, in_batches, stream
 
 _READ = ("logits", "pooled", "features", "query")
 _RETRIEVES_BY = {"latents": ("pooled", "query"), "features": ("features",)}
+TEACHER_ROW = "IHC teacher"
+"""The teacher's row in a table."""
 NO_NUMBER = "the network gives no number for this image, and so no level: its training diverged"
 NO_LABELS = "the network saw no label in training and gives no level; its latents can be queried"
 VIRTUAL = "the network was trained on virtual tissue only: what it says of real tissue means nothing"
@@ -54,7 +56,7 @@ class Scorer:
     @property
     def name(self) -> str:
         """Its row in a table."""
-        return "IHC teacher" if self.method is None else self.method.title
+        return TEACHER_ROW if self.method is None else self.method.title
 
     @property
     def method(self) -> type[Method] | None:

@@ -6,6 +6,7 @@
 import functools
 import importlib.metadata
 import itertools
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +24,15 @@ from lgd.io.folders import refuse_foreign
 from lgd.io.location import Location, as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.models.availability import check_packages
+from lgd.models.description import TeacherConfig
 from lgd.models.spec import EncoderSpec
 from lgd.models.teacher import load_teacher
 from lgd.ray_jobs.cluster import map_with
 from lgd.shards.archive import Shard
 from lgd.store.commit import commit
 from lgd.store.document import PATCHES, Recipe, StoreDocument, part_name, read_sidecar, refuse_recipe
-from lgd.store.drift import check_probe, make_probe
+from lgd.store.drift import check_drift, make_fixed_vectors
+from lgd.store.probe import fit_probe, lacks_probe, prune_probes
 from lgd.store.store import Store
 from lgd.store.supervision import Supervision, recipe_of, stored
 from lgd.store.writer import shard_writer
@@ -38,10 +41,12 @@ from lgd.stream.reader import Sample
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
 SHARDS_AT_ONCE = 2
 """Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""
 
-_OURS = {"store.json", "sources.json", "parts", "index", LOCK}
+_OURS = {"store.json", "sources.json", "parts", "index", "probe", LOCK}
 
 
 class Cached(NamedTuple):
@@ -55,7 +60,8 @@ class Cached(NamedTuple):
 
 
 def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: bool = False) -> Cached:
-    """Fill the store of a run with the latents of its teacher, and with the domain targets.
+    """Fill the store of a run with the latents of its teacher, with the domain targets, and with a probe where no label
+    taught the teacher.
 
     Parts of other shards stay, unless `prune` removes them, and so do the latents of other teachers. Raises `DataError`
     while another process caches into the same local folder.
@@ -64,10 +70,13 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
     spec = EncoderSpec.from_json(recipe.teacher.encoder)
     before = _open(folder, recipe, name)
     named = {entry.name for entry in before.entries} if before else set[str]()
+    training = [shard for shard in shards if shard.split == "train"]
+    probed = not TeacherConfig.read_folder(config.teacher.dir).gives_labels
     if before and name in before.teachers and not prune:
         there = Store(folder, recipe, (name,))
         has_all = {part.tar_sha256 for part in there.parts} >= {shard.sha256 for shard in shards}
-        if has_all and not _missing(folder, recipe, name, shards):
+        whole = has_all and not _missing(folder, recipe, name, shards)
+        if whole and not (probed and lacks_probe(there, training)):
             return Cached(there, 0, 0)
     if before is None:
         refuse_foreign(folder, _OURS, "name another folder as latents.dir")
@@ -76,10 +85,10 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
     versions = {library: importlib.metadata.version(library) for library in libraries}
     with exclusive(folder, "caching latents"):
         missing = _missing(folder, recipe, name, shards)
-        probe = make_probe(load_teacher(config.teacher.dir, config.code)[0], recipe.teacher.size)
+        fixed = make_fixed_vectors(load_teacher(config.teacher.dir, config.code)[0], recipe.teacher.size)
         stored = before.teachers.get(name) if before else None
         if stored and stored.probe:
-            check_probe(name, stored.probe, probe, stored.versions, versions)
+            check_drift(name, stored.probe, fixed, stored.versions, versions)
         _fill(config, recipe, missing, workers)
         store = commit(
             folder,
@@ -89,9 +98,13 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
             sources=sorted({str(shard.path.absolute().parent) for shard in shards}),
             teacher=config.teacher.dir,
             versions=versions,
-            probe=probe,
+            fixed=fixed,
             prune=prune,
         )
+        if probed and lacks_probe(store, training):
+            logger.info("[latents] a probe for the level was fitted on %s", fit_probe(store, training).describe())
+        if prune:
+            prune_probes(store)
         return Cached(store, len(missing), len(named - {entry.name for entry in store.document.entries}))
 
 

@@ -22,7 +22,7 @@ from lgd.store.document import (
     part_name,
     read_sidecar,
 )
-from lgd.store.drift import Probe
+from lgd.store.drift import FixedVectors
 from lgd.store.store import Store
 
 
@@ -35,14 +35,14 @@ def commit(  # noqa: PLR0913 - what a store is made of
     sources: Iterable[str] = (),
     teacher: str = "",
     versions: dict[str, str] | None = None,
-    probe: Probe | None = None,
+    fixed: FixedVectors | None = None,
     prune: bool = False,
 ) -> Store:
     """Write store.json over the parts of these shards, and of those that it names already.
 
     `name` is that of the latents; those of others stay as they are. `prune` drops the parts of other shards. `sources`
     (shard folders) and `teacher` say where they were, for pictures and for `lgd verify --reencode`. `versions` and
-    `probe` (`lgd.store.drift`) are kept as they were first.
+    `fixed`, what the teacher made of two fixed images (`lgd.store.drift`), are kept as they were first.
     """
     mine = list(dict.fromkeys(part_name(shard) for shard in shards))
     ordered, folders, teachers, others = mine, list(sources), {name: teacher}, dict[str, TeacherLayer]()
@@ -55,7 +55,7 @@ def commit(  # noqa: PLR0913 - what a store is made of
         folders += was.shards if len(ordered) > len(mine) else ()
         teachers = {**was.teachers, name: teacher}
         if there := before.teachers.get(name):
-            versions, probe = there.versions, there.probe
+            versions, fixed = there.versions, there.probe
             own |= {one for one in ordered if one in numbers and there.parts[numbers[one]]}
         for other, layer in before.teachers.items():
             parts = tuple(layer.parts[numbers[one]] if one in numbers else None for one in ordered)
@@ -65,7 +65,7 @@ def commit(  # noqa: PLR0913 - what a store is made of
         PATCHES: [read_sidecar(folder / "parts" / PATCHES, one) for one in ordered],
         name: [read_sidecar(folder / "parts" / name, one) if one in own else None for one in ordered],
     }
-    document = _as_document(recipe, name, sidecars, versions or {}, probe, others)
+    document = _as_document(recipe, name, sidecars, versions or {}, fixed, others)
     teachers = {one: teachers[one] for one in document.teachers}
     SourcesDocument(shards=tuple(sorted(set(folders))), teachers=teachers).write(folder / "sources.json")
     document.write(folder / "store.json")
@@ -83,7 +83,7 @@ def _as_document(
     teacher: str,
     sidecars: Mapping[str, Sequence[Sidecar | None]],
     versions: dict[str, str],
-    probe: Probe | None,
+    fixed: FixedVectors | None,
     others: Mapping[str, TeacherLayer],
 ) -> StoreDocument:
     """The document over the sidecars of the patches and of one teacher, alike ordered, beside the `others`' layers."""
@@ -92,7 +92,7 @@ def _as_document(
         recipe=recipe.teacher,
         licence=str(terms) if (terms := recipe.teacher.encoder.get("licence")) else None,
         versions=versions,
-        probe=probe,
+        probe=fixed,
         centre=None,
         **dict(_join_layer(sidecars[teacher])),
     )

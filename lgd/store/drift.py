@@ -12,7 +12,7 @@ import torch
 from lgd.base.errors import DataError
 from lgd.models.teacher import Teacher
 
-Probe = tuple[tuple[float, ...], ...]
+FixedVectors = tuple[tuple[float, ...], ...]
 _MOST = 1e-3
 """Of a vector's length: other processors change sums in the sixth digit."""
 
@@ -25,7 +25,7 @@ def fixed_images(size: int) -> np.ndarray:
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
-def make_probe(teacher: Teacher, size: int) -> Probe:
+def make_fixed_vectors(teacher: Teacher, size: int) -> FixedVectors:
     """What a teacher makes of the fixed images, in float32, on the device where it is, to 7 digits."""
     device = next(teacher.parameters()).device
     with torch.inference_mode():
@@ -34,8 +34,8 @@ def make_probe(teacher: Teacher, size: int) -> Probe:
     return tuple(tuple(float(f"{value:.7g}") for value in row) for row in pooled_BD.tolist())
 
 
-def check_probe(
-    name: str, stored: Sequence[Sequence[float]], made: Probe, then: Mapping[str, str], now: Mapping[str, str]
+def check_drift(
+    name: str, stored: Sequence[Sequence[float]], made: FixedVectors, then: Mapping[str, str], now: Mapping[str, str]
 ) -> None:
     """Raise `DataError` where a teacher gives other latents of the fixed images than are stored."""
     stored_BD, made_BD = np.array(stored), np.array(made)

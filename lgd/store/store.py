@@ -4,6 +4,7 @@ DIR/store.json                    recipes, layers and the list of parts; written
 DIR/sources.json                  where the shards and the teachers were
 DIR/parts/LAYER/NAME.{h5,json}    one part a shard and layer (`lgd.store.parts`): `patches`, and one a teacher
 DIR/index/TEACHER/                what queries search (`lgd.retrieval.index`)
+DIR/probe/TEACHER.json            what gives the levels of a teacher that no label taught (`lgd.store.probe`)
 DIR/.lgd.lock                     while `lgd cache-latents` runs, or after it was killed
 """
 

@@ -78,6 +78,8 @@ class Prepared:
             skipped=Skipped(config.data),
         )
         rows, queue, method = None, None, task.method
+        if probe := task.find_probe(shards):
+            method.levels = probe.network().to(world.device)
         if task.store:
             parts = task.store.parts_of(self.reader.shards)
             datasets = task.store.datasets(method.needs)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import JsonValue
 
-from lgd.base.errors import ConfigError, require
+from lgd.base.errors import require
 from lgd.config import WHERE_IT_RUNS, Config
 from lgd.io.digests import digest_of
 from lgd.io.location import as_location
@@ -16,6 +16,7 @@ from lgd.models.methods import Method, find_method
 from lgd.models.student import Student
 from lgd.models.teacher import NO_LEVELS, TEACHERS, Teacher
 from lgd.shards.shard_set import ShardSet
+from lgd.store.probe import ProbeDocument, find_probe
 from lgd.store.store import Store
 from lgd.store.supervision import open_store
 from lgd.stream.plan import ORDER
@@ -52,6 +53,10 @@ class Task(ABC):
         """What the result depends on, beside the shards, their rows in the store and `train:`; a finished network made
         of the same is reused.
         """
+
+    def find_probe(self, shards: ShardSet) -> ProbeDocument | None:
+        """The probe that reads the teacher's levels off its latents, where the method needs one; None elsewhere."""
+        return None
 
     def describe(self, model: Network, **facts: object) -> ModelConfig:
         """What the folder of the trained network says of it, with the facts of its training."""
@@ -96,14 +101,14 @@ class StudentTask(Task):
         self.method = find_method(config.student.method)(config)
         if not self.method.needs:
             return
-        self.store = open_store(config)
-        if self.method.uses_levels and self.store.recipe.teacher.source != Teacher.source:
-            raise ConfigError(NO_LEVELS)
+        self.store = store = open_store(config)
         self.method.latents = {
             name: LatentSizes(dim=layer.datasets["pooled"].shape[-1], map=layer.recipe.map)
-            for name in self.store.teachers
-            for layer in [self.store.document.teachers[name]]
+            for name in store.teachers
+            for layer in [store.document.teachers[name]]
         }
+        if store.teacher != config.teacher.name:
+            self.method.teacher_dir = store.sources.teachers[store.teacher]
 
     def build(self) -> Network:
         return self.method.build()
@@ -123,6 +128,17 @@ class StudentTask(Task):
             for name in self.store.teachers
             for layer in [self.store.document.teachers[name]]
         ]
+
+    def find_probe(self, shards: ShardSet) -> ProbeDocument | None:
+        """Raises `ConfigError` where no label taught the teacher and too few are there to fit a probe on."""
+        if self.store is None or not self.method.uses_levels:
+            return None
+        trained = self.store.recipe.teacher.source == Teacher.source
+        if trained and TeacherConfig.read_folder(self.method.teacher_dir).gives_labels:
+            return None
+        probe = find_probe(self.store, shards.of_split("train"))
+        require(probe is not None, NO_LEVELS)
+        return probe
 
     def describe(self, model: Network, **facts: object) -> ModelConfig:
         return model.describe(method=self.config.student.method, teachers=tuple(self.list_teachers()), **facts)
@@ -146,6 +162,8 @@ def inputs_of(task: Task, shards: ShardSet) -> dict[str, JsonValue]:
     if task.store is not None:
         # Not the whole store: what else it holds does not concern this network.
         inputs["store"] = task.store.digest_of(shards.of_split("train"))
+    if probe := task.find_probe(shards):
+        inputs["probe"] = probe.digest
     return {
         "task": inputs,
         "role": task.role,

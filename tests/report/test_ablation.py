@@ -22,8 +22,9 @@ from lgd.metrics import Predictions
 from lgd.models.methods import METHODS, PROPOSED
 from lgd.report import ablation
 from lgd.report.ablation import AblateOptions, slug, variants
-from lgd.report.ablation_table import LGD_NET, UPPER_BOUND, AblationDocument
+from lgd.report.ablation_table import LGD_NET, AblationDocument
 from lgd.report.caveats import COLOUR
+from lgd.scoring.predict import TEACHER_ROW
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder
@@ -52,9 +53,9 @@ def test_each_row_is_trained_once_and_compared(run, tmp_path, capsys):
     out, told = capsys.readouterr()
     folder = Path(run.run.dir) / "ablation"
     document = read_json(folder / "ablation.json")
-    assert list(document["rows"]) == [COLOUR, *CORE, UPPER_BOUND] and document["seeds"] == 2
+    assert list(document["rows"]) == [COLOUR, *CORE, TEACHER_ROW] and document["seeds"] == 2
     assert out.strip() == (folder / "ablation.md").read_text().strip()
-    for name in [COLOUR, *CORE, UPPER_BOUND]:
+    for name in [COLOUR, *CORE, TEACHER_ROW]:
         assert f"| {name} |" in out
     assert "It sees no shape" in out
     assert document["rows"][LGD_NET]["kappa"]["lgd_minus"] is None

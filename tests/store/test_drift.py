@@ -11,7 +11,7 @@ from lgd.models.encoder import Encoded, Encoder
 from lgd.models.teacher import load_teacher
 from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents
-from lgd.store.drift import fixed_images, make_probe
+from lgd.store.drift import fixed_images, make_fixed_vectors
 from lgd.store.store import Store
 
 
@@ -25,7 +25,7 @@ def test_the_images_are_fixed_and_unlike_each_other():
 def test_what_a_teacher_makes_of_them_is_kept(small_parts):
     layer = Store(small_parts.latents.dir).document.teachers["teacher"]
     teacher, config = load_teacher(small_parts.teacher.dir)
-    assert layer.probe == make_probe(teacher, config.size)
+    assert layer.probe == make_fixed_vectors(teacher, config.size)
     assert np.shape(layer.probe) == (2, teacher.dim) and layer.probe[0] != layer.probe[1]
     assert layer.versions["torch"]
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ from lgd.retrieval.queries import query
 from lgd.shards.shard_set import ShardSet
 from lgd.store import supervision
 from lgd.store.cache import cache_latents
+from lgd.store.probe import find_probe
 from lgd.store.store import Store
+from lgd.train.tasks import StudentTask
 
 
 def shards_of(config):
@@ -130,6 +133,19 @@ def test_losses_of_several_teachers_weigh_alike(both):
     each = [hallucination_loss(out[name], stored[name], "smooth-l1") for name in ("pooled", "pooled@b")]
     torch.testing.assert_close(terms["hallucination"], (each[0] + each[1]) / 2)
     torch.testing.assert_close(terms["hallucination_map"], hallucination_loss(out["map"], stored["map"], "smooth-l1"))
+
+
+def test_soft_levels_are_those_of_the_first_teacher(both, tissue_run, change):
+    """By its head where labels taught it, and else by its probe, whichever teacher the run names."""
+    shards, training = ShardSet.open(both.shard_dirs), ShardSet.open(both.shard_dirs).of_split("train")
+    for run_s in (both.teacher, tissue_run.teacher):
+        config = replace(change(both, student={"distil_weight": 1.0}), teacher=run_s)
+        assert StudentTask(config).find_probe(shards) == find_probe(Store(both.latents.dir, teachers=["vit"]), training)
+        task = StudentTask(change(config, student={"teachers": ["teacher", "vit"]}))
+        assert task.find_probe(shards) is None and task.method.teacher_dir == tissue_run.teacher.dir
+        pooled_nD = torch.tensor(task.store.parts[0].array("pooled")[:, 0]).float()
+        teacher, _ = load_teacher(tissue_run.teacher.dir)
+        torch.testing.assert_close(task.method.soft_levels(pooled_nD), teacher.levels_of(pooled_nD))
 
 
 def test_another_teacher_of_a_name_that_is_there_is_refused(second, change):

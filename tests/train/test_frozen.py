@@ -1,5 +1,6 @@
 """Pretrained encoders as teachers, as they are: through the store, the index, training, queries and a report."""
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -12,15 +13,26 @@ from safetensors.torch import load_file
 
 from lgd import pipeline
 from lgd.base.errors import ConfigError, DataError
+from lgd.cli.contents import check
+from lgd.io.files import exists
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import build_encoder
 from lgd.models.known import stated_in
-from lgd.models.teacher import FrozenTeacher, load_teacher
-from lgd.report.caveats import UNTAUGHT_TEACHER
+from lgd.models.teacher import FrozenTeacher, Probe, load_teacher
+from lgd.report.ablation import AblateOptions
+from lgd.report.ablation_table import AblationDocument
+from lgd.report.caveats import probe_caveat
 from lgd.retrieval.queries import query
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardSet
+from lgd.store.parts import read_all, read_levels
+from lgd.store.probe import find_probe, probe_path
 from lgd.store.store import Store
+from lgd.stream.plan import World
 from lgd.train.launch import train_under
+from lgd.train.prepare import Prepared
+from lgd.train.tasks import StudentTask, inputs_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 needs_timm = pytest.mark.skipif(
@@ -117,18 +129,33 @@ def test_a_frozen_encoder_teaches_a_student(frozen, tissue, kind, pool, dim):
     assert len(answers[0].neighbours) == 2
 
 
-def test_its_row_in_a_report_says_that_it_gives_no_level(frozen):
+def test_a_probe_of_its_stored_latents_is_its_row_in_a_report(frozen, change, caplog):
     config = frozen("dinov2")
+    caplog.set_level("INFO")
     for stage in (pipeline.train_teacher, pipeline.cache_latents, pipeline.build_index, pipeline.train_student):
         stage(config)
+    assert "a probe for the level was fitted on 20 labelled training patches of" in caplog.text
+    # Its network is not asked: the latents and the labels of the store are enough.
+    shutil.move(Path(config.teacher.dir) / "model.safetensors", Path(config.teacher.dir) / "elsewhere")
     table = pipeline.evaluate(config)
-    (row,) = [line for line in table.splitlines() if line.startswith("IHC teacher")]
-    assert row.split()[2:] == ["0", "0", "–", "–", "–"]
+    (row,) = [line for line in table.splitlines() if line.startswith("IHC teacher, probe")]
+    assert row.split()[3:5] == ["20", "5"]
     report = json.loads((Path(config.report.dir) / "metrics.json").read_text())
-    assert UNTAUGHT_TEACHER in report["caveats"]
-    assert [one["minus"] for one in report["differences"]] == ["colour only"]
-    names = [one["name"] for one in report["retrieval"]["embeddings"]]
-    assert "IHC teacher, true latents" in names
+    store, shards = Store(config.latents.dir), ShardSet.open(config.shard_dirs)
+    probe = find_probe(store, shards.of_split("train"))
+    assert probe_caveat(probe) in report["caveats"]
+    assert [one["minus"] for one in report["differences"]] == ["colour only", "IHC teacher, probe"]
+    parts = store.parts_of(shards.of_split("test"))
+    pooled_nD = torch.from_numpy(read_all(parts, "pooled")[:, 0]).float()
+    said_n, level_n = probe.network().levels_of(pooled_nD).argmax(dim=1).numpy(), read_levels(parts)
+    (model,) = [one for one in report["models"] if one["name"] == "IHC teacher, probe"]
+    assert model["by_patch"]["metrics"]["accuracy"]["value"] == pytest.approx((said_n == level_n).mean())
+    # Without it, or with one of other rows, nothing is scored.
+    probe_path(store).unlink()
+    with pytest.raises(DataError, match="probe/teacher.json is missing.*run lgd cache-latents"):
+        pipeline.evaluate(config)
+    pipeline.cache_latents(config)
+    assert find_probe(store, shards.of_split("train")) == probe
 
 
 def test_nothing_of_it_is_ever_trained(frozen):
@@ -137,20 +164,23 @@ def test_nothing_of_it_is_ever_trained(frozen):
     assert not teacher.training and not any(one.training for one in teacher.modules())
     assert not [name for name, one in teacher.named_parameters() if one.requires_grad]
     assert not teacher(torch.zeros(1, 3, 64, 64))["pooled"].requires_grad
-    with pytest.raises(ConfigError, match=r"a probe .* student.distil_weight and student.contrast_weight must be 0"):
+    with pytest.raises(ConfigError, match="student.distil_weight and student.contrast_weight to 0"):
         teacher.levels_of(torch.zeros(1, 32))
 
 
-def test_it_needs_no_labels_and_is_reused(frozen, change, tmp_path, tissue):
-    from lgd.shards.builder import build
-    from lgd.shards.options import ShardOptions
-
+@pytest.fixture
+def unlabelled(change, tmp_path, tissue):
+    """`unlabelled(config)`: a run over six pairs without a label."""
     pairs = shutil.copytree(tissue, tmp_path / "tissue") / "pairs.csv"
     names = [path.name for path in sorted((tissue / "HE" / "train").iterdir())[:6]]
     rows = [f"HE/train/{name},IHC/train/{name},train" for name in names]
     pairs.write_text("\n".join(["he,ihc,split", *rows]) + "\n")
     build(ShardOptions(layout="csv", root=str(pairs), out=str(tmp_path / "shards"), shard_size=8))
-    config = change(frozen("vit"), data={"shards": [str(tmp_path / "shards")]})
+    return lambda config: change(config, data={"shards": [str(tmp_path / "shards")]})
+
+
+def test_it_needs_no_labels_and_is_reused(frozen, change, unlabelled):
+    config = unlabelled(frozen("vit"))
     assert train_under(config, "teacher") and not train_under(config, "teacher", overwrite=False)
     # Neither what training depends on nor what nothing is trained with.
     assert not train_under(change(config, train={"lr": 0.5}, teacher={"epochs": 3}), "teacher", overwrite=False)
@@ -160,14 +190,65 @@ def test_it_needs_no_labels_and_is_reused(frozen, change, tmp_path, tissue):
         train_under(change(config, teacher={"pool": "mean"}), "teacher", overwrite=False)
 
 
-@pytest.mark.parametrize(
-    "student", [{"distil_weight": 1.0}, {"contrast_weight": 0.5}, {"method": "distil", "distil_weight": 1.0}]
-)
-def test_what_needs_its_levels_is_refused_before_training(frozen, student):
+LEVELS_TEACH = [{"distil_weight": 1.0}, {"contrast_weight": 0.5}, {"method": "distil", "distil_weight": 1.0}]
+
+
+@pytest.mark.parametrize("student", LEVELS_TEACH)
+def test_a_probe_gives_the_levels_that_teach_a_student(frozen, student):
     config = frozen("vit", **student)
     train_under(config, "teacher")
     pipeline.cache_latents(config)
-    with pytest.raises(ConfigError, match=r"teacher is frozen .* must be 0"):
+    assert train_under(config, "student")
+    store, shards = Store(config.latents.dir), ShardSet.open(config.shard_dirs)
+    task = StudentTask(config)
+    inputs = inputs_of(task, shards)
+    assert inputs["task"]["probe"] == find_probe(store, shards.of_split("train")).digest
+    with contextlib.closing(Prepared(shards, task, World(), "torch")) as run:
+        assert isinstance(run.learner.task.method.levels, Probe)
+        batch = next(run.batches.draw(0, 1)).micro[0]
+        naive = run.learner.task.method.levels
+        expected_B4 = batch.stored["pooled"] @ naive.weight.T + naive.bias
+        torch.testing.assert_close(run.learner.task.method.soft_levels(batch.stored["pooled"]), expected_B4)
+    probe_path(store).unlink()
+    with pytest.raises(DataError, match="run lgd cache-latents"):
+        train_under(config, "student", overwrite=True)
+
+
+def test_a_student_that_no_level_teaches_needs_no_probe(frozen):
+    config = frozen("vit")
+    train_under(config, "teacher")
+    pipeline.cache_latents(config)
+    probe_path(Store(config.latents.dir)).unlink()
+    assert train_under(config, "student")
+
+
+def test_pruning_leaves_no_probe_of_rows_that_are_gone(frozen, unlabelled):
+    config = frozen("vit")
+    other = unlabelled(config)
+    train_under(config, "teacher")
+    pipeline.cache_latents(config)
+    path, before = probe_path(Store(config.latents.dir)), find_probe(*probe_place(config))
+    pipeline.cache_latents(other)
+    assert find_probe(*probe_place(config)) == before, "another run's rows do not concern it"
+    pipeline.cache_latents(other, prune=True)
+    assert not path.exists() and check(Path(config.latents.dir))[1] == []
+    pipeline.cache_latents(config)
+    assert find_probe(*probe_place(config)) == before
+    pipeline.cache_latents(config, prune=True)
+    assert find_probe(*probe_place(config)) == before and check(Path(config.latents.dir))[1] == []
+
+
+def probe_place(config):
+    return Store(config.latents.dir), ShardSet.open(config.shard_dirs).of_split("train")
+
+
+@pytest.mark.parametrize("student", LEVELS_TEACH)
+def test_without_any_label_nothing_gives_levels(frozen, unlabelled, student):
+    config = unlabelled(frozen("vit", **student))
+    train_under(config, "teacher")
+    pipeline.cache_latents(config)
+    assert not exists(probe_path(Store(config.latents.dir)))
+    with pytest.raises(ConfigError, match=r"labels of fewer than two levels .*student.contrast_weight to 0"):
         train_under(config, "student")
     assert not Path(config.student.dir).exists()
 
@@ -178,11 +259,13 @@ def test_random_weights_are_no_teacher(frozen, change):
         train_under(config, "teacher")
 
 
-def test_methods_are_not_compared_by_its_levels(frozen):
-    from lgd.report.ablation import AblateOptions
-
-    with pytest.raises(ConfigError, match="lgd ablate compares with the teacher's levels"):
-        pipeline.ablate(frozen("vit"), AblateOptions())
+def test_methods_are_compared_by_its_probe(frozen):
+    config = frozen("vit", epochs=0.3)
+    table = pipeline.ablate(config, AblateOptions(seeds=1))
+    assert "| IHC teacher, probe |" in table and "| label distillation |" in table and "| IHC teacher |" not in table
+    document = AblationDocument.read(Path(config.run.dir) / "ablation" / "ablation.json")
+    assert any(caveat.startswith("IHC teacher, probe: no label taught the teacher") for caveat in document.caveats)
+    assert -1 < document.explained_by_levels <= 1
 
 
 def test_a_student_that_cannot_be_had_is_told_before_the_teacher(frozen, change, tmp_path):
