@@ -85,10 +85,11 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
     versions = {library: importlib.metadata.version(library) for library in libraries}
     with exclusive(folder, "caching latents"):
         missing = _missing(folder, recipe, name, shards)
-        fixed = make_fixed_vectors(load_teacher(config.teacher.dir, config.code)[0], recipe.teacher.size)
-        stored = before.teachers.get(name) if before else None
-        if stored and stored.probe:
-            check_drift(name, stored.probe, fixed, stored.versions, versions)
+        stored, fixed = before.teachers.get(name) if before else None, None
+        if missing or not stored:
+            fixed = make_fixed_vectors(load_teacher(config.teacher.dir, config.code)[0], recipe.teacher.size)
+            if stored and stored.probe:
+                check_drift(name, stored.probe, fixed, stored.versions, versions)
         _fill(config, recipe, missing, workers)
         store = commit(
             folder,
