@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from networks import save_network
 from PIL import Image
 
 from lgd.cli import main
 from lgd.config_files import load_config
 from lgd.io.files import read_json
 from lgd.runs.folder import RunDocument
+from lgd.scoring.predict import NO_LABELS
 from lgd.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,6 +209,69 @@ def test_pairs_without_levels_are_packed_cached_and_queried(real_data, real_run,
     assert all(hit["level"] is None for hit in answer["neighbours"])
     distances = [hit["distance"] for hit in answer["neighbours"]]
     assert distances == sorted(distances) and np.isfinite(distances).all()
+
+
+def lay_out_as_mist(root, pairs):
+    """Copy pairs (slide, H&E, IHC) as MIST publishes them, without labels: slides lie in train and val."""
+    for number, (slide, *images) in enumerate(pairs):
+        for letter, image in zip("AB", images, strict=True):
+            folder = root / f"{'val' if number % 4 == 3 else 'train'}{letter}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image.convert("RGB").save(folder / f"{slide}_{number // 4}_{number % 4}.jpg", quality=95)
+
+
+def pairs_of_virtual_tissue(tissue):
+    slides = dict(line.split(",")[:2] for line in (tissue / "truth.csv").read_text().splitlines()[1:])
+    for he in sorted((tissue / "HE").glob("*/*")):
+        yield slides[he.stem], Image.open(he), Image.open(tissue / "IHC" / he.parent.name / he.name)
+
+
+def pairs_of_real_tissue(real_data):
+    """Each real pair as a slide, cut into four patches."""
+    folder = real_data / "mist-multistain"
+    for number, he in enumerate(sorted((folder / "HE").iterdir())):
+        images = Image.open(he), Image.open(folder / "IHC" / he.name)
+        for x, y in ((0, 0), (254, 0), (0, 254), (254, 254)):
+            yield f"100M20040{number:02d}", *(image.crop((x, y, x + 254, y + 254)) for image in images)
+
+
+@pytest.mark.parametrize("kind", ["virtual", "real"])
+def test_pairs_without_labels_from_files_to_queries(kind, request, tmp_path, monkeypatch, capsys):
+    """The documented commands, on pairs arranged as MIST publishes them; the encoder has random weights."""
+    if kind == "virtual":
+        lay_out_as_mist(tmp_path / "HER2" / "TrainValAB", pairs_of_virtual_tissue(request.getfixturevalue("tissue")))
+    else:
+        lay_out_as_mist(tmp_path / "HER2" / "TrainValAB", pairs_of_real_tissue(request.getfixturevalue("real_data")))
+    save_network(tmp_path / "encoder", "dinov2", image_size=64, patch_size=16)
+    monkeypatch.chdir(tmp_path)
+    here = {
+        "configs/unlabelled.yaml": str(ROOT / "configs" / "unlabelled.yaml"),
+        "group:0.8,0.1,0.1": "group:0.6,0.1,0.3",
+    }
+    quick = [*QUICK, "--teacher.encoder", "./encoder", "--student.encoder", "resnet10", "--train.batch", "4"]
+    quick += ["--report.queries", "2"]
+    said, asked = {}, tmp_path / "HER2" / "TrainValAB" / "valA"
+    for verb, *args in documented_commands("docs/shards.md", "Pairs without labels, from files to queries"):
+        lgd(verb, *(here.get(arg, arg) for arg in args), *(quick if "--config" in args else ()))
+        said[verb] = capsys.readouterr()
+        # Each row of a sheet takes a second.
+        for path in sorted(asked.iterdir())[2:]:
+            path.unlink()
+    assert "taken as it is, and centred" in said["train-teacher"].err
+    assert "no patch of the split `train` has a label" in said["train"].err
+    head, *rows, chance = said["evaluate"].out.splitlines()
+    assert head.startswith("vectors") and "accuracy" not in head and chance.startswith("by chance")
+    assert {row.partition(",")[0] for row in rows} == {"LGD-Net"}
+    summary = (tmp_path / "runs/unlabelled/report/summary.md").read_text()
+    assert (
+        "No patch of the training split had a label" in summary and "Slides or source patches that ask: only" in summary
+    )
+    assert not any(word in summary for word in ("kappa", "Retrieval by level", "same level", "0 of 3+", "– |"))
+    assert ("MIST's two stains are neighbouring sections" in summary) and "Retrieval of the own IHC" in summary
+    assert not [one for one in (tmp_path / "runs/unlabelled/report").iterdir() if one.name == "confusion.png"]
+    assert "lgd query --model runs/unlabelled IMAGE" in said["info"].out
+    assert said["predict"].out.count(NO_LABELS) == said["query"].out.count("no neighbour has a level") == 2
+    assert (tmp_path / "neighbours.png").stat().st_size > 5_000
 
 
 def test_pairs_that_were_never_registered_are_refused(real_data, tmp_path, capsys):

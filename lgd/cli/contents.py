@@ -201,7 +201,7 @@ def _describe_network(folder: Location) -> dict[str, JsonValue]:
     encoder = config.morphology if isinstance(config, StudentConfig) else cast(TeacherConfig, config).encoder
     return facts | {
         "encoder": f"{encoder.name}, images of {config.size} px",
-        "target": training.target.name,
+        "target": training.target.name if training.labelled else f"none: no {training.target.name} label taught it",
         "trained_on": f"{sum(training.labels.values())} patches ({training.labelled} labelled) of {sizes}",
         "tissue": "virtual" if training.virtual else "not drawn by lgd synth",
         "training": _describe_training(config),
@@ -231,8 +231,9 @@ def _describe_run(folder: Location) -> dict[str, JsonValue]:
     for last in [entry.environment for entries in stages.values() for entry in entries][-1:]:
         facts["made_by"] = f"lgd {last.lgd}, torch {last.torch}, on {last.device} of {last.host}"
     with contextlib.suppress(DataError):
-        find_in_run(folder, "student")
-        facts["try_next"] = f"lgd predict --model {shlex.quote(str(folder))} IMAGE"
+        student = StudentConfig.read_folder(find_in_run(folder, "student"))
+        verb = "predict" if student.training.labelled else "query"
+        facts["try_next"] = f"lgd {verb} --model {shlex.quote(str(folder))} IMAGE"
     return facts or {"stages": None}
 
 

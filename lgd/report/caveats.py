@@ -69,8 +69,11 @@ def probe_caveat(probe: ProbeDocument) -> str:
     )
 
 
-def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:
-    """What a reader must know before believing a score of `predictions` on a run's shards, most serious first."""
+def caveats_of(shards: ShardSet, predictions: Predictions, taught_labels: bool = True) -> list[str]:
+    """What a reader must know before believing a score of `predictions` on a run's shards, most serious first.
+
+    Without `taught_labels` the levels of predictions are unknown, whatever the patches have.
+    """
     known, virtual = predictions.labelled(), any(one.virtual for one in shards.manifests)
     # One of another package is not imported for this.
     names = dict.fromkeys(manifest.layout for manifest in shards.manifests)
@@ -97,9 +100,14 @@ def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:
     taught = shards.count_labels("train")
     if any(taught[name] for name in LEVEL_NAMES) and (untaught := [name for name in LEVEL_NAMES if not taught[name]]):
         found.append(f"No patch of level {', '.join(untaught)} was in training: the networks can never predict it.")
-    found += _caveats_of_counts(known)
-    if unlabelled := len(predictions.keys) - len(known.keys):
-        found.append(f"{unlabelled} of {len(predictions.keys)} patches have no level and are not scored.")
+    if known.keys:
+        found += _caveats_of_counts(known)
+        if unlabelled := len(predictions.keys) - len(known.keys):
+            found.append(f"{unlabelled} of {len(predictions.keys)} patches have no level and are not scored.")
+    else:
+        found += ["No patch of this split has a level: there is nothing to score."] if taught_labels else []
+        if (groups := len(set(predictions.groups))) < FEW_GROUPS:
+            found.append(f"Slides or source patches that ask: only {groups}. The intervals mean little.")
     found += [caveat for manifest in shards.manifests for caveat in manifest.caveats]
     found.append(
         "This is an independent design of what the abstract of LGD-Net (arXiv:2602.17793) states: no number here is "
@@ -109,8 +117,6 @@ def caveats_of(shards: ShardSet, predictions: Predictions) -> list[str]:
 
 
 def _caveats_of_counts(known: Predictions) -> list[str]:
-    if not known.keys:
-        return ["No patch of this split has a level: there is nothing to score."]
     found = []
     patches = np.bincount(known.level, minlength=len(LEVEL_NAMES))
     behind = Counter(level for _, level in set(zip(known.groups, known.level.tolist(), strict=True)))

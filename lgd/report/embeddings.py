@@ -21,14 +21,16 @@ from lgd.retrieval.hubs import chance_of_hubs, chance_of_never, count_found, cou
 
 PRECISION_AT_K = 10
 """Neighbours behind an average precision, and answers behind hubs."""
-GALLERY_CAVEATS = (
+LEVEL_CAVEATS = (
     "The gallery of the levels is the training split, which every network here was trained on: its vectors are better "
     "told apart by level than those of new patches would be.",
     "A neighbour counts as relevant for its level alone, whatever the tissue looks like; where a level is that of a "
     "slide, so is the relevance.",
-    "The gallery of the own pair is the IHC of the scored split, which holds neighbours from the query's own slide.",
     "The features of H&E alone are compared with H&E, the other vectors with IHC latents: of the precisions by level "
     "only those of one gallery compare directly.",
+)
+OWN_CAVEATS = (
+    "The gallery of the own pair is the IHC of the scored split, which holds neighbours from the query's own slide.",
     "The intervals of hubs take the hubs as they are: other slides would have others.",
 )
 """What a reader must know of how the galleries were made."""
@@ -65,15 +67,17 @@ def measure(
             embedding.queries_nD, scored.level, embedding.train_mD, level_m, PRECISION_AT_K
         )
         found = by_level(precision_n, chance_n, scored.level, scored.groups, resamples, seed)
-        own = hubs = None
+        pair = hubs = None
         if embedding.own_nD is not None:
             rank_n = own_ranks(embedding.queries_nD, embedding.own_nD)
-            own = own_pair(rank_n, len(embedding.own_nD), scored.groups, resamples, seed)
+            pair = own_pair(rank_n, len(embedding.own_nD), scored.groups, resamples, seed)
             hubs = measure_hubs(embedding.queries_nD, embedding.own_nD, scored.groups, resamples, seed)
         rows.append(
-            EmbeddingScores(name=embedding.name, gallery=embedding.gallery, by_level=found, own_pair=own, hubs=hubs)
+            EmbeddingScores(name=embedding.name, gallery=embedding.gallery, by_level=found, own_pair=pair, hubs=hubs)
         )
-    return Retrieval(caveats=GALLERY_CAVEATS, at=PRECISION_AT_K, gallery_rows=len(level_m), embeddings=tuple(rows))
+    by_levels, own = any(row.by_level["overall"].queries for row in rows), any(row.own_pair for row in rows)
+    caveats = (*(LEVEL_CAVEATS if by_levels else ()), *(OWN_CAVEATS if own else ()))
+    return Retrieval(caveats=caveats, at=PRECISION_AT_K, gallery_rows=len(level_m), embeddings=tuple(rows))
 
 
 def he_only(

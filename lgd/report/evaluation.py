@@ -111,7 +111,7 @@ def evaluate(
             ONE_TRAINING if labelled else UNTAUGHT,
             *([probe_caveat(probe)] if probe else [UNTAUGHT_TEACHER] if labelled and probed else []),
             *([WITHOUT_TEACHER.format(unpaired, len(student.predictions.keys))] if unpaired else []),
-            *caveats_of(shards, student.predictions),
+            *caveats_of(shards, student.predictions, bool(labelled)),
         ],
         provenance={
             "split": config.report.split,

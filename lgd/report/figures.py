@@ -153,37 +153,47 @@ def contact_sheet(rows: Sequence[Query], path: str | Location, votes: bool = Fal
     A patch is shown by its IHC, and by its H&E where it has none.
 
     The frame of a found IHC, and that of the H&E for its predicted level, shows how far the level is from the
-    query's true one. `votes`: also what the levels of all neighbours say together.
+    query's true one. `votes`: also what the levels of all neighbours say together. Where no level is known at all, none
+    is spoken of.
     """
+    levelled = any(
+        known for row in rows for known in (row.level, row.answer.level, *(hit.level for hit in row.answer.neighbours))
+    )
     first = 1 + any(row.ihc is not None for row in rows)
     columns = first + max((len(row.images) for row in rows), default=0)
     # The caption of a panel has up to six lines.
     figure = new_figure(1.9 * columns, 2.8 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, row in zip(grid, rows, strict=True):
-        answer, true = row.answer, f"true level {row.level or 'unknown'}"
+        answer, true = row.answer, [f"true level {row.level or 'unknown'}"] if levelled else []
         predicted = f", predicted {answer.level}" if answer.level else ""
-        lines = [_short(Path(answer.name).stem), f"slide {_short(row.slide or 'unknown')}", true + predicted]
-        vote = [_vote_line(answer.vote)] if votes else []
+        lines = [_short(Path(answer.name).stem), f"slide {_short(row.slide or 'unknown')}"]
+        lines += [f"{one}{predicted}" for one in true]
+        vote = [_vote_line(answer.vote)] if votes and levelled else []
         if answer.stored:
             if first == 2:
                 _panel(axes[0], row.he, ["its H&E, not asked", *lines], None)
-                _panel(axes[1], row.ihc, ["IHC query", true, *vote], None)
+                _panel(axes[1], row.ihc, ["IHC query", *true, *vote], None)
             else:
                 _panel(axes[0], row.he, ["its stored latent asks", *lines, *vote], None)
         else:
             frame = _agreement(row.level, answer.level) if answer.level else None
             _panel(axes[0], row.he, ["H&E query", *lines, *vote], frame)
             if first == 2:
-                _panel(axes[1], row.ihc, ["its own IHC", "not given to the student", "", true], None)
+                _panel(axes[1], row.ihc, ["its own IHC", "not given to the student", "", *true], None)
         for rank, (ax, found, shown) in enumerate(zip(axes[first:], answer.neighbours, row.images, strict=False), 1):
             agreement = _agreement(row.level, found.level)
             slide = f"slide {_short(found.slide or 'unknown')} ({found.split})"
-            level = f"level {found.level or 'unknown'}, {agreement[2]}"
+            level = [f"level {found.level or 'unknown'}, {agreement[2]}"] if levelled else []
             distance = f"found {rank}, distance {found.distance:.3f}"
             twin = [f"near-duplicate of {_short(found.duplicate_of)}"] if found.duplicate_of else []
             stain = ["its H&E: it has no IHC"] if shown.stain == "H&E" else []
-            _panel(ax, shown.image, [distance, _short(found.key), slide, level, *twin, *stain], agreement)
+            _panel(
+                ax,
+                shown.image,
+                [distance, _short(found.key), slide, *level, *twin, *stain],
+                agreement if levelled else None,
+            )
         for ax in axes[first + len(row.images) :]:
             ax.set_axis_off()
     save_figure(figure, path)

@@ -27,6 +27,7 @@ from lgd.report.results import (
     retrieval_sections,
     robustness_section,
     slide_rules_section,
+    tabulate_own_pairs,
 )
 
 _SENSITIVITY = {f"sensitivity_{level}": name for level, name in enumerate(LEVEL_NAMES)}
@@ -73,7 +74,12 @@ def show_pictures(report: Location, student: Location) -> None:
 
 
 def format_scores(results: Results) -> str:
-    """Accuracy, kappa and macro-F1 of each model, with 95 % intervals, as text of fixed width."""
+    """Accuracy, kappa and macro-F1 of each model, with 95 % intervals, as text of fixed width.
+
+    Where nothing is scored for want of labels, at which rank the own IHC is found.
+    """
+    if not results.labelled and results.retrieval and (own := tabulate_own_pairs(results.retrieval)):
+        return "\n".join(format_table(own))
     columns = {"accuracy": "accuracy", "kappa": "kappa", "macro_f1": "macro-F1"}
     rows = []
     for model in results.models:
@@ -85,18 +91,22 @@ def format_scores(results: Results) -> str:
 
 def _summarise(results: Results, pictures: Sequence[str]) -> str:
     counts = ", ".join(f"{count} of {escape_markdown(name)}" for name, count in results.levels.items())
+    scored = f"{results.labelled} have a level ({counts})" if results.labelled else "none is scored"
     text = [
-        "# HER2 level from H&E: report\n",
+        f"# {'HER2 level' if results.labelled else 'Hallucinated latents'} from H&E: report\n",
         "## Read this first\n",
         *list_items(results.caveats),
         "",
-        f"{results.patches} patches in {results.groups} groups; {results.labelled} have a level "
-        f"({counts}). A group is a slide, or a source patch where slides are unknown.\n",
+        f"{results.patches} patches in {results.groups} {'group' if results.groups == 1 else 'groups'}; {scored}. A "
+        "group is a slide, or a source patch where slides are unknown.\n",
     ]
     if results.labelled:
         text += _score_sections(results)
     else:
-        text += ["## Scores\n", "No patch of this split has a level, so there is nothing to score.\n"]
+        text += [
+            "There is nothing to score, for the reason above. Brackets hold 95 % intervals from "
+            f"{results.resamples} resamples of the groups; [–] means that fewer than two groups stand behind a value.\n"
+        ]
     if results.robustness is not None and results.labelled:
         text += robustness_section(results.robustness)
     if results.retrieval is not None:

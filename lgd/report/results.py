@@ -220,45 +220,48 @@ def robustness_section(robustness: Robustness) -> list[str]:
 
 
 def retrieval_sections(retrieval: Retrieval) -> list[str]:
-    """The sections on retrieval by level and of the own pair."""
+    """The sections on retrieval by level, of the own pair, and on hubs, as far as there is anything to say."""
+    text = []
+    if any(row.by_level["overall"].queries for row in retrieval.embeddings):
+        text += _levels_section(retrieval)
+    if own := tabulate_own_pairs(retrieval):
+        first = next(row.own_pair for row in retrieval.embeddings if row.own_pair)
+        text += [
+            "## Retrieval of the own IHC\n",
+            f"{first.queries} H&E queries, each searching its own pair among {first.gallery} IHC latents.\n",
+            *markdown_table([*own[0]], [[*row.values()] for row in own]),
+        ]
+    if hubs := [(row.name, row.hubs) for row in retrieval.embeddings if row.hubs]:
+        text += _hubs_section(hubs, retrieval.at)
+    return [*text, *list_items(retrieval.caveats), ""]
+
+
+def _levels_section(retrieval: Retrieval) -> list[str]:
     columns, embeddings = ("overall", *LEVEL_NAMES), retrieval.embeddings
     levels = [[row.name, row.gallery, *(format_interval(row.by_level[name]) for name in columns)] for row in embeddings]
     # The levels of all galleries are the same, and so is chance.
     levels.append(["by chance", "", *(format_number(embeddings[0].by_level[name].chance) for name in columns)])
-    own_pairs = [(row.name, row.own_pair) for row in embeddings if row.own_pair]
-    text = [
+    return [
         "## Retrieval by level\n",
         f"Mean average precision of the {retrieval.at} nearest of {retrieval.gallery_rows} training patches, by the "
         "level of the query; a neighbour of the same level is relevant. Chance is the expected value under a random "
         "ranking.\n",
         *markdown_table(["vectors", "gallery", *columns], levels),
     ]
-    if own_pairs:
-        text += _own_pair_section(own_pairs)
-    if hubs := [(row.name, row.hubs) for row in embeddings if row.hubs]:
-        text += _hubs_section(hubs, retrieval.at)
-    return [*text, *list_items(retrieval.caveats), ""]
 
 
-def _own_pair_section(own_pairs: Sequence[tuple[str, OwnPair]]) -> list[str]:
-    first = own_pairs[0][1]
-    chance = [first.chance_median_rank] * 2
-    chance += [first.chance_recall_at_1, first.chance_recall_at_5, first.chance_recall_at_10]
-    rows = [
-        [
-            name,
-            format_number(own.median_rank),
-            format_interval(own.mean_rank, ".1f"),
-            *map(format_interval, (own.recall_at_1, own.recall_at_5, own.recall_at_10)),
-        ]
-        for name, own in own_pairs
-    ]
-    rows.append(["by chance", *map(format_number, chance)])
-    return [
-        "## Retrieval of the own IHC\n",
-        f"{first.queries} H&E queries, each searching its own pair among {first.gallery} IHC latents.\n",
-        *markdown_table(["vectors", "median rank", "mean rank", "recall at 1", "recall at 5", "recall at 10"], rows),
-    ]
+def tabulate_own_pairs(retrieval: Retrieval) -> list[dict[str, str]]:
+    """A row each kind of vectors, and one of chance: at which rank they find the own IHC; none where nothing does."""
+    columns = ("vectors", "median rank", "mean rank", "recall at 1", "recall at 5", "recall at 10")
+    rows, chance = [], []
+    for name, own in [(row.name, row.own_pair) for row in retrieval.embeddings if row.own_pair]:
+        recalls = map(format_interval, (own.recall_at_1, own.recall_at_5, own.recall_at_10))
+        rows.append([name, format_number(own.median_rank), format_interval(own.mean_rank, ".1f"), *recalls])
+        chance = [own.chance_median_rank, own.chance_median_rank]
+        chance += [own.chance_recall_at_1, own.chance_recall_at_5, own.chance_recall_at_10]
+    if rows:
+        rows.append(["by chance", *map(format_number, chance)])
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _hubs_section(hubs: Sequence[tuple[str, Hubs]], at: int) -> list[str]:

@@ -143,6 +143,8 @@ class Mist(Layout):
     MIST publishes `val` as its held-out set, so it is named `test` here.
     """
 
+    caveats = ("MIST's two stains are neighbouring sections that are registered only approximately.",)
+
     def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         for folder, split in {"train": "train", "val": "test", "test": "test"}.items():
             for entry in _match(root, f"{folder}A", f"{folder}B"):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -219,7 +220,7 @@ def test_retrieval_without_a_gallery_or_an_own_pair(tmp_path):
     report(tmp_path, [model()], retrieval=found)
     strict(tmp_path / "metrics.json")
     text = (tmp_path / "summary.md").read_text()
-    assert "nearest of 0 training patches" in text and "Retrieval of the own IHC" not in text
+    assert "Retrieval by level" not in text and "Retrieval of the own IHC" not in text
 
 
 def test_slides_without_one_level_get_no_table_by_slide(tmp_path):
@@ -289,6 +290,26 @@ def test_the_confusion_matrix_takes_absent_levels_and_any_title(tmp_path):
     confusion_matrix(model(level=[1, 1, 2]), tmp_path / "c.png", "an $unfinished formula")
     with Image.open(tmp_path / "c.png") as image:
         assert image.size[0] > 400
+
+
+def test_without_any_label_no_frame_speaks_of_one(tmp_path):
+    asked = query(None)
+    unknown = [dataclasses.replace(hit, level=None) for hit in asked.answer.neighbours]
+    asked = dataclasses.replace(asked, answer=dataclasses.replace(asked.answer, level=None, neighbours=unknown))
+    contact_sheet([asked], tmp_path / "q.png", votes=True)
+    with Image.open(tmp_path / "q.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert not (pixels == (153, 153, 153)).all(1).sum() > 500
+
+
+def test_a_network_that_was_taught_no_label_says_nothing_of_the_patches_labels():
+    few = "Slides or source patches that ask: only 1. The intervals mean little."
+    blind = model(level=[-1] * 2)
+    assert caveats_of(shard_set([manifest()]), blind, taught_labels=False)[0] == few
+    assert [one.split(":")[0] for one in caveats_of(shard_set([manifest()]), blind)][:2] == [
+        "No patch of this split has a level",
+        "Slides or source patches that ask",
+    ]
 
 
 def test_frames_tell_how_far_a_level_is(tmp_path):
