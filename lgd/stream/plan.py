@@ -80,7 +80,9 @@ class Plan:
         self.lanes = lanes
         self._line_S = _permutation(len(self.sizes_S), seed, "shards")
         self._line_S1 = offsets(self.sizes_S[self._line_S])
-        self._places_L = _spread(lanes)
+        self._lanes_in_line = np.argsort(_spread(lanes))
+        # A batch may lie in two epochs.
+        self._begins = functools.lru_cache(maxsize=2)(self._new_begins)
         # A lane is in one shard at a time, and in two epochs at their border.
         self._run = functools.lru_cache(maxsize=2 * lanes)(self._new_run)
         self._rows = functools.lru_cache(maxsize=lanes + 16)(self._new_rows)
@@ -100,15 +102,18 @@ class Plan:
         shard = int(run.shards[piece])
         return int(self.first_S1[shard] + self._rows(epoch, shard)[place + run.shifts[piece]])
 
-    def _new_run(self, epoch: int, lane: int) -> _Run:
-        """Cut the lane's run out of the line of shards, and shuffle its pieces."""
+    def _new_begins(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the run of each lane begins and ends in the line of samples, int64 (L,) both."""
         # Turns of each lane within this epoch; they differ by one where the lanes do not divide the samples.
         offsets_L = (np.arange(self.lanes) - epoch * self.total) % self.lanes
         turns_L = (self.total - offsets_L + self.lanes - 1) // self.lanes
-        # The run of lane l is the _places_L[l]-th of the line.
-        before = self._places_L < self._places_L[lane]
-        begin = int(turns_L[before].sum())
-        end = begin + int(turns_L[lane])
+        ends_L = np.empty(self.lanes, np.int64)
+        ends_L[self._lanes_in_line] = np.cumsum(turns_L[self._lanes_in_line])
+        return ends_L - turns_L, ends_L
+
+    def _new_run(self, epoch: int, lane: int) -> _Run:
+        """Cut the lane's run out of the line of shards, and shuffle its pieces."""
+        begin, end = (int(some_L[lane]) for some_L in self._begins(epoch))
         first, last = np.searchsorted(self._line_S1, [begin, end - 1], side="right") - 1
         pieces = first + _permutation(max(0, last - first + 1), self.seed, f"lane {epoch} {lane}")
         begins = np.maximum(self._line_S1[pieces], begin)
@@ -148,6 +153,9 @@ def _spread(lanes: int) -> np.ndarray:
 
 def _permutation(n: int, seed: int, purpose: str) -> np.ndarray:
     """A random order of n, int64 (n,), that no version of numpy changes."""
+    if n < 2:
+        # The run of most lanes lies in one shard where shards are few.
+        return np.zeros(n, np.int64)
     keys = splitmix64(np.uint64(hash_64(f"{seed}:{purpose}")) + _GOLDEN * np.arange(n, dtype=np.uint64))
     return np.argsort(keys, kind="stable")
 
