@@ -7,6 +7,7 @@ readers raise nearly everything for it.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -123,21 +124,25 @@ def _explain_errors(name: str, content: bytes | memoryview = b"") -> Iterator[No
 
 
 def decode(
-    content: bytes | memoryview, name: str, size: int | None = None, out: np.ndarray | None = None
+    content: bytes | memoryview,
+    name: str,
+    size: int | None = None,
+    out: np.ndarray | None = None,
+    found: Header | None = None,
 ) -> np.ndarray:
     """Decode a JPEG, PNG or WebP image to RGB.
 
     `size` shrinks (or enlarges) to `size` x `size` pixels: a JPEG first by libjpeg's scaled decoding, to the
     smallest of its eight scales that is not below `size`; what is left by an antialiased resize. Grey and
     palette images become RGB; transparent pixels are laid on white, the colour of bare glass. `out`, contiguous
-    uint8 (size, size, 3), takes the pixels and is returned.
+    uint8 (size, size, 3), takes the pixels and is returned. `found` is the image's `header`, where it was read before.
 
     The pixels are given as they are stored; `decode_upright` turns them as EXIF asks.
 
     Returns (height, width, 3) uint8, writable and contiguous. Raises `DataError` with `name` as `header`
     does, and for truncated or broken content.
     """
-    found = header(content, name)
+    found = found or header(content, name)
     buffer = None
     with _explain_errors(name, content):
         if found.extension == "jpg":
@@ -222,6 +227,7 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
+@functools.lru_cache
 def _scaled(found: Header, side: int) -> tuple[int, int]:
     """Height and width to which libjpeg decodes: the smallest of its eighths of which neither is below `side`."""
     sizes = [(-(-found.height * eighths // 8), -(-found.width * eighths // 8)) for eighths in range(1, 9)]

@@ -27,7 +27,7 @@ from lgd.stain.targets import TARGET_SETTINGS, membrane_grid, nuclei_grid
 from lgd.store.document import Recipe, Rounding, TargetsRecipe, TeacherRecipe
 from lgd.store.store import Store
 from lgd.stream.plan import d4
-from lgd.stream.reader import Reader, Sample, in_batches
+from lgd.stream.reader import Encoded, Reader, Sample, in_batches
 
 _CPU_BATCH = 4
 
@@ -249,10 +249,8 @@ class _NativeReader(Reader):
         super().__init__(shards, ("he", "ihc"))
         self.teacher_size = teacher_size
 
-    def decode(
-        self, content: bytes | memoryview, what: str, role: str, out: np.ndarray | None
-    ) -> dict[str, np.ndarray]:
-        images = {role: decode(content, what, None)}
-        if role == "ihc":
-            images["teacher_ihc"] = decode(content, what, self.teacher_size)
+    def decode(self, image: Encoded, out: np.ndarray | None) -> dict[str, np.ndarray]:
+        images = super().decode(image, out)
+        if image.role == "ihc":
+            images["teacher_ihc"] = decode(image.content, image.name, self.teacher_size, found=image.header)
         return images

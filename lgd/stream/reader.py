@@ -9,7 +9,7 @@ import functools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from lgd.base.threads import keep_ahead
 from lgd.io.location import waits_for_network
 from lgd.io.remote import drop_damaged
 from lgd.shards.archive import SKIPPED, Shard, read_sample
-from lgd.shards.image import decode
+from lgd.shards.image import Header, decode, header
 from lgd.shards.manifest import PatchMeta
 from lgd.stream.plan import offsets
 
@@ -28,8 +28,8 @@ Numbers = Sequence[int] | np.ndarray
 OPEN_SHARDS = 256
 """Shards that a reader keeps open; a rank with more lanes than that opens them again and again."""
 
-_RUN = 4
-"""Samples that a thread reads at a time: one by one, handing over took 1 % of two cores."""
+_RUN = 8
+"""Samples that a thread reads at a time, at most: first all of their bytes, then all of their pixels."""
 
 _FETCH_AHEAD = 4096
 _FETCHES = 4
@@ -58,6 +58,16 @@ class Sample:
     def level(self) -> int:
         """0 to 3, or -1 where it is unknown."""
         return -1 if self.meta.label is None else int(self.meta.label)
+
+
+class Encoded(NamedTuple):
+    """An image whose bytes were read and checked, not decoded yet."""
+
+    role: str
+    name: str
+    """Names it in errors."""
+    header: Header
+    content: memoryview
 
 
 class Samples(NamedTuple):
@@ -108,24 +118,41 @@ class Reader:
         A sample that cannot be read raises `DataError`, or with `skip` comes back with its `error`. A shard that
         cannot be opened always raises.
         """
+        return self.decode_sample(*self.read_bytes(number, skip), out, skip)
+
+    def read_bytes(self, number: int, skip: bool = False) -> tuple[Sample, list[Encoded]]:
+        """The first half of `read`: read and check one sample. It has no images yet; these are in the list."""
         shard = int(self.first.searchsorted(number, side="right")) - 1
         row = number - int(self.first[shard])
         opened = self.open(shard)
-        images: dict[str, np.ndarray] = {}
-        problem = ""
         try:
             meta, contents = self._read_members(shard, row, opened)
+            images = []
             for member, content in contents.items():
-                what = f"{self.shards[shard].path}, row {row}, {meta.key}, {member}"
-                role = "he" if member == "hes" else member
-                images |= self.decode(content, what, role, out[role] if out else None)
+                name = f"{self.shards[shard].path}, row {row}, {meta.key}, {member}"
+                images.append(Encoded("he" if member == "hes" else member, name, header(content, name), content))
         except DataError as error:
             if not skip:
                 raise
-            meta, images, problem = SKIPPED, out or {}, str(error)
-            for image in images.values():
-                image[:] = 0
-        return Sample(number=number, shard=shard, row=row, meta=meta, images=images, error=problem)
+            return Sample(number=number, shard=shard, row=row, meta=SKIPPED, error=str(error)), []
+        return Sample(number=number, shard=shard, row=row, meta=meta), images
+
+    def decode_sample(
+        self, sample: Sample, images: list[Encoded], out: dict[str, np.ndarray] | None = None, skip: bool = False
+    ) -> Sample:
+        """The second half of `read`: the sample with its images, from what `read_bytes` gave."""
+        try:
+            for image in images:
+                sample.images.update(self.decode(image, out[image.role] if out else None))
+        except DataError as error:
+            if not skip:
+                raise
+            sample = replace(sample, meta=SKIPPED, images={}, error=str(error))
+        if sample.error:
+            sample.images.update(out or {})
+            for black in sample.images.values():
+                black[:] = 0
+        return sample
 
     def _read_members(
         self, shard: int, row: int, opened: tuple[BinaryIO, np.ndarray]
@@ -140,11 +167,9 @@ class Reader:
         self._opened.cache_clear()
         return read_sample(*self.open(shard), row, at, self._members[shard])
 
-    def decode(
-        self, content: bytes | memoryview, what: str, role: str, out: np.ndarray | None
-    ) -> dict[str, np.ndarray]:
+    def decode(self, image: Encoded, out: np.ndarray | None) -> dict[str, np.ndarray]:
         """The images that one member gives, by name."""
-        return {role: decode(content, what, self.size, out)}
+        return {image.role: decode(image.content, image.name, self.size, out, image.header)}
 
     def close(self) -> None:
         """Close the shards' files."""
@@ -163,9 +188,12 @@ def stream(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="lgd-read")
 
     def read(numbers: Numbers, images: dict[str, np.ndarray]) -> list[Sample]:
+        # Decoding an image takes a core's caches: on a Xeon, reading and checking a sample took 0.33 ms between two
+        # decodings of 5 ms, and takes 0.22 after seven others.
+        encoded = [reader.read_bytes(int(number), skip) for number in numbers]
         return [
-            reader.read(int(number), {role: image[place] for role, image in images.items()}, skip)
-            for place, number in enumerate(numbers)
+            reader.decode_sample(*one, {role: image[place] for role, image in images.items()}, skip)
+            for place, one in enumerate(encoded)
         ]
 
     def begin(numbers: Numbers) -> _Begun:
@@ -173,7 +201,9 @@ def stream(
         if reader.size is not None:
             shape = (len(numbers), reader.size, reader.size, 3)
             images = {role: np.empty(shape, np.uint8) for role in reader.roles}
-        runs = [slice(start, start + _RUN) for start in range(0, len(numbers), _RUN)]
+        # Every thread has a part of each batch, however small that is.
+        length = max(1, min(_RUN, len(numbers) // threads))
+        runs = [slice(start, start + length) for start in range(0, len(numbers), length)]
         return [pool.submit(read, numbers[run], {role: images[role][run] for role in images}) for run in runs], images
 
     def finish(begun: _Begun) -> Samples:

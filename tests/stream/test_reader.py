@@ -121,6 +121,36 @@ def test_threads_ranks_and_cuts_do_not_change_what_is_read(tissue_config, seed, 
     reader.close()
 
 
+@pytest.mark.parametrize("threads", [2, 4])
+def test_all_threads_share_a_batch_however_small(shards, threads):
+    together = threading.Barrier(threads, timeout=60)
+
+    class Meeting(Reader):
+        def decode(self, image, out):
+            together.wait()
+            return super().decode(image, out)
+
+    (samples,) = stream(Meeting(shards, ("he",), 64), [range(8)], threads=threads)
+    assert len(samples.rows) == 8
+
+
+def test_a_thread_reads_the_bytes_of_some_samples_before_it_decodes_them(shards):
+    done = []
+
+    class Noting(Reader):
+        def read_bytes(self, number, skip=False):
+            done.append(("read", number))
+            return super().read_bytes(number, skip)
+
+        def decode(self, image, out):
+            done.append(("decode", image.name))
+            return super().decode(image, out)
+
+    list(stream(Noting(shards, ("he",), 64), [range(20)], threads=1))
+    runs = [(what, len(list(some))) for what, some in itertools.groupby(done, lambda one: one[0])]
+    assert runs == [("read", 8), ("decode", 8), ("read", 8), ("decode", 8), ("read", 4), ("decode", 4)]
+
+
 def test_an_abandoned_stream_waits_for_no_thread(shards):
     """Garbage collection may close it in a thread that holds what the reading threads wait for."""
     wait = threading.Event()

@@ -27,7 +27,7 @@ from lgd.models.teacher import load_teacher
 from lgd.shards.image import decode
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.stream.plan import World
-from lgd.stream.reader import Reader, Sample
+from lgd.stream.reader import Encoded, Reader, Sample
 from lgd.train.batch import Batch, Step
 from lgd.train.launch import join_world
 from lgd.train.tasks import StudentTask, Task
@@ -177,11 +177,13 @@ class _TargetReader(Reader):
         # By (shard, row), and kept: what is read ahead may hold a sample of two epochs.
         self.made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
-    def decode(self, content: Any, what: str, role: str, out: np.ndarray | None) -> dict[str, np.ndarray]:
-        return super().decode(content, what, role, out) | {f"{role}@native": decode(content, what, None)}
+    def decode(self, image: Encoded, out: np.ndarray | None) -> dict[str, np.ndarray]:
+        return super().decode(image, out) | {f"{image.role}@native": decode(image.content, image.name)}
 
-    def read(self, number: int, out: dict[str, np.ndarray] | None = None, skip: bool = False) -> Sample:
-        sample = super().read(number, out, skip)
+    def decode_sample(
+        self, sample: Sample, images: list[Encoded], out: dict[str, np.ndarray] | None = None, skip: bool = False
+    ) -> Sample:
+        sample = super().decode_sample(sample, images, out, skip)
         he_13HW, ihc_13HW = (
             torch.from_numpy(sample.images.pop(f"{role}@native"))[None].permute(0, 3, 1, 2) for role in ("he", "ihc")
         )
