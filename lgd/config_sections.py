@@ -15,6 +15,7 @@ AboveZero = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pool = Literal["cls", "mean", "cls+mean"]
+Learns = Literal["label", "membranes", "nuclei"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +59,10 @@ class Teacher:
     dir: str = ""
     """Folder of the teacher; default RUN/teacher, or RUN/teacher-NAME of one with a name of its own."""
     source: Literal["trained", "frozen"] = "trained"
-    """`trained` here, on the labels; or `frozen`: a pretrained encoder as it is, which needs no labels."""
+    """`trained` here, on what it `learns`; or `frozen`: a pretrained encoder as it is, which needs no labels."""
+    learns: Annotated[list[Learns], Field(min_length=1)] = field(default_factory=lambda: ["label"])
+    """What a trained teacher learns: `label`, and without any label `membranes` and `nuclei`, grids of the store; of
+    several the losses are added up."""
     encoder: str = "resnet10"
     """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny); `hf:ORG/NAME`, `timm:NAME`,
     `timm:hf-hub:ORG/NAME`, or a folder as transformers or timm saves it, of which no code is run; or code outside LGD

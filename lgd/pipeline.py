@@ -83,7 +83,12 @@ def _train(
     name, verb = (config.student.method, "train") if task == "student" else (task, "train-teacher")
     folder = getattr(config, task).dir
     with stage(name, verb, config, folder, given, shards) as (opened, outcome):
-        trained = train_under(config, task, overwrite, opened)
+        trained_on = opened
+        if task == "teacher" and TASKS[task](config).store:
+            trained_on = opened.with_ihc("the teacher")
+            # It learns what the store will hold anyway.
+            cache.fill_targets(config, trained_on.shards, config.train.workers)
+        trained = train_under(config, task, overwrite, trained_on)
         made = TASKS[task].document.read_folder(folder)
         did = "trained" if made.steps else "taken as it is, and centred"
         outcome.done = f"{did}: {folder}" if trained else f"reused, nothing changed: {folder}"

@@ -108,6 +108,7 @@ def _name(action: argparse.Action) -> str:
 
 _UNIONS = (types.UnionType, typing.Union)
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}
+_LIMITS |= {"min_length": "of a length of at least"}
 
 
 def typed(kind: object) -> Callable[[str], object]:

@@ -198,6 +198,8 @@ def _describe_network(folder: Location) -> dict[str, JsonValue]:
     if isinstance(config, StudentConfig):
         taught = [f"taught by the latents of {one.name}" for one in config.teachers]
         facts["method"] = ", ".join([config.method, *taught])
+    else:
+        facts["learnt"] = ", ".join(cast(TeacherConfig, config).learns) or None
     encoder = config.morphology if isinstance(config, StudentConfig) else cast(TeacherConfig, config).encoder
     return facts | {
         "encoder": f"{encoder.name}, images of {config.size} px",

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from lgd.base.errors import DataError
 from lgd.base.records import Count, Line, Many, Record, Sha256
+from lgd.config_sections import Learns
 from lgd.io.documents import Document
 from lgd.io.files import read_json
 from lgd.io.location import Location, as_location
@@ -100,13 +101,15 @@ class TeacherConfig(ModelConfig):
 
     kind: Literal["teacher"] = "teacher"
     source: Literal["trained", "frozen"]
+    learns: Many[Learns]
+    """What taught it; nothing taught a frozen one."""
     encoder: EncoderSpec
     pool: Literal["cls", "mean", "cls+mean"]
 
     @property
     def gives_labels(self) -> bool:
         """Whether labels taught it; else a probe on its latents gives them (`lgd.store.probe`)."""
-        return self.training.labelled > 0
+        return "label" in self.learns
 
 
 class StudentConfig(ModelConfig):

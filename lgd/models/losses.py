@@ -3,11 +3,14 @@
 None assumes that H&E and IHC are aligned to the pixel.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+from lgd.models.grids import GRIDS
 
 Terms = dict[str, torch.Tensor]
 """Loss term -> value of each sample (B,). `level` counts labelled samples only, all others count every sample."""
@@ -89,3 +92,12 @@ def distillation_loss(logits_BK: torch.Tensor, teacher_BK: torch.Tensor, tempera
 def grid_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Huber distance of two grids (B, ...), mean over each sample's cells, (B,)."""
     return F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+
+
+def grid_losses(out: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> Terms:
+    """`grid_loss` of what a network gives of `nuclei`, as log(1 + density), and of `membrane`."""
+    targets = {name: stored[name] for name in GRIDS.values() if name in out and name in stored}
+    return {
+        name: grid_loss(out[name], torch.log1p(target) if name == "nuclei" else target)
+        for name, target in targets.items()
+    }

@@ -39,7 +39,7 @@ class Method:
     """Its row in a table."""
     network: ClassVar[type[Student]] = Student
     """What is trained."""
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: tuple[str, ...] = ()
     """The datasets of the feature store that teach it; where none does, samples of unknown level are left out."""
     retrieves_by: ClassVar[Literal["latents", "features"] | None] = None
     """By what a report measures its retrieval. A network that gives latents (`pooled`) can be queried."""
@@ -236,11 +236,7 @@ class LgdNet(Method):
             mask_BQ = self.negative_mask(batch.negatives, stored["pooled"])
             temperature, queue_QD = student.contrast_temperature, batch.negatives.pooled_QD
             terms["contrast"] = losses.contrast_loss(out["pooled"], stored["pooled"], queue_QD, mask_BQ, temperature)
-        if "nuclei" in stored:
-            terms["nuclei"] = losses.grid_loss(out["nuclei"], torch.log1p(stored["nuclei"]))
-        if "membrane" in stored:
-            terms["membrane"] = losses.grid_loss(out["membrane"], stored["membrane"])
-        return terms
+        return terms | losses.grid_losses(out, stored)
 
     def negative_mask(self, negatives: Negatives, pooled_BD: torch.Tensor) -> torch.Tensor:
         """Which latents of the queue are of another level (unknown, that of the teacher) and sample, bool (B, Q)."""

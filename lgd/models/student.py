@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lgd.config_sections import LEVEL_NAMES
 from lgd.models.description import LatentSizes, StudentConfig
 from lgd.models.encoder import Encoder
+from lgd.models.grids import make_grid_head, predict_grid
 from lgd.models.query_map import QueryMap
 
 Outputs = dict[str, torch.Tensor]
@@ -109,8 +110,8 @@ class HallucinatingStudent(TwoStreamStudent):
     def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, **sizes: Unpack[Sizes]) -> None:
         super().__init__(morphology=morphology, hallucination=hallucination, **sizes)
         self.dims = [one.dim for one in sizes["latents"].values()]
-        self.nuclei_head = nn.Conv2d(morphology.channels, 1, 1)
-        self.membrane_head = nn.Conv2d(self.dims[0], 3, 1)
+        self.nuclei_head = make_grid_head("nuclei", morphology.channels)
+        self.membrane_head = make_grid_head("membrane", self.dims[0])
         self.streams = morphology.channels + 2 * sum(self.dims)
         self.query_map: QueryMap | None = None
         """To the latents of all teachers; fitted when the network is finished (`lgd.train.finished`)."""
@@ -131,15 +132,6 @@ class HallucinatingStudent(TwoStreamStudent):
                 out[f"query{of}"] = queries[number]
             if sizes.map:
                 out[f"map{of}"] = F.adaptive_avg_pool2d(latent_BDHW, sizes.map)
-        nuclei_BCGG = _resize(map_BCHW, self.sizes["nuclei_grid"])
-        out["nuclei"] = F.softplus(self.nuclei_head(nuclei_BCGG)).squeeze(1)
-        membrane_B3MM = self.membrane_head(_resize(latents[0][0], self.sizes["membrane_grid"]))
-        out["membrane"] = F.softplus(membrane_B3MM).permute(0, 2, 3, 1)
+        out["nuclei"] = predict_grid(self.nuclei_head, map_BCHW, self.sizes["nuclei_grid"])
+        out["membrane"] = predict_grid(self.membrane_head, latents[0][0], self.sizes["membrane_grid"])
         return out
-
-
-def _resize(map_BCHW: torch.Tensor, side: int) -> torch.Tensor:
-    """Average down, or interpolate up, to (side, side)."""
-    if map_BCHW.shape[-1] >= side:
-        return F.adaptive_avg_pool2d(map_BCHW, side)
-    return F.interpolate(map_BCHW, size=(side, side), mode="bilinear", align_corners=False)

@@ -1,20 +1,21 @@
-"""The IHC teacher: trained once on the level and then frozen, or a pretrained encoder as it is.
+"""The IHC teacher: trained once, on labels or grids of domain targets, and frozen; or a pretrained encoder as it is.
 
 Its latents are what the student hallucinates.
 """
 
-from collections.abc import Collection
-from typing import ClassVar, Literal, Self
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar, Literal, Self, cast
 
 import torch
 from torch import nn
 
 from lgd.base.errors import ConfigError, DataError
-from lgd.config_sections import LEVEL_NAMES
+from lgd.config_sections import LEVEL_NAMES, Learns
 from lgd.io.location import Location
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder
 from lgd.models.export import load_weights
+from lgd.models.grids import make_grid_head, predict_grid
 
 NO_LEVELS = (
     "no label taught the teacher, so that a probe on its latents would give its levels, and the training split has "
@@ -23,28 +24,35 @@ NO_LEVELS = (
 )
 
 
+GRID_HEADS = "grid_heads."
+"""What the names of weights begin with that only training needs."""
+
+
 class Teacher(nn.Module):
     """IHC -> latent map, pooled latent and level; its encoder was trained here."""
 
     source: ClassVar[Literal["trained", "frozen"]] = "trained"
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(
+        self, encoder: Encoder, learns: Sequence[Learns] = ("label",), grids: Mapping[str, int] | None = None
+    ) -> None:
+        """`learns`: what teaches it. `grids`: sides by the datasets that do, while it is trained; their heads are not
+        kept.
+        """
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.learns, self.grids = encoder, tuple(learns), dict(grids or {})
         self.dim = encoder.dim
         """Length of the pooled latent."""
-        self.head = self._make_head()
+        self.head = nn.Linear(self.dim, len(LEVEL_NAMES)) if "label" in learns else None
+        self.grid_heads = nn.ModuleDict({name: make_grid_head(name, encoder.channels) for name in self.grids})
         # Subtracted from what is cached: without it the latents share one direction. On the sample of BCI every
         # query then found the same neighbours, all at a cosine of 0.98.
         self.pooled_mean = nn.Buffer(torch.zeros(self.dim))
         self.map_mean = nn.Buffer(torch.zeros(encoder.channels))
 
-    def _make_head(self) -> nn.Module | None:
-        return nn.Linear(self.dim, len(LEVEL_NAMES))
-
     def forward(self, ihc_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) in 0..255 -> `map` (B, C, h, w), `pooled` (B, D), and of a teacher that was
-        taught levels `logits` (B, 4).
+        """(B, 3, H, W) in 0..255 -> `map` (B, C, h, w), `pooled` (B, D), of a teacher that was taught levels `logits`
+        (B, 4), and while it learns them `nuclei` (B, g, g) as log(1 + density) and `membrane` (B, k, k, 3).
 
         Map and pooled latent are relative to their means over the training split (`centre`).
         """
@@ -52,7 +60,10 @@ class Teacher(nn.Module):
         # No normalisation between the mean and the head: with a LayerNorm there, training from random weights left
         # its first plateau later (virtual H&E, one seed: 0.34 against 0.48 of the training patches after 10 epochs).
         out = {"map": map_BCHW - self.map_mean[:, None, None], "pooled": pooled_BD - self.pooled_mean}
-        return out if self.head is None else out | {"logits": self.head(pooled_BD)}
+        if self.head is not None:
+            out["logits"] = self.head(pooled_BD)
+        heads = self.grid_heads.items()
+        return out | {name: predict_grid(cast(nn.Conv2d, head), map_BCHW, self.grids[name]) for name, head in heads}
 
     def levels_of(self, pooled_nD: torch.Tensor) -> torch.Tensor:
         """The logits (n, 4) of pooled latents, which are relative to their mean as `forward` gives them.
@@ -72,7 +83,13 @@ class Teacher(nn.Module):
     def describe(self, **facts: object) -> TeacherConfig:
         """What builds it again, beside its weights, with the facts of its training."""
         spec = self.encoder.spec
-        own = {"source": self.source, "encoder": spec, "pool": spec.pool, "licence": spec.licence}
+        own = {
+            "source": self.source,
+            "learns": self.learns,
+            "encoder": spec,
+            "pool": spec.pool,
+            "licence": spec.licence,
+        }
         return TeacherConfig.from_json(facts | own)
 
 
@@ -96,12 +113,10 @@ class FrozenTeacher(Teacher):
 
     source = "frozen"
 
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__(encoder)
+    def __init__(self, encoder: Encoder, learns: Sequence[Learns] = (), grids: Mapping[str, int] | None = None) -> None:
+        """It learns nothing."""
+        super().__init__(encoder, learns=())
         self.requires_grad_(False).eval()
-
-    def _make_head(self) -> None:
-        return None
 
     def train(self, mode: bool = True) -> Self:
         """It stays in evaluation mode."""
@@ -121,5 +136,5 @@ def load_teacher(folder: str | Location, code: Collection[str] = ()) -> tuple[Te
     kind = TEACHERS.get(config.source)
     if kind is None:
         raise DataError(f"{folder}: field source is {config.source}, which this version of lgd cannot load")
-    teacher = load_weights(folder, lambda: kind(Encoder(config.encoder)), config, code)
+    teacher = load_weights(folder, lambda: kind(Encoder(config.encoder), config.learns), config, code)
     return teacher.requires_grad_(False).eval(), config

@@ -60,12 +60,13 @@ FEW_LEVEL_0 = 50
 """Below this many patches of level 0 its sensitivity and AUC mean little."""
 
 
-def probe_caveat(probe: ProbeDocument) -> str:
-    """What must be known of the row of a teacher whose levels a probe gives."""
+def probe_caveat(probe: ProbeDocument, learnt: Sequence[str]) -> str:
+    """What must be known of the row of a teacher that learnt no label, but what is named, if anything."""
+    taught = f"it learnt {' and '.join(learnt)}, and no label" if learnt else "it is a pretrained encoder as it is"
     return (
-        f"{PROBE_ROW}: no label taught the teacher. Its levels are those of a logistic regression on its latents of "
-        f"{probe.describe()}. What the latents hold beyond a linear map it does not show, and students that are taught "
-        "soft levels are taught these."
+        f"{PROBE_ROW}: no label taught the teacher ({taught}). Its levels are those of a logistic regression on its "
+        f"latents of {probe.describe()}. What the latents hold beyond a linear map it does not show, and students that "
+        "are taught soft levels are taught these."
     )
 
 

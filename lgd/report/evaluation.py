@@ -76,13 +76,17 @@ def evaluate(
     scorers = [load_scorer(folder, code=code) for folder in (config.student.dir, *config.report.also)]
     unpaired = sum(shard.samples for shard in split if "ihc" not in shard.roles)
     # A teacher that no label taught answers by the probe of its stored latents, and its network is not asked.
-    gives_labels = not unpaired and TeacherConfig.read_folder(config.teacher.dir).gives_labels
+    described = None if unpaired else TeacherConfig.read_folder(config.teacher.dir)
+    gives_labels = described is not None and described.gives_labels
     own = [load_scorer(config.teacher.dir, "teacher", code)] if gives_labels else []
     # Opened before the scoring, which can take hours.
     store = open_for(scorers[0], config.latents.dir, None) if scorers[0].retrieves_by == "latents" else None
     has_sheet = store is not None and config.report.queries > 0 and _can_search(store)
-    probed = None if gives_labels or unpaired else Store(config.latents.dir, teachers=(config.teacher.name,))
-    probe = find_probe(probed, shards.of_split("train")) if probed else None
+    probed, probe, notes = None, None, list[str]()
+    if described is not None and not gives_labels:
+        probed = Store(config.latents.dir, teachers=(config.teacher.name,))
+        probe = find_probe(probed, shards.of_split("train"))
+        notes = [probe_caveat(probe, described.learns) if probe else UNTAUGHT_TEACHER]
     networks = [
         Network(scorer, *score_shards(scorer, split, threads=config.data.threads)) for scorer in (*scorers, *own)
     ]
@@ -109,7 +113,7 @@ def evaluate(
         scored,
         caveats=[
             ONE_TRAINING if labelled else UNTAUGHT,
-            *([probe_caveat(probe)] if probe else [UNTAUGHT_TEACHER] if labelled and probed else []),
+            *(notes if labelled else []),
             *([WITHOUT_TEACHER.format(unpaired, len(student.predictions.keys))] if unpaired else []),
             *caveats_of(shards, student.predictions, bool(labelled)),
         ],

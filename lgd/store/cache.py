@@ -18,7 +18,7 @@ from lgd.base import threads
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
 from lgd.config import Config
-from lgd.io.digests import digest_of
+from lgd.io.digests import digest_of, format_diff
 from lgd.io.files import exists, size_of
 from lgd.io.folders import refuse_foreign
 from lgd.io.location import Location, as_location
@@ -30,11 +30,11 @@ from lgd.models.teacher import load_teacher
 from lgd.ray_jobs.cluster import map_with
 from lgd.shards.archive import Shard
 from lgd.store.commit import commit
-from lgd.store.document import PATCHES, Recipe, StoreDocument, part_name, read_sidecar, refuse_recipe
+from lgd.store.document import PATCHES, Recipe, StoreDocument, TargetsRecipe, part_name, read_sidecar, refuse_recipe
 from lgd.store.drift import check_drift, make_fixed_vectors
 from lgd.store.probe import fit_probe, lacks_probe, prune_probes
 from lgd.store.store import Store
-from lgd.store.supervision import Supervision, recipe_of, stored
+from lgd.store.supervision import Supervision, TargetSupervision, recipe_of, stored, targets_of
 from lgd.store.writer import shard_writer
 from lgd.stream.reader import Sample
 
@@ -109,6 +109,31 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
         return Cached(store, len(missing), len(named - {entry.name for entry in store.document.entries}))
 
 
+def fill_targets(config: Config, shards: Sequence[Shard], workers: int) -> int:
+    """Measure the domain targets that a store's folder lacks, for a teacher that learns them.
+
+    Returns of how many shards. `cache_latents` finds them there. Raises `DataError` where the store has other targets,
+    and while another process caches into the same local folder.
+    """
+    folder, recipe = as_location(config.latents.dir), targets_of(config)
+    if exists(folder / "store.json"):
+        stored = StoreDocument.read(folder / "store.json").patches.recipe
+        if stored != recipe:
+            raise DataError(
+                f"{folder / 'store.json'} was made by another recipe:",
+                *format_diff(stored.as_json(), recipe.as_json(), "in the store"),
+                "Use the settings that made it, or name another folder as latents.dir",
+            )
+    else:
+        refuse_foreign(folder, _OURS, "name another folder as latents.dir")
+    if not _missing(folder, recipe, PATCHES, shards):
+        return 0
+    with exclusive(folder, "caching latents"):
+        missing = _missing(folder, recipe, PATCHES, shards)
+        _fill(config, recipe, missing, workers)
+        return len(missing)
+
+
 def _open(folder: Location, recipe: Recipe, teacher: str) -> StoreDocument | None:
     """What a store states, if there is one; `DataError` where it has other targets, or other latents of the name."""
     if not exists(folder / "store.json"):
@@ -120,18 +145,19 @@ def _open(folder: Location, recipe: Recipe, teacher: str) -> StoreDocument | Non
     return document
 
 
-def _missing(folder: Location, recipe: Recipe, teacher: str, shards: Sequence[Shard]) -> list[Shard]:
+def _missing(folder: Location, recipe: Recipe | TargetsRecipe, teacher: str, shards: Sequence[Shard]) -> list[Shard]:
     """The shards without complete parts, each tar once."""
     by_tar = {shard.sha256: shard for shard in shards}
     return [shard for shard in by_tar.values() if _lacking(folder, recipe, teacher, shard)]
 
 
-def _lacking(folder: Location, recipe: Recipe, teacher: str, shard: Shard) -> list[str]:
-    """The layers in which a shard has no complete part."""
-    return [layer for layer in (PATCHES, teacher) if not is_complete(folder, layer, shard, recipe)]
+def _lacking(folder: Location, recipe: Recipe | TargetsRecipe, teacher: str, shard: Shard) -> list[str]:
+    """The layers of a recipe in which a shard has no complete part."""
+    layers = (PATCHES, teacher) if isinstance(recipe, Recipe) else (PATCHES,)
+    return [layer for layer in layers if not is_complete(folder, layer, shard, recipe)]
 
 
-def is_complete(store: Location, layer: str, shard: Shard, recipe: Recipe) -> bool:
+def is_complete(store: Location, layer: str, shard: Shard, recipe: Recipe | TargetsRecipe) -> bool:
     """Whether a layer of the shard's part was committed under this recipe, and its file is there in its size."""
     folder, name = store / "parts" / layer, part_name(shard)
     try:
@@ -143,7 +169,7 @@ def is_complete(store: Location, layer: str, shard: Shard, recipe: Recipe) -> bo
     return (sidecar.recipe, sidecar.tar_sha256, sidecar.rows, sidecar.bytes) == asked
 
 
-def _fill(config: Config, recipe: Recipe, missing: Sequence[Shard], workers: int) -> None:
+def _fill(config: Config, recipe: Recipe | TargetsRecipe, missing: Sequence[Shard], workers: int) -> None:
     """Compute parts, behind a bar with patches a second and the time left."""
     if not missing:
         return
@@ -159,9 +185,14 @@ def _fill(config: Config, recipe: Recipe, missing: Sequence[Shard], workers: int
 class Cacher:
     """Turns shards into parts; it may be called from several threads, which share its threads and its teacher."""
 
-    def __init__(self, config: Config, recipe: Recipe, bar: "tqdm[None] | None" = None) -> None:
+    def __init__(self, config: Config, recipe: Recipe | TargetsRecipe, bar: "tqdm[None] | None" = None) -> None:
+        """With a recipe of the targets alone no teacher is needed."""
         self.config, self.recipe, self.bar = config, recipe, bar
-        self.supervision = Supervision(config.teacher.dir, recipe, config.code)
+        self.supervision = (
+            TargetSupervision(recipe)
+            if isinstance(recipe, TargetsRecipe)
+            else Supervision(config.teacher.dir, recipe, config.code)
+        )
         self._pool = ThreadPoolExecutor(config.data.threads, thread_name_prefix="lgd-prepare")
         self._turn = threading.Lock()
         self._counting, self._stopping = threading.Lock(), threading.Event()

@@ -47,6 +47,11 @@ class TargetsRecipe(Record):
     settings: dict[Text, float]
     """Every number behind them (`lgd.stain.targets`)."""
 
+    def of(self, layer: str) -> Self:
+        """That of the layer of the patches."""
+        assert layer == PATCHES, "the recipe is of the targets alone"
+        return self
+
 
 class TeacherRecipe(Record):
     """Of a teacher's latents."""

@@ -37,12 +37,7 @@ def recipe_of(config: Config) -> Recipe:
     teacher = TeacherConfig.read_folder(config.teacher.dir)
     latents = config.latents
     return Recipe(
-        targets=TargetsRecipe(
-            nuclei_grid=latents.nuclei_grid,
-            membrane_grid=latents.membrane_grid,
-            dtype=latents.dtype,
-            settings=TARGET_SETTINGS,
-        ),
+        targets=targets_of(config),
         teacher=TeacherRecipe(
             source=teacher.source,
             weights_sha256=teacher.weights_sha256,
@@ -56,6 +51,17 @@ def recipe_of(config: Config) -> Recipe:
             map=latents.map,
             dtype=latents.dtype,
         ),
+    )
+
+
+def targets_of(config: Config) -> TargetsRecipe:
+    """Everything that the stored domain targets depend on, beside the shards."""
+    latents = config.latents
+    return TargetsRecipe(
+        nuclei_grid=latents.nuclei_grid,
+        membrane_grid=latents.membrane_grid,
+        dtype=latents.dtype,
+        settings=TARGET_SETTINGS,
     )
 
 
@@ -82,27 +88,15 @@ def open_store(config: Config) -> Store:
     return store
 
 
-class Supervision:
-    """The teacher, loaded once, and the domain targets: what a recipe makes of samples."""
+class TargetSupervision:
+    """The domain targets: what their recipe makes of samples."""
 
-    def __init__(self, folder: str, recipe: Recipe, code: Collection[str] = ()) -> None:
-        """`folder` is the teacher's, and `code` outside LGD what it may run.
-
-        Raises `DataError` for another teacher, and for a precision that this device does not support.
-        """
-        self.recipe = recipe
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if recipe.teacher.precision == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported(False)):
-            raise DataError("latents.precision is bf16, but there is no GPU here that has it: set it to fp32")
-        teacher, config = load_teacher(folder, code)
-        if config.weights_sha256 != recipe.teacher.weights_sha256:
-            raise DataError(f"{folder} holds another teacher than the one that made the store: name that by --teacher")
-        self.teacher = teacher.to(self.device)
+    def __init__(self, targets: TargetsRecipe) -> None:
+        self.targets, self.device = targets, "cuda" if torch.cuda.is_available() else "cpu"
 
     def reader(self, shards: Sequence[Shard], targets: bool = True) -> Reader:
-        """A reader for `prepare`; without `targets` latents alone are made of what it reads."""
-        size = self.recipe.teacher.size
-        return _NativeReader(shards, size) if targets else Reader(shards, ("ihc",), size)
+        """A reader for `prepare`."""
+        return Reader(shards, ("he", "ihc"))
 
     def prepare(self, reader: Reader, number: int) -> Sample:
         """Read one sample of a `reader`, in any thread: its images are then `ihc`, uint8 of the teacher's size, and the
@@ -112,9 +106,11 @@ class Supervision:
         dropped here: those of a batch would take gigabytes, and a thread a sample is as quick.
         """
         sample = reader.read(number)
-        if "teacher_ihc" not in sample.images:
+        if "he" not in sample.images:
             return sample
-        images = {"ihc": sample.images["teacher_ihc"], "nuclei": sample.images["he"], "membrane": sample.images["ihc"]}
+        images = {"nuclei": sample.images["he"], "membrane": sample.images["ihc"]}
+        if "teacher_ihc" in sample.images:
+            images["ihc"] = sample.images["teacher_ihc"]
         if self.device == "cpu":
             images |= {name: measure(images[name][None], sample.meta.mpp)[0] for name, measure in self._targets.items()}
         return replace(sample, images=images)
@@ -122,7 +118,7 @@ class Supervision:
     @functools.cached_property
     def _targets(self) -> dict[str, Callable[[np.ndarray, float | None], np.ndarray]]:
         """What measures the targets of uint8 images (B, H, W, 3) of one scale."""
-        grids = self.recipe.targets
+        grids = self.targets
         kinds = {"nuclei": (nuclei_grid, grids.nuclei_grid), "membrane": (membrane_grid, grids.membrane_grid)}
 
         def measure(name: str, image_BHW3: np.ndarray, mpp: float | None) -> np.ndarray:
@@ -135,13 +131,8 @@ class Supervision:
         return {name: functools.partial(measure, name) for name in kinds}
 
     def rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-        """The rows of prepared samples, float32: `pooled` (B, views, D), `map` (B, views, D, m, m), and the targets."""
-        ihc_BHW3 = np.stack([sample.images["ihc"] for sample in samples])
-        # Activations of more images fall out of a processor's cache: 13 instead of 7 ms each, of 256 px (resnet10).
-        size = _CPU_BATCH if self.device == "cpu" else len(ihc_BHW3)
-        runs = [self._latents(ihc_BHW3[start : start + size]) for start in range(0, len(ihc_BHW3), size)]
-        rows = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
-        return rows | {name: self.measure(name, samples) for name in self._targets if name in samples[0].images}
+        """The rows of prepared samples, float32: the targets, where they are to be made."""
+        return {name: self.measure(name, samples) for name in self._targets if name in samples[0].images}
 
     def measure(self, name: str, samples: Sequence[Sample]) -> np.ndarray:
         """A target of prepared samples; of native images those of one size and scale together."""
@@ -157,6 +148,38 @@ class Supervision:
                 ):
                     found[place] = target
         return np.stack(found)
+
+
+class Supervision(TargetSupervision):
+    """The teacher, loaded once, and the domain targets: what a recipe makes of samples."""
+
+    def __init__(self, folder: str, recipe: Recipe, code: Collection[str] = ()) -> None:
+        """`folder` is the teacher's, and `code` outside LGD what it may run.
+
+        Raises `DataError` for another teacher, and for a precision that this device does not support.
+        """
+        super().__init__(recipe.targets)
+        self.recipe = recipe
+        if recipe.teacher.precision == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported(False)):
+            raise DataError("latents.precision is bf16, but there is no GPU here that has it: set it to fp32")
+        teacher, config = load_teacher(folder, code)
+        if config.weights_sha256 != recipe.teacher.weights_sha256:
+            raise DataError(f"{folder} holds another teacher than the one that made the store: name that by --teacher")
+        self.teacher = teacher.to(self.device)
+
+    def reader(self, shards: Sequence[Shard], targets: bool = True) -> Reader:
+        """A reader for `prepare`; without `targets` latents alone are made of what it reads."""
+        size = self.recipe.teacher.size
+        return _NativeReader(shards, size) if targets else Reader(shards, ("ihc",), size)
+
+    def rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        """The rows of prepared samples, float32: `pooled` (B, views, D), `map` (B, views, D, m, m), and the targets."""
+        ihc_BHW3 = np.stack([sample.images["ihc"] for sample in samples])
+        # Activations of more images fall out of a processor's cache: 13 instead of 7 ms each, of 256 px (resnet10).
+        size = _CPU_BATCH if self.device == "cpu" else len(ihc_BHW3)
+        runs = [self._latents(ihc_BHW3[start : start + size]) for start in range(0, len(ihc_BHW3), size)]
+        rows = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+        return rows | super().rows(samples)
 
     def _latents(self, ihc_BHW3: np.ndarray) -> dict[str, np.ndarray]:
         """`pooled` and, where maps are stored, `map`, as in `rows`."""

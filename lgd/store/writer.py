@@ -22,7 +22,7 @@ from lgd.io.digests import digest_of
 from lgd.io.files import publish, sync
 from lgd.io.location import Location
 from lgd.shards.archive import Shard
-from lgd.store.document import PATCHES, TEACHER, Dataset, Recipe, Rounding, Sidecar, part_name
+from lgd.store.document import PATCHES, TEACHER, Dataset, Recipe, Rounding, Sidecar, TargetsRecipe, part_name
 
 _LATENTS = ("pooled", "map")
 """The datasets that depend on a teacher."""
@@ -143,7 +143,7 @@ class ShardWriter(NamedTuple):
 
 @contextlib.contextmanager
 def shard_writer(
-    store: Location, shard: Shard, recipe: Recipe, layers: Sequence[str] = (PATCHES, TEACHER)
+    store: Location, shard: Shard, recipe: Recipe | TargetsRecipe, layers: Sequence[str] = (PATCHES, TEACHER)
 ) -> Iterator[ShardWriter]:
     """Give a writer for a shard's rows; on success publish its parts of these layers."""
     rounding: dict[str, Rounding] = {}
@@ -154,7 +154,7 @@ def shard_writer(
 
 @contextlib.contextmanager
 def _part_writer(
-    store: Location, layer: str, shard: Shard, recipe: Recipe, rounding: dict[str, Rounding]
+    store: Location, layer: str, shard: Shard, recipe: Recipe | TargetsRecipe, rounding: dict[str, Rounding]
 ) -> Iterator[PartWriter]:
     """Give a writer for a shard's part of a layer; on success publish the part, and then its sidecar."""
     folder, name = store / "parts" / layer, part_name(shard)

@@ -17,7 +17,7 @@ from lgd.models.description import describe_training
 from lgd.models.export import save_model
 from lgd.models.query_map import PairSums
 from lgd.models.student import HallucinatingStudent, Outputs
-from lgd.models.teacher import Teacher
+from lgd.models.teacher import GRID_HEADS, Teacher
 from lgd.shards.archive import Shard
 from lgd.store.store import Rows
 from lgd.stream.plan import eval_numbers
@@ -55,7 +55,12 @@ def forward_split(
 
 
 def validate(learner: Learner, shards: list[Shard]) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Logits (n, 4) and levels (n,) of all labelled samples of the shards, on every rank, and their scores."""
+    """Logits (n, 4) and levels (n,) of all labelled samples of the shards, on every rank, and their scores.
+
+    Of a network that no label teaches there are none, and the `loss` of all samples is its score.
+    """
+    if not learner.task.gives_labels:
+        return np.zeros((0, 4), np.float32), np.zeros(0, np.int64), {"loss": measure_loss(learner, shards)}
     mine = [(out["logits"].float().cpu().numpy(), one.level_B.numpy()) for one, out in forward_split(learner, shards)]
     pairs = gather(mine, learner.engine.world)
     logits = np.concatenate([np.zeros((0, 4), np.float32), *(a for a, _ in pairs)])
@@ -63,6 +68,20 @@ def validate(learner: Learner, shards: list[Shard]) -> tuple[np.ndarray, np.ndar
     logits, levels = logits[levels >= 0], levels[levels >= 0]
     chances = torch.from_numpy(logits).double().softmax(dim=1).numpy()
     return logits, levels, score(levels, chances) if len(levels) else {}
+
+
+def measure_loss(learner: Learner, shards: list[Shard]) -> float:
+    """The mean loss of the shards' samples, by the weights at the end of training; NaN without a sample."""
+    method, store, world = learner.task.method, learner.task.store, learner.engine.world
+    assert store is not None, "what is not taught labels is taught rows of a store"
+    sums, weights = torch.zeros(2, dtype=torch.float64, device=world.device), method.weights(1.0)
+    for batch, out in forward_split(learner, shards, store=Rows(store.parts_of(shards), method.needs)):
+        terms = method.losses(out, batch.to(world.device))
+        sums[0] += torch.stack([weights[name] * term.double().sum() for name, term in terms.items()]).sum()
+        sums[1] += len(batch)
+    if world.size > 1:
+        dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
 
 
 def centre_latents(learner: Learner, shards: list[Shard]) -> None:
@@ -118,7 +137,7 @@ def export(run: Prepared, step: int) -> None:
             learner.task.describe,
             engine.model,
             size=learner.task.config.data.size,
-            training=describe_training(run.shards, labelled=learner.task.trains),
+            training=describe_training(run.shards, labelled=learner.task.gives_labels),
             licence=None,
             temperature=temperature,
             validation={name: value for name, value in scores.items() if math.isfinite(value)},
@@ -130,7 +149,9 @@ def export(run: Prepared, step: int) -> None:
             workers=engine.world.size,
             versions={"lgd": lgd.__version__, "torch": torch.__version__, "python": platform.python_version()},
         )
-        save_model(learner.task.folder, weights, describe)
+        # The heads of grids have done their work.
+        kept = {name: tensor for name, tensor in weights.items() if not name.startswith(GRID_HEADS)}
+        save_model(learner.task.folder, kept, describe)
         log.summary()
     dist.barrier()
 

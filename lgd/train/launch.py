@@ -56,8 +56,9 @@ def check_levels(task: Task, shards: ShardSet) -> None:
             f"all {count[seen[0]]} patches of the split `train` that have a level are of level {seen[0]}: nothing can "
             "be told apart; add shards of other levels"
         )
-    if not seen and task.store is None:
-        raise DataError("no patch of the split `train` has a level, and this network learns from levels only")
+    if not seen and (task.store is None or task.kind == "teacher"):
+        remedy = "; leave label out of teacher.learns" if task.kind == "teacher" and task.store else " only"
+        raise DataError(f"no patch of the split `train` has a level, and this network learns from levels{remedy}")
     if not seen:
         logger.warning(
             "no patch of the split `train` has a label: the network learns to hallucinate latents and gives no label"
@@ -95,7 +96,7 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
     built, resume = TASKS[task](config), config.train.resume
     if not shards.of_split("train"):
         raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
-    if built.trains:
+    if built.gives_labels:
         check_levels(built, shards)
         check_scales(shards)
     inputs = inputs_of(built, shards)

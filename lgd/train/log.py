@@ -68,7 +68,9 @@ class Log:
         for name, value in scores.items():
             if math.isfinite(value):
                 self.board.add_scalar(f"val/{name}", value, step)
-        if scores:
+        if "loss" in scores:
+            logger.info("%s: step %d/%d  val loss %.4f", self.name, step, self.steps, scores["loss"])
+        elif scores:
             counts_44 = confusion(level_n, logits_n4.argmax(1)).tolist()
             rows = [[name, *map(str, row)] for name, row in zip(LEVEL_NAMES, counts_44, strict=True)]
             table = "\n".join(markdown_table(["true / called", *LEVEL_NAMES], rows))

@@ -73,7 +73,7 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
         improved = False
         if held_out and done % run.every == 0 and (done < steps or settings.patience):
             logits, levels, scores = validate(learner, held_out)
-            best = best.after(done, scores.get(settings.metric, math.nan))
+            best = best.after(done, -scores["loss"] if "loss" in scores else scores.get(settings.metric, math.nan))
             improved = best.step == done
             if log:
                 log.validation(done, scores, logits, levels)

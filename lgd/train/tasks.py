@@ -11,14 +11,17 @@ from lgd.io.digests import digest_of
 from lgd.io.location import as_location
 from lgd.models.description import LatentSizes, ModelConfig, StudentConfig, TeacherConfig, TeacherRef
 from lgd.models.encoder import PRESETS, build_encoder
+from lgd.models.grids import GRIDS
 from lgd.models.known import state_inputs, stated_in
+from lgd.models.losses import Lesson, Terms, grid_losses
 from lgd.models.methods import Method, find_method
-from lgd.models.student import Student
+from lgd.models.student import Outputs, Student
 from lgd.models.teacher import NO_LEVELS, TEACHERS, Teacher
 from lgd.shards.shard_set import ShardSet
 from lgd.store.probe import ProbeDocument, find_probe
 from lgd.store.store import Store
-from lgd.store.supervision import open_store
+from lgd.store.supervision import open_store, targets_of
+from lgd.store.targets import TargetParts
 from lgd.stream.plan import ORDER
 
 Network = Teacher | Student
@@ -42,7 +45,9 @@ class Task(ABC):
         self.folder = as_location(section.dir)
         # The level alone teaches, unless a task has another one.
         self.method = Method(config)
-        self.store: Store | None = None
+        self.store: Store | TargetParts | None = None
+        self.gives_labels = True
+        """Whether labels teach it: not a teacher that learns without them."""
 
     @abstractmethod
     def build(self) -> Network:
@@ -63,17 +68,40 @@ class Task(ABC):
         return model.describe(**facts)
 
 
+class GridMethod(Method):
+    """What a teacher learns from the grids of the domain targets, and from labels where these teach it too."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.needs = tuple(dataset for name, dataset in GRIDS.items() if name in config.teacher.learns)
+
+    def losses(self, out: Outputs, batch: Lesson) -> Terms:
+        return (super().losses(out, batch) if "logits" in out else {}) | grid_losses(out, batch.stored)
+
+    def weights(self, progress: float) -> dict[str, float]:
+        # No weight was tuned.
+        return dict.fromkeys(("level", *self.needs), 1.0)
+
+
 class TeacherTask(Task):
-    """IHC -> level, or latents of a pretrained encoder as it is."""
+    """IHC -> level, grids of the domain targets, or both; or latents of a pretrained encoder as it is."""
 
     kind, role, document = "teacher", "ihc", TeacherConfig
 
     def __init__(self, config: Config) -> None:
         """Raises `ConfigError` for a frozen teacher that nobody has trained."""
         super().__init__(config)
-        self.trains = config.teacher.source == Teacher.source
+        self.trains, learns = config.teacher.source == Teacher.source, config.teacher.learns
+        self.gives_labels = self.trains and "label" in learns
+        if self.trains and GRIDS.keys() & {*learns}:
+            self.method = GridMethod(config)
+            self.store = TargetParts(as_location(config.latents.dir), targets_of(config))
         if not self.trains:
             self.epochs = 0.0
+            require(
+                learns == ["label"],
+                f"teacher.learns is {', '.join(learns)}, and a frozen teacher (teacher.source) learns nothing: omit it",
+            )
             require(
                 config.teacher.encoder not in PRESETS,
                 f"teacher.source is frozen and teacher.encoder is {config.teacher.encoder}, whose weights are random: "
@@ -81,12 +109,15 @@ class TeacherTask(Task):
             )
 
     def build(self) -> Network:
-        config = self.config.teacher
-        return TEACHERS[config.source](build_encoder(config.encoder, stated_in(self.config, "teacher")))
+        config, latents = self.config.teacher, self.config.latents
+        sides = {"nuclei": latents.nuclei_grid, "membrane": latents.membrane_grid}
+        encoder = build_encoder(config.encoder, stated_in(self.config, "teacher"))
+        return TEACHERS[config.source](encoder, config.learns, {name: sides[name] for name in self.method.needs})
 
     def inputs(self) -> dict[str, JsonValue]:
         own: dict[str, JsonValue] = {"encoder": self.config.teacher.encoder}
         own |= {"epochs": self.epochs} if self.trains else {"source": self.config.teacher.source}
+        own |= {"learns": [*sorted({*self.config.teacher.learns})]} if self.store else {}
         return own | state_inputs(self.config, "teacher")
 
 
@@ -101,7 +132,8 @@ class StudentTask(Task):
         self.method = find_method(config.student.method)(config)
         if not self.method.needs:
             return
-        self.store = store = open_store(config)
+        self.store: Store | None = open_store(config)
+        store = self.store
         self.method.latents = {
             name: LatentSizes(dim=layer.datasets["pooled"].shape[-1], map=layer.recipe.map)
             for name in store.teachers
