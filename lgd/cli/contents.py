@@ -196,8 +196,8 @@ def _describe_network(folder: Location) -> dict[str, JsonValue]:
     teachers = config.teachers if isinstance(config, StudentConfig) else ()
     terms = [f"of the teacher {one.name}: {one.licence}" for one in teachers if one.licence]
     if isinstance(config, StudentConfig):
-        taught = [f"taught by the latents of {one.name}" for one in config.teachers]
-        facts["method"] = ", ".join([config.method, *taught])
+        names = " and ".join(one.name for one in config.teachers)
+        facts["method"] = f"{config.method}, taught by the latents of {names}" if names else config.method
     else:
         facts["learnt"] = ", ".join(cast(TeacherConfig, config).learns) or None
     encoder = config.morphology if isinstance(config, StudentConfig) else cast(TeacherConfig, config).encoder
