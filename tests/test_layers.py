@@ -19,8 +19,8 @@ shards.manifest shards.layouts shards.pairs shards.options shards.image shards.a
 shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
 models.spec models.description models.export models.pretrained models.known models.backbone models.timm_backbone
-models.encoder models.availability models.grids
-models.teacher models.query_map models.student models.losses models.methods
+models.encoder models.availability
+models.query_map models.student models.teacher models.losses models.methods
 models.loading
 store.document store.drift store.writer store.parts store.targets store.store store.commit store.probe
 store.supervision store.cache

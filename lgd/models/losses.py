@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from lgd.models.grids import GRIDS
+from lgd.models.student import GRIDS
 
 Terms = dict[str, torch.Tensor]
 """Loss term -> value of each sample (B,). `level` counts labelled samples only, all others count every sample."""

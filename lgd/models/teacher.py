@@ -15,7 +15,7 @@ from lgd.io.location import Location
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder
 from lgd.models.export import load_weights
-from lgd.models.grids import make_grid_head, predict_grid
+from lgd.models.student import make_grid_head, predict_grid
 
 NO_LEVELS = (
     "no label taught the teacher, so that a probe on its latents would give its levels, and the training split has "

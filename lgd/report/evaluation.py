@@ -46,7 +46,7 @@ from lgd.scoring.predict import (
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardSet
 from lgd.store.parts import read_levels
-from lgd.store.probe import find_probe
+from lgd.store.probe import ProbeDocument, find_probe
 from lgd.store.store import Store
 from lgd.stream.reader import Reader
 
@@ -60,6 +60,15 @@ class Network(NamedTuple):
     predictions: Predictions
     vectors: dict[str, np.ndarray]
     """Mapped, hallucinated or true latents, or the features of H&E alone, by their names in `Scorer.score`."""
+
+
+class Probed(NamedTuple):
+    """What answers for a teacher that no label taught."""
+
+    store: Store
+    probe: ProbeDocument | None
+    """None where too few labels are there to fit one on."""
+    caveat: str
 
 
 def evaluate(
@@ -82,11 +91,7 @@ def evaluate(
     # Opened before the scoring, which can take hours.
     store = open_for(scorers[0], config.latents.dir, None) if scorers[0].retrieves_by == "latents" else None
     has_sheet = store is not None and config.report.queries > 0 and _can_search(store)
-    probed, probe, notes = None, None, list[str]()
-    if described is not None and not gives_labels:
-        probed = Store(config.latents.dir, teachers=(config.teacher.name,))
-        probe = find_probe(probed, shards.of_split("train"))
-        notes = [probe_caveat(probe, described.learns) if probe else UNTAUGHT_TEACHER]
+    probed = _open_probe(config, shards, described.learns) if described and not gives_labels else None
     networks = [
         Network(scorer, *score_shards(scorer, split, threads=config.data.threads)) for scorer in (*scorers, *own)
     ]
@@ -98,7 +103,7 @@ def evaluate(
     student, *rivals = networks[: len(scorers)]
     teachers = [one.predictions for one in networks[len(scorers) :]]
     if probed is not None:
-        teachers = [score_by_probe(probed, probe, shards, split, student.predictions)]
+        teachers = [score_by_probe(probed.store, probed.probe, shards, split, student.predictions)]
     retrieval = shifted = None
     queries: list[Query] = []
     if store is not None:
@@ -113,7 +118,7 @@ def evaluate(
         scored,
         caveats=[
             ONE_TRAINING if labelled else UNTAUGHT,
-            *(notes if labelled else []),
+            *([probed.caveat] if probed and labelled else []),
             *([WITHOUT_TEACHER.format(unpaired, len(student.predictions.keys))] if unpaired else []),
             *caveats_of(shards, student.predictions, bool(labelled)),
         ],
@@ -141,6 +146,12 @@ def _can_search(store: Store) -> bool:
         return False
     read_document(store)
     return True
+
+
+def _open_probe(config: Config, shards: ShardSet, learnt: Sequence[str]) -> Probed:
+    store = Store(config.latents.dir, teachers=(config.teacher.name,))
+    probe = find_probe(store, shards.of_split("train"))
+    return Probed(store, probe, probe_caveat(probe, learnt) if probe else UNTAUGHT_TEACHER)
 
 
 def measure_results(

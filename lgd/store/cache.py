@@ -86,6 +86,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
     with exclusive(folder, "caching latents"):
         missing = _missing(folder, recipe, name, shards)
         stored, fixed = before.teachers.get(name) if before else None, None
+        # Where there are no rows to add, as for a probe or to prune, the teacher is not needed.
         if missing or not stored:
             fixed = make_fixed_vectors(load_teacher(config.teacher.dir, config.code)[0], recipe.teacher.size)
             if stored and stored.probe:

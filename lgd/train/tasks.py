@@ -11,11 +11,10 @@ from lgd.io.digests import digest_of
 from lgd.io.location import as_location
 from lgd.models.description import LatentSizes, ModelConfig, StudentConfig, TeacherConfig, TeacherRef
 from lgd.models.encoder import PRESETS, build_encoder
-from lgd.models.grids import GRIDS
 from lgd.models.known import state_inputs, stated_in
 from lgd.models.losses import Lesson, Terms, grid_losses
 from lgd.models.methods import Method, find_method
-from lgd.models.student import Outputs, Student
+from lgd.models.student import GRIDS, Outputs, Student
 from lgd.models.teacher import NO_LEVELS, TEACHERS, Teacher
 from lgd.shards.shard_set import ShardSet
 from lgd.store.probe import ProbeDocument, find_probe
