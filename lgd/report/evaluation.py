@@ -150,7 +150,7 @@ def _can_search(store: Store) -> bool:
 
 def _open_probe(config: Config, shards: ShardSet, learnt: Sequence[str]) -> Probed:
     store = Store(config.latents.dir, teachers=(config.teacher.name,))
-    probe = find_probe(store, shards.of_split("train"))
+    probe = find_probe(store, store.with_latents(shards.of_split("train")))
     return Probed(store, probe, probe_caveat(probe, learnt) if probe else UNTAUGHT_TEACHER)
 
 

@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from networks import save_network
 
 from lgd import pipeline
 from lgd.base.errors import DataError
 from lgd.cli import main
 from lgd.models.description import StudentConfig, TeacherConfig
+from lgd.report.caveats import PROBE_ROW
 from lgd.report.evaluation import Gallery
 from lgd.retrieval.queries import query
 from lgd.scoring.predict import predict
@@ -39,7 +41,7 @@ def pack(tissue, out, names, split, ihc=False):
 
 @pytest.fixture(scope="module")
 def sets(tissue, tmp_path_factory):
-    """Folders of shards by what they hold; no slide is in two of them."""
+    """Folders of shards by what they hold; no slide is in two of them but in both of `test`."""
     folder = tmp_path_factory.mktemp("sets")
     slides = dict(line.split(",")[:2] for line in (tissue / "truth.csv").read_text().splitlines()[1:])
     names = sorted(slides.values())
@@ -54,6 +56,7 @@ def sets(tissue, tmp_path_factory):
         "pairs": pack(tissue, folder / "pairs", groups[0], "train", ihc=True),
         "he train": pack(tissue, folder / "he-train", groups[1], "train"),
         "he test": pack(tissue, folder / "he-test", groups[2], "test"),
+        "pairs test": pack(tissue, folder / "pairs-test", groups[2], "test", ihc=True),
     }
 
 
@@ -135,6 +138,18 @@ def test_h_and_e_alone_in_training_is_for_methods_without_latents(run, sets):
     config = run("pairs", "he train", "he test", method="he-only")
     pipeline.train_student(config)
     assert sum(StudentConfig.read_folder(config.student.dir).training.labels.values()) == 32
+
+
+def test_h_and_e_alone_in_training_does_not_disturb_a_teacher_without_labels(run, change, tmp_path):
+    """The probe of its latents is fitted on the pairs, and gives its row beside the one of a student of all patches."""
+    save_network(tmp_path / "encoder", "dinov2", image_size=64, patch_size=16)
+    config = run("pairs", "he train", "pairs test", method="he-only")
+    config = change(config, teacher={"source": "frozen", "encoder": str(tmp_path / "encoder")})
+    for stage in (pipeline.train_teacher, pipeline.cache_latents, pipeline.train_student):
+        stage(config)
+    table = pipeline.evaluate(config)
+    rows = [line.split("  ")[0] for line in table.splitlines()[1:]]
+    assert rows == ["H&E-only", "colour only", PROBE_ROW]
 
 
 def test_a_picture_of_a_patch_without_ihc_is_its_h_and_e(tissue_run, sets, tmp_path):
