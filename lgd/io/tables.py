@@ -5,9 +5,12 @@ with a `'` before it. One with control or unseen characters, blanks at its ends,
 separates columns) or a beginning like our escapes is written as `'` and a JSON string. `unescape_cell` undoes both.
 """
 
+import codecs
 import csv
+import difflib
 import io
 import json
+import logging
 import numbers
 import re
 import sys
@@ -19,10 +22,16 @@ from lgd.base.text import UNSEEN, dump_json, escape_text, print_lines
 from lgd.io.files import read_bytes
 from lgd.io.location import Location, MissingError
 
+logger = logging.getLogger(__name__)
+
 # OWASP's list and its wide and small forms; tab, carriage return and line feed are unseen.
 _FORMULA = "=+@\uff1d\uff0b\uff0d\uff20\ufe62\ufe63\ufe66\ufe6b-"
 _ESCAPED = re.compile(f"'[\"{_FORMULA}]")
 _INNER = re.compile(f"(;[\\s\"']*)([{_FORMULA}])")
+
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_NEAR = 0.8
+"""How alike two names of columns are, of 1, if one may be a slip for the other."""
 
 WIDEST = 500
 """Characters of a cell of a table that are shown."""
@@ -84,20 +93,17 @@ def read_csv(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a CSV with their line numbers; values are stripped of blanks, and of what `write_csv` escaped.
 
-    All columns are `allowed` where none is named.
+    In UTF-8, or in UTF-16 with a byte order mark; columns are separated by commas, semicolons or tabs, whichever the
+    head has most of. The names of `required` and `allowed` columns are found in any case. A note names columns that
+    are not `allowed` (all are where none is named); one that is spelled nearly like a missing one is refused.
     """
     try:
-        with io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            columns = reader.fieldnames = [unescape_cell(name) for name in reader.fieldnames or []]
-            missing = [name for name in required if name not in columns]
-            if missing:
-                raise DataError(f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)}): add it")
-            unknown = [name for name in columns if allowed and name not in allowed]
-            if unknown:
-                raise DataError(
-                    f"{path}: column {', '.join(unknown)} is unknown: use {', '.join(allowed)}, or remove it"
-                )
+        content = read_bytes(path)
+        text = content.decode("utf-16" if content.startswith(_UTF_16) else "utf-8-sig")
+        with io.StringIO(text, newline="") as stream:
+            head = text.partition("\n")[0]
+            reader = csv.DictReader(stream, strict=True, delimiter=max(",;\t", key=head.count))
+            columns = reader.fieldnames = _name_columns(path, reader.fieldnames or [], required, allowed)
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(f"{path}: row {reader.line_num} has not {len(columns)} values: correct it")
@@ -106,3 +112,22 @@ def read_csv(
         raise
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as a CSV in UTF-8 ({error}): correct or replace it") from error
+
+
+def _name_columns(path: Location, head: Sequence[str], required: Sequence[str], allowed: Sequence[str]) -> list[str]:
+    """The columns of a head, known ones by their known names."""
+    known = {name.lower(): name for name in (*required, *allowed)}
+    given = [unescape_cell(name.strip()) for name in head]
+    columns = [known.get(name.lower(), name) for name in given]
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise DataError(f"{path}: column {', '.join(twice)} is there more than once: keep one of each")
+    missing = [name for name in required if name not in columns]
+    if missing:
+        raise DataError(f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)}): add it")
+    unknown = [name for name in columns if allowed and name not in allowed]
+    for name in unknown:
+        if near := difflib.get_close_matches(name.lower(), {*allowed} - {*columns}, 1, _NEAR):
+            raise DataError(f"{path}: column {name} is unknown, and nearly {near[0]}: rename it to that, or remove it")
+    if unknown:
+        logger.warning("%s: not read, for lgd does not know such columns: %s", path, ", ".join(unknown))
+    return columns

@@ -34,6 +34,8 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 _SPLIT = re.compile("[A-Za-z0-9_]+")
 _COLUMNS = ("he", "ihc", "key", "label", "level", "slide", "split", "mpp", *Origin.model_fields)
 
+_NUMBERS = ("alignment", "x", "y", "side", "ihc_x", "ihc_y", "ihc_side")
+
 
 class Problem(NamedTuple):
     """Why a patch cannot be used."""
@@ -234,6 +236,10 @@ def _is_patch(name: str) -> bool:
 
 def _read_row(base: Location, row: dict[str, str]) -> Candidate:
     """The pair of one row; `DataError` says what is wrong with it."""
+    for role in ("he", "ihc"):
+        # A path as Windows writes it, unless a file is called so.
+        if "\\" in row.get(role, "") and peek_kind(base / row[role], "folder") is None:
+            row[role] = row[role].replace("\\", "/")
     for role in ("he", "ihc") if row.get("ihc") else ("he",):
         if not row[role] or Path(row[role]).is_absolute() or "://" in row[role]:
             raise DataError(f"{role} is {row[role]!r}: give the path relative to the CSV")
@@ -248,7 +254,9 @@ def _read_row(base: Location, row: dict[str, str]) -> Candidate:
     he, ihc = base / row["he"], base / row["ihc"] if row.get("ihc") else None
     try:
         # Its numbers are texts here.
-        origin = Origin.model_validate({name: row.get(name) or None for name in Origin.model_fields}, strict=False)
+        texts = {name: row.get(name) or None for name in Origin.model_fields}
+        texts |= {name: _with_point(text) for name, text in texts.items() if text and name in _NUMBERS}
+        origin = Origin.model_validate(texts, strict=False)
     except ValidationError as error:
         raise DataError(f"{explain(error)}: correct it, or leave it empty") from error
     return Candidate(
@@ -258,7 +266,7 @@ def _read_row(base: Location, row: dict[str, str]) -> Candidate:
         _parse_label(row),
         slide=row.get("slide") or None,
         split=split or None,
-        mpp=_parse_mpp(row.get("mpp", "")),
+        mpp=_parse_mpp(_with_point(row.get("mpp", ""))),
         origin=origin,
     )
 
@@ -273,6 +281,12 @@ def _parse_label(row: dict[str, str]) -> int | None:
     if len({names[text] for text in given.values()}) > 1:
         raise DataError(f"label is {given['label']!r} and level is {given['level']!r}: keep the column label")
     return names[next(iter(given.values()))] if given else None
+
+
+def _with_point(text: str) -> str:
+    """A number of a spreadsheet with its decimal comma as a point; 1,234 stays, for it may be a thousand."""
+    number = re.fullmatch(r"(-?\d+),(\d+)", text)
+    return f"{number[1]}.{number[2]}" if number and (number[1] in ("0", "-0") or len(number[2]) != 3) else text
 
 
 def _parse_mpp(text: str) -> float | None:

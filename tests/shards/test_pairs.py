@@ -147,12 +147,55 @@ def test_csv_rows_that_cannot_be_used(tmp_path, row, reason):
     assert problems[0].name == "pairs.csv row 2" and reason in problems[0].reason
 
 
+PLAIN = "he,ihc,level,slide,mpp,x\nh/a.png,i/a.png,1+,S1,0.46,1234.5\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        PLAIN.encode("utf-8-sig"),
+        PLAIN.encode("utf-16"),
+        b"\xfe\xff" + PLAIN.encode("utf-16-be"),
+        PLAIN.replace("\n", "\r\n").encode(),
+        PLAIN.replace(",", "\t").encode(),
+        PLAIN.replace(",", ";").replace(".46", ",46").replace("4.5", "4,5").encode(),
+        PLAIN.replace("he,ihc,level", "HE, Ihc ,LEVEL").encode(),
+        PLAIN.replace("h/a", "h\\a").replace("i/a", "i\\a").encode(),
+        PLAIN.replace("x\n", "x,remark\n").replace("5\n", '5,"so, so"\n').encode(),
+    ],
+    ids=["utf-8-sig", "utf-16", "utf-16-be", "crlf", "tabs", "semicolons", "capitals", "backslashes", "remark"],
+)
+def test_a_csv_as_spreadsheets_write_it(tmp_path, caplog, content):
+    touch(tmp_path, "h/a.png", "i/a.png")
+    (tmp_path / "pairs.csv").write_bytes(content)
+    (pair,), problems = find_pairs("csv", tmp_path)
+    assert problems == [] and (pair.names, pair.label, pair.slide) == (("h/a.png", "i/a.png"), 1, "S1")
+    assert (pair.mpp, pair.origin.x) == (0.46, 1234.5)
+    notes = [f"{tmp_path}/pairs.csv: not read, for lgd does not know such columns: remark"]
+    assert caplog.messages == (notes if b"remark" in content else [])
+
+
+def test_a_thousand_is_no_fraction(tmp_path):
+    touch(tmp_path, "a.png")
+    (tmp_path / "pairs.csv").write_text("he;x\na.png;1,234\n")
+    pairs, (problem,) = find_pairs("csv", tmp_path)
+    assert pairs == [] and problem.name == "pairs.csv row 2" and "field 'x': should be a valid number" in problem.reason
+
+
+def test_a_file_whose_name_has_a_backslash_is_found(tmp_path):
+    touch(tmp_path, "h\\a.png")
+    (tmp_path / "pairs.csv").write_text("he\nh\\a.png\n")
+    assert find_pairs("csv", tmp_path)[0][0].names == ("h\\a.png",)
+
+
 @pytest.mark.parametrize(
     "content, reason",
     [
         (b"", "no column he"),
-        (b"he;ihc\na;b\n", "no column he"),
-        (b"he,ihc,lvel\na,b,1\n", "column lvel is unknown"),
+        (b"ihc;key\na;b\n", "no column he"),
+        (b"he,ihc,lvel\na,b,1\n", "column lvel is unknown, and nearly level: rename it to that, or remove it"),
+        (b"he,ihc,labels\na,b,1\n", "column labels is unknown, and nearly label:"),
+        (b"he,HE\na,b\n", "column he is there more than once"),
         (b"he,ihc\na\n", "row 2 has not 2 values"),
         (b"he,ihc\na,b,c\n", "row 2 has not 2 values"),
         (b"he,ihc\n\xff\xfe,b\n", "cannot be read"),
