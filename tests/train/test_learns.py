@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_loop import assert_same_curve, rank_main
+from torch.multiprocessing.spawn import spawn
 
 from lgd import pipeline
 from lgd.base.errors import ConfigError, DataError
@@ -118,6 +121,22 @@ def test_all_pairs_teach_it_and_no_label_is_needed(learner, unlabelled):
         train_under(replace(config, teacher=replace(config.teacher, learns=["label", "membranes"])), "teacher")
     with pytest.raises(DataError, match="learns from levels only"):
         train_under(replace(config, teacher=replace(config.teacher, learns=["label"])), "teacher")
+
+
+@pytest.mark.faults
+def test_two_processes_train_the_teacher_of_one(learner, change, tmp_path):
+    """Rows of the store, an uneven validation split, and its loss, over two ranks."""
+    one = change(learner(["membranes", "nuclei"]), train={"batch": 12, "accumulate": 3, "evaluate_every": 2})
+    two = change(one, teacher={"dir": str(tmp_path / "two")})
+    pipeline.train_teacher(one)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(rank_main, (2, port, two, ShardSet.open(two.shard_dirs), "teacher", "torch"), nprocs=2)
+    assert_same_curve(*(lines_of(config.teacher.dir) for config in (one, two)), tolerance=1e-4)
+    made = [load_teacher(config.teacher.dir)[1] for config in (one, two)]
+    assert made[0].inputs == made[1].inputs and [each.workers for each in made] == [1, 2]
+    assert made[0].validation["loss"] == pytest.approx(made[1].validation["loss"], rel=1e-4)
 
 
 def test_its_validation_is_the_mean_loss_of_the_grids(learner):
