@@ -107,6 +107,9 @@ class Latents:
     """Splits that queries search."""
     components: NotNegative = 32
     """Principal components of the latents, scaled alike, that queries compare; 0 compares latents as they are."""
+    bias: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """How strongly IHCs that answer too many H&Es (hubs) are pushed down the answers, learnt from what the trained
+    student makes of held-out H&E; 3 is usual, 20 where components is 0; 0 leaves it out."""
     recall: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Recall@10 against exact search that an index must reach."""
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from lgd.base.environment import Environment
-from lgd.base.errors import ConfigError
+from lgd.base.errors import ConfigError, DataError
 from lgd.config import Config
 from lgd.config_files import Given, locate_field
 from lgd.io.location import as_location, require_local
@@ -23,8 +23,11 @@ from lgd.models.methods import BASELINE, find_method
 from lgd.ray_jobs.cluster import restore_connection
 from lgd.report import ablation, evaluation, report
 from lgd.retrieval import index
+from lgd.retrieval.bias import Bank, open_bank
+from lgd.retrieval.queries import check_pair
 from lgd.retrieval.search import require_faiss
 from lgd.runs.folder import Ablated, Cached, Evaluated, Facts, Indexed, Trained, command, note_changes, record
+from lgd.scoring.predict import load_scorer
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import open_disjoint
@@ -115,7 +118,10 @@ def cache_latents(
 
 
 def build_index(config: Config, given: Given | None = None, shards: ShardSet | None = None) -> None:
-    """Build the FAISS index of the latents of the run's teacher, and of others that teach its student."""
+    """Build the FAISS index of the latents of the run's teacher, and of others that teach its student.
+
+    With `latents.bias` after the student, from which the bias is learnt.
+    """
     shards = shards or open_disjoint(config.shard_dirs)
     for teacher in reversed(dict.fromkeys([config.teacher.name, *config.taught_by])):
         _build_index(config, teacher, given, shards)
@@ -125,17 +131,29 @@ def _build_index(config: Config, teacher: str, given: Given | None, shards: Shar
     latents = config.latents
     with stage("index", "build-index", config, latents.dir, given, shards) as (opened, outcome):
         store, seed, workers = Store(latents.dir, teachers=(teacher,)), config.run.seed, config.train.workers
-        known = store.with_latents(opened.shards)
-        made, new = index.build_index(
-            store, known, latents.index, latents.gallery, latents.recall, seed, workers, latents.components
-        )
+        asked = (latents.index, latents.gallery, latents.recall, seed, workers, latents.components)
+        # Queries by H&E are of the student's teachers alone.
+        bank = _open_bank(config, store, opened) if latents.bias and teacher in config.taught_by else None
+        made, new = index.build_index(store, store.with_latents(opened.shards), *asked, bank)
         outcome.done = (
             f"{'built' if new else 'reused, nothing changed'}: {made.factory} over {made.rows} latents of {teacher}, "
-            f"recall@10 {made.recall_at_10:.3f}: {made.why}"
+            f"{'with a bias against hubs, ' if bank else ''}recall@10 {made.recall_at_10:.3f}: {made.why}"
         )
         outcome.facts = Indexed(
             factory=made.factory, rows=made.rows, recall_at_10=made.recall_at_10, digest=made.digest
         )
+
+
+def _open_bank(config: Config, store: Store, shards: ShardSet) -> Bank:
+    try:
+        scorer = load_scorer(config.student.dir, code=config.code)
+        of = check_pair(scorer, store)
+    except DataError as error:
+        raise DataError(
+            f"latents.bias is {config.latents.bias:g}, which is learnt from what the student makes of H&E: {error} (or "
+            "set latents.bias to 0; after lgd train, run lgd build-index)"
+        ) from error
+    return open_bank(scorer, of, shards, config.latents.bias, config.data.threads)
 
 
 def evaluate(
@@ -184,8 +202,10 @@ def run(config: Config, given: Given | None = None) -> str:
     with restore_connection():
         train_teacher(config, given, shards=shards)
         cache_latents(config, given, shards=shards)
-        build_index(config, given, shards=shards)
-        train_student(config, given, shards=shards)
+        # A bias of the index is learnt from the student; without one, an index that cannot be built is known early.
+        stages = (train_student, build_index) if config.latents.bias else (build_index, train_student)
+        for one in stages:
+            one(config, given, shards=shards)
         student = dataclasses.replace(config.student, method=BASELINE, dir=baseline)
         train_student(dataclasses.replace(config, student=student), given, shards=shards)
     return evaluate(config, given, shards=shards)

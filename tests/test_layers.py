@@ -28,10 +28,10 @@ store.export
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
 scoring.images scoring.predict scoring.slide_rows
-retrieval.index_files retrieval.search retrieval.factory retrieval.index
-retrieval.hubs retrieval.answers retrieval.queries
+retrieval.index_files retrieval.index_document retrieval.search retrieval.factory retrieval.bias retrieval.index
+retrieval.hubs retrieval.answers retrieval.duplicates retrieval.queries
 runs.folder
-report.results report.caveats report.ablation_table report.figures report.sheet report.embeddings
+report.results report.caveats report.ablation_table report.figures report.sheet report.embeddings report.biased
 report.robustness report.slides report.probed report.evaluation report.report report.ablation
 pipeline
 cli.contents cli.verb cli.stages cli.answers cli.checks

@@ -136,6 +136,7 @@ def _run_query(namespace: Namespace) -> None:
     drawn = as_output_location(namespace.sheet, "--sheet") if namespace.sheet else None
     from lgd.report import sheet
     from lgd.retrieval import answers, queries
+    from lgd.retrieval.duplicates import choose_near
     from lgd.retrieval.search import read_document
     from lgd.runs.folder import explain_overrides
     from lgd.scoring import images, predict
@@ -166,7 +167,7 @@ def _run_query(namespace: Namespace) -> None:
     if drawn:
         sheet.draw_sheet(store, replies, drawn)
     document = read_document(store)
-    logger.info("%s", answers.count_neighbours(replies, queries.choose_near(document)))
+    logger.info("%s", answers.count_neighbours(replies, choose_near(document)))
     # With a filter each query searches other rows.
     whole = not (namespace.split or namespace.level or namespace.exclude_same_slide)
     if whole and (hubs := answers.describe_hubs(replies, document.rows)):

@@ -15,6 +15,7 @@ from lgd.io.files import exists, peek_kind
 from lgd.io.location import Location, as_location
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig, read_kind
 from lgd.retrieval import search
+from lgd.retrieval.index_document import IndexDocument
 from lgd.runs.folder import RunDocument, Stage, read_stages
 from lgd.shards.manifest import Manifest, Shape
 from lgd.shards.verify import verify
@@ -180,8 +181,11 @@ def _describe_store(folder: Location) -> dict[str, JsonValue]:
         grid = f"a map of {recipe.map} x {recipe.map}, " if recipe.map else ""
         facts[f"latents_of_{name}"] = f"{dim} numbers, {grid}views: {recipe.views}, {recipe.dtype}"
         try:
-            index = search.IndexDocument.read(folder / "index" / name / "index.json")
-            facts[f"index_of_{name}"] = f"{index.factory} over {index.rows} latents, recall@10 {index.recall_at_10:.3f}"
+            index = IndexDocument.read(folder / "index" / name / "index.json")
+            of = f", bias {index.bias.sharpness:g} of student {index.bias.student[:12]}" if index.bias else ""
+            facts[f"index_of_{name}"] = (
+                f"{index.factory} over {index.rows} latents, recall@10 {index.recall_at_10:.3f}{of}"
+            )
         except MissingDocument:
             facts[f"index_of_{name}"] = "none yet: run lgd build-index"
         with contextlib.suppress(MissingDocument):

@@ -13,6 +13,7 @@ from lgd.config import Config
 from lgd.config_sections import LEVEL_NAMES
 from lgd.metrics import Predictions, paired_differences
 from lgd.models.description import StudentConfig, TeacherConfig
+from lgd.report.biased import with_bias
 from lgd.report.caveats import (
     ONE_TRAINING,
     UNTAUGHT,
@@ -32,17 +33,11 @@ from lgd.report.robustness import measure as measure_robustness
 from lgd.report.sheet import Gallery, read_images
 from lgd.report.slides import SLIDE_RULES, score_model
 from lgd.retrieval.answers import Answer, name_level
+from lgd.retrieval.bias import open_bank
 from lgd.retrieval.factory import fit_on_parts
-from lgd.retrieval.queries import check_pair, open_for, search
+from lgd.retrieval.queries import BIASED, check_pair, note_bias, open_for, search
 from lgd.retrieval.search import Searcher, read_document, require_faiss
-from lgd.scoring.predict import (
-    Scorer,
-    choose_latents,
-    choose_level,
-    load_scorer,
-    name_probabilities,
-    score_shards,
-)
+from lgd.scoring.predict import Scorer, choose_latents, choose_level, load_scorer, name_probabilities, score_shards
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardSet
 from lgd.store.parts import read_levels
@@ -107,7 +102,7 @@ def evaluate(
     retrieval = shifted = None
     queries: list[Query] = []
     if store is not None:
-        retrieval = measure_retrieval(config, store, training, split, student, rivals)
+        retrieval = measure_retrieval(config, store, training, split, student, rivals, shards)
         queries = sheet_rows(config, store, shards, student) if has_sheet else []
     if config.report.robustness and labelled:
         answering = [(one.scorer, one.predictions) for one in networks if one.scorer.config.training.labelled]
@@ -201,28 +196,35 @@ def measure_retrieval(
     shards: Sequence[Shard],
     student: Network,
     rivals: Sequence[Network],
+    whole: ShardSet,
 ) -> Retrieval | None:
     """The measures of what `list_embeddings` gives.
 
-    `shards` were scored; `training` is the gallery that levels are looked up in. Latents of patches without an IHC, if
-    the store has none, are not searched; None where nothing is left to search.
+    `shards` of the `whole` run were scored; `training` is the gallery that levels are looked up in. Latents of patches
+    without an IHC, if the store has none, are not searched; None where nothing is left to search.
     """
     check_pair(student.scorer, store)
     training = store.with_latents(training)
     if not training and len(store.with_latents(shards)) < len(shards):
         return None
-    embeddings = list_embeddings(config, store, training, shards, (student, *rivals))
+    embeddings = list_embeddings(config, store, training, shards, (student, *rivals), whole)
     level_m = read_levels(store.parts_of(training)) if training else np.empty(0, np.int64)
     return measure(embeddings, student.predictions, level_m, config.report.bootstrap, config.run.seed)
 
 
 def list_embeddings(
-    config: Config, store: Store, training: Sequence[Shard], shards: Sequence[Shard], networks: Sequence[Network]
+    config: Config,
+    store: Store,
+    training: Sequence[Shard],
+    shards: Sequence[Shard],
+    networks: Sequence[Network],
+    whole: ShardSet,
 ) -> list[Embedding]:
     """The vectors of each network, and the teacher's own latents, with what they search.
 
     Students of other teachers have no row: their latents do not compare with the store's. Latents are compared as
-    queries compare them, whitened by those of `training`; beside that stand hallucinated and true ones as they are.
+    queries compare them, whitened by those of `training`, and with `latents.bias` first with a bias against hubs, which
+    is learnt from the H&E of the `whole` run's split val; beside that stand hallucinated and true ones as they are.
     """
     has_own = len(store.with_latents(shards)) == len(shards)
     own_nD = pooled_latents(store, shards) if has_own else None
@@ -245,10 +247,16 @@ def list_embeddings(
             if of is None:
                 continue
             if f"query{of}" in vectors:
-                mapped_nD = whiten(vectors[f"query{of}"])
-                embeddings.append(
-                    Embedding(f"{name}, mapped latents{white}", mapped_nD, whiten(latents_mD), white_own_nD)
+                title, mapped_nD, white_mD = (
+                    f"{name}, mapped latents{white}",
+                    whiten(vectors[f"query{of}"]),
+                    whiten(latents_mD),
                 )
+                plain = Embedding(title, mapped_nD, white_mD, white_own_nD)
+                if sharpness := config.latents.bias:
+                    bank = open_bank(scorer, of, whole, sharpness, config.data.threads)
+                    embeddings.append(with_bias(plain, whiten(bank.make_latents()), sharpness))
+                embeddings.append(plain)
             embeddings.append(Embedding(f"{name}, hallucinated latents", vectors[f"pooled{of}"], latents_mD, own_nD))
     # What no hallucination can be expected to pass; its own pair would be the query itself.
     if own_nD is not None and white_own_nD is not None:
@@ -262,7 +270,10 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
     """The rows of the contact sheet: some queries of the scored split, and what they find in the index."""
     predictions = student.predictions
     rows = _spread(predictions.level, config.report.queries)
-    found = search(Searcher(store), choose_latents(student.vectors)[rows], 4) if len(rows) else []
+    searcher = Searcher(store)
+    note = note_bias(searcher.document, student.scorer)
+    queries_nD = choose_latents(student.vectors)[rows]
+    found = search(searcher, queries_nD, 4, biased=note == BIASED) if len(rows) else []
     images = Gallery(store, 256, shards.folders)
     split = Reader(shards.of_split(config.report.split), ())
     samples = [split.read(row) for row in rows.tolist()]
@@ -273,6 +284,7 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
                 image=sample.key,
                 level=choose_level(name_probabilities(predictions.probability[row])),
                 neighbours=hits,
+                notes=[note] if note else [],
             ),
             slide=sample.meta.slide,
             level=name_level(sample.level),

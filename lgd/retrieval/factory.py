@@ -61,12 +61,15 @@ def unit(vectors_nD: np.ndarray) -> np.ndarray:
 class UnitVectors:
     """The pooled latents (the first view) of some parts, one row after the other, whitened, as unit vectors."""
 
-    def __init__(self, parts: Sequence[Part], whitening: Whitening | None = None) -> None:
-        """Without a whitening they are compared as they are."""
-        self.parts, self.whitening = parts, whitening
+    def __init__(
+        self, parts: Sequence[Part], whitening: Whitening | None = None, bias_m: np.ndarray | None = None
+    ) -> None:
+        """Without a whitening they are compared as they are; the bias of a row, float32, follows its vector."""
+        self.parts, self.whitening, self.bias_m = parts, whitening, bias_m
         self.first = np.cumsum([0, *(part.rows for part in parts)])
         self.rows, self.latent_dim = int(self.first[-1]), parts[0].layout["pooled"].shape[-1]
         self.dim = whitening.axes_Dk.shape[1] if whitening else self.latent_dim
+        self.width = self.dim + (bias_m is not None)
 
     def latents_at(self, row_n: np.ndarray) -> np.ndarray:
         """The latents of some rows, which are sorted, as they are stored: (n, D)."""
@@ -78,15 +81,15 @@ class UnitVectors:
         return np.concatenate(found)
 
     def at(self, row_n: np.ndarray) -> np.ndarray:
-        """The vectors of some rows, which are sorted: float32 (n, D), or of a whitening (n, k)."""
+        """The vectors of some rows, which are sorted: float32 (n, width)."""
         latents_nD = self.latents_at(row_n)
         vectors_nD = unit(self.whitening.apply(latents_nD) if self.whitening else latents_nD)
         if not np.isfinite(vectors_nD).all():
             raise DataError("the store has latents that are not finite: the teacher diverged, train and cache it again")
-        return vectors_nD
+        return vectors_nD if self.bias_m is None else np.column_stack([vectors_nD, self.bias_m[row_n]])
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """All vectors, some thousands at a time, with the row of the first: float32 (n, D)."""
+        """All vectors, some thousands at a time, with the row of the first: float32 (n, width)."""
         for start in range(0, self.rows, _BLOCK):
             yield start, self.at(np.arange(start, min(start + _BLOCK, self.rows)))
 
@@ -163,7 +166,7 @@ def choose_factory(rows: int, dim: int, memory: int) -> tuple[str, str]:
 def train_index(latents: UnitVectors, factory: str, seed: int) -> tuple["IndexIVF", int]:
     """An empty index that has its cells and its coding, and on how many latents it was trained."""
     faiss = import_faiss()
-    index: IndexIVF = faiss.index_factory(latents.dim, factory, faiss.METRIC_INNER_PRODUCT)
+    index: IndexIVF = faiss.index_factory(latents.width, factory, faiss.METRIC_INNER_PRODUCT)
     sampled = min(latents.rows, TRAIN_ROWS * index.nlist)
     row_n = np.random.default_rng(seed).choice(latents.rows, sampled, replace=False, shuffle=False)
     sample_nD = latents.at(np.sort(row_n))
@@ -171,9 +174,9 @@ def train_index(latents: UnitVectors, factory: str, seed: int) -> tuple["IndexIV
     # Centroids of length 1: the nearest by inner product would else be the longest.
     options.niter, options.seed, options.spherical = _TRAIN_ROUNDS, seed % 2**31, True
     options.min_points_per_centroid, options.max_points_per_centroid = 1, TRAIN_ROWS
-    clustering = faiss.Clustering(latents.dim, index.nlist, options)
-    clustering.train(sample_nD, move_to_gpu(faiss.IndexFlatIP(latents.dim)))
-    index.quantizer.add(faiss.vector_to_array(clustering.centroids).reshape(index.nlist, latents.dim))
+    clustering = faiss.Clustering(latents.width, index.nlist, options)
+    clustering.train(sample_nD, move_to_gpu(faiss.IndexFlatIP(latents.width)))
+    index.quantizer.add(faiss.vector_to_array(clustering.centroids).reshape(index.nlist, latents.width))
     # With its cells there, this learns the ranges of SQ8 only.
     index.train(sample_nD)
     return index, sampled

@@ -19,6 +19,7 @@ from lgd.io.files import list_folder, publish, remove
 from lgd.io.location import Location
 from lgd.io.locks import exclusive
 from lgd.ray_jobs.cluster import map_with
+from lgd.retrieval.bias import Bank, learn_bias
 from lgd.retrieval.factory import (
     UnitVectors,
     choose_factory,
@@ -29,8 +30,9 @@ from lgd.retrieval.factory import (
     train_index,
     unit,
 )
+from lgd.retrieval.index_document import IndexDocument, IndexFile, IndexRequest
 from lgd.retrieval.index_files import Whitening, cells_of, check_file, write_table
-from lgd.retrieval.search import IndexDocument, IndexFile, IndexRequest, import_faiss, index_folder, open_index
+from lgd.retrieval.search import import_faiss, index_folder, open_index
 from lgd.shards.archive import Shard
 from lgd.store.parts import Part
 from lgd.store.store import Store
@@ -53,14 +55,15 @@ def build_index(  # noqa: PLR0913 - the settings of an index
     seed: int,
     workers: int = 0,
     components: int = 0,
+    bank: Bank | None = None,
 ) -> tuple[IndexDocument, bool]:
     """Index the gallery splits of some shards; returns index.json's content and whether it was built now.
 
     `factory` is auto or one of `lgd.retrieval.index_files.KINDS`. Latents are whitened by `components` principal
-    components of the gallery's split train, or of all of it where it has none; 0 compares them as they are. The store
-    may lie at a url. `workers` of Ray find the cells of the latents; 0 does it here. Raises `DataError` when the
-    gallery is empty, and when the index misses `recall` even with all cells probed, and while another process builds it
-    in a local store.
+    components of the gallery's split train, or of all of it where it has none; 0 compares them as they are. With a
+    `bank` of held-out H&E each row gets a bias against hubs. The store may lie at a url. `workers` of Ray find the
+    cells of the latents; 0 does it here. Raises `DataError` when the gallery is empty, and when the index misses
+    `recall` even with all cells probed, and while another process builds it in a local store.
     """
     folder = index_folder(store)
     parts = list(dict.fromkeys(store.parts_of(shards)))
@@ -79,6 +82,7 @@ def build_index(  # noqa: PLR0913 - the settings of an index
         gallery=tuple(gallery),
         target=recall,
         components=components,
+        bias=bank.source if bank else None,
         parts=tuple(part.digest(store.teacher) for part in indexed),
     )
     if there := _find(store, request):
@@ -86,7 +90,7 @@ def build_index(  # noqa: PLR0913 - the settings of an index
     with exclusive(folder, "building an index"):
         if there := _find(store, request):
             return there, False
-        return _publish_index(store, parts, request, seed, workers), True
+        return _publish_index(store, parts, request, seed, workers, bank), True
 
 
 def _find(store: Store, request: IndexRequest) -> IndexDocument | None:
@@ -99,20 +103,25 @@ def _find(store: Store, request: IndexRequest) -> IndexDocument | None:
 
 
 def _publish_index(
-    store: Store, parts: Sequence[Part], request: IndexRequest, seed: int, workers: int
+    store: Store, parts: Sequence[Part], request: IndexRequest, seed: int, workers: int, bank: Bank | None
 ) -> IndexDocument:
     folder, factory = index_folder(store), request.asked
     gallery = [part for part in parts if part.split in request.gallery]
     taught = [part for part in gallery if part.split == "train"]
     whitening = fit_on_parts(taught or gallery, request.components)
     latents = UnitVectors(gallery, whitening)
+    if bank is not None:
+        bank_nD = bank.make_latents()
+        bank_nD = unit(whitening.apply(bank_nD) if whitening else bank_nD)
+        bias_m = learn_bias((vectors_nD for _, vectors_nD in latents.blocks()), bank_nD, bank.source.sharpness)
+        latents = UnitVectors(gallery, whitening, bias_m)
     why = "as asked for"
     if factory == "auto":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        factory, why = choose_factory(latents.rows, latents.dim, memory)
+        factory, why = choose_factory(latents.rows, latents.width, memory)
     began = time.monotonic()
     if factory == "Flat":
-        index, order_n, sampled = import_faiss().IndexFlatIP(latents.dim), np.arange(latents.rows), 0
+        index, order_n, sampled = import_faiss().IndexFlatIP(latents.width), np.arange(latents.rows), 0
         trained = began
         for _, vectors_nD in latents.blocks():
             index.add(vectors_nD)
@@ -124,7 +133,7 @@ def _publish_index(
     queries_nD, described = _queries(parts, latents, request.gallery, seed)
     truth_nk = nearest(latents, queries_nD, min(_NEAREST, latents.rows))
     measured, probes = _reach_recall(index, truth_nk, order_n, queries_nD, request.target, factory)
-    kind = (factory, latents.rows, latents.dim, probes)
+    kind = (factory, latents.rows, latents.width, probes)
     document = IndexDocument(
         **request.model_dump(),
         factory=factory,
@@ -160,7 +169,8 @@ def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -
     first_row = dict(zip(map(store.parts.index, latents.parts), latents.first[:-1].tolist(), strict=True))
     workers = workers if latents.rows > _ALONE_ROWS else 0
     # Of 20,000 rows in 1264 cells, 0.8 s go into finding the cells and 0.1 s into adding, on one core.
-    centroids_CD = index.quantizer.reconstruct_n(0, index.nlist)
+    # By their vectors alone: the bias need not travel to the workers.
+    centroids_CD = np.ascontiguousarray(index.quantizer.reconstruct_n(0, index.nlist)[:, : latents.dim])
     find_cells = functools.partial(
         _load_cells, str(store.folder.absolute()), store.teacher, centroids_CD, latents.whitening
     )
@@ -196,13 +206,19 @@ def _queries(parts: Sequence[Part], latents: UnitVectors, gallery: Sequence[str]
     others = [part for part in parts if part.split not in gallery]
     # Probes are chosen by these, and nothing is chosen by a test split where there is another.
     others = [part for part in others if part.split == "val"] or others
-    source = UnitVectors(others, latents.whitening) if others else latents
+    source = UnitVectors(others or latents.parts, latents.whitening)
     row_n = np.sort(random.choice(source.rows, min(_QUERIES, source.rows), replace=False, shuffle=False))
     vectors_nD = source.at(row_n)
     if others:
-        return vectors_nD, f"{len(row_n)} latents of {', '.join(sorted({part.split for part in others}))}"
-    noise_nD = unit(random.standard_normal(vectors_nD.shape, np.float32))
-    return unit(vectors_nD + 0.1 * noise_nD), f"{len(row_n)} latents of the gallery, moved by a tenth of their length"
+        described = f"{len(row_n)} latents of {', '.join(sorted({part.split for part in others}))}"
+    else:
+        vectors_nD = unit(vectors_nD + 0.1 * unit(random.standard_normal(vectors_nD.shape, np.float32)))
+        described = f"{len(row_n)} latents of the gallery, moved by a tenth of their length"
+    if latents.bias_m is not None:
+        # Queries by H&E meet the bias, those by stored latents do not.
+        vectors_nD = np.vstack([np.pad(vectors_nD, ((0, 0), (0, 1)), constant_values=meets) for meets in (1, 0)])
+        described += ", with and without bias"
+    return vectors_nD, described
 
 
 def _reach_recall(

@@ -19,7 +19,9 @@ from lgd.io.location import Location, as_location
 from lgd.models.description import StudentConfig
 from lgd.models.methods import METHODS, PROPOSED
 from lgd.retrieval.answers import Answer, Hit, Stored, find_slides, find_stored, name_level
-from lgd.retrieval.search import IndexDocument, Searcher
+from lgd.retrieval.duplicates import choose_near, near_duplicates
+from lgd.retrieval.index_document import IndexDocument
+from lgd.retrieval.search import Searcher
 from lgd.scoring.images import Images, Mpp, list_sources, take_images
 from lgd.scoring.predict import Scorer, choose_latents, load_scorer, score_images
 from lgd.scoring.slide_rows import require_names
@@ -28,17 +30,13 @@ from lgd.store.document import StoreDocument
 from lgd.store.parts import as_levels
 from lgd.store.store import Store
 
-NEAR_DUPLICATE = 0.001
-"""Cosine distance below which a neighbour is marked, of latents as they are. Measured with a small teacher of virtual
-tissue: float16 moves a distance by less than 1e-7. Real IHC saved again as JPEG of quality 90 lies at 5e-5 from itself
-(median; 95 % within 5e-4), moved by one pixel at 5e-4 (95 % within 2.5e-3). Of 480 different patches the nearest other
-one lies at 6e-3 (median), but 11 pairs of them below 0.001: a mark is a reason to look, not a proof."""
-NEAR_WHITENED = 0.05
-"""The same of whitened latents, where patches lie further apart. Of 180 different virtual patches and 22 real ones the
-nearest other one lay at 0.43 and 0.51 (median), never below 0.19; saved as JPEG of quality 90 they lay at 0.004 from
-themselves (0.032 at most), moved by one pixel at 0.04 and 0.02 (95 % within 0.09 and 0.05)."""
-_ENOUGH_AXES = 16
-"""With fewer, different patches can lie as close as that."""
+BIASED = (
+    "neighbours are in the order of the cosine and a bias against hubs (latents.bias), so a nearer one can stand later"
+)
+OTHER_STUDENT = (
+    "the index has a bias against hubs (latents.bias) that was learnt from another student, and it is left out: run "
+    "lgd build-index to learn that of this one"
+)
 
 
 def require_latents(scorer: Scorer) -> None:
@@ -67,6 +65,16 @@ def check_pair(scorer: Scorer, store: Store) -> str:
             "that it was trained on, or cache and train again"
         )
     return suffix
+
+
+def note_bias(document: IndexDocument, scorer: Scorer | None) -> str:
+    """BIASED, OTHER_STUDENT, or nothing: how the bias of an index concerns what a student asks.
+
+    A stored IHC, of which there is no scorer, asks without the bias, which was learnt from H&E.
+    """
+    if document.bias is None or scorer is None:
+        return ""
+    return BIASED if document.bias.student == scorer.config.weights_sha256 else OTHER_STUDENT
 
 
 def open_for(scorer: Scorer | None, folder: str | Location, teacher: str | None) -> Store:
@@ -119,7 +127,8 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
         keep_going: Give an image that cannot be used an answer that is not `usable`, rather than raise.
 
     Returns:
-        An answer for each query: its neighbours, nearest first, and the vote of their levels.
+        An answer for each query: its neighbours, nearest first, and the vote of their levels. An index with a bias
+        against hubs (`latents.bias`) gives another order; the answer then has a note.
 
     Raises:
         ConfigError: For what cannot be asked.
@@ -147,6 +156,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     if student is not None:
         of = check_pair(student, opened)
     searcher = Searcher(opened)
+    note = note_bias(searcher.document, student)
     allowed = _allowed(searcher, splits, levels)
     taken, stored = take_images(sources), find_stored(opened, keys)
     excluded = None
@@ -160,11 +170,13 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     # Last, because it takes the longest.
     for prediction, values in score_images(student, taken, mpp, keep_going=keep_going) if student else ():
         answers.append(Answer(**asdict(prediction)))
+        if note and prediction.usable:
+            answers[-1] = replace(answers[-1], notes=[*prediction.notes, note])
         vectors.append(choose_latents(values, of) if values else np.empty(0))
     for patch in stored:
         answers.append(Answer(stored=patch))
         vectors.append(np.asarray(opened.parts[patch.part].array("pooled")[patch.row, 0], np.float32))
-    return _find_neighbours(searcher, answers, vectors, k, allowed, excluded)
+    return _find_neighbours(searcher, answers, vectors, k, allowed, excluded, biased=note == BIASED)
 
 
 def search(
@@ -173,13 +185,15 @@ def search(
     k: int,
     allowed: np.ndarray | None = None,
     own: Sequence[Stored | None] | None = None,
+    biased: bool = False,
 ) -> list[list[Hit]]:
     """The k nearest stored latents of each vector, nearest first, in one search.
 
-    `allowed`, bool over the index's table, leaves rows out; `own` names the row that each query is left without.
+    `allowed`, bool over the index's table, leaves rows out; `own` names the row that each query is left without;
+    `biased` adds the bias of the index to the order.
     """
     # One more than asked for, so that k are left without the query's own row.
-    distance_nk, position_nk = searcher.search(vectors_nD, k if own is None else k + 1, allowed)
+    distance_nk, position_nk = searcher.search(vectors_nD, k if own is None else k + 1, allowed, biased)
     found = []
     for number, (distance_k, position_k) in enumerate(zip(distance_nk, position_nk, strict=True)):
         kept = position_k >= 0
@@ -213,25 +227,6 @@ def _hits(searcher: Searcher, distance_k: np.ndarray, position_k: np.ndarray) ->
     ]
 
 
-def choose_near(document: IndexDocument) -> float:
-    """Below which distance neighbours in an index are near-duplicates."""
-    return NEAR_WHITENED if document.whitening and document.dim >= _ENOUGH_AXES else NEAR_DUPLICATE
-
-
-def near_duplicates(
-    keys: Sequence[str], distance_k: np.ndarray, vectors_kD: np.ndarray, near: float = NEAR_DUPLICATE
-) -> list[str | None]:
-    """For each neighbour, nearest first, `query` or the key of the nearest neighbour before it that it repeats.
-
-    `distance_k` is that to the query; `vectors_kD` are of length 1; `near` is the distance of `choose_near`.
-    """
-    found: list[str | None] = []
-    for rank, distance in enumerate(distance_k):
-        before = np.flatnonzero(1 - vectors_kD[:rank] @ vectors_kD[rank] < near)
-        found.append("query" if distance < near else keys[before[0]] if len(before) else None)
-    return found
-
-
 def _find_neighbours(
     searcher: Searcher,
     answers: Sequence[Answer],
@@ -239,6 +234,7 @@ def _find_neighbours(
     k: int,
     allowed: np.ndarray | None,
     excluded: Sequence[frozenset[str]] | None,
+    biased: bool,
 ) -> list[Answer]:
     """The answers with their neighbours, by one search for all of the same filter: one for each slide left out."""
     groups: dict[frozenset[str], list[int]] = {}
@@ -255,7 +251,7 @@ def _find_neighbours(
             allowed_m = other_m if allowed is None else allowed & other_m
         own = [answers[number].stored for number in numbers] if answers[0].stored else None
         vectors_nD = np.stack([vectors[number] for number in numbers])
-        for number, hits in zip(numbers, search(searcher, vectors_nD, k, allowed_m, own), strict=True):
+        for number, hits in zip(numbers, search(searcher, vectors_nD, k, allowed_m, own, biased), strict=True):
             found[number] = replace(answers[number], neighbours=hits)
     lacking = [answer.name for answer in found if answer.usable and not answer.neighbours]
     if lacking:

@@ -17,86 +17,21 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, BinaryIO, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from lgd.base.errors import DataError
-from lgd.base.records import Count, Many, Record, Sha256, Xxh3
-from lgd.io.documents import Document
 from lgd.io.location import Location
 from lgd.io.remote import open_checked
-from lgd.retrieval.index_files import Whitening, cells_of, check_file, read_table
-from lgd.shards.manifest import Text, Word
+from lgd.retrieval.index_document import REMEDY, IndexDocument, IndexFile
+from lgd.retrieval.index_files import Whitening, check_file, read_table
 from lgd.store.store import Store
 
 if TYPE_CHECKING:
     from faiss import Index as Index
     from faiss import IndexIVF as IndexIVF
     from faiss import SearchParameters
-
-_REMEDY = "run lgd build-index"
-
-
-class IndexFile(Record):
-    """A file of the index, named by its digest."""
-
-    bytes: Annotated[int, Field(ge=1, lt=2**53)]
-    xxh3: Xxh3
-
-
-class IndexRequest(Record):
-    """What an index is asked to be."""
-
-    asked: Text
-    """latents.index."""
-    gallery: Many[Word]
-    target: Annotated[float, Field(gt=0, le=1)]
-    """latents.recall."""
-    components: Count
-    """latents.components."""
-    parts: Annotated[Many[Sha256], Field(min_length=1)]
-    """Digest of each of the parts that are indexed."""
-
-
-class IndexDocument(Document, IndexRequest):
-    """index.json."""
-
-    FORMAT: ClassVar[str] = "lgd-index/4"
-    ABSENT: ClassVar[str] = f"there is no index; {_REMEDY}"
-    REMEDY: ClassVar[str] = _REMEDY
-
-    factory: Text
-    nprobe: Count
-    rows: Annotated[int, Field(ge=1, lt=2**40)]
-    dim: Annotated[int, Field(ge=1, lt=2**20)]
-    """Length of the indexed vectors."""
-    latent_dim: Annotated[int, Field(ge=1, lt=2**20)]
-    """Length of the latents that are whitened to these."""
-    why: Text
-    trained_on: Count
-    seconds: dict[Text, float]
-    recall_at_10: Annotated[float, Field(ge=0, le=1)]
-    queries: Text
-    faiss: IndexFile
-    table: IndexFile
-    whitening: IndexFile | None
-
-    @model_validator(mode="after")
-    def _check_probes(self) -> Self:
-        cells = cells_of(self.factory)
-        if not min(1, cells) <= self.nprobe <= cells:
-            raise ValueError(f"field nprobe is {self.nprobe}, and {self.factory} has {cells} cells")
-        return self
-
-    @model_validator(mode="after")
-    def _check_whitening(self) -> Self:
-        # Of latents that do not vary along so many there are fewer.
-        dims = range(1, min(self.components, self.latent_dim) + 1) if self.whitening else (self.latent_dim,)
-        if (self.whitening is None) != (self.components == 0) or self.dim not in dims:
-            raise ValueError(f"field dim is {self.dim}, and {self.components} components are of {self.latent_dim}")
-        return self
 
 
 class OpenIndex(NamedTuple):
@@ -133,7 +68,7 @@ def read_document(store: Store) -> IndexDocument:
     path = index_folder(store) / "index.json"
     document = IndexDocument.read(path)
     if not set(document.parts) <= set(_numbers(store)):
-        raise DataError(f"{path} was built from another state of the store: {_REMEDY}")
+        raise DataError(f"{path} was built from another state of the store: {REMEDY}")
     return document
 
 
@@ -146,12 +81,12 @@ def _numbers(store: Store) -> dict[str, int]:
 def _open_file(path: Location, said: IndexFile) -> Iterator[BinaryIO]:
     """A file of the index; `DataError` where it is not as index.json says, or where its reader finds that."""
     try:
-        with open_checked(path, said.xxh3, said.bytes, _REMEDY) as file:
+        with open_checked(path, said.xxh3, said.bytes, REMEDY) as file:
             yield file
     except DataError:
         raise
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        raise DataError(f"{path} is not the index that index.json describes ({error}): {_REMEDY}") from error
+        raise DataError(f"{path} is not the index that index.json describes ({error}): {REMEDY}") from error
 
 
 def open_index(store: Store, with_faiss: bool = True) -> OpenIndex:
@@ -166,7 +101,7 @@ def open_index(store: Store, with_faiss: bool = True) -> OpenIndex:
             with _open_file(folder / f"{said.xxh3}.axes", said) as file:
                 whitening = Whitening.read(file, document.latent_dim, document.dim)
         with _open_file(folder / f"{document.faiss.xxh3}.faiss", document.faiss) as file:
-            check_file(file, document.factory, document.rows, document.dim, document.nprobe)
+            check_file(file, document.factory, document.rows, document.width, document.nprobe)
             if with_faiss:
                 faiss = import_faiss()
                 # The descriptor names the file that was checked, whatever has taken its place meanwhile.
@@ -176,7 +111,7 @@ def open_index(store: Store, with_faiss: bool = True) -> OpenIndex:
         if read_document(store) != document:
             # It was replaced between the two readings.
             return open_index(store, with_faiss)
-        raise DataError(f"{folder} lacks a file that index.json names ({error.__cause__}): {_REMEDY}") from error
+        raise DataError(f"{folder} lacks a file that index.json names ({error.__cause__}): {REMEDY}") from error
 
 
 def problems(store: Store) -> list[str]:
@@ -213,40 +148,56 @@ class Searcher:
             self._ivf.make_direct_map()
 
     def search(
-        self, latents_nD: np.ndarray, k: int, allowed: np.ndarray | None = None
+        self, latents_nD: np.ndarray, k: int, allowed: np.ndarray | None = None, biased: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest of each latent: cosine distance (1 - cosine) float32, and position in `table` int64.
 
-        The cosine is that of whitened latents, where the index has a whitening. Both are (n, k), nearest first; where
-        there are fewer than k the distance is inf and the position -1. `allowed`, bool (rows of the table,), leaves the
-        others out; up to half of them allowed, all cells are searched. Raises `DataError` for latents that are not
-        finite.
+        The cosine is that of whitened latents, where the index has a whitening. Both are (n, k), nearest first, or with
+        `biased` in the order of the cosine and the index's bias together; where there are fewer than k the distance is
+        inf and the position -1. `allowed`, bool (rows of the table,), leaves the others out; up to half of them
+        allowed, all cells are searched. Raises `DataError` for latents that are not finite.
         """
         assert self._process == os.getpid(), "open a Searcher in the process that searches: in a forked one FAISS hangs"
         dim = self.document.latent_dim
         if latents_nD.ndim != 2 or latents_nD.shape[1] != dim:
             raise DataError(f"vectors of shape {latents_nD.shape}, and the index has {dim} dimensions")
-        # A copy, for FAISS scales in place, in a tenth of numpy's time.
-        whitened = latents_nD if self.whitening is None else self.whitening.apply(latents_nD)
-        vectors_nD = np.array(whitened, np.float32, order="C")
+        # Of its own, for FAISS scales in place, in a tenth of numpy's time.
+        vectors_nD = (
+            np.array(latents_nD, np.float32, order="C") if self.whitening is None else self.whitening.apply(latents_nD)
+        )
         self._faiss.normalize_L2(vectors_nD)
-        rows, nprobe = len(self.table), self.document.nprobe
+        if self.document.bias is not None:
+            # What the bias of each row is multiplied by.
+            vectors_nD = np.pad(vectors_nD, ((0, 0), (0, 1)), constant_values=float(biased))
+        rows, params = len(self.table), None
         if allowed is not None:
             assert allowed.shape == self.table.shape and allowed.dtype == bool
             rows = int(np.count_nonzero(allowed))
             # Those that are allowed may lie far away, where no cell is probed: with a level, a quarter of a million
             # latents, allowed, even four times the probes lost a tenth of the neighbours.
-            nprobe = nprobe if 2 * rows > len(self.table) else self.document.rows
-        cosine_nk, position_nk = self.index.search(vectors_nD, k, params=self._parameters(nprobe, allowed))
-        short_n = (position_nk >= 0).sum(1) < min(k, rows)
-        if short_n.any():
-            if not np.isfinite(vectors_nD).all():
-                raise DataError("a latent is not finite: the training diverged, lower train.lr")
-            # The cells that were probed hold too few.
-            params = self._parameters(self.document.rows, allowed)
-            cosine_nk[short_n], position_nk[short_n] = self.index.search(vectors_nD[short_n], k, params=params)
-        cosine_nk[position_nk < 0] = -np.inf
-        return np.subtract(1, cosine_nk, out=cosine_nk), position_nk
+            params = self._parameters(
+                self.document.nprobe if 2 * rows > len(self.table) else self.document.rows, allowed
+            )
+        score_nk, position_nk = self.index.search(vectors_nD, k, params=params)
+        # One look where all is well: after a search numpy's code is no longer in the caches, and each step takes 20 us.
+        if (position_nk < 0).any():
+            short_n = (position_nk >= 0).sum(1) < min(k, rows)
+            if short_n.any():
+                if not np.isfinite(vectors_nD).all():
+                    raise DataError("a latent is not finite: the training diverged, lower train.lr")
+                # The cells that were probed hold too few.
+                params = self._parameters(self.document.rows, allowed)
+                score_nk[short_n], position_nk[short_n] = self.index.search(vectors_nD[short_n], k, params=params)
+            score_nk[position_nk < 0] = -np.inf
+        if biased:
+            score_nk -= self._biases(position_nk)
+        return np.subtract(1, score_nk, out=score_nk), position_nk
+
+    def _biases(self, position_nk: np.ndarray) -> np.ndarray:
+        """The bias of the rows that were found, (n, k) float32, and anything of those that were not."""
+        found_m, number_nk = np.unique(position_nk, return_inverse=True)
+        bias_m: np.ndarray = self.index.reconstruct_batch(np.maximum(found_m, 0))[:, -1]
+        return bias_m[number_nk].reshape(position_nk.shape)
 
     def _parameters(self, nprobe: int, allowed: np.ndarray | None) -> "SearchParameters":
         faiss, options = self._faiss, {}
@@ -259,9 +210,9 @@ class Searcher:
         return parameters
 
     def vectors(self, position_n: np.ndarray) -> np.ndarray:
-        """The unit vectors at some positions as the index holds them, float32 (n, D)."""
+        """The unit vectors at some positions as the index holds them, float32 (n, D), without their bias."""
         position_n = np.asarray(position_n, np.int64)
         if ((position_n < 0) | (position_n >= len(self.table))).any():
             raise IndexError(f"positions are 0 to {len(self.table) - 1}")
-        found_nD: np.ndarray = self.index.reconstruct_batch(position_n)
+        found_nD: np.ndarray = self.index.reconstruct_batch(position_n)[:, : self.document.dim]
         return found_nD

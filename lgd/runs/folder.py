@@ -48,6 +48,7 @@ _USED = {
         "latents.gallery",
         "latents.recall",
         "latents.components",
+        "latents.bias",
     ),
     "train": (*_TRAINING, "teacher.dir", "latents.dir", "student."),
 }

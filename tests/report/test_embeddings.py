@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
 from lgd.metrics import Predictions
+from lgd.report.biased import add_bias
 from lgd.report.embeddings import (
     Embedding,
     average_precision,
@@ -253,3 +254,19 @@ def test_the_interval_resamples_groups_as_a_loop_does():
     low, high = np.percentile(means, [2.5, 97.5])
     assert found.value == pytest.approx(values.mean())
     assert (found.low, found.high) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 40), scale=st.sampled_from([0.0, 0.05, 0.5, 3.0]), seed=st.integers(0, 99))
+def test_cosines_of_vectors_with_a_bias_rank_as_cosine_plus_bias(rows, scale, seed):
+    random = np.random.default_rng(seed)
+    queries, gallery, bias = random.normal(size=(5, 4)), random.normal(size=(rows, 4)), scale * random.normal(size=rows)
+    found_queries, found_gallery = add_bias(queries, gallery, bias)
+
+    def cosines(a, b):
+        return a @ b.T / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
+
+    expected = cosines(queries, gallery) + bias
+    found = cosines(found_queries, found_gallery)
+    # Of one query all are scaled alike.
+    np.testing.assert_allclose(found * np.sqrt(2 * (1 + (bias**2).max())), expected, atol=1e-12)

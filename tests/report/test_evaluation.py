@@ -31,7 +31,7 @@ def measured(config, scorers):
     split = shards.of_split(config.report.split)
     scored = [evaluation.Network(one, *score_shards(one, split, threads=1)) for one in scorers]
     store = Store(config.latents.dir)
-    return evaluation.measure_retrieval(config, store, training, split, scored[0], scored[1:-1]), scored
+    return evaluation.measure_retrieval(config, store, training, split, scored[0], scored[1:-1], shards), scored
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,24 @@ def test_latents_are_compared_as_they_are_where_the_run_says_so(tissue_run, scor
     found, _ = measured(change(tissue_run, latents={"components": 0}), [scorers[0], scorers[2]])
     names = ["LGD-Net, mapped latents", "LGD-Net, hallucinated latents", "IHC teacher, true latents"]
     assert [row.name for row in found.embeddings] == names
+
+
+def test_with_a_bias_it_is_measured_too(tissue_run, scorers, change):
+    found, scored = measured(change(tissue_run, latents={"bias": 5.0}), [scorers[0], scorers[2]])
+    biased, plain = found.embeddings[:2]
+    assert (biased.name, plain.name) == (f"{plain.name}, with bias", "LGD-Net, mapped latents, whitened")
+    store = Store(tissue_run.latents.dir)
+    train, test = (read_all([p for p in store.parts if p.split == s], "pooled")[:, 0] for s in ("train", "test"))
+    mean, axes = whiten_naively(train.astype(np.float64), tissue_run.latents.components)
+    bank = score_shards(scorers[0], ShardSet.open(tissue_run.shard_dirs).of_split("val"), threads=1)[1]["query"]
+    queries, own, bank = (
+        white / np.linalg.norm(white, axis=1, keepdims=True)
+        for white in ((some - mean) @ axes for some in (scored[0].vectors["query"], test, bank))
+    )
+    score = queries @ own.T - np.log(np.exp(5 * bank @ own.T).sum(0)) / 5
+    ranks = 1 + (score > np.diag(score)[:, None]).sum(1)
+    assert biased.own_pair.mean_rank.value == pytest.approx(ranks.mean())
+    assert biased.own_pair.mean_rank.value != plain.own_pair.mean_rank.value
 
 
 def test_features_of_he_alone_are_what_its_head_reads(scorers, tissue_run):

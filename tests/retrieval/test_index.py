@@ -18,8 +18,10 @@ from lgd.io.files import read_json
 from lgd.io.locks import TakenError, exclusive
 from lgd.ray_jobs.cluster import disconnect
 from lgd.retrieval import index, search
+from lgd.retrieval.bias import Bank
 from lgd.retrieval.factory import EXACT_ROWS, UnitVectors, choose_factory, nearest, overlap, unit
 from lgd.retrieval.index import build_index
+from lgd.retrieval.index_document import BiasSource
 from lgd.retrieval.index_files import cells_of
 from lgd.retrieval.search import Searcher, index_folder, problems
 from lgd.shards.archive import Shard
@@ -334,17 +336,24 @@ def test_more_neighbours_than_the_probed_cells_hold_are_found(opened, kind):
     assert all(sorted(row) == list(range(280)) for row in opened[kind].search(QUERIES, 280)[1].tolist())
 
 
-def test_workers_give_the_same_index(store, monkeypatch):
-    digests = set()
+def bank_of(latents, sharpness=5.0, student="5" * 64):
+    """A bank of known latents."""
+    source = BiasSource(sharpness=sharpness, student=student, split="val", shards=("7" * 64,))
+    return Bank(source=source, make_latents=lambda: latents)
+
+
+@pytest.mark.parametrize("bank", [None, bank_of(QUERIES)])
+def test_workers_give_the_same_index(store, monkeypatch, bank):
+    digests, options = set(), {"components": 8, "bank": bank}
     monkeypatch.setattr(index, "_ALONE_ROWS", 0)
     for workers in (0, 2):
-        document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.5, seed=0, workers=workers, components=8)
+        document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.5, seed=0, workers=workers, **options)
         digests.add(f"{document.faiss} {document.table}")
         (store.folder / "index" / "teacher" / "index.json").unlink()
     disconnect()
     # Ray gives the parts as they come.
     monkeypatch.setattr(index, "map_with", lambda make, parts, **_: map(make(), parts[::-1]))
-    document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.5, seed=0, components=8)
+    document, _ = build(store, "IVF10,SQfp16", ["train"], recall=0.5, seed=0, **options)
     assert digests == {f"{document.faiss} {document.table}"}
 
 
@@ -536,6 +545,9 @@ def forge(store, suffix, content, **changes):
         {"components": 4},
         {"components": 4, "dim": 4},
         {"whitening": {"bytes": 1, "xxh3": "0" * 32}},
+        {"bias": {"sharpness": 3.0, "student": "5" * 64, "split": "val", "shards": ["7" * 64]}},
+        {"bias": {"sharpness": 0.0, "student": "5" * 64, "split": "val", "shards": ["7" * 64]}},
+        {"bias": {}},
         {"whitening": {"bytes": 1, "xxh3": "0" * 32}, "components": 16},
     ],
 )

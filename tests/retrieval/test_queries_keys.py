@@ -11,7 +11,8 @@ from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
 from lgd.config_sections import LEVEL_NAMES
 from lgd.retrieval.answers import as_json, collect_notes, count_neighbours
-from lgd.retrieval.queries import NEAR_DUPLICATE, query
+from lgd.retrieval.duplicates import NEAR_DUPLICATE
+from lgd.retrieval.queries import query
 from lgd.retrieval.search import Searcher
 from lgd.store.parts import as_levels
 from lgd.store.store import Store
@@ -102,9 +103,9 @@ def test_searches_are_one_or_one_a_slide(store, monkeypatch):
     asked = []
     search = Searcher.search
 
-    def counted(self, vectors_nD, k, allowed=None):
+    def counted(self, vectors_nD, *options):
         asked.append(len(vectors_nD))
-        return search(self, vectors_nD, k, allowed)
+        return search(self, vectors_nD, *options)
 
     monkeypatch.setattr(Searcher, "search", counted)
     keys = ["a-001", "a-008", "b-001", "b-006"]

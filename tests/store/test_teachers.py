@@ -20,7 +20,7 @@ from lgd.models.loading import load_student
 from lgd.models.losses import Lesson, hallucination_loss
 from lgd.models.methods import LgdNet
 from lgd.models.teacher import FrozenTeacher, Teacher, load_teacher
-from lgd.retrieval.queries import query
+from lgd.retrieval.queries import BIASED, query
 from lgd.shards.shard_set import ShardSet
 from lgd.store import supervision
 from lgd.store.cache import cache_latents
@@ -90,7 +90,7 @@ def both(second, change):
     return change(second, student={"teachers": ["vit", "teacher"], "hallucination": "auto"})
 
 
-def test_two_teachers_teach_one_student_and_are_queried_by_name(both, tissue_run, tissue, capsys):
+def test_two_teachers_teach_one_student_and_are_queried_by_name(both, change, tissue_run, tissue):
     pipeline.build_index(both)
     pipeline.train_student(both)
     config = StudentConfig.read_folder(both.student.dir)
@@ -121,6 +121,10 @@ def test_two_teachers_teach_one_student_and_are_queried_by_name(both, tissue_run
         query(both.student.dir, both.latents.dir, str(image), k=3, teacher="uni")
     with pytest.raises(DataError, match=r"are of another teacher \(.*than this student hallucinates \(teacher, "):
         query(tissue_run.student.dir, both.latents.dir, str(image), k=3, teacher="vit")
+    pipeline.build_index(change(both, latents={"bias": 3.0}))
+    for name in ("vit", "teacher"):
+        (answer,) = query(both.student.dir, both.latents.dir, str(image), k=3, teacher=name)
+        assert answer.notes[-1] == BIASED
     assert "LGD-Net" in pipeline.evaluate(both)
 
 

@@ -1,12 +1,13 @@
 """The study of docs/queries.md: what the map and the whitening do to retrieval, on virtual tissue of three seeds.
 
-python tools/studies/retrieval.py [--out DIR] [--seeds N,N] [--dry-run]
+python tools/studies/retrieval.py [--out DIR] [--seeds N,N] [--bias B] [--dry-run]
 
 Runs `lgd demo` once a seed at the top of the checkout, where it is not done yet, and prints the table: vectors before
 (the hallucination head's, by the cosine) and after (the map's, whitened) for each seed and for all queries together,
 with 95 % intervals over slides.
 """
 
+import itertools
 import logging
 import shlex
 import subprocess
@@ -19,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lgd.base.arguments import Parser
+from lgd.base.arguments import Parser, typed
 from lgd.base.markup import markdown_table
 from lgd.base.text import print_lines
 from lgd.cli import run_command
@@ -27,6 +28,7 @@ from lgd.config_files import load_config
 from lgd.io.files import exists
 from lgd.io.location import as_location
 from lgd.metrics import Floats
+from lgd.models.methods import BASELINE, METHODS
 from lgd.report.embeddings import (
     PRECISION_AT_K,
     RECALL_AT,
@@ -74,9 +76,9 @@ def list_commands(out: str, seeds: Sequence[str]) -> dict[str, list[str]]:
     return {run: ["demo", *WORLD.split(), "--run.seed", seed, "--run.dir", run] for run, seed in runs.items()}
 
 
-def measure_run(run: str) -> dict[str, Measured]:
-    """The vectors of a finished run -> what its held-out H&Es found with them."""
-    config = load_config(f"{run}/config.yaml")
+def measure_run(run: str, bias: float) -> dict[str, Measured]:
+    """The vectors of a finished run -> what its held-out H&Es found with them; 0 is no bias."""
+    config = load_config(f"{run}/config.yaml", [f"--latents.bias={bias}"])
     shards, store = open_disjoint(config.shard_dirs), Store(config.latents.dir)
     training, split = shards.of_split("train"), shards.of_split("test")
     networks = []
@@ -85,7 +87,7 @@ def measure_run(run: str) -> dict[str, Measured]:
         networks.append(Network(scorer, *score_shards(scorer, split, threads=1)))
     scored = networks[0].predictions
     groups = [f"{run} {group}" for group in scored.groups]
-    embeddings = list_embeddings(config, store, training, split, networks)
+    embeddings = list_embeddings(config, store, training, split, networks, shards)
     level_m = read_levels(store.parts_of(training))
 
     def measure(one: Embedding, own_nD: np.ndarray) -> Measured:
@@ -138,8 +140,10 @@ def format_study(runs: Mapping[str, Mapping[str, Measured]]) -> list[str]:
     first, *_ = runs.values()
     pooled = {name: join([of_run[name] for of_run in runs.values()]) for name in first}
     rows += [["all", name, *as_row(one)] for name, one in pooled.items()]
-    after, before, *_ = pooled
-    rows.append(["all", f"{after} minus {before}", *as_difference(pooled[after], pooled[before])])
+    # What queries compare comes first, then what lacks its last step.
+    student = [name for name in pooled if not name.startswith(METHODS[BASELINE].title)]
+    for after, before in itertools.pairwise(student):
+        rows.append(["all", f"{after} minus {before}", *as_difference(pooled[after], pooled[before])])
     return markdown_table(["", "vectors", *COLUMNS], rows)
 
 
@@ -148,6 +152,7 @@ def run(args: list[str]) -> int:
     parser = Parser("python tools/studies/retrieval.py", "Run the study of docs/queries.md, in the checkout.")
     parser.add_argument("--out", default="runs/retrieval", metavar="DIR", help="its folder (default: %(default)s)")
     parser.add_argument("--seeds", default=SEEDS, metavar="N,N", help="seeds of tissue and training (%(default)s)")
+    parser.add_argument("--bias", type=typed(float), default=0.0, metavar="B", help="latents.bias (%(default)s: none)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     asked = parser.parse(args)
     commands = list_commands(asked.out, asked.seeds.split(","))
@@ -159,7 +164,7 @@ def run(args: list[str]) -> int:
             logger.info("lgd %s", shlex.join(command))
             if status := subprocess.run([sys.executable, "-m", "lgd", *command], cwd=ROOT).returncode:
                 return status
-    print_lines(*format_study({folder: measure_run(folder) for folder in commands}))
+    print_lines(*format_study({folder: measure_run(folder, asked.bias) for folder in commands}))
     return 0
 
 

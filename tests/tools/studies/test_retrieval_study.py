@@ -67,8 +67,9 @@ def finished(tissue_run, change, tmp_path_factory):
 
 
 def test_a_run_is_measured_with_a_number_a_query(finished):
-    found = measure_run(str(finished))
+    found = measure_run(str(finished), bias=20)
     assert [*found] == [
+        "LGD-Net, mapped latents, whitened, with bias",
         "LGD-Net, mapped latents, whitened",
         "LGD-Net, hallucinated latents",
         "H&E-only, ridge to the whitened latents",
@@ -76,4 +77,5 @@ def test_a_run_is_measured_with_a_number_a_query(finished):
     for one in found.values():
         assert {len(values) for values in one} == {20}
         assert ((one.hubs == 0) | (one.hubs == 1)).all() and ((one.never == 0) | (one.never == 1)).all()
+    assert [*measure_run(str(finished), bias=0)] == [*found][1:]
     assert any("by chance" in line for line in format_study({str(finished): found}))
