@@ -24,7 +24,7 @@ models.query_map models.student models.teacher models.losses models.methods
 models.loading
 store.document store.drift store.writer store.parts store.targets store.store store.commit store.probe
 store.supervision store.cache
-store.export
+store.export store.features store.feature_layouts store.joining
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
 scoring.images scoring.predict scoring.slide_rows
@@ -41,7 +41,8 @@ OWNERS = {
     "ray": {"ray_jobs.cluster", "ray_jobs.training"},
     "faiss": {"retrieval.search"},
     "deepspeed": {"train.deepspeed_engine"},
-    "h5py": {"store.parts", "store.writer", "store.export"},
+    "h5py": {"store.parts", "store.writer", "store.export", "store.features", "store.feature_layouts"},
+    "pyarrow": {"io.location", "store.feature_layouts"},
     "webdataset": {"shards.writer"},
     "transformers": {"models.backbone"},
     "timm": {"models.timm_backbone"},
@@ -59,6 +60,7 @@ LATE = {
     "huggingface_hub",
     "matplotlib",
     "docstring_parser",
+    "pyarrow",
 }
 LATE |= {"sklearn", "timm"}
 
