@@ -58,8 +58,9 @@ class Teacher:
     """Name of its latents in the store, which may hold those of several teachers."""
     dir: str = ""
     """Folder of the teacher; default RUN/teacher, or RUN/teacher-NAME of one with a name of its own."""
-    source: Literal["trained", "frozen"] = "trained"
-    """`trained` here, on what it `learns`; or `frozen`: a pretrained encoder as it is, which needs no labels."""
+    source: Literal["trained", "frozen", "imported"] = "trained"
+    """`trained` here, on what it `learns`; `frozen`: a pretrained encoder as it is, which needs no labels; `imported`:
+    features of another tool, which `lgd import-latents` puts into the store."""
     learns: Annotated[list[Learns], Field(min_length=1)] = field(default_factory=lambda: ["label"])
     """What a trained teacher learns: `label`, and without any label `membranes` and `nuclei`, grids of the store; of
     several the losses are added up."""

@@ -32,7 +32,7 @@ from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import open_disjoint
 from lgd.shards.shard_set import ShardSet
-from lgd.store import cache
+from lgd.store import cache, importing
 from lgd.store.store import Store
 from lgd.tissue.synth import SynthOptions, synthesise
 from lgd.train.launch import train_under
@@ -117,6 +117,27 @@ def cache_latents(
         outcome.facts = Cached(digest=store.digest, rows=store.rows)
 
 
+def import_latents(
+    config: Config, options: importing.ImportOptions, given: Given | None = None, shards: ShardSet | None = None
+) -> None:
+    """Put features that other tools computed into the feature store, as the latents of the run's teacher."""
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, source="imported"))
+    with stage("latents", "import-latents", config, config.latents.dir, given, shards) as (opened, outcome):
+        store, written = importing.import_latents(config, options, opened.shards, config.train.workers)
+        did = f"{written} of {len(store.parts)} parts imported" if written else "reused, nothing changed"
+        outcome.done = f"{did}, {store.rows} rows: {store.folder}"
+        outcome.facts = Cached(digest=store.digest, rows=store.rows)
+
+
+def _make_latents(config: Config, given: Given | None, shards: ShardSet) -> None:
+    """The teacher and its latents; imported ones must be there."""
+    if config.teacher.source == "imported":
+        Store(config.latents.dir, teachers=(config.teacher.name,))
+        return
+    train_teacher(config, given, shards=shards)
+    cache_latents(config, given, shards=shards)
+
+
 def build_index(config: Config, given: Given | None = None, shards: ShardSet | None = None) -> None:
     """Build the FAISS index of the latents of the run's teacher, and of others that teach its student.
 
@@ -181,8 +202,7 @@ def evaluate(
 def ablate(config: Config, options: ablation.AblateOptions, given: Given | None = None) -> str:
     """The table of LGD-Net, its controls and its parts (`lgd.report.ablation`), after the teacher and the store."""
     shards, folder = open_disjoint(config.shard_dirs), f"{config.run.dir}/ablation"
-    train_teacher(config, given, shards=shards)
-    cache_latents(config, given, shards=shards)
+    _make_latents(config, given, shards)
     doing = exclusive(folder, "comparing methods")
     with doing, stage("ablate", "ablate", config, folder, given, shards) as (_, outcome):
         table = ablation.ablate(config, shards, options)
@@ -200,8 +220,7 @@ def run(config: Config, given: Given | None = None) -> str:
     config = dataclasses.replace(config, report=dataclasses.replace(config.report, also=also))
     shards = open_disjoint(config.shard_dirs)
     with restore_connection():
-        train_teacher(config, given, shards=shards)
-        cache_latents(config, given, shards=shards)
+        _make_latents(config, given, shards)
         # A bias of the index is learnt from the student; without one, an index that cannot be built is known early.
         stages = (train_student, build_index) if config.latents.bias else (build_index, train_student)
         for one in stages:

@@ -23,8 +23,8 @@ models.encoder models.availability
 models.query_map models.student models.teacher models.losses models.methods
 models.loading
 store.document store.drift store.writer store.parts store.targets store.store store.commit store.probe
-store.supervision store.cache
-store.export store.features store.feature_layouts store.joining
+store.recipes store.supervision store.cache
+store.export store.features store.feature_layouts store.joining store.importing
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
 scoring.images scoring.predict scoring.slide_rows

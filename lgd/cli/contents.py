@@ -20,7 +20,7 @@ from lgd.runs.folder import RunDocument, Stage, read_stages
 from lgd.shards.manifest import Manifest, Shape
 from lgd.shards.verify import verify
 from lgd.store import probe
-from lgd.store.document import StoreDocument
+from lgd.store.document import StoreDocument, TeacherRecipe
 from lgd.store.store import Store
 
 Kind = Literal["shard folder", "feature store", "checkpoint", "teacher", "student", "run"]
@@ -121,7 +121,11 @@ def _check_run(folder: Location, reencode: int, teacher: str, code: Collection[s
     problems, notes = [], []
     config = load_config(folder / "config.yaml")
     stages = RunDocument.read(folder / "run.json").stages
-    made = [stage.folder for name in ("train-teacher", "cache-latents", "train") for stage in stages.get(name, ())]
+    made = [
+        stage.folder
+        for name in ("train-teacher", "cache-latents", "import-latents", "train")
+        for stage in stages.get(name, ())
+    ]
     for path in map(as_location, dict.fromkeys([*config.shard_dirs, *made])):
         try:
             kind, found, more = check(path, reencode if exists(path / "store.json") else 0, teacher, code)
@@ -180,6 +184,8 @@ def _describe_store(folder: Location) -> dict[str, JsonValue]:
         recipe, dim = layer.recipe, layer.datasets["pooled"].shape[-1]
         grid = f"a map of {recipe.map} x {recipe.map}, " if recipe.map else ""
         facts[f"latents_of_{name}"] = f"{dim} numbers, {grid}views: {recipe.views}, {recipe.dtype}"
+        if recipe.source == "imported":
+            facts[f"source_of_{name}"] = _describe_import(recipe)
         try:
             index = IndexDocument.read(folder / "index" / name / "index.json")
             of = f", bias {index.bias.sharpness:g} of student {index.bias.student[:12]}" if index.bias else ""
@@ -191,6 +197,15 @@ def _describe_store(folder: Location) -> dict[str, JsonValue]:
         with contextlib.suppress(MissingDocument):
             facts[f"probe_of_{name}"] = probe.ProbeDocument.read(folder / "probe" / f"{name}.json").describe()
     return facts | {"digest": store.digest}
+
+
+def _describe_import(recipe: TeacherRecipe) -> str:
+    """What is known of imported latents, and what is not."""
+    stated = recipe.encoder
+    tool = " ".join(str(one) for one in (stated.get("tool"), stated.get("version")) if one)
+    unknown = ["weights", *(name for name in ("pool", "size", "precision") if getattr(recipe, name) is None)]
+    terms = stated.get("licence") or "not known"
+    return f"{stated.get('name')}, {stated.get('files')} files of {tool}; unknown: {', '.join(unknown)}; terms: {terms}"
 
 
 def _describe_network(folder: Location) -> dict[str, JsonValue]:

@@ -103,6 +103,27 @@ def _make_stage(
     return add
 
 
+def _add_import(parser: Parser) -> Run:
+    from lgd.store.importing import ImportOptions
+
+    what = "features by key (.h5, .npz, .parquet), or files of TRIDENT, CLAM or STAMP; or their folders"
+    parser.add_argument("files", nargs="+", metavar="FILE", help=what)
+    read_options = add_option_arguments(parser, ImportOptions, skip=("files",))
+    add_config_arguments(parser)
+
+    def run(namespace: Namespace) -> None:
+        config, options = config_of(namespace), read_options(namespace)
+        from lgd import pipeline
+        from lgd.ray_jobs.cluster import restore_connection
+        from lgd.runs.folder import explain_overrides
+
+        own = {name: vars(namespace)[name] for name in type(options).__dataclass_fields__}
+        with restore_connection(), explain_overrides(config):
+            pipeline.import_latents(config, options, given_of(namespace, "import-latents", **own))
+
+    return run
+
+
 def _add_demo(parser: Parser) -> Run:
     parser.add_argument("--pairs", type=typed(int), default=720, metavar="N", help="patch pairs of virtual tissue")
     parser.add_argument("--size", type=typed(int), default=192, metavar="PX", help="their side in pixels")
@@ -164,6 +185,7 @@ VERBS = {
         "fill the feature store with latents and domain targets",
         _make_stage("cache-latents", flags={"prune": "remove the parts of shards that this run does not have"}),
     ),
+    "import-latents": Verb("put features of other tools into the feature store as a teacher's latents", _add_import),
     "build-index": Verb("build the FAISS index and measure its recall", _make_stage("build-index")),
     "train": Verb("train the H&E student", _make_stage("train", {"train.resume": "--resume"}, _OVERWRITE)),
     "evaluate": Verb("score the held-out split and write the report", _make_stage("evaluate", loads=True)),

@@ -22,6 +22,11 @@ STATED = ("pool", "mean", "std", "mpp", "arguments")
 """The fields of a config that state something of an encoder."""
 
 
+_OTHERWISE = {"univ1": "uni", "univ2": "uni2h", "uni2": "uni2h", "conchv1": "conch", "phikonv1": "phikon"}
+_OTHERWISE |= {"conchv15": "conch15"}
+"""What TRIDENT and STAMP call some encoders, of letters and digits alone."""
+
+
 class Known(Record):
     """A row of the table; None where a fact is not known."""
 
@@ -90,6 +95,14 @@ def find_known(name: str) -> Known | None:
     return next((row for row in read_table() if _plain(row.load) == plain), None)
 
 
+def find_published(name: str) -> Known | None:
+    """The row of an encoder by whatever a tool calls it, such as uni_v2 or hoptimus0; None where there is none."""
+    asked = {_letters(name), _letters(_plain(name).rpartition("/")[2])}
+    asked |= {_OTHERWISE[one] for one in asked if one in _OTHERWISE}
+    rows = ((row, {_letters(row.name), _letters(_plain(row.load).rpartition("/")[2])}) for row in read_table())
+    return next((row for row, names in rows if names & asked), None)
+
+
 def look_up(name: str) -> Facts:
     """What the table states of an encoder; `ValueError` with what to do for one that LGD cannot load."""
     row = find_known(name)
@@ -98,6 +111,11 @@ def look_up(name: str) -> Facts:
     if row.instead:
         raise ValueError(f"LGD cannot load {row.name}: {row.instead}")
     return row.facts
+
+
+def _letters(name: str) -> str:
+    """A name without what tools write in different ways."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def _plain(name: str) -> str:

@@ -61,13 +61,15 @@ class Method:
         """Of the teacher whose head gives soft levels, that of the first latents."""
         self.levels: Teacher | Probe | None = None
         """What gives soft levels: the task gives a probe where no label taught that teacher."""
-        preset = config.teacher.encoder in PRESETS
+        imported = config.teacher.source == "imported"
+        preset = config.teacher.encoder in PRESETS and not imported
         self.own_stream = preset if config.student.hallucination == "auto" else config.student.hallucination == "own"
         """Whether the second stream has an encoder of its own."""
         require(
             preset or not self.own_stream,
-            f"student.hallucination is own, and teacher.encoder is {config.teacher.encoder}: only a preset "
-            f"({', '.join(PRESETS)}) is copied into the student; set student.hallucination to shared",
+            "student.hallucination is own, and "
+            + ("teacher.source is imported" if imported else f"teacher.encoder is {config.teacher.encoder}")
+            + f": only a preset ({', '.join(PRESETS)}) is copied into the student; set student.hallucination to shared",
         )
 
     @classmethod

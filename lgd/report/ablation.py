@@ -154,7 +154,7 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
         explained_by_levels=_explained_by_levels(config, store, levels, shards),
         command=f"{command(config, 'ablate')} --seeds {options.seeds}" + (" --full" if options.full else ""),
         shards=shards.digests,
-        teacher=TeacherConfig.read_folder(config.teacher.dir).weights_sha256,
+        teacher=store.recipe.teacher.weights_sha256,
     )
     table.write(folder / "ablation.json")
     text = format_ablation(table)
@@ -167,15 +167,15 @@ def _score_teacher(
 ) -> tuple[Predictions, Teacher | Probe, list[str]]:
     """What the teacher, or the probe of its latents, says of the patches of `like`; what reads levels; and caveats."""
     scored, kept = shards.of_split(config.report.split), as_location(config.run.dir) / "ablation" / "teacher.npz"
-    described = TeacherConfig.read_folder(config.teacher.dir)
-    if described.gives_labels:
+    described = None if config.teacher.source == "imported" else TeacherConfig.read_folder(config.teacher.dir)
+    if described and described.gives_labels:
         teacher, _ = load_teacher(config.teacher.dir, config.code)
         return answers(config.teacher.dir, "teacher", scored, config, TEACHER_ROW, kept), teacher, []
     probe = find_probe(store, shards.of_split("train"))
     assert probe is not None, "a method that is taught levels was trained"
     found = score_by_probe(store, probe, shards, scored, like)
     _keep(kept, found, "")
-    return found, probe.network(), [probe_caveat(probe, described.learns)]
+    return found, probe.network(), [probe_caveat(probe, described.learns if described else ())]
 
 
 def _explained_by_levels(config: Config, store: Store, levels: Teacher | Probe, shards: ShardSet) -> float:

@@ -80,13 +80,13 @@ def evaluate(
     scorers = [load_scorer(folder, code=code) for folder in (config.student.dir, *config.report.also)]
     unpaired = sum(shard.samples for shard in split if "ihc" not in shard.roles)
     # A teacher that no label taught answers by the probe of its stored latents, and its network is not asked.
-    described = None if unpaired else TeacherConfig.read_folder(config.teacher.dir)
-    gives_labels = described is not None and described.gives_labels
-    own = [load_scorer(config.teacher.dir, "teacher", code)] if gives_labels else []
+    has_network = not unpaired and config.teacher.source != "imported"
+    described = TeacherConfig.read_folder(config.teacher.dir) if has_network else None
+    own = [load_scorer(config.teacher.dir, "teacher", code)] if described and described.gives_labels else []
     # Opened before the scoring, which can take hours.
     store = open_for(scorers[0], config.latents.dir, None) if scorers[0].retrieves_by == "latents" else None
     has_sheet = store is not None and config.report.queries > 0 and _can_search(store)
-    probed = _open_probe(config, shards, described.learns) if described and not gives_labels else None
+    probed = _open_probe(config, shards, described)
     networks = [
         Network(scorer, *score_shards(scorer, split, threads=config.data.threads)) for scorer in (*scorers, *own)
     ]
@@ -114,7 +114,7 @@ def evaluate(
         caveats=[
             ONE_TRAINING if labelled else UNTAUGHT,
             *([probed.caveat] if probed and labelled else []),
-            *([WITHOUT_TEACHER.format(unpaired, len(student.predictions.keys))] if unpaired else []),
+            *([WITHOUT_TEACHER.format(unpaired, len(student.predictions.keys))] if unpaired and not probed else []),
             *caveats_of(shards, student.predictions, bool(labelled)),
         ],
         provenance={
@@ -143,7 +143,11 @@ def _can_search(store: Store) -> bool:
     return True
 
 
-def _open_probe(config: Config, shards: ShardSet, learnt: Sequence[str]) -> Probed:
+def _open_probe(config: Config, shards: ShardSet, described: TeacherConfig | None) -> Probed | None:
+    """What answers for a teacher that gives no labels itself; nothing where it cannot see the patches."""
+    if described.gives_labels if described else config.teacher.source != "imported":
+        return None
+    learnt = described.learns if described else ()
     store = Store(config.latents.dir, teachers=(config.teacher.name,))
     probe = find_probe(store, store.with_latents(shards.of_split("train")))
     return Probed(store, probe, probe_caveat(probe, learnt) if probe else UNTAUGHT_TEACHER)

@@ -41,6 +41,7 @@ _TRAINING = (
 _USED = {
     "train-teacher": (*_TRAINING, "teacher."),
     "cache-latents": ("data.shards", "data.size", "teacher.dir", "latents."),
+    "import-latents": ("data.shards", "latents.dir", "latents.dtype", "latents.nuclei_grid", "latents.membrane_grid"),
     "build-index": (
         "run.seed",
         "latents.dir",
@@ -57,13 +58,14 @@ _UNUSED = {*(f"train.{name}" for name in WHERE_IT_RUNS), "latents.batch"}
 """But not on these."""
 _EARLIER = {
     "cache-latents": ("train-teacher",),
-    "build-index": ("cache-latents",),
-    "train": ("train-teacher", "cache-latents"),
-    "evaluate": ("train-teacher", "cache-latents", "build-index", "train"),
+    "build-index": ("cache-latents", "import-latents"),
+    "train": ("train-teacher", "cache-latents", "import-latents"),
+    "evaluate": ("train-teacher", "cache-latents", "import-latents", "build-index", "train"),
 }
 _FOLDERS = {
     "train-teacher": "teacher.dir",
     "cache-latents": "latents.dir",
+    "import-latents": "latents.dir",
     "build-index": "latents.dir",
     "train": "student.dir",
 }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lgd.base import threads
-from lgd.base.errors import DataError
+from lgd.base.errors import DataError, require
 from lgd.base.logs import progress
 from lgd.config import Config
 from lgd.io.digests import digest_of, format_diff
@@ -33,8 +33,9 @@ from lgd.store.commit import commit
 from lgd.store.document import PATCHES, Recipe, StoreDocument, TargetsRecipe, part_name, read_sidecar, refuse_recipe
 from lgd.store.drift import check_drift, make_fixed_vectors
 from lgd.store.probe import fit_probe, lacks_probe, prune_probes
+from lgd.store.recipes import recipe_of, targets_of
 from lgd.store.store import Store
-from lgd.store.supervision import Supervision, TargetSupervision, recipe_of, stored, targets_of
+from lgd.store.supervision import Supervision, TargetSupervision, stored
 from lgd.store.writer import shard_writer
 from lgd.stream.reader import Sample
 
@@ -66,7 +67,12 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
     Parts of other shards stay, unless `prune` removes them, and so do the latents of other teachers. Raises `DataError`
     while another process caches into the same local folder.
     """
+    require(
+        config.teacher.source != "imported",
+        "teacher.source is imported, and no network here computes such latents: lgd import-latents puts them there",
+    )
     folder, recipe, name = as_location(config.latents.dir), recipe_of(config), config.teacher.name
+    assert recipe.teacher.size is not None, "it has a network"
     spec = EncoderSpec.from_json(recipe.teacher.encoder)
     before = _open(folder, recipe, name)
     named = {entry.name for entry in before.entries} if before else set[str]()
@@ -110,13 +116,13 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
         return Cached(store, len(missing), len(named - {entry.name for entry in store.document.entries}))
 
 
-def fill_targets(config: Config, shards: Sequence[Shard], workers: int) -> int:
-    """Measure the domain targets that a store's folder lacks, for a teacher that learns them.
+def fill_targets(config: Config, shards: Sequence[Shard], workers: int, targets: TargetsRecipe | None = None) -> int:
+    """Measure the domain targets that a store's folder lacks, for a teacher that learns them or has no network here.
 
     Returns of how many shards. `cache_latents` finds them there. Raises `DataError` where the store has other targets,
     and while another process caches into the same local folder.
     """
-    folder, recipe = as_location(config.latents.dir), targets_of(config)
+    folder, recipe = as_location(config.latents.dir), targets or targets_of(config)
     if exists(folder / "store.json"):
         stored = StoreDocument.read(folder / "store.json").patches.recipe
         if stored != recipe:

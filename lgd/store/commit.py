@@ -36,13 +36,14 @@ def commit(  # noqa: PLR0913 - what a store is made of
     teacher: str = "",
     versions: dict[str, str] | None = None,
     fixed: FixedVectors | None = None,
+    centre: tuple[float, ...] | None = None,
     prune: bool = False,
 ) -> Store:
     """Write store.json over the parts of these shards, and of those that it names already.
 
     `name` is that of the latents; those of others stay as they are. `prune` drops the parts of other shards. `sources`
-    (shard folders) and `teacher` say where they were, for pictures and for `lgd verify --reencode`. `versions` and
-    `fixed`, what the teacher made of two fixed images (`lgd.store.drift`), are kept as they were first.
+    (shard folders) and `teacher` say where they were, for pictures and for `lgd verify --reencode`. `versions`,
+    `fixed`, what the teacher made of two fixed images (`lgd.store.drift`), and `centre` are kept as they were first.
     """
     mine = list(dict.fromkeys(part_name(shard) for shard in shards))
     ordered, folders, teachers, others = mine, list(sources), {name: teacher}, dict[str, TeacherLayer]()
@@ -55,7 +56,7 @@ def commit(  # noqa: PLR0913 - what a store is made of
         folders += was.shards if len(ordered) > len(mine) else ()
         teachers = {**was.teachers, name: teacher}
         if there := before.teachers.get(name):
-            versions, fixed = there.versions, there.probe
+            versions, fixed, centre = there.versions, there.probe, there.centre
             own |= {one for one in ordered if one in numbers and there.parts[numbers[one]]}
         for other, layer in before.teachers.items():
             parts = tuple(layer.parts[numbers[one]] if one in numbers else None for one in ordered)
@@ -65,7 +66,7 @@ def commit(  # noqa: PLR0913 - what a store is made of
         PATCHES: [read_sidecar(folder / "parts" / PATCHES, one) for one in ordered],
         name: [read_sidecar(folder / "parts" / name, one) if one in own else None for one in ordered],
     }
-    document = _as_document(recipe, name, sidecars, versions or {}, fixed, others)
+    document = _as_document(recipe, name, sidecars, versions or {}, fixed, centre, others)
     teachers = {one: teachers[one] for one in document.teachers}
     SourcesDocument(shards=tuple(sorted(set(folders))), teachers=teachers).write(folder / "sources.json")
     document.write(folder / "store.json")
@@ -84,6 +85,7 @@ def _as_document(
     sidecars: Mapping[str, Sequence[Sidecar | None]],
     versions: dict[str, str],
     fixed: FixedVectors | None,
+    centre: tuple[float, ...] | None,
     others: Mapping[str, TeacherLayer],
 ) -> StoreDocument:
     """The document over the sidecars of the patches and of one teacher, alike ordered, beside the `others`' layers."""
@@ -93,7 +95,7 @@ def _as_document(
         licence=str(terms) if (terms := recipe.teacher.encoder.get("licence")) else None,
         versions=versions,
         probe=fixed,
-        centre=None,
+        centre=centre,
         **dict(_join_layer(sidecars[teacher])),
     )
     return StoreDocument(

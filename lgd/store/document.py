@@ -41,8 +41,9 @@ Dtype = Literal["float16", "float32"]
 class TargetsRecipe(Record):
     """Of the domain targets."""
 
-    nuclei_grid: Grid
-    membrane_grid: Grid
+    nuclei_grid: Grid | None
+    """None where the patches have no second image: then there are no targets."""
+    membrane_grid: Grid | None
     dtype: Dtype
     settings: dict[Text, float]
     """Every number behind them (`lgd.stain.targets`)."""
@@ -54,22 +55,29 @@ class TargetsRecipe(Record):
 
 
 class TeacherRecipe(Record):
-    """Of a teacher's latents."""
+    """Of a teacher's latents; of imported ones None is what the files do not state."""
 
     source: Literal["trained", "frozen", "imported"]
     weights_sha256: Sha256
+    """Of imported ones the digest of the digests of their files: the weights are not known."""
     encoder: dict[str, JsonValue]
-    pool: Literal["cls", "mean", "cls+mean"]
-    size: Annotated[int, Field(ge=1, le=16_384)]
+    pool: Literal["cls", "mean", "cls+mean"] | None
+    size: Annotated[int, Field(ge=1, le=16_384)] | None
     """Side of its input, in pixels."""
     mpp: Mpp | None
     """The scale that it expects; None for that of the patches."""
-    resize: Text
+    resize: Text | None
     """How images are shrunk to that."""
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16"] | None
     views: Literal[1, 8]
     map: Annotated[int, Field(ge=0, le=256)]
     dtype: Dtype
+
+    @model_validator(mode="after")
+    def _check_unknown(self) -> Self:
+        if self.source != "imported" and None in (self.pool, self.size, self.resize, self.precision):
+            raise ValueError("of imported latents alone pool, size, resize and precision may be unknown")
+        return self
 
 
 class Recipe(Record):
@@ -225,7 +233,7 @@ class TeacherLayer(Layer):
     probe: Many[Many[float]] | None
     """What the teacher made of two fixed images: another library's drift shows there."""
     centre: Many[float] | None
-    """Subtracted from the latents where they are read; None where the teacher centres them itself."""
+    """The mean that was subtracted from imported latents before they were stored; None where they were centred."""
 
 
 class StoreDocument(Document):

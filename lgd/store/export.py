@@ -1,7 +1,8 @@
 """`lgd export-latents`: the latents of a store in the HDF5 layout of TRIDENT, which other pathology tools read.
 
     OUT/SLIDE.h5       `features` (n, D) float32, view 0; `coords` (n, 2) int64, x and y in pixels of level 0;
-                       and beside them `key`, `level` (-1 unknown) and `size` (n, 2): width and height
+                       and beside them `key`, `level` (-1 unknown) and `size` (n, 2): width and height; the
+                       file's attributes name the encoder and its terms, and state that the latents are centred
     OUT/export.json    the files that are ours, and the store that they are of; written first
 
 The layout is that of TRIDENT's `save_h5` (Zhang et al., arXiv 2502.06750). What is not known, such as the
@@ -111,6 +112,8 @@ def export(options: ExportOptions) -> list[Exported]:
             remove(out / stale)
         facts = {"store": store.digest, "teacher": store.recipe.teacher.weights_sha256, "splits": ",".join(asked)}
         ExportDocument(files=tuple(sorted(files.values())), **facts).write(out / "export.json")
+        layer = store.document.teachers[store.teacher]
+        facts |= {"encoder": str(layer.recipe.encoder.get("name")), "licence": layer.licence or "None"}
         rows = [_write(out / files[group], group, patches, facts) for group, patches in groups.items()]
     unknown = sum(not row.coords_known for row in rows)
     if unknown:
@@ -193,7 +196,7 @@ def _write(path: Location, group: str, patches: Sequence[Patch], facts: dict[str
             file.create_dataset(name, data=array)
         file["coords"].attrs.update(attributes)
         file["features"].attrs.update({"name": group, "savetodir": str(path.parent)})
-        file.attrs.update(facts)
+        file.attrs.update({**facts, "centred": True})
         file.flush()
         write_bytes(path, file.id.get_file_image())
     return Exported(path.name, group, len(patches), known)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lgd.base.errors import DataError
+from lgd.base.text import escape_text
 from lgd.io.digests import sha256
 from lgd.store.features import TOOLS, FeatureFile, LayoutName, Tiles, open_hdf5
 
@@ -251,9 +252,9 @@ def _slide_file(  # noqa: PLR0913 - what the three tools have in common
 
 
 def _text(value: object) -> str | None:
-    """A text of an attribute; None where there is none, as TRIDENT writes it too."""
+    """A text of an attribute, on one line; None where there is none, as TRIDENT writes it too."""
     text = value.decode(errors="replace") if isinstance(value, bytes) else value
-    return text if isinstance(text, str) and text not in ("", "None") else None
+    return escape_text(text, 500) if isinstance(text, str) and text not in ("", "None") else None
 
 
 def _positive(value: object) -> float | None:

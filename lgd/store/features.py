@@ -58,6 +58,8 @@ class FeatureFile:
     """Whether the mean was subtracted, as `lgd export-latents` states."""
     held_nD: np.ndarray | None = None
     """The features of a file that is no HDF5."""
+    stamp: tuple[int, int] = (0, 0)
+    """`stamp_of` the file before it was opened."""
 
     @property
     def slide(self) -> str:
@@ -87,6 +89,12 @@ class FeatureFile:
                     block = dataset[first : int(wanted_n[-1]) + 1][wanted_n - first]
                 yield slice(start, stop), block
                 start = stop
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Size and time of change: of a file that was written to since, they are others."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
 
 
 def find_files(named: Sequence[Path]) -> list[Path]:

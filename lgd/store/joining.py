@@ -89,22 +89,23 @@ def _require_all(patches: Patches, files: Sequence[FeatureFile], file_n: np.ndar
         return
     matched, rows = len(file_n) - len(lacking), sum(file.rows for file in files)
     unused = [file.path.name for number, file in enumerate(files) if not (file_n == number).any()]
-    first = _name(_describe(patches, one) for one in lacking.tolist())
+    first = name_first(describe_patch(patches, one) for one in lacking.tolist())
     raise DataError(
         f"{len(lacking)} of {len(file_n)} patches have no features: {first}",
         f"  {matched} patches have some; of {rows} rows of {len(files)} files {rows - matched} are of no patch"
-        + (f", and all of {_name(unused)}" if unused else ""),
+        + (f", and all of {name_first(unused)}" if unused else ""),
         "name the features of all patches of data.shards, or build shards of those that have some",
     )
 
 
-def _describe(patches: Patches, number: int) -> str:
+def describe_patch(patches: Patches, number: int) -> str:
+    """A patch for a message: its key, and its place where that is known."""
     x, y = patches.place_n2[number]
     at = f" ({patches.slides[number]}, x {x:g}, y {y:g})" if patches.slides[number] and np.isfinite(x + y) else ""
     return f"{patches.keys[number]}{at}"
 
 
-def _name(names: Iterable[str]) -> str:
+def name_first(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
     every = list(names)
     more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
@@ -116,8 +117,8 @@ def _join_keys(patches: Patches, files: Sequence[FeatureFile]) -> tuple[np.ndarr
     if len(wanted) < len(patches.keys):
         twice = sorted({key for number, key in enumerate(patches.keys) if wanted[key] != number})
         raise DataError(
-            f"{len(twice)} keys are in several folders of data.shards ({_name(twice)}), so that a key does not say "
-            "which patch is meant: import the features of each folder in a run of its own"
+            f"{len(twice)} keys are in several folders of data.shards ({name_first(twice)}), which a "
+            "key does not tell apart: import the features of each folder in a run of its own"
         )
     file_n, row_n = np.full(len(wanted), -1, np.int32), np.zeros(len(wanted), np.int64)
     repeated: list[str] = []
@@ -132,7 +133,7 @@ def _join_keys(patches: Patches, files: Sequence[FeatureFile]) -> tuple[np.ndarr
                 repeated.append(f"{key} ({files[file_n[patch]].path.name}, {file.path.name})")
             file_n[patch], row_n[patch] = number, row
     if repeated:
-        raise DataError(f"{len(repeated)} keys have several rows of features: {_name(repeated)}: keep one of each")
+        raise DataError(f"{len(repeated)} keys have several rows of features: {name_first(repeated)}: keep one of each")
     return file_n, row_n
 
 
@@ -166,7 +167,7 @@ def _join_places(
     if others:
         raise DataError(
             f"the tiles of {len(others)} of {len(by_file)} files are not of the patches' size, in pixels of level 0 "
-            f"(ihc_side): {_name(others)}: compute features of tiles of that size"
+            f"(ihc_side): {name_first(others)}: compute features of tiles of that size"
         )
     return file_n, row_n
 
@@ -193,7 +194,7 @@ def _require_places(patches: Patches) -> None:
     if unknown:
         raise DataError(
             f"{len(unknown)} of {len(patches.keys)} patches have no place on the slide of their second image "
-            f"({_name(patches.keys[one] for one in unknown)}), by which features of slides are joined: build the "
+            f"({name_first(patches.keys[one] for one in unknown)}), by which features of slides are joined: build the "
             "shards from a CSV with ihc_slide, ihc_x, ihc_y and ihc_side, or import a table by key"
         )
 

@@ -16,76 +16,16 @@ import torch
 from torch.nn import functional as F
 
 from lgd.base.errors import DataError
-from lgd.config import Config
-from lgd.io.files import exists
-from lgd.io.location import as_location
-from lgd.models.description import TeacherConfig
 from lgd.models.teacher import load_teacher
 from lgd.shards.archive import Shard
-from lgd.shards.image import RESIZE, decode
-from lgd.stain.targets import TARGET_SETTINGS, membrane_grid, nuclei_grid
-from lgd.store.document import Recipe, Rounding, TargetsRecipe, TeacherRecipe
+from lgd.shards.image import decode
+from lgd.stain.targets import membrane_grid, nuclei_grid
+from lgd.store.document import Recipe, Rounding, TargetsRecipe
 from lgd.store.store import Store
 from lgd.stream.plan import d4
 from lgd.stream.reader import Encoded, Reader, Sample, in_batches
 
 _CPU_BATCH = 4
-
-
-def recipe_of(config: Config) -> Recipe:
-    """Everything that the stored numbers depend on, beside the shards."""
-    teacher = TeacherConfig.read_folder(config.teacher.dir)
-    latents = config.latents
-    return Recipe(
-        targets=targets_of(config),
-        teacher=TeacherRecipe(
-            source=teacher.source,
-            weights_sha256=teacher.weights_sha256,
-            encoder=teacher.encoder.as_json(),
-            pool=teacher.pool,
-            size=teacher.size,
-            mpp=teacher.encoder.mpp,
-            resize=RESIZE,
-            precision=latents.precision,
-            views=latents.views,
-            map=latents.map,
-            dtype=latents.dtype,
-        ),
-    )
-
-
-def targets_of(config: Config) -> TargetsRecipe:
-    """Everything that the stored domain targets depend on, beside the shards."""
-    latents = config.latents
-    return TargetsRecipe(
-        nuclei_grid=latents.nuclei_grid,
-        membrane_grid=latents.membrane_grid,
-        dtype=latents.dtype,
-        settings=TARGET_SETTINGS,
-    )
-
-
-def open_store(config: Config) -> Store:
-    """The store of a run, seen through the teachers of its student.
-
-    Raises `DataError` where it was made by other teachers or settings than those of the run, or where a further teacher
-    was trained again since.
-    """
-    folder, names = config.latents.dir, config.taught_by
-    store = Store(folder, teachers=names)
-    if config.teacher.name in names:
-        Store(folder, recipe_of(config), (config.teacher.name,))
-    for name in names:
-        trained_in = store.sources.teachers[name]
-        if name == config.teacher.name or not exists(as_location(trained_in) / "config.json"):
-            continue
-        weights = TeacherConfig.read_folder(trained_in).weights_sha256
-        if weights != store.document.teachers[name].recipe.weights_sha256:
-            raise DataError(
-                f"the latents of {name} in {folder} are of another teacher than {trained_in} holds now: cache them "
-                "under another name (lgd cache-latents --teacher.name), or leave it out of student.teachers"
-            )
-    return store
 
 
 class TargetSupervision:
@@ -95,8 +35,8 @@ class TargetSupervision:
         self.targets, self.device = targets, "cuda" if torch.cuda.is_available() else "cpu"
 
     def reader(self, shards: Sequence[Shard], targets: bool = True) -> Reader:
-        """A reader for `prepare`."""
-        return Reader(shards, ("he", "ihc"))
+        """A reader for `prepare`; where the recipe has no targets no image is read."""
+        return Reader(shards, ("he", "ihc") if self.targets.nuclei_grid else ())
 
     def prepare(self, reader: Reader, number: int) -> Sample:
         """Read one sample of a `reader`, in any thread: its images are then `ihc`, uint8 of the teacher's size, and the
@@ -119,6 +59,8 @@ class TargetSupervision:
     def _targets(self) -> dict[str, Callable[[np.ndarray, float | None], np.ndarray]]:
         """What measures the targets of uint8 images (B, H, W, 3) of one scale."""
         grids = self.targets
+        if grids.nuclei_grid is None or grids.membrane_grid is None:
+            return {}
         kinds = {"nuclei": (nuclei_grid, grids.nuclei_grid), "membrane": (membrane_grid, grids.membrane_grid)}
 
         def measure(name: str, image_BHW3: np.ndarray, mpp: float | None) -> np.ndarray:
@@ -159,7 +101,8 @@ class Supervision(TargetSupervision):
         Raises `DataError` for another teacher, and for a precision that this device does not support.
         """
         super().__init__(recipe.targets)
-        self.recipe = recipe
+        assert recipe.teacher.size is not None, "imported latents have no network"
+        self.recipe, self.size = recipe, recipe.teacher.size
         if recipe.teacher.precision == "bf16" and not (self.device == "cuda" and torch.cuda.is_bf16_supported(False)):
             raise DataError("latents.precision is bf16, but there is no GPU here that has it: set it to fp32")
         teacher, config = load_teacher(folder, code)
@@ -169,8 +112,7 @@ class Supervision(TargetSupervision):
 
     def reader(self, shards: Sequence[Shard], targets: bool = True) -> Reader:
         """A reader for `prepare`; without `targets` latents alone are made of what it reads."""
-        size = self.recipe.teacher.size
-        return _NativeReader(shards, size) if targets else Reader(shards, ("ihc",), size)
+        return _NativeReader(shards, self.size) if targets else Reader(shards, ("ihc",), self.size)
 
     def rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
         """The rows of prepared samples, float32: `pooled` (B, views, D), `map` (B, views, D, m, m), and the targets."""
@@ -214,14 +156,14 @@ def stored(
                 f"{shard.path}, {bad.key}: {name} is not finite as {dtype}: train the teacher anew, or set "
                 "latents.dtype to float32"
             )
-        rounding[name] = _differ(arrays[name], full).largest(rounding.get(name))
+        rounding[name] = measure_difference(arrays[name], full).largest(rounding.get(name))
     labels = [math.nan if sample.meta.label is None else sample.meta.label for sample in samples]
     slides = [(sample.meta.slide or "").encode() for sample in samples]
     arrays |= {"label": np.array(labels, np.float32), "slide": np.array(slides, "S")}
     return arrays | {"key": np.array([sample.key.encode() for sample in samples], "S")}
 
 
-def _differ(a: np.ndarray, b: np.ndarray) -> Rounding:
+def measure_difference(a: np.ndarray, b: np.ndarray) -> Rounding:
     """The largest difference of two arrays, and the largest length of a row's difference by that of the row of b."""
     a_nd, b_nd = (np.asarray(array, np.float64).reshape(len(array), -1) for array in (a, b))
     length_n = np.linalg.norm(b_nd, axis=1)
@@ -237,6 +179,8 @@ def reencode(
     Returns the problems, and a line on each dataset. Raises `DataError` when the shards, or the teacher, are not where
     they were; `teacher` names another folder of it.
     """
+    if store.recipe.teacher.source == "imported":
+        return [], [f"the latents of {store.teacher} were imported: there is no network that could make them again"]
     shards = list(map(store.open_sources(), store.parts))
     supervision = Supervision(teacher or store.sources.teachers[store.teacher], store.recipe, code)
     reader = supervision.reader(shards)
@@ -247,7 +191,7 @@ def reencode(
             samples = list(pool.map(functools.partial(supervision.prepare, reader), numbers))
             for name, full in supervision.rows(samples).items():
                 there = np.stack([store.parts[sample.shard].array(name)[sample.row] for sample in samples])
-                found[name] = _differ(there, full).largest(found.get(name))
+                found[name] = measure_difference(there, full).largest(found.get(name))
     reader.close()
     # Other neighbours in a batch, other threads and another device change sums in their last digits.
     arithmetic = 0.05 if store.recipe.teacher.precision == "bf16" else 1e-3

@@ -14,12 +14,12 @@ from lgd.models.encoder import PRESETS, build_encoder
 from lgd.models.known import state_inputs, stated_in
 from lgd.models.losses import Lesson, Terms, grid_losses
 from lgd.models.methods import Method, find_method
-from lgd.models.student import GRIDS, Outputs, Student
+from lgd.models.student import GRIDS, Outputs, Student, TwoStreamStudent
 from lgd.models.teacher import NO_LEVELS, TEACHERS, Teacher
 from lgd.shards.shard_set import ShardSet
 from lgd.store.probe import ProbeDocument, find_probe
+from lgd.store.recipes import open_store, targets_of
 from lgd.store.store import Store
-from lgd.store.supervision import open_store, targets_of
 from lgd.store.targets import TargetParts
 from lgd.stream.plan import ORDER
 
@@ -88,8 +88,12 @@ class TeacherTask(Task):
     kind, role, document = "teacher", "ihc", TeacherConfig
 
     def __init__(self, config: Config) -> None:
-        """Raises `ConfigError` for a frozen teacher that nobody has trained."""
+        """Raises `ConfigError` for a frozen teacher that nobody has trained, and for an imported one."""
         super().__init__(config)
+        require(
+            config.teacher.source != "imported",
+            "teacher.source is imported: there is no network to train; lgd import-latents puts its latents there",
+        )
         self.trains, learns = config.teacher.source == Teacher.source, config.teacher.learns
         self.gives_labels = self.trains and "label" in learns
         if self.trains and GRIDS.keys() & {*learns}:
@@ -129,10 +133,12 @@ class StudentTask(Task):
         """Raises `ConfigError` for a method that is not known, or that the fields of `student:` do not fit."""
         super().__init__(config)
         self.method = find_method(config.student.method)(config)
-        if not self.method.needs:
+        has_network = config.teacher.source != "imported" or not issubclass(self.method.network, TwoStreamStudent)
+        if not self.method.needs and has_network:
             return
-        self.store: Store | None = open_store(config)
-        store = self.store
+        store = open_store(config)
+        # A method that is not taught by latents still has an adaptor of their size.
+        self.store: Store | None = store if self.method.needs else None
         self.method.latents = {
             name: LatentSizes(dim=layer.datasets["pooled"].shape[-1], map=layer.recipe.map)
             for name in store.teachers

@@ -23,8 +23,9 @@ from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.cache import cache_latents, is_complete
 from lgd.store.commit import commit
 from lgd.store.document import TEACHER, Rounding
+from lgd.store.recipes import recipe_of
 from lgd.store.store import Store
-from lgd.store.supervision import Supervision, recipe_of
+from lgd.store.supervision import Supervision
 from lgd.store.writer import shard_writer
 from lgd.stream.plan import d4
 from lgd.stream.reader import Reader

@@ -29,8 +29,8 @@ from lgd.retrieval.search import Searcher, problems
 from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents, is_complete
 from lgd.store.document import PATCHES, TEACHER
+from lgd.store.recipes import recipe_of
 from lgd.store.store import Store
-from lgd.store.supervision import recipe_of
 
 pytestmark = pytest.mark.faults
 

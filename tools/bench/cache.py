@@ -36,7 +36,7 @@ from lgd.shards.shard_set import ShardFolder
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.cache import SHARDS_AT_ONCE, Cacher
 from lgd.store.document import PATCHES, TEACHER, part_name, read_sidecar
-from lgd.store.supervision import recipe_of
+from lgd.store.recipes import recipe_of
 from tools.bench.inputs import NOT_TRAINED, Inputs
 from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
 
