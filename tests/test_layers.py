@@ -28,11 +28,11 @@ store.export store.features store.feature_layouts store.joining store.importing
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
 scoring.images scoring.predict scoring.slide_rows
-retrieval.index_files retrieval.index_document retrieval.search retrieval.factory retrieval.bias retrieval.index
-retrieval.hubs retrieval.answers retrieval.duplicates retrieval.queries
+retrieval.index_files retrieval.search retrieval.factory retrieval.bias retrieval.index
+retrieval.hubs retrieval.answers retrieval.queries
 runs.folder
 report.results report.caveats report.ablation_table report.figures report.sheet report.embeddings report.biased
-report.robustness report.slides report.probed report.evaluation report.report report.ablation
+report.robustness report.slides report.probed report.retrieval report.evaluation report.report report.ablation
 pipeline
 cli.contents cli.verb cli.stages cli.answers cli.checks
 """.split()

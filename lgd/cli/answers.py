@@ -136,8 +136,7 @@ def _run_query(namespace: Namespace) -> None:
     drawn = as_output_location(namespace.sheet, "--sheet") if namespace.sheet else None
     from lgd.report import sheet
     from lgd.retrieval import answers, queries
-    from lgd.retrieval.duplicates import choose_near
-    from lgd.retrieval.search import read_document
+    from lgd.retrieval.search import choose_near, read_document
     from lgd.runs.folder import explain_overrides
     from lgd.scoring import images, predict
 

@@ -15,7 +15,7 @@ from lgd.io.files import exists, peek_kind
 from lgd.io.location import Location, as_location
 from lgd.models.description import ModelConfig, StudentConfig, TeacherConfig, read_kind
 from lgd.retrieval import search
-from lgd.retrieval.index_document import IndexDocument
+from lgd.retrieval.index_files import IndexDocument
 from lgd.runs.folder import RunDocument, Stage, read_stages
 from lgd.shards.manifest import Manifest, Shape
 from lgd.shards.verify import verify

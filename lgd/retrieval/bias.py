@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lgd.retrieval.index_document import BiasSource
+from lgd.retrieval.index_files import BiasSource
 from lgd.scoring.predict import Scorer, choose_latents, score_shards
 from lgd.shards.shard_set import ShardSet
 

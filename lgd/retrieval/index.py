@@ -30,8 +30,15 @@ from lgd.retrieval.factory import (
     train_index,
     unit,
 )
-from lgd.retrieval.index_document import IndexDocument, IndexFile, IndexRequest
-from lgd.retrieval.index_files import Whitening, cells_of, check_file, write_table
+from lgd.retrieval.index_files import (
+    IndexDocument,
+    IndexFile,
+    IndexRequest,
+    Whitening,
+    cells_of,
+    check_file,
+    write_table,
+)
 from lgd.retrieval.search import import_faiss, index_folder, open_index
 from lgd.shards.archive import Shard
 from lgd.store.parts import Part

@@ -1,5 +1,5 @@
-"""The files of an index: what a faiss.index of ours looks like, the table of the latents that it holds, and in which
-space it compares them.
+"""The files of an index: index.json, what a faiss.index of ours looks like, the table of the latents that it holds, and
+in which space it compares them.
 
 A query is answered from the table alone, without opening a part. It is written and read through a map of the file.
 
@@ -20,13 +20,18 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Annotated, BinaryIO, ClassVar, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from lgd.base.errors import DataError
+from lgd.base.records import Count, Many, Record, Sha256, Xxh3
+from lgd.io.documents import Document
+from lgd.shards.manifest import Text, Word
 from lgd.store.parts import Part, check_rows
 
+REMEDY = "run lgd build-index"
 KINDS = "auto, Flat, or IVFn (n cells) before ,Flat ,SQfp16 or ,SQ8"
 _FACTORY = re.compile("Flat|IVF([1-9][0-9]{0,6}),(Flat|SQfp16|SQ8)")
 _POSITION = 8
@@ -43,6 +48,85 @@ def cells_of(factory: str) -> int:
     if not found:
         raise DataError(f"latents.index {factory!r:.80} is not built: use {KINDS}")
     return int(found[1] or 0)
+
+
+class IndexFile(Record):
+    """A file of the index, named by its digest."""
+
+    bytes: Annotated[int, Field(ge=1, lt=2**53)]
+    xxh3: Xxh3
+
+
+class BiasSource(Record):
+    """What the bias of an index against hubs is learnt from (`lgd.retrieval.bias`)."""
+
+    sharpness: Annotated[float, Field(gt=0)]
+    """latents.bias."""
+    student: Sha256
+    """Weights of the student that saw the H&E."""
+    split: Word
+    shards: Annotated[Many[Sha256], Field(min_length=1)]
+    """Of the H&E."""
+
+
+class IndexRequest(Record):
+    """What an index is asked to be."""
+
+    asked: Text
+    """latents.index."""
+    gallery: Many[Word]
+    target: Annotated[float, Field(gt=0, le=1)]
+    """latents.recall."""
+    components: Count
+    """latents.components."""
+    bias: BiasSource | None
+    """None of an index without one."""
+    parts: Annotated[Many[Sha256], Field(min_length=1)]
+    """Digest of each of the parts that are indexed."""
+
+
+class IndexDocument(Document, IndexRequest):
+    """index.json."""
+
+    FORMAT: ClassVar[str] = "lgd-index/5"
+    ABSENT: ClassVar[str] = f"there is no index; {REMEDY}"
+    REMEDY: ClassVar[str] = REMEDY
+
+    factory: Text
+    nprobe: Count
+    rows: Annotated[int, Field(ge=1, lt=2**40)]
+    dim: Annotated[int, Field(ge=1, lt=2**20)]
+    """Length of the vectors that are compared."""
+    latent_dim: Annotated[int, Field(ge=1, lt=2**20)]
+    """Length of the latents that are whitened to these."""
+    why: Text
+    trained_on: Count
+    seconds: dict[Text, float]
+    recall_at_10: Annotated[float, Field(ge=0, le=1)]
+    queries: Text
+    faiss: IndexFile
+    table: IndexFile
+    whitening: IndexFile | None
+
+    @property
+    def width(self) -> int:
+        """Length of the indexed vectors, which the bias makes longer by one."""
+        return self.dim + (self.bias is not None)
+
+    @model_validator(mode="after")
+    def _check_probes(self) -> Self:
+        cells = cells_of(self.factory)
+        if not min(1, cells) <= self.nprobe <= cells:
+            raise ValueError(f"field nprobe is {self.nprobe}, and {self.factory} has {cells} cells")
+        return self
+
+    @model_validator(mode="after")
+    def _check_whitening(self) -> Self:
+        # Of latents that do not vary along so many there are fewer.
+        dims = range(1, min(self.components, self.latent_dim) + 1) if self.whitening else (self.latent_dim,)
+        if (self.whitening is None) != (self.components == 0) or self.dim not in dims:
+            raise ValueError(f"field dim is {self.dim}, and {self.components} components are of {self.latent_dim}")
+        return self
 
 
 def code_bytes(factory: str, dim: int) -> int:

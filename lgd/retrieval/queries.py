@@ -19,9 +19,8 @@ from lgd.io.location import Location, as_location
 from lgd.models.description import StudentConfig
 from lgd.models.methods import METHODS, PROPOSED
 from lgd.retrieval.answers import Answer, Hit, Stored, find_slides, find_stored, name_level
-from lgd.retrieval.duplicates import choose_near, near_duplicates
-from lgd.retrieval.index_document import IndexDocument
-from lgd.retrieval.search import Searcher
+from lgd.retrieval.index_files import IndexDocument
+from lgd.retrieval.search import Searcher, choose_near, near_duplicates
 from lgd.scoring.images import Images, Mpp, list_sources, take_images
 from lgd.scoring.predict import Scorer, choose_latents, load_scorer, score_images
 from lgd.scoring.slide_rows import require_names

@@ -3,8 +3,8 @@ import pytest
 
 from lgd.config_sections import LEVEL_NAMES
 from lgd.retrieval.answers import Answer, Hit, Stored, as_json, as_rows, as_table
-from lgd.retrieval.duplicates import NEAR_DUPLICATE, NEAR_WHITENED, choose_near, near_duplicates
-from lgd.retrieval.index_document import IndexDocument
+from lgd.retrieval.index_files import IndexDocument
+from lgd.retrieval.search import NEAR_DUPLICATE, NEAR_WHITENED, choose_near, near_duplicates
 
 
 def hit(level, distance=0.5, **changed):

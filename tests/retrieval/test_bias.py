@@ -24,7 +24,7 @@ from lgd.io.location import as_location
 from lgd.retrieval import bias as bias_module
 from lgd.retrieval.bias import learn_bias, open_bank
 from lgd.retrieval.factory import unit
-from lgd.retrieval.index_document import IndexDocument
+from lgd.retrieval.index_files import IndexDocument
 from lgd.retrieval.queries import BIASED, OTHER_STUDENT, query
 from lgd.retrieval.search import Searcher, problems
 from lgd.scoring.predict import load_scorer, score_images, score_shards

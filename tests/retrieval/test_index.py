@@ -21,8 +21,7 @@ from lgd.retrieval import index, search
 from lgd.retrieval.bias import Bank
 from lgd.retrieval.factory import EXACT_ROWS, UnitVectors, choose_factory, nearest, overlap, unit
 from lgd.retrieval.index import build_index
-from lgd.retrieval.index_document import BiasSource
-from lgd.retrieval.index_files import cells_of
+from lgd.retrieval.index_files import BiasSource, cells_of
 from lgd.retrieval.search import Searcher, index_folder, problems
 from lgd.shards.archive import Shard
 from lgd.store.commit import commit

@@ -12,10 +12,9 @@ from lgd.config_sections import LEVEL_NAMES
 from lgd.io.digests import digest_of
 from lgd.io.files import read_json, write_json
 from lgd.report.sheet import Gallery
-from lgd.retrieval.duplicates import choose_near
 from lgd.retrieval.index import build_index
 from lgd.retrieval.queries import check_pair, query
-from lgd.retrieval.search import read_document
+from lgd.retrieval.search import choose_near, read_document
 from lgd.scoring.images import find_images
 from lgd.scoring.predict import load_scorer, score_images
 from lgd.shards.shard_set import ShardFolder

@@ -11,9 +11,8 @@ from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
 from lgd.config_sections import LEVEL_NAMES
 from lgd.retrieval.answers import as_json, collect_notes, count_neighbours
-from lgd.retrieval.duplicates import NEAR_DUPLICATE
 from lgd.retrieval.queries import query
-from lgd.retrieval.search import Searcher
+from lgd.retrieval.search import NEAR_DUPLICATE, Searcher
 from lgd.store.parts import as_levels
 from lgd.store.store import Store
 

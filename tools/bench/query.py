@@ -22,8 +22,7 @@ import numpy as np
 from lgd.config_sections import Latents
 from lgd.retrieval.factory import UnitVectors, choose_factory, nearest, overlap, unit
 from lgd.retrieval.index import build_index
-from lgd.retrieval.index_document import IndexDocument
-from lgd.retrieval.index_files import cells_of, code_bytes
+from lgd.retrieval.index_files import IndexDocument, cells_of, code_bytes
 from lgd.retrieval.search import Searcher, import_faiss, index_folder
 from lgd.shards.archive import Shard
 from lgd.store.commit import commit

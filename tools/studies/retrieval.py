@@ -38,8 +38,8 @@ from lgd.report.embeddings import (
     mean_with_interval,
     own_ranks,
 )
-from lgd.report.evaluation import Network, list_embeddings
 from lgd.report.results import format_interval
+from lgd.report.retrieval import Network, list_embeddings
 from lgd.retrieval.hubs import chance_of_hubs, chance_of_never
 from lgd.scoring.predict import load_scorer, score_shards
 from lgd.shards.repeats import open_disjoint

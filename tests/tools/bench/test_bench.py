@@ -16,7 +16,7 @@ import simplejpeg
 from PIL import Image
 
 from lgd.base.errors import ConfigError, DataError
-from lgd.retrieval.index_document import IndexDocument
+from lgd.retrieval.index_files import IndexDocument
 from tools.bench import cached, decode, engine, loader, memory, peers, query, training
 from tools.bench.command import main
 from tools.bench.inputs import Inputs
