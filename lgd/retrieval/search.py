@@ -209,8 +209,8 @@ class Searcher:
                 self.document.nprobe if 2 * rows > len(self.table) else self.document.rows, allowed
             )
         score_nk, position_nk = self.index.search(vectors_nD, k, params=params)
-        # One look where all is well: after a search numpy's code is no longer in the caches, and each step takes 20 us.
-        if (position_nk < 0).any():
+        # One look where all is well: a search leaves nothing of numpy in the caches, and each step takes 30 us.
+        if position_nk.min(initial=0) < 0:
             short_n = (position_nk >= 0).sum(1) < min(k, rows)
             if short_n.any():
                 if not np.isfinite(vectors_nD).all():
