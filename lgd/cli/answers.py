@@ -115,7 +115,7 @@ def _add_query(parser: Parser) -> Run:
         "--teacher",
         default=None,
         metavar="NAME",
-        help="whose latents to compare (default: the student's first teacher)",
+        help="latents of this teacher (default: the student's first)",
     )
     parser.add_argument("-k", type=typed(int), default=5, metavar="N", help="neighbours of each query (default: 5)")
     parser.add_argument("--split", default="", metavar="S,S", help="search these splits only, such as train,val")
