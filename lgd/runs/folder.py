@@ -162,8 +162,10 @@ def record(config: Config, shards: ShardSet, stage: str, facts: Facts, folder: s
             shards=dict(zip(config.shard_dirs, shards.digests, strict=True)),
             facts=facts,
         )
-        stages = read_stages(at)
-        others = tuple(one for one in stages.get(stage, ()) if one.folder != folder)
+        stages, fields = read_stages(at), _kept_fields(config)
+        others = tuple(
+            one for one in stages.get(stage, ()) if one.folder != folder or not _has_teacher(one, stage, fields, config)
+        )
         RunDocument(stages=stages | {stage: (*others, entry)}).write(at / _RUN)
 
 
@@ -199,7 +201,8 @@ def note_changes(config: Config, stage: str) -> str:
     stages, kept, now = read_stages(config.run.dir), _kept_fields(config), config.as_fields()
     changes: dict[str, str] = {}
     for earlier in _EARLIER.get(stage, ()):
-        entries, folder = stages.get(earlier, ()), _FOLDERS[earlier]
+        folder = _FOLDERS[earlier]
+        entries = [one for one in stages.get(earlier, ()) if _has_teacher(one, earlier, kept, config)]
         own = [entry for entry in entries if entry.folder == now[folder]]
         # Of what was made elsewhere only that is of interest.
         used = [name for name in now if name.startswith(_USED[earlier]) and name not in _UNUSED]
@@ -214,6 +217,12 @@ def note_changes(config: Config, stage: str) -> str:
         return ""
     shown = [*changes.values()][:_MOST] + ([f"and {len(changes) - _MOST} more"] if len(changes) > _MOST else [])
     return f"note: {', '.join(shown)}; run.json tells each stage's values"
+
+
+def _has_teacher(entry: Stage, stage: str, kept: dict[str, JsonValue], config: Config) -> bool:
+    """Whether an entry is of the run's own teacher, where a store holds the latents of several."""
+    before = kept | entry.differing
+    return stage not in ("cache-latents", "import-latents") or before["teacher.name"] == config.teacher.name
 
 
 @contextlib.contextmanager

@@ -128,7 +128,9 @@ class Supervision(TargetSupervision):
         recipe, pooled, maps = self.recipe.teacher, [], []
         ihc_B3HW = torch.from_numpy(ihc_BHW3).to(self.device).permute(0, 3, 1, 2)
         half = torch.autocast(self.device, torch.bfloat16, enabled=recipe.precision == "bf16")
-        with torch.inference_mode(), half:
+        # TF32, cuDNN's default, moves a latent by 2e-3 of its length (H200), and by another bit in another batch.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.inference_mode(), half, exact:
             for view in range(recipe.views):
                 out = self.teacher(d4(ihc_B3HW, torch.full((len(ihc_B3HW),), view)) if view else ihc_B3HW)
                 pooled.append(out["pooled"])

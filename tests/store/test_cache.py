@@ -14,7 +14,7 @@ from lgd.base.errors import DataError
 from lgd.cli import main
 from lgd.models.description import TeacherConfig
 from lgd.models.export import save_model
-from lgd.models.teacher import load_teacher
+from lgd.models.teacher import Teacher, load_teacher
 from lgd.shards.builder import build
 from lgd.shards.image import decode, encode
 from lgd.shards.options import ShardOptions
@@ -317,3 +317,19 @@ def test_reencoding_asks_for_the_teacher_and_the_shards_of_the_store(copy, tmp_p
     folder = other_teacher(copy.teacher.dir, tmp_path, lambda w: w["head.bias"].add_(1))
     assert main(["verify", copy.latents.dir, "--reencode", "3", "--teacher", folder]) == 1
     assert "holds another teacher than the one that made the store" in capsys.readouterr().err
+
+
+def test_no_tf32_goes_into_stored_latents(tissue_run, monkeypatch):
+    """What a GPU would do: cuDNN's default is TF32, and it is that again afterwards."""
+    forward, seen = Teacher.forward, []
+
+    def looking(self, images):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return forward(self, images)
+
+    monkeypatch.setattr(Teacher, "forward", looking)
+    supervision = Supervision(tissue_run.teacher.dir, recipe_of(tissue_run))
+    reader = supervision.reader(shards_of(tissue_run)[:1])
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        supervision.rows([supervision.prepare(reader, 0)])
+        assert seen == [False] and torch.backends.cudnn.allow_tf32

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from lgd.models.losses import Lesson, hallucination_loss
 from lgd.models.methods import LgdNet
 from lgd.models.teacher import FrozenTeacher, Teacher, load_teacher
 from lgd.retrieval.queries import BIASED, query
+from lgd.runs.folder import note_changes, read_stages
 from lgd.shards.shard_set import ShardSet
 from lgd.store import supervision
 from lgd.store.cache import cache_latents
@@ -211,3 +212,15 @@ def test_only_a_preset_is_copied_into_the_student(tissue_run, second, change):
     with pytest.raises(ConfigError, match=r"student.hallucination is own, and teacher.encoder is .*: only a preset"):
         pipeline.train_student(change(second, student={"hallucination": "own"}))
     assert load_config(overrides=["--teacher.name=uni2"]).teacher.dir.endswith("/teacher-uni2")
+
+
+def test_a_stage_is_compared_with_what_its_own_teacher_was_given(second, tissue_run, change):
+    first = change(second, teacher=asdict(tissue_run.teacher))
+    for config in (first, second):
+        pipeline.train_teacher(config)
+        pipeline.cache_latents(config)
+    assert len(read_stages(second.run.dir)["cache-latents"]) == 2
+    assert [note_changes(config, "build-index") for config in (first, second)] == ["", ""]
+    assert "latents.dtype is float32 and was float16" in note_changes(
+        change(first, latents={"dtype": "float32"}), "train"
+    )
