@@ -8,11 +8,12 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
+from lgd.base.arguments import check_bounds
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
 from lgd.base.text import escape_text
@@ -26,7 +27,7 @@ from lgd.models.known import find_published
 from lgd.shards.archive import Shard
 from lgd.store.cache import fill_targets, is_complete
 from lgd.store.commit import commit
-from lgd.store.document import Recipe, StoreDocument, TargetsRecipe, TeacherRecipe, refuse_recipe
+from lgd.store.document import PATCHES, Recipe, StoreDocument, TargetsRecipe, TeacherRecipe, refuse_recipe
 from lgd.store.feature_layouts import open_features
 from lgd.store.features import TOOLS, FeatureFile, find_files, stamp_of
 from lgd.store.joining import Joined, Patches, describe_patch, join, name_first
@@ -60,8 +61,11 @@ class ImportOptions:
     """How the encoder's tokens became one vector, if you know it."""
     patches: str = ""
     """CLAM's folder `patches`, which says how large a tile is."""
-    slide_mpp: float | None = None
+    slide_mpp: Annotated[float, Field(gt=0, lt=100)] | None = None
     """Micrometres a pixel of the slides' level 0, of places in micrometres; default: that of the patches."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 class Imported(NamedTuple):
@@ -92,7 +96,8 @@ def import_latents(config: Config, options: ImportOptions, shards: Sequence[Shar
             refuse_recipe(folder, stored, recipe, name)
         store = Store(folder, recipe, (name,))
         held = {part.tar_sha256 for part in store.parts}
-        if all(shard.sha256 in held and is_complete(folder, name, shard, recipe) for shard in shards):
+        layers = [(shard, layer) for shard in shards for layer in (PATCHES, name)]
+        if all(shard.sha256 in held and is_complete(folder, layer, shard, recipe) for shard, layer in layers):
             _fit_probe(store, shards)
             return Imported(store, 0)
     patches = Patches.read(shards)

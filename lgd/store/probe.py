@@ -3,7 +3,7 @@
     DIR/probe/TEACHER.json    the probe of a teacher's latents, and of which rows it was fitted
 
 A multinomial logistic regression with a ridge, from the pooled latents (first view, standardised) of the labelled
-training patches to their levels. `lgd cache-latents` fits it. All that it needs lies in the store, so that a pretrained
+training patches to their levels. `lgd cache-latents`, or `import-latents`, fits it. All that it needs lies in the store, so that a pretrained
 encoder, a teacher that was trained without labels, and latents that were computed elsewhere have one alike.
 """
 
@@ -112,7 +112,9 @@ def find_probe(store: Store, training: Sequence[Shard]) -> ProbeDocument | None:
     Raises `DataError` where it is missing, or was fitted on other rows.
     """
     if lacks_probe(store, training):
-        raise DataError(f"{probe_path(store)} is missing, or of other rows than the training split: {_REMEDY}")
+        raise DataError(
+            f"{probe_path(store)} is missing, or of other rows than the training split: run lgd {store.verb}"
+        )
     return read_probe(store, store.parts_of(training))
 
 
@@ -145,7 +147,7 @@ def find_problems(store: Store) -> list[str]:
         stale = _is_stale(store)
     except DataError as error:
         return [str(error)]
-    return [f"{probe_path(store)} is of rows that the store does not have: {_REMEDY}"] if stale else []
+    return [f"{probe_path(store)} is of rows that the store does not have: run lgd {store.verb}"] if stale else []
 
 
 def prune_probes(store: Store) -> None:

@@ -91,7 +91,7 @@ class Store:
             refuse_recipe(self.folder, self.recipe, recipe, self.teacher)
 
     @property
-    def _verb(self) -> str:
+    def verb(self) -> str:
         """What adds latents of its first teacher."""
         return "import-latents" if self.recipe.teacher.source == "imported" else "cache-latents"
 
@@ -180,7 +180,7 @@ class Store:
         if lacking:
             raise DataError(
                 f"the feature store {self.folder} lacks latents of {' or '.join(self.teachers)} for {len(lacking)} of "
-                f"{len(shards)} shards, the first of them {lacking[0].path}: run lgd {self._verb}"
+                f"{len(shards)} shards, the first of them {lacking[0].path}: run lgd {self.verb}"
             )
         parts = [self._of_tar[shard.sha256] for shard in shards]
         for shard, part in zip(shards, parts, strict=True):

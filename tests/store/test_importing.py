@@ -16,6 +16,7 @@ from lgd.cli.contents import as_lines, check, describe
 from lgd.io.location import as_location
 from lgd.models.description import StudentConfig
 from lgd.models.known import find_published
+from lgd.report.ablation import AblateOptions
 from lgd.retrieval.queries import query
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
@@ -230,6 +231,17 @@ def test_an_import_that_was_stopped_goes_on_by_parts(run, tmp_path, monkeypatch)
     assert written == 0 and contents_of(Path(config.latents.dir)) == before and store.verify() == []
 
 
+def test_a_part_that_is_gone_is_made_again(run, tmp_path):
+    config = run()
+    path = write_table(tmp_path / "a.npz", features_of(config))
+    digest, before = run_import(config, path).store.digest, contents_of(Path(config.latents.dir))
+    for layer in ("patches", "teacher"):
+        min((Path(config.latents.dir) / "parts" / layer).glob("*.h5")).unlink()
+        store, written = run_import(config, path)
+        assert written == (layer == "teacher") and store.verify() == [] and store.digest == digest
+        assert contents_of(Path(config.latents.dir)) == before
+
+
 def test_an_export_reads_back_equal(tissue_run, tmp_path, change):
     """Bit for bit, as latents of another name in the same store."""
     shutil.copytree(tissue_run.latents.dir, tmp_path / "latents")
@@ -273,6 +285,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(run, tmp_path, 
     with pytest.raises(DataError, match=message):
         run_import(config, path, **options)
     assert not Path(config.latents.dir).exists()
+
+
+def test_a_scale_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="slide_mpp: .*greater than 0"):
+        ImportOptions(files=["a.npz"], slide_mpp=0.0)
 
 
 def test_half_of_the_slides_or_another_tile_size_are_refused(run, tmp_path):
@@ -381,8 +398,20 @@ def test_patches_without_second_images_have_latents_and_no_targets(run, tmp_path
 def test_a_store_has_targets_of_all_patches_or_of_none(run, tmp_path):
     pairs, both = run(), run("rest", "alone")
     run_import(pairs, write_table(tmp_path / "a.npz", features_of(pairs)))
+    with pytest.raises(DataError, match=r"lacks latents of teacher for \d+ of \d+ shards, .*: run lgd import-latents"):
+        pipeline.train_student(run("few", "rest"))
+    Path(pairs.latents.dir, "probe", "teacher.json").unlink()
+    with pytest.raises(DataError, match=r"probe/teacher.json is missing, .*: run lgd import-latents"):
+        pipeline.train_student(run(student={"method": "distil", "distil_weight": 1.0}))
     with pytest.raises(DataError, match="holds domain targets, which patches without a second image .* cannot have"):
         run_import(both, write_table(tmp_path / "b.npz", features_of(both)))
+
+
+def test_methods_are_compared_by_the_probe_of_imported_latents(run, tmp_path):
+    config = run("few", "rest", student={"epochs": 0.3})
+    run_import(config, write_table(tmp_path / "a.npz", features_of(config)))
+    assert "| IHC teacher, probe |" in pipeline.ablate(config, AblateOptions(seeds=1))
+    assert not Path(config.teacher.dir).exists()
 
 
 def test_a_run_without_its_import_says_which_verb_is_lacking(run):
