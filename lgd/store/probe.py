@@ -3,9 +3,9 @@
     DIR/probe/TEACHER.json    the probe of a teacher's latents, and of which rows it was fitted
 
 A multinomial logistic regression with a ridge, from the pooled latents (first view, standardised) of the labelled
-training patches to their levels. `lgd cache-latents`, or `import-latents`, fits it. All that it needs lies in the store,
-so that a pretrained encoder, a teacher that was trained without labels, and latents that were computed elsewhere have
-one alike.
+training patches to their levels. `lgd cache-latents`, or `import-latents`, fits it. All that it needs lies in the
+store, so that a pretrained encoder, a teacher that was trained without labels, and latents that were computed elsewhere
+have one alike.
 """
 
 import contextlib
