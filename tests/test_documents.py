@@ -83,6 +83,8 @@ def at(tissue, tmp_path_factory):
     for verb in ("train-teacher", "cache-latents", "build-index", "train", "evaluate"):
         assert main([verb, "--config", f"{at}/run.yaml"]) == 0
     assert main(["export-latents", "--store", f"{at}/run/latents", "--out", f"{at}/exported"]) == 0
+    # Latents of no network here get a probe.
+    assert main(["import-latents", "--config", f"{at}/run.yaml", "--teacher.name", "again", f"{at}/exported"]) == 0
     assert main(["synth", f"{at}/drawn", "--pairs", "2", "--size", "64", "--workers", "1"]) == 0
     estimate = Interval(value=0.5, low=None, high=None)
     AblationDocument(
@@ -136,12 +138,14 @@ def test_an_odd_field_is_refused_by_name_or_taken(at, fault_count):
 
 CONFIG = ("--config", "{at}/run.yaml")
 QUERY = ("query", *CONFIG, "{at}/one.png")
+PROBED = ("evaluate", *CONFIG, "--teacher.source", "imported", "--teacher.name", "again")
 READERS = {
     "shards/manifest.json": [("verify", "{at}/shards"), ("train", *CONFIG, "--overwrite"), ("evaluate", *CONFIG)],
     "run/latents/store.json": [("verify", "{at}/run/latents"), ("cache-latents", *CONFIG), QUERY],
     "run/latents/**/parts/patches/*.json": [("verify", "{at}/run/latents"), ("cache-latents", *CONFIG), QUERY],
     "run/latents/**/parts/teacher/*.json": [("verify", "{at}/run/latents"), ("cache-latents", *CONFIG), QUERY],
     "run/latents/**/index.json": [("verify", "{at}/run/latents"), QUERY, ("build-index", *CONFIG)],
+    "run/latents/probe/again.json": [("verify", "{at}/run/latents"), ("info", "{at}/run/latents"), PROBED],
     "run/teacher/config.json": [("verify", "{at}/run/teacher"), ("cache-latents", *CONFIG), ("evaluate", *CONFIG)],
     "run/student/config.json": [("verify", "{at}/run/student"), ("predict", *CONFIG, "{at}/one.png"), QUERY],
     "run/student/checkpoints/*/state.json": [("verify", "{at}/run/student")],
