@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from lgd.base.errors import DataError
@@ -65,10 +65,11 @@ class WorkingFolder(contextlib.ExitStack):
                 upload(self.path / name, self.folder / name)
 
 
-def refuse_foreign(folder: Location, own: Collection[str], remedy: str) -> None:
-    """Raise `DataError` where a folder holds what is not among its `own`."""
+def refuse_foreign(folder: Location, own: Collection[str], remedy: str, names: Iterable[str] | None = None) -> None:
+    """Raise `DataError` where a folder holds what is not among its `own`; `names` are those in it, if known."""
+    names = list_folder(folder) if names is None else names
     # A killed `publish` leaves its temporary file.
-    foreign = [name for name in list_folder(folder) if name not in own and not re.fullmatch(r"\..*\.tmp", name)]
+    foreign = [name for name in names if name not in own and not re.fullmatch(r"\..*\.tmp", name)]
     if foreign:
         raise DataError(f"{folder} already holds something else ({', '.join(foreign[:3])}): {remedy}")
 

@@ -228,7 +228,8 @@ def _open_target(text: str | Location) -> Location:
     names = list_folder(out)
     begun = {"manifest.json", MARKER} & names.keys()
     own = {LOCK, *(name for name in names if begun and re.fullmatch(FILE, name))}
-    refuse_foreign(out, own, "give --out an empty or new one")
+    # Of one listing: another builder may begin to write meanwhile.
+    refuse_foreign(out, own, "give --out an empty or new one", names)
     try_writing(out / ".manifest.json.0.tmp")
     return out
 

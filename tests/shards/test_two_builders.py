@@ -13,9 +13,11 @@ from test_builder import build_by, contents, make_bci, options
 
 from lgd.base.errors import DataError
 from lgd.cli import main
+from lgd.io import folders
 from lgd.io.files import list_folder, read_bytes, read_json, write_json
 from lgd.io.location import as_location
 from lgd.io.locks import LOCK, exclusive
+from lgd.shards import builder
 from lgd.shards.builder import build
 from lgd.shards.verify import verify
 from lgd.shards.writer import ShardJob
@@ -281,3 +283,16 @@ def test_the_first_marker_at_a_url_stays(root, alone, s3_server):
         write_json(f"{out}/.train-000000.json", built | {"building": "0" * 64})
     assert build(options(root, out, **alone[0].options)) == (alone[0].manifest, True)
     assert {name: read_bytes(as_location(out) / name) for name in list_folder(out)} == alone[0].files
+
+
+def test_files_that_another_builder_begins_meanwhile_are_not_foreign(tmp_path, monkeypatch):
+    """It is refused by the lock, which it is about to ask for."""
+
+    def list_then_write(folder):
+        names = list_folder(folder)
+        (tmp_path / "train-000000.tar").write_bytes(b"")
+        return names
+
+    monkeypatch.setattr(builder, "list_folder", list_then_write)
+    monkeypatch.setattr(folders, "list_folder", list_then_write)
+    assert builder._open_target(tmp_path) == tmp_path

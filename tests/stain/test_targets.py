@@ -156,20 +156,26 @@ def test_the_white_is_the_background() -> None:
     torch.testing.assert_close(white.flatten(1), torch.tensor([[245.0] * 3, [170.0] * 3]), rtol=0, atol=3)
 
 
+def compare_membranes(image: torch.Tensor, mpp: float) -> None:
+    """To the bit on an AMD EPYC; on an Intel Xeon by up to 1.2e-7, so that the last bit of a sum is the processor's."""
+    ours, first = membrane_grid(image, 4, mpp), first_targets.membrane_grid(image, 4, mpp)
+    torch.testing.assert_close(ours, first, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("mpp", [0.23, MPP, 0.92, 1.5, 2.8])
 @pytest.mark.parametrize("height, width", [(SIZE, SIZE), (201, 255), (67, 130)])
 def test_the_numbers_are_those_of_the_first_edition(mpp: float, height: int, width: int) -> None:
     for he, ihc in ((draw_he(lattice()), draw_ihc("1+")), (draw_he(lattice(pitch=30)), draw_ihc("3+", 170.0))):
         he, ihc = he[..., :height, :width], ihc[..., :height, :width]
         assert torch.equal(nuclei_grid(he, 8, mpp), first_targets.nuclei_grid(he, 8, mpp))
-        assert torch.equal(membrane_grid(ihc, 4, mpp), first_targets.membrane_grid(ihc, 4, mpp))
+        compare_membranes(ihc, mpp)
 
 
 def test_the_numbers_of_real_patches_are_those_of_the_first_edition(real_data) -> None:
     for path in sorted((real_data / "bci-native").glob("*/test/*")):
         image = torch.from_numpy(decode(path.read_bytes(), path.name, None))[None].permute(0, 3, 1, 2)
         assert torch.equal(nuclei_grid(image, 8, MPP), first_targets.nuclei_grid(image, 8, MPP))
-        assert torch.equal(membrane_grid(image, 4, MPP), first_targets.membrane_grid(image, 4, MPP))
+        compare_membranes(image, MPP)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
