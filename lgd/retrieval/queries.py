@@ -21,7 +21,7 @@ from lgd.models.methods import METHODS, PROPOSED
 from lgd.retrieval.answers import Answer, Hit, Stored, find_slides, find_stored, name_level
 from lgd.retrieval.index_files import IndexDocument
 from lgd.retrieval.search import Searcher, choose_near, near_duplicates
-from lgd.scoring.images import Images, Mpp, list_sources, take_images
+from lgd.scoring.images import Images, Mpp, OneImage, list_sources, take_images
 from lgd.scoring.predict import Scorer, choose_latents, load_scorer, score_images
 from lgd.scoring.slide_rows import require_names
 from lgd.shards.layouts import safe_key
@@ -158,13 +158,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     note = note_bias(searcher.document, student)
     allowed = _allowed(searcher, splits, levels)
     taken, stored = take_images(sources), find_stored(opened, keys)
-    excluded = None
-    if exclude_same_slide:
-        table = as_location(slides) if slides else None
-        if table:
-            require_names(table, taken)
-        names = [safe_key(image.stem) for image in taken] or [patch.key for patch in stored]
-        excluded = find_slides(opened, names, table)
+    excluded = _find_own_slides(opened, taken, stored, slides) if exclude_same_slide else None
     answers, vectors = [], []
     # Last, because it takes the longest.
     for prediction, values in score_images(student, taken, mpp, keep_going=keep_going) if student else ():
@@ -176,6 +170,16 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
         answers.append(Answer(stored=patch))
         vectors.append(np.asarray(opened.parts[patch.part].array("pooled")[patch.row, 0], np.float32))
     return _find_neighbours(searcher, answers, vectors, k, allowed, excluded, biased=note == BIASED)
+
+
+def _find_own_slides(
+    store: Store, images: Sequence[OneImage], stored: Sequence[Stored], slides: str | Location | None
+) -> Sequence[frozenset[str]]:
+    """The slides of each query, whose patches it is left without."""
+    table = as_location(slides) if slides else None
+    if table:
+        require_names(table, images)
+    return find_slides(store, [safe_key(one.stem) for one in images] or [patch.key for patch in stored], table)
 
 
 def search(

@@ -6,7 +6,6 @@
 import functools
 import importlib.metadata
 import itertools
-import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from lgd.base import threads
 from lgd.base.errors import DataError, require
 from lgd.base.logs import progress
 from lgd.config import Config
-from lgd.io.digests import digest_of, format_diff
+from lgd.io.digests import digest_of
 from lgd.io.files import exists, size_of
 from lgd.io.folders import refuse_foreign
 from lgd.io.location import Location, as_location
@@ -32,7 +31,7 @@ from lgd.shards.archive import Shard
 from lgd.store.commit import commit
 from lgd.store.document import PATCHES, Recipe, StoreDocument, TargetsRecipe, part_name, read_sidecar, refuse_recipe
 from lgd.store.drift import check_drift, make_fixed_vectors
-from lgd.store.probe import fit_probe, lacks_probe, prune_probes
+from lgd.store.probe import ensure_probe, lacks_probe, prune_probes
 from lgd.store.recipes import recipe_of, targets_of
 from lgd.store.store import Store
 from lgd.store.supervision import Supervision, TargetSupervision, stored
@@ -42,7 +41,6 @@ from lgd.stream.reader import Sample
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-logger = logging.getLogger(__name__)
 
 SHARDS_AT_ONCE = 2
 """Shards that a worker has in hand: while the rows of one are hashed and written, the next is decoded already."""
@@ -109,8 +107,8 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
             fixed=fixed,
             prune=prune,
         )
-        if probed and lacks_probe(store, training):
-            logger.info("[latents] a probe for the level was fitted on %s", fit_probe(store, training).describe())
+        if probed:
+            ensure_probe(store, training)
         if prune:
             prune_probes(store)
         return Cached(store, len(missing), len(named - {entry.name for entry in store.document.entries}))
@@ -126,11 +124,7 @@ def fill_targets(config: Config, shards: Sequence[Shard], workers: int, targets:
     if exists(folder / "store.json"):
         stored = StoreDocument.read(folder / "store.json").patches.recipe
         if stored != recipe:
-            raise DataError(
-                f"{folder / 'store.json'} was made by another recipe:",
-                *format_diff(stored.as_json(), recipe.as_json(), "in the store"),
-                "Use the settings that made it, or name another folder as latents.dir",
-            )
+            refuse_recipe(folder, stored, recipe)
     else:
         refuse_foreign(folder, _OURS, "name another folder as latents.dir")
     if not _missing(folder, recipe, PATCHES, shards):

@@ -9,7 +9,7 @@ A recipe is what the numbers of a store depend on beside the shards: one of the 
 
 import itertools
 import math
-from typing import Annotated, ClassVar, Literal, NoReturn, Self
+from typing import Annotated, ClassVar, Literal, NoReturn, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, JsonValue, model_validator
@@ -285,11 +285,16 @@ class SourcesDocument(Document):
     teachers: dict[Word, Line]
 
 
-def refuse_recipe(folder: Location, stored: Recipe, requested: Recipe, teacher: str) -> NoReturn:
-    """Raise `DataError` with the fields in which two recipes differ."""
-    raise DataError(
-        f"{folder / 'store.json'} was made by another recipe:",
-        *format_diff(stored.as_json(), requested.as_json(), "in the store"),
-        f"Use the teacher and settings that made it, name these latents otherwise than {teacher} (teacher.name), name "
-        "another folder as latents.dir, or delete this one",
-    )
+RecipeKind = TypeVar("RecipeKind", Recipe, TargetsRecipe)
+
+
+def refuse_recipe(folder: Location, stored: RecipeKind, requested: RecipeKind, teacher: str = "") -> NoReturn:
+    """Raise `DataError` with the fields in which two recipes differ, of a teacher or of the targets alone."""
+    remedy = "Use the settings that made it, or name another folder as latents.dir"
+    if teacher:
+        remedy = (
+            f"Use the teacher and settings that made it, name these latents otherwise than {teacher} (teacher.name), "
+            "name another folder as latents.dir, or delete this one"
+        )
+    differing = format_diff(stored.as_json(), requested.as_json(), "in the store")
+    raise DataError(f"{folder / 'store.json'} was made by another recipe:", *differing, remedy)

@@ -5,7 +5,6 @@ store's document last. The latents are relative to their mean over the training 
 """
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -31,14 +30,12 @@ from lgd.store.document import PATCHES, Recipe, StoreDocument, TargetsRecipe, Te
 from lgd.store.feature_layouts import open_features
 from lgd.store.features import TOOLS, FeatureFile, find_files, stamp_of
 from lgd.store.joining import Joined, Patches, describe_patch, join, name_first
-from lgd.store.probe import fit_probe, lacks_probe
+from lgd.store.probe import ensure_probe
 from lgd.store.recipes import targets_of
 from lgd.store.store import Store
 from lgd.store.supervision import measure_difference
 from lgd.store.writer import shard_writer
 from lgd.stream.plan import offsets
-
-logger = logging.getLogger(__name__)
 
 _LARGEST = 65_504.0
 """That float16 holds."""
@@ -90,6 +87,7 @@ def import_latents(config: Config, options: ImportOptions, shards: Sequence[Shar
     there = before.teachers.get(name) if before else None
     targets = _choose_targets(config, before, shards)
     shards = [*{shard.sha256: shard for shard in shards}.values()]
+    training = [shard for shard in shards if shard.split == "train"]
     if before and there:
         recipe = Recipe(targets=targets, teacher=_describe(config, options, files, there.centre))
         if (stored := before.recipe(name)) != recipe:
@@ -98,7 +96,7 @@ def import_latents(config: Config, options: ImportOptions, shards: Sequence[Shar
         held = {part.tar_sha256 for part in store.parts}
         layers = [(shard, layer) for shard in shards for layer in (PATCHES, name)]
         if all(shard.sha256 in held and is_complete(folder, layer, shard, recipe) for shard, layer in layers):
-            _fit_probe(store, shards)
+            ensure_probe(store, training)
             return Imported(store, 0)
     patches = Patches.read(shards)
     joined = join(patches, files, options.slide_mpp)
@@ -118,14 +116,8 @@ def import_latents(config: Config, options: ImportOptions, shards: Sequence[Shar
             teacher=", ".join(str(Path(one).absolute()) for one in options.files),
             centre=centre,
         )
-        _fit_probe(store, shards)
+        ensure_probe(store, training)
     return Imported(store, written)
-
-
-def _fit_probe(store: Store, shards: Sequence[Shard]) -> None:
-    training = [shard for shard in shards if shard.split == "train"]
-    if lacks_probe(store, training):
-        logger.info("[latents] a probe for the level was fitted on %s", fit_probe(store, training).describe())
 
 
 def _open_all(paths: Sequence[Path], options: ImportOptions) -> list[FeatureFile]:

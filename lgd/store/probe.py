@@ -9,6 +9,7 @@ have one alike.
 """
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Self
@@ -29,6 +30,8 @@ from lgd.shards.archive import Shard
 from lgd.shards.manifest import Word
 from lgd.store.parts import Part, read_levels
 from lgd.store.store import Store
+
+logger = logging.getLogger(__name__)
 
 RIDGES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 """Weights of half the squared length of the coefficients, beside the mean loss of a patch; the strongest first."""
@@ -140,6 +143,12 @@ def fit_probe(store: Store, training: Sequence[Shard]) -> ProbeDocument:
     )
     probe.write(probe_path(store))
     return probe
+
+
+def ensure_probe(store: Store, training: Sequence[Shard]) -> None:
+    """Fit a probe where one can be fitted and is lacking."""
+    if lacks_probe(store, training):
+        logger.info("[latents] a probe for the level was fitted on %s", fit_probe(store, training).describe())
 
 
 def find_problems(store: Store) -> list[str]:

@@ -66,6 +66,16 @@ def build_by(map_jobs, asked):
         return build(asked)
 
 
+def kill_after_two(function, jobs):
+    """As `map_jobs`, for a builder that is interrupted when two shards are written."""
+    if not isinstance(jobs[0], ShardJob):
+        yield from map(function, jobs)
+        return
+    for job in jobs[:2]:
+        yield function(job)
+    raise KeyboardInterrupt
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -167,16 +177,8 @@ def test_a_killed_build_goes_on(built, tmp_path):
     root, whole, manifest = built
     out = tmp_path / "out"
 
-    def killed_after_two(function, jobs):
-        if not isinstance(jobs[0], ShardJob):
-            yield from map(function, jobs)
-            return
-        for job in jobs[:2]:
-            yield function(job)
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        build_by(killed_after_two, options(root, out, mpp=0.46))
+        build_by(kill_after_two, options(root, out, mpp=0.46))
     with pytest.raises(DataError, match="no finished shard set"):
         ShardFolder.open(out)
     (out / ".train-000002.tar.123.tmp").write_bytes(b"half")

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import webdataset
-from test_builder import build_by, contents, make_bci, options, patch
+from test_builder import build_by, contents, kill_after_two, make_bci, options, patch
 from test_verify import remanifest, rewrite
 
 from lgd.base.errors import ConfigError, DataError
@@ -15,7 +15,6 @@ from lgd.shards.image import decode, encode, header
 from lgd.shards.manifest import Manifest
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.verify import verify
-from lgd.shards.writer import ShardJob
 from lgd.stream.reader import Reader
 
 
@@ -80,16 +79,8 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(built, tmp_path):
     root, whole = built
     out = tmp_path / "out"
 
-    def killed_after_two(function, jobs):
-        if not isinstance(jobs[0], ShardJob):
-            yield from map(function, jobs)
-            return
-        for job in jobs[:2]:
-            yield function(job)
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        build_by(killed_after_two, options(root, out, mpp=0.46, he_size=16, workers=2))
+        build_by(kill_after_two, options(root, out, mpp=0.46, he_size=16, workers=2))
     for other in (0, 8):
         with pytest.raises(DataError, match="unfinished build of something else"):
             build(options(root, out, mpp=0.46, he_size=other))
