@@ -103,8 +103,8 @@ class TeacherTask(Task):
             self.epochs = 0.0
             require(
                 learns == ["label"],
-                f"teacher.learns is {', '.join(learns)}, and a frozen teacher (teacher.source) learns nothing: omit it, or "
-                "set [label]",
+                f"teacher.learns is {', '.join(learns)}, and a frozen teacher (teacher.source) learns nothing: omit "
+                "it, or set [label]",
             )
             require(
                 config.teacher.encoder not in PRESETS,
