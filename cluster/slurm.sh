@@ -21,6 +21,13 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 
+for program in python ray; do
+    if ! command -v "$program" >/dev/null; then
+        echo "slurm.sh: \`$program\` is not in PATH: activate the environment that has lgd before \`sbatch\`" >&2
+        exit 1
+    fi
+done
+
 stopping=
 training=
 stop() {
@@ -35,6 +42,8 @@ trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 # Handed on by the environment: command lines are seen by every user of a node.
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# Metrics are served without the token. The two servers that have no switch fail to start at this port.
+export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=-1 DASHBOARD_METRIC_PORT=-1
 # Sites that submit with --export=NONE would start the steps without it.
 export SLURM_EXPORT_ENV=ALL
 # Since SLURM 22.05 a step has one CPU unless told.

@@ -22,6 +22,7 @@ from lgd.config_files import load_config
 from lgd.io.files import read_json
 from lgd.store.store import Store
 from lgd.tissue.synth import SynthOptions, synthesise
+from tests.support.sockets import list_listening
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,8 +38,8 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def head():
-    """A head node of our own: its dashboard's address, and the environment that may use it."""
+def head_process():
+    """A head node of our own: its process, its dashboard's address, and the environment that may use it."""
     port, dashboard = free_ports(2)
     # A socket's path must be short, so not pytest's own folder.
     folder = tempfile.mkdtemp(prefix="lgd-", dir="/tmp")
@@ -46,7 +47,7 @@ def head():
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "OMP_NUM_THREADS": "1"}
     ray = str(Path(sys.executable).parent / "ray")
     env |= {"PATH": f"{Path(ray).parent}:{os.environ['PATH']}"}
-    command = [str(ROOT / "cluster" / "head.sh"), "--block", f"--port={port}", "--node-ip-address=127.0.0.1"]
+    command = [str(ROOT / "cluster" / "head.sh"), "--block", f"--port={port}"]
     command += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--num-cpus=2"]
     # The agent that takes the jobs has one port for the whole machine otherwise, and another Ray may hold it.
     command += ["--dashboard-agent-listen-port=0"]
@@ -55,12 +56,17 @@ def head():
     try:
         address = f"http://127.0.0.1:{dashboard}"
         wait_for(address, process, Path(folder) / "head.log")
-        yield address, env, ray
+        yield process, address, env, ray
     finally:
         # All of our own session and no other Ray process of this machine; nothing in it is worth a slow goodbye.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head(head_process):
+    return head_process[1:]
 
 
 def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
@@ -191,6 +197,20 @@ def test_a_failing_job_fails_with_one_message(head, tmp_path, folder, told):
     assert told in done.stdout + done.stderr
 
 
+def test_it_listens_on_loopback_only_and_a_program_joins_it_there(head_process, tmp_path):
+    process, _, env, _ = head_process
+    (port,) = (port for name, _, port in list_listening(process.pid) if name == "gcs_server")
+    synthesise(SynthOptions(out=str(tmp_path / "tissue"), pairs=12, size=64, workers=1))
+    command = [sys.executable, "tools/build_shards.py", "--layout", "bci", "--root", str(tmp_path / "tissue")]
+    command += ["--out", str(tmp_path / "shards"), "--workers", "1", "--mpp", "0.5"]
+    env = env | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path / "shards" / "manifest.json")["splits"]
+    sockets = list_listening(process.pid)
+    assert len(sockets) >= 8 and {address for _, address, _ in sockets} <= {"127.0.0.1", "::ffff:127.0.0.1"}
+
+
 def test_without_the_token_nobody_gets_in(head):
     address, env, ray = head
     stranger = {name: value for name, value in env.items() if not name.startswith("RAY_")} | {
@@ -204,12 +224,3 @@ def test_without_the_token_nobody_gets_in(head):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{address}/api/jobs/", timeout=10)
     assert refused.value.code in (401, 403)
-
-
-def test_the_dashboard_listens_on_loopback_only(head):
-    port = int(head[0].rsplit(":", 1)[1])
-    listening = [
-        line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"
-    ]
-    addresses = {address.split(":")[0] for address in listening if int(address.split(":")[1], 16) == port}
-    assert addresses == {"0100007F"}

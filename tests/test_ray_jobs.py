@@ -26,6 +26,8 @@ from lgd.ray_jobs import cluster, training
 from lgd.store.store import Store
 from lgd.train.deepspeed_engine import deepspeed_problem
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch):
@@ -252,6 +254,32 @@ def test_results_ahead_come_in_order_and_never_more_than_asked(total, count, poo
         for taken, result in enumerate(results):
             assert result == 7 * taken and len(begun) <= taken + count + 1
     assert sorted(begun) == list(range(total))
+
+
+LOCAL = """
+import http.client, json, os
+from lgd.ray_jobs.cluster import map_with
+from tests.support.sockets import list_listening
+
+def ask(ip, port):
+    connection = http.client.HTTPConnection(ip, port, timeout=5)
+    try:
+        connection.request("GET", "/api/jobs/")
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+
+for _ in map_with(lambda: abs, [1], workers=1, option_name="--workers"):
+    print(json.dumps([(ip, ask(ip, port)) for _, ip, port in list_listening(os.getpid())]))
+"""
+
+
+def test_a_local_ray_listens_on_loopback_and_asks_for_its_token():
+    done = subprocess.run([sys.executable, "-c", LOCAL], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    assert len(answers) >= 6 and {ip for ip, _ in answers} <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    assert 401 in {status for _, status in answers}, "the dashboard, which takes jobs"
 
 
 def test_an_address_without_a_cluster_is_told(monkeypatch):

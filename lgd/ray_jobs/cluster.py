@@ -3,8 +3,10 @@
 import atexit
 import contextlib
 import functools
+import importlib
 import logging
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +33,13 @@ _QUIET = {
     "RAY_COLOR_PREFIX": "0",
 }
 
+# Ray takes a loopback address for that of the network and listens there, except where it expects one machine.
+_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+# A local Ray runs what anybody sends to its ports, so other users of this machine must not get in. Its libraries read
+# the token once a process.
+_OWN = _ON_LOOPBACK | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
 
 def connect(workers: int, option_name: str, use_gpus: bool = True) -> float:
     """Join the cluster that RAY_ADDRESS names, or start a local one; return the CPUs for each worker.
@@ -39,16 +48,15 @@ def connect(workers: int, option_name: str, use_gpus: bool = True) -> float:
     CPU each, whatever it has); `option_name` is the option that asked for them.
     """
     try:
-        # A folder named `ray`, as a run has one, would pass for a package. The variable is set by the import for good.
-        with default_environment({"RAY_CLIENT_MODE": "0"}):
-            import ray._version
+        variables = _import_ray()
     except ImportError as error:
         raise DataError(f"Ray is not installed: pip install 'ray[default,train]', or set {option_name} to 0") from error
+    import ray
 
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         try:
-            _start_ray(address)
+            _start_ray(address, variables)
         except (OSError, RuntimeError, ValueError) as error:
             cluster = f"the cluster of RAY_ADDRESS={address}" if address else "a local Ray"
             raise DataError(
@@ -66,7 +74,20 @@ def connect(workers: int, option_name: str, use_gpus: bool = True) -> float:
     return 1 if os.environ.get("RAY_ADDRESS") else max(1, cpus // max(workers, 1))
 
 
-def _start_ray(address: str | None) -> None:
+@functools.cache
+def _import_ray() -> dict[str, str]:
+    """Import Ray; return the variables that it reads when it is imported, which its processes must be given too."""
+    address = os.environ.get("RAY_ADDRESS")
+    variables = _ON_LOOPBACK if address else _OWN
+    if "ray" in sys.modules or (address and not _is_on_loopback_only(address)):
+        variables = {}
+    # A folder named `ray`, as a run has one, would pass for a package: so a module of it.
+    with default_environment({"RAY_CLIENT_MODE": "0"} | variables):
+        importlib.import_module("ray._version")
+    return variables
+
+
+def _start_ray(address: str | None, variables: dict[str, str]) -> None:
     """Join or start Ray. What its processes print is shown at DEBUG only; their log records come by `collect_logs`."""
     import ray
 
@@ -74,7 +95,7 @@ def _start_ray(address: str | None) -> None:
     if address:
         _check_reachable(address)
     # One machine has no preemption notice to watch for.
-    variables = _QUIET if address else _QUIET | {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    variables = variables | _QUIET | ({} if address else {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"})
     # Ray takes SIGTERM for itself, and its processes and Ray Train read the variables later.
     with undo_changes() as undo:
         for name, value in variables.items():
@@ -99,6 +120,22 @@ def _check_reachable(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+
+
+def _is_on_loopback_only(address: str) -> bool:
+    """Whether nobody listens at the port of a loopback address on this machine's own address, as Ray finds that."""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost", "[::1]") or not port.isdigit():
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        # Nothing is sent: the kernel chooses the address from which it would be.
+        probe.connect(("8.8.8.8", 80))
+        host = probe.getsockname()[0]
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError:
+        return True
+    return host.startswith("127.")
 
 
 def disconnect() -> None:

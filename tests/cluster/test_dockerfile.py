@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -40,7 +42,7 @@ def test_what_is_copied_is_there_and_reaches_the_builder():
         assert let_through(source), source
     # What the build of the package reads.
     assert {PROJECT["readme"], *PROJECT["license-files"]} <= set(copied)
-    for private in (".git", "runs", "shards", "shared", ".env", ".venv", "cluster", "tests"):
+    for private in (".git", "runs", "shards", "shared", ".env", ".venv", "cluster", "cluster/slurm.sh", "tests"):
         assert not let_through(private), private
 
 
@@ -56,9 +58,22 @@ def test_pip_installs_this_project_with_extras_that_it_has():
     assert len({"cpu", "gpu"} & set(named)) == 1
 
 
+def test_what_pip_installs_is_pinned_within_the_bounds_of_the_project():
+    (pip,) = (text for text in of("RUN") if text.startswith("pip "))
+    assert "--constraint constraints.txt" in pip
+    lines = (ROOT / "cluster" / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    extras = PROJECT["optional-dependencies"]
+    for text in PROJECT["dependencies"] + extras["cpu"] + extras["gpu"] + extras["s3"]:
+        requirement = Requirement(text)
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        assert requirement.specifier.contains(pins[name]), f"{name} {pins.get(name)}"
+
+
 def test_the_base_is_a_python_that_the_project_supports():
-    (base,) = of("FROM")
-    major, minor = map(int, re.fullmatch(r"python:(\d+)\.(\d+)-slim", base).groups())
+    assert of("FROM") == ["${BASE}"]
+    (base,) = (text.partition("=")[2] for text in of("ARG") if text.startswith("BASE="))
+    major, minor = map(int, re.fullmatch(r"python:(\d+)\.(\d+)\.\d+-slim-bookworm", base).groups())
     low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups()
     assert major == 3 and int(low) <= minor < int(high)
     apt = next(text for text in of("RUN") if text.startswith("apt-get"))
@@ -71,7 +86,9 @@ def test_it_runs_as_a_plain_user_with_token_authentication():
     assert user != "0" and any(f"useradd --uid {user}" in text for text in of("RUN"))
     assert names.index("USER") > max(i for i, name in enumerate(names) if name == "RUN")
     (environment,) = of("ENV")
-    assert "RAY_AUTH_MODE=token" in environment.split()
+    # As cluster/head.sh has it where other machines join; tests/cluster/test_head.py asks such a head's ports.
+    metrics = {"RAY_enable_metrics_collection=0", "AUTOSCALER_METRIC_PORT=-1", "DASHBOARD_METRIC_PORT=-1"}
+    assert {"RAY_AUTH_MODE=token", *metrics} <= set(environment.split())
     assert "TOKEN=" not in environment and not any("TOKEN" in text for text in of("ARG"))
     (place,) = of("WORKDIR")
     assert place == "/opt/lgd"

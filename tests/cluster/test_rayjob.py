@@ -26,7 +26,7 @@ HEAD = "enableIngress headService rayStartParams resources labels template".spli
 WORKERS = """groupName replicas minReplicas maxReplicas idleTimeoutSeconds priority rayStartParams resources
 labels template scaleStrategy numOfHosts""".split()
 # Of core/v1, what the pods here use.
-POD = "containers volumes securityContext".split()
+POD = "containers volumes securityContext automountServiceAccountToken enableServiceLinks".split()
 CONTAINER = "name image env resources securityContext volumeMounts".split()
 
 
@@ -121,7 +121,15 @@ def test_pods_are_the_image_without_privileges():
         assert context["runAsNonRoot"] is True and context["runAsUser"] == uid and context["fsGroup"] == uid
         (container,) = pod["containers"]
         images.add(container["image"])
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "privileged": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert pod["automountServiceAccountToken"] is False and pod["enableServiceLinks"] is False
+        # What Ray, torch and the caches write where nothing else is writable.
+        assert {"/tmp", "/home/lgd", "/dev/shm"} < {mount["mountPath"] for mount in container["volumeMounts"]}
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
         (shared,) = (m["name"] for m in container["volumeMounts"] if m["mountPath"] == "/dev/shm")
         (memory,) = (v["emptyDir"] for v in pod["volumes"] if v["name"] == shared)
