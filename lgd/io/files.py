@@ -226,7 +226,11 @@ def list_folder(path: str | Location) -> dict[str, Kind]:
 
 
 def _kind(entry: os.DirEntry[str]) -> Kind:
-    return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    except OSError:
+        # A link that leads back to itself.
+        return "other"
 
 
 def remove(path: str | Location) -> None:

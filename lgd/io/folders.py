@@ -9,8 +9,47 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from lgd.base.errors import DataError
-from lgd.io.files import exists, list_folder, remove, remove_folder, sync, temporary_path
+from lgd.io.files import Kind, exists, list_folder, remove, remove_folder, sync, temporary_path
 from lgd.io.location import Location, upload
+
+_LITTER = re.compile(
+    r"\.ds_store|\._.*|\.nfs[0-9a-f]*|\.fuse_hidden.*|\.smbdelete.*|(eh)?thumbs\.db|desktop\.ini|__macosx|@eadir",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is named like those that systems leave in every folder, unasked."""
+    return _LITTER.fullmatch(name) is not None
+
+
+def walk_files(folder: Location) -> Iterator[tuple[Location, Kind, bool]]:
+    """All that lies in a folder, in any depth and through links, but for litter; and whether it is hidden.
+
+    Folders that are not hidden come first, else in the order of their names. Each is entered once, though links may
+    lead to it from several places, or back; one that cannot be listed comes itself.
+    """
+    entered: set[str] = set()
+    shown: list[Location] = [folder]
+    hidden: list[Location] = []
+    while shown or hidden:
+        is_hidden = not shown
+        at = (hidden if is_hidden else shown).pop()
+        true = os.path.realpath(at) if isinstance(at, Path) else str(at)
+        if true in entered:
+            continue
+        entered.add(true)
+        try:
+            names = {name: lies for name, lies in list_folder(at).items() if not is_litter(name)}
+        except OSError:
+            yield at, "folder", is_hidden
+            continue
+        below = [name for name, lies in names.items() if lies == "folder"]
+        shown += [at / name for name in reversed(below) if not is_hidden and not name.startswith(".")]
+        hidden += [at / name for name in reversed(below) if is_hidden or name.startswith(".")]
+        for name, lies in names.items():
+            if lies != "folder":
+                yield at / name, lies, is_hidden or name.startswith(".")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ the training patches' size is taken to have their scale; any other one must be s
 import glob
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,13 +15,12 @@ import numpy as np
 from PIL import Image
 
 from lgd.base.errors import DataError, require
-from lgd.io.files import read_first_bytes
+from lgd.io.folders import is_litter
 from lgd.io.location import require_local
-from lgd.shards.image import as_pixels, decode_upright, kind, resize, upright_size
+from lgd.shards.image import FORMAT_NAMES, as_pixels, decode_upright, resize, upright_size
+from lgd.shards.image_files import list_images
 from lgd.shards.manifest import Shape
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-_SYSTEM = {"thumbs.db", "desktop.ini"}
 _MOST = 5
 """Names that a message lists."""
 
@@ -71,37 +70,53 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
     """The image files of a list of files, folders and glob patterns, sorted, each once.
 
     A file that is named is taken. In folders, which are searched deep and through links, a file is taken when its name
-    or its content is that of a JPEG, PNG or WebP; all others are logged, but for hidden ones. Of several names of one
-    file the first is taken. Raises `DataError` for a name that means none, and `ConfigError` for a url.
+    or its content is that of an image (`lgd.shards.image_files`); one warning names all others, and counts images that
+    are hidden. Of several names of one file the first is taken. Raises `DataError` for a name that means none, and
+    `ConfigError` for a url.
     """
     named: list[Path] = []
     others: list[Path] = []
-    for name in names:
+    hidden: list[Path] = []
+    # A shell's pattern names litter, pipes and empty folders too.
+    for name in [name for name in names if not is_litter(Path(name).name)] or names:
         path = require_local(name, f"{name}: images are read from local files only: fetch it first")
-        if path.is_dir():
-            files = sorted(_files(path))
-            inside = list(filter(_is_image, files))
-            if not inside:
-                raise DataError(f"{path} holds no JPEG, PNG or WebP file{_listed(files, ', only ')}")
-            named += inside
-            others += sorted({*files} - {*inside})
-        elif path.is_file() or path.is_symlink():
-            named.append(path)
-        else:
-            # `Path.glob` takes no absolute pattern, and also finds hidden files.
-            matching = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]  # noqa: PTH207
-            if not matching:
-                raise DataError(f"{name} is no file, no folder, and no pattern that matches files")
-            named += matching
+        images, left, behind = _find_named(path)
+        named += images
+        others += left if images or left else [path]
+        hidden += behind
+    if names and not named:
+        only = _listed({"": sorted({*others} - {*map(Path, names)}), "hidden": hidden}, ", only ")
+        raise DataError(f"{', '.join(map(str, names))} holds no {FORMAT_NAMES} file{only}")
     # `Path.absolute` keeps what is between `x/..`, and `Path.resolve` follows links.
     spelled = {os.path.abspath(path): path for path in sorted(named, reverse=True)}  # noqa: PTH100
     taken = sorted({os.path.realpath(path): path for path in sorted(spelled.values(), reverse=True)}.values())
-    again = sorted({*spelled.values()} - {*taken})
-    if others:
-        logger.warning("left out %d files that are no JPEG, PNG or WebP%s", len(others), _listed(others))
-    if again:
-        logger.warning("left out %d further names of the same files%s", len(again), _listed(again))
+    left_out = {
+        "no image": sorted({*others} - {*named}),
+        "hidden": sorted({*hidden} - {*named}),
+        "another name of an image": sorted({*spelled.values()} - {*taken}),
+    }
+    if listed := _listed(left_out, "left out "):
+        logger.warning("%s", listed)
     return taken
+
+
+def _find_named(path: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """The images that a file, a folder or a pattern means; what it also holds that is none; and hidden images."""
+    if path.is_dir():
+        images, others, hidden = ([Path(str(one)) for one in found] for found in list_images(path))
+        return images, others, hidden
+    if path.is_file() or path.is_symlink():
+        return [path], [], []
+    if path.exists():
+        # A pipe would be waited for.
+        return [], [path], []
+    # `Path.glob` takes no absolute pattern, and also finds hidden files.
+    matching = sorted(Path(one) for one in glob.glob(str(path), recursive=True))  # noqa: PTH207
+    if not matching:
+        raise DataError(f"{path} is no file, no folder, and no pattern that matches files")
+    found_of = [_find_named(one) for one in matching if not is_litter(one.name)]
+    images, others, hidden = ([one for found in found_of for one in found[place]] for place in range(3))
+    return images, others, hidden
 
 
 def list_sources(images: Images) -> list[ImageSource]:
@@ -158,38 +173,14 @@ def read_fitted(image: OneImage, shapes: Sequence[Shape], size: int, mpp: Mpp) -
     return resize(pixels, height, width), notes
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files of a folder, deep and through links, without hidden ones and those of the system."""
-    entered = {os.path.realpath(folder)}
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be listed ({error.strerror})") from error
-
-    for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        inside = []
-        for name in sorted(folders):
-            target = os.path.realpath(Path(at, name))
-            # A link may lead back to where it lies.
-            if not name.startswith(".") and target not in entered:
-                entered.add(target)
-                inside.append(name)
-        folders[:] = inside
-        yield from (Path(at, name) for name in files if not name.startswith(".") and name.lower() not in _SYSTEM)
-
-
-def _is_image(path: Path) -> bool:
-    # A pipe would be waited for; a link to nowhere is reported as an image that cannot be read.
-    if path.suffix.lower() in _SUFFIXES:
-        return path.is_file() or not path.exists()
-    try:
-        return path.is_file() and kind(read_first_bytes(path, 12)) is not None
-    except OSError:
-        return False
-
-
-def _listed(paths: Sequence[Path], before: str = ": ") -> str:
-    more = f" and {len(paths) - _MOST} more" if len(paths) > _MOST else ""
-    return f"{before}{', '.join(map(str, paths[:_MOST]))}{more}" if paths else ""
+def _listed(paths_of: Mapping[str, Sequence[Path]], before: str) -> str:
+    """`before`, and how many paths there are of each reason, and the first of them; nothing where there are none."""
+    parts = []
+    for reason, paths in paths_of.items():
+        more = f" and {len(paths) - _MOST} more" if len(paths) > _MOST else ""
+        count = f"{len(paths)} ({reason}): " if reason else ""
+        parts += [f"{count}{', '.join(map(str, paths[:_MOST]))}{more}"] if paths else []
+    return before + "; ".join(parts) if parts else ""
 
 
 def _fit_scale(

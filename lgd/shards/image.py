@@ -28,7 +28,11 @@ RESIZE = "scaled JPEG decoding, then antialiased bilinear (1)"
 
 MAX_PIXELS = 100_000_000
 
+FIRST_BYTES = 32
+"""So many first bytes of a file show its type."""
+
 _TOO_LARGE = f"has more than {MAX_PIXELS // 10**6} megapixels: cut it into patches"
+FORMAT_NAMES = "JPEG, PNG or WebP"
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _PNG_END = b"IEND\xaeB`\x82"
@@ -76,7 +80,7 @@ def header(content: bytes | memoryview, name: str) -> Header:
     extension = kind(content)
     if extension is None:
         start = bytes(content[:8])
-        raise DataError(f"{name}: is no JPEG, PNG or WebP image (it starts with {start!r}): convert or remove it")
+        raise DataError(f"{name}: is no {FORMAT_NAMES} image (it starts with {start!r}): convert or remove it")
     with _explain_errors(name):
         if extension == "jpg":
             height, width, colours, _ = simplejpeg.decode_jpeg_header(content)

@@ -7,7 +7,7 @@ import pytest
 
 from lgd.io import folders
 from lgd.io.files import list_folder, read_bytes, write_bytes
-from lgd.io.folders import WorkingFolder, discard_folder, list_local_sizes, publish_folder
+from lgd.io.folders import WorkingFolder, discard_folder, is_litter, list_local_sizes, publish_folder, walk_files
 from lgd.io.location import as_location
 
 
@@ -95,3 +95,33 @@ def test_sizes_are_listed_here_only(folder):
     write_bytes(folder / "a", b"12345")
     write_bytes(folder / "deep" / "b", b"1")
     assert list_local_sizes(folder) == ({"a": 5} if isinstance(folder, os.PathLike) else None)
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "._a.png", ".nfs0001f", ".fuse_hidden01", "Thumbs.db", "THUMBS.DB", "desktop.ini", "@eaDir"]
+)
+def test_what_systems_leave_is_litter(name):
+    assert is_litter(name)
+
+
+@pytest.mark.parametrize("name", ["a.png", ".a.png", ".nfs.png", "thumbs.png", "desktop.ini.bak", "_", ".git"])
+def test_what_users_have_is_no_litter(name):
+    assert not is_litter(name)
+
+
+def test_links_are_walked_once_and_loops_end(tmp_path):
+    (tmp_path / "b" / "deep").mkdir(parents=True)
+    for name in ("b/deep/one", "b/two", "b/.three", "b/._two", "a"):
+        (tmp_path / name).touch()
+    (tmp_path / "b" / "back").symlink_to(tmp_path)
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / ".hidden").symlink_to(tmp_path / "b")
+    found = [(path.relative_to(tmp_path).as_posix(), lies, hidden) for path, lies, hidden in walk_files(tmp_path)]
+    assert found == [
+        ("a", "file", False),
+        ("round", "other", False),
+        ("b/.three", "file", True),
+        ("b/two", "file", False),
+        ("b/deep/one", "file", False),
+    ]

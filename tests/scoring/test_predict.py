@@ -55,10 +55,11 @@ def test_what_cannot_be_found_is_named(images, tmp_path):
     with pytest.raises(DataError, match="p9.png is no file, no folder, and no pattern"):
         find_images([str(images / "p9.png")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no JPEG, PNG or WebP file$"):
+    with pytest.raises(DataError, match="empty holds no JPEG, .* file$"):
         find_images([str(tmp_path / "empty")])
     (tmp_path / "empty" / "notes.txt").write_text("no image")
-    with pytest.raises(DataError, match="empty holds no JPEG, PNG or WebP file, only .*notes.txt$"):
+    shutil.copy(images / "p0.png", tmp_path / "empty" / ".p.png")
+    with pytest.raises(DataError, match=r"empty holds no JPEG, .* file, only .*notes.txt; 1 \(hidden\): .*/.p.png$"):
         find_images([str(tmp_path / "empty")])
 
 
@@ -69,28 +70,44 @@ def test_images_at_urls_are_refused(url):
 
 
 def test_a_folder_is_read_as_people_have_them(images, tmp_path, caplog):
-    """Copies of viewers and systems are nobody's; links are followed; what is left out is told."""
+    """Litter of systems is nobody's; links are followed; one note names what is left out."""
     everything = find_images([str(images)])
-    for name in (".ipynb_checkpoints/p0-checkpoint.png", "._p0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+    for name in (".ipynb_checkpoints/p0.PNG", ".p1.png", "._p0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
         (images / name).parent.mkdir(exist_ok=True)
         shutil.copy(images / "p0.png", images / name)
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(images / "p0.png", tmp_path / "elsewhere" / "scan")
+    shutil.copy(images / "p0.png", tmp_path / "elsewhere" / "SCAN.JFIF")
     (images / "slide4").symlink_to(tmp_path / "elsewhere")
     (images / "slide4" / "back").symlink_to(images)
-    assert find_images([str(images)]) == sorted([*everything, images / "slide4" / "scan"])
-    (images / "c.tif").write_bytes(b"II*\0")
+    (images / "round.png").symlink_to("round.png")
+    added = [images / name for name in ("round.png", "slide4/SCAN.JFIF", "slide4/scan")]
+    assert find_images([str(images)]) == sorted([*everything, *added])
+    (images / "c.doc").write_bytes(b"II*\0")
     os.mkfifo(images / "pipe.png")
     (images / "again.png").symlink_to("p0.png")
     (images / "gone.png").symlink_to("nowhere.png")
-    found = find_images([str(images), f"{images}/deep/../p1.png"])
+    caplog.clear()
+    found = find_images([str(images), f"{images}/deep/../p1.png", f"{images}/Thumbs.db"])
     expected = [path for path in everything if path.name != "p0.png"]
-    expected += [images / name for name in ("again.png", "gone.png", "slide4/scan")]
+    expected += [images / name for name in ("again.png", "gone.png")] + added
     assert sorted(map(os.path.abspath, found)) == sorted(map(str, expected))
+    hidden = f"{images}/.ipynb_checkpoints/p0.PNG, {images}/.p1.png"
     assert caplog.messages == [
-        f"left out 2 files that are no JPEG, PNG or WebP: {images}/c.tif, {images}/pipe.png",
-        f"left out 1 further names of the same files: {images}/p0.png",
+        f"left out 2 (no image): {images}/c.doc, {images}/pipe.png; 2 (hidden): {hidden}; "
+        f"1 (another name of an image): {images}/p0.png"
     ]
+    (images / "a").mkdir()
+    shell = [str(path) for path in images.iterdir() if path.name[0] != "."]
+    assert images / "deep" / "p3.png" in find_images([f"{images}/*"]) == find_images(shell), "a folder is what it holds"
+
+
+def test_a_shown_link_into_a_hidden_folder_is_followed(images):
+    (images / ".store").mkdir()
+    (images / "deep").rename(images / ".store" / "deep")
+    (images / "z" / "z").mkdir(parents=True)
+    (images / "z" / "z" / "deep").symlink_to(images / ".store" / "deep")
+    assert {f"{images}/z/z/deep/p3.png", f"{images}/z/z/deep/p4.png"} < {*map(str, find_images([images]))}
 
 
 def test_a_file_scores_as_the_network_says(scorer, tissue_run, images):
