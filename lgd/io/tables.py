@@ -30,6 +30,8 @@ _ESCAPED = re.compile(f"'[\"{_FORMULA}]")
 _INNER = re.compile(f"(;[\\s\"']*)([{_FORMULA}])")
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# What Excel reads and writes before the head.
+_SEPARATOR = re.compile('"?sep=([^\r\n"])"?[,;\t]*\r?\n', re.IGNORECASE)
 _NEAR = 0.8
 """How alike two names of columns are, of 1, if one may be a slip for the other."""
 
@@ -93,32 +95,48 @@ def read_csv(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a CSV with their line numbers; values are stripped of blanks, and of what `write_csv` escaped.
 
-    In UTF-8, or in UTF-16 with a byte order mark; columns are separated by commas, semicolons or tabs, whichever the
-    head has most of. The names of `required` and `allowed` columns are found in any case. A note names columns that
-    are not `allowed` (all are where none is named); one that is spelled nearly like a missing one is refused.
+    In UTF-8 or UTF-16; columns are separated by what a first line `sep=;` says, else by commas, semicolons or tabs,
+    whichever the head has most of. Empty rows, and empty cells behind the last column, are passed over. The names of
+    `required` and `allowed` columns are found in any case. A note names columns that are not `allowed` (all are where
+    none is named); one that is spelled nearly like a missing one is refused.
     """
     try:
-        content = read_bytes(path)
-        text = content.decode("utf-16" if content.startswith(_UTF_16) else "utf-8-sig")
-        with io.StringIO(text, newline="") as stream:
-            head = text.partition("\n")[0]
-            reader = csv.DictReader(stream, strict=True, delimiter=max(",;\t", key=head.count))
-            columns = reader.fieldnames = _name_columns(path, reader.fieldnames or [], required, allowed)
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(f"{path}: row {reader.line_num} has not {len(columns)} values: correct it")
-                yield reader.line_num, {name: unescape_cell(value.strip()) for name, value in row.items()}
+        text = _decode(read_bytes(path))
+        stated = _SEPARATOR.match(text)
+        # Of the head, in which quotes may hide other separators and line breaks.
+        head = re.sub('"[^"]*"', "", text).lstrip(" \r\n").partition("\n")[0].partition("\r")[0]
+        delimiter = stated[1] if stated else max(",;\t", key=head.count)
+        with io.StringIO(text[stated.end() :] if stated else text, newline="") as stream:
+            reader = csv.reader(stream, strict=True, delimiter=delimiter, skipinitialspace=True)
+            rows = ([unescape_cell(cell.strip()) for cell in row] for row in reader)
+            columns = _name_columns(path, next(filter(any, rows), []), required, allowed)
+            for row in filter(any, rows):
+                number = reader.line_num + bool(stated)
+                if len(row) < len(columns) or any(row[len(columns) :]):
+                    raise DataError(f"{path}: row {number} has not {len(columns)} values: correct it")
+                yield number, dict(zip(columns, row, strict=False))
     except MissingError:
         raise
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as a CSV in UTF-8 ({error}): correct or replace it") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): name a CSV that is there") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        remedy = "save it as 'CSV UTF-8' in your spreadsheet, or correct it"
+        raise DataError(f"{path}: cannot be read as a CSV in UTF-8 ({error}): {remedy}") from error
+
+
+def _decode(content: bytes) -> str:
+    if content.startswith(_UTF_16):
+        return content.decode("utf-16")
+    # Without its mark, UTF-16 has a zero beside every plain letter.
+    zero = content[:2].find(0)
+    return content.decode(("utf-16-be", "utf-16-le", "utf-8-sig")[zero])
 
 
 def _name_columns(path: Location, head: Sequence[str], required: Sequence[str], allowed: Sequence[str]) -> list[str]:
     """The columns of a head, known ones by their known names."""
     known = {name.lower(): name for name in (*required, *allowed)}
-    given = [unescape_cell(name.strip()) for name in head]
-    columns = [known.get(name.lower(), name) for name in given]
+    width = max((number for number, name in enumerate(head, 1) if name), default=0)
+    columns = [known.get(name.lower(), name or f"column {number}") for number, name in enumerate(head[:width], 1)]
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
         raise DataError(f"{path}: column {', '.join(twice)} is there more than once: keep one of each")
     missing = [name for name in required if name not in columns]

@@ -28,7 +28,7 @@ from lgd.config_sections import LEVEL_NAMES
 from lgd.io.location import Location
 from lgd.retrieval.hubs import chance_of_hubs, chance_of_never, count_found, count_hubs, find_hubs
 from lgd.scoring.predict import count_notes, join_notes, round_probabilities
-from lgd.shards.layouts import safe_key
+from lgd.shards.candidate import safe_key
 from lgd.shards.pairs import read_slides
 from lgd.store.parts import as_levels
 from lgd.store.store import Store

@@ -24,7 +24,7 @@ from lgd.retrieval.search import Searcher, choose_near, near_duplicates
 from lgd.scoring.images import Images, Mpp, OneImage, list_sources, take_images
 from lgd.scoring.predict import Scorer, choose_latents, load_scorer, score_images
 from lgd.scoring.slide_rows import require_names
-from lgd.shards.layouts import safe_key
+from lgd.shards.candidate import safe_key
 from lgd.store.document import StoreDocument
 from lgd.store.parts import as_levels
 from lgd.store.store import Store

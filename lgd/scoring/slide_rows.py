@@ -17,7 +17,7 @@ from lgd.scoring.predict import (
     name_probabilities,
     round_probabilities,
 )
-from lgd.shards.layouts import safe_key
+from lgd.shards.candidate import safe_key
 from lgd.shards.pairs import read_slides
 
 

@@ -47,7 +47,7 @@ from lgd.shards.manifest import (
     Sources,
     patch_entry,
 )
-from lgd.shards.options import SPLITS, ShardOptions, describe_split, list_caveats, make_samples
+from lgd.shards.options import SPLITS, ShardOptions, check_split, describe_split, list_caveats, make_samples
 from lgd.shards.pairs import Source, find_pairs, leave_out_duplicates, refuse_spellings
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.writer import FILE, MARKER, Building, ShardJob, begin, check_chunk, finish, require_marker, write_shard
@@ -92,8 +92,8 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
     if problems:
         write_problems(out / "rejected.csv", problems)
 
-    present = sorted({sample.split for sample in samples}, key=lambda name: ((*SPLITS, name).index(name), name))
-    of_split = {name: [sample for sample in samples if sample.split == name] for name in present}
+    of_split = {name: [sample for sample in samples if sample.split == name] for name in SPLITS}
+    of_split = {name: some for name, some in of_split.items() if some}
     jobs = [
         ShardJob(
             path=path,
@@ -168,6 +168,9 @@ def _check_pairs(options: ShardOptions) -> tuple[list[Source], list[Problem]]:
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
     pairs, problems = find_pairs(options.layout, as_location(options.root).absolute(), options.slides or None)
     refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
+    if options.on_bad == "stop":
+        # Minutes before the images are read; of those that may be left out nothing is known yet.
+        check_split(pairs, options)
     chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
     sources = []
     with progress(len(pairs), "check", "pairs") as bar:

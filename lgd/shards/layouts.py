@@ -10,31 +10,23 @@ paired comes back as a `Problem`. In a set of H&E alone no candidate has an IHC.
                 yield Candidate(he.stem, he, he.with_name(he.name.replace("-he", "-ihc")), label=None)
 """
 
-import contextlib
 import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import ClassVar, NamedTuple
-
-from pydantic import ValidationError
 
 from lgd.base.errors import DataError, require
 from lgd.base.extensions import FORM, is_python, load_object
-from lgd.base.records import explain
 from lgd.config_sections import LEVEL_NAMES
 from lgd.io.files import Kind, list_folder, peek_kind, publish
 from lgd.io.location import Location
 from lgd.io.tables import read_csv, write_csv
-from lgd.shards.manifest import NOWHERE, Origin
+from lgd.shards.candidate import COLUMNS, Candidate, as_split, read_row
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
-_SPLIT = re.compile("[A-Za-z0-9_]+")
-_COLUMNS = ("he", "ihc", "key", "label", "level", "slide", "split", "mpp", *Origin.model_fields)
-
-_NUMBERS = ("alignment", "x", "y", "side", "ihc_x", "ihc_y", "ihc_side")
 
 
 class Problem(NamedTuple):
@@ -62,29 +54,6 @@ def write_problems(path: Location, problems: Sequence[Problem]) -> None:
             reason = problem.reason if where == problem.name else f"{problem.name}: {problem.reason}"
             rows.append([problem.key, problem.he, problem.ihc, reason])
         write_csv(stream, ["key", "he", "ihc", "reason"], rows)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A pair as a layout finds it, before its key is known to be good and its slide is looked up."""
-
-    stem: str
-    he: Location
-    ihc: Location | None
-    """None in a set of H&E alone."""
-    label: int | None
-    """Number of the class; None where unknown."""
-    slide: str | None = None
-    split: str | None = None
-    """The published split; None where there is none."""
-    mpp: float | None = None
-    """Micrometres per pixel; None where unknown."""
-    origin: Origin = NOWHERE
-
-
-def safe_key(stem: str) -> str:
-    """The key of a file stem: whatever is not a letter, digit, `_`, `+` or `-` becomes `_`."""
-    return re.sub(r"[^A-Za-z0-9_+-]", "_", stem)
 
 
 class Layout(ABC):
@@ -124,14 +93,11 @@ class Bci(Layout):
                 elif lies == "folder" and not name.startswith("."):
                     splits.add(name)
         for split in sorted(splits):
-            if not _SPLIT.fullmatch(split):
-                yield Problem(f"HE/{split}", "is no plain word: call a split train, val, test or the like")
-                continue
             for entry in _match(root, f"HE/{split}", f"IHC/{split}"):
                 if isinstance(entry, Problem):
                     yield entry
                 elif (level := entry.stem.rpartition("_")[2]) in LEVEL_NAMES:
-                    yield replace(entry, label=LEVEL_NAMES.index(level), split=split)
+                    yield replace(entry, label=LEVEL_NAMES.index(level), split=as_split(split))
                 else:
                     assert entry.ihc is not None, "both stains were matched"
                     he, ihc = f"HE/{split}/{entry.he.name}", f"IHC/{split}/{entry.ihc.name}"
@@ -168,9 +134,9 @@ class Csv(Layout):
 
     def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         base, path = (root.parent, root) if is_csv(root) else (root, root / "pairs.csv")
-        for number, row in read_csv(path, required=("he",), allowed=_COLUMNS):
+        for number, row in read_csv(path, required=("he",), allowed=COLUMNS):
             try:
-                yield _read_row(base, row)
+                yield read_row(base, row)
             except DataError as error:
                 name, named = f"{path.name} row {number}", [row.get(column, "") for column in ("key", "he", "ihc")]
                 yield Problem(name, str(error), *named)
@@ -198,7 +164,7 @@ def find_layout(name: str) -> Layout:
 
 def is_csv(root: Location) -> bool:
     """Whether a root is a CSV; a url is judged by its name."""
-    return peek_kind(root, "file" if root.suffix.lower() == ".csv" else "folder") == "file"
+    return peek_kind(root, "file" if root.suffix.lower() in (".csv", ".tsv", ".txt") else "folder") == "file"
 
 
 def _match(root: Location, he: str, ihc: str) -> Iterator[Candidate | Problem]:
@@ -232,66 +198,3 @@ def _patches(root: Location, folder: str) -> dict[str, dict[str, Kind]]:
 def _is_patch(name: str) -> bool:
     """Whether a file is called like an image; hidden files are the system's own."""
     return PurePosixPath(name).suffix.lower() in _SUFFIXES and not name.startswith(".")
-
-
-def _read_row(base: Location, row: dict[str, str]) -> Candidate:
-    """The pair of one row; `DataError` says what is wrong with it."""
-    for role in ("he", "ihc"):
-        # A path as Windows writes it, unless a file is called so.
-        if "\\" in row.get(role, "") and peek_kind(base / row[role], "folder") is None:
-            row[role] = row[role].replace("\\", "/")
-    for role in ("he", "ihc") if row.get("ihc") else ("he",):
-        if not row[role] or Path(row[role]).is_absolute() or "://" in row[role]:
-            raise DataError(f"{role} is {row[role]!r}: give the path relative to the CSV")
-        if (kind := peek_kind(base / row[role], "file")) != "file":
-            lies = "a folder" if kind == "folder" else "missing"
-            raise DataError(f"{role} {row[role]} is {lies}: correct the path or remove the row")
-    key, split = row.get("key", ""), row.get("split", "")
-    if key != safe_key(key):
-        raise DataError(f"key is {key!r}: use letters, digits, _, + and - only")
-    if split and not _SPLIT.fullmatch(split):
-        raise DataError(f"split is {split!r}: use a plain word such as train, val or test")
-    he, ihc = base / row["he"], base / row["ihc"] if row.get("ihc") else None
-    try:
-        # Its numbers are texts here.
-        texts = {name: row.get(name) or None for name in Origin.model_fields}
-        texts |= {name: _with_point(text) for name, text in texts.items() if text and name in _NUMBERS}
-        origin = Origin.model_validate(texts, strict=False)
-    except ValidationError as error:
-        raise DataError(f"{explain(error)}: correct it, or leave it empty") from error
-    return Candidate(
-        key or he.stem,
-        he,
-        ihc,
-        _parse_label(row),
-        slide=row.get("slide") or None,
-        split=split or None,
-        mpp=_parse_mpp(_with_point(row.get("mpp", ""))),
-        origin=origin,
-    )
-
-
-def _parse_label(row: dict[str, str]) -> int | None:
-    """The number of the class; `level` is the old name of the column `label`."""
-    names = {**{name: value for value, name in enumerate(LEVEL_NAMES)}, "1": 1, "2": 2, "3": 3}
-    given = {name: row[name] for name in ("label", "level") if row.get(name)}
-    for name, text in given.items():
-        if text not in names:
-            raise DataError(f"{name} is {text!r}: use {', '.join(LEVEL_NAMES)}, or leave it empty")
-    if len({names[text] for text in given.values()}) > 1:
-        raise DataError(f"label is {given['label']!r} and level is {given['level']!r}: keep the column label")
-    return names[next(iter(given.values()))] if given else None
-
-
-def _with_point(text: str) -> str:
-    """A number of a spreadsheet with its decimal comma as a point; 1,234 stays, for it may be a thousand."""
-    number = re.fullmatch(r"(-?\d+),(\d+)", text)
-    return f"{number[1]}.{number[2]}" if number and (number[1] in ("0", "-0") or len(number[2]) != 3) else text
-
-
-def _parse_mpp(text: str) -> float | None:
-    """Micrometres per pixel, None for no text; `DataError` unless it is a number above 0 and below 100."""
-    with contextlib.suppress(ValueError):
-        if not text or 0 < float(text) < 100:
-            return float(text) if text else None
-    raise DataError(f"mpp is {text!r}: use micrometres per pixel, such as 0.46")

@@ -23,10 +23,11 @@ from lgd.io.digests import digest_of
 from lgd.io.location import waits_for_network
 from lgd.shards.layouts import check_layout
 from lgd.shards.manifest import HER2, UNKNOWN, Entry, Mpp, Shape, Split
-from lgd.shards.pairs import Source
+from lgd.shards.pairs import PatchPair, Source
 
 SPLITS = ("train", "val", "test")
 
+_DRAWN = "--split group:0.8,0.1,0.1"
 # A remote answers each request late, but many at once.
 _REMOTE_THREADS = 16
 
@@ -179,26 +180,46 @@ def split_of(rule: SplitRule, group: str, published: str | None, salt: str = "")
     return assign(group, rule.shares, salt)
 
 
-def make_samples(sources: Sequence[Source], options: ShardOptions) -> list[Sample]:
-    """Give every source its split and cut it into tiles; sorted by key.
+def check_split(pairs: Sequence[PatchPair], options: ShardOptions) -> None:
+    """Raise `ConfigError` that names `--split` where there is nothing to keep or to carve off.
 
-    Raises `ConfigError` that names `--split` where there is nothing to keep, and `DataError` where it would
-    put one slide on two sides.
+    And `DataError` where the published split has other names than LGD's, or one slide would lie on two sides.
     """
+    rule = options.rule
+    for pair in pairs if rule.keep else ():
+        if pair.split is None:
+            raise ConfigError(f"--split keep: {pair.names[0]} has no published split: use {_DRAWN}")
+        if pair.split not in SPLITS:
+            raise DataError(
+                f"--split keep: {pair.names[0]} is of the split {pair.split!r}: call it train (or training), val "
+                f"(valid, validation, dev) or test (testing), in any case, or draw another split by {_DRAWN}"
+            )
+        if rule.shares and pair.split == "val":
+            raise ConfigError("--split keep:SHARE would add to the published val: use --split keep")
+    sides: dict[str, set[str | None]] = {}
+    for pair in pairs:
+        sides.setdefault(pair.group, set()).add(split_of(rule, pair.group, pair.split, options.salt))
+    leaking = sorted(group for group, splits in sides.items() if len(splits) > 1)
+    if leaking:
+        raise DataError(
+            f"--split keep puts {len(leaking)} slides on two sides, such as {leaking[0]} in "
+            f"{' and '.join(sorted(map(str, sides[leaking[0]])))}: use {_DRAWN}"
+        )
+
+
+def make_samples(sources: Sequence[Source], options: ShardOptions) -> list[Sample]:
+    """Give every source its split and cut it into tiles; sorted by key. Raises as `check_split`."""
+    check_split([source.pair for source in sources], options)
     rule, tile = options.rule, options.tile
     samples = []
     for source in sources:
         pair = source.pair
         split = split_of(rule, pair.group, pair.split, options.salt)
-        if split is None:
-            raise ConfigError(f"--split keep: {pair.names[0]} has no published split: use --split group:0.8,0.1,0.1")
-        if rule.keep and rule.shares and pair.split == "val":
-            raise ConfigError("--split keep:SHARE would add to the published val: use --split keep")
+        assert split is not None, "it was checked"
         rows, columns = (source.height // tile, source.width // tile) if tile else (1, 1)
         for row, column in itertools.product(range(rows), range(columns)):
             key = f"{pair.key}_y{row}_x{column}" if tile else pair.key
             samples.append(Sample(key=key, source=source, split=split, row=row, column=column))
-    _refuse_leak(samples)
     return _hide_levels(sorted(samples, key=lambda sample: sample.key), options.labelled, options.salt)
 
 
@@ -227,18 +248,6 @@ def _hide_levels(samples: list[Sample], labelled: int, salt: str) -> list[Sample
         else replace(sample, source=replace(sample.source, pair=replace(sample.source.pair, label=None)))
         for sample in samples
     ]
-
-
-def _refuse_leak(samples: Sequence[Sample]) -> None:
-    sides: dict[str, set[str]] = {}
-    for sample in samples:
-        sides.setdefault(sample.source.pair.group, set()).add(sample.split)
-    leaking = sorted(group for group, splits in sides.items() if len(splits) > 1)
-    if leaking:
-        raise DataError(
-            f"--split keep puts {len(leaking)} slides on two sides, such as {leaking[0]} in "
-            f"{' and '.join(sorted(sides[leaking[0]]))}: use --split group:0.8,0.1,0.1"
-        )
 
 
 def list_caveats(samples: Sequence[Sample], rule: SplitRule) -> list[str]:

@@ -16,7 +16,8 @@ from lgd.config_sections import LEVEL_NAMES
 from lgd.io.files import exists, list_folder, peek_kind
 from lgd.io.location import Location, as_location, relative_name
 from lgd.io.tables import read_csv
-from lgd.shards.layouts import Candidate, Problem, find_layout, is_csv, safe_key
+from lgd.shards.candidate import Candidate, safe_key
+from lgd.shards.layouts import Problem, find_layout, is_csv
 from lgd.shards.manifest import canonical_group
 
 # With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.

@@ -362,17 +362,6 @@ def test_an_empty_split_is_said(tmp_path):
     assert [said[:19] for said in manifest.caveats[1:]] == ["The split val is em", "The split test is e"]
 
 
-def test_splits_of_other_names_follow_by_name(tmp_path):
-    rows = []
-    for number, split in enumerate(("fold3", "test", "fold1", "train", "fold2")):
-        for stain in (0, 1):
-            (tmp_path / f"{number}-{stain}.png").write_bytes(encode(patch(2 * number + stain), "png"))
-        rows.append(f"{number}-0.png,{number}-1.png,{split}\n")
-    (tmp_path / "pairs.csv").write_text("he,ihc,split\n" + "".join(rows))
-    manifest, _ = build(ShardOptions(layout="csv", root=str(tmp_path), out=str(tmp_path / "out")))
-    assert list(manifest.splits) == ["train", "test", "fold1", "fold2", "fold3"] and verify(tmp_path / "out") == []
-
-
 def test_keep_needs_a_published_split(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.png").write_bytes(encode(patch(ord(name)), "png"))

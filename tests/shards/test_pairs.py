@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lgd.base.errors import DataError
 from lgd.shards.archive import read_sample
 from lgd.shards.builder import build
+from lgd.shards.candidate import safe_key
 from lgd.shards.image import encode
-from lgd.shards.layouts import safe_key
 from lgd.shards.options import ShardOptions
 from lgd.shards.pairs import PatchPair, Source, find_pairs, leave_out_duplicates
 from lgd.shards.shard_set import ShardFolder
@@ -65,7 +65,6 @@ def test_bci_pairs_by_stem_whatever_the_suffix(tmp_path):
         (lambda r: both(r, "train/a.b_1+.png", "train/a_b_1+.png"), "HE/train/a.b_1+.png", "has the key a_b_1+ of"),
         (lambda r: both(r, f"train/{'a' * 80}_1+.png"), f"HE/train/{'a' * 80}_1+.png", "83 characters"),
         (lambda r: both(r, "a_1+.png"), "HE/a_1+.png", "outside a split"),
-        (lambda r: both(r, "my set/a_1+.png"), "HE/my set", "plain word"),
         (lambda r: both(r, "train/a\x1b[2J_1+.png"), r"HE/train/a\x1b[2J_1+.png", "cannot be printed"),
         (lambda r: both(r, "train/a\udcff_1+.png"), r"HE/train/a\udcff_1+.png", "cannot be printed"),
     ],
@@ -133,7 +132,11 @@ def test_csv_columns(tmp_path):
         ("a.png,folder.png,,,,,", "is a folder"),
         ("a.png,a.png,x.y,,,,", "key is 'x.y'"),
         ("a.png,a.png,,4,,,", "level is '4'"),
-        ("a.png,a.png,,,,my split,", "split is 'my split'"),
+        ("../C:\\a.png,a.png,,,,,", "he ../C:/a.png is missing"),
+        ("C:\\data\\a.png,a.png,,,,,", "he is 'C:\\\\data\\\\a.png': give the path relative to the CSV"),
+        ("\\\\server\\a.png,a.png,,,,,", "give the path relative to the CSV"),
+        ("~/a.png,a.png,,,,,", "he is '~/a.png': give the path relative to the CSV"),
+        ("file:///a.png,a.png,,,,,", "give the path relative to the CSV"),
         ("a.png,a.png,,,,,-1", "mpp is '-1'"),
         ("a.png,a.png,,,,,nan", "mpp is 'nan'"),
     ],
@@ -162,8 +165,24 @@ PLAIN = "he,ihc,level,slide,mpp,x\nh/a.png,i/a.png,1+,S1,0.46,1234.5\n"
         PLAIN.replace("he,ihc,level", "HE, Ihc ,LEVEL").encode(),
         PLAIN.replace("h/a", "h\\a").replace("i/a", "i\\a").encode(),
         PLAIN.replace("x\n", "x,remark\n").replace("5\n", '5,"so, so"\n').encode(),
+        PLAIN.encode("utf-16-le"),
+        PLAIN.encode("utf-16-be"),
+        PLAIN.replace("\n", "\r").encode(),
+        ("sep=;\r\n" + PLAIN.replace(",", ";").replace("\n", "\r\n")).encode("utf-8-sig"),
+        ('"sep=,"\n' + PLAIN).encode("utf-16"),
+        ("\n" + PLAIN.replace("\nh/", "\n\n,,,,,\n ,\t,,,,\nh/") + ",,,,,\n\n").encode(),
+        PLAIN.replace("\n", ",,\n").encode(),
+        PLAIN.replace("5\n", "5,\n").encode(),
+        PLAIN.replace(",", " , ").replace("i/a.png ", '"i/a.png"').encode(),
+        PLAIN.replace("he,", '"he",').replace("1+", "1.0").encode(),
+        PLAIN.replace(",", ";").replace("x\n", 'x;"a,b,c,d,\nremark,"\n').replace("5\n", '5;"1\n2"\n').encode(),
+        PLAIN.replace("he,", ",he,").replace("h/", "0,h/").encode(),
     ],
-    ids=["utf-8-sig", "utf-16", "utf-16-be", "crlf", "tabs", "semicolons", "capitals", "backslashes", "remark"],
+    ids=[
+        *("utf-8-sig", "utf-16", "utf-16-be", "crlf", "tabs", "semicolons", "capitals", "backslashes", "remark"),
+        *("utf-16-unmarked", "utf-16-be-unmarked", "cr", "sep", "sep-quoted", "empty-rows", "trailing", "trailing-row"),
+        *("spaces", "quotes", "lines-in-quotes", "numbered"),
+    ],
 )
 def test_a_csv_as_spreadsheets_write_it(tmp_path, caplog, content):
     touch(tmp_path, "h/a.png", "i/a.png")
@@ -171,8 +190,44 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path, caplog, content):
     (pair,), problems = find_pairs("csv", tmp_path)
     assert problems == [] and (pair.names, pair.label, pair.slide) == (("h/a.png", "i/a.png"), 1, "S1")
     assert (pair.mpp, pair.origin.x) == (0.46, 1234.5)
-    notes = [f"{tmp_path}/pairs.csv: not read, for lgd does not know such columns: remark"]
-    assert caplog.messages == (notes if b"remark" in content else [])
+    unread = re.search("remark|column 1", caplog.text)
+    assert (unread is not None) == (b"remark" in content or content.startswith(b",he")) == bool(caplog.messages)
+    assert all("pairs.csv: not read, for lgd does not know such columns: " in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize("form", ["{0}/h/a.png", "~/h/a.png", "h/../h//a.png"])
+def test_an_image_below_the_csv_may_be_named_in_full(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path, "h/a.png")
+    (tmp_path / "pairs.csv").write_text(f"he\n{form.format(tmp_path)}\n")
+    (pair,), problems = find_pairs("csv", tmp_path)
+    assert problems == [] and Path(pair.names[0]).parts in (("h", "a.png"), ("h", "..", "h", "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *(("train", "train"), ("TRAIN", "train"), ("Training", "train"), ("val", "val"), ("Valid", "val")),
+        *(("VALIDATION", "val"), ("dev", "val"), ("Test", "test"), ("testing", "test"), ("tst", None)),
+        *(("my set", None), ("trainB", None), ("holdout", None)),
+    ],
+)
+@pytest.mark.parametrize("layout", ["bci", "csv"])
+def test_other_names_of_splits_are_read_or_refused(tmp_path, layout, name, split):
+    names = [f"{stain}/{name}/a_1+.png" for stain in ("HE", "IHC")]
+    for number, one in enumerate(names):
+        (tmp_path / one).parent.mkdir(parents=True)
+        (tmp_path / one).write_bytes(encode(np.full((8, 8, 3), number, np.uint8), "png"))
+    (tmp_path / "pairs.csv").write_text(f"he,ihc,split\n{','.join(names)},{name}\n")
+    options = ShardOptions(layout=layout, root=str(tmp_path), out=str(tmp_path / "out"), on_bad="skip")
+    if split is None:
+        # Before any image is read, unless they may be skipped.
+        for asked in (options, replace(options, on_bad="stop")):
+            with pytest.raises(DataError, match=rf"^--split keep: HE/.*\.png is of the split '{name}': call it train"):
+                build(asked)
+        options = replace(options, split="group:0,0,1")
+        split = "test"
+    assert [*build(options)[0].splits] == [split]
 
 
 def test_a_thousand_is_no_fraction(tmp_path):
@@ -346,7 +401,7 @@ GOOD = ("good", 8, 9, "0", "", "train")
             # The label tells more than the slide does, and the side more than the label.
             [
                 *(("a", 0, 1, "0", "S1", "train"), ("b", 0, 1, "0", "S2", "train")),
-                *(("c", 0, 1, "1+", "S1", "train"), ("d", 0, 1, "0", "S1", "test")),
+                *(("c", 0, 1, "1+", "S1", "train"), ("d", 0, 1, "0", "S3", "test")),
             ],
             {"a": "their split is train and test", "d": "their split is test and train", "c": "their split is train"},
         ),

@@ -1,0 +1,123 @@
+"""A pair of files as a layout finds it; and what a row of a CSV says of one."""
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+from pydantic import ValidationError
+
+from lgd.base.errors import DataError
+from lgd.base.records import explain
+from lgd.config_sections import LEVEL_NAMES
+from lgd.io.files import peek_kind
+from lgd.io.location import Location, as_location, relative_name
+from lgd.shards.manifest import NOWHERE, Origin
+
+COLUMNS = ("he", "ihc", "key", "label", "level", "slide", "split", "mpp", *Origin.model_fields)
+"""Those of a CSV of pairs."""
+
+_SPLITS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
+"""Other names of the splits train, val and test, which are read in any case."""
+_NUMBERS = ("alignment", "x", "y", "side", "ihc_x", "ihc_y", "ihc_side")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pair as a layout finds it, before its key is known to be good and its slide is looked up."""
+
+    stem: str
+    he: Location
+    ihc: Location | None
+    """None in a set of H&E alone."""
+    label: int | None
+    """Number of the class; None where unknown."""
+    slide: str | None = None
+    split: str | None = None
+    """The published split; None where there is none."""
+    mpp: float | None = None
+    """Micrometres per pixel; None where unknown."""
+    origin: Origin = NOWHERE
+
+
+def safe_key(stem: str) -> str:
+    """The key of a file stem: whatever is not a letter, digit, `_`, `+` or `-` becomes `_`."""
+    return re.sub(r"[^A-Za-z0-9_+-]", "_", stem)
+
+
+def read_row(base: Location, row: dict[str, str]) -> Candidate:
+    """The pair of one row; `DataError` says what is wrong with it."""
+    for role in ("he", "ihc") if row.get("ihc") else ("he",):
+        row[role] = _as_relative(base, row[role], role)
+        if (kind := peek_kind(base / row[role], "file")) != "file":
+            lies = "a folder" if kind == "folder" else "missing"
+            raise DataError(f"{role} {row[role]} is {lies}: correct the path or remove the row")
+    key = row.get("key", "")
+    if key != safe_key(key):
+        raise DataError(f"key is {key!r}: use letters, digits, _, + and - only")
+    he, ihc = base / row["he"], base / row["ihc"] if row.get("ihc") else None
+    try:
+        # Its numbers are texts here.
+        texts = {name: row.get(name) or None for name in Origin.model_fields}
+        texts |= {name: _with_point(text) for name, text in texts.items() if text and name in _NUMBERS}
+        origin = Origin.model_validate(texts, strict=False)
+    except ValidationError as error:
+        raise DataError(f"{explain(error)}: correct it, or leave it empty") from error
+    return Candidate(
+        key or he.stem,
+        he,
+        ihc,
+        _parse_label(row),
+        slide=row.get("slide") or None,
+        split=as_split(row.get("split", "")) or None,
+        mpp=_parse_mpp(_with_point(row.get("mpp", ""))),
+        origin=origin,
+    )
+
+
+def _as_relative(base: Location, text: str, role: str) -> str:
+    """The path of an image relative to the CSV, as systems other than Windows write it; `DataError` for any other."""
+    path = text
+    # A file may be called so.
+    if "\\" in path and peek_kind(base / path, "folder") != "file":
+        path = path.replace("\\", "/")
+    if path.startswith("~/"):
+        path = str(as_location(path))
+    if path.startswith(f"{base}/"):
+        path = relative_name(as_location(path), base)
+    if not path or "://" in path or Path(path).is_absolute() or PureWindowsPath(path).is_absolute():
+        raise DataError(f"{role} is {text!r}: give the path relative to the CSV, which may lie in any folder above")
+    return path
+
+
+def as_split(text: str) -> str:
+    """The name that LGD has for a split; that of an unknown one stays, for another split may be drawn."""
+    name = text.lower()
+    return _SPLITS.get(name, name if name in _SPLITS.values() else text)
+
+
+def _parse_label(row: dict[str, str]) -> int | None:
+    """The number of the class; `level` is the old name of the column `label`."""
+    # Spreadsheets and pandas make numbers of them.
+    names = {text: value for value, name in enumerate(LEVEL_NAMES) for text in (name, f"{value}", f"{value}.0")}
+    given = {name: row[name] for name in ("label", "level") if row.get(name)}
+    for name, text in given.items():
+        if text not in names:
+            raise DataError(f"{name} is {text!r}: use {', '.join(LEVEL_NAMES)}, or leave it empty")
+    if len({names[text] for text in given.values()}) > 1:
+        raise DataError(f"label is {given['label']!r} and level is {given['level']!r}: keep the column label")
+    return names[next(iter(given.values()))] if given else None
+
+
+def _with_point(text: str) -> str:
+    """A number of a spreadsheet with its decimal comma as a point; 1,234 stays, for it may be a thousand."""
+    number = re.fullmatch(r"(-?\d+),(\d+)", text)
+    return f"{number[1]}.{number[2]}" if number and (number[1] in ("0", "-0") or len(number[2]) != 3) else text
+
+
+def _parse_mpp(text: str) -> float | None:
+    """Micrometres per pixel, None for no text; `DataError` unless it is a number above 0 and below 100."""
+    with contextlib.suppress(ValueError):
+        if not text or 0 < float(text) < 100:
+            return float(text) if text else None
+    raise DataError(f"mpp is {text!r}: use micrometres per pixel, such as 0.46")
