@@ -25,6 +25,14 @@ from lgd.io.location import FULL, Location, MissingError, RemoteError, as_locati
 
 Kind = Literal["file", "folder", "other"]
 
+_LITTER = re.compile(
+    r"\.ds_store|\._.*|__macosx|icon\r|\.(localized|spotlight-v100|trashes|fseventsd|temporaryitems|apdisk)|"
+    r"(eh)?thumbs\.db|desktop\.ini|\$recycle\.bin|system volume information|"
+    r"\.nfs[0-9a-f]*|\.fuse_hidden.*|\.smbdelete.*|lost\+found|\.directory|\.trash-[0-9]+|@eadir|\.~lock\..*#",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Of macOS, of Windows, and of Linux and its network drives."""
+
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -202,14 +210,22 @@ def size_of(path: str | Location) -> int:
     return at.stat().st_size if isinstance(at, Path) else int(call(at, "read", at.fs.info, at.path)["size"])
 
 
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is named like those that systems leave in every folder, unasked: it is nobody's."""
+    return _LITTER.fullmatch(name) is not None
+
+
 def list_folder(path: str | Location) -> dict[str, Kind]:
-    """What lies in a folder, by name; nothing where there is no folder. A url costs one request in 1,000 files."""
+    """What lies in a folder, by name, but for litter; nothing where there is no folder.
+
+    A url costs one request in 1,000 files.
+    """
     at = as_location(path)
     if isinstance(at, Path):
         if not at.is_dir():
             return {}
         with os.scandir(at) as entries:
-            return dict(sorted((entry.name, _kind(entry)) for entry in entries))
+            return dict(sorted((entry.name, _kind(entry)) for entry in entries if not is_litter(entry.name)))
     if at.protocol in ("http", "https"):
         raise RemoteError(
             f"{at}: folders behind {at.protocol} cannot be listed: name the files in a CSV (--layout csv)"
@@ -222,7 +238,8 @@ def list_folder(path: str | Location) -> dict[str, Kind]:
     kinds: dict[str, Kind] = {"file": "file", "directory": "folder"}
     # A store may keep an empty object for the folder itself, and answers for a file with that file.
     inside = [(entry["name"].strip("/"), kinds.get(entry["type"], "other")) for entry in found]
-    return {name.rpartition("/")[2]: kind for name, kind in sorted(inside) if name != own}
+    by_name = ((name.rpartition("/")[2], kind) for name, kind in sorted(inside) if name != own)
+    return {name: kind for name, kind in by_name if not is_litter(name)}
 
 
 def _kind(entry: os.DirEntry[str]) -> Kind:

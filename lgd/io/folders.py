@@ -12,16 +12,6 @@ from lgd.base.errors import DataError
 from lgd.io.files import Kind, exists, list_folder, remove, remove_folder, sync, temporary_path
 from lgd.io.location import Location, upload
 
-_LITTER = re.compile(
-    r"\.ds_store|\._.*|\.nfs[0-9a-f]*|\.fuse_hidden.*|\.smbdelete.*|(eh)?thumbs\.db|desktop\.ini|__macosx|@eadir",
-    re.IGNORECASE | re.DOTALL,
-)
-
-
-def is_litter(name: str) -> bool:
-    """Whether a file or folder is named like those that systems leave in every folder, unasked."""
-    return _LITTER.fullmatch(name) is not None
-
 
 def walk_files(folder: Location) -> Iterator[tuple[Location, Kind, bool]]:
     """All that lies in a folder, in any depth and through links, but for litter; and whether it is hidden.
@@ -40,7 +30,7 @@ def walk_files(folder: Location) -> Iterator[tuple[Location, Kind, bool]]:
             continue
         entered.add(true)
         try:
-            names = {name: lies for name, lies in list_folder(at).items() if not is_litter(name)}
+            names = list_folder(at)
         except OSError:
             yield at, "folder", is_hidden
             continue

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lgd.base.errors import DataError, require
-from lgd.io.folders import is_litter
+from lgd.io.files import is_litter
 from lgd.io.location import require_local
 from lgd.shards.image import FORMAT_NAMES, as_pixels, decode_upright, resize, upright_size
 from lgd.shards.image_files import list_images

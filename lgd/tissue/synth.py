@@ -30,7 +30,8 @@ from lgd.base.logs import progress
 from lgd.base.records import Count, Line, Record
 from lgd.config_sections import LEVEL_NAMES, NotNegative, Positive, Share
 from lgd.io.documents import Document
-from lgd.io.files import publish
+from lgd.io.files import is_litter, publish
+from lgd.io.folders import refuse_foreign
 from lgd.io.location import as_output_location, require_local
 from lgd.io.locks import LOCK, exclusive
 from lgd.io.tables import write_csv
@@ -151,8 +152,8 @@ def _draw_set(out: Path, options: SynthOptions, recipe: dict[str, int | float | 
     if (out / _BEGUN).exists():
         for stain in ("HE", "IHC"):
             shutil.rmtree(out / stain, ignore_errors=True)
-    elif any(path.name != LOCK for path in out.iterdir()):
-        raise DataError(f"{out} is not empty and holds no virtual tissue: choose a new folder")
+    else:
+        refuse_foreign(out, {LOCK}, "choose a new folder")
     (out / _BEGUN).touch()
     pairs = _plan(options)
     for stain, split in itertools.product(("HE", "IHC"), {pair.split for pair in pairs}):
@@ -204,7 +205,8 @@ def _reuse(out: Path, recipe: dict[str, int | float | str | None]) -> Summary:
 
 
 def _count_bytes(out: Path) -> int:
-    return sum(path.stat().st_size for stain in ("HE", "IHC") for path in (out / stain).glob("*/*.png"))
+    found = (path for stain in ("HE", "IHC") for path in (out / stain).glob("*/*.png"))
+    return sum(path.stat().st_size for path in found if not is_litter(path.name))
 
 
 def _plan(options: SynthOptions) -> list[_Pair]:

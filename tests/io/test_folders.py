@@ -5,9 +5,10 @@ import tempfile
 
 import pytest
 
+from lgd.base.errors import DataError
 from lgd.io import folders
-from lgd.io.files import list_folder, read_bytes, write_bytes
-from lgd.io.folders import WorkingFolder, discard_folder, is_litter, list_local_sizes, publish_folder, walk_files
+from lgd.io.files import is_litter, list_folder, read_bytes, write_bytes
+from lgd.io.folders import WorkingFolder, discard_folder, list_local_sizes, publish_folder, refuse_foreign, walk_files
 from lgd.io.location import as_location
 
 
@@ -98,13 +99,28 @@ def test_sizes_are_listed_here_only(folder):
 
 
 @pytest.mark.parametrize(
-    "name", [".DS_Store", "._a.png", ".nfs0001f", ".fuse_hidden01", "Thumbs.db", "THUMBS.DB", "desktop.ini", "@eaDir"]
+    "name",
+    [
+        *(".DS_Store", "._a.png", ".nfs0001f", ".fuse_hidden01", "Thumbs.db", "THUMBS.DB", "desktop.ini", "@eaDir"),
+        *("lost+found", "System Volume Information", "$RECYCLE.BIN", ".Trashes", ".~lock.a.csv#", "__MACOSX"),
+    ],
 )
 def test_what_systems_leave_is_litter(name):
     assert is_litter(name)
 
 
-@pytest.mark.parametrize("name", ["a.png", ".a.png", ".nfs.png", "thumbs.png", "desktop.ini.bak", "_", ".git"])
+def test_litter_is_nobody_s_in_any_listing(folder):
+    for name in (".DS_Store", "._a", ".nfs0001", "Thumbs.db", "a", ".a"):
+        write_bytes(folder / name, b"x")
+    assert list(list_folder(folder)) == [".a", "a"]
+    refuse_foreign(folder, {"a", ".a"}, "")
+    with pytest.raises(DataError, match=r"holds something else \(a\): go$"):
+        refuse_foreign(folder, {".a"}, "go")
+
+
+@pytest.mark.parametrize(
+    "name", ["a.png", ".a.png", ".nfs.png", "thumbs.png", "desktop.ini.bak", "_", ".git", "lost", ".trash"]
+)
 def test_what_users_have_is_no_litter(name):
     assert not is_litter(name)
 

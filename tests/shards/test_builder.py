@@ -203,6 +203,14 @@ def test_a_folder_of_something_else_is_left_alone(built, tmp_path, name):
         build(options(built[0], tmp_path / name))
 
 
+def test_what_systems_leave_in_a_folder_is_nobody_s(built, tmp_path):
+    root = built[0]
+    for name in (".DS_Store", "._train-000000.tar", ".nfs0001", "Thumbs.db"):
+        (tmp_path / name).touch()
+    assert build(options(root, tmp_path))[1] and not build(options(root, tmp_path))[1]
+    assert verify(tmp_path) == [] and len([*tmp_path.iterdir()]) == len([*built[1].iterdir()]) + 4
+
+
 BAD = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-50]),
     "is empty": lambda path: path.write_bytes(b""),

@@ -79,6 +79,8 @@ def test_parts_read_back_as_written(store):
         for name, array in arrays(seed=number).items():
             there = part.array(name)
             assert there.dtype == array.dtype and np.array_equal(there, array)
+    for name in ("parts/.DS_Store", "parts/patches/.nfs0001", "parts/patches/._a.h5"):
+        (store.folder / name).touch()
     assert store.rows == 6 and store.verify() == []
     assert np.array_equal(read_all(store.parts, "pooled"), np.concatenate([arrays(seed=n)["pooled"] for n in (0, 1)]))
 

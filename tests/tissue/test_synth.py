@@ -84,15 +84,19 @@ def test_complete_set_is_reused_and_anything_else_refused(drawn, tmp_path):
     with pytest.raises(DataError, match=r"seed 0 \(now 1\).*another folder"):
         synthesise(SynthOptions(out=str(out), pairs=16, size=64, slides=8, seed=1))
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match="not empty.*new folder"):
+    with pytest.raises(DataError, match="already holds something else .*: choose a new folder"):
         synthesise(SynthOptions(out=str(tmp_path), pairs=2, size=64))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_interrupted_set_is_redone_and_a_damaged_one_refused(tmp_path):
     options = SynthOptions(out=str(tmp_path / "set"), pairs=2, size=64, workers=1)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / ".DS_Store").touch()
     synthesise(options)
-    whole = _digests(tmp_path / "set")
+    (tmp_path / "set" / "HE" / "train" / "._00000_train_0.png").write_bytes(b"litter")
+    assert synthesise(options)["reused"]
+    whole = {name: digest for name, digest in _digests(tmp_path / "set").items() if "/._" not in name}
     (tmp_path / "set" / "synth.json").rename(tmp_path / "set" / ".synth-begun")
     stale = tmp_path / "set" / "HE" / "train" / "99999_train_0.png"
     stale.write_bytes(b"half")
