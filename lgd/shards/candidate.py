@@ -27,6 +27,7 @@ class Candidate:
     """A pair as a layout finds it, before its key is known to be good and its slide is looked up."""
 
     stem: str
+    """What becomes the key: the name of the file without its suffix, and the folders that it lies in, with `/`."""
     he: Location
     ihc: Location | None
     """None in a set of H&E alone."""
@@ -38,6 +39,11 @@ class Candidate:
     mpp: float | None = None
     """Micrometres per pixel; None where unknown."""
     origin: Origin = NOWHERE
+
+
+def cut_suffix(name: str) -> str:
+    """The name of an image without its suffix; 2.5_10 has none."""
+    return re.sub(r"(?<=[^/])\.[A-Za-z][A-Za-z0-9]{0,4}$", "", name)
 
 
 def safe_key(stem: str) -> str:
@@ -64,7 +70,7 @@ def read_row(base: Location, row: dict[str, str]) -> Candidate:
     except ValidationError as error:
         raise DataError(f"{explain(error)}: correct it, or leave it empty") from error
     return Candidate(
-        key or he.stem,
+        key or cut_suffix(he.name),
         he,
         ihc,
         _parse_label(row),

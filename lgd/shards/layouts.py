@@ -1,8 +1,9 @@
 """How paired patches lie on disk: BCI, MIST, a CSV, and layouts of other packages.
 
-Only names are looked at, from one listing a folder. Nothing is dropped silently: what looks like a patch but cannot be
-paired comes back as a `Problem`. In a set of H&E alone no candidate has an IHC. A layout of another package is named
-`python:package.module:name`:
+Only names are looked at, and the first bytes of a file that is not called like an image. Images may lie in any depth.
+Nothing is dropped silently: an image that cannot be paired comes back as a `Problem`, and those that are hidden, or lie
+outside the layout's folders, are counted in a note. In a set of H&E alone no candidate has an IHC. A layout of another
+package is named `python:package.module:name`:
 
     class Flat(Layout):
         def scan(self, root):
@@ -11,22 +12,27 @@ paired comes back as a `Problem`. In a set of H&E alone no candidate has an IHC.
 """
 
 import inspect
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
 from typing import ClassVar, NamedTuple
 
 from lgd.base.errors import DataError, require
 from lgd.base.extensions import FORM, is_python, load_object
 from lgd.config_sections import LEVEL_NAMES
-from lgd.io.files import Kind, list_folder, peek_kind, publish
-from lgd.io.location import Location
+from lgd.io.files import list_folder, peek_kind, publish
+from lgd.io.folders import walk_files
+from lgd.io.location import Location, relative_name
 from lgd.io.tables import read_csv, write_csv
-from lgd.shards.candidate import COLUMNS, Candidate, as_split, read_row
+from lgd.shards.candidate import COLUMNS, Candidate, as_split, cut_suffix, read_row
+from lgd.shards.image_files import has_image_name, list_images
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
+_MOST = 3
+"""Names in a note."""
+
+logger = logging.getLogger(__name__)
 
 
 class Problem(NamedTuple):
@@ -82,27 +88,30 @@ class Bci(Layout):
 
     def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         top = list_folder(root)
-        splits = set()
         for stain in ("HE", "IHC"):
             if top.get(stain) != "folder":
                 raise DataError(f"{root} has no folder {stain}: --layout bci wants HE/SPLIT and IHC/SPLIT in --root")
-            for name, lies in list_folder(root / stain).items():
-                if _is_patch(name):
-                    reason = f"lies outside a split: move it into a folder such as {stain}/train"
-                    yield Problem(f"{stain}/{name}", reason)
-                elif lies == "folder" and not name.startswith("."):
-                    splits.add(name)
-        for split in sorted(splits):
-            for entry in _match(root, f"HE/{split}", f"IHC/{split}"):
-                if isinstance(entry, Problem):
-                    yield entry
-                elif (level := entry.stem.rpartition("_")[2]) in LEVEL_NAMES:
-                    yield replace(entry, label=LEVEL_NAMES.index(level), split=as_split(split))
-                else:
-                    assert entry.ihc is not None, "both stains were matched"
-                    he, ihc = f"HE/{split}/{entry.he.name}", f"IHC/{split}/{entry.ihc.name}"
-                    reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
-                    yield Problem(he, reason, "", he, ihc)
+        if ".synth-begun" in top:
+            # `lgd synth` removes it at its end.
+            raise DataError(f"{root} holds virtual tissue that is not complete: run the same lgd synth again")
+        images = _list_images(root, ("HE", "IHC"))
+        for stain, names in images.items():
+            for name in (name for name in names if "/" not in name):
+                reason = f"lies outside a split: move it into a folder such as {stain}/train"
+                yield Problem(f"{stain}/{name}", _explain_folder(root / stain / name) or reason)
+            images[stain] = [name for name in names if "/" in name]
+        for entry in _match(root, "HE", "IHC", images):
+            if isinstance(entry, Problem):
+                yield entry
+                continue
+            assert entry.ihc is not None, "both stains were matched"
+            split, _, stem = entry.stem.partition("/")
+            he, ihc = (relative_name(path, root) for path in (entry.he, entry.ihc))
+            if (level := stem.rpartition("_")[2]) in LEVEL_NAMES:
+                yield replace(entry, stem=stem, label=LEVEL_NAMES.index(level), split=as_split(split))
+            else:
+                reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
+                yield Problem(he, reason, "", he, ihc)
 
 
 class Mist(Layout):
@@ -114,10 +123,12 @@ class Mist(Layout):
     caveats = ("MIST's two stains are neighbouring sections that are registered only approximately.",)
 
     def scan(self, root: Location) -> Iterator[Candidate | Problem]:
-        for folder, split in {"train": "train", "val": "test", "test": "test"}.items():
-            for entry in _match(root, f"{folder}A", f"{folder}B"):
+        splits = {"train": "train", "val": "test", "test": "test"}
+        images = _list_images(root, [f"{folder}{stain}" for folder in splits for stain in "AB"])
+        for folder, split in splits.items():
+            for entry in _match(root, f"{folder}A", f"{folder}B", images):
                 if isinstance(entry, Candidate):
-                    slide = re.fullmatch(r"(.+)_\d+_\d+", entry.stem)
+                    slide = re.search(r"([^/]+)_\d+_\d+$", entry.stem)
                     entry = replace(entry, slide=slide[1] if slide else None, split=split)
                 yield entry
 
@@ -167,34 +178,49 @@ def is_csv(root: Location) -> bool:
     return peek_kind(root, "file" if root.suffix.lower() in (".csv", ".tsv", ".txt") else "folder") == "file"
 
 
-def _match(root: Location, he: str, ihc: str) -> Iterator[Candidate | Problem]:
-    """Pair the patches of two folders by stem."""
-    he_patches, ihc_patches = _patches(root, he), _patches(root, ihc)
-    for stem in sorted(he_patches.keys() | ihc_patches.keys()):
-        mine, theirs = he_patches.get(stem, {}), ihc_patches.get(stem, {})
-        names = [*mine, *theirs]
-        if bad := {name: kind for name, kind in (mine | theirs).items() if kind != "file"}:
-            for name, kind in bad.items():
-                what = "a folder" if kind == "folder" else "no readable file"
-                yield Problem(name, f"is {what}, not an image: remove or replace it")
-        elif not mine or not theirs:
-            reason = f"has no partner {stem} in {ihc if mine else he}: add it, or remove this one"
-            yield Problem(names[0], reason, "", names[0] if mine else "", "" if mine else names[0])
+def _list_images(root: Location, folders: Sequence[str]) -> dict[str, list[str]]:
+    """The images in each of some folders, in any depth, by their names below it, sorted.
+
+    A note counts those that are hidden, or lie elsewhere below the root.
+    """
+    images, hidden, elsewhere = dict[str, list[str]](), list[Location](), list[Location]()
+    for folder in folders:
+        listed = list_images(root / folder)
+        images[folder] = sorted(relative_name(path, root / folder) for path in listed.images)
+        hidden += listed.hidden
+    for name, lies in list_folder(root).items():
+        if name not in folders:
+            below = walk_files(root / name) if lies == "folder" else [(root / name, lies, name.startswith("."))]
+            elsewhere += [path for path, _, _ in below if has_image_name(path.name)]
+    for paths, where in ((hidden, "hidden"), (elsewhere, f"in none of {', '.join(folders)}")):
+        if paths:
+            names = ", ".join(relative_name(path, root) for path in paths[:_MOST])
+            logger.warning("left out %d images that are %s, such as %s", len(paths), where, names)
+    return images
+
+
+def _match(root: Location, he: str, ihc: str, images: Mapping[str, Sequence[str]]) -> Iterator[Candidate | Problem]:
+    """Pair the images of two folders by their names below these, but for their suffixes."""
+    by_stem: dict[str, dict[str, list[str]]] = {}
+    for folder in (he, ihc):
+        for name in images[folder]:
+            by_stem.setdefault(cut_suffix(name), {}).setdefault(folder, []).append(f"{folder}/{name}")
+    for stem, names_of in sorted(by_stem.items()):
+        names = [name for some in names_of.values() for name in some]
+        if len(names_of) == 1:
+            other = ihc if he in names_of else he
+            above, _, last = f"{other}/{stem}".rpartition("/")
+            reason = f"has no partner {last} in {above}: add it, or remove this one"
+            for name in names:
+                of_he, of_ihc = (name if other == ihc else "", name if other == he else "")
+                yield Problem(name, _explain_folder(root / name) or reason, "", of_he, of_ihc)
         elif len(names) > 2:
             yield Problem(names[0], f"its pair is ambiguous ({', '.join(names)}): keep one a stain")
         else:
             yield Candidate(stem, root / names[0], root / names[1], label=None)
 
 
-def _patches(root: Location, folder: str) -> dict[str, dict[str, Kind]]:
-    """What each patch of a folder is, by its stem and by its name below the root."""
-    patches: dict[str, dict[str, Kind]] = {}
-    for name, kind in list_folder(root / folder).items():
-        if _is_patch(name):
-            patches.setdefault(PurePosixPath(name).stem, {})[f"{folder}/{name}"] = kind
-    return patches
-
-
-def _is_patch(name: str) -> bool:
-    """Whether a file is called like an image; hidden files are the system's own."""
-    return PurePosixPath(name).suffix.lower() in _SUFFIXES and not name.startswith(".")
+def _explain_folder(path: Location) -> str:
+    """Why a folder stands among the images; empty for any other."""
+    folder = peek_kind(path, "file") == "folder"
+    return "is a folder that cannot be listed: get read access, or remove it" if folder else ""

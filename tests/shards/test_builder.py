@@ -216,7 +216,7 @@ BAD = {
     "is empty": lambda path: path.write_bytes(b""),
     "is no JPEG, PNG or WebP": lambda path: path.write_text("a text file called .png"),
     "has no partner": lambda path: path.unlink(),
-    "is a folder": lambda path: (path.unlink(), path.mkdir()),
+    "has no partner 00": lambda path: (path.unlink(), path.mkdir()),
     "is 32 x 32 pixels but its IHC": lambda path: path.write_bytes(encode(patch(1, 32, 36), "jpg")),
 }
 

@@ -24,7 +24,7 @@ from lgd.shards.verify import verify
 def touch(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"x")
+        (root / name).write_bytes(b"\xff\xd8\xff")
 
 
 def both(root, *names):
@@ -33,7 +33,8 @@ def both(root, *names):
 
 def test_bci_names_give_split_and_level(tmp_path):
     both(tmp_path, "train/00002_train_3+.png", "train/00000_train_0.png", "test/00001_test_1+.png")
-    touch(tmp_path, "HE/train/Thumbs.db", "HE/train/._00000_train_0.png", "HE/notes.txt")
+    touch(tmp_path, "HE/train/Thumbs.db", "HE/train/._00000_train_0.png")
+    (tmp_path / "HE" / "notes.txt").write_text("no image")
     pairs, problems = find_pairs("bci", tmp_path)
     assert problems == []
     told = [(p.key, p.label, p.split, p.slide, p.group, p.names[0], p.mpp) for p in pairs]
@@ -51,6 +52,31 @@ def test_bci_pairs_by_stem_whatever_the_suffix(tmp_path):
     assert [pair.ihc.name for pair in pairs] == ["a_2+.png"] and problems == []
 
 
+SUFFIXES = "png PNG jpg jpeg jpe jfif JFIF webp tif tiff bmp jp2 j2k".split()
+
+
+def test_images_are_found_in_any_depth_and_under_any_name(tmp_path, caplog):
+    both(tmp_path, *(f"train/s1/deep/{number}_1+.{suffix}" for number, suffix in enumerate(SUFFIXES)))
+    both(tmp_path, "train/s2/none_2+", "train/s2/2.5_2+", "train/s2/odd_2+.dat", "test/s1/0_1+.png")
+    names = "HE/train/.ipynb_checkpoints/a-checkpoint.png HE/train/.a.png IHC/.thumbs/b.png preview.png runs/a/b.jpg"
+    touch(tmp_path, *names.split(), "HE/train/._s1.png", "IHC/train/@eaDir/a_1+.png", "HE/train/Thumbs.db")
+    (tmp_path / "HE" / "train" / "notes.txt").write_text("no image")
+    (tmp_path / "HE" / "train" / "round").symlink_to(tmp_path / "HE")
+    pairs, problems = find_pairs("bci", tmp_path)
+    assert problems == [] and {pair.key for pair in pairs} == {
+        *(f"s1_deep_{number}_1+" for number in range(len(SUFFIXES))),
+        *("s2_none_2+", "s2_2_5_2+", "s2_odd_2+", "s1_0_1+"),
+    }
+    assert all(pair.names[0].replace("HE/", "IHC/", 1) == pair.names[1] for pair in pairs)
+    assert [text.partition(", such as ")[::2] for text in caplog.messages] == [
+        (
+            "left out 3 images that are hidden",
+            "HE/train/.a.png, HE/train/.ipynb_checkpoints/a-checkpoint.png, IHC/.thumbs/b.png",
+        ),
+        ("left out 2 images that are in none of HE, IHC", "preview.png, runs/a/b.jpg"),
+    ]
+
+
 @pytest.mark.parametrize(
     "make, name, reason",
     [
@@ -58,8 +84,11 @@ def test_bci_pairs_by_stem_whatever_the_suffix(tmp_path):
         (lambda r: touch(r, "IHC/train/a_1+.png"), "IHC/train/a_1+.png", "has no partner a_1+ in HE/train"),
         (lambda r: both(r, "train/a_4+.png"), "HE/train/a_4+.png", "level '4+'"),
         (lambda r: both(r, "train/a.png"), "HE/train/a.png", "level 'a'"),
-        (lambda r: (r / "HE/train/a_1+.png").mkdir(parents=True), "HE/train/a_1+.png", "is a folder"),
-        (lambda r: (r / "IHC/train/a_1+.png").mkdir(parents=True), "IHC/train/a_1+.png", "is a folder"),
+        (lambda r: touch(r, "HE/train/a_1+.png/x"), "HE/train/a_1+.png/x", "has no partner x in IHC/train/a_1+.png"),
+        (lambda r: touch(r, "IHC/train/s/a_1+"), "IHC/train/s/a_1+", "has no partner a_1+ in HE/train/s"),
+        (lambda r: touch(r, "HE/train/s/t/a.JP2"), "HE/train/s/t/a.JP2", "has no partner a in IHC/train/s/t"),
+        (lambda r: (r / "HE/train/a_1+.tif").symlink_to("gone"), "HE/train/a_1+.tif", "has no partner a_1+ in IHC"),
+        (lambda r: both(r, "train/s/a_1+.png", "train/s_a_1+.png"), "HE/train/s/a_1+.png", "has the key s_a_1+ of"),
         (lambda r: both(r, "train/a_1+.png", "test/a_1+.png"), "HE/test/a_1+.png", "has the key a_1+ of"),
         (lambda r: both(r, "train/a_1+.png", "train/a_1+.jpg"), "HE/train/a_1+.jpg", "ambiguous"),
         (lambda r: both(r, "train/a.b_1+.png", "train/a_b_1+.png"), "HE/train/a.b_1+.png", "has the key a_b_1+ of"),
@@ -95,7 +124,7 @@ def test_dots_in_a_stem_become_underscores(tmp_path):
 
 def test_mist_names_give_the_slide(tmp_path):
     names = "trainA/100M2004069_10_9.jpg trainB/100M2004069_10_9.jpg valA/200N_1_2.jpg valB/200N_1_2.jpg"
-    touch(tmp_path, *names.split(), "trainA/odd.jpg", "trainB/odd.jpg")
+    touch(tmp_path, *names.split(), "trainA/odd.jpg", "trainB/odd.jpg", "trainA/b2/7_0_1", "trainB/b2/7_0_1")
     pairs, problems = find_pairs("mist", tmp_path)
     assert problems == []
     told = {p.key: (p.slide, p.group, p.split, p.label, p.he.parent.name) for p in pairs}
@@ -103,6 +132,7 @@ def test_mist_names_give_the_slide(tmp_path):
         "100M2004069_10_9": ("100M2004069", "100M2004069", "train", None, "trainA"),
         "200N_1_2": ("200N", "200N", "test", None, "valA"),
         "odd": (None, "odd", "train", None, "trainA"),
+        "b2_7_0_1": ("7", "7", "train", None, "b2"),
     }
 
 
@@ -298,6 +328,10 @@ def test_a_root_of_another_kind(tmp_path):
         find_pairs("bci", tmp_path)
     with pytest.raises(DataError, match="pairs.csv: cannot be read"):
         find_pairs("csv", tmp_path)
+    both(tmp_path, "train/a_1+.png")
+    touch(tmp_path, ".synth-begun")
+    with pytest.raises(DataError, match="holds virtual tissue that is not complete: run the same lgd synth again"):
+        find_pairs("bci", tmp_path)
 
 
 def test_real_names(real_data):
