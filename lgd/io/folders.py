@@ -12,10 +12,14 @@ from lgd.base.errors import DataError
 from lgd.io.files import Kind, exists, list_folder, remove, remove_folder, sync, temporary_path
 from lgd.io.location import Location, upload
 
+# Of folders.
+_SET_ASIDE = re.compile(r"\..*|thumb(nail)?s?", re.IGNORECASE | re.DOTALL)
+
 
 def walk_files(folder: Location) -> Iterator[tuple[Location, Kind, bool]]:
     """All that lies in a folder, in any depth and through links, but for litter; and whether it is hidden.
 
+    What lies in a folder of thumbnails counts as hidden.
     Folders that are not hidden come first, else in the order of their names. Each is entered once, though links may
     lead to it from several places, or back; one that cannot be listed comes itself.
     """
@@ -35,8 +39,8 @@ def walk_files(folder: Location) -> Iterator[tuple[Location, Kind, bool]]:
             yield at, "folder", is_hidden
             continue
         below = [name for name, lies in names.items() if lies == "folder"]
-        shown += [at / name for name in reversed(below) if not is_hidden and not name.startswith(".")]
-        hidden += [at / name for name in reversed(below) if is_hidden or name.startswith(".")]
+        shown += [at / name for name in reversed(below) if not is_hidden and not _SET_ASIDE.fullmatch(name)]
+        hidden += [at / name for name in reversed(below) if is_hidden or _SET_ASIDE.fullmatch(name)]
         for name, lies in names.items():
             if lies != "folder":
                 yield at / name, lies, is_hidden or name.startswith(".")

@@ -192,7 +192,7 @@ def _list_images(root: Location, folders: Sequence[str]) -> dict[str, list[str]]
         if name not in folders:
             below = walk_files(root / name) if lies == "folder" else [(root / name, lies, name.startswith("."))]
             elsewhere += [path for path, _, _ in below if has_image_name(path.name)]
-    for paths, where in ((hidden, "hidden"), (elsewhere, f"in none of {', '.join(folders)}")):
+    for paths, where in ((hidden, "hidden or thumbnails"), (elsewhere, f"in none of {', '.join(folders)}")):
         if paths:
             names = ", ".join(relative_name(path, root) for path in paths[:_MOST])
             logger.warning("left out %d images that are %s, such as %s", len(paths), where, names)

@@ -58,7 +58,9 @@ SUFFIXES = "png PNG jpg jpeg jpe jfif JFIF webp tif tiff bmp jp2 j2k".split()
 def test_images_are_found_in_any_depth_and_under_any_name(tmp_path, caplog):
     both(tmp_path, *(f"train/s1/deep/{number}_1+.{suffix}" for number, suffix in enumerate(SUFFIXES)))
     both(tmp_path, "train/s2/none_2+", "train/s2/2.5_2+", "train/s2/odd_2+.dat", "test/s1/0_1+.png")
-    names = "HE/train/.ipynb_checkpoints/a-checkpoint.png HE/train/.a.png IHC/.thumbs/b.png preview.png runs/a/b.jpg"
+    names = (
+        "HE/train/.ipynb_checkpoints/a-checkpoint.png HE/train/.a.png IHC/train/thumbs/b.png preview.png runs/a/b.jpg"
+    )
     touch(tmp_path, *names.split(), "HE/train/._s1.png", "IHC/train/@eaDir/a_1+.png", "HE/train/Thumbs.db")
     (tmp_path / "HE" / "train" / "notes.txt").write_text("no image")
     (tmp_path / "HE" / "train" / "round").symlink_to(tmp_path / "HE")
@@ -70,8 +72,8 @@ def test_images_are_found_in_any_depth_and_under_any_name(tmp_path, caplog):
     assert all(pair.names[0].replace("HE/", "IHC/", 1) == pair.names[1] for pair in pairs)
     assert [text.partition(", such as ")[::2] for text in caplog.messages] == [
         (
-            "left out 3 images that are hidden",
-            "HE/train/.a.png, HE/train/.ipynb_checkpoints/a-checkpoint.png, IHC/.thumbs/b.png",
+            "left out 3 images that are hidden or thumbnails",
+            "HE/train/.a.png, HE/train/.ipynb_checkpoints/a-checkpoint.png, IHC/train/thumbs/b.png",
         ),
         ("left out 2 images that are in none of HE, IHC", "preview.png, runs/a/b.jpg"),
     ]
