@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -149,6 +150,29 @@ def fault_count() -> Callable[[int], int]:
     """`fault_count(300)`: how many of so many faults to try; a tenth, unless LGD_FAULTS is `all` (`make faults`)."""
     share = 1 if os.environ.get("LGD_FAULTS") == "all" else 10
     return lambda number: -(-number // share)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`disk(options)`: mount, or change, a small file system in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def mount(options: str) -> Path:
+        nonlocal mounted
+        options = f"remount,{options}" if mounted else options
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here ({done.stderr.strip()}): run the tests as root")
+        mounted = True
+        return folder
+
+    yield mount
+    if mounted:
+        # Lazily: what failed may hold a file open until it is collected.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")

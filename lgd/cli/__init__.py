@@ -19,6 +19,8 @@ from lgd.base.errors import ConfigError, DataError
 from lgd.base.logs import show_logs
 from lgd.base.text import escape_text, escaped_output, print_lines
 from lgd.cli import answers, checks, stages
+from lgd.io.files import explain_full
+from lgd.io.location import FULL
 
 VERBS = {**stages.VERBS, **answers.VERBS, **checks.VERBS}
 """What `lgd --help` lists, in this order."""
@@ -80,6 +82,8 @@ def _answer_errors(name: str, run: Callable[[list[str]], int], args: list[str], 
             traceback.print_exception(error)
         else:
             first, *more = error.args if isinstance(error, ConfigError | DataError) and error.args else [error]
+            if isinstance(error, OSError) and error.errno in FULL:
+                first = explain_full(error.filename or "the output", error)
             print_lines(f"{name}: {first}", *more, file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:

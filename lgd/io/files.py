@@ -34,6 +34,7 @@ _LITTER = re.compile(
 """Of macOS, of Windows, and of Linux and its network drives."""
 
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_FAILING = {errno.EIO, errno.ESTALE}
 
 
 @contextlib.contextmanager
@@ -58,8 +59,8 @@ def publish(path: str | Location, name_of: Callable[[Path], str] | None = None) 
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             sync(temporary)
-        temporary.replace(path.with_name(name_of(temporary)) if name_of else path)
-        sync(path.parent)
+            temporary.replace(path.with_name(name_of(temporary)) if name_of else path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -72,20 +73,28 @@ def temporary_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def explain_write_errors(path: Location) -> Iterator[None]:
-    """Turn the errors of a full disk and of a folder that may not be written to into `DataError`."""
+    """Turn the errors of a full or failing disk, and of a folder that may not be written to, into `DataError`."""
     try:
         yield
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        remedies = {
+            **dict.fromkeys(_FORBIDDEN, "get write access, or name another folder"),
+            **dict.fromkeys(_FAILING, "its disk or network drive fails: try again, or use another one"),
+        }
         if error.errno in FULL:
-            raise DataError(
-                f"{path} cannot be written, no space is left ({error.strerror}): free some, or use another disk (for "
-                "temporary files by TMPDIR)"
-            ) from error
-        if error.errno in _FORBIDDEN:
-            raise DataError(
-                f"{path} cannot be written ({os.strerror(error.errno)}): get write access, or name another folder"
-            ) from error
+            raise DataError(explain_full(path, error)) from error
+        if error.errno in remedies:
+            raise DataError(f"{path} cannot be written ({reason}): {remedies[error.errno]}") from error
         raise
+
+
+def explain_full(path: str | Location, error: OSError) -> str:
+    """What an error of a full disk means, with the remedy."""
+    return (
+        f"{path} cannot be written, no space is left ({error.strerror}): free some, or use another disk (for "
+        "temporary files by TMPDIR)"
+    )
 
 
 def sync(path: str | Path) -> None:

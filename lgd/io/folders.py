@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from lgd.base.errors import DataError
-from lgd.io.files import Kind, exists, list_folder, remove, remove_folder, sync, temporary_path
+from lgd.io.files import Kind, exists, explain_write_errors, list_folder, remove, remove_folder, sync, temporary_path
 from lgd.io.location import Location, upload
 
 # Of folders.
@@ -61,13 +61,14 @@ def publish_folder(path: Location, mark: str) -> Iterator[Path]:
             working.publish(last=mark)
         return
     temporary, old = temporary_path(path), path.with_name(f".{path.name}.old.tmp")
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-        sync(path.parent)
+        with explain_write_errors(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if path.exists():
+                path.replace(old)
+            temporary.replace(path)
+            sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

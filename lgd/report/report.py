@@ -5,7 +5,9 @@ unknown.
 """
 
 import io
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +15,6 @@ from lgd.base.markup import code_block, escape_markdown, list_items, markdown_ta
 from lgd.base.text import escape_text
 from lgd.config_sections import LEVEL_NAMES
 from lgd.io.files import exists, list_folder, read_bytes, remove, write_bytes
-from lgd.io.folders import WorkingFolder
 from lgd.io.location import Location
 from lgd.io.tables import format_table
 from lgd.metrics import Predictions
@@ -65,12 +66,14 @@ def show_pictures(report: Location, student: Location) -> None:
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
-    with WorkingFolder(student / "tensorboard") as working:
-        with SummaryWriter(working.path) as board:
+    # Its writer works in a thread, whose errors of a full disk would come with a traceback.
+    with tempfile.TemporaryDirectory(prefix="lgd-") as temporary:
+        with SummaryWriter(temporary) as board:
             for name in sorted(name for name in list_folder(report) if name.endswith(".png")):
                 image = np.asarray(Image.open(io.BytesIO(read_bytes(report / name))).convert("RGB"))
                 board.add_image(f"report/{escape_text(name.removesuffix('.png'))}", image, dataformats="HWC")
-        working.publish()
+        for path in Path(temporary).iterdir():
+            write_bytes(student / "tensorboard" / path.name, path.read_bytes())
 
 
 def format_scores(results: Results) -> str:

@@ -30,7 +30,7 @@ from lgd.base.logs import progress
 from lgd.base.records import Count, Line, Record
 from lgd.config_sections import LEVEL_NAMES, NotNegative, Positive, Share
 from lgd.io.documents import Document
-from lgd.io.files import is_litter, publish
+from lgd.io.files import explain_write_errors, is_litter, publish
 from lgd.io.folders import refuse_foreign
 from lgd.io.location import as_output_location, require_local
 from lgd.io.locks import LOCK, exclusive
@@ -142,7 +142,8 @@ def synthesise(options: SynthOptions) -> dict[str, JsonValue]:
     finished = (out / _DONE).exists()
     with contextlib.nullcontext() if finished else exclusive(out, "drawing virtual tissue"):
         reused = finished or (out / _DONE).exists()
-        summary = _reuse(out, recipe) if reused else _draw_set(out, options, recipe)
+        with explain_write_errors(out):
+            summary = _reuse(out, recipe) if reused else _draw_set(out, options, recipe)
         return {"out": str(out), **summary.as_json(), "reused": reused}
 
 

@@ -158,29 +158,6 @@ def test_ctrl_c_ends_caching_soon_and_the_same_command_goes_on(small_parts, chan
 # ---- disks ----
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """`disk(options)`: mount, or change, a small file system in memory."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = False
-
-    def mount(options):
-        nonlocal mounted
-        options = f"remount,{options}" if mounted else options
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True
-        )
-        if done.returncode:
-            pytest.skip(f"no file system can be mounted here ({done.stderr.strip()}): run the tests as root")
-        mounted = True
-        return folder
-
-    yield mount
-    if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("kilobytes", [8, 80, 200])
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(small_parts, change, contents, disk, kilobytes, capsys):
     folder = disk(f"size={kilobytes}k") / "latents"

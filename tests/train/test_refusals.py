@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -195,26 +194,6 @@ def test_a_gradient_that_is_no_number_spoils_no_checkpoint(train, folder):
 # ---- disks ----
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """`disk(size)`: mount, or change, a small file system in memory."""
-    folder, mounted = tmp_path / "disk", []
-    folder.mkdir()
-
-    def mount(size):
-        options = ["-o", f"{'remount,' if mounted else ''}size={size}"]
-        done = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"no file system can be mounted here ({done.stderr.strip()}): run the tests as root")
-        mounted.append(size)
-        return folder
-
-    yield mount
-    if mounted:
-        # Lazily: training that failed may hold its log open until it is collected.
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 @pytest.mark.faults
 def test_a_full_disk_at_the_end_keeps_the_checkpoint(train, disk, tmp_path):
     short = ["--student.epochs=0.4", "--student.dir"]
@@ -222,13 +201,13 @@ def test_a_full_disk_at_the_end_keeps_the_checkpoint(train, disk, tmp_path):
     made = tmp_path / "straight"
     sizes = [path.stat().st_size for path in (made / "checkpoints").rglob("*") if path.is_file()]
     room = sum(sizes) + (made / "model.safetensors").stat().st_size // 2
-    folder = disk(room) / "student"
+    folder = disk(f"size={room}") / "student"
     status, message = train(*short, folder)
     assert status == 1
     assert f"{folder / 'model.safetensors'} cannot be written, no space is left" in message and "free some" in message
     assert whole(folder) == ["step-00000001"]
     assert not (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
-    disk("500m")
+    disk("size=500m")
     assert train(*short, folder)[0] == 0
     weights = [read_json(path / "config.json")["weights_sha256"] for path in (made, folder)]
     assert weights[0] == weights[1]
@@ -244,7 +223,7 @@ def test_a_full_disk_keeps_the_checkpoints_that_were_saved(train, disk, tmp_path
     size = sum(path.stat().st_size for path in checkpoint.complete(checkpoints)[-1].iterdir())
     weights = read_json(tmp_path / "student" / "config.json")["weights_sha256"]
 
-    folder = disk(int(room * size)) / "student"
+    folder = disk(f"size={int(room * size)}") / "student"
     status, message = train(*straight, f"--student.dir={folder}")
     assert status == 1
     assert str(folder / "checkpoints") in message and "no space is left" in message and "free some" in message
@@ -253,7 +232,7 @@ def test_a_full_disk_keeps_the_checkpoints_that_were_saved(train, disk, tmp_path
         assert whole(folder) == ["step-00000001"]
     else:
         assert not list((folder / "checkpoints").iterdir())
-    disk("500m")
+    disk("size=500m")
     assert train(*straight, f"--student.dir={folder}")[0] == 0
     assert read_json(folder / "config.json")["weights_sha256"] == weights, "it goes on to the same end"
 
