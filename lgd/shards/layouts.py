@@ -195,7 +195,7 @@ def _list_images(root: Location, folders: Sequence[str]) -> dict[str, list[str]]
     for paths, where in ((hidden, "hidden or thumbnails"), (elsewhere, f"in none of {', '.join(folders)}")):
         if paths:
             names = ", ".join(relative_name(path, root) for path in paths[:_MOST])
-            logger.warning("left out %d images that are %s, such as %s", len(paths), where, names)
+            logger.warning("images left out, %s: %d, such as %s", where, len(paths), names)
     return images
 
 

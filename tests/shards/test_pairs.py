@@ -72,10 +72,10 @@ def test_images_are_found_in_any_depth_and_under_any_name(tmp_path, caplog):
     assert all(pair.names[0].replace("HE/", "IHC/", 1) == pair.names[1] for pair in pairs)
     assert [text.partition(", such as ")[::2] for text in caplog.messages] == [
         (
-            "left out 3 images that are hidden or thumbnails",
+            "images left out, hidden or thumbnails: 3",
             "HE/train/.a.png, HE/train/.ipynb_checkpoints/a-checkpoint.png, IHC/train/thumbs/b.png",
         ),
-        ("left out 2 images that are in none of HE, IHC", "preview.png, runs/a/b.jpg"),
+        ("images left out, in none of HE, IHC: 2", "preview.png, runs/a/b.jpg"),
     ]
 
 
