@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 import numpy as np
 
 from lgd.base.errors import DataError
+from lgd.io.folders import walk_files
 
 if TYPE_CHECKING:
     import h5py
@@ -98,14 +99,17 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 
 def find_files(named: Sequence[Path]) -> list[Path]:
-    """The files of features that were named, and all in the folders that were; hidden ones and other kinds are not.
+    """The files of features that were named, and all in the folders that were, in any depth and through links.
+
+    Hidden ones and other kinds are not taken.
 
     Raises `DataError` for what is not there, holds none, or is of a kind that is not read.
     """
     found: dict[Path, None] = {}
     for path in named:
         if path.is_dir():
-            inside = [one for one in sorted(path.rglob("*")) if one.is_file() and not _is_hidden(one, path)]
+            walked = walk_files(path)
+            inside = sorted(Path(one) for one, lies, hidden in walked if lies == "file" and not hidden)
             files = [one for one in inside if one.suffix.lower() in SUFFIXES]
             if not files:
                 pickled = next((one for one in inside if one.suffix.lower() in _PICKLED), None)
@@ -118,10 +122,6 @@ def find_files(named: Sequence[Path]) -> list[Path]:
                 _refuse_kind(path)
             found[path] = None
     return [*found]
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _refuse_kind(path: Path) -> NoReturn:

@@ -119,12 +119,14 @@ def test_float64_is_held_as_float32(tmp_path):
     assert held.dtype == np.float32 and np.isinf(held).all()
 
 
-def test_files_of_a_folder_are_found_in_any_depth(tmp_path):
-    inside = tmp_path / "deep" / "er"
-    inside.mkdir(parents=True)
-    for name in ("deep/er/S2.h5", "S1.HDF5", "notes.txt", ".hidden.h5", "S3.h5"):
+def test_files_of_a_folder_are_found_in_any_depth_and_through_links(tmp_path):
+    root, far = tmp_path / "root", tmp_path / "far"
+    for name in ("root/deep/er/S2.h5", "root/S1.HDF5", "root/notes.txt", "root/.hidden.h5", "root/S3.h5", "far/S4.h5"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert [path.name for path in find_files([tmp_path, tmp_path / "S3.h5"])] == ["S1.HDF5", "S3.h5", "S2.h5"]
+    (root / "deep" / "far").symlink_to(far)
+    (far / "back").symlink_to(root)
+    assert [path.name for path in find_files([root, root / "S3.h5"])] == ["S1.HDF5", "S3.h5", "S2.h5", "S4.h5"]
 
 
 def cut(path):
