@@ -1,6 +1,7 @@
 """Ray as a laptop uses it: the verb starts a cluster of its own, trains on two workers with DeepSpeed, and stops it."""
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -199,26 +200,64 @@ def test_results_come_from_all_workers_and_each_makes_its_function_once():
     assert here == [(9, os.getpid(), 1)]
 
 
-def meeting(first):
-    """A function that ends, for the `first` arguments, only when another call of it runs in the same process.
-
-    Of the others a worker may be given an odd number.
-    """
+def meeting(folder, processes):
+    """A function whose first calls end only when two of them run in each of so many processes."""
 
     def make():
-        barrier = threading.Barrier(2, timeout=60)
-        return lambda number: (number >= first or barrier.wait() >= 0, number, os.getpid())
+        def meet(number: int) -> tuple[int, int]:
+            Path(folder, f"{os.getpid()}-{threading.get_ident()}").touch()
+            began = time.monotonic()
+            while len([*Path(folder).iterdir()]) < 2 * processes:
+                assert time.monotonic() - began < 60
+                time.sleep(0.01)
+            return number, os.getpid()
+
+        return meet
 
     return make
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_worker_has_several_arguments_at_once_where_it_may(workers):
-    results = list(
-        cluster.map_with(meeting(2 * max(1, workers)), list(range(8)), workers=workers, option_name="x", at_once=2)
-    )
-    assert sorted(number for _, number, _ in results) == list(range(8))
-    assert len({pid for _, _, pid in results}) == max(1, workers)
+def test_a_worker_has_several_arguments_at_once_where_it_may(workers, tmp_path):
+    make = meeting(tmp_path, max(1, workers))
+    results = list(cluster.map_with(make, list(range(8)), workers=workers, option_name="x", at_once=2))
+    assert sorted(number for number, _ in results) == list(range(8))
+    assert len({pid for _, pid in results}) == max(1, workers)
+
+
+def test_a_lost_worker_is_replaced_and_an_argument_that_kills_each_is_named(monkeypatch, tmp_path, caplog):
+    """And not the others that its workers had in hand."""
+    monkeypatch.setattr(cluster, "_MOST_LOSSES", 3)
+
+    def make():
+        def work(number: int) -> int:
+            if number == 2:
+                time.sleep(0.1)
+                ctypes.string_at(0)
+            if number == 1 and not list(tmp_path.iterdir()):
+                Path(tmp_path, "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.5)
+            return number
+
+        return work
+
+    results, fields = [], {"workers": 1, "option_name": "x", "at_once": 2, "name": "argument {}".format}
+    with (
+        pytest.raises(DataError, match="^argument 2: 3 workers died while they worked on it: it crashes them"),
+        caplog.at_level(logging.WARNING),
+    ):
+        results.extend(cluster.map_with(make, list(range(4)), **fields))
+    assert "argument 1: the worker that had it died and is started again (1 of 3)" in caplog.messages
+    assert 1 in results
+
+
+def test_an_error_while_a_worker_makes_its_function_is_told_as_if_it_had_happened_here():
+    def make():
+        raise DataError("the teacher is not there: copy it")
+
+    with pytest.raises(DataError, match="^the teacher is not there: copy it$"):
+        list(cluster.map_with(make, [1], workers=1, option_name="x"))
 
 
 class Endless:

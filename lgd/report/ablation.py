@@ -127,7 +127,14 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
     folder = as_location(config.run.dir) / "ablation"
     jobs = list(jobs_of(config, options))
     worker = functools.partial(work, shards)
-    for job, trained in map_with(lambda: worker, jobs, workers=options.jobs, option_name="--jobs"):
+    answered = map_with(
+        lambda: worker,
+        jobs,
+        workers=options.jobs,
+        option_name="--jobs",
+        name=lambda job: f"{job.name}, seed {job.number}",
+    )
+    for job, trained in answered:
         done = "trained" if trained else "reused, nothing changed"
         logger.info("[ablate] %s, seed %d: %s", job.name, job.number, done)
     rows: dict[str, list[Predictions]] = {}

@@ -182,7 +182,14 @@ def _fill(store: Store, index: "IndexIVF", latents: UnitVectors, workers: int) -
         _load_cells, str(store.folder.absolute()), store.teacher, centroids_CD, latents.whitening
     )
     cell_n = np.empty(latents.rows, np.int64)
-    for number, found_n in map_with(find_cells, [*first_row], workers=workers, option_name="train.workers"):
+    found = map_with(
+        find_cells,
+        [*first_row],
+        workers=workers,
+        option_name="train.workers",
+        name=lambda number: str(store.parts[number].path),
+    )
+    for number, found_n in found:
         cell_n[first_row[number] : first_row[number] + len(found_n)] = found_n
     order_n = np.argsort(cell_n, kind="stable")
     position_n = np.argsort(order_n)

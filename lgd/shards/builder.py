@@ -48,7 +48,7 @@ from lgd.shards.manifest import (
     patch_entry,
 )
 from lgd.shards.options import SPLITS, ShardOptions, check_split, describe_split, list_caveats, make_samples
-from lgd.shards.pairs import Source, find_pairs, leave_out_duplicates, refuse_spellings
+from lgd.shards.pairs import PatchPair, Source, find_pairs, leave_out_duplicates, refuse_spellings
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.writer import FILE, MARKER, Building, ShardJob, begin, check_chunk, finish, require_marker, write_shard
 
@@ -60,11 +60,13 @@ Result = TypeVar("Result")
 Fields = ParamSpec("Fields")
 
 
-def map_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterable[Result]:
-    """The results of all jobs as they come, from here or from so many workers of Ray."""
+def map_jobs(
+    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, name: Callable[[Job], str]
+) -> Iterable[Result]:
+    """The results of all jobs as they come, from here or from so many workers of Ray; `name` is a job's in messages."""
     if not workers:
         return map(function, jobs)
-    return map_with(lambda: function, jobs, workers=workers, option_name="--workers", use_gpus=False)
+    return map_with(lambda: function, jobs, workers=workers, option_name="--workers", use_gpus=False, name=name)
 
 
 def build(options: ShardOptions) -> tuple[Manifest, bool]:
@@ -109,7 +111,7 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
     ]
     entries = []
     with progress(len(samples), "build", "tiles" if options.tile else "pairs") as bar:
-        for entry in map_jobs(write_shard, jobs, options.workers):
+        for entry in map_jobs(write_shard, jobs, options.workers, lambda job: str(job.path)):
             entries.append(entry)
             bar.update(entry.samples)
     stream, in_order = io.BytesIO(), (sample for some in of_split.values() for sample in some)
@@ -174,7 +176,8 @@ def _check_pairs(options: ShardOptions) -> tuple[list[Source], list[Problem]]:
     chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
     sources = []
     with progress(len(pairs), "check", "pairs") as bar:
-        for found in map_jobs(functools.partial(check_chunk, options), chunks, options.workers):
+        check = functools.partial(check_chunk, options)
+        for found in map_jobs(check, chunks, options.workers, _name_chunk):
             problems += [entry for entry in found if isinstance(entry, Problem)]
             sources += [entry for entry in found if isinstance(entry, Source)]
             bar.update(len(found))
@@ -186,6 +189,10 @@ def _check_pairs(options: ShardOptions) -> tuple[list[Source], list[Problem]]:
         remedy = "leave them out with --on-bad skip" if sources else "no pair is left"
         raise DataError(f"{options.root}: {len(problems)} problems, {remedy}:", *lines)
     return sources, problems
+
+
+def _name_chunk(pairs: Sequence[PatchPair]) -> str:
+    return f"the pairs from {pairs[0].names[0]} to {pairs[-1].names[0]}"
 
 
 def _choose_extensions(options: ShardOptions, sources: Sequence[Source]) -> Extensions:

@@ -98,7 +98,8 @@ def begin(out: Location, recipe: Building) -> set[str]:
 def finish(out: Location) -> None:
     """Remove what only an unfinished build needs; its marker last."""
     names = list_folder(out)
-    _remove(out, (name for name in names if re.fullmatch(rf"\.{_SHARD}\.json", name)))
+    # Workers that were lost on the way have left files too.
+    _remove(out, (name for name in names if LEFTOVER.fullmatch(name) or re.fullmatch(rf"\.{_SHARD}\.json", name)))
     _remove(out, {MARKER} & names.keys())
 
 

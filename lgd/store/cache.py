@@ -178,7 +178,14 @@ def _fill(config: Config, recipe: Recipe | TargetsRecipe, missing: Sequence[Shar
     with progress(total, "caching", "patches") as bar:
         # A worker is elsewhere: its patches are counted when its part is done.
         make = functools.partial(Cacher, config, recipe, bar if workers == 0 else None)
-        done = map_with(make, missing, workers=workers, option_name="train.workers", at_once=SHARDS_AT_ONCE)
+        done = map_with(
+            make,
+            missing,
+            workers=workers,
+            option_name="train.workers",
+            at_once=SHARDS_AT_ONCE,
+            name=lambda shard: str(shard.path),
+        )
         for rows in done:
             bar.update(rows if workers else 0)
 
@@ -203,6 +210,9 @@ class Cacher:
         batch, make = self.config.latents.batch, self.supervision
         folder = as_location(self.config.latents.dir)
         lacking = _lacking(folder, self.recipe, self.config.teacher.name, shard)
+        if not lacking:
+            # A worker wrote them and died before it could say so.
+            return shard.samples
         reader = make.reader([shard], PATCHES in lacking)
         prepare = functools.partial(make.prepare, reader)
         prepared = threads.map_ordered_prefetch(self._pool, prepare, range(shard.samples), count=batch)

@@ -62,7 +62,7 @@ def samples_of(folder):
 def build_by(map_jobs, asked):
     """Build with jobs that are mapped otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lgd.shards.builder.map_jobs", lambda function, jobs, workers: map_jobs(function, jobs))
+        patch.setattr("lgd.shards.builder.map_jobs", lambda function, jobs, workers, name: map_jobs(function, jobs))
         return build(asked)
 
 
@@ -74,6 +74,14 @@ def kill_after_two(function, jobs):
     for job in jobs[:2]:
         yield function(job)
     raise KeyboardInterrupt
+
+
+def lose_workers(function, jobs):
+    """As `map_jobs`, for workers of which each had begun a shard when it was killed; others do them."""
+    for job in jobs:
+        if isinstance(job, ShardJob):
+            job.path.with_name(f".{job.path.name}.node-7-1a2b.tmp").write_bytes(b"half")
+        yield function(job)
 
 
 def contents(folder):
@@ -191,6 +199,12 @@ def test_a_killed_build_goes_on(built, tmp_path):
     assert build(options(root, out, mpp=0.46)) == (manifest, True)
     assert contents(out) == contents(whole)
     assert (out / "train-000000.tar").stat().st_mtime_ns == untouched
+
+
+def test_what_killed_workers_had_begun_is_removed(built, tmp_path):
+    root, whole, manifest = built
+    assert build_by(lose_workers, options(root, tmp_path, mpp=0.46)) == (manifest, True)
+    assert contents(tmp_path) == contents(whole)
 
 
 @pytest.mark.parametrize("name", ["holiday.jpg", "train-000000.tar", "README.md"])

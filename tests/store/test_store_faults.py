@@ -1,7 +1,9 @@
 """What happens to a store when caching is killed, a disk is full, bits flip, or somebody hands over a forged one."""
 
+import functools
 import io
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -11,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,10 +27,11 @@ from lgd.cli import main
 from lgd.io.digests import digest_of, xxh3
 from lgd.io.files import read_json, write_json
 from lgd.io.locks import LOCK, read_owner
+from lgd.ray_jobs.cluster import disconnect
 from lgd.retrieval.index import build_index
 from lgd.retrieval.search import Searcher, problems
 from lgd.shards.shard_set import ShardSet
-from lgd.store.cache import cache_latents, is_complete
+from lgd.store.cache import Cacher, cache_latents, is_complete
 from lgd.store.document import PATCHES, TEACHER
 from lgd.store.recipes import recipe_of
 from lgd.store.store import Store
@@ -106,6 +110,49 @@ def fill_and_wait(forks, config, seconds, parts=None):
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
+
+
+@pytest.fixture
+def own_ray(monkeypatch):
+    """A Ray of the test's own, whatever this machine has."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield
+    disconnect()
+
+
+@pytest.mark.skipif(os.environ.get("LGD_FAULTS") != "all", reason="each of twenty workers takes five seconds to start")
+def test_caching_whose_workers_are_killed_goes_on_by_itself(
+    small_parts, change, contents, tmp_path, monkeypatch, own_ray, caplog
+):
+    """Twenty times, at a random moment from the first batch of a shard to after its last."""
+    moments = {}
+
+    def make_dying(real, config, recipe, bar):
+        cacher = real(config, recipe, bar)
+
+        def cache(shard):
+            path = moments.pop(shard.path, None)
+            if path is not None and not path.exists():
+                moment = float(path.name)
+                path.touch()
+                threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                cacher(shard)
+                time.sleep(60)
+            return cacher(shard)
+
+        return cache
+
+    dice, shards = random.Random(0), ShardSet.open(small_parts.shard_dirs).shards
+    dying = dice.sample(shards, 20)
+    moments |= {shard.path: tmp_path / f"{dice.uniform(0, 0.3)}" for shard in dying}
+    monkeypatch.setattr("lgd.store.cache.Cacher", functools.partial(make_dying, Cacher))
+    config = change(small_parts, latents={"dir": str(tmp_path / "latents")})
+    with caplog.at_level(logging.WARNING):
+        store, computed, _ = cache_latents(config, shards, workers=2)
+    assert computed == len(shards) and len([*tmp_path.glob("0.*")]) == len(dying)
+    lost = [line for line in caplog.messages if "the worker that had it died and is started again" in line]
+    assert len(lost) >= len(dying) and all(any(str(shard.path) in line for line in lost) for shard in dying)
+    assert contents_of(Path(config.latents.dir)) == contents and store.verify() == []
 
 
 def committed_parts(folder, contents):

@@ -10,6 +10,7 @@ import signal
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from test_train_faults import (
@@ -22,7 +23,7 @@ from test_train_faults import (
     worker_that_records,
 )
 
-from lgd.ray_jobs.cluster import connect, disconnect
+from lgd.ray_jobs.cluster import connect, disconnect, map_with
 from lgd.train import launch
 from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under
@@ -63,6 +64,26 @@ def nodes(monkeypatch):
     disconnect()
     cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.skipif(os.environ.get("LGD_FAULTS") != "all", reason="a node takes half a minute to come and to go")
+def test_what_a_lost_node_had_in_hand_is_done_by_others(nodes, tmp_path):
+    def make():
+        def work(number: int) -> int:
+            Path(tmp_path, f"{number}-{time.time_ns()}").touch()
+            time.sleep(3)
+            return number
+
+        return work
+
+    connect(2, "x")
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(lambda: list(map_with(make, list(range(6)), workers=2, option_name="x")))
+        while len([*tmp_path.iterdir()]) < 2:
+            time.sleep(0.1)
+        nodes()
+        assert sorted(done.result(timeout=200)) == list(range(6))
+    assert len([*tmp_path.iterdir()]) == 7
 
 
 def wait_until_all_reach(records, seen, step):
