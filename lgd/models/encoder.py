@@ -99,7 +99,8 @@ def _load_outside(spec: EncoderSpec) -> nn.Module:
             f"encoder {spec.name} gives a {type(network).__name__}, and should give a torch.nn.Module with the "
             "number of its channels as `channels`, which maps (B, 3, H, W) in 0..255 to (B, channels, h, w)"
         )
-    return network
+    # As all others: of half weights the gradients and their sums over the ranks would be half too.
+    return network.float()
 
 
 def _describe_pretrained(name: str, facts: Facts) -> EncoderSpec:
