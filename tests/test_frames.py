@@ -42,7 +42,7 @@ def read_modules(function):
 def prepared(tissue_run):
     config = tissue_run
     with join_world() as world:
-        run = Prepared(ShardSet.open(config.shard_dirs), StudentTask(config), world, "torch")
+        run = Prepared(ShardSet.open(config.shard_dirs), StudentTask(config), world)
         yield run
         run.reader.close()
 

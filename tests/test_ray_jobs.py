@@ -15,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgd.base import threads
+from lgd.base.device import find_device
 from lgd.base.errors import DataError
 from lgd.base.logs import progress, show_logs
 from lgd.cli import main
@@ -252,12 +254,27 @@ def test_a_lost_worker_is_replaced_and_an_argument_that_kills_each_is_named(monk
     assert 1 in results
 
 
-def test_an_error_while_a_worker_makes_its_function_is_told_as_if_it_had_happened_here():
-    def make():
-        raise DataError("the teacher is not there: copy it")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_ray_reserves_and_nobody_can_use_is_told(tmp_path):
+    """On the node of the worker; this process has none, and need not."""
+    import ray
 
-    with pytest.raises(DataError, match="^the teacher is not there: copy it$"):
-        list(cluster.map_with(make, [1], workers=1, option_name="x"))
+    def fail(stop: str) -> None:
+        raise AssertionError("no worker may begin")
+
+    def make():
+        find_device()
+        raise AssertionError("nor make anything")
+
+    message = "^CUDA_VISIBLE_DEVICES is 0 on .*, but it cannot be used: .* and --num-gpus 0$"
+    ray.init(num_cpus=2, num_gpus=1, log_to_driver=False)
+    try:
+        with pytest.raises(DataError, match=message):
+            training.launch(fail, workers=1, max_failures=3, storage=tmp_path / "ray", name="teacher")
+        with pytest.raises(DataError, match=message):
+            list(cluster.map_with(make, [1], workers=1, option_name="x"))
+    finally:
+        ray.shutdown()
 
 
 class Endless:

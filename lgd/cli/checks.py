@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import Literal
 
 from lgd.base.arguments import Parser, typed
+from lgd.base.device import find_device
 from lgd.base.environment import version_of
 from lgd.base.errors import DataError
 from lgd.base.text import print_json, print_lines
@@ -136,8 +137,11 @@ def _find_faiss() -> _Finding:
 def _find_device() -> _Finding:
     import torch
 
-    if not torch.cuda.is_available():
-        return "lacks", "no CUDA device: everything runs on the CPU, more slowly"
+    try:
+        if find_device() == "cpu":
+            return "lacks", "no CUDA device: everything runs on the CPU, more slowly"
+    except DataError as error:
+        return "broken", str(error)
     return "ok", ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
 
 

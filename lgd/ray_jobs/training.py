@@ -6,7 +6,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from typing import Any
 
+from lgd.base.device import find_device
 from lgd.base.errors import ConfigError, DataError, Stopped
 from lgd.base.process_state import stop_signals
 from lgd.io.files import exists, read_json, remove, write_bytes, write_json
@@ -49,7 +51,10 @@ def launch(
     try:
         with collect_logs(several=False) as send, _stopping_by(stop):
             work = functools.partial(_run_recording_user_error, functools.partial(function, str(stop)), note, send)
-            _in_thread(TorchTrainer(work, scaling_config=scaling_config, run_config=run_config).fit)
+            torch_config = _configure_torch(note)
+            _in_thread(
+                TorchTrainer(work, torch_config=torch_config, scaling_config=scaling_config, run_config=run_config).fit
+            )
     except ray.train.TrainingFailedError as error:
         if not exists(note):
             raise _lost(error, max_failures) from error
@@ -72,6 +77,34 @@ def _stopping_by(stop: Location) -> Iterator[None]:
         finally:
             restore()
             remove(stop)
+
+
+def _configure_torch(note: Location) -> Any:
+    """Have Ray Train make a process group only of workers that can use their GPUs; else the note says why they cannot.
+
+    Without a usable GPU NCCL would fail first, and by a message of its own.
+    """
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _TorchBackend
+
+    class CheckedBackend(_TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(_note_unusable_device, note)
+            if not exists(note):
+                super().on_start(worker_group, backend_config)
+
+    class CheckedConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> type[CheckedBackend]:
+            return CheckedBackend
+
+    return CheckedConfig()
+
+
+def _note_unusable_device(note: Location) -> None:
+    with contextlib.suppress(DataError):
+        # It is tried by the rank that it belongs to.
+        _run_recording_user_error(functools.partial(find_device, None), note, contextlib.nullcontext)
 
 
 def _in_thread(function: Callable[[], object]) -> None:
@@ -104,7 +137,7 @@ def _lost(error: Exception, max_failures: int) -> Exception:
 
 
 def _run_recording_user_error(
-    function: Callable[[], None], note: Location, send: Callable[[], contextlib.AbstractContextManager[None]]
+    function: Callable[[], object], note: Location, send: Callable[[], contextlib.AbstractContextManager[None]]
 ) -> None:
     """Run a worker. Bad data is bad after a restart too: its error is noted, and restarted workers end at once."""
     if exists(note):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lgd.base.device import find_device
 from lgd.base.errors import DataError
 from lgd.config_files import find_in_run
 from lgd.config_sections import LEVEL_NAMES
@@ -105,7 +106,7 @@ def load_scorer(folder: str | Location, kind: str = "student", code: Collection[
     """
     folder = find_in_run(folder, "student") if kind == "student" else folder
     model, config = load_student(folder, code) if kind == "student" else load_teacher(folder, code)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device()
     role = "he" if kind == "student" else "ihc"
     return Scorer(model=model.to(device), config=config, device=device, role=role, folder=str(folder))
 

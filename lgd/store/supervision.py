@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from lgd.base.device import find_device
 from lgd.base.errors import DataError
 from lgd.models.teacher import load_teacher
 from lgd.shards.archive import Shard
@@ -32,7 +33,7 @@ class TargetSupervision:
     """The domain targets: what their recipe makes of samples."""
 
     def __init__(self, targets: TargetsRecipe) -> None:
-        self.targets, self.device = targets, "cuda" if torch.cuda.is_available() else "cpu"
+        self.targets, self.device = targets, find_device()
 
     def reader(self, shards: Sequence[Shard], targets: bool = True) -> Reader:
         """A reader for `prepare`; where the recipe has no targets no image is read."""

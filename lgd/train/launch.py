@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from lgd.base.device import find_device
 from lgd.base.errors import DataError
 from lgd.base.process_state import default_environment, stop_signals
 from lgd.config import Config
@@ -31,11 +32,10 @@ from lgd.shards.repeats import open_disjoint
 from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import World
 from lgd.train import checkpoint
-from lgd.train.deepspeed_engine import leave_world
-from lgd.train.engine import StillEngine
+from lgd.train.deepspeed_engine import deepspeed_problem, leave_world
 from lgd.train.finished import centre_latents, export, fit_query_map
 from lgd.train.loop import fit
-from lgd.train.prepare import Prepared, choose_engine
+from lgd.train.prepare import Prepared, refuse_engine
 from lgd.train.tasks import TASKS, Task, inputs_of
 
 logger = logging.getLogger(__name__)
@@ -116,13 +116,15 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
             return False
         refuse_foreign(built.folder, _OWN, f"name another folder as {task}.dir")
         refuse_finished(built, inputs, overwrite)
-        engine = choose_engine(config.train.engine) if built.trains else StillEngine.name
+        if config.train.workers == 0 and built.trains:
+            # Before anything is removed; other workers may be on other machines, and choose for themselves.
+            refuse_engine(config.train.engine, deepspeed_problem())
         # Once, here: a worker that Ray restarts must go on from its own checkpoints. Under torchrun one process does
         # it, before the others can be past the meeting with it.
         if first:
             choose_checkpoints(built, inputs, bool(overwrite))
         launch(
-            functools.partial(worker, config, shards, task, engine),
+            functools.partial(worker, config, shards, task),
             workers=config.train.workers,
             max_failures=config.train.max_failures,
             storage=as_location(config.run.dir) / "ray",
@@ -193,7 +195,7 @@ def read_inputs(task: Task, digest: str) -> dict[str, JsonValue] | None:
     return None
 
 
-def worker(config: Config, shards: ShardSet, task: str, engine: str, stop: str | None) -> None:
+def worker(config: Config, shards: ShardSet, task: str, stop: str | None) -> None:
     """What each training process runs: train a task to its end, from its newest checkpoint if there is one, and export
     the network. `stop` is the file that asks to end.
     """
@@ -202,7 +204,7 @@ def worker(config: Config, shards: ShardSet, task: str, engine: str, stop: str |
         # One rank is enough: at each step all agree on whether any of them was asked to stop.
         with (
             stop_flag(stop if world.rank == 0 else None) as flag,
-            contextlib.closing(Prepared(shards, TASKS[task](config), world, engine)) as run,
+            contextlib.closing(Prepared(shards, TASKS[task](config), world)) as run,
         ):
             best = fit(run, flag)
             if task == "teacher":
@@ -215,8 +217,9 @@ def worker(config: Config, shards: ShardSet, task: str, engine: str, stop: str |
 @contextlib.contextmanager
 def join_world() -> Iterator[World]:
     """This process among the others, those of Ray Train, of torchrun, or none; what it joins is left at the end."""
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = find_device(number) == "cuda"
+    device = f"cuda:{number}" if cuda else "cpu"
     with torch.cuda.device(device) if cuda else contextlib.nullcontext(), _join_group("nccl" if cuda else "gloo"):
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 

@@ -13,7 +13,7 @@ from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
-from lgd.train.batch import Batches, Skipped
+from lgd.train.batch import Batches, Skipped, gather
 from lgd.train.deepspeed_engine import DeepSpeedEngine, deepspeed_problem
 from lgd.train.engine import Engine, StillEngine, TorchEngine
 from lgd.train.log import Log
@@ -34,14 +34,22 @@ class Learner:
     skipped: Skipped
 
 
-def choose_engine(asked: str) -> str:
-    """The engine's name for `train.engine`; `auto` is DeepSpeed where it can run."""
+def choose_engine(asked: str, world: World) -> str:
+    """The engine's name for `train.engine`; `auto` is DeepSpeed where it can run on every rank, each of which asks."""
     if asked == "torch":
         return "torch"
-    problem = deepspeed_problem()
+    problems = gather([deepspeed_problem()], world)
+    problem = next((f"{one} (of rank {rank})" if rank else one for rank, one in enumerate(problems) if one), None)
+    refuse_engine(asked, problem)
+    if problem and world.rank == 0:
+        logger.warning("%s: training uses the torch engine", problem)
+    return "torch" if problem else "deepspeed"
+
+
+def refuse_engine(asked: str, problem: str | None) -> None:
+    """Raise `DataError` where DeepSpeed is asked for and has a problem."""
     if problem and asked == "deepspeed":
         raise DataError(f"train.engine is deepspeed, but {problem}; or set train.engine to torch")
-    return "torch" if problem else "deepspeed"
 
 
 def make_engine(name: str, model: nn.Module, train: Train, extra: Mapping[str, object], world: World) -> Engine:
@@ -58,7 +66,7 @@ def make_engine(name: str, model: nn.Module, train: Train, extra: Mapping[str, o
 class Prepared:
     """A training in one of its processes: what it reads, its network and engine, and its log."""
 
-    def __init__(self, shards: ShardSet, task: Task, world: World, engine: str) -> None:
+    def __init__(self, shards: ShardSet, task: Task, world: World) -> None:
         """Raises `DataError` for a batch that the workers do not divide, and for early stopping without validation."""
         config, settings = task.config, task.config.train
         if settings.batch % (world.size * settings.accumulate):
@@ -69,6 +77,7 @@ class Prepared:
         if settings.patience and task.trains and not shards.of_split("val"):
             raise DataError("train.patience needs a validation split, and the shards have no split `val`")
         self.shards, self.inputs = shards, inputs_of(task, shards)
+        engine = choose_engine(settings.engine, world) if task.trains else StillEngine.name
         self.reader = Reader(shards.of_split("train"), (task.role,), config.data.size)
         plan = Plan(self.reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
         self.learner = Learner(
@@ -102,8 +111,6 @@ class Prepared:
             return
         settings, lanes = task.config.train, task.config.data.lanes
         self.log = Log(task.folder, start, self.learner.steps, settings.batch)
-        if settings.engine == "auto" and (lacking := deepspeed_problem()):
-            logger.warning("%s: %s: training uses the torch engine", self.log.name, lacking)
         if 1.5 * lanes < min(settings.batch, len(self.shards.of_split("train"))):
             logger.warning(
                 f"{self.log.name}: data.lanes {lanes} is far below train.batch {settings.batch}: batches are mixed "

@@ -203,7 +203,7 @@ def test_a_probe_gives_the_levels_that_teach_a_student(frozen, student):
     task = StudentTask(config)
     inputs = inputs_of(task, shards)
     assert inputs["task"]["probe"] == find_probe(store, shards.of_split("train")).digest
-    with contextlib.closing(Prepared(shards, task, World(), "torch")) as run:
+    with contextlib.closing(Prepared(shards, task, World())) as run:
         assert isinstance(run.learner.task.method.levels, Probe)
         batch = next(run.batches.draw(0, 1)).micro[0]
         naive = run.learner.task.method.levels

@@ -132,7 +132,7 @@ def test_two_processes_train_the_teacher_of_one(learner, change, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(rank_main, (2, port, two, ShardSet.open(two.shard_dirs), "teacher", "torch"), nprocs=2)
+    spawn(rank_main, (2, port, two, ShardSet.open(two.shard_dirs), "teacher"), nprocs=2)
     assert_same_curve(*(lines_of(config.teacher.dir) for config in (one, two)), tolerance=1e-4)
     made = [load_teacher(config.teacher.dir)[1] for config in (one, two)]
     assert made[0].inputs == made[1].inputs and [each.workers for each in made] == [1, 2]
@@ -145,7 +145,7 @@ def test_its_validation_is_the_mean_loss_of_the_grids(learner):
     config = replace(config, train=replace(config.train, patience=5))
     shards = ShardSet.open(config.shard_dirs)
     fill_targets(config, shards.shards, workers=0)
-    run = Prepared(shards, TeacherTask(config), World(), "torch")
+    run = Prepared(shards, TeacherTask(config), World())
     val = shards.of_split("val")
     logits, levels, scores = validate(run.learner, val)
     assert logits.shape == (0, 4) and len(levels) == 0

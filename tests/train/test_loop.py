@@ -451,7 +451,7 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shards = ShardSet.open(configs[1].shard_dirs)
-    arguments = (configs[1], shards, "teacher", "torch")
+    arguments = (configs[1], shards, "teacher")
     spawn(rank_main, (2, port, *arguments), nprocs=2)
     # Undisturbed runs with other thread counts differ by some 1e-7; Adam's first steps magnify that.
     assert_same_curve(*(log_of(config.teacher.dir) for config in configs), tolerance=1e-4)
@@ -465,7 +465,7 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
 def test_the_batch_must_divide_by_the_ranks(tissue_run):
     task, shards = TeacherTask(tissue_run), ShardSet.open(tissue_run.shard_dirs)
     with pytest.raises(DataError, match=r"train.batch 8 does not divide into 3 workers x train.accumulate 1"):
-        Prepared(shards, task, World(rank=0, size=3), "torch")
+        Prepared(shards, task, World(rank=0, size=3))
 
 
 def test_the_learning_rate_rises_and_falls():

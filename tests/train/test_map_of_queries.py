@@ -127,7 +127,7 @@ def test_several_processes_fit_it_together(base, change, tmp_path, stage):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (config, ShardSet.open(config.shard_dirs), "student", "torch" if stage is None else "deepspeed")
+    arguments = (config, ShardSet.open(config.shard_dirs), "student")
     spawn(rank_main, (2, port, *arguments), nprocs=2)
     assert (Path(config.student.dir) / "config.json").is_file()
     assert_as_naive(config)

@@ -1,0 +1,43 @@
+"""The GPU that this process computes on, or that it has none."""
+
+import os
+import platform
+from pathlib import Path
+
+from lgd.base.errors import DataError
+
+
+def find_device(number: int | None = 0) -> str:
+    """`cuda`, or `cpu` for a process without GPUs, and for one that they are hidden from.
+
+    Raises `DataError` where there is a GPU, or this process was given one, and it cannot be used: what takes an hour on
+    it takes a week on the CPU, and would do so without a word. The GPU of this number is tried; None tries none.
+    """
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
+        return "cpu"
+    has_build = bool(torch.version.cuda or torch.version.hip)
+    # Who installs PyTorch for CPUs beside a GPU of their own has chosen so.
+    present = has_build and any(Path("/dev").glob("nvidia[0-9]*"))
+    if not torch.cuda.is_available() and visible is None and not present:
+        return "cpu"
+    count = torch.cuda.device_count()
+    try:
+        # One that is listed may still be of no use: this PyTorch may have no code for its kind.
+        if number is not None or not count:
+            torch.ones(1, device=f"cuda:{number or 0}").add(1).item()
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).strip().splitlines()[0]
+    else:
+        return "cuda"
+    if not has_build:
+        problem = f"PyTorch {torch.__version__} is a build for CPUs; install one for CUDA"
+    elif number and number >= count > 0:
+        problem = f"this is process {number} on it, and it has {count}; start fewer processes"
+    given = f"CUDA_VISIBLE_DEVICES is {visible}" if visible else "there is a GPU"
+    raise DataError(
+        f"{given} on {platform.node()}, but it cannot be used: {problem}. To compute on the CPU, set "
+        "CUDA_VISIBLE_DEVICES= (empty); a node of Ray is started with that and --num-gpus 0"
+    )
