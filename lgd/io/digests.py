@@ -56,11 +56,15 @@ def digest_of(document: object) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def format_diff(there: Mapping[str, object], asked: Mapping[str, object], place: str) -> list[str]:
-    """A line for each field, by its dotted name, in which two JSON documents differ; `place` is where `there` is."""
+def format_diff(
+    there: Mapping[str, object], asked: Mapping[str, object], place: str, other: str = "asked for"
+) -> list[str]:
+    """A line for each field, by its dotted name, in which two JSON documents differ; `place` is where `there` is, and
+    `other` where `asked` is.
+    """
     before, now = _flat(there), _flat(asked)
     return [
-        f"  {name}: {escape_text(before.get(name), 70)} {place}, {escape_text(now.get(name), 70)} asked for"
+        f"  {name}: {escape_text(before.get(name), 70)} {place}, {escape_text(now.get(name), 70)} {other}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]

@@ -6,6 +6,7 @@ A shard and its part mirror each other, so (shard, row) finds both; the stored k
 import collections
 import itertools
 import logging
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
@@ -187,6 +188,18 @@ def gather(mine: Sequence[Value], world: World) -> list[Value]:
     everyone: list[Sequence[Value]] = [[]] * world.size
     dist.all_gather_object(everyone, mine)
     return [value for values in everyone for value in values]
+
+
+def require_same(mine: str, subject: str, remedy: str, world: World) -> None:
+    """Raise `DataError`, on every rank, with what the ranks say and the first that says so, unless all say the same."""
+    said = gather([(mine, platform.node())], world)
+    firsts = {value: (rank, host) for rank, (value, host) in reversed([*enumerate(said)])}
+    if len(firsts) > 1:
+        lines = (
+            f"  rank {rank} on {host}: {value}"
+            for value, (rank, host) in sorted(firsts.items(), key=lambda one: one[1])
+        )
+        raise DataError(f"{subject}:", *lines, remedy)
 
 
 class Skipped:

@@ -19,18 +19,24 @@ from safetensors.torch import load_file
 
 from lgd.base.errors import DataError
 from lgd.base.records import Count, Many, Record, Xxh3
-from lgd.io.digests import format_diff, xxh3
+from lgd.io.digests import digest_of, format_diff, xxh3
 from lgd.io.documents import Document
 from lgd.io.files import exists, list_folder, publish, remove_folder
 from lgd.io.folders import discard_folder, publish_folder
 from lgd.io.location import Location
 from lgd.io.remote import open_checked
 from lgd.models.export import write_tensors
+from lgd.stream.plan import World
+from lgd.train.batch import gather, require_same
 from lgd.train.engine import Moments
 
 Tensors = Literal["weights", "moments"]
 _TENSORS: tuple[Tensors, ...] = ("weights", "moments")
 _STATE = "state.json"
+_SHARED = (
+    "Put the folder of the run where all nodes find the same files, on a shared disk or at a url; one that is shared "
+    "shows them to all within a minute, and the same command goes on"
+)
 
 
 class Best(Record):
@@ -160,16 +166,35 @@ def load(path: Location, inputs: dict[str, JsonValue]) -> Checkpoint:
     return Checkpoint(state, **tensors)
 
 
-def find(folder: Location, inputs: dict[str, JsonValue]) -> Checkpoint | None:
-    """The newest complete checkpoint under `folder`, or None where there is none yet."""
-    done = complete(folder)
+def find(folder: Location, inputs: dict[str, JsonValue], world: World) -> Checkpoint | None:
+    """The newest complete checkpoint under `folder`, or None where there is none yet; every rank calls this.
+
+    Rank 0 looks: on other nodes a listing may be older.
+    """
+    done = gather([path.name for path in complete(folder)] if world.rank == 0 else [], world)
     if not done:
         return None
-    found = load(done[-1], inputs)
+    found = load_alike(folder / done[-1], inputs, world)
     # One that was adopted comes without the best of its run.
-    if folder / name_step(found.progress.best.step) in done:
+    if name_step(found.progress.best.step) in done:
         return found
     return found._replace(progress=found.progress.model_copy(update={"best": Best()}))
+
+
+def load_alike(path: Location, inputs: dict[str, JsonValue], world: World) -> Checkpoint:
+    """`load` on every rank, which all call this; raises `DataError` on all where one cannot, or reads another one."""
+    read: Checkpoint | Exception
+    try:
+        read = load(path, inputs)
+        # That of the tensors too, by their digests.
+        digest = digest_of(read.progress.as_json())
+        mine = f"step {read.progress.step}, position {read.progress.position}, digest {digest[:16]}"
+    except (DataError, OSError) as error:
+        read, mine = error, "; ".join(line.strip() for line in str(error).splitlines())
+    require_same(mine, f"the ranks do not read the same checkpoint {path}", _SHARED, world)
+    if isinstance(read, Exception):
+        raise read
+    return read
 
 
 def adopt(folder: Location, path: Location, inputs: dict[str, JsonValue], alone: bool = False) -> None:

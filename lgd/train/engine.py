@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
+import xxhash
 from torch import nn
 
 from lgd.base.errors import DataError
@@ -46,6 +47,11 @@ class Engine(ABC):
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=train.lr, fused=True)
+
+    def digest(self) -> str:
+        """Of some of this rank's weights, which all ranks have alike (at ZeRO-3 of those that are not partitioned)."""
+        some = [p.detach().flatten()[:64].float() for p in self.model.parameters()]
+        return xxhash.xxh3_64_hexdigest(torch.cat(some).cpu().numpy().tobytes())
 
     @abstractmethod
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:

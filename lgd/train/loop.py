@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lgd.base.errors import DataError, Stopped
 from lgd.stream.plan import World, to_device
 from lgd.train import checkpoint
-from lgd.train.batch import Batch, gather
+from lgd.train.batch import Batch, gather, require_same
 from lgd.train.finished import validate
 from lgd.train.prepare import Learner, Prepared
 
@@ -38,12 +38,14 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
 
     # Resume.
     done, start, best = 0, 0, checkpoint.Best()
-    if saved := checkpoint.find(folder, run.inputs):
+    if saved := checkpoint.find(folder, run.inputs, engine.world):
         done, start, best = saved.progress.step, saved.progress.position, saved.progress.best
         learner.skipped.numbers.update(saved.progress.skipped)
         engine.load(saved.weights, saved.moments, done)
     # It is as large as the network with its moments.
     del saved
+    mine = f"step {done}, position {start}, weights {engine.digest()}"
+    require_same(mine, "the ranks would not begin alike", "Give the same command again", engine.world)
     if engine.world.rank == 0:
         # A kill can come after the last save, and before what it makes superfluous is removed.
         checkpoint.prune(folder, best, settings.keep)
@@ -102,7 +104,7 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
 
     # Take the best network.
     if settings.patience and best.step:
-        chosen = checkpoint.load(folder / checkpoint.name_step(best.step), run.inputs)
+        chosen = checkpoint.load_alike(folder / checkpoint.name_step(best.step), run.inputs, engine.world)
         engine.load(chosen.weights, chosen.moments, best.step)
     return best
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.config_sections import Train
+from lgd.io.digests import format_diff
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World
@@ -67,7 +68,9 @@ class Prepared:
     """A training in one of its processes: what it reads, its network and engine, and its log."""
 
     def __init__(self, shards: ShardSet, task: Task, world: World) -> None:
-        """Raises `DataError` for a batch that the workers do not divide, and for early stopping without validation."""
+        """Raises `DataError` for a batch that the workers do not divide, for early stopping without validation, and
+        where a rank has other inputs.
+        """
         config, settings = task.config, task.config.train
         if settings.batch % (world.size * settings.accumulate):
             raise DataError(
@@ -77,6 +80,12 @@ class Prepared:
         if settings.patience and task.trains and not shards.of_split("val"):
             raise DataError("train.patience needs a validation split, and the shards have no split `val`")
         self.shards, self.inputs = shards, inputs_of(task, shards)
+        first, *others = gather([self.inputs], world)
+        for rank, inputs in enumerate(others, 1):
+            if inputs != first:
+                remedy = "Name shards, latents and teacher where all nodes find the same"
+                difference = format_diff(first, inputs, "on rank 0", f"on rank {rank}")
+                raise DataError(f"rank {rank} trains on other inputs than rank 0:", *difference, remedy)
         engine = choose_engine(settings.engine, world) if task.trains else StillEngine.name
         self.reader = Reader(shards.of_split("train"), (task.role,), config.data.size)
         plan = Plan(self.reader.sizes, seed=config.run.seed, lanes=config.data.lanes)

@@ -5,13 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from lgd.base.errors import DataError
+from lgd.stream.plan import World
 from lgd.train import checkpoint
-from lgd.train.checkpoint import Best, Checkpoint, Progress, adopt, complete, find, load, name_step, problems, save
+from lgd.train.checkpoint import Best, Checkpoint, Progress, adopt, complete, load, name_step, problems, save
 from lgd.train.engine import MOMENTS
 
 RUN = {"seed": 0, "train": {"lr": 0.1, "batch": 8}}
+
+
+def find(folder, inputs):
+    return checkpoint.find(folder, inputs, World())
 
 
 def progress(step, **others):
@@ -169,3 +176,70 @@ def test_a_path_without_a_whole_checkpoint_changes_nothing(tmp_path):
     with pytest.raises(DataError, match=r"weights\.safetensors does not match its digest"):
         adopt(tmp_path, other, RUN)
     assert_same(find(tmp_path, RUN), some(2))
+
+
+def hide_newest(folder):
+    """A listing that is older than the folder, as that of another node's disk cache."""
+    checkpoint.complete = lambda folder: complete(folder)[:-1]
+
+
+def lose_newest(folder):
+    shutil.rmtree(folder / name_step(2))
+
+
+def flip_a_bit(folder):
+    with (folder / name_step(2) / "moments.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+
+
+def replace_weights(folder):
+    other = some(2)
+    other.weights["head.bias"][0] += 1
+    save(folder, other, keep=2)
+
+
+def go_further(folder):
+    save(folder, some(3), keep=2)
+
+
+SPOILED = [hide_newest, lose_newest, flip_a_bit, replace_weights, go_further]
+
+
+def find_as_rank(rank, folder):
+    """Process: what `find` gives in rank 1, whose own copy of the checkpoints is spoiled, and in rank 0."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results = {}
+    for spoil in SPOILED:
+        own = folder / spoil.__name__ / str(rank)
+        for step in (1, 2):
+            save(own, some(step), keep=2)
+        if rank == 1:
+            spoil(own)
+        try:
+            results[spoil.__name__] = checkpoint.find(own, RUN, World(rank=rank, size=2)).progress.step
+        except DataError as error:
+            results[spoil.__name__] = list(error.args)
+        checkpoint.complete = complete
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def test_ranks_that_see_other_checkpoints_load_that_of_rank_0_or_say_so(tmp_path):
+    spawn(find_as_rank, (tmp_path,), nprocs=2)
+    results, others = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert results["hide_newest"] == others["hide_newest"] == 2
+    assert results["go_further"] == others["go_further"] == 2
+    for spoil, told in {
+        "lose_newest": "state.json is missing: it is no complete checkpoint",
+        "flip_a_bit": "moments.safetensors does not match its digest",
+        "replace_weights": "step 2, position 16, digest ",
+    }.items():
+        first, zero, one, remedy = results[spoil]
+        # Folders of other names, but one message.
+        assert (
+            first.startswith("the ranks do not read the same checkpoint") and [zero, one, remedy] == others[spoil][1:]
+        )
+        assert zero.startswith("  rank 0 on ") and ": step 2, position 16, digest " in zero
+        assert one.startswith("  rank 1 on ") and told in one and zero[8:] != one[8:]
+        assert "on a shared disk or at a url" in remedy
