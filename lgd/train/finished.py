@@ -38,7 +38,8 @@ def forward_split(
     """
     engine, world, role, config = learner.engine, learner.engine.world, learner.task.role, learner.task.config
     reader = Reader(shards, (role,), config.data.size)
-    batch = max(1, config.train.batch // world.size)
+    # Never more on the device than training puts there.
+    batch = max(1, config.train.batch // (world.size * config.train.accumulate))
     rounds = math.ceil(math.ceil(reader.total / world.size) / batch)
     numbers = in_batches(eval_numbers(reader.total, world), batch)
     engine.model.eval()

@@ -31,6 +31,7 @@ from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
 from lgd.train import launch, loop
 from lgd.train.deepspeed_engine import deepspeed_problem
+from lgd.train.finished import forward_split
 from lgd.train.launch import train_under, worker
 from lgd.train.log import Log
 from lgd.train.loop import learning_rate
@@ -460,6 +461,14 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
     assert one["temperature"] == pytest.approx(two["temperature"], rel=1e-3)
     assert one["validation"].keys() == two["validation"].keys()
     assert one["skipped"] == two["skipped"] == 1
+
+
+def test_validation_puts_no_more_on_the_device_than_training(tissue_run, change):
+    config = change(tissue_run, train={"batch": 8, "accumulate": 4})
+    shards = ShardSet.open(config.shard_dirs)
+    with contextlib.closing(Prepared(shards, TeacherTask(config), World())) as run:
+        batches = [len(batch) for batch, _ in forward_split(run.learner, shards.of_split("val"))]
+    assert batches == 4 * [2]
 
 
 def test_the_batch_must_divide_by_the_ranks(tissue_run):
