@@ -1,10 +1,16 @@
-"""The GPU that this process computes on, or that it has none."""
+"""The GPU that this process computes on, or that it has none; and float32 that is float32 there."""
 
+import contextlib
 import os
 import platform
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from lgd.base.errors import DataError
+
+_exact, _lock = list[tuple[bool, str]](), threading.Lock()
+"""For each block of `exact_float32` that runs: what the first one found."""
 
 
 def find_device(number: int | None = 0) -> str:
@@ -41,3 +47,27 @@ def find_device(number: int | None = 0) -> str:
         f"{given} on {platform.node()}, but it cannot be used: {problem}. To compute on the CPU, set "
         "CUDA_VISIBLE_DEVICES= (empty); a node of Ray is started with that and --num-gpus 0"
     )
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Without TF32, and whatever else PyTorch may be set to in place of float32; in any thread.
+
+    TF32, cuDNN's default, moves a latent by 2e-3 of its length (H200), and by another bit in another batch: it is for
+    training, and not for what is stored, scored or compared.
+    """
+    import torch
+
+    cudnn = torch.backends.cudnn
+    with _lock:
+        _exact.append(_exact[0] if _exact else (cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        with _lock:
+            allowed, precision = _exact.pop()
+            if not _exact:
+                cudnn.allow_tf32 = allowed
+                torch.set_float32_matmul_precision(precision)

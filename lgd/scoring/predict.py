@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lgd.base.device import find_device
+from lgd.base.device import exact_float32, find_device
 from lgd.base.errors import DataError
 from lgd.config_files import find_in_run
 from lgd.config_sections import LEVEL_NAMES
@@ -74,7 +74,7 @@ class Scorer:
         of further teachers `pooled@NAME` and `query@NAME`, and `features` (B, C). The probabilities of a network that
         saw no label are NaN.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32():
             image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)
             out = self.model(image_B3HW)
         found = {name: one.float().cpu().numpy() for name, one in out.items() if name.partition("@")[0] in _READ}

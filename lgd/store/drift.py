@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from lgd.base.device import exact_float32
 from lgd.base.errors import DataError
 from lgd.models.teacher import Teacher
 
@@ -28,7 +29,7 @@ def fixed_images(size: int) -> np.ndarray:
 def make_fixed_vectors(teacher: Teacher, size: int) -> FixedVectors:
     """What a teacher makes of the fixed images, in float32, on the device where it is, to 7 digits."""
     device = next(teacher.parameters()).device
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_float32():
         images_B3HW = torch.from_numpy(fixed_images(size)).permute(0, 3, 1, 2).to(device)
         pooled_BD = teacher(images_B3HW)["pooled"].float().cpu().numpy()
     return tuple(tuple(float(f"{value:.7g}") for value in row) for row in pooled_BD.tolist())

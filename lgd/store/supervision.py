@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lgd.base.device import find_device
+from lgd.base.device import exact_float32, find_device
 from lgd.base.errors import DataError
 from lgd.models.teacher import load_teacher
 from lgd.shards.archive import Shard
@@ -75,7 +75,8 @@ class TargetSupervision:
 
     def rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
         """The rows of prepared samples, float32: the targets, where they are to be made."""
-        return {name: self.measure(name, samples) for name in self._targets if name in samples[0].images}
+        with exact_float32():
+            return {name: self.measure(name, samples) for name in self._targets if name in samples[0].images}
 
     def measure(self, name: str, samples: Sequence[Sample]) -> np.ndarray:
         """A target of prepared samples; of native images those of one size and scale together."""
@@ -120,7 +121,8 @@ class Supervision(TargetSupervision):
         ihc_BHW3 = np.stack([sample.images["ihc"] for sample in samples])
         # Activations of more images fall out of a processor's cache: 13 instead of 7 ms each, of 256 px (resnet10).
         size = _CPU_BATCH if self.device == "cpu" else len(ihc_BHW3)
-        runs = [self._latents(ihc_BHW3[start : start + size]) for start in range(0, len(ihc_BHW3), size)]
+        with exact_float32():
+            runs = [self._latents(ihc_BHW3[start : start + size]) for start in range(0, len(ihc_BHW3), size)]
         rows = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
         return rows | super().rows(samples)
 
@@ -129,9 +131,7 @@ class Supervision(TargetSupervision):
         recipe, pooled, maps = self.recipe.teacher, [], []
         ihc_B3HW = torch.from_numpy(ihc_BHW3).to(self.device).permute(0, 3, 1, 2)
         half = torch.autocast(self.device, torch.bfloat16, enabled=recipe.precision == "bf16")
-        # TF32, cuDNN's default, moves a latent by 2e-3 of its length (H200), and by another bit in another batch.
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.inference_mode(), half, exact:
+        with torch.inference_mode(), half:
             for view in range(recipe.views):
                 out = self.teacher(d4(ihc_B3HW, torch.full((len(ihc_B3HW),), view)) if view else ihc_B3HW)
                 pooled.append(out["pooled"])
@@ -174,6 +174,24 @@ def measure_difference(a: np.ndarray, b: np.ndarray) -> Rounding:
     return Rounding(absolute=float(np.abs(a_nd - b_nd).max()), relative=float(relative_n.max()))
 
 
+def compare_cells(name: str, a: np.ndarray, b: np.ndarray) -> Rounding:
+    """`measure_difference` of each cell of a grid or map, or of each vector, by the length of that of b.
+
+    A cell that is shorter than the mean of its row is measured by that: sums have a rounding of their own. By the row
+    one wrong cell of many would be lost among the others.
+    """
+    axis: tuple[int, ...] = {"map": (2,), "nuclei": ()}.get(name, (-1,))
+
+    def measure(array: np.ndarray) -> np.ndarray:
+        length: np.ndarray = np.sqrt(np.square(array).sum(axis=axis, keepdims=True))
+        return length
+
+    difference, length = np.asarray(a, np.float64) - b, measure(np.asarray(b, np.float64))
+    scale = np.maximum(length, length.mean(axis=tuple(range(1, b.ndim)), keepdims=True))
+    relative = measure(difference) / np.where(scale > 0, scale, 1)
+    return Rounding(absolute=float(np.abs(difference).max()), relative=float(relative.max()))
+
+
 def reencode(
     store: Store, count: int, teacher: str = "", seed: int = 0, code: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
@@ -194,7 +212,7 @@ def reencode(
             samples = list(pool.map(functools.partial(supervision.prepare, reader), numbers))
             for name, full in supervision.rows(samples).items():
                 there = np.stack([store.parts[sample.shard].array(name)[sample.row] for sample in samples])
-                found[name] = measure_difference(there, full).largest(found.get(name))
+                found[name] = compare_cells(name, there, full).largest(found.get(name))
     reader.close()
     # Other neighbours in a batch, other threads and another device change sums in their last digits.
     arithmetic = 0.05 if store.recipe.teacher.precision == "bf16" else 1e-3
@@ -203,11 +221,11 @@ def reencode(
     notes = [f"re-encoded {len(numbers_n)} rows of {store.teacher}, largest difference to what is stored:"]
     for name, one in found.items():
         allowed = arithmetic + 2 * rounding[name].relative
-        notes.append(f"  {name}: {one.absolute:.2g}, {one.relative:.2g} of the row's length (at most {allowed:.2g})")
+        notes.append(f"  {name}: {one.absolute:.2g}, {one.relative:.2g} of its length (at most {allowed:.2g})")
         if one.relative > allowed:
             problems.append(
-                f"{store.folder}: {name} differs from what its teacher and targets give by {one.relative:.2g} of a "
-                f"row's length, more than {allowed:.2g}: its shards or its teacher are others than it states"
+                f"{store.folder}: {name} differs from what its teacher and targets give by {one.relative:.2g} of "
+                f"its length, more than {allowed:.2g}: its shards or its teacher are others than it states"
             )
     return problems, notes
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import lgd
+from lgd.base.device import exact_float32
 from lgd.base.errors import DataError
 from lgd.io.digests import digest_of
 from lgd.metrics import Floats, Ints, score
@@ -46,7 +47,10 @@ def forward_split(
     with torch.no_grad():
         for samples in stream(reader, numbers, threads=config.data.threads, skip=skip):
             one = collate(samples, np.zeros(len(samples.rows), np.int64), store, 0, turn=False)
-            yield one, engine.forward(one.to(world.device).images[role])
+            # What comes of it is stored, or decides what is.
+            with exact_float32():
+                out = engine.forward(one.to(world.device).images[role])
+            yield one, out
             rounds -= 1
         # Under ZeRO-3 a forward pass is a collective: a rank with fewer batches joins in with an empty one.
         for _ in range(rounds):

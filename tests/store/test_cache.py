@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import re
 import shutil
@@ -14,21 +15,27 @@ from lgd.base.errors import DataError
 from lgd.cli import main
 from lgd.models.description import TeacherConfig
 from lgd.models.export import save_model
+from lgd.models.student import HallucinatingStudent
 from lgd.models.teacher import Teacher, load_teacher
+from lgd.scoring.predict import load_scorer, score_shards
 from lgd.shards.builder import build
 from lgd.shards.image import decode, encode
 from lgd.shards.options import ShardOptions
-from lgd.shards.shard_set import ShardFolder
+from lgd.shards.shard_set import ShardFolder, ShardSet
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.cache import cache_latents, is_complete
 from lgd.store.commit import commit
 from lgd.store.document import TEACHER, Rounding
+from lgd.store.drift import make_fixed_vectors
 from lgd.store.recipes import recipe_of
 from lgd.store.store import Store
-from lgd.store.supervision import Supervision
+from lgd.store.supervision import Supervision, compare_cells
 from lgd.store.writer import shard_writer
-from lgd.stream.plan import d4
+from lgd.stream.plan import World, d4
 from lgd.stream.reader import Reader
+from lgd.train.finished import validate
+from lgd.train.prepare import Prepared
+from lgd.train.tasks import StudentTask
 
 
 def shards_of(config):
@@ -296,7 +303,7 @@ def test_rows_that_the_teacher_does_not_give_any_more_are_found(copy, tmp_path, 
     store = Store(copy.latents.dir)
     assert main(["verify", str(store.folder), "--reencode", "48"]) == 0
     out = capsys.readouterr().out
-    assert "re-encoded 48 rows" in out and re.search(r"pooled: \S+, \S+ of the row's length", out)
+    assert "re-encoded 48 rows" in out and re.search(r"pooled: \S+, \S+ of its length", out)
     shard = next(s for s in shards_of(copy) if s.sha256 == store.parts[1].tar_sha256)
     arrays = {name: np.array(store.parts[1].array(name)) for name in store.parts[1].layout}
     arrays["pooled"][2] += 1
@@ -319,17 +326,56 @@ def test_reencoding_asks_for_the_teacher_and_the_shards_of_the_store(copy, tmp_p
     assert "holds another teacher than the one that made the store" in capsys.readouterr().err
 
 
-def test_no_tf32_goes_into_stored_latents(tissue_run, monkeypatch):
-    """What a GPU would do: cuDNN's default is TF32, and it is that again afterwards."""
-    forward, seen = Teacher.forward, []
+def test_no_tf32_goes_into_what_is_stored_scored_or_compared(tissue_run, monkeypatch):
+    """What a GPU would do: cuDNN's default is TF32, and it is that again afterwards; the same of products."""
+    seen = []
 
-    def looking(self, images):
-        seen.append(torch.backends.cudnn.allow_tf32)
-        return forward(self, images)
+    def look(real):
+        def looking(*args):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+            return real(*args)
 
-    monkeypatch.setattr(Teacher, "forward", looking)
+        return looking
+
+    for network in (Teacher, HallucinatingStudent):
+        monkeypatch.setattr(network, "forward", look(network.forward))
     supervision = Supervision(tissue_run.teacher.dir, recipe_of(tissue_run))
-    reader = supervision.reader(shards_of(tissue_run)[:1])
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-        supervision.rows([supervision.prepare(reader, 0)])
-        assert seen == [False] and torch.backends.cudnn.allow_tf32
+    sample = supervision.prepare(supervision.reader(shards_of(tissue_run)[:1]), 0)
+    # As on a GPU, where targets are measured with the latents.
+    monkeypatch.setattr(supervision, "measure", look(supervision.measure))
+    scorer, shards = load_scorer(tissue_run.student.dir), ShardSet.open(tissue_run.shard_dirs)
+    split = shards.of_split("val")
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            supervision.rows([sample])
+            make_fixed_vectors(supervision.teacher, 64)
+            score_shards(scorer, split, threads=1)
+            made = len(seen)
+            with contextlib.closing(Prepared(shards, StudentTask(tissue_run), World())) as run:
+                validate(run.learner, split)
+            assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert 5 <= made < len(seen) and {*seen} == {(False, "highest")}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "cell"),
+    [
+        ("pooled", (3, 8, 128), (1, 5)),
+        ("map", (3, 1, 128, 4, 4), (1, 0, slice(None), 2, 3)),
+        ("nuclei", (3, 8, 8), (1, 4, 7)),
+        ("membrane", (3, 4, 4, 3), (1, 2, 0)),
+    ],
+)
+def test_one_wrong_cell_is_as_wrong_as_all(name, shape, cell):
+    full = np.random.default_rng(0).uniform(1, 2, shape)
+    wrong = full.copy()
+    wrong[cell] *= 1.01
+    assert compare_cells(name, 1.01 * full, full).relative == pytest.approx(0.01)
+    assert compare_cells(name, wrong, full).relative == pytest.approx(0.01, rel=0.5)
+    # What is nearly nothing is measured by its row, whose sums round it.
+    full[cell] = 1e-9
+    assert compare_cells(name, full + 1e-9, full).relative < 1e-7
+    assert compare_cells(name, 0 * full, 0 * full).relative == 0
