@@ -12,10 +12,10 @@ from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Store
-from lgd.train.launch import join_world
 from lgd.train.loop import take_step
 from lgd.train.prepare import Prepared
 from lgd.train.tasks import StudentTask
+from lgd.train.world import join_world
 
 ROOT = Path(lgd.__file__).parent
 

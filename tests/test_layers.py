@@ -26,7 +26,7 @@ models.loading
 store.document store.drift store.writer store.parts store.targets store.store store.commit store.probe
 store.recipes store.supervision store.cache
 store.export store.features store.feature_layouts store.joining store.importing
-train.targets train.batch train.tasks train.engine train.deepspeed_engine train.checkpoint train.log
+train.targets train.batch train.tasks train.engine train.deepspeed_engine train.world train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
 scoring.images scoring.predict scoring.slide_rows
 retrieval.index_files retrieval.search retrieval.factory retrieval.bias retrieval.index

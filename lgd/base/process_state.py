@@ -1,6 +1,6 @@
 """What belongs to the whole process, set for a while and then as it was: environment variables and signal handlers.
 
-The process group is `lgd.train.launch`'s, logging and filters of warnings are `lgd.base.logs`'s.
+The process group is `lgd.train.world`'s, logging and filters of warnings are `lgd.base.logs`'s.
 """
 
 import contextlib

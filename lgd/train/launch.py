@@ -2,21 +2,16 @@
 
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import threading
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from pydantic import JsonValue
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
-from lgd.base.device import find_device
 from lgd.base.errors import DataError
-from lgd.base.process_state import default_environment, stop_signals
+from lgd.base.process_state import stop_signals
 from lgd.config import Config
 from lgd.config_sections import LEVEL_NAMES
 from lgd.io.digests import digest_of, format_diff, may_have_sha256
@@ -30,21 +25,18 @@ from lgd.ray_jobs.training import launch
 from lgd.shards.manifest import UNKNOWN
 from lgd.shards.repeats import open_disjoint
 from lgd.shards.shard_set import ShardSet
-from lgd.stream.plan import World
 from lgd.train import checkpoint
-from lgd.train.deepspeed_engine import deepspeed_problem, leave_world
+from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.finished import centre_latents, export, fit_query_map
 from lgd.train.loop import fit
 from lgd.train.prepare import Prepared, refuse_engine
 from lgd.train.tasks import TASKS, Task, inputs_of
+from lgd.train.world import join_world, take_from_rank_0
 
 logger = logging.getLogger(__name__)
 
 _OWN = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl", LOCK}
 """What training writes to its folder."""
-
-_GROUPS = itertools.count()
-"""Numbers the process groups of this process; ranks make as many."""
 
 
 def check_levels(task: Task, shards: ShardSet) -> None:
@@ -100,17 +92,9 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
         check_levels(built, shards)
         check_scales(shards)
     inputs = inputs_of(built, shards)
-    # Under torchrun one process stands for all.
-    first = os.environ.get("RANK", "0") == "0"
     anew = resume == "never" or (resume != "auto" and overwrite)
-    if not anew and is_finished(built, inputs):
-        return False
-    if first:
-        # A student's that cannot be had would be noticed after the teacher's hours.
-        sections: tuple[Section, ...] = ("teacher", "student") if task == "teacher" else ("student",)
-        report_encoders(config, sections, describe_training(shards).shapes)
-    # Here, and not in the workers, which Ray may restart.
-    with exclusive(built.folder, "training") if first else contextlib.nullcontext():
+
+    def decide() -> bool:
         # Another process may have done it meanwhile.
         if not anew and is_finished(built, inputs):
             return False
@@ -119,10 +103,22 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
         if config.train.workers == 0 and built.trains:
             # Before anything is removed; other workers may be on other machines, and choose for themselves.
             refuse_engine(config.train.engine, deepspeed_problem())
-        # Once, here: a worker that Ray restarts must go on from its own checkpoints. Under torchrun one process does
-        # it, before the others can be past the meeting with it.
-        if first:
-            choose_checkpoints(built, inputs, bool(overwrite))
+        choose_checkpoints(built, inputs, bool(overwrite))
+        return True
+
+    # Under torchrun one process stands for all: on other nodes the folder may look older.
+    first = os.environ.get("RANK", "0") == "0"
+    take = take_from_rank_0 if config.train.workers == 0 else (lambda decide: decide())
+    if first and not anew and is_finished(built, inputs):
+        return take(lambda: False)
+    if first:
+        # A student's that cannot be had would be noticed after the teacher's hours.
+        sections: tuple[Section, ...] = ("teacher", "student") if task == "teacher" else ("student",)
+        report_encoders(config, sections, describe_training(shards).shapes)
+    # Once, here, and not in the workers, which Ray may restart: those must go on from their own checkpoints.
+    with exclusive(built.folder, "training") if first else contextlib.nullcontext():
+        if not take(decide):
+            return False
         launch(
             functools.partial(worker, config, shards, task),
             workers=config.train.workers,
@@ -212,40 +208,6 @@ def worker(config: Config, shards: ShardSet, task: str, stop: str | None) -> Non
             else:
                 fit_query_map(run.learner, shards.of_split("train"))
             export(run, best.step if config.train.patience else run.learner.steps)
-
-
-@contextlib.contextmanager
-def join_world() -> Iterator[World]:
-    """This process among the others, those of Ray Train, of torchrun, or none; what it joins is left at the end."""
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = find_device(number) == "cuda"
-    device = f"cuda:{number}" if cuda else "cpu"
-    with torch.cuda.device(device) if cuda else contextlib.nullcontext(), _join_group("nccl" if cuda else "gloo"):
-        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
-
-
-@contextlib.contextmanager
-def _join_group(backend: str) -> Iterator[None]:
-    """The process group that Ray Train or the caller made, else torchrun's, else one of this process alone."""
-    if dist.is_initialized():
-        yield
-    elif "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
-        store, rank, size = next(rendezvous("env://"))
-        # torchrun's store still has the addresses of the groups before.
-        store = PrefixStore(f"lgd-{next(_GROUPS)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        del store
-        yield
-        # Not after an error: the other ranks may be waiting for this one, and it for them.
-        leave_world()
-    else:
-        # DeepSpeed wants a group even alone.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        try:
-            with default_environment({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}):
-                yield
-        finally:
-            leave_world()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lgd.stream.plan import World
 from lgd.train import checkpoint
 from lgd.train.checkpoint import Best, Checkpoint, Progress, adopt, complete, load, name_step, problems, save
 from lgd.train.engine import MOMENTS
+from lgd.train.world import take_from_rank_0
 
 RUN = {"seed": 0, "train": {"lr": 0.1, "batch": 8}}
 
@@ -206,10 +208,13 @@ def go_further(folder):
 SPOILED = [hide_newest, lose_newest, flip_a_bit, replace_weights, go_further]
 
 
-def find_as_rank(rank, folder):
-    """Process: what `find` gives in rank 1, whose own copy of the checkpoints is spoiled, and in rank 0."""
+def find_as_rank(rank, folder, port):
+    """Process: what rank 0 decides, and what `find` gives in it and in rank 1, whose own copy is spoiled."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # It gives other answers on rank 1, where the folder looks older.
+    results = {"decided": [take_from_rank_0(lambda answer=answer: (rank == 0) == answer) for answer in (True, False)]}
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    results = {}
+    results["decided"].append(take_from_rank_0(lambda: rank == 0))
     for spoil in SPOILED:
         own = folder / spoil.__name__ / str(rank)
         for step in (1, 2):
@@ -225,9 +230,13 @@ def find_as_rank(rank, folder):
     dist.destroy_process_group()
 
 
-def test_ranks_that_see_other_checkpoints_load_that_of_rank_0_or_say_so(tmp_path):
-    spawn(find_as_rank, (tmp_path,), nprocs=2)
+def test_ranks_that_see_another_folder_do_as_rank_0_or_say_so(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(find_as_rank, (tmp_path, port), nprocs=2)
     results, others = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert results["decided"] == others["decided"] == [True, False, True]
     assert results["hide_newest"] == others["hide_newest"] == 2
     assert results["go_further"] == others["go_further"] == 2
     for spoil, told in {

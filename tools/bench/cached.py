@@ -29,8 +29,8 @@ from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.stream.plan import World
 from lgd.stream.reader import Encoded, Reader, Sample
 from lgd.train.batch import Batch, Step
-from lgd.train.launch import join_world
 from lgd.train.tasks import StudentTask, Task
+from lgd.train.world import join_world
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate
 from tools.bench.training import (

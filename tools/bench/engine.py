@@ -22,9 +22,9 @@ from lgd.config import Config
 from lgd.stream.plan import World
 from lgd.train.batch import Batch, Step
 from lgd.train.deepspeed_engine import deepspeed_problem
-from lgd.train.launch import join_world
 from lgd.train.loop import learning_rate
 from lgd.train.tasks import StudentTask
+from lgd.train.world import join_world
 from tools.bench.inputs import Inputs
 from tools.bench.measure import Outcome, Rate, Ratio, Settings, compare, taking_turns
 from tools.bench.training import (
