@@ -12,7 +12,7 @@ base.errors base.extensions base.text base.logs base.process_state base.threads 
 base.environment base.device base.arguments
 io.location io.digests io.files io.folders io.tables io.locks io.download_cache io.remote io.documents
 config_sections config config_files metrics
-ray_jobs.cluster ray_jobs.training
+ray_jobs.cluster ray_jobs.mapping ray_jobs.training
 stain.deconvolve stain.targets stain.checks
 tissue.drawing tissue.sections tissue.synth
 shards.manifest shards.image shards.image_files shards.candidate shards.layouts shards.pairs shards.options
@@ -39,7 +39,7 @@ cli.contents cli.verb cli.stages cli.answers cli.checks
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {
-    "ray": {"ray_jobs.cluster", "ray_jobs.training"},
+    "ray": {"ray_jobs.cluster", "ray_jobs.mapping", "ray_jobs.training"},
     "faiss": {"retrieval.search"},
     "deepspeed": {"train.deepspeed_engine"},
     "h5py": {"store.parts", "store.writer", "store.export", "store.features", "store.feature_layouts"},

@@ -25,7 +25,7 @@ from lgd.base.errors import DataError
 from lgd.base.logs import progress, show_logs
 from lgd.cli import main
 from lgd.io.files import read_json
-from lgd.ray_jobs import cluster, training
+from lgd.ray_jobs import cluster, mapping, training
 from lgd.store.store import Store
 from lgd.train.deepspeed_engine import deepspeed_problem
 
@@ -103,7 +103,7 @@ def run_saying(folder: Path) -> None:
 
     try:
         training.launch(say, workers=2, max_failures=0, storage=folder / "ray", name="teacher")
-        list(cluster.map_with(make, [1, 2], workers=1, option_name="--workers"))
+        list(mapping.map_with(make, [1, 2], workers=1, option_name="--workers"))
     finally:
         cluster.disconnect()
 
@@ -148,9 +148,9 @@ def test_messages_of_workers_go_on_when_their_queue_is_lost(capfd, monkeypatch):
             ray.kill(send.args[0].actor, no_restart=False)
             yield send
 
-    monkeypatch.setattr(cluster, "collect_logs", collect)
+    monkeypatch.setattr(mapping, "collect_logs", collect)
     with show_logs(logging.INFO):
-        assert len(list(cluster.map_with(make, [1, 2], workers=1, option_name="--workers"))) == 2
+        assert len(list(mapping.map_with(make, [1, 2], workers=1, option_name="--workers"))) == 2
     assert sorted(capfd.readouterr().err.splitlines()) == ["part 1", "part 2"]
 
 
@@ -162,7 +162,7 @@ def test_an_error_in_a_worker_is_told_as_if_it_had_happened_here():
         return fail
 
     with pytest.raises(DataError, match="a.tar is broken: fetch it again"):
-        list(cluster.map_with(make, ["a.tar"], workers=1, option_name="--workers"))
+        list(mapping.map_with(make, ["a.tar"], workers=1, option_name="--workers"))
 
 
 def test_bad_data_in_a_training_worker_is_told_once_and_not_tried_again(tmp_path):
@@ -195,10 +195,10 @@ def test_results_come_from_all_workers_and_each_makes_its_function_once():
         made.append(os.getpid())
         return lambda number: (number * number, os.getpid(), len(made))
 
-    results = list(cluster.map_with(make, list(range(12)), workers=2, option_name="--workers"))
+    results = list(mapping.map_with(make, list(range(12)), workers=2, option_name="--workers"))
     assert sorted(square for square, _, _ in results) == [number**2 for number in range(12)]
     assert all(pid != os.getpid() and times == 1 for _, pid, times in results)
-    here = list(cluster.map_with(make, [3], workers=0, option_name="--workers"))
+    here = list(mapping.map_with(make, [3], workers=0, option_name="--workers"))
     assert here == [(9, os.getpid(), 1)]
 
 
@@ -222,14 +222,14 @@ def meeting(folder, processes):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_worker_has_several_arguments_at_once_where_it_may(workers, tmp_path):
     make = meeting(tmp_path, max(1, workers))
-    results = list(cluster.map_with(make, list(range(8)), workers=workers, option_name="x", at_once=2))
+    results = list(mapping.map_with(make, list(range(8)), workers=workers, option_name="x", at_once=2))
     assert sorted(number for number, _ in results) == list(range(8))
     assert len({pid for _, pid in results}) == max(1, workers)
 
 
 def test_a_lost_worker_is_replaced_and_an_argument_that_kills_each_is_named(monkeypatch, tmp_path, caplog):
     """And not the others that its workers had in hand."""
-    monkeypatch.setattr(cluster, "_MOST_LOSSES", 3)
+    monkeypatch.setattr(mapping, "_MOST_LOSSES", 3)
 
     def make():
         def work(number: int) -> int:
@@ -249,7 +249,7 @@ def test_a_lost_worker_is_replaced_and_an_argument_that_kills_each_is_named(monk
         pytest.raises(DataError, match="^argument 2: 3 workers died while they worked on it: it crashes them"),
         caplog.at_level(logging.WARNING),
     ):
-        results.extend(cluster.map_with(make, list(range(4)), **fields))
+        results.extend(mapping.map_with(make, list(range(4)), **fields))
     assert "argument 1: the worker that had it died and is started again (1 of 3)" in caplog.messages
     assert 1 in results
 
@@ -272,7 +272,7 @@ def test_a_gpu_that_ray_reserves_and_nobody_can_use_is_told(tmp_path):
         with pytest.raises(DataError, match=message):
             training.launch(fail, workers=1, max_failures=3, storage=tmp_path / "ray", name="teacher")
         with pytest.raises(DataError, match=message):
-            list(cluster.map_with(make, [1], workers=1, option_name="x"))
+            list(mapping.map_with(make, [1], workers=1, option_name="x"))
     finally:
         ray.shutdown()
 
@@ -295,7 +295,7 @@ class Endless:
 def test_calls_that_are_not_wanted_any_more_are_stopped():
     began = time.monotonic()
     with pytest.raises(DataError, match="three"):
-        list(cluster.map_with(Endless, [1, 3, 5], workers=0, option_name="x", at_once=2))
+        list(mapping.map_with(Endless, [1, 3, 5], workers=0, option_name="x", at_once=2))
     assert time.monotonic() - began < 30
 
 
@@ -314,7 +314,7 @@ def test_results_ahead_come_in_order_and_never_more_than_asked(total, count, poo
 
 LOCAL = """
 import http.client, json, os
-from lgd.ray_jobs.cluster import map_with
+from lgd.ray_jobs.mapping import map_with
 from tests.support.sockets import list_listening
 
 def ask(ip, port):

@@ -28,7 +28,7 @@ from lgd.metrics import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.methods import METHODS, PROPOSED, find_method
 from lgd.models.teacher import Probe, Teacher, load_teacher
-from lgd.ray_jobs.cluster import map_with
+from lgd.ray_jobs.mapping import map_with
 from lgd.report.ablation_table import LGD_NET, UPPER_BOUNDS, AblationDocument, compare_rows, format_ablation
 from lgd.report.caveats import COLOUR, ONE_TRAINING, caveats_of, colour_only, probe_caveat
 from lgd.report.embeddings import explained_by_levels

@@ -18,7 +18,7 @@ from lgd.io.digests import xxh3
 from lgd.io.files import list_folder, publish, remove
 from lgd.io.location import Location
 from lgd.io.locks import exclusive
-from lgd.ray_jobs.cluster import map_with
+from lgd.ray_jobs.mapping import map_with
 from lgd.retrieval.bias import Bank, learn_bias
 from lgd.retrieval.factory import (
     UnitVectors,

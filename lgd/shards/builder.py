@@ -32,7 +32,8 @@ from lgd.io.files import exists, list_folder, peek_kind, try_writing, write_byte
 from lgd.io.folders import refuse_foreign
 from lgd.io.location import Location, as_location, as_output_location
 from lgd.io.locks import LOCK, exclusive
-from lgd.ray_jobs.cluster import map_with, restore_connection
+from lgd.ray_jobs.cluster import restore_connection
+from lgd.ray_jobs.mapping import map_with
 from lgd.shards.image import codecs
 from lgd.shards.layouts import Problem, write_problems
 from lgd.shards.manifest import (

@@ -26,7 +26,7 @@ from lgd.models.availability import check_packages
 from lgd.models.description import TeacherConfig
 from lgd.models.spec import EncoderSpec
 from lgd.models.teacher import load_teacher
-from lgd.ray_jobs.cluster import map_with
+from lgd.ray_jobs.mapping import map_with
 from lgd.shards.archive import Shard
 from lgd.store.commit import commit
 from lgd.store.document import PATCHES, Recipe, StoreDocument, TargetsRecipe, part_name, read_sidecar, refuse_recipe

@@ -109,7 +109,8 @@ def find_files(named: Sequence[Path]) -> list[Path]:
     for path in named:
         if path.is_dir():
             walked = walk_files(path)
-            inside = sorted(Path(one) for one, lies, hidden in walked if lies == "file" and not hidden)
+            shown = (one for one, lies, hidden in walked if lies == "file" and not hidden)
+            inside = sorted(one for one in shown if isinstance(one, Path))
             files = [one for one in inside if one.suffix.lower() in SUFFIXES]
             if not files:
                 pickled = next((one for one in inside if one.suffix.lower() in _PICKLED), None)

@@ -23,7 +23,8 @@ from test_train_faults import (
     worker_that_records,
 )
 
-from lgd.ray_jobs.cluster import connect, disconnect, map_with
+from lgd.ray_jobs.cluster import connect, disconnect
+from lgd.ray_jobs.mapping import map_with
 from lgd.train import launch
 from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under

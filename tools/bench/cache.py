@@ -27,7 +27,7 @@ from lgd.config_files import load_config
 from lgd.models.encoder import build_encoder
 from lgd.models.export import save_model
 from lgd.models.teacher import Teacher, load_teacher
-from lgd.ray_jobs.cluster import map_with
+from lgd.ray_jobs.mapping import map_with
 from lgd.shards.archive import Shard, read_sample
 from lgd.shards.builder import build
 from lgd.shards.image import decode
