@@ -48,7 +48,7 @@ def head_process():
     ray = str(Path(sys.executable).parent / "ray")
     env |= {"PATH": f"{Path(ray).parent}:{os.environ['PATH']}"}
     command = [str(ROOT / "cluster" / "head.sh"), "--block", f"--port={port}"]
-    command += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--num-cpus=2"]
+    command += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--num-cpus=4"]
     # The agent that takes the jobs has one port for the whole machine otherwise, and another Ray may hold it.
     command += ["--dashboard-agent-listen-port=0"]
     with Path(folder, "head.log").open("wb") as log:

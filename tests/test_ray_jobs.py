@@ -5,15 +5,19 @@ import ctypes
 import json
 import logging
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -336,6 +340,90 @@ def test_a_local_ray_listens_on_loopback_and_asks_for_its_token():
     answers = json.loads(done.stdout)
     assert len(answers) >= 6 and {ip for ip, _ in answers} <= {"127.0.0.1", "::ffff:127.0.0.1"}
     assert 401 in {status for _, status in answers}, "the dashboard, which takes jobs"
+
+
+UNUSED = """initialization_commands setup_commands head_setup_commands worker_setup_commands head_start_ray_commands
+worker_start_ray_commands cluster_synced_files rsync_exclude rsync_filter"""
+AUTOSCALED = {
+    "cluster_name": "lgd",
+    "max_workers": 2,
+    "idle_timeout_minutes": 5,
+    "provider": {"type": "fake_multinode", "disable_launch_config_check": True, "disable_node_updaters": True},
+    "head_node_type": "ray.head.default",
+    "available_node_types": {
+        "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+        "more": {"resources": {"CPU": 2, "object_store_memory": 10**8}, "node_config": {}, "max_workers": 2},
+    },
+    **{name: {} for name in ("auth", "docker", "file_mounts")},
+    **{name: [] for name in UNUSED.split()},
+    "file_mounts_sync_continuously": False,
+}
+WIDER = """
+import logging, os, sys
+from lgd.base.errors import DataError
+from lgd.ray_jobs import cluster
+from lgd.ray_jobs.mapping import map_with
+logging.basicConfig(format="%(message)s")
+cluster._PATIENCE = int(sys.argv[1])
+try:
+    print(sorted(map_with(lambda: abs, [-1, -2], workers=int(sys.argv[2]), option_name="--workers", threads=1)))
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def autoscaled():
+    """A head of one CPU whose autoscaler may add two nodes of two, as processes of this machine."""
+    with contextlib.ExitStack() as sockets:
+        ports = [sockets.enter_context(socket.socket()) for _ in range(3)]
+        for one in ports:
+            one.bind(("", 0))
+        port, dashboard, client = (one.getsockname()[1] for one in ports)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))
+        address = f"{probe.getsockname()[0]}:{port}"
+    # A socket's path must be short, so not pytest's own folder.
+    folder = Path(tempfile.mkdtemp(prefix="lgd-", dir="/tmp"))
+    described = AUTOSCALED | {"provider": AUTOSCALED["provider"] | {"gcs_address": address}}
+    (folder / "cluster.yaml").write_text(json.dumps(described))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "e" * 64, "RAY_ADDRESS": address}
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=1", f"--port={port}"]
+    command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
+    command += ["--dashboard-agent-listen-port=0", f"--autoscaling-config={folder / 'cluster.yaml'}"]
+    start = {name: value for name, value in env.items() if name != "RAY_ADDRESS"} | {"RAY_FAKE_CLUSTER": "1"}
+    with (folder / "head.log").open("wb") as log:
+        head = subprocess.Popen(command, env=start, stdout=log, stderr=log, start_new_session=True)
+    try:
+        ends = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                socket.create_connection((address.split(":")[0], port), timeout=1).close()
+                break
+            assert head.poll() is None and time.monotonic() < ends, (folder / "head.log").read_text()
+            time.sleep(0.2)
+        yield env
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(head.pid).children(recursive=True):
+                process.kill()
+        head.kill()
+        head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_an_autoscaling_cluster_may_be_asked_for_more_than_it_has(autoscaled):
+    def run(patience, workers):
+        command = [sys.executable, "-c", WIDER, str(patience), str(workers)]
+        return subprocess.run(command, cwd=ROOT, env=autoscaled, capture_output=True, text=True, timeout=200)
+
+    done = run(120, 2)
+    assert done.stdout == "[1, 2]\n", done.stdout + done.stderr
+    assert "seconds: the cluster has room for 0 of 2 workers" in done.stderr
+    lacking = run(2, 9)
+    assert "--workers is 9, but this Ray cluster has 5 CPUs and 0 GPUs: set it to 2 or less" in lacking.stdout
+    assert "(a worker takes 2 CPUs, one for each of data.threads 1 and one more)" in lacking.stdout
 
 
 def test_an_address_without_a_cluster_is_told(monkeypatch):

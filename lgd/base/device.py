@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from lgd.base.environment import count_cpus
 from lgd.base.errors import DataError
 
 _exact, _lock = list[tuple[bool, str]](), threading.Lock()
@@ -28,6 +29,8 @@ def find_device(number: int | None = 0) -> str:
     # Who installs PyTorch for CPUs beside a GPU of their own has chosen so.
     present = has_build and any(Path("/dev").glob("nvidia[0-9]*"))
     if not torch.cuda.is_available() and visible is None and not present:
+        # PyTorch takes all CPUs of the machine, of which a container may have a share.
+        torch.set_num_threads(min(torch.get_num_threads(), count_cpus()))
         return "cpu"
     count = torch.cuda.device_count()
     try:

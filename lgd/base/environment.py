@@ -1,4 +1,4 @@
-"""Where a stage ran: versions of packages, the commit of our own checkout, host and device."""
+"""Where a stage runs: versions of packages, the commit of our own checkout, host, device, CPUs and memory."""
 
 import contextlib
 import functools
@@ -10,6 +10,9 @@ from pathlib import Path
 
 import lgd
 from lgd.base.records import Line, Record
+
+# Of cgroups 2 and 1, as a container sees its own.
+_MEMORY_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class Environment(Record):
@@ -45,6 +48,22 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def count_cpus() -> int:
+    """The CPUs that this process may use: those that it is bound to, or a container's share where that is less."""
+    from joblib import cpu_count
+
+    return int(cpu_count())
+
+
+def measure_memory() -> int:
+    """The bytes of memory that this process may use: the machine's, or a container's limit where that is less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in _MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(limit.read_text()))
+    return total
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """The verbs that look: what a folder is, what is wrong with it, what this machine has."""
 
-import os
 import platform
 import shutil
 from argparse import Namespace
@@ -8,7 +7,7 @@ from typing import Literal
 
 from lgd.base.arguments import Parser, typed
 from lgd.base.device import find_device
-from lgd.base.environment import version_of
+from lgd.base.environment import count_cpus, measure_memory, version_of
 from lgd.base.errors import DataError
 from lgd.base.text import print_json, print_lines
 from lgd.cli.verb import Run, Verb, add_code_argument
@@ -78,11 +77,11 @@ _Finding = tuple[Literal["ok", "lacks", "broken"], str]
 
 def _examine(gpu: bool) -> dict[str, _Finding]:
     """Look at everything that the framework uses; `gpu` also runs a bf16 step and a FAISS search on the GPU."""
-    memory, disk = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), shutil.disk_usage(".").free
+    memory, disk = measure_memory(), shutil.disk_usage(".").free
     sizes = f"{memory / 2**30:.0f} GiB memory, {disk / 2**30:.0f} GiB free here"
     found: dict[str, _Finding] = {
         "python": ("ok", f"{platform.python_version()} on {platform.platform()}"),
-        "machine": ("ok", f"{os.cpu_count()} CPUs, {sizes}"),
+        "machine": ("ok", f"{count_cpus()} CPUs, {sizes}"),
     }
     for name in ("torch", "webdataset", "h5py", "simplejpeg", "transformers"):
         version = version_of(name)

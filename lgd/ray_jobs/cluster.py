@@ -9,8 +9,10 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 
+from lgd.base.environment import count_cpus
 from lgd.base.errors import DataError
 from lgd.base.logs import LOGGER, receive_logs, send_logs
 from lgd.base.process_state import default_environment, undo_changes
@@ -22,6 +24,9 @@ Send = Callable[[], contextlib.AbstractContextManager[None]]
 
 _connection = contextlib.ExitStack()
 """Leaves the cluster that `connect` joined, and undoes what that changed in this process."""
+
+_PATIENCE = 600
+"""Seconds in which an autoscaler may add nodes."""
 
 # Ray Train prints each line twice otherwise, and warns of a default that does not concern us. The colours of what
 # workers print would be escaped.
@@ -39,11 +44,14 @@ _ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _OWN = _ON_LOOPBACK | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def connect(workers: int, option_name: str, use_gpus: bool = True) -> float:
+def connect(workers: int, option_name: str, threads: int = 0, use_gpus: bool = True) -> int:
     """Join the cluster that RAY_ADDRESS names, or start a local one; return the CPUs for each worker.
 
-    Raises `DataError` when the cluster cannot give `workers` workers a GPU or a CPU each (with `use_gpus` False a
-    CPU each, whatever it has); `option_name` is the option that asked for them.
+    On a cluster of one's own the workers share all CPUs. On another one each reserves one, and one for each of its
+    `threads`; where these are lacking, nodes are requested and awaited for a while, which an autoscaler may add.
+
+    Raises `DataError` when the cluster cannot give `workers` workers a GPU or these CPUs each (with `use_gpus` False
+    the CPUs, whatever it has); `option_name` is the option that asked for them.
     """
     try:
         variables = _import_ray()
@@ -60,16 +68,46 @@ def connect(workers: int, option_name: str, use_gpus: bool = True) -> float:
             raise DataError(
                 f"{cluster} cannot be reached or started ({error}); set {option_name} to 0 to do without"
             ) from error
-    gpus, cpus = count_slots("GPU"), count_slots("CPU")
-    slots, kind = (gpus, "GPUs") if gpus and use_gpus else (cpus, "CPUs")
+    cpus = threads + 1 if os.environ.get("RAY_ADDRESS") else 1
+    slots = _count_workers(cpus, use_gpus)
+    if workers > slots and os.environ.get("RAY_ADDRESS"):
+        slots = _wait_for_nodes(workers, cpus, use_gpus)
     if workers > slots:
+        takes = f"a GPU and {cpus}" if use_gpus and count_slots("GPU") else str(cpus)
+        reads = f", one for each of data.threads {threads} and one more" if cpus > 1 else ""
         raise DataError(
-            f"{option_name} is {workers}, but this Ray cluster has {cpus} CPUs and {gpus} GPUs: set it to {slots} or "
-            f"less, or add nodes (one worker takes one of its {kind})"
+            f"{option_name} is {workers}, but this Ray cluster has {count_slots('CPU')} CPUs and {count_slots('GPU')} "
+            f"GPUs: set it to {slots} or less, or add nodes (a worker takes {takes} CPUs{reads})"
         )
-    logger.debug("Ray has %d CPUs and %d GPUs for %d workers", cpus, gpus, workers)
-    # On a cluster of one's own the workers share all CPUs; on a shared one each takes a single slot.
-    return 1 if os.environ.get("RAY_ADDRESS") else max(1, cpus // max(workers, 1))
+    return cpus if os.environ.get("RAY_ADDRESS") else max(1, count_slots("CPU") // max(workers, 1))
+
+
+def _count_workers(cpus: int, use_gpus: bool) -> int:
+    """How many workers of so many CPUs, and of a GPU where there are any, the cluster has room for."""
+    gpus, rooms = count_slots("GPU"), count_slots("CPU") // cpus
+    return min(gpus, rooms) if gpus and use_gpus else rooms
+
+
+def _wait_for_nodes(workers: int, cpus: int, use_gpus: bool) -> int:
+    """Ask an autoscaler, if there is one, for room for the workers; return how many there is room for in the end."""
+    from ray.autoscaler.sdk import request_resources
+
+    bundle = {"CPU": cpus} | ({"GPU": 1} if use_gpus and count_slots("GPU") else {})
+    logger.warning(
+        "waiting for nodes, up to %d seconds: the cluster has room for %d of %d workers",
+        _PATIENCE,
+        _count_workers(cpus, use_gpus),
+        workers,
+    )
+    request_resources(bundles=[bundle] * workers)
+    ends = time.monotonic() + _PATIENCE
+    try:
+        while (slots := _count_workers(cpus, use_gpus)) < workers and time.monotonic() < ends:
+            time.sleep(1)
+    finally:
+        # From here on the workers themselves keep their nodes.
+        request_resources(bundles=[])
+    return slots
 
 
 @functools.cache
@@ -100,6 +138,8 @@ def _start_ray(address: str | None, variables: dict[str, str]) -> None:
             os.environ.setdefault(name, value)
         ray.init(
             address=address or "local",
+            # Ray looks at a container's limit, but not at the CPUs that this process is bound to.
+            num_cpus=None if address else count_cpus(),
             # Ray Train asks the dashboard's process whether its controller lives, and complains without one.
             include_dashboard=None if address else True,
             log_to_driver=debug,

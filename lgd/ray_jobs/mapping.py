@@ -19,12 +19,13 @@ _MOST_LOSSES = 25
 """Workers that may die while they have one argument: a node that is taken away now and then is no fault of it."""
 
 
-def map_with(
+def map_with(  # noqa: PLR0913 - what workers are, and what they do
     make: Callable[[], Callable[[Argument], Result]],
     arguments: Sequence[Argument],
     *,
     workers: int,
     option_name: str,
+    threads: int = 0,
     use_gpus: bool = True,
     at_once: int = 1,
     name: Callable[[Argument], str] = str,
@@ -32,8 +33,9 @@ def map_with(
     """Apply a function to each argument and yield the results as they come, in any order.
 
     `make` builds the function once in each worker: what is costly to load is loaded there. A worker has one of the
-    cluster's GPUs, where there are any and `use_gpus` is left True. Each worker calls the function in `at_once`
-    threads; a function with a method `stop` is stopped by it when its results are not wanted any more.
+    cluster's GPUs, where there are any and `use_gpus` is left True, and CPUs for so many `threads` beside its own. Each
+    worker calls the function in `at_once` threads; a function with a method `stop` is stopped by it when its results
+    are not wanted any more.
 
     A worker that dies is started again, and its arguments are given to the next one that is free: the function may be
     called twice with one argument. Raises `DataError` for an argument that its worker always dies of, by `name`.
@@ -41,7 +43,7 @@ def map_with(
     if workers == 0 or not arguments:
         yield from _map_here(make(), arguments, at_once)
         return
-    cpus = connect(workers, option_name, use_gpus)
+    cpus = connect(workers, option_name, threads, use_gpus)
     import ray
 
     class Mapper:

@@ -19,18 +19,25 @@ logger = logging.getLogger(__name__)
 
 
 def launch(
-    function: Callable[[str | None], None], *, workers: int, max_failures: int, storage: Location, name: str
+    function: Callable[[str | None], None],
+    *,
+    workers: int,
+    max_failures: int,
+    storage: Location,
+    name: str,
+    threads: int = 0,
 ) -> None:
     """Run `function(stop)` once in each training worker, with a process group between them.
 
     0 workers: in this process, with `stop` None. Otherwise under Ray Train, which restarts the workers up to
     `max_failures` times when one is lost; `function` must then go on from its own checkpoints. SIGTERM and Ctrl-C make
-    the file `stop`, at whose appearance the workers should save what they have and end.
+    the file `stop`, at whose appearance the workers should save what they have and end. Each worker reads in so many
+    `threads` beside its own.
     """
     if workers == 0:
         function(None)
         return
-    cpus = connect(workers, "train.workers")
+    cpus = connect(workers, "train.workers", threads)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer

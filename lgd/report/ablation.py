@@ -132,6 +132,7 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
         jobs,
         workers=options.jobs,
         option_name="--jobs",
+        threads=config.data.threads,
         name=lambda job: f"{job.name}, seed {job.number}",
     )
     for job, trained in answered:

@@ -4,7 +4,6 @@ Run by `lgd build-index`; it leaves DIR/index/TEACHER/ as `lgd.retrieval.search`
 """
 
 import functools
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lgd.base.environment import measure_memory
 from lgd.base.errors import DataError
 from lgd.io.digests import xxh3
 from lgd.io.files import list_folder, publish, remove
@@ -124,8 +124,7 @@ def _publish_index(
         latents = UnitVectors(gallery, whitening, bias_m)
     why = "as asked for"
     if factory == "auto":
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        factory, why = choose_factory(latents.rows, latents.width, memory)
+        factory, why = choose_factory(latents.rows, latents.width, measure_memory())
     began = time.monotonic()
     if factory == "Flat":
         index, order_n, sampled = import_faiss().IndexFlatIP(latents.width), np.arange(latents.rows), 0

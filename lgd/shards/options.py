@@ -9,7 +9,6 @@ import collections
 import hashlib
 import itertools
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lgd.base.arguments import check_bounds
+from lgd.base.environment import count_cpus
 from lgd.base.errors import ConfigError, DataError, require
 from lgd.config_sections import LEVEL_NAMES, NotNegative, Positive
 from lgd.io.digests import digest_of
@@ -143,7 +143,7 @@ class ShardOptions:
     @property
     def threads(self) -> int:
         """Threads of each process; a worker of Ray has about one CPU, and reads while it encodes."""
-        local = 2 if self.workers else os.cpu_count() or 1
+        local = 2 if self.workers else count_cpus()
         return max(local, _REMOTE_THREADS) if waits_for_network(self.root) else local
 
 

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from lgd.base.environment import count_cpus
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.logs import progress
 from lgd.io.digests import matches
@@ -55,7 +56,7 @@ def verify(folder: str | Location) -> list[str]:
     counts: collections.Counter[tuple[str, object]] = collections.Counter()
     seen, unnamed, last = [np.empty(0, SEEN)], False, dict.fromkeys(manifest.splits, "")
     start, total = 0, sum(shard.samples for shard in shards)
-    with ThreadPool(os.cpu_count()) as pool, progress(total, "verify", "samples") as bar:
+    with ThreadPool(count_cpus()) as pool, progress(total, "verify", "samples") as bar:
         for shard in shards:
             found, facts = _verify_shard(shard, pool, bar.update)
             problems += [*found, *_unsorted(shard, facts, last)]

@@ -183,6 +183,7 @@ def _fill(config: Config, recipe: Recipe | TargetsRecipe, missing: Sequence[Shar
             missing,
             workers=workers,
             option_name="train.workers",
+            threads=config.data.threads,
             at_once=SHARDS_AT_ONCE,
             name=lambda shard: str(shard.path),
         )

@@ -110,7 +110,7 @@ def find_files(named: Sequence[Path]) -> list[Path]:
         if path.is_dir():
             walked = walk_files(path)
             shown = (one for one, lies, hidden in walked if lies == "file" and not hidden)
-            inside = sorted(one for one in shown if isinstance(one, Path))
+            inside = sorted(Path(str(one)) for one in shown)
             files = [one for one in inside if one.suffix.lower() in SUFFIXES]
             if not files:
                 pickled = next((one for one in inside if one.suffix.lower() in _PICKLED), None)

@@ -6,7 +6,6 @@ native resolution, before any shrinking: a 1+ membrane is 1.4 px wide at 0.46 um
 
 import functools
 import math
-import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from lgd.base.device import exact_float32, find_device
+from lgd.base.environment import count_cpus
 from lgd.base.errors import DataError
 from lgd.models.teacher import load_teacher
 from lgd.shards.archive import Shard
@@ -207,7 +207,7 @@ def reencode(
     reader = supervision.reader(shards)
     numbers_n = np.sort(np.random.default_rng(seed).choice(reader.total, min(count, reader.total), replace=False))
     found: dict[str, Rounding] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cpus()) as pool:
         for numbers in in_batches(numbers_n.tolist(), 16):
             samples = list(pool.map(functools.partial(supervision.prepare, reader), numbers))
             for name, full in supervision.rows(samples).items():

@@ -25,6 +25,7 @@ import simplejpeg
 from pydantic import Field, JsonValue
 
 from lgd.base.arguments import check_bounds
+from lgd.base.environment import count_cpus
 from lgd.base.errors import DataError, require
 from lgd.base.logs import progress
 from lgd.base.records import Count, Line, Record
@@ -226,7 +227,7 @@ def _plan(options: SynthOptions) -> list[_Pair]:
 
 def _draw_all(pairs: list[_Pair], options: SynthOptions) -> Iterator[_Drawn]:
     """Draw every pair, in their order."""
-    draw, workers = functools.partial(_draw, options), options.workers or os.cpu_count() or 1
+    draw, workers = functools.partial(_draw, options), options.workers or count_cpus()
     with progress(len(pairs), "virtual tissue", "pairs") as bar, contextlib.ExitStack() as stack:
         all_drawn: Iterator[_Drawn] = map(draw, pairs)
         if workers > 1:

@@ -122,6 +122,7 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
         launch(
             functools.partial(worker, config, shards, task),
             workers=config.train.workers,
+            threads=config.data.threads,
             max_failures=config.train.max_failures,
             storage=as_location(config.run.dir) / "ray",
             # Folders of one name may be trained in at a time, as those of a seed.

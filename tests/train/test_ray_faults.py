@@ -48,7 +48,7 @@ def nodes(monkeypatch):
 
     # A socket's path must be short, so not pytest's own folder.
     folder = tempfile.mkdtemp(prefix="lgd-", dir="/tmp")
-    second = {"num_cpus": 1, "temp_dir": folder}
+    second = {"num_cpus": 2, "temp_dir": folder}
     ports = {name: free_port() for name in ("gcs_server_port", "dashboard_port", "dashboard_agent_listen_port")}
     # Named before any of its processes starts: they would ask another Ray of this machine else.
     monkeypatch.setenv("RAY_ADDRESS", f"{ray.util.get_node_ip_address()}:{ports['gcs_server_port']}")
