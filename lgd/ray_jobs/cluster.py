@@ -146,6 +146,10 @@ def _start_ray(address: str | None, variables: dict[str, str]) -> None:
             logging_level=logging.INFO if debug else logging.ERROR,
         )
     _connection.push(undo)
+    # What Ray's processes report of each lost worker goes to standard output otherwise, which is for results, also
+    # without `log_to_driver`, and by `shutdown` too.
+    ray._private.worker._worker_logs_enabled = debug
+    _connection.callback(setattr, ray._private.worker, "_worker_logs_enabled", True)
     _connection.callback(ray.shutdown)
     # At the end of the process it would write a code for colours, though Ray writes none, to what `lgd.base.text`
     # escapes.
