@@ -35,14 +35,17 @@ class Learner:
     skipped: Skipped
 
 
-def choose_engine(asked: str, world: World) -> str:
-    """The engine's name for `train.engine`; `auto` is DeepSpeed where it can run on every rank, each of which asks."""
+def choose_engine(asked: str, world: World, extra: Mapping[str, object]) -> str:
+    """The engine's name for `train.engine`; `auto` is DeepSpeed where it can run on every rank, each of which asks.
+
+    `extra` is the configuration's `deepspeed:` section, which `make_engine` refuses for another engine.
+    """
     if asked == "torch":
         return "torch"
     problems = gather([deepspeed_problem()], world)
     problem = next((f"{one} (of rank {rank})" if rank else one for rank, one in enumerate(problems) if one), None)
     refuse_engine(asked, problem)
-    if problem and world.rank == 0:
+    if problem and world.rank == 0 and not extra:
         logger.warning("%s: training uses the torch engine", problem)
     return "torch" if problem else "deepspeed"
 
@@ -86,7 +89,7 @@ class Prepared:
                 remedy = "Name shards, latents and teacher where all nodes find the same"
                 difference = format_diff(first, inputs, "on rank 0", f"on rank {rank}")
                 raise DataError(f"rank {rank} trains on other inputs than rank 0:", *difference, remedy)
-        engine = choose_engine(settings.engine, world) if task.trains else StillEngine.name
+        engine = choose_engine(settings.engine, world, config.deepspeed) if task.trains else StillEngine.name
         self.reader = Reader(shards.of_split("train"), (task.role,), config.data.size)
         plan = Plan(self.reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
         self.learner = Learner(

@@ -271,13 +271,13 @@ def test_gradients_travel_in_float32_unless_asked(ranks):
 
 def test_the_engine_is_chosen_by_what_the_machine_has(monkeypatch):
     alone = World()
-    assert choose_engine("torch", alone) == "torch"
+    assert choose_engine("torch", alone, {}) == "torch"
     monkeypatch.setattr(prepare, "deepspeed_problem", lambda: None)
-    assert choose_engine("auto", alone) == choose_engine("deepspeed", alone) == "deepspeed"
+    assert choose_engine("auto", alone, {}) == choose_engine("deepspeed", alone, {}) == "deepspeed"
     monkeypatch.setattr(prepare, "deepspeed_problem", lambda: "there is no C++ compiler: install g++")
-    assert choose_engine("auto", alone) == "torch"
+    assert choose_engine("auto", alone, {}) == "torch"
     with pytest.raises(DataError, match="install g..; or set train.engine to torch"):
-        choose_engine("deepspeed", alone)
+        choose_engine("deepspeed", alone, {})
 
 
 def test_deepspeed_settings_without_deepspeed_are_refused():
