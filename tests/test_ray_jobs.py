@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import json
 import logging
 import os
@@ -260,7 +261,7 @@ def test_a_lost_worker_is_replaced_and_an_argument_that_kills_each_is_named(monk
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_ray_reserves_and_nobody_can_use_is_told(tmp_path):
+def test_a_gpu_that_ray_reserves_and_nobody_can_use_is_told(tmp_path, monkeypatch):
     """On the node of the worker; this process has none, and need not."""
     import ray
 
@@ -272,14 +273,11 @@ def test_a_gpu_that_ray_reserves_and_nobody_can_use_is_told(tmp_path):
         raise AssertionError("nor make anything")
 
     message = "^CUDA_VISIBLE_DEVICES is 0 on .*, but it cannot be used: .* and --num-gpus 0$"
-    ray.init(num_cpus=2, num_gpus=1, log_to_driver=False)
-    try:
-        with pytest.raises(DataError, match=message):
-            training.launch(fail, workers=1, max_failures=3, storage=tmp_path / "ray", name="teacher")
-        with pytest.raises(DataError, match=message):
-            list(mapping.map_with(make, [1], workers=1, option_name="x"))
-    finally:
-        ray.shutdown()
+    monkeypatch.setattr(ray, "init", functools.partial(ray.init, num_cpus=2, num_gpus=1))
+    with pytest.raises(DataError, match=message):
+        training.launch(fail, workers=1, max_failures=3, storage=tmp_path / "ray", name="teacher")
+    with pytest.raises(DataError, match=message):
+        list(mapping.map_with(make, [1], workers=1, option_name="x"))
 
 
 class Endless:
