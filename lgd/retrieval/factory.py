@@ -48,6 +48,9 @@ _BLOCK = 16_384
 """Rows that are held as float32: 34 MB at 512 dimensions."""
 _LEAST = 1e-5
 """Variance of a component, by that of the first, below which it is left out: float16 alone leaves 1e-7."""
+_QUERIES_AT_ONCE = 256
+_ROUNDING = 1e-6
+"""By which the cosines of equal vectors may differ."""
 _FIT_ROWS = 100_000
 """Latents at most that the whitening is fitted on, evenly spaced."""
 
@@ -142,9 +145,21 @@ def nearest(latents: UnitVectors, queries_nD: np.ndarray, k: int) -> np.ndarray:
     return nearest_nk
 
 
-def overlap(one_nk: np.ndarray, other_nk: np.ndarray) -> float:
-    """Mean share of a row's numbers that are in the other's row too: recall@k, if one is exact."""
-    return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(one_nk, other_nk, strict=True)]))
+def measure_recall(latents: UnitVectors, queries_nD: np.ndarray, truth_nk: np.ndarray, found_nk: np.ndarray) -> float:
+    """Recall@k: the mean share of a query's k answers whose cosine is at least that of its k-th nearest latent.
+
+    Equal vectors, as of copies of a patch, count alike, whichever of them are the answers. `truth_nk` is of `nearest`;
+    -1 in `found_nk` is no answer.
+    """
+    good = 0
+    for start in range(0, len(queries_nD), _QUERIES_AT_ONCE):
+        few = slice(start, start + _QUERIES_AT_ONCE)
+        row_m, number_nk = np.unique(np.column_stack([truth_nk[few, -1], found_nk[few]]), return_inverse=True)
+        vectors_mD = latents.at(np.maximum(row_m, 0))
+        cosines = [np.einsum("nd,nd->n", queries_nD[few], vectors_mD[number_n]) for number_n in number_nk.T]
+        least_n, cosine_nk = cosines[0], np.stack(cosines[1:], axis=1)
+        good += int(np.count_nonzero((cosine_nk >= least_n[:, None] - _ROUNDING) & (found_nk[few] >= 0)))
+    return good / found_nk.size
 
 
 def choose_factory(rows: int, dim: int, memory: int) -> tuple[str, str]:

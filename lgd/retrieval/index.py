@@ -24,9 +24,9 @@ from lgd.retrieval.factory import (
     UnitVectors,
     choose_factory,
     fit_on_parts,
+    measure_recall,
     move_to_gpu,
     nearest,
-    overlap,
     train_index,
     unit,
 )
@@ -137,8 +137,7 @@ def _publish_index(
         order_n = _fill(store, index, latents, workers)
     seconds = {"train": trained - began, "add": time.monotonic() - trained}
     queries_nD, described = _queries(parts, latents, request.gallery, seed)
-    truth_nk = nearest(latents, queries_nD, min(_NEAREST, latents.rows))
-    measured, probes = _reach_recall(index, truth_nk, order_n, queries_nD, request.target, factory)
+    measured, probes = _reach_recall(index, latents, order_n, queries_nD, request.target, factory)
     kind = (factory, latents.rows, latents.width, probes)
     document = IndexDocument(
         **request.model_dump(),
@@ -235,16 +234,17 @@ def _queries(parts: Sequence[Part], latents: UnitVectors, gallery: Sequence[str]
 
 
 def _reach_recall(
-    index: "Index", truth_nk: np.ndarray, order_n: np.ndarray, queries_nD: np.ndarray, target: float, factory: str
+    index: "Index", latents: UnitVectors, order_n: np.ndarray, queries_nD: np.ndarray, target: float, factory: str
 ) -> tuple[float, int]:
     """Recall against the exact rows, and the cells to probe for it: half as many more until it is enough."""
+    truth_nk = nearest(latents, queries_nD, min(_NEAREST, latents.rows))
     ivf: IndexIVF | None = import_faiss().try_extract_index_ivf(index)
     probes, cells = 0, ivf.nlist if ivf else 0
     while True:
         if ivf:
             ivf.nprobe = probes = min(cells, probes + max(1, probes // 2))
         found_nk = index.search(queries_nD, truth_nk.shape[1])[1]
-        measured = overlap(truth_nk, np.where(found_nk < 0, -1, order_n[found_nk]))
+        measured = measure_recall(latents, queries_nD, truth_nk, np.where(found_nk < 0, -1, order_n[found_nk]))
         if measured >= target:
             return measured, probes
         if probes == cells:

@@ -19,7 +19,7 @@ from lgd.io.locks import TakenError, exclusive
 from lgd.ray_jobs.cluster import disconnect
 from lgd.retrieval import index, search
 from lgd.retrieval.bias import Bank
-from lgd.retrieval.factory import EXACT_ROWS, UnitVectors, choose_factory, nearest, overlap, unit
+from lgd.retrieval.factory import EXACT_ROWS, UnitVectors, choose_factory, measure_recall, nearest, unit
 from lgd.retrieval.index import build_index
 from lgd.retrieval.index_files import BiasSource, cells_of
 from lgd.retrieval.search import Searcher, index_folder, problems
@@ -244,7 +244,45 @@ def test_ivf_probes_until_it_reaches_the_recall(store):
     held_out = store.parts[1].array("pooled")[:, 0]
     found = keys_found(store, held_out)
     build(store, "Flat", ["train"], recall=0.99, seed=0)
-    assert overlap(keys_found(store, held_out), found) == 1
+    assert np.array_equal(np.sort(keys_found(store, held_out)), np.sort(found))
+
+
+def add_alike(store):
+    """A store of 60 directions alone, and of each 24 latents, 1 to 24 times as long."""
+    drawn = np.random.default_rng(3).integers(-9, 10, (60, 16))
+    shards = []
+    for number in range(2):
+        name, factors = f"train-{number + 8:06d}", 1 + np.arange(12) + 12 * number
+        rows = 60 * len(factors)
+        shard = Shard(path=store.folder, name=name, split="train", samples=rows, sha256=f"{number + 8}" * 64, **SHARD)
+        keys = np.array([f"{number}-{row:04d}" for row in range(rows)], "S6")
+        pooled = (factors[:, None, None] * drawn).reshape(rows, 1, 16).astype(np.float16)
+        arrays = {"pooled": pooled, "key": keys, "label": np.zeros(rows, np.float32), "slide": np.full(rows, b"")}
+        with shard_writer(store.folder, shard, RECIPE) as writer:
+            writer.add(arrays)
+        shards.append(shard)
+    return commit(store.folder, RECIPE, shards, prune=True)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_latents_of_one_cosine_do_not_lower_the_recall(store, kind):
+    # Of 24 that are nearest any ten are the ten nearest.
+    store = add_alike(store)
+    document, _ = build(store, kind, ["train"], recall=1.0, seed=0)
+    assert document.recall_at_10 == 1
+
+
+def test_an_answer_counts_by_its_cosine(store):
+    latents = UnitVectors(add_alike(store).parts)
+    queries = unit(QUERIES)
+    truth = nearest(latents, queries, 3)
+    # The same directions come again every 60 rows.
+    alike = (truth + 60) % latents.rows
+    assert measure_recall(latents, queries, truth, truth) == measure_recall(latents, queries, truth, alike) == 1
+    # Another latent, or no answer, does not count.
+    for other in ((truth[:, 0] + 1) % latents.rows, np.full(len(truth), -1)):
+        found = np.column_stack([other, truth[:, 1:]])
+        assert measure_recall(latents, queries, truth, found) == pytest.approx(2 / 3)
 
 
 def test_an_index_below_the_recall_is_refused(store):

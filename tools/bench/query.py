@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lgd.config_sections import Latents
-from lgd.retrieval.factory import UnitVectors, choose_factory, nearest, overlap, unit
+from lgd.retrieval.factory import UnitVectors, choose_factory, measure_recall, nearest, unit
 from lgd.retrieval.index import build_index
 from lgd.retrieval.index_files import IndexDocument, cells_of, code_bytes
 from lgd.retrieval.search import Searcher, import_faiss, index_folder
@@ -126,15 +126,15 @@ def compare(searcher: Searcher, queries_nD: np.ndarray, vectors_nk: np.ndarray, 
 
 
 def trade(
-    index: Any, exact_ms: float, truth_nk: np.ndarray, order_n: np.ndarray, queries_nD: np.ndarray
+    index: Any, exact_ms: float, measure: Callable[[np.ndarray], float], queries_nD: np.ndarray
 ) -> list[dict[str, float]]:
-    """Recall@10 and p50 of an IVF index by its probes, until it is too slow by far."""
+    """Recall@10, which `measure` gives of the answers, and p50 of an IVF index by its probes, until it is too slow."""
     found: list[dict[str, float]] = []
     probes = 1
     while probes <= index.nlist:
         index.nprobe = probes
         p50 = float(np.median(milliseconds(lambda query: index.search(query, 10), queries_nD[:_TIMED])))
-        recall = overlap(truth_nk, order_n[index.search(queries_nD, 10)[1]])
+        recall = measure(index.search(queries_nD, 10)[1])
         found.append({"nprobe": probes, "p50_ms": p50, "times_exact": exact_ms / p50, "recall_at_10": recall})
         if p50 > exact_ms / SPEED * 2:
             break
@@ -197,10 +197,10 @@ def extrapolation(document: IndexDocument, table_bytes: int) -> dict[str, Any]:
 
 
 def _filters(
-    searcher: Searcher, exact: Any, order_n: np.ndarray, queries_nD: np.ndarray, vectors_nk: np.ndarray
+    searcher: Searcher, exact: Any, latents: UnitVectors, queries_nD: np.ndarray, vectors_nk: np.ndarray
 ) -> dict[str, Any]:
     """Latency and recall@10 where only a level, or only a slide, may be found."""
-    faiss = import_faiss()
+    faiss, order_n = import_faiss(), _order(searcher)
     found = {}
     slide = searcher.table["slide"][0]
     for name, allowed in (("a level", searcher.table["label"] == 1), ("a slide", searcher.table["slide"] == slide)):
@@ -212,7 +212,8 @@ def _filters(
         selector = faiss.IDSelectorBitmap(np.packbits(of_rows, bitorder="little"))
         few_nD = queries_nD[:_SLOW]
         truth_nk = exact.search(vectors_nk[:_SLOW], k, params=faiss.SearchParameters(sel=selector))[1]
-        recall = overlap(truth_nk, order_n[searcher.search(few_nD, k, allowed)[1]])
+        found_nk = order_n[searcher.search(few_nD, k, allowed)[1]]
+        recall = measure_recall(latents, vectors_nk[:_SLOW], truth_nk, found_nk)
         times_n = milliseconds(functools.partial(searcher.search, k=k, allowed=allowed), few_nD)
         found[name] = {"allowed": int(allowed.sum()), "recall_at_10": recall, **_p(times_n)}
     return found
@@ -273,7 +274,7 @@ def _measured(store: Store, shards: Sequence[Shard], settings: Settings) -> Outc
     began = time.perf_counter()
     found_nk = searcher.search(queries_nD, 10)[1]
     facts["queries_a_second_in_batches_of_1000"] = _QUERIES / (time.perf_counter() - began)
-    facts["recall_at_10"] = overlap(truth_nk, _order(searcher)[found_nk])
+    facts["recall_at_10"] = measure_recall(latents, vectors_nk, truth_nk, _order(searcher)[found_nk])
     exact = faiss.IndexFlatIP(latents.dim)
     for _, vectors_nD in latents.blocks():
         exact.add(vectors_nD)
@@ -281,7 +282,7 @@ def _measured(store: Store, shards: Sequence[Shard], settings: Settings) -> Outc
     faiss.omp_set_num_threads(1)
     ratio = compare(searcher, queries_nD[:_TIMED], vectors_nk[:_TIMED], settings.rounds)
     facts["one_query"] = _p(milliseconds(lambda query: searcher.search(query, 10), queries_nD))
-    facts["one_query_of"] = _filters(searcher, exact, _order(searcher), queries_nD, vectors_nk)
+    facts["one_query_of"] = _filters(searcher, exact, latents, queries_nD, vectors_nk)
     exact_ms = float(np.median(milliseconds(lambda query: exact.search(query, 10), vectors_nk[:_SLOW])))
 
     ivf, ivf_facts = searcher, None
@@ -290,7 +291,10 @@ def _measured(store: Store, shards: Sequence[Shard], settings: Settings) -> Outc
         ivf, ivf_facts = _built(store, shards, f"IVF{min(rows, round(4 * rows**0.5))},SQfp16")
         faiss.omp_set_num_threads(1)
     bare = faiss.read_index(str(index_folder(store) / f"{ivf.document.faiss.xxh3}.faiss"))
-    found = trade(bare, exact_ms, truth_nk, _order(ivf), vectors_nk)
+    order_n = _order(ivf)
+    found = trade(
+        bare, exact_ms, lambda found_nk: measure_recall(latents, vectors_nk, truth_nk, order_n[found_nk]), vectors_nk
+    )
     for one in found:
         recall, times = one["recall_at_10"], one["times_exact"]
         logger.info(f"[bench] nprobe {one['nprobe']}: recall {recall:.4f}, {times:.1f} times exact")
