@@ -76,8 +76,9 @@ class ModelConfig(Document):
     inputs: Sha256
     """Of all that the result depends on (`lgd.train.tasks.inputs_of`)."""
     steps: Count
+    """After which its weights were taken: with early stopping those of the best validation."""
     epochs: Annotated[float, Field(ge=0)]
-    """0 of a frozen teacher, which is not trained."""
+    """Passes over the training split in these steps; 0 of a frozen teacher, which is not trained."""
     skipped: Count
     engine: Text
     workers: Annotated[int, Field(ge=1)]

@@ -29,7 +29,7 @@ from lgd.train import checkpoint
 from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.finished import centre_latents, export, fit_query_map
 from lgd.train.loop import fit
-from lgd.train.prepare import Prepared, refuse_engine
+from lgd.train.prepare import Prepared, check_early_stopping, refuse_engine
 from lgd.train.tasks import TASKS, Task, inputs_of
 from lgd.train.world import join_world, take_from_rank_0
 
@@ -91,6 +91,7 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
     if built.gives_labels:
         check_levels(built, shards)
         check_scales(shards)
+    check_early_stopping(built, shards)
     inputs = inputs_of(built, shards)
     anew = resume == "never" or (resume != "auto" and overwrite)
 
@@ -208,7 +209,7 @@ def worker(config: Config, shards: ShardSet, task: str, stop: str | None) -> Non
                 centre_latents(run.learner, shards.of_split("train"))
             else:
                 fit_query_map(run.learner, shards.of_split("train"))
-            export(run, best.step if config.train.patience else run.learner.steps)
+            export(run, best.step if config.train.patience and best.step else run.learner.steps)
 
 
 @contextlib.contextmanager

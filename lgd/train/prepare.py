@@ -10,6 +10,7 @@ from torch import nn
 from lgd.base.errors import ConfigError, DataError
 from lgd.config_sections import Train
 from lgd.io.digests import format_diff
+from lgd.shards.manifest import UNKNOWN
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World
@@ -33,6 +34,31 @@ class Learner:
     steps: int
     """Those of the whole training: the schedules of learning rate and weights count on them."""
     skipped: Skipped
+
+
+def check_early_stopping(task: Task, shards: ShardSet) -> None:
+    """Raise `DataError` where `train.patience` waits for a metric that cannot tell one network from a better one."""
+    train = task.config.train
+    if not (train.patience and task.trains):
+        return
+    remedy = "add shards to that split (lgd build-shards --split), or set train.patience to 0"
+    if not shards.of_split("val"):
+        raise DataError(f"train.patience needs a validation split, and the shards have no split `val`: {remedy}")
+    if not task.gives_labels:
+        return
+    taught, scored = (
+        {name: count for name, count in shards.count_labels(split).items() if count and name != UNKNOWN}
+        for split in ("train", "val")
+    )
+    why = ""
+    if not scored:
+        why = "no patch there has a level"
+    elif len(scored) == 1:
+        why = f"all {sum(scored.values())} patches there that have a level are of level {', '.join(scored)}"
+    elif not scored.keys() & taught.keys():
+        why = f"its levels ({', '.join(scored)}) are none of those in the split `train`"
+    if why:
+        raise DataError(f"train.patience waits for a better {train.metric} on the split `val`, and {why}: {remedy}")
 
 
 def choose_engine(asked: str, world: World, extra: Mapping[str, object]) -> str:
@@ -71,8 +97,8 @@ class Prepared:
     """A training in one of its processes: what it reads, its network and engine, and its log."""
 
     def __init__(self, shards: ShardSet, task: Task, world: World) -> None:
-        """Raises `DataError` for a batch that the workers do not divide, for early stopping without validation, and
-        where a rank has other inputs.
+        """Raises `DataError` for a batch that the workers do not divide, for early stopping that never looks, and where
+        a rank has other inputs.
         """
         config, settings = task.config, task.config.train
         if settings.batch % (world.size * settings.accumulate):
@@ -80,8 +106,6 @@ class Prepared:
                 f"train.batch {settings.batch} does not divide into {world.size} workers x train.accumulate "
                 f"{settings.accumulate}: use a multiple of {world.size * settings.accumulate}"
             )
-        if settings.patience and task.trains and not shards.of_split("val"):
-            raise DataError("train.patience needs a validation split, and the shards have no split `val`")
         self.shards, self.inputs = shards, inputs_of(task, shards)
         first, *others = gather([self.inputs], world)
         for rank, inputs in enumerate(others, 1):
@@ -113,6 +137,11 @@ class Prepared:
         self.batches = Batches(config, self.reader, plan, world, rows, queue)
         self.every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
         """Steps between validations."""
+        if settings.patience and self.every > self.learner.steps > 0:
+            raise DataError(
+                f"train.patience looks every {self.every} steps, and the whole training has {self.learner.steps}: set "
+                "train.evaluate_every to fewer, or train.patience to 0"
+            )
         self.log: Log | None = None
         """Of rank 0, once it is open."""
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lgd.base.errors import DataError, OnBad
 from lgd.io.files import read_json
+from lgd.models.description import StudentConfig
 from lgd.shards.builder import build
 from lgd.shards.image import decode, encode
 from lgd.shards.options import ShardOptions
@@ -283,11 +284,14 @@ def test_training_ends_when_validation_does_not_become_better(student, monkeypat
     best = load_file(folder / "checkpoints" / kept[0] / "weights.safetensors")
     exported = load_file(folder / "model.safetensors")
     assert exported.keys() == best.keys() and all(torch.equal(exported[name], best[name]) for name in best)
+    made = StudentConfig.read_folder(folder)
+    patches = sum(made.training.labels.values())
+    assert made.steps == 4 and made.epochs == pytest.approx(4 * config.train.batch / patches), "of these weights"
 
     # Killed between the last checkpoint and the export: nothing is trained further.
     (folder / "config.json").unlink()
     assert train_under(config, "student")
-    assert len(log_of(config.student.dir)) == 10
+    assert len(log_of(config.student.dir)) == 10 and StudentConfig.read_folder(folder).steps == 4
     again = load_file(folder / "model.safetensors")
     assert all(torch.equal(again[name], best[name]) for name in best)
 

@@ -120,17 +120,21 @@ def test_a_wrong_file_is_refused_and_named(train, folder, tmp_path, yaml, told):
 
 @pytest.fixture
 def shards_of(tissue, tmp_path):
-    """`shards_of("3+", "?")`: a shard set of training pairs of these levels only, `?` for pairs that have none."""
+    """`shards_of("3+", "?")`: a shard set of training pairs of these levels only, `?` for pairs that have none; and of
+    those of `val` in the split val.
+    """
 
-    def made(*levels):
-        rows = ["key,he,ihc,level,split"]
-        for level in levels:
-            found = sorted((tissue / "HE").glob(f"*/*_{'0' if level == '?' else level}.png"))
+    def made(*levels, val=()):
+        rows, images = ["key,he,ihc,level,split"], {}
+        for level, split in [*((level, "train") for level in levels), *((level, "val") for level in val)]:
+            found = images.setdefault(level, sorted((tissue / "HE").glob(f"*/*_{level.replace('?', '0')}.png")))
             for he in found[4:8] if level == "?" else found[:4]:
                 name = f"k{len(rows)}"
                 shutil.copy(he, tmp_path / f"{name}he.jpg")
                 shutil.copy(tissue / "IHC" / he.parent.name / he.name, tmp_path / f"{name}ihc.jpg")
-                rows.append(f"{name},{name}he.jpg,{name}ihc.jpg,{'' if level == '?' else level},train")
+                rows.append(f"{name},{name}he.jpg,{name}ihc.jpg,{'' if level == '?' else level},{split}")
+            # No image is in two splits.
+            del found[:4]
         (tmp_path / "pairs.csv").write_text("\n".join(rows))
         out = tmp_path / "some"
         build(ShardOptions(layout="csv", root=str(tmp_path / "pairs.csv"), out=str(out), mpp=0.46))
@@ -150,6 +154,30 @@ def test_levels_that_teach_nothing_are_refused(train, folder, shards_of, levels,
     status, error = train(f"--data.shards={shards_of(*levels)}", "--train.batch=4")
     assert status == 1 and re.search(told, error)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("val", "why"),
+    [
+        ((), r"train\.patience needs a validation split"),
+        (("?",), "and no patch there has a level"),
+        (("3+", "?"), r"and all 4 patches there that have a level are of level 3\+"),
+        (("1+", "2+"), r"its levels \(1\+, 2\+\) are none of those in the split `train`"),
+    ],
+)
+@pytest.mark.parametrize("metric", ["kappa", "accuracy"])
+def test_early_stopping_on_a_metric_that_cannot_change_is_refused(train, folder, shards_of, val, why, metric):
+    asked = ["--train.batch=4", "--train.patience=3", f"--train.metric={metric}"]
+    status, error = train(f"--data.shards={shards_of('0', '3+', val=val)}", *asked)
+    assert status == 1 and re.search(why, error) and "or set train.patience to 0" in error
+    assert len(error.splitlines()) == 1 and (metric in error or not val)
+    assert not folder.exists()
+
+
+def test_early_stopping_that_never_looks_is_refused(train, folder):
+    status, error = train("--train.patience=3", "--train.evaluate_every=1000")
+    assert status == 1 and "train.patience looks every 1000 steps, and the whole training has " in error
+    assert not (folder / "config.json").exists()
 
 
 def test_a_level_that_training_lacks_is_told(train, folder, shards_of):
