@@ -1,4 +1,5 @@
-"""What belongs to the whole process, set for a while and then as it was: environment variables and signal handlers.
+"""What belongs to the whole process, set for a while and then as it was: environment variables, signal handlers, and
+what is said of errors in threads.
 
 The process group is `lgd.train.world`'s, logging and filters of warnings are `lgd.base.logs`'s.
 """
@@ -63,6 +64,22 @@ def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[C
     with contextlib.ExitStack() as restore:
         restore.callback(_restore_handlers, before)
         yield restore.close
+
+
+@contextlib.contextmanager
+def quiet_threads(package: str) -> Iterator[None]:
+    """Print no traceback of an error that ends a thread of a package, which raises it to its caller too."""
+    before = threading.excepthook
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith(f"{package}."):
+            before(args)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _read_handlers() -> dict[int, Callable[[int, FrameType | None], object] | int]:

@@ -15,7 +15,7 @@ from lgd.base.process_state import stop_signals
 from lgd.config import Config
 from lgd.config_sections import LEVEL_NAMES
 from lgd.io.digests import digest_of, format_diff, may_have_sha256
-from lgd.io.files import exists, remove_folder
+from lgd.io.files import exists, read_bytes, remove, remove_folder, write_bytes
 from lgd.io.folders import refuse_foreign
 from lgd.io.location import RemoteError, as_location
 from lgd.io.locks import LOCK, exclusive
@@ -140,6 +140,12 @@ def choose_checkpoints(task: Task, inputs: dict[str, JsonValue], overwrite: bool
     others = made is not None and made.inputs != digest_of(inputs) and read_inputs(task, made.inputs) is not None
     if resume not in ("auto", "never"):
         checkpoint.adopt(folder, as_location(resume), inputs, alone=others)
+        # The steps before it are those of the training that made it, here or in another folder.
+        log, made_log = task.folder / "log.jsonl", as_location(resume).parent.parent / "log.jsonl"
+        if exists(made_log):
+            write_bytes(log, read_bytes(made_log))
+        else:
+            remove(log)
     elif others or resume == "never":
         remove_folder(folder)
 

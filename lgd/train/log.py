@@ -1,7 +1,11 @@
 """What a person watches: TensorBoard, `log.jsonl`, a bar or lines of progress, and a summary at the end."""
 
+import contextlib
+import json
 import logging
 import math
+import operator
+import os
 import resource
 import sys
 import time
@@ -12,9 +16,10 @@ import torch
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
 from lgd.base.markup import markdown_table
+from lgd.base.process_state import quiet_threads
 from lgd.base.text import dump_json
 from lgd.config_sections import LEVEL_NAMES
-from lgd.io.files import exists, read_bytes, write_bytes
+from lgd.io.files import exists, explain_write_errors, read_bytes, write_bytes
 from lgd.io.folders import WorkingFolder
 from lgd.io.location import Location
 from lgd.metrics import confusion
@@ -28,33 +33,38 @@ class Log:
     def __init__(self, folder: Location, start: int, steps: int, batch: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        before: list[str] = []
-        if exists(folder / "log.jsonl"):
-            before = read_bytes(folder / "log.jsonl").decode().splitlines()[:start]
+        before = read_lines(folder / "log.jsonl", start)
         self.working = WorkingFolder(folder)
-        path = self.working.path / "log.jsonl"
-        write_bytes(path, "".join(line + "\n" for line in before).encode())
-        self.board = SummaryWriter(self.working.path / "tensorboard", purge_step=start + 1)
+        self.working.enter_context(quiet_threads("tensorboard"))
+        self.path = self.working.path / "log.jsonl"
+        write_bytes(self.path, "".join(line + "\n" for line in before.values()).encode())
+        with explain_write_errors(self.path):
+            self.board = SummaryWriter(self.working.path / "tensorboard", purge_step=start + 1)
         self.name, self.steps, self.batch, self.start, self.done = folder.name, steps, batch, start, start
         # Line by line, so that a killed run's log reaches to its last checkpoint.
-        self.file = path.open("a", buffering=1)
+        self.file = self.path.open("a", buffering=1)
         if start:
             logger.info("%s: goes on after step %d of %d", self.name, start, steps)
+        if lost := [step for step in range(1, start + 1) if step not in before]:
+            logger.warning(
+                f"{self.name}: log.jsonl lacks {len(lost)} of the {start} steps that are done, from step {lost[0]} to "
+                f"{lost[-1]}: its lines were lost, the training was not"
+            )
         self.bar = progress(steps, self.name, "steps", start)
         self.began, self.waited, self.loss = time.monotonic(), 0.0, math.nan
 
     def step(self, step: int, values: dict[str, float], waited: float) -> None:
         """Record one step; the loss terms, the learning rate and the gradient's norm."""
         known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(dump_json({"step": step, **known}) + "\n")
         self.waited += waited
         self.done, self.loss = step, values["loss"]
-        for name, value in values.items():
-            self.board.add_scalar(f"train/{name}", value, step)
         rate, share = self._speed()
-        self.board.add_scalar("speed/samples_per_second", rate, step)
-        self.board.add_scalar("speed/data_wait_share", share, step)
-        self.board.add_scalar("speed/peak_memory_mb", peak_memory() / 1e6, step)
+        speed = {"samples_per_second": rate, "data_wait_share": share, "peak_memory_mb": peak_memory() / 1e6}
+        with explain_write_errors(self.path):
+            self.file.write(dump_json({"step": step, **known}) + "\n")
+            for section, numbers in (("train", values), ("speed", speed)):
+                for name, value in numbers.items():
+                    self.board.add_scalar(f"{section}/{name}", value, step)
         self.bar.set_postfix_str(f"loss {self.loss:.3f}, {rate:.0f} patches/s, data wait {share:.0%}", refresh=False)
         self.bar.update()
 
@@ -91,20 +101,35 @@ class Log:
 
     def publish(self) -> None:
         """Make what was recorded so far appear at the url; a local folder has it already."""
-        self.board.flush()
+        with explain_write_errors(self.path):
+            self.board.flush()
+            self.file.flush()
+            # A checkpoint follows, and outlives a machine that goes down.
+            os.fsync(self.file.fileno())
         self.working.publish()
 
     def close(self) -> None:
         """Flush everything."""
         self.bar.close()
-        try:
-            self.publish()
-        except DataError as error:
+        failed: list[Exception] = []
+        for finish in (self.publish, self.board.close, self.file.close):
+            try:
+                finish()
+            except (DataError, OSError) as error:
+                failed.append(error)
+        if failed:
             # Whatever ended the run matters more.
-            logger.warning("%s: the log is incomplete: %s", self.name, error)
-        self.board.close()
-        self.file.close()
+            logger.warning("%s: the log is incomplete: %s", self.name, failed[0])
         self.working.close()
+
+
+def read_lines(path: Location, last: int) -> dict[int, str]:
+    """The lines of a log by their steps, in order, up to the step `last`; a line that was cut off is left out."""
+    lines = {}
+    for line in read_bytes(path).decode(errors="replace").splitlines() if last and exists(path) else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            lines[operator.index(json.loads(line)["step"])] = line
+    return {step: lines[step] for step in sorted(lines) if 0 < step <= last}
 
 
 def peak_memory() -> int:

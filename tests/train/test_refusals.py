@@ -385,3 +385,6 @@ def test_resume_from_a_checkpoint_of_another_run_loses_nothing(train, folder, tm
     adopted = [f"--train.resume={strange}", "--overwrite", "--student.epochs=0.4", "--run.seed=7"]
     assert train(*adopted, "--train.checkpoint_every=1", "--train.keep=3")[0] == 0
     assert read_json(folder / "config.json")["weights_sha256"] == read_json(other / "config.json")["weights_sha256"]
+    # Its log begins with the lines of the training that made the checkpoint.
+    logs = [[json.loads(line)["loss"] for line in (made / "log.jsonl").open()] for made in (folder, other)]
+    assert logs[0] == logs[1] != []
