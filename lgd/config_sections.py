@@ -101,7 +101,8 @@ class Latents:
     membrane_grid: Positive = 4
     """Side of the membrane-staining grid."""
     batch: Positive = 64
-    """Patches in one forward pass of the teacher."""
+    """Patches that a worker has in hand while it caches. The teacher sees 4 at a time, 64 on a GPU: no stored number
+    depends on it."""
     index: str = "auto"
     """`Flat`, or `IVFn` (n cells) before `,Flat`, `,SQfp16` or `,SQ8`; `auto` chooses by the number of rows."""
     gallery: list[str] = field(default_factory=lambda: ["train"])

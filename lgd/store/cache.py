@@ -208,7 +208,8 @@ class Cacher:
 
     def __call__(self, shard: Shard) -> int:
         """Write the shard's parts that are missing; returns its rows."""
-        batch, make = self.config.latents.batch, self.supervision
+        make = self.supervision
+        batch = -(-self.config.latents.batch // make.at_once) * make.at_once
         folder = as_location(self.config.latents.dir)
         lacking = _lacking(folder, self.recipe, self.config.teacher.name, shard)
         if not lacking:

@@ -26,7 +26,11 @@ from lgd.store.store import Store
 from lgd.stream.plan import d4
 from lgd.stream.reader import Encoded, Reader, Sample, in_batches
 
-_CPU_BATCH = 4
+_FORWARD = {"cpu": 4, "cuda": 64}
+"""Images in a forward pass of the teacher. More fall out of a processor's cache: 13 instead of 7 ms each (256 px,
+resnet10). Always as many: in a pass of another number an image has other last bits (1e-6; ResNets, one or three on a
+CPU), and those of a store would depend on `latents.batch` and on where its shards end.
+"""
 
 
 class TargetSupervision:
@@ -34,6 +38,8 @@ class TargetSupervision:
 
     def __init__(self, targets: TargetsRecipe) -> None:
         self.targets, self.device = targets, find_device()
+        self.at_once = 1
+        """Samples of which `rows` is best given a multiple."""
 
     def reader(self, shards: Sequence[Shard], targets: bool = True) -> Reader:
         """A reader for `prepare`; where the recipe has no targets no image is read."""
@@ -110,7 +116,7 @@ class Supervision(TargetSupervision):
         teacher, config = load_teacher(folder, code)
         if config.weights_sha256 != recipe.teacher.weights_sha256:
             raise DataError(f"{folder} holds another teacher than the one that made the store: name that by --teacher")
-        self.teacher = teacher.to(self.device)
+        self.teacher, self.at_once = teacher.to(self.device), _FORWARD[self.device]
 
     def reader(self, shards: Sequence[Shard], targets: bool = True) -> Reader:
         """A reader for `prepare`; without `targets` latents alone are made of what it reads."""
@@ -118,12 +124,11 @@ class Supervision(TargetSupervision):
 
     def rows(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
         """The rows of prepared samples, float32: `pooled` (B, views, D), `map` (B, views, D, m, m), and the targets."""
-        ihc_BHW3 = np.stack([sample.images["ihc"] for sample in samples])
-        # Activations of more images fall out of a processor's cache: 13 instead of 7 ms each, of 256 px (resnet10).
-        size = _CPU_BATCH if self.device == "cpu" else len(ihc_BHW3)
+        images = [sample.images["ihc"] for sample in samples]
+        ihc_BHW3 = np.stack(images + [np.zeros_like(images[0])] * (-len(images) % self.at_once))
         with exact_float32():
-            runs = [self._latents(ihc_BHW3[start : start + size]) for start in range(0, len(ihc_BHW3), size)]
-        rows = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+            runs = [self._latents(few_BHW3) for few_BHW3 in np.split(ihc_BHW3, len(ihc_BHW3) // self.at_once)]
+        rows = {name: np.concatenate([run[name] for run in runs])[: len(images)] for name in runs[0]}
         return rows | super().rows(samples)
 
     def _latents(self, ihc_BHW3: np.ndarray) -> dict[str, np.ndarray]:

@@ -271,14 +271,28 @@ def test_the_loss_by_float16_is_measured_and_stored(tissue_run, change, tmp_path
     assert all(number == 0 for lost in rounding_of(full).values() for number in lost.as_json().values())
 
 
-def test_the_bytes_do_not_depend_on_threads_or_shards_in_hand(tissue_run, change, tmp_path):
+def test_the_bytes_do_not_depend_on_threads_or_patches_in_hand(tissue_run, change, tmp_path):
     shards = shards_of(tissue_run)
     contents = []
-    for threads in (1, 3):
-        config = change(tissue_run, latents={"dir": str(tmp_path / str(threads))}, data={"threads": threads})
+    for threads, batch in ((1, 64), (3, 1), (1, 3), (2, 6)):
+        latents = {"dir": str(tmp_path / f"{threads}-{batch}"), "batch": batch, "dtype": "float32"}
+        config = change(tissue_run, latents=latents, data={"threads": threads})
         cache_latents(config, shards, workers=0)
-        contents.append(contents_of(tmp_path / str(threads)))
-    assert contents[0] == contents[1]
+        contents.append(contents_of(tmp_path / f"{threads}-{batch}"))
+    assert all(content == contents[0] for content in contents)
+
+
+def test_latents_do_not_depend_on_where_a_shard_ends(tissue_run):
+    """Nor do those of a patch on the patches beside it: the same bits, as of a shard of it alone."""
+    config = tissue_run
+    supervision = Supervision(config.teacher.dir, recipe_of(config), config.code)
+    reader = supervision.reader(shards_of(config)[:1], targets=False)
+    samples = [supervision.prepare(reader, number) for number in range(7)]
+    together = supervision.rows(samples)
+    for few in ([0], [6], [5, 2, 4], [3, 1, 6, 0, 2]):
+        rows = supervision.rows([samples[number] for number in few])
+        assert rows.keys() == together.keys() == {"pooled", "map"}
+        assert all(np.array_equal(rows[name], together[name][few]) for name in rows)
 
 
 def test_a_shard_that_is_listed_twice_has_one_part(tissue_run, change, tmp_path):
