@@ -1,7 +1,7 @@
 """The table of `lgd ablate`: what each row scores over the seeds, and what LGD-Net gains over it (`ablation.json`).
 
-Slides and seeds are resampled jointly. An interval over slides alone says how far another set of slides would move this
-one network; one over seeds alone how far another training would. A claim about a method needs both.
+Intervals are over slides and seeds (`lgd.metrics.interval`). One over slides alone says how far another set of slides
+would move this one network; one over seeds alone how far another training would. A claim about a method needs both.
 
 Shapes: S seeds, R resamples.
 """
@@ -26,6 +26,10 @@ METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accurac
 LGD_NET, BASELINE = (methods.METHODS[name].title for name in (methods.PROPOSED, methods.BASELINE))
 UPPER_BOUNDS = (TEACHER_ROW, PROBE_ROW)
 """The row that no student is expected to pass: the teacher's, or that of its probe."""
+
+
+FEW_SEEDS = 5
+"""Below this many trainings the quantiles of Student's t are large: 4.3 of three, 2.8 of five, 2.3 of ten."""
 
 
 class Compared(Record):
@@ -55,25 +59,26 @@ class AblationDocument(Document):
     teacher: Sha256
 
 
-def draw_mean(runs: Sequence[Predictions], metric: str, resamples: int, seed: int) -> Floats:
-    """The mean of `metric` over the runs, and after it that of each resample: (1 + R,).
+def draw_runs(runs: Sequence[Predictions], metric: str, resamples: int, seed: int) -> Floats:
+    """The value of `metric` of each run, and after it that of each resample: (S, 1 + R).
 
-    All runs see the same slides in a resample. Which seeds it takes depends on their number only, so that two methods
-    of as many seeds are compared seed by seed.
+    All runs see the same slides in a resample. Of two methods of as many seeds the difference is paired seed by seed.
     """
-    drawn_SR = np.stack([bootstrap(run, resamples, seed, [metric])[metric] for run in runs])
-    taken_RS = np.random.default_rng([seed, len(runs)]).integers(len(runs), size=(resamples, len(runs)))
-    return np.append(drawn_SR[:, 0].mean(), drawn_SR[taken_RS, np.arange(1, 1 + resamples)[:, None]].mean(axis=1))
+    return np.stack([bootstrap(run, resamples, seed, [metric])[metric] for run in runs])
 
 
-def share_of_gap(ours: Floats, least: Floats, most: Floats) -> Floats:
-    """(ours - least) / (most - least): 0 where nothing is gained, 1 where `most`, such as the teacher, is reached.
+def share_of_gap(ours_SR: Floats, least_SR: Floats, most_SR: Floats) -> Floats:
+    """(ours - least) / (most - least) of the means over the runs: 0 where nothing is gained, 1 where `most`, such as
+    the teacher, is reached.
 
-    NaN where `most` is not better than `least`.
+    (S, 1 + R): by run, linearised about the share of the means, which is their mean. NaN where `most` is not better
+    than `least`.
     """
-    gap = most - least
+    gap_R, gain_SR = (most_SR - least_SR).mean(axis=0), ours_SR - least_SR
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(gap > 0, (ours - least) / gap, np.nan)
+        share_R = np.where(gap_R > 0, gain_SR.mean(axis=0) / gap_R, np.nan)
+        linear_SR: Floats = share_R + (gain_SR - share_R * (most_SR - least_SR)) / gap_R
+    return linear_SR
 
 
 def compare_rows(
@@ -85,23 +90,35 @@ def compare_rows(
     """
     for run in itertools.chain(*rows.values()):
         check_same(rows[LGD_NET][0], run)
+    groups = rows[LGD_NET][0].labelled_groups
     drawn = {
-        name: {metric: draw_mean(runs, metric, resamples, seed) for metric in METRICS} for name, runs in rows.items()
+        name: {metric: draw_runs(runs, metric, resamples, seed) for metric in METRICS} for name, runs in rows.items()
     }
     ours, baseline = drawn[LGD_NET], drawn[BASELINE]
     (bound,) = (drawn[name] for name in UPPER_BOUNDS if name in drawn)
     compared = {
         name: {
             metric: Compared(
-                mean=interval(values),
-                lgd_minus=None if name == LGD_NET else interval(ours[metric] - values),
+                mean=interval(values, groups),
+                lgd_minus=None if name == LGD_NET else interval(ours[metric] - values, groups),
             )
             for metric, values in row.items()
         }
         for name, row in drawn.items()
     }
-    closed = {name: interval(share_of_gap(ours[name], baseline[name], bound[name])) for name in METRICS}
+    closed = {name: interval(share_of_gap(ours[name], baseline[name], bound[name]), groups) for name in METRICS}
     return compared, closed
+
+
+def _explain_intervals(table: AblationDocument) -> str:
+    over = f"Brackets hold 95 % intervals over groups ({table.resamples} resamples)"
+    if table.seeds == 1:
+        return f"{over} alone, of one training each: no difference is shown, whether its interval holds 0 or not."
+    few = " Of so few trainings they are wide: more seeds make them narrower." if table.seeds < FEW_SEEDS else ""
+    return (
+        f"Means over the seeds. {over} and over the trainings (Student's t, {table.seeds - 1} degrees of freedom); a "
+        f"difference whose interval holds 0 shows nothing.{few}"
+    )
 
 
 def format_ablation(table: AblationDocument) -> str:
@@ -121,8 +138,7 @@ def format_ablation(table: AblationDocument) -> str:
         *list_items(table.caveats),
         "",
         *markdown_table(["", *METRICS.values(), *(f"LGD-Net minus it: {text}" for text in METRICS.values())], cells),
-        f"Means over the seeds. Brackets hold 95 % intervals from {table.resamples} resamples of groups and seeds, "
-        "drawn jointly; a difference whose interval holds 0 shows nothing.\n",
+        f"{_explain_intervals(table)}\n",
         *([f"{HOW}\n"] if COLOUR in table.rows else []),
         f"Share of the gap between {BASELINE} and the {TEACHER_ROW} that {LGD_NET} closes: {gaps}.\n",
         f"Of what varies in the teacher's latents, its soft levels tell {table.explained_by_levels:.2f} (R^2 on these "

@@ -241,14 +241,14 @@ def by_level(
 def mean_with_interval(
     value_n: NDArray[np.float64 | np.bool_], groups: Sequence[str], resamples: int, seed: int
 ) -> Interval:
-    """Mean and 95 % percentile interval over resampled groups; no interval with fewer than two of them."""
+    """Mean and 95 % interval over resampled groups; no interval with fewer than two of them."""
     names, group_n = np.unique(groups, return_inverse=True)
     if len(names) < 2:
-        return interval(np.array([value_n.mean() if len(value_n) else np.nan]))
+        return interval(np.array([value_n.mean() if len(value_n) else np.nan]), len(names))
     sums_G2 = np.stack([np.bincount(group_n, value_n), np.bincount(group_n)], axis=1)
     blocks = draws(len(names), resamples, seed, _BLOCK // len(names))
     samples = np.concatenate([count_RG @ sums_G2 for count_RG in blocks])
-    return interval(np.append(value_n.mean(), samples[:, 0] / samples[:, 1]))
+    return interval(np.append(value_n.mean(), samples[:, 0] / samples[:, 1]), len(names))
 
 
 def _similarities(queries_nD: Floats, gallery_mD: Floats) -> Iterator[tuple[slice, Floats]]:

@@ -1,13 +1,14 @@
-"""Slides and seeds, resampled jointly."""
+"""Intervals over slides and seeds."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from lgd.base.errors import DataError
-from lgd.metrics import Interval, Predictions, interval, score
-from lgd.report.ablation_table import compare_rows, draw_mean, share_of_gap
+from lgd.metrics import Interval, Predictions, interval, score, score_with_intervals
+from lgd.report.ablation_table import AblationDocument, compare_rows, draw_runs, format_ablation, share_of_gap
 
 
 def answers(seed, skill=0.5, slides=12, patches=5, name="x"):
@@ -22,25 +23,33 @@ def answers(seed, skill=0.5, slides=12, patches=5, name="x"):
     return Predictions(name=name, keys=keys, groups=groups, level=level, probability=probability)
 
 
-def test_the_mean_is_that_of_the_seeds_and_the_interval_is_of_slides_and_seeds():
-    runs = [answers(seed, skill) for seed, skill in enumerate((0.2, 0.5, 0.8))]
-    found = interval(draw_mean(runs, "accuracy", 2000, seed=0))
-    each = [score(run.level, run.probability)["accuracy"] for run in runs]
-    assert found.value == pytest.approx(np.mean(each))
-    # Naive: draw slides and seeds, score, average.
-    dice = np.random.default_rng(5)
-    groups = np.array(runs[0].groups)
-    names = np.unique(groups)
-    samples = []
-    for _ in range(2000):
-        rows = np.concatenate([np.flatnonzero(groups == name) for name in dice.choice(names, len(names))])
-        taken = [runs[n] for n in dice.integers(3, size=3)]
-        samples.append(np.mean([(run.probability[rows].argmax(1) == run.level[rows]).mean() for run in taken]))
-    low, high = np.percentile(samples, [2.5, 97.5])
-    assert found.low == pytest.approx(low, abs=0.03) and found.high == pytest.approx(high, abs=0.03)
-    # Wider than over the slides alone, since these seeds differ much.
-    alone = interval(draw_mean([runs[1]] * 3, "accuracy", 2000, seed=0))
-    assert found.high - found.low > 1.5 * (alone.high - alone.low)
+def test_the_interval_is_of_slides_and_seeds():
+    """A naive twin: the analysis of variance of a score that is a mean, of slides of as many patches each."""
+    runs = [answers(seed, skill, slides=80) for seed, skill in enumerate((0.4, 0.5, 0.6, 0.5))]
+    found = interval(draw_runs(runs, "accuracy", 4000, seed=0), 80)
+    right_SG = np.stack([(run.predicted == run.level).reshape(80, 5).mean(axis=1) for run in runs])
+    assert found.value == pytest.approx(right_SG.mean())
+    residual_SG = right_SG - right_SG.mean(0) - right_SG.mean(1, keepdims=True) + right_SG.mean()
+    single = (residual_SG**2).sum() / (3 * 79)
+    slides = (4 * right_SG.mean(0).var(ddof=1) - single) / (4 * 80)
+    seeds = right_SG.mean(1).var(ddof=1) / 4
+    half = np.sqrt(stats.t.ppf(0.975, 79) ** 2 * slides + stats.t.ppf(0.975, 3) ** 2 * seeds)
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.05)
+
+
+def test_seeds_that_agree_leave_the_interval_over_slides():
+    runs = [answers(1)] * 3
+    alone = score_with_intervals(runs[0], 500, 0, ["kappa"])["kappa"]
+    assert interval(draw_runs(runs, "kappa", 500, 0), 12) == alone
+    assert interval(draw_runs(runs[:1], "kappa", 500, 0), 12) == alone
+
+
+def test_few_trainings_that_differ_have_a_wide_interval():
+    """Of two it is that of Student's t with one degree of freedom, however many slides there are."""
+    runs = [answers(seed, skill, slides=60) for seed, skill in enumerate((0.2, 0.8))]
+    one, other = (score(run.level, run.probability)["accuracy"] for run in runs)
+    found = interval(draw_runs(runs, "accuracy", 300, 0), 60)
+    assert found.high - found.low >= 12.7 * abs(other - one)
 
 
 @given(st.integers(1, 4), st.integers(0, 3))
@@ -63,20 +72,30 @@ def test_a_difference_is_paired_and_finds_what_intervals_of_each_would_not():
         probability[rows] = 0.1
         probability[rows, run.level[rows]] = 0.7
         better.append(Predictions(name="y", keys=run.keys, groups=run.groups, level=run.level, probability=probability))
-    drawn = [draw_mean(runs, "accuracy", 500, 0) for runs in (better, worse)]
-    found, one, other = map(interval, (drawn[0] - drawn[1], *drawn))
+    drawn = [draw_runs(runs, "accuracy", 500, 0) for runs in (better, worse)]
+    found, one, other = (interval(values, 12) for values in (drawn[0] - drawn[1], *drawn))
     assert found.low > 0 and found.value == pytest.approx(one.value - other.value)
     assert found.high - found.low < other.high - other.low
 
 
 def test_the_gap_is_0_at_the_least_and_1_at_the_most():
     runs = [answers(seed, 0.3) for seed in range(3)], [answers(9, 0.95)], [answers(seed, 0.65) for seed in range(3)]
-    least, most, middle = (draw_mean(some, "kappa", 300, 0) for some in runs)
-    assert interval(share_of_gap(least, least, most)).value == 0
-    assert interval(share_of_gap(most, least, most)).value == 1
-    half = interval(share_of_gap(middle, least, most))
+    least, most, middle = (draw_runs(some, "kappa", 300, 0) for some in runs)
+    assert interval(share_of_gap(least, least, most), 12).value == pytest.approx(0)
+    assert interval(share_of_gap(most, least, most), 12).value == pytest.approx(1)
+    half = interval(share_of_gap(middle, least, most), 12)
+    assert half.value == pytest.approx((middle[:, 0].mean() - least[:, 0].mean()) / (most[0, 0] - least[:, 0].mean()))
     assert 0.2 < half.low <= half.value <= half.high < 0.9
-    assert interval(share_of_gap(least, most, least)).value is None
+    assert interval(share_of_gap(least, most, least), 12).value is None
+
+
+@pytest.mark.parametrize(("seeds", "told"), [(1, "of one training each: no difference is shown"), (3, "t, 2 degrees")])
+def test_the_table_says_what_its_intervals_are_over(seeds, told):
+    rows = {name: [answers(seed) for seed in range(seeds)] for name in ("LGD-Net", "H&E-only", "IHC teacher")}
+    compared, closed = compare_rows(rows, 20, 0)
+    facts = {"seeds": seeds, "resamples": 20, "patches": 60, "groups": 12, "rows": compared, "gap_closed": closed}
+    facts |= {"caveats": (), "explained_by_levels": 0.5, "command": "lgd ablate", "shards": (), "teacher": "0" * 64}
+    assert told in format_ablation(AblationDocument(**facts))
 
 
 def test_other_patches_are_refused():

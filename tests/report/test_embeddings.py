@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from lgd.base.errors import DataError
 from lgd.metrics import Predictions
@@ -245,13 +246,15 @@ def test_means_by_level_leave_out_what_is_undefined():
 
 def test_the_interval_resamples_groups_as_a_loop_does():
     random = np.random.default_rng(0)
-    values, groups = random.normal(size=30), [f"s{row % 5}" for row in range(30)]
+    values, groups = random.normal(size=30), [f"s{row % 15}" for row in range(30)]
     found = mean_with_interval(values, groups, 4000, 0)
     means = []
     for _ in range(4000):
-        drawn = random.integers(0, 5, 5)
-        means.append(np.concatenate([values[s::5] for s in drawn]).mean())
-    low, high = np.percentile(means, [2.5, 97.5])
+        drawn = random.integers(0, 15, 15)
+        means.append(np.concatenate([values[s::15] for s in drawn]).mean())
+    # Wider than from 2.5 to 97.5, as Student's t is of 15.
+    tail = 100 * stats.norm.cdf(stats.t.ppf(0.025, 14) * np.sqrt(15 / 14))
+    low, high = np.percentile(means, [tail, 100 - tail])
     assert found.value == pytest.approx(values.mean())
     assert (found.low, found.high) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
 

@@ -18,7 +18,7 @@ from lgd.base.text import print_lines
 from lgd.cli import run_command
 from lgd.metrics import Predictions, check_same, interval
 from lgd.report.ablation import SINGLE_RUN_ROWS, read_kept, slug
-from lgd.report.ablation_table import METRICS, AblationDocument, draw_mean
+from lgd.report.ablation_table import METRICS, AblationDocument, draw_runs
 from lgd.report.results import format_interval
 
 
@@ -52,11 +52,13 @@ def run(args: list[str]) -> int:
         for method in [method for method in plain if method in short]:
             for answers in (*plain[method], *short[method]):
                 check_same(plain[method][0], answers)
-            control_R, shortcut_R = (
-                draw_mean(runs[method], asked.metric, asked.resamples, 0) for runs in (plain, short)
+            control_SR, shortcut_SR = (
+                draw_runs(runs[method], asked.metric, asked.resamples, 0) for runs in (plain, short)
             )
-            intervals = [format_interval(interval(drawn)) for drawn in (control_R, shortcut_R)]
-            rows.append([name, method, *intervals, format_interval(interval(shortcut_R - control_R), "+.3f")])
+            groups = plain[method][0].labelled_groups
+            intervals = [format_interval(interval(drawn_SR, groups)) for drawn_SR in (control_SR, shortcut_SR)]
+            fall = interval(shortcut_SR - control_SR, groups)
+            rows.append([name, method, *intervals, format_interval(fall, "+.3f")])
     print_lines(*markdown_table(["", METRICS[asked.metric], "control", "shortcut", "shortcut minus control"], rows))
     return 0
 
