@@ -59,6 +59,17 @@ def pytest_runtest_logstart(nodeid: str) -> None:
         print(nodeid, file=_crash_log, flush=True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def short_waits() -> Iterator[None]:
+    """A remote's faults that last are waited for a second, not a minute."""
+    from lgd.io import calls
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls, "_FIRST_PAUSE", 0.05)
+        patch.setattr(calls, "_PATIENCE", 1.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real patches, which LGD_REAL_DATA names."""

@@ -10,7 +10,7 @@ ROOT = Path(lgd.__file__).parent
 ORDER = """
 base.errors base.extensions base.text base.logs base.process_state base.threads base.markup base.plain_yaml base.records
 base.environment base.device base.arguments
-io.location io.digests io.files io.folders io.tables io.locks io.download_cache io.remote io.documents
+io.location io.calls io.digests io.files io.folders io.tables io.locks io.download_cache io.remote io.documents
 config_sections config config_files metrics
 ray_jobs.cluster ray_jobs.mapping ray_jobs.training
 stain.deconvolve stain.targets stain.checks

@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from lgd.base.errors import DataError
 from lgd.base.text import dump_json
-from lgd.io.location import FULL, Location, MissingError, RemoteError, as_location, call, fresh_options, upload
+from lgd.io.calls import Fault, call, upload
+from lgd.io.location import FULL, HTTP, Location, MissingError, RemoteError, as_location, fresh_options
 
 Kind = Literal["file", "folder", "other"]
 
@@ -133,7 +134,9 @@ def create_json(path: str | Location, document: object) -> bool:
             at.fs.pipe_file(at.path, content, mode="create")
         except (PermissionError, FileNotFoundError):
             raise
-        except (OSError, NotImplementedError):
+        except (OSError, NotImplementedError) as error:
+            if Fault.of(error).may_pass("written", answered=True):
+                raise
             # Stores say in several ways that it is there, and that they do not know the request.
             if at.fs.exists(at.path):
                 return False
@@ -235,7 +238,7 @@ def list_folder(path: str | Location) -> dict[str, Kind]:
             return {}
         with os.scandir(at) as entries:
             return dict(sorted((entry.name, _kind(entry)) for entry in entries if not is_litter(entry.name)))
-    if at.protocol in ("http", "https"):
+    if at.protocol in HTTP:
         raise RemoteError(
             f"{at}: folders behind {at.protocol} cannot be listed: name the files in a CSV (--layout csv)"
         )

@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from lgd.base.errors import DataError
+from lgd.io.calls import upload
 from lgd.io.files import Kind, exists, explain_write_errors, list_folder, remove, remove_folder, sync, temporary_path
-from lgd.io.location import Location, upload
+from lgd.io.location import Location
 
 # Of folders.
 _SET_ASIDE = re.compile(r"\..*|thumb(nail)?s?", re.IGNORECASE | re.DOTALL)

@@ -1,4 +1,4 @@
-"""What a user typed -> a path or a url, and one message for whatever a remote answers.
+"""What a user typed -> a path or a url.
 
 A url becomes a `UPath`, of which names and parents are taken as of a `pathlib.Path`; `lgd.io.files` reads and writes
 both.
@@ -7,19 +7,14 @@ both.
 import errno
 import os
 import re
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, Union
+from typing import TYPE_CHECKING, Union
 
 from lgd.base.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
     from upath import UPath
-
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
 
 Location = Union[Path, "UPath"]
 """A file or a folder: a path here, or a url (imported late: it takes 0.2 s). Only the modules of io tell them apart."""
@@ -35,9 +30,10 @@ _REFUSED = """
 blockcache cached filecache simplecache dir generic reference zip tar libarchive asynclocal local memory data jupyter
 dask async_wrapper root
 """.split()
-_HTTP = {"http", "https"}
+HTTP = {"http", "https"}
+# Seconds until a server that does not answer, or sends nothing more, is asked again.
+_CONNECTING, _STALLED = 5, 15
 _EXTRAS = {"s3": "lgd[s3]", "s3a": "lgd[s3]", "gs": "lgd[gs]", "gcs": "lgd[gs]", "http": "aiohttp", "https": "aiohttp"}
-_KEYS = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,", "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
 
 
 class RemoteError(DataError):
@@ -86,13 +82,18 @@ def as_location(text: str | Location) -> Location:
     from upath import UPath
 
     # Listings are not kept: other processes write to the same folders.
-    if scheme not in _HTTP:
-        return UPath(text.rstrip("/"), use_listings_cache=False)
-    import aiohttp
+    if scheme in HTTP:
+        import aiohttp
 
-    # Its own limit of 5 minutes in all would cut the download of a large shard; proxies are taken as usual.
-    client = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60), "trust_env": True}
-    return UPath(text.rstrip("/"), use_listings_cache=False, client_kwargs=client)
+        # Its own limit of 5 minutes in all would cut the download of a large shard; proxies are taken as usual.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECTING, sock_read=_STALLED)
+        client = {"timeout": timeout, "trust_env": True}
+        return UPath(text.rstrip("/"), use_listings_cache=False, client_kwargs=client)
+    if scheme in ("s3", "s3a"):
+        # `lgd.io.calls` tries again: botocore's five tries in each of s3fs's take minutes where a server stalls.
+        limits = {"connect_timeout": _CONNECTING, "read_timeout": _STALLED, "retries": {"total_max_attempts": 1}}
+        return UPath(text.rstrip("/"), use_listings_cache=False, config_kwargs=limits)
+    return UPath(text.rstrip("/"), use_listings_cache=False)
 
 
 def as_output_location(text: str | Location, option: str) -> Location:
@@ -102,7 +103,7 @@ def as_output_location(text: str | Location, option: str) -> Location:
     folder that it is relative to goes with the job.
     """
     path = as_location(text)
-    if not isinstance(path, Path) and path.protocol in _HTTP:
+    if not isinstance(path, Path) and path.protocol in HTTP:
         raise DataError(f"{path} cannot be written to: give {option} a folder, or a url such as s3://")
     if isinstance(path, Path) and not path.is_absolute() and _OF_A_JOB in os.environ:
         raise ConfigError(
@@ -134,71 +135,15 @@ def relative_name(location: Location, folder: Location) -> str:
 
 
 def as_arrow(location: Location) -> tuple[str, "FileSystem | None"]:
-    """A location in Arrow's terms, a path in a file system; that of a url is the client that everything else uses."""
+    """A location in Arrow's terms, a path in a file system; the client of a url tries again by itself."""
     if isinstance(location, Path):
         return str(location), None
+    from fsspec import filesystem
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    return location.path, PyFileSystem(FSSpecHandler(location.fs))
-
-
-def call(
-    url: "UPath", doing: str, function: Callable[Params, Result], *args: Params.args, **options: Params.kwargs
-) -> Result:
-    """Call a function of a url's file system; its errors become `RemoteError` or `MissingError`.
-
-    `doing`: read, written or listed. s3fs and gcsfs try again by themselves; http is tried three times here.
-    """
-    for pause in (0.3, 1, None):
-        try:
-            return function(*args, **options)
-        except DataError:
-            raise
-        except Exception as error:  # The client libraries share no base class.
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise
-            cause = error.__cause__
-            # fsspec calls every error of http a missing file.
-            found = cause if cause and isinstance(error, FileNotFoundError) and _module(cause) == "aiohttp" else error
-            status = getattr(found, "status", None)
-            passing = _module(found) == "aiohttp" and (status is None or status >= 500)
-            if pause is None or not passing:
-                raise _explained(url, doing, found, status) from error
-            time.sleep(pause)
-    raise AssertionError
-
-
-def _module(error: BaseException) -> str:
-    return type(error).__module__.partition(".")[0]
-
-
-def _explained(url: "UPath", doing: str, error: BaseException, status: int | None) -> DataError:
-    """What a client library's error means, with the remedy."""
-    scheme = {"s3a": "s3", "gcs": "gs"}.get(url.protocol, url.protocol)
-    problem = f"{url} cannot be {doing}"
-    if "bucket does not exist" in str(error):
-        return RemoteError(f"{problem}: its bucket does not exist: create it, or correct the url")
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return MissingError(f"{url} is missing: correct the url")
-    denied = isinstance(error, PermissionError) or status in (401, 403)
-    if denied or re.search("Credentials|Profile", type(error).__name__):
-        remedy = f"set {_KEYS[scheme]} for every process" if scheme in _KEYS else "ask its owner for access"
-        return RemoteError(f"{problem}: access is denied ({error}): {remedy}")
-    if isinstance(error, NotImplementedError) or status in (405, 501):
-        return RemoteError(f"{problem}: {scheme} urls do not offer that: use s3://, gs:// or a local folder")
-    address = " and AWS_ENDPOINT_URL" if scheme == "s3" else ""
-    return RemoteError(
-        f"{problem} ({type(error).__name__}: {error}): check the url, the network{address}, and try again"
-    )
+    return location.path, PyFileSystem(FSSpecHandler(filesystem(location.protocol, use_listings_cache=False)))
 
 
 def fresh_options(url: "UPath") -> dict[str, dict[str, str]]:
     """What a file system's reading functions take so that caches on the way ask the origin again; S3 has no such."""
-    return {"headers": {"Cache-Control": "no-cache"}} if url.protocol in _HTTP else {}
-
-
-def upload(local: Path, url: "UPath") -> None:
-    """Copy a local file to a url, where it appears when it is complete."""
-    if url.protocol in _HTTP:
-        raise RemoteError(f"{url} cannot be written: http urls do not offer that: use s3://, gs:// or a local folder")
-    call(url, "written", url.fs.put_file, str(local), url.path)
+    return {"headers": {"Cache-Control": "no-cache"}} if url.protocol in HTTP else {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from lgd.base.errors import DataError
+from lgd.io.calls import call_promised
 from lgd.io.digests import matches
 from lgd.io.download_cache import (
     DIGEST,
@@ -21,7 +22,7 @@ from lgd.io.download_cache import (
     reserve,
 )
 from lgd.io.files import sync
-from lgd.io.location import Location, MissingError, as_location, call, fresh_options
+from lgd.io.location import Location, MissingError, as_location, fresh_options
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -80,7 +81,7 @@ def open_file(path: str | Location, digest: str, size: int | None = None) -> Bin
     the size of a copy whenever it is opened. A copy is found again by its digest, whatever its url. Threads and
     processes that want the same file copy it once. An open file stays readable after its copy is evicted, as POSIX has
     it. Raises `DataError` for a file that is not as stated, twice, or does not fit, and for a digest that is none; and
-    as `lgd.io.location.call` does.
+    as `lgd.io.calls.call_promised` does.
     """
     url = as_location(path)
     _require_facts(url, digest, size)
@@ -125,7 +126,7 @@ def _find_problem(file: BinaryIO, digest: str, size: int | None) -> str:
 
 def _download(url: "UPath", copy: Path, digest: str, size: int | None, limit: int) -> BinaryIO:
     """Copy a remote file to `copy`, whole and checked, and open it; the caller holds the lock of `copy`."""
-    expected = call(url, "read", url.fs.info, url.path).get("size") if size is None else size
+    expected = call_promised(url, "read", url.fs.info, url.path).get("size") if size is None else size
     if int(expected or 0) > limit:
         raise DataError(
             f"{url} has {expected} bytes, more than the cache may hold ({limit}): raise LGD_CACHE_GB, or build the set "
@@ -135,7 +136,7 @@ def _download(url: "UPath", copy: Path, digest: str, size: int | None, limit: in
     try:
         for attempt in (0, 1):
             # What a proxy has cut or changed may be whole when it is asked for again.
-            call(url, "read", _get_file, url, temporary, limit, fresh_options(url) if attempt else {})
+            call_promised(url, "read", _get_file, url, temporary, limit, fresh_options(url) if attempt else {})
             with temporary.open("rb", buffering=0) as file:
                 problem = _find_problem(file, digest, size)
             if not problem:

@@ -108,12 +108,17 @@ def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str
 
 
 def _verify_shard(shard: Shard, pool: ThreadPool, advance: Callable[[int], object]) -> tuple[list[str], list[Fact]]:
-    """Problems of one shard, and the KEY.json and row of each sample that could be read."""
+    """Problems of one shard, and the KEY.json and row of each sample that could be read.
+
+    A remote that cannot be reached says nothing of the shard: that raises `RemoteError`.
+    """
     try:
         file, index = shard.open()
         if drop_damaged(shard.path, shard.sha256, file):
             file.close()
             file, index = shard.open()
+    except RemoteError:
+        raise
     except DataError as error:
         advance(shard.samples)
         return [str(error)], []

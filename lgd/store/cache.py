@@ -20,7 +20,7 @@ from lgd.config import Config
 from lgd.io.digests import digest_of
 from lgd.io.files import exists, size_of
 from lgd.io.folders import refuse_foreign
-from lgd.io.location import Location, as_location
+from lgd.io.location import Location, RemoteError, as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.models.availability import check_packages
 from lgd.models.description import TeacherConfig
@@ -164,6 +164,8 @@ def is_complete(store: Location, layer: str, shard: Shard, recipe: Recipe | Targ
     try:
         sidecar = read_sidecar(folder, name)
         size = size_of(folder / f"{name}.h5")
+    except RemoteError:
+        raise
     except (DataError, FileNotFoundError):
         return False
     asked = (digest_of(recipe.of(layer).as_json()), shard.sha256, shard.samples, size)

@@ -7,6 +7,7 @@ afterwards would copy every pixel again.
 
 import functools
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -103,14 +104,24 @@ class Reader:
             for shard in self.shards
         ]
         self._opening = [threading.Lock() for _ in self.shards]
+        self._failures: dict[int, tuple[float, DataError]] = {}
         self._opened = functools.lru_cache(OPEN_SHARDS)(lambda shard: shards[shard].open())
 
     def open(self, shard: int) -> tuple[BinaryIO, np.ndarray]:
         """A shard's file and index, kept open for the next sample; a remote one is fetched first."""
         # The first reader opens the shard, which may take a download; those who want others do not wait. The file of a
         # shard that is dropped is closed when the last thread that reads from it drops it.
+        began = time.monotonic()
         with self._opening[shard]:
-            return self._opened(shard)
+            # Who waited for another's try has its outcome: it may have taken a minute.
+            when, failure = self._failures.get(shard, (0.0, None))
+            if failure and when > began:
+                raise failure
+            try:
+                return self._opened(shard)
+            except DataError as error:
+                self._failures[shard] = (time.monotonic(), error)
+                raise
 
     def read(self, number: int, out: dict[str, np.ndarray] | None = None, skip: bool = False) -> Sample:
         """Read, check and decode one sample, into the arrays of `out` where they are given.

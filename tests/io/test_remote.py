@@ -48,21 +48,6 @@ def test_http_is_read_and_its_errors_are_told(web):
         write_json(f"{web.url}/c.json", {})
     with pytest.raises(RemoteError, match="cannot be listed: name the files in a CSV"):
         list_folder(web.url)
-    # What passes is tried again; what does not is told at once.
-    web.faults["a.json"] = [503, 503]
-    assert read_json(url) == {"a": 1}
-    web.sent.clear()
-    web.faults["a.json"] = [403, 403]
-    with pytest.raises(RemoteError, match="access is denied .*ask its owner"):
-        read_bytes(url)
-    assert web.sent["a.json"] == 1
-    web.faults["a.json"] = [503, 503, 503]
-    with pytest.raises(RemoteError, match="cannot be read .*503.*check the url, the network"):
-        read_bytes(url)
-    web.server.shutdown()
-    web.server.server_close()
-    with pytest.raises(RemoteError, match="a.json cannot be read .*Cannot connect"):
-        exists(url)
 
 
 def test_a_copy_is_checked_kept_and_found_again(web, cache, tmp_path):

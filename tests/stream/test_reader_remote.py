@@ -1,13 +1,16 @@
 """Streaming from a url: over the wire, from an S3 server on loopback."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import s3fs
 
 from lgd.base.errors import DataError
 from lgd.io.files import read_json
+from lgd.io.location import RemoteError
 from lgd.shards.shard_set import ShardFolder
 from lgd.stream.reader import Reader, in_batches, stream
 from lgd.train.launch import train_under
@@ -73,6 +76,22 @@ def test_a_shard_that_is_gone_or_damaged_is_named(bucket, tissue_config):
         with pytest.raises(DataError, match=rf"s3://.*/{shard.name}\.tar"):
             reader.read(number)
     assert reader.read(int(reader.first[2])).shard == 2
+
+
+@pytest.mark.faults
+def test_threads_that_wait_for_one_shard_of_a_lost_store_fail_together(bucket, monkeypatch):
+    url, _ = bucket
+    reader = Reader(ShardFolder.open(url).shards, ("he",), 64)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3fs.S3FileSystem.clear_instance_cache()
+    began = time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        errors = [future.exception() for future in [pool.submit(reader.open, 0) for _ in range(4)]]
+    assert all(isinstance(error, RemoteError) for error in errors)
+    assert 1 <= time.monotonic() - began < 3, "one waits, and the others for it"
+    monkeypatch.undo()
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert reader.open(0)
 
 
 def test_training_from_a_url_gives_the_network_of_the_files(bucket, tissue_run, change, tmp_path):

@@ -16,7 +16,8 @@ class Web:
     def __init__(self):
         self.files: dict[str, bytes] = {}
         self.sent: collections.Counter[str] = collections.Counter()
-        # Name of a file -> what is done to its answers, one entry an answer: a status, bytes, or seconds to wait.
+        # Name of a file -> what is done to its answers, one entry an answer: a status, alone or with the value of
+        # Retry-After, bytes, or seconds to wait; None does nothing.
         self.faults: dict[str, list] = collections.defaultdict(list)
         # Name of a file -> its size as it is stated before it is sent.
         self.stated: dict[str, int] = {}
@@ -41,6 +42,12 @@ class Web:
                     fault, size = web.faults[name].pop(0) if web.faults[name] else None, len(whole)
                 if isinstance(fault, int):
                     self.send_error(fault)
+                    return
+                if isinstance(fault, tuple):
+                    self.send_response(fault[0])
+                    self.send_header("Retry-After", fault[1])
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
                     return
                 self.send_response(200)
                 self.send_header("Content-Length", str(size))

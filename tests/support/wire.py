@@ -13,11 +13,14 @@ _ERRORS = {
     "500": ("500 Internal Server Error", "InternalError", "We encountered an internal error."),
     "503": ("503 Service Unavailable", "SlowDown", "Please reduce your request rate."),
     "403": ("403 Forbidden", "ExpiredToken", "The provided token has expired."),
+    "429": ("429 Too Many Requests", "TooManyRequests", "Please reduce your request rate."),
+    "400": ("400 Bad Request", "RequestTimeout", "Your socket connection to the server was not read from in time."),
     "404": ("404 Not Found", "NoSuchKey", "The specified key does not exist."),
 }
 HARMS = ("flip", "flip the body", "cut", "cut and stated", "reset", "slow", *_ERRORS)
 """What can happen to an answer: a bit of it flips, in any place or in its body and unseen by a checksum of HTTP's; it
-ends early, or so that its length agrees; the connection is reset in its middle; it is late; it is an error."""
+ends early, or so that its length agrees; the connection is reset in its middle; it is late; it is an error. What was
+asked for is done: also a write of which the answer says that it failed."""
 
 
 class Wire:
@@ -36,8 +39,10 @@ class Wire:
         class Handler(socketserver.StreamRequestHandler):
             def handle(self):
                 head = b"".join(iter(self.rfile.readline, b"\r\n"))
-                if head.startswith((b"GET", b"HEAD")):
-                    wire.answer(self.request, head, _ask(host, port, head))
+                if b"100-continue" in head.lower():
+                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                if head:
+                    wire.answer(self.request, head, _ask(host, port, head, _read_body(self.rfile, head)))
 
         class Server(socketserver.ThreadingTCPServer):
             allow_reuse_address, daemon_threads = True, True
@@ -72,11 +77,24 @@ class Wire:
         self.server.server_close()
 
 
-def _ask(host, port, head):
-    """The server's whole answer to a request without a body."""
-    lines = [line for line in head.split(b"\r\n") if line and not line.lower().startswith(b"connection:")]
+def _read_body(stream, head):
+    """The body of a request as it stands on the wire."""
+    if length := re.search(rb"(?i)\ncontent-length: *(\d+)", head):
+        return stream.read(int(length[1]))
+    if not re.search(rb"(?i)\ntransfer-encoding: *chunked", head):
+        return b""
+    body = b""
+    while not body.endswith(b"\r\n0\r\n\r\n") and body != b"0\r\n\r\n":
+        size = stream.readline()
+        body += size + stream.read(int(size, 16) + 2)
+    return body
+
+
+def _ask(host, port, head, body):
+    """The server's whole answer to a request."""
+    lines = [line for line in head.split(b"\r\n") if line and not line.lower().startswith((b"connection:", b"expect:"))]
     with socket.create_connection((host, port), timeout=60) as server:
-        server.sendall(b"\r\n".join([*lines, b"Connection: close", b"", b""]))
+        server.sendall(b"\r\n".join([*lines, b"Connection: close", b"", body]))
         return b"".join(iter(lambda: server.recv(1 << 16), b""))
 
 
