@@ -79,9 +79,9 @@ def open_file(path: str | Location, digest: str, size: int | None = None) -> Bin
 
     `digest`, `size`: SHA-256 or XXH3-128, and bytes, that the file must have. Both are checked when it is copied, and
     the size of a copy whenever it is opened. A copy is found again by its digest, whatever its url. Threads and
-    processes that want the same file copy it once. An open file stays readable after its copy is evicted, as POSIX has
-    it. Raises `DataError` for a file that is not as stated, twice, or does not fit, and for a digest that is none; and
-    as `lgd.io.calls.call_promised` does.
+    processes that want the same file copy it once. A copy that is open keeps its room in the cache: close it soon.
+    Raises `DataError` for a file that is not as stated, twice, or does not fit, and for a digest that is none; and as
+    `lgd.io.calls.call_promised` does.
     """
     url = as_location(path)
     _require_facts(url, digest, size)
@@ -126,17 +126,19 @@ def _find_problem(file: BinaryIO, digest: str, size: int | None) -> str:
 
 def _download(url: "UPath", copy: Path, digest: str, size: int | None, limit: int) -> BinaryIO:
     """Copy a remote file to `copy`, whole and checked, and open it; the caller holds the lock of `copy`."""
-    expected = call_promised(url, "read", url.fs.info, url.path).get("size") if size is None else size
-    if int(expected or 0) > limit:
+    stated = call_promised(url, "read", url.fs.info, url.path).get("size") if size is None else size
+    # One whose size nobody states may need all there is.
+    expected = limit if stated is None else int(stated)
+    if expected > limit:
         raise DataError(
             f"{url} has {expected} bytes, more than the cache may hold ({limit}): raise LGD_CACHE_GB, or build the set "
             "with a smaller --shard-size"
         )
-    temporary = reserve(copy, int(expected or 0), limit)
+    temporary = reserve(copy, expected, limit)
     try:
         for attempt in (0, 1):
             # What a proxy has cut or changed may be whole when it is asked for again.
-            call_promised(url, "read", _get_file, url, temporary, limit, fresh_options(url) if attempt else {})
+            call_promised(url, "read", _get_file, url, temporary, expected, fresh_options(url) if attempt else {})
             with temporary.open("rb", buffering=0) as file:
                 problem = _find_problem(file, digest, size)
             if not problem:
@@ -154,14 +156,17 @@ def _download(url: "UPath", copy: Path, digest: str, size: int | None, limit: in
         temporary.unlink(missing_ok=True)
 
 
-def _get_file(url: "UPath", temporary: Path, limit: int, options: Mapping[str, object]) -> None:
-    """Download into a file, but never more bytes than the cache may hold, whatever the server has stated."""
+def _get_file(url: "UPath", temporary: Path, most: int, options: Mapping[str, object]) -> None:
+    """Download into a file, but never more bytes than there is room for, whatever the server sends."""
     from fsspec.callbacks import Callback
 
     class Bound(Callback):  # type: ignore[misc]
         def relative_update(self, inc: int = 1) -> None:
             super().relative_update(inc)
-            if self.value > limit:
-                raise DataError(f"{url} sends more bytes than the cache may hold ({limit}): raise LGD_CACHE_GB")
+            if self.value > most:
+                raise DataError(
+                    f"{url} sends more than {most} bytes, its stated size or the limit of the cache (LGD_CACHE_GB): it "
+                    "was damaged or replaced: upload it again"
+                )
 
     url.fs.get_file(url.path, str(temporary), callback=Bound(), **options)

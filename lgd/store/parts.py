@@ -17,6 +17,7 @@ import xxhash
 from lgd.base.errors import DataError
 from lgd.config_sections import LEVEL_NAMES
 from lgd.io.digests import digest_of
+from lgd.io.download_cache import idle_maps
 from lgd.io.location import Location
 from lgd.io.remote import drop_damaged, open_checked, open_file
 from lgd.store.document import PATCHES, REMEDY, Dataset, Entry, Layout, Sidecar, read_sidecar
@@ -186,12 +187,28 @@ class Part:
         """One dataset, (rows, ...), read-only."""
         return self.mapped(frozenset((dataset,))).arrays[dataset]
 
-    def forget(self) -> None:
-        """Drop the maps; they go when the last array of them is dropped."""
-        with self._lock:
+    def forget(self, wait: bool = True) -> bool:
+        """Drop the maps; they go when the last array of them is dropped. False where they are being made."""
+        if not self._lock.acquire(blocking=wait):
+            return False
+        try:
             self._mapped = Mapped({}, {})
             for file in self.files.values():
                 file.content = None
+        finally:
+            self._lock.release()
+        return True
+
+
+def _forget_idle() -> None:
+    """Drop the maps of all parts that are not being mapped."""
+    with _mapping:
+        kept = [part for part in _open if not part.forget(wait=False)]
+        _open.clear()
+        _open.extend(kept)
+
+
+idle_maps.append(_forget_idle)
 
 
 def read_all(parts: Sequence[Part], dataset: str) -> np.ndarray:

@@ -17,8 +17,9 @@ import numpy as np
 
 from lgd.base.errors import DataError
 from lgd.base.threads import keep_ahead
+from lgd.io.download_cache import has_room
 from lgd.io.location import waits_for_network
-from lgd.io.remote import drop_damaged
+from lgd.io.remote import drop_damaged, open_file
 from lgd.shards.archive import SKIPPED, Shard, read_sample
 from lgd.shards.image import Header, decode, header
 from lgd.shards.manifest import PatchMeta
@@ -106,9 +107,10 @@ class Reader:
         self._opening = [threading.Lock() for _ in self.shards]
         self._failures: dict[int, tuple[float, DataError]] = {}
         self._opened = functools.lru_cache(OPEN_SHARDS)(lambda shard: shards[shard].open())
+        self._indexes: dict[int, np.ndarray] = {}
 
     def open(self, shard: int) -> tuple[BinaryIO, np.ndarray]:
-        """A shard's file and index, kept open for the next sample; a remote one is fetched first."""
+        """A shard's file and index, kept open for the next sample; a remote one is fetched first, and the caller's."""
         # The first reader opens the shard, which may take a download; those who want others do not wait. The file of a
         # shard that is dropped is closed when the last thread that reads from it drops it.
         began = time.monotonic()
@@ -118,10 +120,21 @@ class Reader:
             if failure and when > began:
                 raise failure
             try:
-                return self._opened(shard)
+                return self._open_remote(shard) if waits_for_network(self.shards[shard].path) else self._opened(shard)
             except DataError as error:
                 self._failures[shard] = (time.monotonic(), error)
                 raise
+
+    def _open_remote(self, shard: int) -> tuple[BinaryIO, np.ndarray]:
+        """A remote shard's copy, which keeps its room in the cache for as long as it is open, and index."""
+        at, index = self.shards[shard], self._indexes.get(shard)
+        if index is not None:
+            return open_file(at.path, at.sha256, at.bytes), index
+        file, index = at.open()
+        if len(self._indexes) >= OPEN_SHARDS:
+            self._indexes.clear()
+        self._indexes[shard] = index
+        return file, index
 
     def read(self, number: int, out: dict[str, np.ndarray] | None = None, skip: bool = False) -> Sample:
         """Read, check and decode one sample, into the arrays of `out` where they are given.
@@ -169,18 +182,29 @@ class Reader:
         self, shard: int, row: int, opened: tuple[BinaryIO, np.ndarray]
     ) -> tuple[PatchMeta, dict[str, memoryview]]:
         """A sample of a shard that is open; where its copy was damaged in the cache, of the next one."""
-        at = self.shards[shard]
+        at, (file, index) = self.shards[shard], opened
         try:
-            return read_sample(*opened, row, at, self._members[shard])
+            return read_sample(file, index, row, at, self._members[shard])
         except DataError:
-            if not drop_damaged(at.path, at.sha256, opened[0]):
+            if not drop_damaged(at.path, at.sha256, file):
                 raise
+        finally:
+            if waits_for_network(at.path):
+                file.close()
         self._opened.cache_clear()
-        return read_sample(*self.open(shard), row, at, self._members[shard])
+        self._indexes.clear()
+        file, index = self.open(shard)
+        with file:
+            return read_sample(file, index, row, at, self._members[shard])
 
     def decode(self, image: Encoded, out: np.ndarray | None) -> dict[str, np.ndarray]:
         """The images that one member gives, by name."""
         return {image.role: decode(image.content, image.name, self.size, out, image.header)}
+
+    def fetch(self, shard: int) -> None:
+        """Copy a remote shard into the cache, where nothing that was used a moment ago has to go for it."""
+        if waits_for_network(self.shards[shard].path) and has_room(self.shards[shard].bytes):
+            self.open(shard)[0].close()
 
     def close(self) -> None:
         """Close the shards' files."""
@@ -236,7 +260,7 @@ def _fetched_ahead(reader: Reader, batches: Iterable[Numbers]) -> Iterator[Numbe
     @functools.lru_cache(OPEN_SHARDS)
     def fetch(shard: int) -> None:
         # What fails here fails again, and is reported, where the sample is read.
-        pool.submit(reader.open, shard)
+        pool.submit(reader.fetch, shard)
 
     def begin(numbers: Numbers) -> Numbers:
         for shard in np.unique(reader.first.searchsorted(numbers, side="right") - 1).tolist():

@@ -1,6 +1,7 @@
 """Remote files through the cache, and http, over the wire against a server on loopback."""
 
 import hashlib
+import mmap
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from web import Web, fetch
 
 from lgd.base.errors import DataError
+from lgd.io import download_cache
 from lgd.io.files import exists, list_folder, read_bytes, read_json, write_json
 from lgd.io.location import MissingError, RemoteError, as_location
 from lgd.io.remote import drop_damaged, name_with_copy, open_checked, open_file
@@ -146,7 +148,7 @@ def test_a_server_that_sends_more_than_it_stated_does_not_fill_the_disk(web, cac
     monkeypatch.setenv("LGD_CACHE_GB", "0.00001")
     url, digest, _ = web.put("a.tar", os.urandom(30_000))
     web.stated["a.tar"] = 100
-    with pytest.raises(DataError, match=r"a.tar sends more bytes than the cache may hold \(10000\)"):
+    with pytest.raises(DataError, match="a.tar sends more than 100 bytes, its stated size or the limit"):
         fetch(url, digest)
     assert copies(cache) == [] and web.sent["a.tar"] == 1
 
@@ -162,7 +164,7 @@ def test_a_damaged_download_is_tried_once_more(web, cache):
     web.faults["a.tar"] = [flipped, flipped]
     with pytest.raises(DataError, match="a.tar does not match its digest: it was damaged or replaced"):
         fetch(url, digest, size)
-    with pytest.raises(DataError, match=f"a.tar has {size} bytes instead of 4"):
+    with pytest.raises(DataError, match="a.tar sends more than 4 bytes, its stated size"):
         fetch(url, digest, 4)
     # The connection ends before the file does.
     web.faults["a.tar"] = [flipped[:3000]]
@@ -179,13 +181,17 @@ def test_the_least_recently_used_copies_make_room(web, cache, monkeypatch):
     opened = open_file(*given["b"])
     time.sleep(0.01)
     fetch(*given["a"])
+    time.sleep(0.01)
     fetch(*given["d"])
-    # c was used least recently; b stays readable when it goes too.
+    # c was used least recently.
     assert copies(cache) == sorted(f"lgd-{given[name][1]}.tar" for name in "abd")
+    # Then b, which is open: its room would not be free.
     fetch(*given["c"])
-    assert copies(cache) == sorted(f"lgd-{given[name][1]}.tar" for name in "acd")
+    assert copies(cache) == sorted(f"lgd-{given[name][1]}.tar" for name in "bcd")
     assert opened.read() == web.files["b.tar"]
     opened.close()
+    fetch(*given["a"])
+    assert copies(cache) == sorted(f"lgd-{given[name][1]}.tar" for name in "acd")
     with pytest.raises(DataError, match=r"e.tar has 20000 bytes, more than .*raise LGD_CACHE_GB.*--shard-size"):
         fetch(*web.put("e.tar", bytes(20000)))
     assert len(copies(cache)) == 3
@@ -193,6 +199,36 @@ def test_the_least_recently_used_copies_make_room(web, cache, monkeypatch):
         monkeypatch.setenv("LGD_CACHE_GB", text)
         with pytest.raises(DataError, match=f"LGD_CACHE_GB is '{text}'"):
             fetch(*given["a"])
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_is_read_fills_the_cache_until_it_is_closed(web, cache, monkeypatch, mapped):
+    monkeypatch.setenv("LGD_CACHE_GB", "0.00001")
+    monkeypatch.setattr(download_cache, "_LONGEST_WAIT", 0.5)
+    files = [open_file(*web.put(f"{name}.tar", os.urandom(3000))) for name in "abc"]
+    if mapped:
+        maps = [mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) for file in files]
+        for file in files:
+            file.close()
+        files = maps
+    wanted = web.put("d.tar", os.urandom(3000))
+    with pytest.raises(DataError, match=r"cache has no room for 3000 bytes more.*limit \(10000.*raise LGD_CACHE_GB"):
+        fetch(*wanted)
+    assert len(copies(cache)) == 3, "nor is a temporary file left"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(fetch, *wanted)
+        time.sleep(0.1)
+        assert not waiting.done()
+        files[1].close()
+        assert waiting.result().exists() and len(copies(cache)) == 3
+    # What is dropped by the process itself is not waited for.
+    monkeypatch.setattr(download_cache, "idle_maps", [files.pop().close])
+    monkeypatch.setattr(download_cache, "_LONGEST_WAIT", 60)
+    os.utime(waiting.result(), ns=(2**62, 2**62))
+    with open_file(*wanted):
+        fetch(*web.put("e.tar", os.urandom(3000)))
+    for file in files:
+        file.close()
 
 
 def test_the_limit_holds_while_many_download_at_once(web, cache, monkeypatch):
