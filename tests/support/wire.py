@@ -17,10 +17,10 @@ _ERRORS = {
     "400": ("400 Bad Request", "RequestTimeout", "Your socket connection to the server was not read from in time."),
     "404": ("404 Not Found", "NoSuchKey", "The specified key does not exist."),
 }
-HARMS = ("flip", "flip the body", "cut", "cut and stated", "reset", "slow", *_ERRORS)
+HARMS = ("flip", "flip the body", "cut and stated", "cut", "reset", "slow", *_ERRORS)
 """What can happen to an answer: a bit of it flips, in any place or in its body and unseen by a checksum of HTTP's; it
-ends early, or so that its length agrees; the connection is reset in its middle; it is late; it is an error. What was
-asked for is done: also a write of which the answer says that it failed."""
+ends early so that its length agrees, or not; the connection is reset in its middle; it is late; it is an error. What
+was asked for is done: also a write of which the answer says that it failed."""
 
 
 class Wire:
