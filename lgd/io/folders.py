@@ -109,9 +109,17 @@ def refuse_foreign(folder: Location, own: Collection[str], remedy: str, names: I
         raise DataError(f"{folder} already holds something else ({', '.join(foreign[:3])}): {remedy}")
 
 
-def list_local_sizes(folder: Location) -> dict[str, int] | None:
-    """Bytes of each file in a folder, by name; None at a url, whose files are checked when they are fetched."""
+def list_local_sizes(folder: Location, names: Iterable[str] = ()) -> dict[str, int] | None:
+    """Bytes of each file in a folder, by name; None at a url, whose files are checked when they are fetched.
+
+    `names` should be there: what the listing lacks of them is asked for, since that of a network file system may lag.
+    """
     if not isinstance(folder, Path):
         return None
     # One listing is quicker than asking for 2e5 files by name.
-    return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+    for name in names:
+        if name not in sizes:
+            with contextlib.suppress(OSError):
+                sizes[name] = (folder / name).stat().st_size
+    return sizes

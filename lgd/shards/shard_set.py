@@ -72,7 +72,8 @@ class ShardFolder:
         checked when they are fetched.
         """
         opened = cls.read(folder)
-        if (sizes := list_local_sizes(opened.folder)) is None:
+        names = (f"{shard.name}{suffix}" for shard in opened.shards for suffix in (".tar", ".idx"))
+        if (sizes := list_local_sizes(opened.folder, names)) is None:
             return opened
         problems = []
         for shard in opened.shards:

@@ -95,7 +95,10 @@ def test_what_knows_no_urls_writes_to_a_folder_here(folder):
 def test_sizes_are_listed_here_only(folder):
     write_bytes(folder / "a", b"12345")
     write_bytes(folder / "deep" / "b", b"1")
-    assert list_local_sizes(folder) == ({"a": 5} if isinstance(folder, os.PathLike) else None)
+    here = isinstance(folder, os.PathLike)
+    assert list_local_sizes(folder) == ({"a": 5} if here else None)
+    # What should be there is asked for by its name, whatever the listing has.
+    assert list_local_sizes(folder, ["a", "deep/b", "none"]) == ({"a": 5, "deep/b": 1} if here else None)
 
 
 @pytest.mark.parametrize(
