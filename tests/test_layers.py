@@ -15,8 +15,9 @@ config_sections config config_files metrics
 ray_jobs.cluster ray_jobs.mapping ray_jobs.training
 stain.deconvolve stain.targets stain.checks
 tissue.drawing tissue.sections tissue.synth
-shards.manifest shards.image shards.image_files shards.candidate shards.layouts shards.pairs shards.options
-shards.archive shards.shard_set
+shards.manifest shards.tiff shards.jpeg2000 shards.image_limits shards.pillow_image shards.profiles
+shards.image shards.image_files
+shards.candidate shards.layouts shards.pairs shards.options shards.archive shards.shard_set
 shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
 models.spec models.description models.export models.pretrained models.known models.backbone models.timm_backbone

@@ -21,6 +21,10 @@ class DataError(_Error):
     """The data or the environment is wrong (exit status 1)."""
 
 
+class CostError(ValueError):
+    """Reading a file would take much memory or time; the text says what it has, as in `has 1,000 scans`."""
+
+
 class Stopped(DataError):
     """Training was asked to end, and saved a checkpoint."""
 

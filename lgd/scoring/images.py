@@ -17,9 +17,23 @@ from PIL import Image
 from lgd.base.errors import DataError, require
 from lgd.io.files import is_litter
 from lgd.io.location import require_local
-from lgd.shards.image import FORMAT_NAMES, as_pixels, decode_upright, resize, upright_size
+from lgd.shards.image import (
+    FORMAT_NAMES,
+    check_mode,
+    decode_upright,
+    explain_broken,
+    find_orientation,
+    header,
+    read_orientation,
+    read_profile,
+    resize,
+    turn_upright,
+)
 from lgd.shards.image_files import list_images
+from lgd.shards.image_limits import check_size
 from lgd.shards.manifest import Shape
+from lgd.shards.pillow_image import convert_to_rgb
+from lgd.shards.profiles import Profile, find_profile
 
 _MOST = 5
 """Names that a message lists."""
@@ -145,6 +159,22 @@ def take_images(images: Images) -> list[OneImage]:
     return taken
 
 
+def as_pixels(image: Image.Image, name: str) -> np.ndarray:
+    """The pixels of a Pillow image, uint8 (H, W, 3), as `decode_upright` gives those of a file; raises as it does."""
+    check_mode(image, name)
+    check_size(image.width, image.height, name)
+    with explain_broken(name):
+        pixels = convert_to_rgb(image)
+    return turn_upright(pixels, find_orientation(image))
+
+
+def upright_size(content: bytes | memoryview, name: str) -> tuple[int, int]:
+    """Height and width of an image as `decode_upright` gives it; raises as `header` does."""
+    found = header(content, name)
+    turned = read_orientation(content) >= 5
+    return (found.width, found.height) if turned else (found.height, found.width)
+
+
 def read_image(path: Path, size: int | None) -> np.ndarray:
     """One image file as uint8 (H, W, 3), upright, and shrunk to size x size unless `size` is None."""
     return decode_upright(_read_bytes(path), str(path), size)
@@ -157,20 +187,32 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def read_fitted(image: OneImage, shapes: Sequence[Shape], size: int, mpp: Mpp) -> tuple[np.ndarray, list[str]]:
-    """One image as uint8 (H, W, 3) at the scale of the training patches (see `_fit_scale`), and notes on that."""
+class Fitted(NamedTuple):
+    """An image as a network takes it."""
+
+    pixels: np.ndarray
+    """uint8 (H, W, 3); empty where the image cannot be used."""
+    notes: list[str]
+    profile: Profile | None = None
+    """The colour profile that it carries."""
+
+
+def read_fitted(image: OneImage, shapes: Sequence[Shape], size: int, mpp: Mpp) -> Fitted:
+    """One image at the scale of the training patches (see `_fit_scale`), with notes on that."""
     name = str(image)
     if isinstance(image, MemoryImage):
         # A Pillow image may be of a kind that no file could be.
         given = image.source
         pixels = as_pixels(given, name) if isinstance(given, Image.Image) else given
+        profile = find_profile(given) if isinstance(given, Image.Image) else None
         (height, width), notes = _fit_scale(name, shapes, size, pixels.shape[0], pixels.shape[1], mpp)
     else:
         content = _read_bytes(image)
+        profile = read_profile(content)
         (height, width), notes = _fit_scale(name, shapes, size, *upright_size(content, name), mpp)
         # A large JPEG is shrunk while it is decoded.
         pixels = decode_upright(content, name, size if (height, width) == (size, size) else None)
-    return resize(pixels, height, width), notes
+    return Fitted(resize(pixels, height, width), notes, profile)
 
 
 def _listed(paths_of: Mapping[str, Sequence[Path]], before: str) -> str:

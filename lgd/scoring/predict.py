@@ -5,6 +5,7 @@ one line a kind.
 """
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,13 @@ from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.loading import load_student
 from lgd.models.methods import Method, find_method
 from lgd.models.teacher import load_teacher
-from lgd.scoring.images import Images, Mpp, OneImage, read_fitted, take_images
+from lgd.scoring.images import Fitted, Images, Mpp, OneImage, read_fitted, take_images
 from lgd.shards.archive import Shard
+from lgd.shards.profiles import describe_profiles
 from lgd.stain.checks import find_notes
 from lgd.stream.reader import Reader, in_batches, stream
+
+logger = logging.getLogger(__name__)
 
 _READ = ("logits", "pooled", "features", "query")
 _RETRIEVES_BY = {"latents": ("pooled", "query"), "features": ("features",)}
@@ -169,15 +173,17 @@ def score_images(
     """Score images, in their order: what the network says of each, and its row of what `Scorer.score` gives.
 
     `mpp` is what is known of their scale. An image that cannot be used raises `DataError`, or with `keep_going` comes
-    without values.
+    without values. At the end a warning says where their colour profiles differ.
     """
+    profiles = []
     for start in range(0, len(images), batch):
         some = images[start : start + batch]
-        read = [(image, *_try_to_read(scorer, image, mpp, keep_going)) for image in some]
-        for _, alike in itertools.groupby(read, lambda one: one[1].shape):
-            names, pixels, notes_of = zip(*alike, strict=True)
-            out = scorer.score(np.stack(pixels)) if pixels[0].size else {}
-            for row, (image, image_HW3, notes) in enumerate(zip(names, pixels, notes_of, strict=True)):
+        read = [(image, _try_to_read(scorer, image, mpp, keep_going)) for image in some]
+        profiles += [fitted.profile for _, fitted in read if fitted.pixels.size]
+        for _, alike in itertools.groupby(read, lambda one: one[1].pixels.shape):
+            names, fitted_of = zip(*alike, strict=True)
+            out = scorer.score(np.stack([one.pixels for one in fitted_of])) if fitted_of[0].pixels.size else {}
+            for row, (image, (image_HW3, notes, _)) in enumerate(zip(names, fitted_of, strict=True)):
                 values = {name: array[row] for name, array in out.items()}
                 probabilities = name_probabilities(values.get("probability"))
                 prediction = Prediction(
@@ -188,16 +194,18 @@ def score_images(
                     usable=bool(values),
                 )
                 yield prediction, values
+    if note := describe_profiles(profiles, "images"):
+        logger.warning("%s", note)
 
 
-def _try_to_read(scorer: Scorer, image: OneImage, mpp: Mpp, keep_going: bool) -> tuple[np.ndarray, list[str]]:
-    """As `read_fitted`; with `keep_going` an empty array for an image that cannot be used, and why."""
+def _try_to_read(scorer: Scorer, image: OneImage, mpp: Mpp, keep_going: bool) -> Fitted:
+    """As `read_fitted`; with `keep_going` without pixels for an image that cannot be used, and why."""
     try:
         return read_fitted(image, scorer.config.training.shapes, scorer.config.size, mpp)
     except DataError as error:
         if not keep_going:
             raise
-        return np.empty(0, np.uint8), [str(error).removeprefix(str(image)).lstrip(": ")]
+        return Fitted(np.empty(0, np.uint8), [str(error).removeprefix(str(image)).lstrip(": ")])
 
 
 def collect_notes(scorer: Scorer, image_HW3: np.ndarray, values: dict[str, np.ndarray]) -> list[str]:

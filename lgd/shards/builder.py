@@ -15,15 +15,20 @@ the first .building.json stays, where the store can do that, and a build that fi
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import io
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
 import numpy as np
+import simplejpeg
+from PIL import features
 
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
@@ -34,7 +39,7 @@ from lgd.io.location import Location, as_location, as_output_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.ray_jobs.cluster import restore_connection
 from lgd.ray_jobs.mapping import map_with
-from lgd.shards.image import codecs
+from lgd.shards.image import STORED
 from lgd.shards.layouts import Problem, write_problems
 from lgd.shards.manifest import (
     HER2,
@@ -50,8 +55,11 @@ from lgd.shards.manifest import (
 )
 from lgd.shards.options import SPLITS, ShardOptions, check_split, describe_split, list_caveats, make_samples
 from lgd.shards.pairs import PatchPair, Source, find_pairs, leave_out_duplicates, refuse_spellings
+from lgd.shards.profiles import describe_profiles
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.writer import FILE, MARKER, Building, ShardJob, begin, check_chunk, finish, require_marker, write_shard
+
+logger = logging.getLogger(__name__)
 
 # Pairs that a worker checks at a time.
 _CHUNK = 64
@@ -86,6 +94,10 @@ def build(options: ShardOptions) -> tuple[Manifest, bool]:
 
 def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manifest, bool]:
     sources, problems = _check_pairs(options)
+    options = _choose_image(options, sources)
+    for stain, profiles in zip(("H&E", "IHC"), zip(*(source.icc for source in sources), strict=True), strict=False):
+        if len({*profiles}) > 1:
+            logger.warning("%s", describe_profiles(profiles, f"{stain} images"))
     samples = make_samples(sources, options)
     extensions = _choose_extensions(options, sources)
     recipe = _recipe(options, sources, len(problems))
@@ -196,6 +208,21 @@ def _name_chunk(pairs: Sequence[PatchPair]) -> str:
     return f"the pairs from {pairs[0].names[0]} to {pairs[-1].names[0]}"
 
 
+def _choose_image(options: ShardOptions, sources: Sequence[Source]) -> ShardOptions:
+    """The options, with `--image png` in place of `keep` where a shard cannot hold the files as they are."""
+    others = [source for source in sources if not {*source.extensions} <= {*STORED}]
+    if options.encoding.extension or not others:
+        return options
+    logger.warning(
+        "%d of %d pairs are files that shards do not hold (%s), so that all images are stored as PNG, without loss, as "
+        "by --image png",
+        len(others),
+        len(sources),
+        ", ".join(sorted({extension for source in others for extension in source.extensions} - {*STORED})),
+    )
+    return dataclasses.replace(options, image="png")
+
+
 def _choose_extensions(options: ShardOptions, sources: Sequence[Source]) -> Extensions:
     """The one type of all H&E and of all IHC images; `DataError` names two files that differ."""
     kept, first = options.encoding.extension, sources[0]
@@ -210,6 +237,15 @@ def _choose_extensions(options: ShardOptions, sources: Sequence[Source]) -> Exte
                 )
     small = "jpg" if options.he_size else None
     return Extensions.from_json({"hes": small, "he": types[0], "ihc": types[1] if len(types) == 2 else None})
+
+
+def codecs() -> dict[str, str | None]:
+    """Versions of the packages that decide the bytes of re-encoded images, and of their tars."""
+    # Pillow's wheels compress PNG with zlib-ng, whose bytes are not zlib's.
+    deflate = features.version("zlib_ng")
+    deflate = f"ng-{deflate}" if deflate else features.version("zlib")
+    pillow, tars = features.version("pil"), importlib.metadata.version("webdataset")
+    return {"simplejpeg": simplejpeg.__version__, "pillow": pillow, "zlib": deflate, "webdataset": tars}
 
 
 def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> Building:

@@ -12,13 +12,13 @@ from lgd.io.folders import walk_files
 from lgd.io.location import Location
 from lgd.shards.image import FIRST_BYTES, kind
 
-_SUFFIXES = frozenset(
+_SUFFIXES = tuple(
     ".png .jpg .jpeg .jpe .jfif .jif .webp .tif .tiff .btf .tf8 .bmp .dib .jp2 .j2k .j2c .jpc .jpx .jpf".split()
 )
 
 
 class FolderImages(NamedTuple):
-    """What a folder holds, as far as images go; each list sorted."""
+    """What a folder holds, as far as images go; each list in the order of `walk_files`."""
 
     images: list[Location]
     """By name or by content; among them links to nowhere and folders that cannot be listed: reading says so."""
@@ -30,7 +30,7 @@ class FolderImages(NamedTuple):
 
 def has_image_name(name: str) -> bool:
     """Whether a file is called like an image, hidden or not."""
-    return any(name.lower().endswith(suffix) for suffix in _SUFFIXES)
+    return name.lower().endswith(_SUFFIXES)
 
 
 def is_image(path: Location, lies: Kind) -> bool:

@@ -19,6 +19,7 @@ from lgd.io.tables import read_csv
 from lgd.shards.candidate import Candidate, safe_key
 from lgd.shards.layouts import Problem, find_layout, is_csv
 from lgd.shards.manifest import canonical_group
+from lgd.shards.profiles import Profile
 
 # With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.
 _LONGEST_KEY = 72
@@ -60,11 +61,11 @@ class Source:
     width: int
     height: int
     extensions: tuple[str, ...]
-    """True types of the H&E and the IHC: jpg, png or webp."""
+    """True types of the H&E and the IHC (`lgd.shards.image`)."""
     sha256: tuple[str, ...]
     """Digests of the H&E and the IHC file."""
-    icc: tuple[str | None, ...]
-    """Digests of the colour profiles in them."""
+    icc: tuple[Profile | None, ...]
+    """The colour profiles in them."""
 
 
 def find_pairs(

@@ -21,7 +21,8 @@ from lgd.io.files import list_folder
 from lgd.io.location import Location, RemoteError
 from lgd.io.remote import drop_damaged
 from lgd.shards.archive import Shard, read_sample
-from lgd.shards.image import check, codecs
+from lgd.shards.builder import codecs
+from lgd.shards.image import check
 from lgd.shards.manifest import UNKNOWN, Manifest, PatchMeta
 from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import SEEN, as_seen, find_repeats, unlike_patches

@@ -27,7 +27,7 @@ from lgd.io.documents import Document, MissingDocument
 from lgd.io.files import create_json, list_folder, publish, read_bytes, remove
 from lgd.io.location import Location, MissingError, RemoteError
 from lgd.shards.archive import INDEX
-from lgd.shards.image import check, decode, decode_upright, encode, read_icc_digest
+from lgd.shards.image import check, decode, decode_upright, encode, read_profile
 from lgd.shards.layouts import Problem
 from lgd.shards.manifest import Digests, Entry, Extensions, PatchMeta, Recipe
 from lgd.shards.options import Sample, ShardOptions
@@ -146,7 +146,7 @@ def check_pair(pair: PatchPair, options: ShardOptions) -> Source | Problem:
         height=he.height,
         extensions=tuple(one.extension for one in headers),
         sha256=tuple(hashlib.sha256(content).hexdigest() for content in images),
-        icc=tuple(map(read_icc_digest, images)),
+        icc=tuple(map(read_profile, images)),
     )
 
 
@@ -283,7 +283,7 @@ def _describe(sample: Sample, digests: Sequence[str], options: ShardOptions) -> 
         width=options.tile or source.width,
         height=options.tile or source.height,
         mpp=pair.mpp or options.known_mpp,
-        icc=Digests.of(source.icc),
+        icc=Digests.of([profile.sha256 if profile else None for profile in source.icc]),
         sha256=Digests.of(digests),
         **dict(pair.origin),
     )

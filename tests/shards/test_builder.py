@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 from containers import tiff, with_exif, with_segments
+from PIL import Image, ImageCms
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.io.digests import digest_of
@@ -228,7 +229,7 @@ def test_what_systems_leave_in_a_folder_is_nobody_s(built, tmp_path):
 BAD = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-50]),
     "is empty": lambda path: path.write_bytes(b""),
-    "is no JPEG, PNG or WebP": lambda path: path.write_text("a text file called .png"),
+    "is no JPEG, PNG, WebP, TIFF, BMP or JPEG 2000": lambda path: path.write_text("a text file called .png"),
     "has no partner": lambda path: path.unlink(),
     "has no partner 00": lambda path: (path.unlink(), path.mkdir()),
     "is 32 x 32 pixels but its IHC": lambda path: path.write_bytes(encode(patch(1, 32, 36), "jpg")),
@@ -521,3 +522,34 @@ def test_real_unregistered_pairs_are_refused(real_data, tmp_path):
     for name in names.replace("\n", ",").split(",")[:4]:
         assert name in str(raised.value)
     assert "register the two" in str(raised.value)
+
+
+@pytest.mark.parametrize("form, suffix", [("TIFF", "tif"), ("BMP", "bmp"), ("JPEG2000", "jp2")])
+def test_files_that_shards_do_not_hold_are_stored_as_png(tmp_path, caplog, form, suffix):
+    """Without loss; the set is that of --image png, and built again it is the same."""
+    root = make_bci(tmp_path / "bci", 5, "png")
+    for path in sorted(root.rglob("*.png"))[:-1]:
+        with Image.open(path) as image:
+            image.save(path, form)
+    manifest, _ = build(options(root, tmp_path / "out"))
+    assert caplog.messages == [
+        f"5 of 5 pairs are files that shards do not hold ({suffix}), so that all images are stored as PNG, "
+        "without loss, as by --image png"
+    ]
+    assert manifest.options.image == "png" and manifest.extensions.he == "png"
+    for _, meta, he, ihc in samples_of(tmp_path / "out"):
+        number = int(meta["key"].partition("_")[0])
+        assert (decode(he, "he") == patch(2 * number)).all() and (decode(ihc, "ihc") == patch(2 * number + 1)).all()
+    assert not build(options(root, tmp_path / "out"))[1] and not build(options(root, tmp_path / "out", image="png"))[1]
+    assert verify(tmp_path / "out") == []
+
+
+def test_mixed_colour_profiles_are_noted_by_stain(tmp_path, caplog):
+    root = make_bci(tmp_path / "bci", 5, "png")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for path in sorted((root / "HE").rglob("*.png"))[:2] + sorted((root / "IHC").rglob("*.png")):
+        with Image.open(path) as image:
+            image.save(path, icc_profile=profile)
+    build(options(root, tmp_path / "out"))
+    (note,) = caplog.messages
+    assert note.startswith("5 H&E images carry different colour profiles, 3 none, 2 'sRGB built-in': their colours")

@@ -1,13 +1,17 @@
+import contextlib
 import io
 
 import numpy as np
 import pytest
-from containers import chunk, png, tiff, with_exif
+from containers import chunk, png, tiff, tiled_tiff, with_exif
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from lgd.base.errors import DataError
-from lgd.shards import image as image_module
+from lgd.scoring.images import upright_size
 from lgd.shards.image import check, decode, decode_upright, encode, header
+from lgd.shards.image_limits import MOST_PIXELS
 
 
 def smooth(height=64, width=64):
@@ -31,16 +35,24 @@ KINDS = {
     "progressive": saved("JPEG", quality=95, progressive=True),
     "png": saved("PNG"),
     "webp": saved("WEBP", lossless=True),
+    "tif": saved("TIFF", compression="tiff_lzw"),
+    "tif raw": saved("TIFF"),
+    "tif jpeg": saved("TIFF", compression="jpeg", quality=95),
+    "tif tiled": tiled_tiff(PIXELS, 32),
+    "bmp": saved("BMP"),
+    "jp2": saved("JPEG2000"),
+    "jp2 raw": saved("JPEG2000", no_jp2=True),
 }
+LOSSLESS = {*KINDS} - {"jpg", "progressive", "tif jpeg"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_type_decodes_and_is_told_by_its_content(kind):
     found = header(KINDS[kind], "a.png")
-    assert found == ("jpg" if kind == "progressive" else kind, 64, 64)
+    assert found == ("jpg" if kind == "progressive" else kind.partition(" ")[0], 64, 64)
     pixels = decode(KINDS[kind], "a.png")
     assert pixels.dtype == np.uint8 and pixels.flags.writeable and pixels.flags.c_contiguous
-    assert np.abs(pixels.astype(int) - PIXELS).max() <= (0 if kind in ("png", "webp") else 12)
+    assert np.abs(pixels.astype(int) - PIXELS).max() <= (0 if kind in LOSSLESS else 12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,8 +100,7 @@ def test_a_flipped_bit_in_a_png_is_refused():
     "content, reason",
     [
         (b"", "is empty"),
-        (b"not an image at all", "is no JPEG, PNG or WebP image"),
-        (saved("TIFF"), "is no JPEG"),
+        (b"not an image at all", "is no JPEG, PNG, WebP, TIFF, BMP or JPEG 2000 image"),
         (saved("GIF"), "is no JPEG"),
         (saved("JPEG", Image.new("CMYK", (9, 9))), "is a CMYK JPEG: convert it"),
         (saved("PNG", Image.fromarray(np.zeros((9, 9), np.uint16))), "has 16 bits a channel"),
@@ -166,7 +177,7 @@ def test_a_huge_image_is_refused_by_its_header():
     content = saved("PNG", Image.new("1", (10001, 10000)))
     with pytest.raises(DataError, match="more than 100 megapixels"):
         decode(content, "a")
-    assert image_module.MAX_PIXELS < 10001 * 10000
+    assert MOST_PIXELS["png"] < 10001 * 10000
 
 
 def test_other_modes_become_rgb():
@@ -180,6 +191,79 @@ def test_other_modes_become_rgb():
     assert (decode(saved("PNG", palette), "a") == np.array(palette.convert("RGB"))).all()
     black = Image.new("1", (8, 8), 1)
     assert (decode(saved("PNG", black), "a") == 255).all()
+
+
+def pages(*changes):
+    """A TIFF of pages, the later ones with these tags."""
+    first, *others = [Image.fromarray(PIXELS)] + [Image.new("RGB", (32, 32)) for _ in changes]
+    for image, change in zip(others, changes, strict=True):
+        image.encoderinfo = {"tiffinfo": change}
+    return saved("TIFF", first, save_all=True, append_images=others)
+
+
+def test_of_a_pyramid_the_first_page_is_read_and_of_a_stack_none():
+    content = pages({254: 1}, {254: 4})
+    assert Image.open(io.BytesIO(content)).n_frames == 3
+    assert (decode(content, "a.tif") == PIXELS).all() and check(content, "a.tif") == ("tif", 64, 64)
+    with pytest.raises(DataError, match="^a.tif: has 3 pages: export the one that is the image as a file of its own"):
+        header(pages({}, {}), "a.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_tiff_stands_as_its_orientation_says(orientation, compression):
+    image = Image.fromarray(smooth(48, 96).astype(np.uint8))
+    content = saved("TIFF", image, tiffinfo={274: orientation}, compression=compression)
+    exif = Image.Exif()
+    exif[274] = orientation
+    expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(saved("PNG", image, exif=exif)))))
+    for read in (decode, decode_upright):
+        assert (read(content, "a") == expected).all()
+    assert header(content, "a")[1:] == check(content, "a")[1:] == expected.shape[1::-1]
+    assert upright_size(content, "a") == expected.shape[:2]
+
+
+@pytest.mark.parametrize("kind, suffix", [("TIFF", "tif"), ("BMP", "bmp"), ("JPEG2000", "jp2")])
+def test_colours_of_other_files_are_read_as_those_of_a_png(kind, suffix):
+    grey, rgb = Image.fromarray(PIXELS[..., 0]), Image.fromarray(PIXELS)
+    images = {"grey": grey, "black": grey.convert("1"), "palette": rgb.quantize(16), "alpha": rgb.convert("RGBA")}
+    images["clear"] = Image.fromarray(np.dstack([PIXELS, np.zeros_like(PIXELS[..., 0])]))
+    images["grey alpha"] = images["clear"].convert("LA")
+    # The fourth byte of a BMP's pixel is nothing, but in its fourth form.
+    lacks = {"BMP": {"grey alpha", "clear"}, "JPEG2000": {"black", "palette"}}.get(kind, set())
+    for name in images.keys() - lacks:
+        content = saved(kind, images[name])
+        assert header(content, "a") == (suffix, 64, 64), name
+        assert (decode(content, "a") == decode(saved("PNG", images[name]), "a")).all(), name
+
+
+@pytest.mark.parametrize(
+    "kind, image, reason",
+    [
+        ("TIFF", Image.new("CMYK", (9, 9)), "has pixels of mode CMYK: convert it to 8-bit RGB"),
+        ("TIFF", Image.new("LAB", (9, 9)), "has pixels of mode LAB"),
+        ("TIFF", Image.new("F", (9, 9)), "has 32 bits a channel, and only 8 would be read"),
+        ("TIFF", Image.new("I;16", (9, 9)), "has 16 bits a channel"),
+        ("JPEG2000", Image.new("I;16", (9, 9)), "has 16 bits a channel"),
+    ],
+)
+def test_what_would_lose_colours_is_refused(kind, image, reason):
+    for read in (header, decode, check):
+        with pytest.raises(DataError, match=f"^a.x: {reason}"):
+            read(saved(kind, image), "a.x")
+
+
+@given(name=st.sampled_from(sorted(KINDS)), data=st.data())
+@settings(max_examples=100, deadline=None)
+@pytest.mark.filterwarnings("ignore")
+def test_broken_content_is_a_message(name, data):
+    content = bytearray(KINDS[name])
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.one_of(st.integers(0, min(400, len(content) - 1)), st.integers(0, len(content) - 1)))
+        content[at] = data.draw(st.integers(0, 255))
+    for read in (check, decode_upright, lambda content, name: decode(content, name, 16)):
+        with contextlib.suppress(DataError):
+            assert read(bytes(content), "a") is not None
 
 
 def test_encoding_comes_back():

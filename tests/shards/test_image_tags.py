@@ -10,12 +10,14 @@ import pytest
 from containers import chunk, png, tiff, with_exif, with_segments
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
-from lgd.shards.image import read_icc_digest, read_orientation, turn_upright
+from lgd.shards.image import read_orientation, read_profile, turn_upright
+from lgd.shards.profiles import Profile, describe_profiles
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def saved(extension, **options):
@@ -45,7 +47,7 @@ def test_orientation_is_read_and_applied_as_pillow_does(extension, orientation):
 @pytest.mark.parametrize("extension", FORMATS)
 def test_an_image_without_exif_is_upright(extension):
     assert read_orientation(saved(extension)) == 1
-    assert read_icc_digest(saved(extension)) is None
+    assert read_profile(saved(extension)) is None
 
 
 @pytest.mark.parametrize("order", "<>")
@@ -95,14 +97,15 @@ def test_exif_lies_behind_other_segments_and_the_first_counts():
 def test_a_profile_has_one_digest_in_every_container(extension):
     # Of several segments in a JPEG, which hold up to 65,519 bytes each.
     profile = np.random.default_rng(1).integers(0, 256, 150_001, np.uint8).tobytes()
-    assert read_icc_digest(saved(extension, icc_profile=profile)) == hashlib.sha256(profile).hexdigest()
+    found = read_profile(saved(extension, icc_profile=profile))
+    assert found == (hashlib.sha256(profile).hexdigest(), "of an unknown name")
 
 
 def test_segments_of_a_profile_come_in_any_order():
     one, two = b"ICC_PROFILE\0\1\2first", b"ICC_PROFILE\0\2\2second"
     expected = hashlib.sha256(b"firstsecond").hexdigest()
     other = (b"\xe2", b"MPF\0 of a camera")
-    assert read_icc_digest(with_segments(saved("jpg"), (b"\xe2", two), other, (b"\xe2", one))) == expected
+    assert read_profile(with_segments(saved("jpg"), (b"\xe2", two), other, (b"\xe2", one))).sha256 == expected
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,7 @@ def test_segments_of_a_profile_come_in_any_order():
     ],
 )
 def test_a_malformed_profile_of_a_jpeg_is_none(segments):
-    assert read_icc_digest(with_segments(saved("jpg"), *[(b"\xe2", data) for data in segments])) is None
+    assert read_profile(with_segments(saved("jpg"), *[(b"\xe2", data) for data in segments])) is None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_a_malformed_profile_of_a_jpeg_is_none(segments):
     ],
 )
 def test_a_malformed_profile_of_a_png_is_none(data):
-    assert read_icc_digest(png(8, 2, chunk(b"iCCP", data))) is None
+    assert read_profile(png(8, 2, chunk(b"iCCP", data))) is None
 
 
 @given(extension=st.sampled_from(sorted(FORMATS)), position=st.floats(0, 1), value=st.binary(min_size=1, max_size=4))
@@ -140,4 +143,30 @@ def test_no_content_breaks_the_reading(extension, position, value):
     at = int(position * 700) % len(content)
     for spoilt in (content[:at], content[:at] + value + content[at + len(value) :], content[:at] + value):
         assert 1 <= read_orientation(spoilt) <= 8
-        assert len(read_icc_digest(spoilt) or "0" * 64) == 64
+        assert len((read_profile(spoilt) or ("0" * 64,))[0]) == 64
+
+
+def test_a_profile_is_named_and_mixed_ones_are_counted():
+    for kind in ("PNG", "TIFF"):
+        stream = io.BytesIO()
+        Image.fromarray(PIXELS).save(stream, kind, icc_profile=SRGB)
+        profile = read_profile(stream.getvalue())
+        assert profile.name == "sRGB built-in"
+    other = Profile("f" * 64, profile.name)
+    assert describe_profiles([profile, profile], "images") == describe_profiles([None], "images") == ""
+    assert describe_profiles([], "images") == ""
+    text = describe_profiles([None, profile, None], "images")
+    assert text.startswith(
+        "3 images carry different colour profiles, 2 none, 1 'sRGB built-in': their colours are read"
+    )
+    assert f"1 'sRGB built-in' ({profile.sha256[:8]}), 1 'sRGB built-in' (ffffffff)" in describe_profiles(
+        [profile, other], "images"
+    )
+
+
+def test_exif_that_shares_its_bytes_among_entries_is_not_read(monkeypatch):
+    """As many entries as fit, each of the whole file, would be 65 GB of 2 MB."""
+    monkeypatch.setattr(Image.Image, "getexif", lambda image: pytest.fail("was read"))
+    entries = [(tag, 7, 30_000, 8) for tag in range(1, 4000)]
+    content = tiff((0x0112, 3, 1, 6), *entries)
+    assert read_orientation(png(8, 2, chunk(b"eXIf", content))) == 1

@@ -38,3 +38,24 @@ def with_segments(jpeg, *segments):
 def with_exif(jpeg, tiff_bytes):
     """A JPEG with EXIF in front of what it holds."""
     return with_segments(jpeg, (b"\xe1", b"Exif\0\0" + tiff_bytes))
+
+
+def tiled_tiff(pixels, side, compress=zlib.compress):
+    """A TIFF of pixels (height, width, 3) in compressed tiles, as pyramids have them."""
+    height, width, channels = pixels.shape
+    tiles = [
+        compress(pixels[top : top + side, left : left + side].tobytes())
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+    ]
+    starts = [8 + sum(map(len, tiles[:number])) for number in range(len(tiles) + 1)]
+    bits_at = starts[-1]
+    offsets_at = bits_at + 2 * channels
+    directory_at = offsets_at + 8 * len(tiles)
+    values = struct.pack(f"<{channels}H{2 * len(tiles)}I", *[8] * channels, *starts[:-1], *map(len, tiles))
+    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, bits_at), (259, 3, 1, 8), (262, 3, 1, 2)]
+    entries += [(277, 3, 1, channels), (322, 4, 1, side), (323, 4, 1, side), (324, 4, len(tiles), offsets_at)]
+    entries += [(325, 4, len(tiles), offsets_at + 4 * len(tiles))]
+    body = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    head = b"II*\0" + struct.pack("<I", directory_at)
+    return head + b"".join(tiles) + values + struct.pack("<H", len(entries)) + body + bytes(4)
