@@ -35,6 +35,11 @@ _SENT_EVERY = 0.5
 _NOISE = (
     # Pillow, of 89 to 100 megapixels, which `lgd.shards.image` allows.
     (RuntimeWarning, r"Image size \(\d+ pixels\) exceeds limit"),
+    # Pillow, of broken directories of EXIF and TIFF: what counts is whether the pixels are whole.
+    (
+        UserWarning,
+        "Tag data larger than file|Corrupt EXIF data|Truncated File Read|Image appears to be a malformed MPO",
+    ),
     # DDP: the strides of a 1x1 kernel's gradient are another name of the same order.
     (UserWarning, "Grad strides do not match bucket view strides"),
     # NCCL: each rank has made its GPU the current one.

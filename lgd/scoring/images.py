@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lgd.base.errors import DataError, require
-from lgd.io.files import is_litter
+from lgd.io.files import is_litter, peek_kind
 from lgd.io.location import require_local
 from lgd.shards.image import (
     FORMAT_NAMES,
@@ -116,12 +116,17 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
 
 def _find_named(path: Path) -> tuple[list[Path], list[Path], list[Path]]:
     """The images that a file, a folder or a pattern means; what it also holds that is none; and hidden images."""
-    if path.is_dir():
+    try:
+        lies = peek_kind(path, "file")
+    except OSError:
+        # Reading it says why.
+        return [path], [], []
+    if lies == "folder":
         images, others, hidden = ([Path(str(one)) for one in found] for found in list_images(path))
         return images, others, hidden
-    if path.is_file() or path.is_symlink():
+    if lies == "file" or path.is_symlink():
         return [path], [], []
-    if path.exists():
+    if lies:
         # A pipe would be waited for.
         return [], [path], []
     # `Path.glob` takes no absolute pattern, and also finds hidden files.
@@ -208,8 +213,8 @@ def read_fitted(image: OneImage, shapes: Sequence[Shape], size: int, mpp: Mpp) -
         (height, width), notes = _fit_scale(name, shapes, size, pixels.shape[0], pixels.shape[1], mpp)
     else:
         content = _read_bytes(image)
-        profile = read_profile(content)
         (height, width), notes = _fit_scale(name, shapes, size, *upright_size(content, name), mpp)
+        profile = read_profile(content)
         # A large JPEG is shrunk while it is decoded.
         pixels = decode_upright(content, name, size if (height, width) == (size, size) else None)
     return Fitted(resize(pixels, height, width), notes, profile)

@@ -35,13 +35,13 @@ def has_image_name(name: str) -> bool:
 
 def is_image(path: Location, lies: Kind) -> bool:
     """Whether what is not hidden is an image, by name or by content; `lies` is what `list_folder` says of it."""
-    if has_image_name(path.name):
-        # A pipe would be waited for; a link to nowhere is reported as an image that cannot be read.
-        return lies == "file" or (lies == "other" and peek_kind(path, lies) is None)
     try:
+        if has_image_name(path.name):
+            # A pipe would be waited for; a link to nowhere is reported as an image that cannot be read.
+            return lies == "file" or (lies == "other" and peek_kind(path, lies) is None)
         return lies == "file" and kind(read_first_bytes(path, FIRST_BYTES)) is not None
     except (OSError, DataError):
-        return False
+        return has_image_name(path.name)
 
 
 def list_images(folder: Location) -> FolderImages:

@@ -58,7 +58,7 @@ def folder(path: Path) -> None:
         (drop, ("00001_train_2+.png", "partner")),
         (cut, ("00001_train_2+.png", "truncated")),
         (empty, ("00001_train_2+.png", "empty")),
-        (text, ("00001_train_2+.png", "no JPEG, PNG or WebP")),
+        (text, ("00001_train_2+.png", "is no JPEG, PNG")),
         (folder, ("00001_train_2+.png", "folder")),
     ],
 )

@@ -143,7 +143,7 @@ def test_a_bad_file_costs_its_own_answer(tissue_run, images, capsys, tmp_path, s
     named = [str(images[0]), str(bad), str(images[2])]
     assert main([*command, *named]) == 1
     told = capsys.readouterr()
-    assert f"lgd: 1 of 3 images have no answer:\n  {bad}: is no JPEG, PNG or WebP" in told.err
+    assert f"lgd: 1 of 3 images have no answer:\n  {bad}: is no JPEG, PNG, WebP, TIFF, BMP or JPEG 2000" in told.err
     answers = json.loads(told.out)
     assert sorted(answer["image"] for answer in answers) == sorted([named[0], named[2]])
     assert main([*command, named[0], named[2]]) == 0

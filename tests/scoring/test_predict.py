@@ -3,6 +3,9 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +103,37 @@ def test_a_folder_is_read_as_people_have_them(images, tmp_path, caplog):
     (images / "a").mkdir()
     shell = [str(path) for path in images.iterdir() if path.name[0] != "."]
     assert images / "deep" / "p3.png" in find_images([f"{images}/*"]) == find_images(shell), "a folder is what it holds"
+
+
+LOCKED = """
+import os, sys
+from pathlib import Path
+from lgd.scoring.images import find_images, read_image
+folder = Path(sys.argv[1])
+for name in ("folder/b.png", "listed/c.png", "no.png"):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
+(folder / "no.png").chmod(0)
+(folder / "folder").chmod(0)
+(folder / "listed").chmod(0o444)
+if os.getuid() == 0:
+    os.setuid(65534)
+for path in find_images([folder, folder / "folder" / "b.png"]):
+    try:
+        read_image(path, 8)
+    except ValueError as error:
+        print(str(error).removeprefix(f"{folder}/"))
+"""
+
+
+def test_what_may_not_be_read_costs_its_own_row():
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        done = subprocess.run([sys.executable, "-c", LOCKED, folder], capture_output=True, text=True, check=False)
+        for name in ("folder", "listed"):
+            (Path(folder) / name).chmod(0o755)
+    names = ("folder", "folder/b.png", "listed/c.png", "no.png")
+    assert done.stdout.splitlines() == [f"{name} cannot be read (Permission denied)" for name in names], done.stderr
 
 
 def test_a_shown_link_into_a_hidden_folder_is_followed(images):
