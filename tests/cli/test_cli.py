@@ -59,7 +59,7 @@ def folder(path: Path) -> None:
         (cut, ("00001_train_2+.png", "truncated")),
         (empty, ("00001_train_2+.png", "empty")),
         (text, ("00001_train_2+.png", "is no JPEG, PNG")),
-        (folder, ("00001_train_2+.png", "folder")),
+        (folder, ("00001_train_2+.png", "has no partner")),
     ],
 )
 def test_a_bad_image_stops_the_build_and_nothing_is_written(tmp_path, capsys, harm, told):
