@@ -183,7 +183,7 @@ def _check_pairs(options: ShardOptions) -> tuple[list[Source], list[Problem]]:
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
     pairs, problems = find_pairs(options.layout, as_location(options.root).absolute(), options.slides or None)
     refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
-    if options.on_bad == "stop":
+    if options.on_bad == "stop" and all(pair.split for pair in pairs):
         # Minutes before the images are read; of those that may be left out nothing is known yet.
         check_split(pairs, options)
     chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
