@@ -119,7 +119,7 @@ def list_local_sizes(folder: Location, names: Iterable[str] = ()) -> dict[str, i
     # One listing is quicker than asking for 2e5 files by name.
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
     for name in names:
-        if name not in sizes:
+        if name not in sizes and (folder / name).is_file():
             with contextlib.suppress(OSError):
                 sizes[name] = (folder / name).stat().st_size
     return sizes

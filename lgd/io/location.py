@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from upath import UPath
 
 Location = Union[Path, "UPath"]
-"""A file or a folder: a path here, or a url (imported late: it takes 0.2 s). Only the modules of io tell them apart."""
+"""A file or a folder: a path here, or a url (imported late: it takes 0.2 s). Only io distinguishes them."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a full disk, or of a quota or a limit on the size of a file."""

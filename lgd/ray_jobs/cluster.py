@@ -59,8 +59,8 @@ def connect(workers: int, option_name: str, threads: int = 0, use_gpus: bool = T
         raise DataError(f"Ray is not installed: pip install 'ray[default,train]', or set {option_name} to 0") from error
     import ray
 
+    address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
         try:
             _start_ray(address, variables)
         except (OSError, RuntimeError, ValueError) as error:
@@ -68,9 +68,9 @@ def connect(workers: int, option_name: str, threads: int = 0, use_gpus: bool = T
             raise DataError(
                 f"{cluster} cannot be reached or started ({error}); set {option_name} to 0 to do without"
             ) from error
-    cpus = threads + 1 if os.environ.get("RAY_ADDRESS") else 1
+    cpus = threads + 1 if address else 1
     slots = _count_workers(cpus, use_gpus)
-    if workers > slots and os.environ.get("RAY_ADDRESS"):
+    if workers > slots and address:
         slots = _wait_for_nodes(workers, cpus, use_gpus)
     if workers > slots:
         takes = f"a GPU and {cpus}" if use_gpus and count_slots("GPU") else str(cpus)
@@ -79,7 +79,7 @@ def connect(workers: int, option_name: str, threads: int = 0, use_gpus: bool = T
             f"{option_name} is {workers}, but this Ray cluster has {count_slots('CPU')} CPUs and {count_slots('GPU')} "
             f"GPUs: set it to {slots} or less, or add nodes (a worker takes {takes} CPUs{reads})"
         )
-    return cpus if os.environ.get("RAY_ADDRESS") else max(1, count_slots("CPU") // max(workers, 1))
+    return cpus if address else max(1, count_slots("CPU") // max(workers, 1))
 
 
 def _count_workers(cpus: int, use_gpus: bool) -> int:

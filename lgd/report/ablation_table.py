@@ -141,8 +141,8 @@ def format_ablation(table: AblationDocument) -> str:
         f"{_explain_intervals(table)}\n",
         *([f"{HOW}\n"] if COLOUR in table.rows else []),
         f"Share of the gap between {BASELINE} and the {TEACHER_ROW} that {LGD_NET} closes: {gaps}.\n",
-        f"Of what varies in the teacher's latents, its soft levels tell {table.explained_by_levels:.2f} (R^2 on these "
-        "patches): the nearer to 1, the less latents can teach that label distillation does not.\n",
+        f"Of what varies in the teacher's latents, its soft levels explain {table.explained_by_levels:.2f} (R^2 on "
+        "these patches): the nearer to 1, the less latents can teach that label distillation does not.\n",
         f"{code_block(table.command)}\n",
     ]
     return "\n".join(lines)

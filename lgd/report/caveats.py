@@ -130,7 +130,7 @@ def _caveats_of_counts(known: Predictions) -> list[str]:
             "these alone."
         )
     if absent := [name for name, count in zip(LEVEL_NAMES, patches, strict=True) if not count]:
-        found.append(f"No patch of level {', '.join(absent)} is scored: no metric tells how such patches fare.")
+        found.append(f"No patch of level {', '.join(absent)} is scored: no metric covers such patches.")
     if 0 < patches[0] < FEW_LEVEL_0:
         found.append(f"Patches of level 0 that are scored: only {patches[0]}. Telling 0 from 1+ is hardly measured.")
     return found
@@ -143,7 +143,7 @@ def colour_shortcut_caveats(models: Sequence[ModelScores], differences: Sequence
         kappa = model.by_patch.metrics["kappa"]
         if model.name == COLOUR and kappa.low is not None and kappa.low > 0:
             found.append(
-                "Stain and background alone, without any shape, tell the level with a kappa of "
+                "Stain and background alone, without any shape, predict the level with a kappa of "
                 f"{format_interval(kappa)} here. A network can learn them too, and loses that on slides of another "
                 "laboratory or scanner."
             )
@@ -161,8 +161,8 @@ def chance_retrieval_caveats(retrieval: Retrieval | None) -> list[str]:
     """Levels can look well while all latents are alike: the mean of the teacher's is a fair guess of each."""
     owns = [(row.name, row.own_pair) for row in retrieval.embeddings if row.own_pair] if retrieval else []
     return [
-        f"{name}: they find their own IHC no better than by chance. Nothing of the IHC was learnt that tells one patch "
-        "from another, and what queries find means little."
+        f"{name}: they find their own IHC no better than by chance. Nothing of the IHC was learnt that distinguishes "
+        "one patch from another, and what queries find means little."
         for name, own in owns
         if own.mean_rank.high is not None and own.mean_rank.high >= own.chance_median_rank
     ]

@@ -23,7 +23,7 @@ PRECISION_AT_K = 10
 """Neighbours behind an average precision, and answers behind hubs."""
 LEVEL_CAVEATS = (
     "The gallery of the levels is the training split, which every network here was trained on: its vectors are better "
-    "told apart by level than those of new patches would be.",
+    "separated by level than those of new patches would be.",
     "A neighbour counts as relevant for its level alone, whatever the tissue looks like; where a level is that of a "
     "slide, so is the relevance.",
     "The features of H&E alone are compared with H&E, the other vectors with IHC latents: of the precisions by level "

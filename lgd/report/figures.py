@@ -1,7 +1,7 @@
 """The report's pictures: confusion matrix, reliability diagram, robustness, and the contact sheet of queries.
 
 Drawn without pyplot, so without a display or global state, and published as PNG. Colours are those of Okabe
-and Ito (2008), which colour-blind readers can tell apart; what a colour says is also written or shaped.
+and Ito (2008), which colour-blind readers can distinguish; what a colour says is also written or shaped.
 """
 
 import warnings

@@ -154,7 +154,7 @@ def _score_sections(results: Results) -> list[str]:
         text += markdown_table(["", *HEADLINE.values()], rows)
         text.append(
             "Both models see the same resamples, of groups alone. One training stands behind each: an interval that "
-            "leaves 0 out tells these networks apart, and not their methods. Of ECE, lower is better.\n"
+            "leaves 0 out distinguishes these networks, and not their methods. Of ECE, lower is better.\n"
         )
     return text
 

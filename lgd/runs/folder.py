@@ -216,7 +216,7 @@ def note_changes(config: Config, stage: str) -> str:
     if not changes:
         return ""
     shown = [*changes.values()][:_MOST] + ([f"and {len(changes) - _MOST} more"] if len(changes) > _MOST else [])
-    return f"note: {', '.join(shown)}; run.json tells each stage's values"
+    return f"note: {', '.join(shown)}; run.json has each stage's values"
 
 
 def _has_teacher(entry: Stage, stage: str, kept: dict[str, JsonValue], config: Config) -> bool:

@@ -47,13 +47,13 @@ def slides_of_images(slides: Location, paths: Sequence[Path]) -> dict[str, str]:
 
 
 def require_names(slides: Location, images: Sequence[OneImage]) -> None:
-    """Raise `DataError` where a CSV of slides cannot tell two images apart."""
+    """Raise `DataError` where a CSV of slides cannot distinguish two images."""
     seen: dict[str, OneImage] = {}
     for image in images:
         first = seen.setdefault(safe_key(image.stem), image)
         if str(first) != str(image):
             raise DataError(
-                f"{slides} tells slides by file name, and {first} and {image} have the same: rename one, or ask for "
+                f"{slides} names slides by file name, and {first} and {image} have the same: rename one, or ask for "
                 "the slides one at a time"
             )
 

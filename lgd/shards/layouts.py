@@ -22,7 +22,7 @@ from typing import ClassVar, NamedTuple
 from lgd.base.errors import DataError, require
 from lgd.base.extensions import FORM, is_python, load_object
 from lgd.config_sections import LEVEL_NAMES
-from lgd.io.files import list_folder, peek_kind, publish
+from lgd.io.files import Kind, list_folder, peek_kind, publish
 from lgd.io.folders import walk_files
 from lgd.io.location import Location, relative_name
 from lgd.io.tables import read_csv, write_csv
@@ -94,7 +94,7 @@ class Bci(Layout):
         if ".synth-begun" in top:
             # `lgd synth` removes it at its end.
             raise DataError(f"{root} holds virtual tissue that is not complete: run the same lgd synth again")
-        images = _list_images(root, ("HE", "IHC"))
+        images = _list_images(root, top, ("HE", "IHC"))
         for stain, names in images.items():
             for name in (name for name in names if "/" not in name):
                 reason = f"lies outside a split: move it into a folder such as {stain}/train"
@@ -124,7 +124,7 @@ class Mist(Layout):
 
     def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         splits = {"train": "train", "val": "test", "test": "test"}
-        images = _list_images(root, [f"{folder}{stain}" for folder in splits for stain in "AB"])
+        images = _list_images(root, list_folder(root), [f"{folder}{stain}" for folder in splits for stain in "AB"])
         for folder, split in splits.items():
             for entry in _match(root, f"{folder}A", f"{folder}B", images):
                 if isinstance(entry, Candidate):
@@ -178,8 +178,8 @@ def is_csv(root: Location) -> bool:
     return peek_kind(root, "file" if root.suffix.lower() in (".csv", ".tsv", ".txt") else "folder") == "file"
 
 
-def _list_images(root: Location, folders: Sequence[str]) -> dict[str, list[str]]:
-    """The images in each of some folders, in any depth, by their names below it, sorted.
+def _list_images(root: Location, top: Mapping[str, Kind], folders: Sequence[str]) -> dict[str, list[str]]:
+    """The images in each of some folders, in any depth, by their names below it, sorted; `top` is what the root holds.
 
     A note counts those that are hidden, or lie elsewhere below the root.
     """
@@ -188,7 +188,7 @@ def _list_images(root: Location, folders: Sequence[str]) -> dict[str, list[str]]
         listed = list_images(root / folder)
         images[folder] = sorted(relative_name(path, root / folder) for path in listed.images)
         hidden += listed.hidden
-    for name, lies in list_folder(root).items():
+    for name, lies in top.items():
         if name not in folders:
             below = walk_files(root / name) if lies == "folder" else [(root / name, lies, name.startswith("."))]
             elsewhere += [path for path, _, _ in below if has_image_name(path.name)]

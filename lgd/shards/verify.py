@@ -98,7 +98,7 @@ def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str
         yield f"field codecs is {manifest.codecs!r:.200}"
     pairs, samples = manifest.sources.pairs, sum(shard.samples for shard in shards)
     if pairs > samples or (options.tile == 0 and pairs != samples):
-        yield f"field sources tells of {pairs} pairs, but there are {samples} samples"
+        yield f"field sources states {pairs} pairs, but there are {samples} samples"
     kept, extensions = options.encoding.extension, manifest.extensions
     if kept is not None and {extensions.he, extensions.ihc} - {None} != {kept}:
         yield f"field extensions is {extensions.as_json()!r:.200}, but the options ask for {kept}"

@@ -4,7 +4,7 @@ A scorer gives an answer for every image. What is said here goes beside it as a 
 
 The rules are optical: hematoxylin and eosin both absorb more green light than blue, DAB absorbs more blue than
 green, and what is grey absorbs both alike. In shares of the optical density over red, green and blue, green less
-blue is 0.26 for hematoxylin, 0.76 for eosin, -0.13 for DAB (Ruifrok and Johnston) and 0 for grey. Three signs tell
+blue is 0.26 for hematoxylin, 0.76 for eosin, -0.13 for DAB (Ruifrok and Johnston) and 0 for grey. Three signs show
 that a patch is no H&E:
 
 - its tissue as a whole has less of that than halfway between hematoxylin and DAB (IHC, grey images, most photographs);
@@ -12,7 +12,7 @@ that a patch is no H&E:
 - its tissue as a whole absorbs much more red than green (blue and green pictures, stains such as methylene blue).
 
 The numbers were set on real patches of BCI and half of her2st, and tried on the real data that was left;
-tests/stain/test_checks.py holds both to a note on 80 % of the IHC with DAB and 5 % of the H&E. What they cannot tell:
+tests/stain/test_checks.py holds both to a note on 80 % of the IHC with DAB and 5 % of the H&E. What they cannot show:
 hematoxylin alone, as an IHC without DAB has it, and red stains such as AEC or PAS pass for H&E; pigment (melanin,
 hemosiderin) counts as brown; glass that is lit yellow by more than a tenth makes H&E look brown.
 

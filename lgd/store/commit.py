@@ -1,4 +1,4 @@
-"""store.json over the parts of some shards: what makes parts a store. Run by whoever wrote them, at the end."""
+"""store.json over the parts of some shards: what makes parts a store. Run at the end by the process that wrote them."""
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """Whether a teacher still gives the latents that it gave: what it made of two fixed images is kept with the store.
 
-Weights are told by their digest. The libraries that run them are not: another version may resize, normalise or
+A digest identifies the weights, but not the libraries that run them: another version may resize, normalise or
 interpolate otherwise, and rows that were added then would not compare with those that were there.
 """
 

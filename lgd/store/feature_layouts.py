@@ -1,4 +1,4 @@
-"""Files of features that other tools computed: told apart by what they hold, and read by rows. None is trusted.
+"""Files of features that other tools computed: recognised by what they hold, and read by rows. None is trusted.
 
 | layout | file | vectors | what a row is of |
 |---|---|---|---|

@@ -118,7 +118,7 @@ def _join_keys(patches: Patches, files: Sequence[FeatureFile]) -> tuple[np.ndarr
         twice = sorted({key for number, key in enumerate(patches.keys) if wanted[key] != number})
         raise DataError(
             f"{len(twice)} keys are in several folders of data.shards ({name_first(twice)}), which a "
-            "key does not tell apart: import the features of each folder in a run of its own"
+            "key does not distinguish: import the features of each folder in a run of its own"
         )
     file_n, row_n = np.full(len(wanted), -1, np.int32), np.zeros(len(wanted), np.int64)
     repeated: list[str] = []

@@ -59,7 +59,7 @@ class ProbeDocument(Document):
     """Their slides, or patches where slides are unknown: none is on both sides of a cross-validation."""
     ridge: Annotated[float, Field(gt=0)]
     losses: dict[Line, float]
-    """Ridge -> mean loss of patches of left-out slides; none where too few slides are labelled to tell."""
+    """Ridge -> mean loss of patches of left-out slides; none where too few slides are labelled for that."""
     weight: Annotated[Many[Many[float]], Field(min_length=len(LEVEL_NAMES), max_length=len(LEVEL_NAMES))]
     """A row a level, of the latents as they are stored."""
     bias: Annotated[Many[float], Field(min_length=len(LEVEL_NAMES), max_length=len(LEVEL_NAMES))]

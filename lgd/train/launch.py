@@ -46,7 +46,7 @@ def check_levels(task: Task, shards: ShardSet) -> None:
     if len(seen) == 1:
         raise DataError(
             f"all {count[seen[0]]} patches of the split `train` that have a level are of level {seen[0]}: nothing can "
-            "be told apart; add shards of other levels"
+            "be distinguished; add shards of other levels"
         )
     if not seen and (task.store is None or task.kind == "teacher"):
         remedy = "; leave label out of teacher.learns" if task.kind == "teacher" and task.store else " only"
@@ -185,7 +185,7 @@ def refuse_finished(task: Task, inputs: dict[str, JsonValue], overwrite: bool | 
     # Of the same inputs it is damaged.
     if made.inputs != digest_of(inputs):
         before, checkpoints = read_inputs(task, made.inputs), task.folder / "checkpoints"
-        lost = [f"  its checkpoints, which would tell the difference, are not in {checkpoints}"]
+        lost = [f"  its checkpoints, which would show the difference, are not in {checkpoints}"]
         difference = lost if before is None else format_diff(before, inputs, "in the folder")
         raise DataError(f"{holds} a finished {task.kind} of other inputs:", *difference, remedy)
 

@@ -37,7 +37,7 @@ class Learner:
 
 
 def check_early_stopping(task: Task, shards: ShardSet) -> None:
-    """Raise `DataError` where `train.patience` waits for a metric that cannot tell one network from a better one."""
+    """Raise `DataError` where `train.patience` waits for a metric that cannot change."""
     train = task.config.train
     if not (train.patience and task.trains):
         return

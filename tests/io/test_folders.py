@@ -98,7 +98,7 @@ def test_sizes_are_listed_here_only(folder):
     here = isinstance(folder, os.PathLike)
     assert list_local_sizes(folder) == ({"a": 5} if here else None)
     # What should be there is asked for by its name, whatever the listing has.
-    assert list_local_sizes(folder, ["a", "deep/b", "none"]) == ({"a": 5, "deep/b": 1} if here else None)
+    assert list_local_sizes(folder, ["a", "deep", "deep/b", "none"]) == ({"a": 5, "deep/b": 1} if here else None)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_each_row_is_trained_once_and_compared(run, tmp_path, capsys):
     )
     assert "The tissue is virtual" in out
     assert document["explained_by_levels"] <= 1
-    assert f"its soft levels tell {document['explained_by_levels']:.2f} (R^2" in out
+    assert f"its soft levels explain {document['explained_by_levels']:.2f} (R^2" in out
     assert told.count(": trained") == 8
     # Each seed is another network.
     ends = [read_json(folder / slug(LGD_NET) / f"seed-{n}" / "config.json")["weights_sha256"] for n in (0, 1)]

@@ -353,7 +353,7 @@ def test_what_colour_alone_tells_is_a_caveat(tmp_path):
     document = report(tmp_path, [model(skill=3.0), model(COLOUR, 1.5)])
     assert len(document["caveats"]) == 2
     kappa = document["models"][1]["by_patch"]["metrics"]["kappa"]
-    assert kappa["low"] > 0 and f"tell the level with a kappa of {kappa['value']:.3f} [" in document["caveats"][1]
+    assert kappa["low"] > 0 and f"predict the level with a kappa of {kappa['value']:.3f} [" in document["caveats"][1]
     document = report(tmp_path, [model(skill=1.5), model(COLOUR, 1.6)])
     difference = document["differences"][0]["metrics"]["kappa"]
     assert (

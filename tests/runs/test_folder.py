@@ -116,12 +116,12 @@ def test_a_stage_tells_in_which_fields_earlier_ones_had_other_values(config, cha
     note = note_changes(change(config, data={"size": 96}), "train")
     assert note == (
         "note: data.size is 96 and was 64 for train-teacher, latents.map is 2 and was 3 for cache-latents; run.json "
-        "tells each stage's values"
+        "has each stage's values"
     )
     assert "latents.map is 2 and was 3 for cache-latents" in note_changes(config, "build-index")
     moved = change(config, teacher={"dir": "/elsewhere", "epochs": 7}, train={"lr": 0.5})
     assert note_changes(moved, "cache-latents") == (
-        f"note: teacher.dir is /elsewhere and was {config.teacher.dir} for train-teacher; run.json tells each stage's "
+        f"note: teacher.dir is /elsewhere and was {config.teacher.dir} for train-teacher; run.json has each stage's "
         "values"
     )
     # A long one is cut in its middle, and says so.

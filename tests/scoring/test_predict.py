@@ -316,7 +316,7 @@ def test_a_wrong_list_of_slides_is_told(scorer, images, tmp_path, text, told):
 def test_a_list_of_slides_cannot_tell_equal_names_apart(scorer, images, tmp_path):
     shutil.copy(images / "p1.png", images / "deep" / "p0.png")
     (tmp_path / "slides.csv").write_text("key,slide\n" + "".join(f"p{n},A\n" for n in range(5)))
-    with pytest.raises(DataError, match="slides.csv tells slides by file name, and .*p0.png and .*p0.png have"):
+    with pytest.raises(DataError, match="slides.csv names slides by file name, and .*p0.png and .*p0.png have"):
         predict_slides(scorer, find_images([str(images)]), tmp_path / "slides.csv")
     assert len(predict(scorer, find_images([str(images)]))) == 6
 

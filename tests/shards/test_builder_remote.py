@@ -18,6 +18,7 @@ import pytest
 
 from lgd.base.errors import DataError
 from lgd.cli import main
+from lgd.io import calls
 from lgd.ray_jobs import cluster
 from lgd.shards.builder import build
 from lgd.shards.image import encode
@@ -37,10 +38,11 @@ def s3(s3_server):
 
 
 def forget_connections():
-    """s3fs keeps the address and the keys of its first use."""
+    """s3fs keeps the address and the keys of its first use, and a store that answered is waited for."""
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
+    calls._answered.clear()
 
 
 @pytest.fixture(scope="module")

@@ -263,7 +263,7 @@ def patch(out, spoil):
         (lambda m: m["options"].update(image="jpeg:90"), "field extensions is "),
         (lambda m: m["options"].update(shard_size=2), "train-000000 has 3 samples, but options.shard_size is 2"),
         (lambda m: m["codecs"].pop("pillow"), "field codecs is {"),
-        (lambda m: m["sources"].update(pairs=5), "field sources tells of 5 pairs, but there are 4"),
+        (lambda m: m["sources"].update(pairs=5), "field sources states 5 pairs, but there are 4"),
         (lambda m: m.update(sources=[]), "field 'sources': should be"),
         (lambda m: m.update(caveats=[1]), "field 'caveats.0': should be a valid string"),
         (lambda m: m.update(virtual=0), "field 'virtual': should be a valid boolean"),

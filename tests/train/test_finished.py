@@ -93,7 +93,7 @@ def test_the_old_one_is_there_until_the_new_one_is_and_a_stopped_replacement_goe
     assert [path.read_bytes() for path in network] == before and load_scorer(folder)
     # The old one's checkpoints, which told what it was made of, are gone.
     status, message = lgd("train", "--student.epochs=1.6")
-    assert status == 1 and "  its checkpoints, which would tell the difference, are not in" in message
+    assert status == 1 and "  its checkpoints, which would show the difference, are not in" in message
     # A third one is not taken for either, and what the second has done so far is not lost by it.
     status, message = lgd("train", "--student.epochs=2", "--overwrite")
     assert status == 1 and "step-00000003 is of another run:\n  task.epochs: 1.6 in the checkpoint, 2.0" in message
