@@ -7,7 +7,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,19 +21,9 @@ from lgd.config_files import load_config
 from lgd.io.files import read_json
 from lgd.store.store import Store
 from lgd.tissue.synth import SynthOptions, synthesise
-from tests.support.sockets import list_listening
+from tests.support.sockets import free_ports, list_listening
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

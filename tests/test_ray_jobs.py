@@ -33,6 +33,7 @@ from lgd.io.files import read_json
 from lgd.ray_jobs import cluster, mapping, training
 from lgd.store.store import Store
 from lgd.train.deepspeed_engine import deepspeed_problem
+from tests.support.sockets import find_own_address, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -374,14 +375,8 @@ except DataError as error:
 @pytest.fixture
 def autoscaled():
     """A head of one CPU whose autoscaler may add two nodes of two, as processes of this machine."""
-    with contextlib.ExitStack() as sockets:
-        ports = [sockets.enter_context(socket.socket()) for _ in range(3)]
-        for one in ports:
-            one.bind(("", 0))
-        port, dashboard, client = (one.getsockname()[1] for one in ports)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))
-        address = f"{probe.getsockname()[0]}:{port}"
+    port, dashboard, client = free_ports(3)
+    address = f"{find_own_address()}:{port}"
     # A socket's path must be short, so not pytest's own folder.
     folder = Path(tempfile.mkdtemp(prefix="lgd-", dir="/tmp"))
     described = AUTOSCALED | {"provider": AUTOSCALED["provider"] | {"gcs_address": address}}

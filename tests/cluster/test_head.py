@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.sockets import list_listening
+from tests.support.sockets import find_own_address, free_ports, list_listening
 
 HEAD = Path(__file__).resolve().parents[2] / "cluster" / "head.sh"
 STARTED = "mode=token stop=120 loopback=0 metrics= start --head"
@@ -128,13 +127,8 @@ def is_answered(ip: str, port: int, path: str) -> bool:
 
 
 def test_beyond_loopback_nothing_but_its_health_is_answered_without_the_token():
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))
-        ip = probe.getsockname()[0]
+    ip, (client,) = find_own_address(), free_ports(1)
     assert not ip.startswith("127."), "this machine has no network"
-    with socket.socket() as free:
-        free.bind(("", 0))
-        client = free.getsockname()[1]
     # A socket's path must be short, so not pytest's own folder.
     folder, token = tempfile.mkdtemp(prefix="lgd-", dir="/tmp"), secrets.token_hex(32)
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -19,7 +19,6 @@ from test_train_faults import (
     assert_each_sample_once,
     assert_same_run,
     attempts,
-    free_port,
     worker_that_records,
 )
 
@@ -28,13 +27,14 @@ from lgd.ray_jobs.mapping import map_with
 from lgd.train import launch
 from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under
+from tests.support.sockets import free_ports
 
 pytestmark = pytest.mark.faults
 
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """A cluster of two nodes with a CPU each, and what takes its second node away and brings another."""
+    """A cluster of two nodes with two CPUs each, and what takes its second node away and brings another."""
     for name in [name for name in os.environ if name.startswith("RAY_") and not name.startswith("RAY_AUTH_")]:
         monkeypatch.delenv(name)
     import ray.util
@@ -49,7 +49,8 @@ def nodes(monkeypatch):
     # A socket's path must be short, so not pytest's own folder.
     folder = tempfile.mkdtemp(prefix="lgd-", dir="/tmp")
     second = {"num_cpus": 2, "temp_dir": folder}
-    ports = {name: free_port() for name in ("gcs_server_port", "dashboard_port", "dashboard_agent_listen_port")}
+    names = "gcs_server_port", "dashboard_port", "dashboard_agent_listen_port"
+    ports = dict(zip(names, free_ports(3), strict=True))
     # Named before any of its processes starts: they would ask another Ray of this machine else.
     monkeypatch.setenv("RAY_ADDRESS", f"{ray.util.get_node_ip_address()}:{ports['gcs_server_port']}")
     cluster = Cluster(initialize_head=True, head_node_args=second | ports | {"include_dashboard": True})

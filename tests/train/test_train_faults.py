@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from lgd.train import checkpoint, launch
 from lgd.train.batch import Batches
 from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
+from tests.support.sockets import free_ports
 
 pytestmark = pytest.mark.faults
 
@@ -309,19 +309,13 @@ def rank_main(rank, size, port, config, records, steps):
         train_under(config, "student")
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.mark.skipif(deepspeed_problem() is not None, reason=str(deepspeed_problem()))
 def test_workers_and_engines_change_on_the_way(disturbed, undisturbed, fault_count, tmp_path):
     for number, legs in enumerate(JOURNEYS[: fault_count(len(JOURNEYS))]):
         records = tmp_path / f"records{number}"
         for leg, size, steps in zip(legs, (1, 2, 1), (70, 70, 60), strict=True):
             config = disturbed(f"student{number}", *([] if leg == "torch" else [leg]))
-            spawn(rank_main, (size, free_port(), config, records, steps), nprocs=size)
+            spawn(rank_main, (size, *free_ports(1), config, records, steps), nprocs=size)
         print(legs)
         assert_same_run(config, undisturbed)
         told = sorted((lines[0][0] // BATCH, rank, size, len(lines)) for rank, size, _, lines in attempts(records))
