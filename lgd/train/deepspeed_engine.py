@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from lgd.base.logs import log_prints
-from lgd.base.process_state import default_environment
+from lgd.base.process_state import default_environment, undo_changes
 from lgd.config_sections import Train
 from lgd.io.locks import LOCK, hold_lock
 from lgd.stream.plan import World
@@ -59,13 +60,16 @@ def build_extension() -> None:
     """Compile DeepSpeed's extension for the CPU in TORCH_EXTENSIONS_DIR, unless it is there.
 
     PyTorch's own lock on that outlives a killed process, and the next one waits for ever. So a lock of the
-    kernel shows that nobody builds.
+    kernel shows that nobody builds. The ninja is that of this environment, which need not be in PATH: one of another
+    version takes what this one has compiled for outdated, and compiles it again.
     """
     from deepspeed.ops.op_builder import ShareMemCommBuilder
 
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     remedy = "name a folder on a disk of the node's own in TORCH_EXTENSIONS_DIR"
-    with hold_lock(folder / LOCK, "compiling", remedy=remedy):
+    with undo_changes() as undo:
+        os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    with undo, hold_lock(folder / LOCK, "compiling", remedy=remedy):
         (folder / ShareMemCommBuilder.NAME / "lock").unlink(missing_ok=True)
         ShareMemCommBuilder().load(verbose=False)
 

@@ -287,17 +287,25 @@ def test_deepspeed_settings_without_deepspeed_are_refused():
 
 @needs_deepspeed
 def test_a_build_that_was_killed_is_not_waited_for(tmp_path):
-    """PyTorch's lock of a build, as a killed one leaves it: without care the next one waits for ever."""
+    """PyTorch's lock of a build, as a killed one leaves it: without care the next one waits for ever.
+
+    Nothing is compiled again, whichever ninja is in PATH.
+    """
     folder = tmp_path / "extensions"
     with deepspeed_environment("cpu"):
         build_extension()
         shutil.copytree(os.environ["TORCH_EXTENSIONS_DIR"], folder)
     (folder / "deepspeed_shm_comm" / "lock").touch()
-    env = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
+    library, other = folder / "deepspeed_shm_comm" / "deepspeed_shm_comm.so", tmp_path / "ninja"
+    compiled = library.stat().st_mtime_ns
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
     code = "from lgd.train.deepspeed_engine import build_extension; build_extension()"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
-    assert (folder / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").is_file()
+    assert library.stat().st_mtime_ns == compiled
 
 
 def test_a_missing_compiler_is_a_problem(monkeypatch):
