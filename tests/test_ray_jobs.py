@@ -39,9 +39,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
-def no_cluster(monkeypatch):
-    """The verbs must start a Ray of their own, whatever this machine has."""
+def no_address(monkeypatch):
+    """A local Ray must be started, whatever this machine has."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_cluster():
+    """The Ray that a test starts is that of the tests after it, up to one with `own_cluster`."""
+    yield
+    cluster.disconnect()
+
+
+@pytest.fixture
+def own_cluster(no_address):
+    """Another cluster than that of the tests before."""
+    cluster.disconnect()
     yield
     cluster.disconnect()
 
@@ -51,7 +64,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.skipif(deepspeed_problem() is not None, reason=str(deepspeed_problem()))
-def test_two_workers_with_deepspeed_give_the_curve_of_one_process(tissue_run, tmp_path, capfd):
+def test_two_workers_with_deepspeed_give_the_curve_of_one_process(own_cluster, tissue_run, tmp_path, capfd):
     config = tmp_path / "config.yaml"
     config.write_text(tissue_run.as_yaml())
     options = ["--config", str(config), "--run.dir", str(tmp_path), "--teacher.dir", str(tmp_path / "teacher")]
@@ -114,7 +127,7 @@ def run_saying(folder: Path) -> None:
         cluster.disconnect()
 
 
-def test_what_workers_log_is_told_once_and_what_libraries_print_is_not(tmp_path, capfd, monkeypatch):
+def test_what_workers_log_is_told_once_and_what_libraries_print_is_not(own_cluster, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("lgd.base.logs.EVERY", 0.0)
     with show_logs(logging.INFO):
         run_saying(tmp_path)
@@ -127,7 +140,7 @@ def test_what_workers_log_is_told_once_and_what_libraries_print_is_not(tmp_path,
     assert others == [skipped, skipped, "part 1", "part 2", "teacher: step 3/3  val kappa 0.500"]
 
 
-def test_at_debug_what_libraries_print_in_workers_is_shown(tmp_path, capfd):
+def test_at_debug_what_libraries_print_in_workers_is_shown(own_cluster, tmp_path, capfd):
     with show_logs(logging.DEBUG):
         run_saying(tmp_path)
     out, err = capfd.readouterr()
@@ -135,7 +148,7 @@ def test_at_debug_what_libraries_print_in_workers_is_shown(tmp_path, capfd):
     assert err.count("\npart 1\n") == 1
 
 
-def test_a_program_that_asks_for_nothing_hears_nothing_of_workers(tmp_path, capfd):
+def test_a_program_that_asks_for_nothing_hears_nothing_of_workers(own_cluster, tmp_path, capfd):
     run_saying(tmp_path)
     assert capfd.readouterr() == ("", "")
 
@@ -262,7 +275,7 @@ def test_a_lost_worker_is_replaced_and_an_argument_that_kills_each_is_named(monk
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_ray_reserves_and_nobody_can_use_is_told(tmp_path, monkeypatch):
+def test_a_gpu_that_ray_reserves_and_nobody_can_use_is_told(own_cluster, tmp_path, monkeypatch):
     """On the node of the worker; this process has none, and need not."""
     import ray
 
@@ -420,7 +433,7 @@ def test_an_autoscaling_cluster_may_be_asked_for_more_than_it_has(autoscaled):
     assert "(a worker takes 2 CPUs, one for each of data.threads 1 and one more)" in lacking.stdout
 
 
-def test_an_address_without_a_cluster_is_told(monkeypatch):
+def test_an_address_without_a_cluster_is_told(own_cluster, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(DataError, match="RAY_ADDRESS=127.0.0.1:1 .*--workers"):
         cluster.connect(1, "--workers")
