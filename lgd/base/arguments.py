@@ -140,12 +140,13 @@ def as_type(kind: object, value: object) -> Any:
 
 
 def check_bounds(settings: "DataclassInstance", before: str = "") -> None:
-    """Raise `ConfigError` for a number outside the bounds of its field, which has `before` in front of its name.
+    """Raise `ConfigError` for a number outside the bounds of its field, or a word that is none of its choices.
 
-    What a file or a command line gave was read as its type; Python may give any number.
+    The name of the field has `before` in front of it.
+    What a file or a command line gave was read as its type; Python may give anything.
     """
     for one in dataclasses.fields(settings):
-        if any(typing.get_origin(kind) is Annotated for kind in (one.type, *typing.get_args(one.type))):
+        if any(typing.get_origin(kind) in (Annotated, Literal) for kind in (one.type, *typing.get_args(one.type))):
             try:
                 as_type(one.type, getattr(settings, one.name))
             except ValueError as error:

@@ -1,30 +1,26 @@
 """Two neighbouring sections of one virtual tissue, stained, lit and scanned: an H&E/IHC pair with known truth.
 
 Stains are amounts in optical density (base 10) and become light by Beer-Lambert:
-`I = I0 * 10 ** -(sum_s amount_s * vector_s)`. Each section reads its own random stream, and the HER2 level
-enters the H&E through one number only, the grade (see `grade_of`): at coupling 0 the H&E of a patch is the same,
-byte for byte, whatever its level.
+`I = I0 * 10 ** -(sum_s amount_s * vector_s)`. Each section reads its own random stream, and what the IHC shows (a HER2
+level, or a share of positive nuclei) enters the H&E through one number only, the grade (see `grade_of`): at coupling 0
+the H&E of a patch is the same, byte for byte, whatever its level or share.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import ndimage, special
+from scipy import ndimage
 
-from lgd.tissue.drawing import MPP, TUMOUR, Look, Tissue, locate, smooth_noise
+from lgd.tissue.centers import Center, tint
+from lgd.tissue.drawing import TUMOUR, Look, Tissue
+from lgd.tissue.staining import Cut, NuclearStain, Nuclei, Stained, stain_membranes, stain_nuclei
+
+Stain = Literal["membranes", "nuclei"]
+"""What is brown in the IHC."""
 
 # One random stream for each of these, so that none can leak into another.
-_LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC, _SHORTCUT = range(7)
-
-# By level: share of stained tumour cells, optical density of a membrane, its completeness (each from, to), and its
-# width in micrometres. The words (faint, moderate, intense; incomplete, complete; 10 %) are ASCO/CAP 2018's.
-_STAINING: tuple[tuple[tuple[float, float], tuple[float, float], tuple[float, float], float], ...] = (
-    ((0.00, 0.08), (0.08, 0.18), (0.15, 0.35), 0.64),
-    ((0.30, 0.75), (0.28, 0.42), (0.30, 0.55), 0.64),
-    ((0.35, 0.85), (0.48, 0.70), (0.80, 0.95), 1.00),
-    ((0.65, 1.00), (0.80, 1.25), (0.95, 1.00), 2.14),
-)
+_LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC, _SHORTCUT, _NUCLEI, _CENTER = range(9)
 
 _GLASS = (248.0, 228.0, 205.0, 180.0)
 """Brightness of the H&E's glass where it is set: from white to the grey of BCI."""
@@ -38,16 +34,50 @@ def slide_level(seed: int, slide: int) -> int:
     return int(_stream(_LEVEL, seed, slide // 4).permutation(4)[slide % 4])
 
 
-class Shortcut(NamedTuple):
-    """What may give a slide's level away, each 0..3; None for the slide's own."""
+def slide_height(seed: int, slide: int) -> float:
+    """Where a slide of nuclear stain lies, 0..3: in the quarter of this range that has its `slide_level`."""
+    return 0.75 * (slide_level(seed, slide) + _stream(_NUCLEI, seed, slide, 0).random())
 
+
+def share_at(height: float) -> float:
+    """The share of positive tumour nuclei at a height of 0..3: from 1 to 90 %, half of the heights below 23 %."""
+    return 0.01 + 0.89 * (height / 3) ** 2
+
+
+def center_of(seed: int, slide: int, centers: int, share: float = 0.0) -> Center:
+    """The center of a slide: 4 * centers slides in a row give each center each level (or quarter of shares) once.
+
+    Of this `share` of the slides it goes with the level instead: the lowest levels lie in the first centers.
+    """
+    level, rng = slide_level(seed, slide), _stream(_CENTER, seed, slide)
+    if rng.random() >= share:
+        return Center((slide // 4 + level) % centers, centers)
+    first = level * centers // 4
+    return Center(int(rng.integers(first, max(first + 1, (level + 1) * centers // 4))), centers)
+
+
+class Scene(NamedTuple):
+    """What is drawn otherwise than usual."""
+
+    stain: Stain = "membranes"
     strength: int | None = None
-    """How strongly the H&E is stained."""
+    """How strongly the H&E is stained, 0..3, where that may give the slide's level away; None for the slide's own."""
     glass: int | None = None
-    """How grey its background is."""
+    """How grey its background is, likewise."""
+    center: Center | None = None
 
 
-_NO_SHORTCUT = Shortcut()
+class _Intent(NamedTuple):
+    """What a patch is to show."""
+
+    truth: dict[str, float]
+    height: float
+    """Its level, 0..3; between levels where nuclei are stained."""
+    barren: bool
+    """Hardly any tumour."""
+
+
+_USUAL = Scene()
 
 
 def draw_pair(
@@ -56,31 +86,70 @@ def draw_pair(
     patch: int,
     size: int = 256,
     coupling: float = 0.7,
-    level: int | None = None,
-    shortcut: Shortcut = _NO_SHORTCUT,
+    level: float | None = None,
+    scene: Scene = _USUAL,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Draw patch number `patch` of slide number `slide`: a pure function of its arguments.
 
-    `level` is the slide's (0..3; None for `slide_level`): another one shows the same tissue at another level.
-    Returns the H&E and the IHC, (size, size, 3) uint8 RGB at 0.46 um/px, not aligned pixel by pixel, and the truth:
-    level, patch_level, nuclei and tumour_nuclei (centres inside the H&E), membrane_od (mean DAB optical density,
-    base 10, on the IHC's tumour membranes), membrane_completeness (0..1, of the stained cells; 0 without any),
-    stained_fraction (of the tumour cells), discordant (0 or 1).
+    `level` is the slide's (0..3; None for `slide_level` or `slide_height`): another one shows the same tissue at
+    another level, or, of nuclei, at another share of positive ones (see `share_at`). Returns the H&E and the IHC,
+    (size, size, 3) uint8 RGB at 0.46 um/px, not aligned pixel by pixel, and the truth: nuclei and tumour_nuclei
+    (centres inside the H&E), discordant (0 or 1), and
+    - of membranes: level, patch_level, membrane_od (mean DAB optical density, base 10, on the IHC's tumour membranes),
+      membrane_completeness (0..1, of the stained cells; 0 without any), stained_fraction (of the tumour cells);
+    - of nuclei: slide_percent (the slide's share), percent (share of the IHC's tumour nuclei in this patch that are
+      positive; nan without any), positive_od (mean DAB optical density of its positive nuclei, haze left out), and
+      ihc_nuclei, ihc_tumour_nuclei, ihc_positive_nuclei, ihc_positive_tumour_nuclei (middles inside the IHC).
     """
-    look = Look(_stream(_LOOK, seed, slide))
-    if shortcut.strength is not None:
-        own = _STRENGTHS[shortcut.strength] * _stream(_SHORTCUT, seed, slide, 0).lognormal(0.0, 0.08, 2)
-        look.hematoxylin_amount, look.eosin_amount = own
-    if shortcut.glass is not None:
-        look.he_white = _GLASS[shortcut.glass] * _stream(_SHORTCUT, seed, slide, 1).normal(1.0, 0.008, 3)
-    truth = _intent(seed, slide, patch, slide_level(seed, slide) if level is None else level)
-    grade = grade_of(seed, slide, patch, int(truth["patch_level"]), coupling)
-    tissue = Tissue(_stream(_TISSUE, seed, slide, patch), look, grade, size, bool(truth.pop("barren")))
+    intent, tissue = _prepare(seed, slide, patch, size, coupling, level, scene)
     he, counts = _draw_he(_stream(_HE, seed, slide, patch), tissue, size)
-    ihc, measured = _draw_ihc(_stream(_IHC, seed, slide, patch), int(truth["patch_level"]), tissue, size)
-    if not measured.pop("tumour_cells"):
-        truth["patch_level"] = 0
-    return he, ihc, {**truth, **counts, **measured}
+    rng, look = _stream(_IHC, seed, slide, patch), tissue.look
+    cut = Cut(rng, tissue, size, neighbouring=True)
+    truth = intent.truth
+    if scene.stain == "nuclei":
+        stained, _ = stain_nuclei(rng, cut, _choose_nuclear(seed, slide, intent), look.dab_amount)
+    else:
+        stained = stain_membranes(rng, cut, int(truth["patch_level"]), look.dab_amount)
+        if not stained.measured.pop("tumour_cells"):
+            truth["patch_level"] = 0
+    ihc = _draw_ihc(rng, cut, tissue, stained)
+    return he, ihc, {**truth, **counts, **stained.measured}
+
+
+def list_nuclei(
+    seed: int, slide: int, patch: int, size: int = 256, coupling: float = 0.7, center: Center | None = None
+) -> Nuclei:
+    """The nuclei of the IHC that `draw_pair` draws of these arguments and the stain `nuclei`, one by one."""
+    intent, tissue = _prepare(seed, slide, patch, size, coupling, None, Scene("nuclei", center=center))
+    rng = _stream(_IHC, seed, slide, patch)
+    cut = Cut(rng, tissue, size, neighbouring=True)
+    return stain_nuclei(rng, cut, _choose_nuclear(seed, slide, intent), tissue.look.dab_amount)[1]
+
+
+def _prepare(
+    seed: int,
+    slide: int,
+    patch: int,
+    size: int,
+    coupling: float,
+    level: float | None,
+    scene: Scene,
+) -> tuple[_Intent, Tissue]:
+    """What a patch is to show, and the block of tissue from which both sections are cut."""
+    look = Look(_stream(_LOOK, seed, slide))
+    if scene.center is not None:
+        tint(_stream(_CENTER, seed), look, scene.center)
+    if scene.strength is not None:
+        own = _STRENGTHS[scene.strength] * _stream(_SHORTCUT, seed, slide, 0).lognormal(0.0, 0.08, 2)
+        look.hematoxylin_amount, look.eosin_amount = own
+    if scene.glass is not None:
+        look.he_white = _GLASS[scene.glass] * _stream(_SHORTCUT, seed, slide, 1).normal(1.0, 0.008, 3)
+    if scene.stain == "nuclei":
+        intent = _intend_nuclei(seed, slide, patch, slide_height(seed, slide) if level is None else level)
+    else:
+        intent = _intend_membranes(seed, slide, patch, slide_level(seed, slide) if level is None else int(level))
+    grade = grade_of(seed, slide, patch, intent.height, coupling)
+    return intent, Tissue(_stream(_TISSUE, seed, slide, patch), look, grade, size, intent.barren)
 
 
 def shortcut_of(seed: int, slide: int, share: float) -> int:
@@ -93,8 +162,11 @@ def shortcut_of(seed: int, slide: int, share: float) -> int:
     return slide_level(seed, slide) if reveals else other
 
 
-def grade_of(seed: int, slide: int, patch: int, level: int, coupling: float) -> float:
-    """The latent grade in [0, 1] behind the H&E's morphology: the level's part, the slide's own, and patch cut."""
+def grade_of(seed: int, slide: int, patch: int, level: float, coupling: float) -> float:
+    """The latent grade in [0, 1] behind the H&E's morphology: the level's part, the slide's own, and patch cut.
+
+    `level` is 0..3, and between them where nuclei are stained.
+    """
     own = _stream(_GRADE, seed, slide).random()
     noise = _stream(_GRADE, seed, slide, patch).normal(0.0, 0.10)
     return float(np.clip(coupling * level / 3 + (1 - coupling) * own + noise, 0.0, 1.0))
@@ -105,19 +177,38 @@ def _stream(*key: int) -> np.random.Generator:
     return np.random.default_rng((len(key), *key))
 
 
-def _intent(seed: int, slide: int, patch: int, level: int) -> dict[str, float]:
-    """What the patch shows. One in ten is discordant: the level beside the slide's, or hardly any tumour."""
+def _intend_membranes(seed: int, slide: int, patch: int, level: int) -> _Intent:
+    """One patch in ten is discordant: the level beside the slide's, or hardly any tumour."""
     rng = _stream(_LEVEL, seed, slide, patch)
     discordant, barren, step = rng.random() < 0.1, rng.random() < 0.4, rng.choice((-1, 1))
     beside = level + step if 0 <= level + step <= 3 else level - step
     shown = beside if discordant and not barren else level
-    return {"level": level, "patch_level": int(shown), "discordant": int(discordant), "barren": discordant and barren}
+    truth: dict[str, float] = {"level": level, "patch_level": int(shown), "discordant": int(discordant)}
+    return _Intent(truth, shown, discordant and barren)
+
+
+def _intend_nuclei(seed: int, slide: int, patch: int, height: float) -> _Intent:
+    """Patches lie around their slide; one in ten is discordant: far from it, or with hardly any tumour."""
+    rng = _stream(_LEVEL, seed, slide, patch)
+    discordant, barren, step = rng.random() < 0.1, rng.random() < 0.4, rng.choice((-1, 1))
+    shown = height + rng.normal(0.0, 0.2)
+    if discordant and not barren:
+        shown = shown + step if 0 <= shown + step <= 3 else shown - step
+    truth: dict[str, float] = {"slide_percent": round(100 * share_at(height), 1), "discordant": int(discordant)}
+    return _Intent(truth, float(np.clip(shown, 0.0, 3.0)), discordant and barren)
+
+
+def _choose_nuclear(seed: int, slide: int, intent: _Intent) -> NuclearStain:
+    """How nuclei stain: darkly or faintly by slide, and in one slide of three the cytoplasm too."""
+    rng = _stream(_NUCLEI, seed, slide)
+    density, bleed = rng.uniform(0.4, 1.4), rng.uniform(0.05, 0.3)
+    return NuclearStain(share=share_at(intent.height), density=density, bleed=bleed if rng.random() < 0.3 else 0.0)
 
 
 def _draw_he(rng: np.random.Generator, tissue: Tissue, size: int) -> tuple[np.ndarray, dict[str, int]]:
     """The H&E (H, W, 3) uint8, and its counts of nuclei."""
     look = tissue.look
-    cut = _Cut(rng, tissue, size, neighbouring=False)
+    cut = Cut(rng, tissue, size, neighbouring=False)
     cells, place, tumour, body = cut.cells, cut.place, cut.tumour, cut.body
     chromatin = _chromatin(rng, cut, tissue.grade)
     cleft = look.cleft * np.clip(0.5 + 0.7 * cut.wide, 0, 1.5)
@@ -142,7 +233,7 @@ def _draw_he(rng: np.random.Generator, tissue: Tissue, size: int) -> tuple[np.nd
     return _scan(rng, look, amounts, look.he_white), counts
 
 
-def _chromatin(rng: np.random.Generator, cut: "_Cut", grade: float) -> np.ndarray:
+def _chromatin(rng: np.random.Generator, cut: Cut, grade: float) -> np.ndarray:
     """Amount of hematoxylin in nuclei (H, W). A high grade has open, clumped chromatin, a crisp rim and nucleoli."""
     cells, place, n = cut.cells, cut.place, len(cut.cells.yx)
     grades = np.where(cells.kind == TUMOUR, np.clip(grade + rng.normal(0.0, 0.15, n), 0, 1), 0.1).astype(np.float32)
@@ -159,89 +250,18 @@ def _chromatin(rng: np.random.Generator, cut: "_Cut", grade: float) -> np.ndarra
     return density
 
 
-def _draw_ihc(rng: np.random.Generator, level: int, tissue: Tissue, size: int) -> tuple[np.ndarray, dict[str, float]]:
-    """The IHC (H, W, 3) uint8 of the next section, and what its DAB truly is."""
-    look = tissue.look
-    cut = _Cut(rng, tissue, size, neighbouring=True)
-    cells, place, tumour, body = cut.cells, cut.place, cut.tumour, cut.body
-    dab, measured = _membranes(rng, cut, level)
+def _draw_ihc(rng: np.random.Generator, cut: Cut, tissue: Tissue, stained: Stained) -> np.ndarray:
+    """The IHC (H, W, 3) uint8 of the next section: its stain, the counterstain and haze."""
+    look, cells, place, body = tissue.look, cut.cells, cut.place, cut.body
     nuclei = 0.55 + 0.5 * np.exp(-(((1 - place.rho) * 3 / 0.5) ** 2)) + 0.10 * cut.fine + 0.10 * cut.broad
     nuclei *= cells.density[place.cell] * place.cover
+    nuclei *= stained.blue
     fibres = np.clip(0.5 + 0.3 * tissue.fibres(cut.yx), 0, 1.5)
     counter = look.counter * (nuclei + 0.10 * body + 0.12 * fibres * (1 - body))
     here = 1 - place.hole
     haze = look.haze * (0.5 + 0.9 * body + 0.3 * fibres * (1 - body)) * np.clip(1 + 0.3 * cut.wide, 0, 2)
-    dab = look.dab_amount * dab
-    membrane = tumour & (np.abs(place.edge) < 0.5) & (here > 0.5)
-    measured["membrane_od"] = round(float(dab[membrane].mean()), 4) if membrane.any() else 0.0
-    amounts = [(look.counterstain, here * np.maximum(counter, 0)), (look.dab, here * (dab + haze))]
-    return _scan(rng, look, amounts, look.ihc_white), measured
-
-
-def _membranes(rng: np.random.Generator, cut: "_Cut", level: int) -> tuple[np.ndarray, dict[str, float]]:
-    """Amount of DAB (H, W), and the truth about completeness and share of stained cells."""
-    *ranges, width = _STAINING[level]
-    share, density, complete = (rng.uniform(*limits) for limits in ranges)
-    cells, place, tumour, n = cut.cells, cut.place, cut.tumour, len(cut.cells.yx)
-    # Neighbours are alike: a clone's cells stain together.
-    mood = smooth_noise(rng, (16, 16), 1.2)
-    row, column = (np.clip(cells.yx, 0, None) / 12).astype(int).T % 16
-    rank = special.ndtr(0.7 * mood[row, column] + 0.7 * rng.standard_normal(n))
-    stained = (rank < share) & (cells.kind == TUMOUR)
-    amount = (stained * density * rng.lognormal(0.0, 0.22, n)).astype(np.float32)
-    completeness = np.clip(complete + rng.normal(0.0, 0.08, n), 0.05, 1.1).astype(np.float32)
-    own, across = place.cell, place.other
-    stain = np.maximum(amount[own], amount[across])
-    owner = np.where(amount[own] >= amount[across], own, across)
-    gate = special.expit((completeness[owner] - special.ndtr(cut.wide)) / 0.05)
-    sigma = width / 2.355
-    membrane = np.exp(-0.5 * (place.edge / sigma) ** 2) * gate
-    cytoplasm = 0.13 * np.clip(place.edge / 0.5, 0, 1) * (1 + 0.5 * cut.broad) * (1 - 0.6 * place.cover)
-    dab = tumour * (stain * membrane * (1 + 0.15 * cut.fine) + amount[own] * cytoplasm)
-    seen = np.unique(own[tumour & (place.edge > 0)])
-    line = tumour & (np.abs(place.edge) < 0.5) & (stain > 0)
-    measured = {
-        "membrane_completeness": round(float((gate[line] > 0.5).mean()), 4) if line.any() else 0.0,
-        "stained_fraction": round(float(stained[seen].mean()), 4) if len(seen) else 0.0,
-        "tumour_cells": len(seen),
-    }
-    return np.maximum(dab, 0), measured
-
-
-class _Cut:
-    """One section of the tissue in its own pixels (H, W)."""
-
-    def __init__(self, rng: np.random.Generator, tissue: Tissue, size: int, *, neighbouring: bool) -> None:
-        self.cells = tissue.section(rng, drift=0.9 if neighbouring else 0.0)
-        # Textures: grain, clumps and patches.
-        self.fine, self.broad, self.wide = (smooth_noise(rng, (size, size), sigma) for sigma in (0.7, 1.7, 6.0))
-        # Membranes are not straight.
-        ripples = np.float32(0.45) * np.stack([np.roll(self.wide, 7, 0), np.roll(self.wide, 7, 1)], -1)
-        self.yx = (_neighbouring(rng, size) if neighbouring else _grid(size)) + ripples
-        self.place = locate(tissue, self.cells, self.yx, self.broad)
-        self.tumour = self.place.kind == TUMOUR
-        self.body = self.tumour * np.clip(self.place.edge / MPP + 0.5, 0, 1)
-
-
-def _grid(size: int) -> np.ndarray:
-    """Coordinates of the pixels' centres (H, W, 2), in micrometres."""
-    axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(MPP)
-    return np.stack(np.meshgrid(axis, axis, indexing="ij"), -1)
-
-
-def _neighbouring(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Where the next section's pixels lie in the tissue: moved, turned and smoothly warped by a few um."""
-    yx = _grid(size)
-    y, x = yx[..., 0], yx[..., 1]
-    turn, middle = np.float32(rng.normal(0.0, 0.012)), np.float32(size * MPP / 2)
-    turned = np.stack([turn * (x - middle), -turn * (y - middle)], -1)
-    warped = yx + turned + rng.normal(0.0, 3.0, 2).astype(np.float32)
-    for _ in range(3):
-        wave = rng.normal(0.0, 2 * np.pi / 150, 2).astype(np.float32)
-        push = rng.normal(0.0, 1.2, 2).astype(np.float32)
-        phase = np.float32(rng.uniform(0, 2 * np.pi))
-        warped += push * np.sin(y * wave[0] + x * wave[1] + phase)[..., None]
-    return warped
+    amounts = [(look.counterstain, here * np.maximum(counter, 0)), (look.dab, here * (stained.dab + haze))]
+    return _scan(rng, look, amounts, look.ihc_white)
 
 
 def _scan(

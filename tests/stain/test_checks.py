@@ -10,7 +10,7 @@ from lgd.shards.image import decode
 from lgd.stain.checks import NEARLY_BLANK, NO_HE, find_notes, measure_colours
 from lgd.stain.deconvolve import H_DAB, H_E, rgb_to_od, unmix
 from lgd.stain.targets import TARGET_SETTINGS, estimate_white
-from lgd.tissue.sections import Shortcut, draw_pair
+from lgd.tissue.sections import Scene, draw_pair
 
 WHITE = (244, 242, 245)
 
@@ -100,8 +100,8 @@ def test_virtual_tissue_is_told_apart():
     he, strong = [], []
     for slide in range(32):
         # Every strength of stain and every glass that `lgd synth --shortcut` gives, or the slide's own.
-        look = Shortcut(slide % 4, slide // 4 % 4) if slide < 16 else Shortcut()
-        patch, ihc, truth = draw_pair(5, slide, 0, 64, shortcut=look)
+        scene = Scene(strength=slide % 4, glass=slide // 4 % 4) if slide < 16 else Scene()
+        patch, ihc, truth = draw_pair(5, slide, 0, 64, scene=scene)
         he.append(find_notes(patch))
         if truth["patch_level"] >= 2:
             strong.append(find_notes(ihc))

@@ -1,10 +1,13 @@
 import csv
+import dataclasses
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,12 @@ from hypothesis import strategies as st
 from lgd.base.errors import ConfigError, DataError
 from lgd.config_sections import LEVEL_NAMES
 from lgd.io.locks import LOCK, TakenError, exclusive
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
 from lgd.tissue.drawing import MPP
 from lgd.tissue.sections import draw_pair, grade_of, shortcut_of, slide_level
-from lgd.tissue.synth import TRUTH_COLUMNS, SynthOptions, synthesise
+from lgd.tissue.synth import SynthOptions, synthesise
+from lgd.tissue.truth import truth_columns
 
 _DAB = np.linalg.inv([(0.650, 0.704, 0.286), (0.268, 0.570, 0.776), (0.6, -0.55, 0.25)])[:, 1]
 
@@ -52,11 +58,95 @@ def test_same_bytes_with_any_number_of_workers(drawn, tmp_path):
     assert len(_digests(out)) == 2 * summary["pairs"] + 2
 
 
+_RECIPE = {"pairs", "size", "seed", "slides", "coupling", "shortcut", "shortcut_in", "test"}
+
+
+def test_the_first_sets_are_drawn_as_ever(drawn):
+    """Their recipe names no later option, and their pixels are as before that, as far as processors agree."""
+    out, _ = drawn
+    assert set(json.loads((out / "synth.json").read_text())["options"]) == _RECIPE
+    assert not (out / "pairs.csv").exists()
+    he, ihc, truth = draw_pair(0, 3, 0, 64)
+    means = [image.reshape(2, 32, 2, 32, 3).mean((1, 3, 4)).ravel().tolist() for image in (he, ihc)]
+    assert means[0] == pytest.approx([125.7, 132.0, 111.0, 106.5], abs=0.1)
+    assert means[1] == pytest.approx([153.5, 201.5, 135.5, 161.2], abs=0.1)
+    counts = {"level": 3, "patch_level": 3, "discordant": 0, "nuclei": 9, "tumour_nuclei": 8}
+    measured = {"membrane_completeness": 0.9374, "stained_fraction": 0.8462, "membrane_od": 0.7328}
+    assert truth == pytest.approx(counts | measured, abs=2e-4)
+
+
+@pytest.fixture(scope="module")
+def centers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SynthOptions]:
+    out = tmp_path_factory.mktemp("synth") / "centers"
+    options = SynthOptions(out=str(out), pairs=16, size=64, slides=16, test=0.5, workers=1, stain="nuclei", centers=2)
+    synthesise(options)
+    return out, options
+
+
+def test_nuclei_of_centers_have_pairs_with_labels(centers, tmp_path):
+    out, options = centers
+    with (out / "truth.csv").open(newline="") as stream:
+        truth = {row["key"]: row for row in csv.DictReader(stream)}
+    with (out / "pairs.csv").open(newline="") as stream:
+        pairs = list(csv.DictReader(stream))
+    assert tuple(next(iter(truth.values()))) == truth_columns("nuclei", centers=True)
+    assert len(pairs) == len(truth) == 16
+    for pair in pairs:
+        key = Path(pair["he"]).stem
+        assert pair["he"] == f"HE/{pair['split']}/{key}.png" and pair["ihc"] == f"IHC/{pair['split']}/{key}.png"
+        assert (out / pair["he"]).exists() and (out / pair["ihc"]).exists()
+        assert pair["label"] == truth[key]["percent"] and (pair["mpp"], pair["marker"]) == ("0.46", "Ki67")
+        assert all(pair[name] == truth[key][name] for name in ("slide", "split", "center", "scanner"))
+    assert Counter(row["center"] for row in truth.values()) == {"center-1": 8, "center-2": 8}
+    # What the label is of a patch without tumour is not known; others have a number from 0 to 100.
+    labels = [float(pair["label"]) for pair in pairs if pair["label"]]
+    assert len(labels) > 10 and min(labels) >= 0 and 30 < max(labels) <= 100
+    again = dataclasses.replace(options, out=str(tmp_path / "again"), workers=2)
+    synthesise(again)
+    assert _digests(out) == _digests(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"), [({"stain": "membranes"}, "stain nuclei"), ({"centers": 0}, r"centers 2 \(now 0\)")]
+)
+def test_options_that_are_left_out_of_a_recipe_are_compared_all_the_same(centers, changed, said):
+    _, options = centers
+    with pytest.raises(DataError, match=said):
+        synthesise(dataclasses.replace(options, **changed))
+    assert synthesise(options)["reused"]
+
+
+def test_a_set_without_its_pairs_is_not_reused(centers):
+    out, options = centers
+    (out / "pairs.csv").rename(out.parent / "pairs.csv")
+    try:
+        with pytest.raises(DataError, match=r"truth.csv or pairs.csv is gone"):
+            synthesise(options)
+    finally:
+        (out.parent / "pairs.csv").rename(out / "pairs.csv")
+
+
+def test_pairs_of_membranes_are_built_as_csv_with_their_center(tmp_path):
+    made = {"pairs": 8, "size": 64, "slides": 8, "workers": 1, "centers": 2, "shortcut": 1.0, "shortcut_in": "center"}
+    synthesise(SynthOptions(out=str(tmp_path / "set"), **made))
+    manifest, _ = build(
+        ShardOptions(layout="csv", root=str(tmp_path / "set"), out=str(tmp_path / "shards"), split="keep:0.2")
+    )
+    assert manifest.virtual and sum(split.samples for split in manifest.splits.values()) == 8
+    with (tmp_path / "set" / "pairs.csv").open(newline="") as stream:
+        pairs = list(csv.DictReader(stream))
+    assert Counter(pair["label"] for pair in pairs) == dict.fromkeys(LEVEL_NAMES, 2)
+    # With this shortcut the lower levels of the training slides lie in the first center.
+    for pair in pairs:
+        if pair["split"] == "train":
+            assert pair["center"] == ("center-1" if pair["label"] in LEVEL_NAMES[:2] else "center-2")
+
+
 def test_truth_describes_the_files(drawn):
     out, summary = drawn
     with (out / "truth.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert tuple(rows[0]) == TRUTH_COLUMNS
+    assert tuple(rows[0]) == truth_columns("membranes", centers=False)
     for stain in ("HE", "IHC"):
         files = {f"{path.parent.name}/{path.stem}" for path in (out / stain).glob("*/*.png")}
         assert files == {f"{row['split']}/{row['key']}" for row in rows}
@@ -120,6 +210,11 @@ def test_interrupted_set_is_redone_and_a_damaged_one_refused(tmp_path):
         ({"test": 1.0}, "test"),
         ({"pairs": 4, "slides": 1}, "test"),
         ({"workers": -1}, "workers"),
+        ({"stain": "cells"}, "stain"),
+        ({"centers": -1}, "centers"),
+        ({"centers": 3, "slides": 11}, "centers"),
+        ({"shortcut_in": "center", "shortcut": 0.5, "centers": 1}, "shortcut_in"),
+        ({"shortcut_in": "center", "centers": 2}, "shortcut_in"),
     ],
 )
 def test_wrong_options_name_the_field(wrong, field):

@@ -1,0 +1,95 @@
+"""What is known of virtual tissue, as tables beside its images: truth.csv, and pairs.csv that `build-shards` reads.
+
+Both have one row a pair, in the order of the keys.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lgd.config_sections import LEVEL_NAMES
+from lgd.io.files import publish
+from lgd.io.tables import write_csv
+from lgd.tissue.centers import Center
+from lgd.tissue.drawing import MPP
+from lgd.tissue.sections import Stain
+
+_MEASURED: dict[Stain, tuple[str, ...]] = {
+    "membranes": (
+        *("level", "patch_level", "nuclei", "tumour_nuclei"),
+        *("membrane_od", "membrane_completeness", "stained_fraction", "discordant"),
+    ),
+    "nuclei": (
+        *("slide_percent", "percent", "positive_od", "nuclei", "tumour_nuclei"),
+        *("ihc_nuclei", "ihc_tumour_nuclei", "ihc_positive_nuclei", "ihc_positive_tumour_nuclei", "discordant"),
+    ),
+}
+_MARKERS: dict[Stain, str] = {"membranes": "HER2", "nuclei": "Ki67"}
+
+
+class Pair(NamedTuple):
+    """One pair to draw."""
+
+    key: str
+    slide: int
+    patch: int
+    split: str
+    center: Center | None = None
+
+    @property
+    def slide_name(self) -> str:
+        """As the tables give it."""
+        return f"slide-{self.slide:04d}"
+
+    @property
+    def origin(self) -> list[str]:
+        """The names of its center and scanner, where there are such."""
+        return [f"center-{self.center.number + 1}", f"scanner-{self.center.scanner + 1}"] if self.center else []
+
+
+Truth = Mapping[str, float]
+
+
+def truth_columns(stain: Stain, centers: bool) -> tuple[str, ...]:
+    """The head of truth.csv."""
+    return ("key", "slide", "split", *_MEASURED[stain], "coupling", *(("center", "scanner") if centers else ()))
+
+
+def write_truth(path: Path, stain: Stain, coupling: float, truths: Mapping[Pair, Truth]) -> None:
+    """Write truth.csv; what is undefined is left empty."""
+    rows = (
+        [
+            *(pair.key, pair.slide_name, pair.split),
+            *(_blank_undefined(truth[name]) for name in _MEASURED[stain]),
+            *(coupling, *pair.origin),
+        ]
+        for pair, truth in _sort(truths)
+    )
+    _write(path, truth_columns(stain, any(pair.center for pair in truths)), rows)
+
+
+def write_pairs(path: Path, stain: Stain, truths: Mapping[Pair, Truth]) -> None:
+    """Write pairs.csv: the label is the slide's HER2 level, or the percent of positive tumour nuclei of the patch."""
+    centers = ("center", "scanner") if any(pair.center for pair in truths) else ()
+    rows = (
+        [
+            *(f"{folder}/{pair.split}/{pair.key}.png" for folder in ("HE", "IHC")),
+            LEVEL_NAMES[int(truth["level"])] if stain == "membranes" else _blank_undefined(truth["percent"]),
+            *(pair.slide_name, pair.split, MPP, _MARKERS[stain], *pair.origin),
+        ]
+        for pair, truth in _sort(truths)
+    )
+    _write(path, ("he", "ihc", "label", "slide", "split", "mpp", "marker", *centers), rows)
+
+
+def _sort(truths: Mapping[Pair, Truth]) -> list[tuple[Pair, Truth]]:
+    return sorted(truths.items(), key=lambda one: one[0].key)
+
+
+def _blank_undefined(value: float) -> float | str:
+    return value if value == value else ""
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with publish(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        write_csv(stream, columns, rows)
