@@ -1,0 +1,1 @@
+"""What is predicted: targets, answers to them, and how well these hold."""
