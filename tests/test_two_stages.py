@@ -1,6 +1,5 @@
 """Two stages of other options that meet in one folder: one does its work, the other is told, and nothing mixes."""
 
-import multiprocessing
 import random
 import time
 import traceback
@@ -20,13 +19,9 @@ from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents
 from lgd.store.store import Store
+from tests.support.forks import FORKS
 
 pytestmark = pytest.mark.faults
-
-PRELOADED = ["pytest", "torch", "transformers", "h5py", "sklearn.metrics", "matplotlib.pyplot", "lgd.pipeline"]
-PRELOADED += ["torch.utils.tensorboard", "lgd.train.launch", "lgd.report.report", "lgd.report.evaluation"]
-# What the first step of a training imports, in ten seconds.
-PRELOADED += ["torch._dynamo", "transformers.modeling_utils", "transformers.models.resnet.modeling_resnet"]
 
 
 class Kind(NamedTuple):
@@ -103,13 +98,6 @@ def kinds(tissue, tissue_run, change, tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
-def forks():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
-
-
 def run_stage(stage, config, barrier, results):
     """Process: run a stage, and tell when, and how it ended."""
     torch.set_num_threads(1)
@@ -125,11 +113,11 @@ def run_stage(stage, config, barrier, results):
     results.put((began, time.monotonic(), outcome))
 
 
-def run_pair(forks, kind):
+def run_pair(kind):
     """(began, ended, outcome) of each run of a kind."""
-    barrier, queues = forks.Barrier(2), [forks.SimpleQueue(), forks.SimpleQueue()]
+    barrier, queues = FORKS.Barrier(2), [FORKS.SimpleQueue(), FORKS.SimpleQueue()]
     processes = [
-        forks.Process(target=run_stage, args=(kind.stage, config, barrier, queue))
+        FORKS.Process(target=run_stage, args=(kind.stage, config, barrier, queue))
         for config, queue in zip(kind.runs, queues, strict=True)
     ]
     for process in processes:
@@ -145,14 +133,14 @@ def came_late(outcome, name):
     return name in ("teacher", "student") and " of other inputs" in outcome
 
 
-def test_of_two_stages_one_works_and_the_other_is_told(forks, kinds, fault_count, tmp_path):
+def test_of_two_stages_one_works_and_the_other_is_told(kinds, fault_count, tmp_path):
     names = ["student", "store", "teacher", "report"] * 5
     chosen = names[: fault_count(len(names))]
     met = 0
     for number, name in enumerate(random.Random(0).sample(chosen, len(chosen))):
         for attempt in range(5):
             kind = kinds(name, tmp_path / f"{number}-{attempt}")
-            ends = run_pair(forks, kind)
+            ends = run_pair(kind)
             outcomes = [outcome for _, _, outcome in ends]
             if not any(came_late(outcome, name) for outcome in outcomes):
                 break

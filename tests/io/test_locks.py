@@ -4,7 +4,6 @@ import errno
 import functools
 import http.server
 import json
-import multiprocessing
 import os
 import platform
 import re
@@ -20,6 +19,7 @@ from lgd.base.errors import DataError
 from lgd.io import locks
 from lgd.io.location import as_location
 from lgd.io.locks import LOCK, Owner, TakenError, exclusive, hold_lock, read_owner, try_lock
+from tests.support.forks import FORKS
 
 HOLD = """
 import sys
@@ -87,11 +87,10 @@ def count_up(path, times, barrier):
 
 
 def test_of_many_that_wait_one_is_in_at_a_time_though_each_removes_the_file(tmp_path):
-    context, path = multiprocessing.get_context("forkserver"), tmp_path / "count"
-    context.set_forkserver_preload(["lgd.io.locks"])
+    path = tmp_path / "count"
     path.write_text("0")
-    barrier = context.Barrier(3)
-    processes = [context.Process(target=count_up, args=(path, 50, barrier)) for _ in range(3)]
+    barrier = FORKS.Barrier(3)
+    processes = [FORKS.Process(target=count_up, args=(path, 50, barrier)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,7 +1,6 @@
 """Two builds into one folder, or one url, at once: one set, whole, and the other command is told."""
 
 import contextlib
-import multiprocessing
 import os
 import random
 import time
@@ -21,6 +20,7 @@ from lgd.shards import builder
 from lgd.shards.builder import build
 from lgd.shards.verify import verify
 from lgd.shards.writer import ShardJob
+from tests.support.forks import FORKS
 
 PAIRS = 8
 KINDS = ({}, {"image": "jpeg:40"}, {"image": "png"}, {"salt": "x", "split": "group:0.5,0.25,0.25"})
@@ -151,16 +151,6 @@ def test_a_build_whose_folder_is_another_ones_stops(root, alone, tmp_path):
 # ---- many pairs that really meet ----
 
 
-@pytest.fixture(scope="module")
-def forks():
-    context = multiprocessing.get_context("forkserver")
-    # Not this module: a forkserver does not find it, and then imports what is below for each process.
-    context.set_forkserver_preload(
-        ["webdataset", "pytest", "lgd.shards.builder", "lgd.shards.verify", "lgd.cli", "s3fs"]
-    )
-    return context
-
-
 def run_builder(environment, asked, barrier, delay, results):
     """Process: build, and tell when, and how it ended."""
     os.environ.update(environment)
@@ -176,11 +166,11 @@ def run_builder(environment, asked, barrier, delay, results):
     results.put((began, time.monotonic(), outcome))
 
 
-def run_pair(forks, asked, delay, environment=None, kill_after=None):
+def run_pair(asked, delay, environment=None, kill_after=None):
     """Two builders; (began, ended, outcome) of each, or None for the first one if it was killed."""
-    barrier, queues = forks.Barrier(3), [forks.SimpleQueue(), forks.SimpleQueue()]
+    barrier, queues = FORKS.Barrier(3), [FORKS.SimpleQueue(), FORKS.SimpleQueue()]
     processes = [
-        forks.Process(target=run_builder, args=(environment or {}, one, barrier, wait, queue))
+        FORKS.Process(target=run_builder, args=(environment or {}, one, barrier, wait, queue))
         for one, wait, queue in zip(asked, (0.0, delay), queues, strict=True)
     ]
     for process in processes:
@@ -204,13 +194,13 @@ def is_refusal(outcome):
 
 
 @pytest.mark.faults
-def test_of_two_builders_one_makes_its_set_and_the_other_is_refused(forks, root, alone, fault_count, tmp_path):
+def test_of_two_builders_one_makes_its_set_and_the_other_is_refused(root, alone, fault_count, tmp_path):
     dice, count, met = random.Random(0), fault_count(100), 0
     for number in range(count):
         first, second = (dice.randrange(len(KINDS)) for _ in range(2))
         out = tmp_path / f"out{number}"
         asked = [options(root, out, **alone[kind].options) for kind in (first, second)]
-        ends = run_pair(forks, asked, dice.choice([0.0, dice.random()]) * alone[first].seconds)
+        ends = run_pair(asked, dice.choice([0.0, dice.random()]) * alone[first].seconds)
         outcomes = [outcome for _, _, outcome in ends]
         assert outcomes.count("built") == 1, outcomes
         winner = outcomes.index("built")
@@ -223,7 +213,7 @@ def test_of_two_builders_one_makes_its_set_and_the_other_is_refused(forks, root,
 
 
 @pytest.mark.faults
-def test_what_a_killed_builder_left_goes_on_or_is_refused(forks, root, alone, fault_count, tmp_path):
+def test_what_a_killed_builder_left_goes_on_or_is_refused(root, alone, fault_count, tmp_path):
     dice, count, killed = random.Random(1), fault_count(50), 0
     for number in range(count):
         kinds = [dice.randrange(len(KINDS)) for _ in range(2)]
@@ -231,7 +221,7 @@ def test_what_a_killed_builder_left_goes_on_or_is_refused(forks, root, alone, fa
         asked = [options(root, out, **alone[kind].options) for kind in kinds]
         # Half the time the other one comes after the kill.
         delay = dice.choice([0.0, 1.5]) * alone[kinds[0]].seconds
-        ends = run_pair(forks, asked, delay, kill_after=dice.random() * alone[kinds[0]].seconds)
+        ends = run_pair(asked, delay, kill_after=dice.random() * alone[kinds[0]].seconds)
         killed += ends[0] is None
         assert all(end is None or end[2] in ("built", "reused") or is_refusal(end[2]) for end in ends), ends
         made = []
@@ -248,7 +238,7 @@ def test_what_a_killed_builder_left_goes_on_or_is_refused(forks, root, alone, fa
 
 
 @pytest.mark.faults
-def test_two_builders_into_one_url_are_not_mixed_unnoticed(forks, root, alone, fault_count, s3_server):
+def test_two_builders_into_one_url_are_not_mixed_unnoticed(root, alone, fault_count, s3_server):
     s3_server.create_bucket(Bucket="two")
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     dice, count, met = random.Random(2), fault_count(10), 0
@@ -256,7 +246,7 @@ def test_two_builders_into_one_url_are_not_mixed_unnoticed(forks, root, alone, f
         first, second = dice.sample(range(len(KINDS)), 2)
         out = f"s3://two/out{number}"
         asked = [options(root, out, **alone[kind].options) for kind in (first, second)]
-        ends = run_pair(forks, asked, 0.0, environment)
+        ends = run_pair(asked, 0.0, environment)
         outcomes = [outcome for _, _, outcome in ends]
         assert outcomes.count("built") <= 1, outcomes
         for outcome in outcomes:

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -35,6 +34,7 @@ from lgd.store.cache import Cacher, cache_latents, is_complete
 from lgd.store.document import PATCHES, TEACHER
 from lgd.store.recipes import recipe_of
 from lgd.store.store import Store
+from tests.support.forks import FORKS
 
 pytestmark = pytest.mark.faults
 
@@ -47,23 +47,13 @@ def fill(config):
     cache_latents(config, ShardSet.open(config.shard_dirs).shards, workers=0)
 
 
-@pytest.fixture(scope="module")
-def forks():
-    """Processes that have imported everything: a start takes a tenth of a second instead of six."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "h5py", "lgd.store.cache", "lgd.models.teacher", __name__])
-    return context
-
-
-def test_caching_that_is_killed_goes_on_with_the_unfinished_parts(
-    small_parts, change, contents, forks, fault_count, tmp_path
-):
+def test_caching_that_is_killed_goes_on_with_the_unfinished_parts(small_parts, change, contents, fault_count, tmp_path):
     """Kills at random moments; whatever was committed is whole and stays, and the end is as if nothing had happened."""
     dice, kills, rounds, kept = random.Random(0), 0, 0, []
     for attempt in range(2):
         # The first time the processes' server is started.
         began = time.monotonic()
-        fill_and_wait(forks, change(small_parts, latents={"dir": str(tmp_path / f"timed-{attempt}")}), None)
+        fill_and_wait(change(small_parts, latents={"dir": str(tmp_path / f"timed-{attempt}")}), None)
     whole = time.monotonic() - began
     while kills < fault_count(100):
         config = change(small_parts, latents={"dir": str(tmp_path / f"round-{rounds}")})
@@ -72,7 +62,7 @@ def test_caching_that_is_killed_goes_on_with_the_unfinished_parts(
         for _ in range(4):
             # By the clock, which mostly meets the start, and in turn while a part further is written.
             further = len(committed) + dice.randrange(8) if kills % 2 else None
-            killed = fill_and_wait(forks, config, dice.uniform(0.1, 0.9) * whole, further)
+            killed = fill_and_wait(config, dice.uniform(0.1, 0.9) * whole, further)
             there = committed_parts(folder, contents)
             assert committed.items() <= there.items(), "a finished part was made again"
             committed = there
@@ -92,12 +82,12 @@ def test_caching_that_is_killed_goes_on_with_the_unfinished_parts(
     assert any(0 < parts < len(ShardSet.open(small_parts.shard_dirs).shards) for parts in kept), kept
 
 
-def fill_and_wait(forks, config, seconds, parts=None):
+def fill_and_wait(config, seconds, parts=None):
     """Run caching in a process, killed after so many seconds, or when there are more than so many parts.
 
     Tells whether it was killed before its end.
     """
-    process = forks.Process(target=fill, args=(config,))
+    process = FORKS.Process(target=fill, args=(config,))
     process.start()
     if parts is None:
         process.join(seconds)
@@ -165,10 +155,10 @@ def committed_parts(folder, contents):
     return {name: times for name, times in found.items() if len(times) == 2}
 
 
-def test_a_second_cacher_is_refused_and_told_who_is_at_work(small_parts, change, forks, tmp_path, capsys):
+def test_a_second_cacher_is_refused_and_told_who_is_at_work(small_parts, change, tmp_path, capsys):
     config = change(small_parts, latents={"dir": str(tmp_path / "latents")})
     (tmp_path / "config.yaml").write_text(config.as_yaml())
-    process = forks.Process(target=fill, args=(config,))
+    process = FORKS.Process(target=fill, args=(config,))
     process.start()
     while read_owner(tmp_path / "latents" / LOCK) is None:
         time.sleep(0.01)

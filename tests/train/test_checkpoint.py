@@ -1,13 +1,11 @@
 import json
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from lgd.base.errors import DataError
 from lgd.stream.plan import World
@@ -15,6 +13,8 @@ from lgd.train import checkpoint
 from lgd.train.checkpoint import Best, Checkpoint, Progress, adopt, complete, load, name_step, problems, save
 from lgd.train.engine import MOMENTS
 from lgd.train.world import take_from_rank_0
+from tests.support.forks import run_ranks
+from tests.support.sockets import free_ports
 
 RUN = {"seed": 0, "train": {"lr": 0.1, "batch": 8}}
 
@@ -231,10 +231,8 @@ def find_as_rank(rank, folder, port):
 
 
 def test_ranks_that_see_another_folder_do_as_rank_0_or_say_so(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(find_as_rank, (tmp_path, port), nprocs=2)
+    (port,) = free_ports(1)
+    run_ranks(find_as_rank, 2, tmp_path, port)
     results, others = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert results["decided"] == others["decided"] == [True, False, True]
     assert results["hide_newest"] == others["hide_newest"] == 2

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +21,7 @@ from lgd.stream.plan import World
 from lgd.train import prepare
 from lgd.train.deepspeed_engine import build_extension, deepspeed_environment, deepspeed_problem
 from lgd.train.prepare import choose_engine, make_engine
+from tests.support.forks import run_ranks
 
 TRAIN = Train(batch=8, accumulate=2, lr=1e-2, clip=0.9)
 HALF, STEPS = 3, 6
@@ -145,7 +145,7 @@ def ranks(request):
     """What 1 and what 2 processes gave."""
     with tempfile.TemporaryDirectory() as folder:
         stages = () if deepspeed_problem() else stages_for(request.param)
-        spawn(rank_main, (request.param, folder, stages), nprocs=request.param)
+        run_ranks(rank_main, request.param, request.param, folder, stages)
         return request.param, json.loads(Path(folder, "results.json").read_text())
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_loop import assert_same_curve, rank_main
-from torch.multiprocessing.spawn import spawn
 
 from lgd import pipeline
 from lgd.base.errors import ConfigError, DataError
@@ -33,6 +31,8 @@ from lgd.train.finished import validate
 from lgd.train.launch import train_under
 from lgd.train.prepare import Prepared
 from lgd.train.tasks import TeacherTask
+from tests.support.forks import run_ranks
+from tests.support.sockets import free_ports
 
 
 @pytest.fixture
@@ -129,10 +129,8 @@ def test_two_processes_train_the_teacher_of_one(learner, change, tmp_path):
     one = change(learner(["membranes", "nuclei"]), train={"batch": 12, "accumulate": 3, "evaluate_every": 2})
     two = change(one, teacher={"dir": str(tmp_path / "two")})
     pipeline.train_teacher(one)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(rank_main, (2, port, two, ShardSet.open(two.shard_dirs), "teacher"), nprocs=2)
+    (port,) = free_ports(1)
+    run_ranks(rank_main, 2, 2, port, two, ShardSet.open(two.shard_dirs), "teacher")
     assert_same_curve(*(lines_of(config.teacher.dir) for config in (one, two)), tolerance=1e-4)
     made = [load_teacher(config.teacher.dir)[1] for config in (one, two)]
     assert made[0].inputs == made[1].inputs and [each.workers for each in made] == [1, 2]

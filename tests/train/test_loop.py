@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import threading
 import time
 from dataclasses import replace
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from lgd.base.errors import DataError, OnBad
@@ -38,6 +36,8 @@ from lgd.train.log import Log
 from lgd.train.loop import learning_rate
 from lgd.train.prepare import Prepared
 from lgd.train.tasks import StudentTask, TeacherTask
+from tests.support.forks import run_ranks
+from tests.support.sockets import free_ports
 
 
 @pytest.fixture
@@ -452,12 +452,10 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
         for size in (1, 2)
     ]
     assert train_under(configs[0], "teacher")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     shards = ShardSet.open(configs[1].shard_dirs)
     arguments = (configs[1], shards, "teacher")
-    spawn(rank_main, (2, port, *arguments), nprocs=2)
+    run_ranks(rank_main, 2, 2, port, *arguments)
     # Undisturbed runs with other thread counts differ by some 1e-7; Adam's first steps magnify that.
     assert_same_curve(*(log_of(config.teacher.dir) for config in configs), tolerance=1e-4)
     one, two = (read_json(Path(config.teacher.dir) / "config.json") for config in configs)

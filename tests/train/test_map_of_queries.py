@@ -2,14 +2,12 @@
 
 import os
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from lgd.base.errors import OnBad
 from lgd.models.loading import load_student
@@ -24,6 +22,8 @@ from lgd.stream.reader import Reader
 from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
 from lgd.train.targets import partners
+from tests.support.forks import run_ranks
+from tests.support.sockets import free_ports
 
 needs_deepspeed = pytest.mark.skipif(deepspeed_problem() is not None, reason=str(deepspeed_problem()))
 
@@ -124,10 +124,8 @@ def test_several_processes_fit_it_together(base, change, tmp_path, stage):
     if stage is not None:
         config = change(config, train={"engine": "deepspeed"})
         config = replace(config, deepspeed={"zero_optimization": {"stage": stage}})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     arguments = (config, ShardSet.open(config.shard_dirs), "student")
-    spawn(rank_main, (2, port, *arguments), nprocs=2)
+    run_ranks(rank_main, 2, 2, port, *arguments)
     assert (Path(config.student.dir) / "config.json").is_file()
     assert_as_naive(config)

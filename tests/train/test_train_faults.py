@@ -6,7 +6,6 @@ Each has the curve, the weights and the samples of the undisturbed run in one pr
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -20,7 +19,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_loop import AfterReads, log_of
-from torch.multiprocessing.spawn import spawn
 
 from lgd.base.errors import Stopped
 from lgd.io.digests import digest_of, xxh3
@@ -31,6 +29,7 @@ from lgd.train import checkpoint, launch
 from lgd.train.batch import Batches
 from lgd.train.deepspeed_engine import deepspeed_problem
 from lgd.train.launch import train_under, worker
+from tests.support.forks import FORKS, run_ranks
 from tests.support.sockets import free_ports
 
 pytestmark = pytest.mark.faults
@@ -205,16 +204,6 @@ def train_until(config, records, step, operation):
     train_under(config, "student")
 
 
-@pytest.fixture(scope="module")
-def forks():
-    """Processes that have imported everything: a start takes a tenth of a second instead of six."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "transformers", "h5py", "lgd.train.launch", "lgd.models.teacher", __name__]
-    )
-    return context
-
-
 def finished(process):
     process.start()
     process.join(300)
@@ -230,11 +219,9 @@ def points(operations, count):
     return drawn[:count]
 
 
-def test_a_run_that_dies_while_saving_goes_on_from_a_whole_checkpoint(
-    disturbed, undisturbed, forks, fault_count, tmp_path
-):
-    names = forks.Queue()
-    assert finished(forks.Process(target=list_operations, args=(tmp_path / "some", names))) == 0
+def test_a_run_that_dies_while_saving_goes_on_from_a_whole_checkpoint(disturbed, undisturbed, fault_count, tmp_path):
+    names = FORKS.Queue()
+    assert finished(FORKS.Process(target=list_operations, args=(tmp_path / "some", names))) == 0
     operations = names.get(timeout=60)
     assert operations.count("os.rename") == 4 and operations.count("os.fsync") == 7 and "os.rmdir" in operations
     left, dice, runs = points(len(operations), fault_count(50)), random.Random(1), 0
@@ -243,12 +230,12 @@ def test_a_run_that_dies_while_saving_goes_on_from_a_whole_checkpoint(
         now, left, runs = left[:10], left[10:], runs + 1
         # The first two saves have nothing to remove.
         for step, operation in zip(sorted(dice.sample(range(15, STEPS + 1, 5), len(now))), now, strict=True):
-            died = finished(forks.Process(target=train_until, args=(config, records, step, operation)))
+            died = finished(FORKS.Process(target=train_until, args=(config, records, step, operation)))
             assert died == -signal.SIGKILL, f"operation {operation}, {operations[operation]}, after step {step}"
             assert not (Path(config.student.dir) / "config.json").exists()
             for path in checkpoint.complete(Path(config.student.dir) / "checkpoints"):
                 assert checkpoint.problems(path) == [], operations[operation]
-        assert finished(forks.Process(target=train_until, args=(config, records, None, None))) == 0
+        assert finished(FORKS.Process(target=train_until, args=(config, records, None, None))) == 0
         assert len(attempts(records)) == len(now) + 1
         assert_same_run(config, undisturbed)
         assert_each_sample_once(records, config)
@@ -315,7 +302,7 @@ def test_workers_and_engines_change_on_the_way(disturbed, undisturbed, fault_cou
         records = tmp_path / f"records{number}"
         for leg, size, steps in zip(legs, (1, 2, 1), (70, 70, 60), strict=True):
             config = disturbed(f"student{number}", *([] if leg == "torch" else [leg]))
-            spawn(rank_main, (size, *free_ports(1), config, records, steps), nprocs=size)
+            run_ranks(rank_main, size, size, *free_ports(1), config, records, steps)
         print(legs)
         assert_same_run(config, undisturbed)
         told = sorted((lines[0][0] // BATCH, rank, size, len(lines)) for rank, size, _, lines in attempts(records))
