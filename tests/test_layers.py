@@ -14,7 +14,7 @@ io.location io.calls io.digests io.files io.folders io.tables io.locks io.downlo
 config_sections config config_files metrics
 ray_jobs.cluster ray_jobs.mapping ray_jobs.training
 labels.conformal
-stain.deconvolve stain.targets stain.checks
+stain.deconvolve stain.filters stain.targets stain.nuclear stain.checks
 tissue.drawing tissue.centers tissue.staining tissue.sections tissue.truth tissue.synth
 shards.manifest shards.tiff shards.jpeg2000 shards.image_limits shards.pillow_image shards.profiles
 shards.image shards.image_files

@@ -13,9 +13,8 @@ Shapes: B batch, H and W pixels, g and m sides of the grids, N detected nuclei, 
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from lgd.base.errors import DataError
 from lgd.stain.deconvolve import H_DAB, H_E, byte_stains, rgb_to_od, unmix, unmix_bytes
+from lgd.stain.filters import blur, find_highest, find_quantile, mean_around, shrink
 
 TARGET_SETTINGS: dict[str, float] = {
     "version": 1,  # raise it with any change of the numbers below or of what is done with them
@@ -56,7 +56,7 @@ _CHUNK_PIXELS = {"cpu": 4 << 20, "cuda": 32 << 20}
 _NUCLEI = {"cpu": 128, "cuda": 1 << 20}
 
 
-def _in_chunks(measure: Callable[[Tensor, int, float], Tensor]) -> Callable[[Tensor, int, float | None], Tensor]:
+def measure_in_chunks(measure: Callable[[Tensor, int, float], Tensor]) -> Callable[[Tensor, int, float | None], Tensor]:
     """What `measure` gives for so many images at a time as fit the memory."""
 
     @functools.wraps(measure)
@@ -74,7 +74,7 @@ def _in_chunks(measure: Callable[[Tensor, int, float], Tensor]) -> Callable[[Ten
     return measure_all
 
 
-@_in_chunks
+@measure_in_chunks
 def nuclei_grid(he_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
     """Nuclei per 1000 um2 in each cell of a grid, float32 (B, grid, grid).
 
@@ -82,15 +82,15 @@ def nuclei_grid(he_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
     local maximum of a difference of Gaussians of the hematoxylin, at the scale of a nucleus. Crowded or
     pale nuclei are undercounted. Raises `DataError` for an `mpp` that is not positive.
     """
-    step = _detection_step(mpp)
-    od_B3hw = rgb_to_od(_shrink(he_B3HW, step), estimate_white(he_B3HW))
+    step = detection_step(mpp)
+    od_B3hw = rgb_to_od(shrink(he_B3HW, step), estimate_white(he_B3HW))
     nuclei_Bhw = detect_nuclei(unmix(od_B3hw, H_E)[:, 0], mpp * step, _S["nucleus_contrast_he"])
-    count_Bgg = _sum_by_cell(_cells(nuclei_Bhw.nonzero(), nuclei_Bhw.shape, grid), None, len(he_B3HW), grid)
+    count_Bgg = sum_by_cell(find_cells(nuclei_Bhw.nonzero(), nuclei_Bhw.shape, grid), None, len(he_B3HW), grid)
     height, width = he_B3HW.shape[-2:]
     return count_Bgg / (height * width * mpp**2 / grid**2 / 1000)
 
 
-@_in_chunks
+@measure_in_chunks
 def membrane_grid(ihc_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
     """Membrane staining in each cell of a grid, float32 (B, grid, grid, 3).
 
@@ -104,23 +104,25 @@ def membrane_grid(ihc_B3HW: Tensor, grid: int, mpp: float) -> Tensor:
 
     Raises `DataError` for an `mpp` that is not positive.
     """
-    stains_BHW, step = unmix_bytes(ihc_B3HW, byte_stains(estimate_white(ihc_B3HW), H_DAB)), _detection_step(mpp)
+    stains_BHW, step = unmix_bytes(ihc_B3HW, byte_stains(estimate_white(ihc_B3HW), H_DAB)), detection_step(mpp)
     dab_BHW = stains_BHW.imag.contiguous()
     stained_BHW = torch.gt(dab_BHW, _S["dab_stained"], out=torch.empty_like(dab_BHW))
     fraction_Bmm = F.adaptive_avg_pool2d(stained_BHW, grid)
     # The fraction is at least one pixel of the cell, or the sum above it is 0 too.
     focal_Bmm = F.adaptive_avg_pool2d(stained_BHW.mul_(dab_BHW), grid) / fraction_Bmm.clamp(min=1e-12)
 
-    small_Bhw = _shrink(stains_BHW, step)
+    small_Bhw = shrink(stains_BHW, step)
     small_blue_Bhw, small_dab_Bhw = small_Bhw.real.contiguous(), small_Bhw.imag.clamp(min=0)
     blue_Bhw = small_blue_Bhw - _S["ihc_brown_weight"] * small_dab_Bhw
     nuclei_Bhw = detect_nuclei(blue_Bhw, mpp * step, _S["nucleus_contrast_ihc"])
     nuclei_Bhw &= small_blue_Bhw > _S["ihc_least_hematoxylin"]
     place_N3 = nuclei_Bhw.nonzero()
-    outlined_N = _stained_sectors(dab_BHW, small_dab_Bhw, place_N3, step, mpp)
-    cell_N = _cells(place_N3, nuclei_Bhw.shape, grid)
-    sectors_Bmm = _sum_by_cell(cell_N, outlined_N, len(ihc_B3HW), grid)
-    cells_Bmm = _sum_by_cell(cell_N, None, len(ihc_B3HW), grid)
+    least_N = _S["membrane_contrast"] * mean_around(small_dab_Bhw)[place_N3.unbind(1)]
+    ray_NS = find_along_rays(dab_BHW, place_N3, step, mpp)
+    outlined_N = (ray_NS > least_N.clamp(min=_S["dab_stained"])[:, None]).sum(-1)
+    cell_N = find_cells(place_N3, nuclei_Bhw.shape, grid)
+    sectors_Bmm = sum_by_cell(cell_N, outlined_N, len(ihc_B3HW), grid)
+    cells_Bmm = sum_by_cell(cell_N, None, len(ihc_B3HW), grid)
     complete_Bmm = sectors_Bmm / (cells_Bmm * _S["membrane_sectors"]).clamp(min=1)
     return torch.stack([focal_Bmm, fraction_Bmm, complete_Bmm], dim=-1)
 
@@ -153,43 +155,54 @@ def detect_nuclei(stain_BHW: Tensor, mpp: float, least: float) -> Tensor:
     centre is the largest response within the least distance, and above both `least` (OD) and a share of the
     image's strong responses, which adapts to how darkly a slide is stained.
     """
+    response = respond_to_blobs(stain_BHW, mpp)
+    threshold_B11 = find_threshold(response, least)
+    return find_peaks(response, mpp) & (response > threshold_B11)
+
+
+def respond_to_blobs(stain_BHW: Tensor, mpp: float) -> Tensor:
+    """How much each place looks like the middle of a nucleus that is darker than what is around it."""
     sigma = _S["nucleus_radius_um"] / math.sqrt(2) / mpp
     # The pair 0.9 and 1.44 sigma approximates the Laplacian of a Gaussian between them.
-    response = _blur(stain_BHW, 0.9 * sigma) - _blur(stain_BHW, 1.44 * sigma)
-    flat = response.flatten(1)
-    rank = max(1, math.ceil(0.99 * flat.shape[1])) - 1
-    if flat.is_cuda:
-        strong_B = flat.kthvalue(rank + 1, dim=1).values
-    else:
-        # A sixth of the time of `kthvalue`.
-        strong_B = torch.from_numpy(np.partition(flat.numpy(), rank, axis=1)[:, rank])
-    threshold_B = (_S["nucleus_contrast_share"] * strong_B).clamp(min=least)
-    reach = max(1, int(_S["nucleus_distance_um"] / mpp))
-    return (response == _highest(response, reach)) & (response > threshold_B[:, None, None])
+    return blur(stain_BHW, 0.9 * sigma) - blur(stain_BHW, 1.44 * sigma)
 
 
-def _stained_sectors(dab_BHW: Tensor, low_dab_Bhw: Tensor, place_N3: Tensor, step: int, mpp: float) -> Tensor:
-    """How many directions around each nucleus, by its image, y and x, meet a stained membrane: int64 (N,)."""
-    around_Bhw = _mean_around(low_dab_Bhw)
-    radius_R1 = torch.arange(_S["membrane_from_um"], _S["membrane_to_um"] + 1e-6, _S["membrane_step_um"])[:, None] / mpp
-    angle_S = (torch.arange(sectors := int(_S["membrane_sectors"])) + 0.5) * (2 * math.pi / sectors)
-    sides = dab_BHW.shape[1:]
-    steps = [(radius_R1 * along_S).flatten().to(dab_BHW.device) for along_S in (angle_S.sin(), angle_S.cos())]
-    rays, dab = [], dab_BHW.flatten()
+def find_threshold(response: Tensor, least: float) -> Tensor:
+    """The response that nuclei of each image pass, float32 (B, 1, 1)."""
+    strong_B11 = find_quantile(response, 0.99)
+    return (_S["nucleus_contrast_share"] * strong_B11).clamp(min=least)
+
+
+def find_peaks(response: Tensor, mpp: float) -> Tensor:
+    """Where a response is the largest within the least distance of nuclei, as a bool mask (B, H, W)."""
+    return response == find_highest(response, max(1, int(_S["nucleus_distance_um"] / mpp)))
+
+
+def find_along_rays(
+    stain_BHW: Tensor, place_N3: Tensor, step: int, mpp: float, settings: Mapping[str, float] = _S
+) -> Tensor:
+    """The largest value in each direction around each nucleus, by its image, y and x in a mask `step` times as coarse.
+
+    Float32 (N, sectors): `settings` say how many directions, and from where to where a ray goes.
+    """
+    first, last, gap = (settings[f"membrane_{name}_um"] for name in ("from", "to", "step"))
+    radius_R1 = torch.arange(first, last + 1e-6, gap)[:, None] / mpp
+    angle_S = (torch.arange(sectors := int(settings["membrane_sectors"])) + 0.5) * (2 * math.pi / sectors)
+    sides = stain_BHW.shape[1:]
+    steps = [(radius_R1 * along_S).flatten().to(stain_BHW.device) for along_S in (angle_S.sin(), angle_S.cos())]
+    rays, stain = [], stain_BHW.flatten()
     # A few nuclei at a time: what lies around them is in the processor's cache.
-    for some_n3 in torch.split(place_N3, _NUCLEI[dab_BHW.device.type]):
+    for some_n3 in torch.split(place_N3, _NUCLEI[stain_BHW.device.type]):
         row_nP, column_nP = (
             (((centre_n + 0.5) * step - 0.5)[:, None] + step_P).round_().clamp_(0, side - 1).long()
             for centre_n, step_P, side in zip(some_n3.unbind(1)[1:], steps, sides, strict=True)
         )
         place_nP = row_nP.mul_(sides[1]).add_(column_nP).add_(some_n3[:, :1] * sides.numel())
-        rays.append(dab.take(place_nP).view(-1, len(radius_R1), sectors).amax(1))
-    ray_NS = torch.cat(rays)
-    least_N = (_S["membrane_contrast"] * around_Bhw[place_N3.unbind(1)]).clamp(min=_S["dab_stained"])
-    return (ray_NS > least_N[:, None]).sum(-1)
+        rays.append(stain.take(place_nP).view(-1, len(radius_R1), sectors).amax(1))
+    return torch.cat(rays)
 
 
-def _cells(place_N3: Tensor, shape: torch.Size, grid: int) -> Tensor:
+def find_cells(place_N3: Tensor, shape: torch.Size, grid: int) -> Tensor:
     """The cell of a grid, counted over all images, of each place (image, y, x) in masks of a shape (B, H, W)."""
     _, height, width = shape
     image_N, y_N, x_N = place_N3.unbind(1)
@@ -199,81 +212,11 @@ def _cells(place_N3: Tensor, shape: torch.Size, grid: int) -> Tensor:
     return (image_N * grid + row_N) * grid + column_N
 
 
-def _sum_by_cell(cell_N: Tensor, value_N: Tensor | None, batch: int, grid: int) -> Tensor:
+def sum_by_cell(cell_N: Tensor, value_N: Tensor | None, batch: int, grid: int) -> Tensor:
     """The sum of integers in each cell, or by None their number, float32 (B, grid, grid)."""
     return torch.bincount(cell_N, value_N, batch * grid**2).view(batch, grid, grid).float()
 
 
-def _detection_step(mpp: float) -> int:
+def detection_step(mpp: float) -> int:
     """Native pixels to one pixel of the resolution at which nuclei are found."""
     return max(1, round(_S["detection_mpp"] / mpp))
-
-
-def _shrink(x: Tensor, step: int) -> Tensor:
-    """Mean of step x step pixels of (..., H, W); a last, narrower block keeps every pixel. Bytes add up as integers."""
-    sizes, across = x.shape[-2:], step
-    short_y, short_x = (-size % step for size in sizes)
-    x = F.pad(x, (0, short_x, 0, short_y)) if short_y or short_x else x
-    if x.dtype == torch.uint8 and step % 2 == 0:
-        # Two bytes side by side are one number of 16 bits.
-        pairs, across = x.view(torch.int16), step // 2
-        x = (pairs & 255) + ((pairs >> 8) & 255)
-    x = x.int() if x.dtype == torch.uint8 else x
-    rows = x[..., ::step, :].clone()
-    for k in range(1, step):
-        rows += x[..., k::step, :]
-    sums = rows[..., ::across].clone()
-    for k in range(1, across):
-        sums += rows[..., k::across]
-    held = [torch.full((-(-size // step),), float(step), device=x.device) for size in sizes]
-    held[0][-1] -= short_y
-    held[1][-1] -= short_x
-    area = held[0][:, None] * held[1]
-    # A division of complex numbers takes seven times as long.
-    return torch.view_as_complex(torch.view_as_real(sums) / area[..., None]) if x.is_complex() else sums / area
-
-
-def _shifted(padded_BHW: Tensor, dim: int, size: int) -> Iterator[Tensor]:
-    """All windows of `size` along a dimension, from the first to the last."""
-    return (padded_BHW.narrow(dim, first, size) for first in range(padded_BHW.shape[dim] - size + 1))
-
-
-def _pad(x_BHW: Tensor, reach: int, dim: int, mode: str, value: float | None = None) -> Tensor:
-    sides = (reach, reach, 0, 0) if dim == 2 else (0, 0, reach, reach)
-    return F.pad(x_BHW[:, None], sides, mode, value)[:, 0]
-
-
-def _mean_around(x_BHW: Tensor) -> Tensor:
-    """Mean of each pixel and its neighbours, as far as there are such."""
-    height, width = x_BHW.shape[1:]
-    padded_BHW, total_BHW = F.pad(x_BHW, (1, 1, 1, 1)), torch.zeros_like(x_BHW)
-    for rows in _shifted(padded_BHW, 1, height):
-        for window in _shifted(rows, 2, width):
-            total_BHW += window
-    # 3 in each direction, and one less at an edge.
-    near_y, near_x = (F.pad(x_BHW.new_ones(size), (1, 1)).unfold(0, 3, 1).sum(1) for size in (height, width))
-    return total_BHW / (near_y[:, None] * near_x)
-
-
-def _highest(x_BHW: Tensor, reach: int) -> Tensor:
-    """The largest value up to `reach` pixels away along each axis; a tenth of the time of `max_pool2d`."""
-    for dim in (2, 1):
-        padded_BHW, highest_BHW = _pad(x_BHW, reach, dim, "constant", -math.inf), x_BHW.clone()
-        for window in _shifted(padded_BHW, dim, x_BHW.shape[dim]):
-            torch.maximum(highest_BHW, window, out=highest_BHW)
-        x_BHW = highest_BHW
-    return x_BHW
-
-
-def _blur(x_BHW: Tensor, sigma: float) -> Tensor:
-    """Gaussian of `sigma` pixels, cut at 3 sigma; edges repeat. A third of the time of `conv2d`, and its bits."""
-    reach = max(1, int(3 * sigma + 0.5))
-    offset = torch.arange(-reach, reach + 1, dtype=torch.float32)
-    kernel = torch.exp(-(offset**2) / (2 * sigma**2))
-    weights = (kernel / kernel.sum()).tolist()
-    for dim in (2, 1):
-        windows = _shifted(_pad(x_BHW, reach, dim, "replicate"), dim, x_BHW.shape[dim])
-        x_BHW = next(windows) * weights[0]
-        for window, weight in zip(windows, weights[1:], strict=True):
-            x_BHW.add_(window, alpha=weight)
-    return x_BHW
