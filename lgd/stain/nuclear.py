@@ -35,8 +35,10 @@ POSITIVE_SETTINGS: dict[str, float] = {
     "version": 1,  # raise it with any change of the numbers below or of what is done with them
     "haze_share": 0.15,  # as much DAB as this share of the pixels has at most is haze, and left out of what follows
     "brown_of_blue": 0.35,  # greyish counterstain reads as DAB: MIST's by 0.1 to 0.2 of its hematoxylin, up to 0.46
+    "blue_contrast": 0.005,  # least blob response by blue: the palest counterstains of virtual centers need it
     "blue_over_brown": 0.6,  # least hematoxylin of a nucleus that is found by its blue, in units of its DAB
     "line_um": 1.25,  # reach of the square that removes lines and specks
+    "brown_radius_um": 2.8,  # less than the blue ones': at 3.25 crowded nuclei were merged more often
     "brown_contrast": 0.03,  # least blob response; a disc of a nucleus' size has 0.33 of its density
     "brown_contrast_share": 0.05,  # in units of the core's density: none where all is evenly brown
     "brown_least": 0.15,  # mean density of a positive core
@@ -103,10 +105,10 @@ def find_stained_nuclei(ihc_B3HW: Tensor, mpp: float) -> FoundNuclei:
     core_Bhw = mean_around(brown_Bhw)
     # Both responses by what they must pass, so that one nucleus has one peak.
     by_blue_Bhw = respond_to_blobs(blue_Bhw - TARGET_SETTINGS["ihc_brown_weight"] * dab_Bhw.clamp(min=0), low_mpp)
-    by_blue_Bhw = by_blue_Bhw / find_threshold(by_blue_Bhw, TARGET_SETTINGS["nucleus_contrast_ihc"])
+    by_blue_Bhw = by_blue_Bhw / find_threshold(by_blue_Bhw, _S["blue_contrast"])
     is_blue_Bhw = (by_blue_Bhw > 1) & (blue_Bhw > TARGET_SETTINGS["ihc_least_hematoxylin"])
     is_blue_Bhw &= (blue_Bhw > _S["blue_over_brown"] * dab_over_Bhw) & (core_Bhw < _S["brown_most"])
-    by_brown_Bhw = respond_to_blobs(_remove_lines(brown_Bhw, low_mpp), low_mpp)
+    by_brown_Bhw = respond_to_blobs(_remove_lines(brown_Bhw, low_mpp), low_mpp, _S["brown_radius_um"])
     is_brown_Bhw = (core_Bhw > _S["brown_least"]) & (by_brown_Bhw > _S["brown_contrast_share"] * core_Bhw)
     by_brown_Bhw = by_brown_Bhw / _S["brown_contrast"]
     response_Bhw = torch.where(is_blue_Bhw, by_blue_Bhw, 0.0).maximum(by_brown_Bhw)

@@ -160,9 +160,9 @@ def detect_nuclei(stain_BHW: Tensor, mpp: float, least: float) -> Tensor:
     return find_peaks(response, mpp) & (response > threshold_B11)
 
 
-def respond_to_blobs(stain_BHW: Tensor, mpp: float) -> Tensor:
+def respond_to_blobs(stain_BHW: Tensor, mpp: float, radius_um: float = _S["nucleus_radius_um"]) -> Tensor:
     """How much each place looks like the middle of a nucleus that is darker than what is around it."""
-    sigma = _S["nucleus_radius_um"] / math.sqrt(2) / mpp
+    sigma = radius_um / math.sqrt(2) / mpp
     # The pair 0.9 and 1.44 sigma approximates the Laplacian of a Gaussian between them.
     return blur(stain_BHW, 0.9 * sigma) - blur(stain_BHW, 1.44 * sigma)
 

@@ -14,6 +14,7 @@ from lgd.shards.image import decode
 from lgd.stain.deconvolve import H_DAB, rgb_to_od, unmix
 from lgd.stain.nuclear import POSITIVE_SETTINGS, find_stained_nuclei, positive_grid
 from lgd.stain.targets import TARGET_SETTINGS, estimate_white
+from lgd.tissue.centers import Center
 from lgd.tissue.drawing import MPP
 from lgd.tissue.sections import Scene, draw_pair, list_nuclei
 
@@ -87,7 +88,7 @@ def test_evenly_brown_tissue_and_its_rims_are_no_nuclei(amount: float, nuclei: f
 def test_brown_cytoplasm_around_a_blue_nucleus_is_hardly_taken_for_one(amount: float) -> None:
     points = centres()
     found = find_stained_nuclei(render(0.25 * discs(points, 3.4), amount * discs(points, 6.2)), MPP)
-    assert found.positive_Bhw.sum() < 0.2 * len(points)
+    assert found.positive_Bhw.sum() < 0.25 * len(points)
 
 
 def test_glass_and_tissue_without_brown_have_none() -> None:
@@ -132,6 +133,16 @@ def test_a_nucleus_is_positive_where_it_was_drawn_so() -> None:
     assert seen > 0.8 * total and right > 0.97 * seen
 
 
+def test_pale_nuclei_are_counted() -> None:
+    """Of a center whose counterstain is faint: those missed would make the share too high."""
+    center, drawn, counted = Center(2, 3), 0, 0
+    for slide in (3, 4, 6):
+        _, ihc, truth = draw_pair(9406, slide, 0, 160, scene=Scene("nuclei", center=center))
+        drawn += truth["ihc_nuclei"]
+        counted += int(find_stained_nuclei(image(ihc), MPP).nuclei_Bhw.sum())
+    assert counted > 0.75 * drawn
+
+
 def test_membranes_are_no_nuclei() -> None:
     """Of the stain of HER2 little is taken for nuclei, at no level."""
     shares = {level: [] for level in range(4)}
@@ -162,8 +173,8 @@ def naive_nuclei(rgb: torch.Tensor, mpp: float) -> tuple[np.ndarray, np.ndarray]
     over = dab - max(0.0, np.sort(dab.ravel())[math.ceil(s["haze_share"] * dab.size) - 1])
     brown = over - s["brown_of_blue"] * np.maximum(blue, 0)
 
-    def respond(stain: np.ndarray) -> np.ndarray:
-        sigma = t["nucleus_radius_um"] / math.sqrt(2) / low
+    def respond(stain: np.ndarray, radius: float) -> np.ndarray:
+        sigma = radius / math.sqrt(2) / low
         first, second = (
             ndimage.gaussian_filter(stain, part * sigma, mode="nearest", radius=max(1, int(3 * part * sigma + 0.5)))
             for part in (0.9, 1.44)
@@ -179,12 +190,12 @@ def naive_nuclei(rgb: torch.Tensor, mpp: float) -> tuple[np.ndarray, np.ndarray]
         rows = np.clip(np.rint(y + radii[:, None] * np.sin(angles)), 0, height - 1).astype(int)
         return brown[rows, np.clip(np.rint(x + radii[:, None] * np.cos(angles)), 0, width - 1).astype(int)]
 
-    by_blue = respond(blue - t["ihc_brown_weight"] * np.maximum(dab, 0))
+    by_blue = respond(blue - t["ihc_brown_weight"] * np.maximum(dab, 0), t["nucleus_radius_um"])
     strong = np.sort(by_blue.ravel())[max(1, math.ceil(0.99 * by_blue.size)) - 1]
-    by_blue = by_blue / max(t["nucleus_contrast_share"] * strong, t["nucleus_contrast_ihc"])
+    by_blue = by_blue / max(t["nucleus_contrast_share"] * strong, s["blue_contrast"])
     reach = 2 * int(s["line_um"] / low) + 1
     opened = ndimage.maximum_filter(ndimage.minimum_filter(brown, reach, mode="nearest"), reach, mode="nearest")
-    by_brown = respond(opened)
+    by_brown = respond(opened, s["brown_radius_um"])
     negative, positive = [], []
     is_blue = (by_blue > 1) & (blue > t["ihc_least_hematoxylin"]) & (blue > s["blue_over_brown"] * over)
     is_blue &= np.array([[mean(brown, y, x) < s["brown_most"] for x in range(width)] for y in range(height)])
