@@ -14,6 +14,7 @@ from lgd.shards.image import decode
 from lgd.stain.deconvolve import H_DAB, rgb_to_od, unmix
 from lgd.stain.nuclear import POSITIVE_SETTINGS, find_stained_nuclei, positive_grid
 from lgd.stain.targets import TARGET_SETTINGS, estimate_white
+from lgd.stream.plan import d4
 from lgd.tissue.centers import Center
 from lgd.tissue.drawing import MPP
 from lgd.tissue.sections import Scene, draw_pair, list_nuclei
@@ -249,6 +250,16 @@ def test_a_gpu_gives_the_same() -> None:
     pictures = torch.cat([image(draw_pair(25, slide, 0, 128, scene=NUCLEI)[1]) for slide in range(4)])
     on_cpu, on_gpu = positive_grid(pictures, 8, MPP), positive_grid(pictures.cuda(), 8, MPP).cpu()
     assert ((on_cpu - on_gpu).abs() > 1e-3).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("k", [1, 4, 6])
+def test_the_target_turns_with_the_image(k: int) -> None:
+    element = torch.tensor([k])
+    picture = image(draw_pair(27, 1, 0, 128, scene=NUCLEI)[1])
+    turned = d4(positive_grid(picture, 4, MPP), element, (1, 2))
+    # A nucleus on the line between two cells may be counted on either side.
+    near = ((positive_grid(d4(picture, element), 4, MPP) - turned).abs() < 0.02).float().mean()
+    assert near > 0.9
 
 
 @pytest.mark.parametrize("mpp", [0.25, 1.0, 2.8])
