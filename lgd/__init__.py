@@ -1,4 +1,4 @@
-"""LGD: HER2 scoring from H&E alone, taught to hallucinate the latents of a frozen IHC teacher.
+"""LGD: scoring from H&E alone, of HER2 or another label, taught to hallucinate the latents of a frozen IHC teacher.
 
     import lgd
 

@@ -7,15 +7,14 @@ from pydantic import Field
 
 from lgd.base.errors import OnBad
 
-LEVEL_NAMES = ("0", "1+", "2+", "3+")
-
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pool = Literal["cls", "mean", "cls+mean"]
-Learns = Literal["label", "membranes", "nuclei"]
+Learns = Literal["label", "membranes", "nuclei", "positive"]
+Staining = Literal["membranes", "nuclei", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +61,8 @@ class Teacher:
     """`trained` here, on what it `learns`; `frozen`: a pretrained encoder as it is, which needs no labels; `imported`:
     features of another tool, which `lgd import-latents` puts into the store."""
     learns: Annotated[list[Learns], Field(min_length=1)] = field(default_factory=lambda: ["label"])
-    """What a trained teacher learns: `label`, and without any label `membranes` and `nuclei`, grids of the store; of
-    several the losses are added up."""
+    """What a trained teacher learns: `label`, and without any label grids of the store: `membranes`, or `positive`
+    where the stain is nuclear, and `nuclei`, the density of all; of several the losses are added up."""
     encoder: str = "resnet10"
     """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny); `hf:ORG/NAME`, `timm:NAME`,
     `timm:hf-hub:ORG/NAME`, or a folder as transformers or timm saves it, of which no code is run; or code outside LGD
@@ -99,7 +98,10 @@ class Latents:
     nuclei_grid: Positive = 8
     """Side of the nuclei-density grid."""
     membrane_grid: Positive = 4
-    """Side of the membrane-staining grid."""
+    """Side of the grid of the second stain, on membranes or in nuclei."""
+    staining: Literal["auto", "membranes", "nuclei", "none"] = "auto"
+    """What the second stain shows: membranes (HER2), or nuclei that are positive (ER, PR, Ki67); `none` measures
+    neither, and `auto` is what the labels' target says, see docs/targets.md."""
     batch: Positive = 64
     """Patches that a worker has in hand while it caches. The teacher sees 4 at a time, 64 on a GPU: no stored number
     depends on it."""
@@ -158,13 +160,13 @@ class Student:
     distil_temperature: AboveZero = 2.0
     """Temperature that softens them."""
     pairs: Literal["own", "shuffled", "within-level"] = "own"
-    """A control, for LGD-Net: latents and membranes of another pair, of any level or of the same."""
+    """A control, for LGD-Net: latents and staining of another pair, of any level or of the same."""
     warmup: Share = 0.1
     """Share of the steps over which the weights of both hallucination losses rise from 0."""
     nuclei_weight: Amount = 0.1
     """Weight of the nuclei-grid loss."""
     membrane_weight: Amount = 0.1
-    """Weight of the membrane-grid loss."""
+    """Weight of the loss of the second stain's grid, of membranes or positive nuclei."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,8 +199,12 @@ class Train:
     """Steps between validations; 0 for once an epoch."""
     patience: NotNegative = 0
     """Validations without a better `metric` that end training, with the best network; 0: all steps, and the last."""
-    metric: Literal["kappa", "macro_f1", "accuracy"] = "kappa"
-    """Validation metric by which the best checkpoint is kept."""
+    metric: Literal["auto", "kappa", "macro_f1", "accuracy", "mae", "rmse", "pearson", "ccc"] = "auto"
+    """Validation metric by which the best checkpoint is kept; `auto` is kappa, and of numbers the mean absolute error
+    (mae), of which others are the root mean square (rmse), Pearson's r and concordance (ccc)."""
+    ordinal: Literal["cross-entropy", "corn"] = "cross-entropy"
+    """How the classes of an ordinal, such as HER2's levels, are taught: each by itself, or each step between two
+    (CORN)."""
     keep: Positive = 2
     """Newest checkpoints that are kept, beside the one with the best validation."""
     resume: str = "auto"

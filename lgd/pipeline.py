@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lgd.base.environment import Environment
 from lgd.base.errors import ConfigError, DataError
+from lgd.base.target import DEFAULT_TARGET, find_target
 from lgd.config import Config
 from lgd.config_files import Given, locate_field
 from lgd.io.location import as_location, require_local
@@ -68,7 +69,8 @@ def stage(
     one that cannot be recorded.
     """
     try:
-        find_method(config.student.method)(config)
+        # Before any shard is opened; its target says nothing of the fields.
+        find_method(config.student.method)(config, find_target(DEFAULT_TARGET))
     except ConfigError as error:
         raise ConfigError(f"{locate_field(given, 'student.method')}{error}") from error
     if note := note_changes(config, verb):
@@ -87,7 +89,7 @@ def _train(
     folder = getattr(config, task).dir
     with stage(name, verb, config, folder, given, shards) as (opened, outcome):
         trained_on = opened
-        if task == "teacher" and TASKS[task](config).store:
+        if task == "teacher" and TASKS[task](config, opened).store:
             trained_on = opened.with_ihc("the teacher")
             # It learns what the store will hold anyway.
             cache.fill_targets(config, trained_on.shards, config.train.workers)

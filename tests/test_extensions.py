@@ -12,6 +12,7 @@ import torch
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.extensions import load_object, refuse_unnamed
+from lgd.base.target import find_target
 from lgd.cli import main
 from lgd.io.files import read_json
 from lgd.models.encoder import Encoder, build_encoder, describe
@@ -138,7 +139,7 @@ def test_the_teachers_encoder_is_code_too(run):
 
 def test_a_teacher_of_ones_own_is_not_copied_into_the_student(run):
     config, _ = run
-    assert find_method(METHOD)(config).build().hallucination is None
+    assert find_method(METHOD)(config, find_target("her2")).build().hallucination is None
 
 
 @pytest.mark.parametrize(

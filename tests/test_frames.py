@@ -42,7 +42,7 @@ def read_modules(function):
 def prepared(tissue_run):
     config = tissue_run
     with join_world() as world:
-        run = Prepared(ShardSet.open(config.shard_dirs), StudentTask(config), world)
+        run = Prepared(ShardSet.open(config.shard_dirs), StudentTask(config, ShardSet.open(config.shard_dirs)), world)
         yield run
         run.reader.close()
 

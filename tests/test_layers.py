@@ -9,11 +9,11 @@ import lgd
 ROOT = Path(lgd.__file__).parent
 ORDER = """
 base.errors base.extensions base.text base.logs base.process_state base.threads base.markup base.plain_yaml base.records
-base.environment base.device base.arguments
+base.environment base.device base.arguments base.target base.labels
 io.location io.calls io.digests io.files io.folders io.tables io.locks io.download_cache io.remote io.documents
 config_sections config config_files metrics
+labels.measures labels.classes labels.numbers labels.conformal labels.predictions
 ray_jobs.cluster ray_jobs.mapping ray_jobs.training
-labels.conformal
 stain.deconvolve stain.filters stain.targets stain.nuclear stain.checks
 tissue.drawing tissue.centers tissue.staining tissue.sections tissue.truth tissue.synth
 shards.manifest shards.tiff shards.jpeg2000 shards.image_limits shards.pillow_image shards.profiles
@@ -23,21 +23,23 @@ shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
 models.spec models.description models.export models.pretrained models.known models.backbone models.timm_backbone
 models.encoder models.availability
-models.query_map models.student models.teacher models.losses models.methods
+models.heads models.query_map models.student models.teacher models.losses models.method models.methods
 models.loading
-store.document store.drift store.writer store.parts store.targets store.store store.commit store.probe
+store.document store.drift store.writer store.parts store.targets store.store store.commit store.regression store.probe
 store.recipes store.supervision store.cache
 store.export store.features store.feature_layouts store.joining store.importing
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.world train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
-scoring.images scoring.predict scoring.slide_rows
+scoring.images scoring.notes scoring.label_sets scoring.predict scoring.slide_rows
 retrieval.index_files retrieval.search retrieval.factory retrieval.bias retrieval.index
-retrieval.hubs retrieval.answers retrieval.queries
+retrieval.hubs retrieval.answers retrieval.filters retrieval.rows retrieval.queries
 runs.folder
-report.results report.caveats report.ablation_table report.figures report.sheet report.embeddings report.biased
-report.robustness report.slides report.probed report.retrieval report.evaluation report.report report.ablation
+report.columns report.results report.sections report.colour report.caveats report.ablation_table report.figures
+report.sheet report.neighbours report.embeddings report.biased report.robustness report.agreement report.slides
+report.sites report.set_coverage report.listing report.probed report.retrieval report.evaluation
+report.report report.ablation
 pipeline
-cli.contents cli.verb cli.stages cli.answers cli.checks
+cli.contents cli.facts cli.verb cli.stages cli.answers cli.checks
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {

@@ -4,9 +4,19 @@ A part of a document, or one that lies in a file which has a digest, is a plain 
 `lgd.io.documents.Document`.
 """
 
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, Strict, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    Strict,
+    ValidationError,
+    model_serializer,
+)
 from pydantic_core import ErrorDetails, from_json
 
 Value = TypeVar("Value")
@@ -20,6 +30,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 _LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
 Line = Annotated[str, Field(pattern=_LINE, max_length=100_000)]
 """A text without control characters."""
+Text = Annotated[Line, Field(min_length=1)]
 
 Measured = Annotated[float | None, BeforeValidator(lambda value: None if value != value else value)]
 """A number that was computed; null where it is undefined (NaN)."""
@@ -32,6 +43,14 @@ class Record(BaseModel):
     """A frozen part of a document: strict types, finite numbers, every field there and no other."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
+    """Fields that documents leave out where they are None, so that those without them keep their digests."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if value is not None or name not in self.OPTIONAL}
 
     def as_json(self) -> dict[str, Any]:
         """The fields as plain JSON."""

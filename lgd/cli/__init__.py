@@ -32,7 +32,7 @@ def usage() -> list[str]:
     return [
         "usage: lgd [--debug] [--quiet] VERB ...",
         "",
-        "HER2 scoring from H&E alone, taught to hallucinate the latents of a frozen IHC teacher.",
+        "Scoring from H&E alone, of HER2 or another label, taught to hallucinate the latents of a frozen IHC teacher.",
         "",
         *(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()),
         "",

@@ -1,5 +1,6 @@
 """The verbs that answer from a trained run: predict, query, export-latents."""
 
+import argparse
 import dataclasses
 import logging
 from argparse import Namespace
@@ -88,7 +89,7 @@ def _add_predict(parser: Parser) -> Run:
         folder = _find_student(namespace)
         slides = as_location(namespace.slides) if namespace.slides else None
         from lgd.runs.folder import explain_overrides
-        from lgd.scoring import images, predict, slide_rows
+        from lgd.scoring import images, notes, predict, slide_rows
 
         paths = images.find_images(namespace.images)
         with explain_overrides(config):
@@ -96,11 +97,11 @@ def _add_predict(parser: Parser) -> Run:
             scorer = predict.load_scorer(folder, code=namespace.code)
             predictions = predict.predict(scorer, paths, mpp=namespace.mpp, keep_going=True)
         unusable = {one.image: one.notes for one in predictions if not one.usable}
-        problems = predict.describe_unusable(unusable, len(predictions))
+        problems = notes.describe_unusable(unusable, len(predictions))
         scored = (one.notes for one in predictions if one.usable)
-        for note in predict.count_notes(scored, "images"):
+        for note in notes.count_notes(scored, "images"):
             logger.warning("%s", note)
-        rows = predictions if slide_of is None else slide_rows.join_slides(predictions, slide_of)
+        rows = predictions if slide_of is None else slide_rows.join_slides(scorer.config, predictions, slide_of)
         cells = list(map(slide_rows.as_cells, rows))
         _print_rows(namespace, list(map(slide_rows.as_json, rows)), cells, cells, problems)
 
@@ -119,7 +120,9 @@ def _add_query(parser: Parser) -> Run:
     )
     parser.add_argument("-k", type=typed(int), default=5, metavar="N", help="neighbours of each query (default: 5)")
     parser.add_argument("--split", default="", metavar="S,S", help="search these splits only, such as train,val")
-    parser.add_argument("--level", default="", metavar="L,L", help="search these levels only, such as 2+,3+")
+    text = "search these only (also --level): 2+,3+ or 10:20,90:"
+    parser.add_argument("--label", default="", metavar="L,L", help=text)
+    parser.add_argument("--level", dest="label", default="", help=argparse.SUPPRESS)
     parser.add_argument(
         "--exclude-same-slide",
         action="store_true",
@@ -135,10 +138,10 @@ def _run_query(namespace: Namespace) -> None:
     require(bool(namespace.images or namespace.key), "name what to ask for: IMAGE ..., or stored patches by --key")
     drawn = as_output_location(namespace.sheet, "--sheet") if namespace.sheet else None
     from lgd.report import sheet
-    from lgd.retrieval import answers, queries
+    from lgd.retrieval import answers, queries, rows
     from lgd.retrieval.search import choose_near, read_document
     from lgd.runs.folder import explain_overrides
-    from lgd.scoring import images, predict
+    from lgd.scoring import images, notes, predict
 
     store_folder = _find_store(namespace, config)
     with explain_overrides(config):
@@ -155,25 +158,25 @@ def _run_query(namespace: Namespace) -> None:
             namespace.k,
             keys=namespace.key,
             splits=namespace.split.split(",") if namespace.split else None,
-            levels=namespace.level.split(",") if namespace.level else None,
+            labels=namespace.label.split(",") if namespace.label else None,
             exclude_same_slide=namespace.exclude_same_slide,
             slides=as_location(namespace.slides) if namespace.slides else None,
             mpp=namespace.mpp,
             keep_going=True,
         )
-    problems = predict.describe_unusable({one.name: one.notes for one in replies if not one.usable}, len(replies))
+    problems = notes.describe_unusable({one.name: one.notes for one in replies if not one.usable}, len(replies))
     replies = [one for one in replies if one.usable]
     if drawn:
         sheet.draw_sheet(store, replies, drawn)
     document = read_document(store)
     logger.info("%s", answers.count_neighbours(replies, choose_near(document)))
     # With a filter each query searches other rows.
-    whole = not (namespace.split or namespace.level or namespace.exclude_same_slide)
+    whole = not (namespace.split or namespace.label or namespace.exclude_same_slide)
     if whole and (hubs := answers.describe_hubs(replies, document.rows)):
         logger.info("%s", hubs)
     for note in answers.collect_notes(store, replies):
         logger.warning("%s", note)
-    _print_rows(namespace, answers.as_json(replies), answers.as_rows(replies), answers.as_table(replies), problems)
+    _print_rows(namespace, rows.as_json(replies), rows.as_rows(replies), rows.as_table(replies), problems)
 
 
 def _add_export(parser: Parser) -> Run:
@@ -190,7 +193,7 @@ def _add_export(parser: Parser) -> Run:
 
 
 VERBS = {
-    "predict": Verb("HER2 level and probabilities of H&E images", _add_predict),
+    "predict": Verb("label and probabilities of H&E images, such as the HER2 level, or a number", _add_predict),
     "query": Verb("the nearest IHC latents of H&E images or of stored patches", _add_query),
     "export-latents": Verb("write a store's latents in TRIDENT's HDF5 layout, for other tools", _add_export),
 }

@@ -23,7 +23,7 @@ def _add_info(parser: Parser) -> Run:
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
 
     def run(namespace: Namespace) -> None:
-        from lgd.cli.contents import as_lines, describe
+        from lgd.cli.facts import as_lines, describe
 
         description = describe(as_location(namespace.folder))
         if namespace.json:

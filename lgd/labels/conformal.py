@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from lgd.base.records import Count, Record
+from lgd.base.labels import Labels
+from lgd.base.records import Count, Many, Record
 from lgd.metrics import Floats, Interval, Ints, draws, interval
 
 Bools = NDArray[np.bool_]
@@ -89,8 +90,8 @@ class Conformal(Record):
         if found is None or found.highest is not None:
             return None
         return (
-            f"{found.slides} labelled slides calibrated the sets, and a coverage of {100 * self.coverage:g} % needs "
-            f"{count_needed_slides(self.coverage)} or more: every label is in each set"
+            f"{found.slides} labelled slides calibrated them, and a coverage of {100 * self.coverage:g} % needs "
+            f"{count_needed_slides(self.coverage)} or more"
         )
 
     def _read_highest(self, by: By) -> float:
@@ -115,7 +116,7 @@ def measure_misfits(kind: Kind, probability_nK: Floats) -> Floats:
     return misfit_nK
 
 
-def measure_label_misfits(kind: Kind, output_nK: Floats, label_n: Ints | Floats) -> Floats:
+def measure_label_misfits(kind: Kind, output_nK: Floats, label_n: Labels) -> Floats:
     """(n,): how badly each true label fits; infinite where the answer is no finite number."""
     if kind == "number":
         misfit_n = abs(output_nK[:, 0] - label_n)
@@ -141,7 +142,7 @@ def find_threshold(misfit_n: Floats, slide_n: Ints, coverage: float) -> Threshol
 
 
 def calibrate(
-    kind: Kind, output_nK: Floats, label_n: Ints | Floats, groups: Sequence[str], coverage: float = 0.9
+    kind: Kind, output_nK: Floats, label_n: Labels, groups: Sequence[str], coverage: float = 0.9
 ) -> Conformal:
     """Thresholds from labelled patches that trained nothing.
 
@@ -185,7 +186,7 @@ class Coverage(Record):
     """Classes in a set, or the width of an interval in the label's unit; None where one is infinite."""
     single: Interval | None
     """Share of sets of one class; None of a number."""
-    by_class: tuple[Interval, ...]
+    by_class: Many[Interval]
     """Share of sets that hold the true label, by true class. It is not promised, and says where sets fail."""
 
 

@@ -6,13 +6,15 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field
 
 from lgd.base.errors import DataError
-from lgd.base.records import Count, Line, Many, Record, Sha256
-from lgd.config_sections import Learns
+from lgd.base.records import Count, Line, Many, Record, Sha256, Text
+from lgd.base.target import UNKNOWN, StatedTarget
+from lgd.config_sections import Learns, Staining
 from lgd.io.documents import Document
 from lgd.io.files import read_json
 from lgd.io.location import Location, as_location
+from lgd.labels.conformal import Conformal
 from lgd.models.spec import EncoderSpec
-from lgd.shards.manifest import UNKNOWN, Shape, Target, Text, Word
+from lgd.shards.manifest import Shape, Values, Word
 from lgd.shards.shard_set import ShardSet
 
 Grid = Annotated[int, Field(ge=1, le=256)]
@@ -39,7 +41,9 @@ class LatentSizes(Record):
 class Training(Record):
     """What a network was trained on."""
 
-    target: Target
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("values",)
+
+    target: StatedTarget
     marker: Text | None
     """What the IHC of the training patches is stained for."""
     labels: dict[Line, Count]
@@ -50,6 +54,8 @@ class Training(Record):
     """Whether all tissue was drawn by a program."""
     shards: Many[Sha256]
     """Digests of the shard sets."""
+    values: Values | None = None
+    """Of the labelled training patches, where labels are values."""
 
     @property
     def labelled(self) -> int:
@@ -59,6 +65,8 @@ class Training(Record):
 
 class ModelConfig(Document):
     """What a teacher's and a student's folder say alike."""
+
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("ordinal", "conformal")
 
     FORMAT: ClassVar[str] = "lgd-model/3"
     ABSENT: ClassVar[str] = "train it first"
@@ -83,6 +91,10 @@ class ModelConfig(Document):
     engine: Text
     workers: Annotated[int, Field(ge=1)]
     versions: dict[Text, Text]
+    ordinal: Literal["corn"] | None = None
+    """How an ordinal was taught, where that was not by cross-entropy."""
+    conformal: Conformal | None = None
+    """What label sets are made by, where labelled patches were held out for that."""
 
     @classmethod
     def read_folder(cls, folder: str | Location) -> Self:
@@ -116,6 +128,8 @@ class TeacherConfig(ModelConfig):
 class StudentConfig(ModelConfig):
     """A student's folder."""
 
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("ordinal", "conformal", "staining")
+
     ABSENT: ClassVar[str] = "it holds no trained student; run lgd train first"
 
     kind: Literal["student"] = "student"
@@ -129,6 +143,8 @@ class StudentConfig(ModelConfig):
     membrane_grid: Grid
     teachers: Many[TeacherRef]
     """None of a network that was taught by labels alone."""
+    staining: Staining | None = None
+    """What the second stain shows, where that is not membranes."""
 
     @property
     def named(self) -> dict[str, str]:
@@ -163,7 +179,7 @@ def describe_training(shards: ShardSet, labelled: bool = True) -> Training:
             shapes[shape.width, shape.height, shape.mpp] += shape.samples
     commonest = sorted(shapes.items(), key=lambda item: (-item[1], *item[0][:2], item[0][2] or 0))
     return Training(
-        target=shards.manifests[0].target,
+        target=shards.target,
         marker=None,
         labels=labels,
         shapes=tuple(
@@ -171,4 +187,5 @@ def describe_training(shards: ShardSet, labelled: bool = True) -> Training:
         ),
         virtual=all(one.virtual for one in shards.manifests),
         shards=shards.digests,
+        values=shards.summarise_values("train") if labelled else None,
     )

@@ -21,7 +21,8 @@ def student_from(config: StudentConfig) -> Student:
     student = find_method(name).network(
         morphology=Encoder(config.morphology),
         hallucination=None if spec is None else Encoder(spec),
-        **{name: getattr(config, name) for name in Sizes.__annotations__},
+        target=config.training.target,
+        **{name: getattr(config, name) for name in Sizes.__annotations__ if name != "target"},
     )
     if isinstance(student, HallucinatingStudent):
         student.query_map = QueryMap(student.streams, sum(student.dims))

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from lgd.models.student import GRIDS
 
 Terms = dict[str, torch.Tensor]
-"""Loss term -> value of each sample (B,). `level` counts labelled samples only, all others count every sample."""
+"""Loss term -> value of each sample (B,). `level`, that of the label, counts labelled samples only, all others count
+every sample."""
 
 
 class Negatives(NamedTuple):
@@ -21,32 +22,43 @@ class Negatives(NamedTuple):
 
     source_B: torch.Tensor
     """int64: number of the sample whose latents are taught."""
-    level_B: torch.Tensor
-    """int64: its level, -1 where unknown."""
+    label_B: torch.Tensor
+    """Its label, as in `Lesson`."""
     pooled_QD: torch.Tensor
     """float32: the teacher's latents in the queue."""
     number_Q: torch.Tensor
     """int64: the numbers of their samples."""
-    level_Q: torch.Tensor
-    """int64: their levels."""
+    label_Q: torch.Tensor
+    """Their labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lesson:
     """What losses are computed from, beside what the network gives; a batch of training is one."""
 
-    level_B: torch.Tensor
-    """int64: 0 to 3, or -1 for unknown."""
+    label_B: torch.Tensor
+    """int64 number of the class, -1 for unknown; or float32 value, in standard deviations from the mean of those that
+    training has, NaN for unknown."""
     stored: dict[str, torch.Tensor]
-    """`pooled` (B, D), `map` (B, D, m, m), `nuclei` (B, g, g) and `membrane` (B, k, k, 3), float32: what the method
-    needs of them."""
+    """`pooled` (B, D), `map` (B, D, m, m), `nuclei` (B, g, g), and `membrane` (B, k, k, 3) or `positive` (B, k, k, 2),
+    float32: what the method needs of them."""
     negatives: Negatives | None = None
     """None without a queue."""
 
 
-def level_loss(logits_BK: torch.Tensor, level_B: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the level, (B,); 0 where the level is unknown (-1)."""
-    return F.cross_entropy(logits_BK.float(), level_B, ignore_index=-1, reduction="none")
+def find_known(label_B: torch.Tensor) -> torch.Tensor:
+    """Which labels are known, bool (B,)."""
+    return ~torch.isnan(label_B) if label_B.is_floating_point() else label_B >= 0
+
+
+def label_loss(logits_BK: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the class, or Huber distance of the value, (B,); 0 where the label is unknown."""
+    if not label_B.is_floating_point():
+        return F.cross_entropy(logits_BK.float(), label_B, ignore_index=-1, reduction="none")
+    known_B = find_known(label_B)
+    # Not the distance to NaN, whose gradient would be NaN too.
+    distance_B = F.smooth_l1_loss(logits_BK[:, 0].float(), label_B.nan_to_num(), reduction="none")
+    return distance_B * known_B
 
 
 def hallucination_loss(student_BD: torch.Tensor, teacher_BD: torch.Tensor, kind: str) -> torch.Tensor:
@@ -83,7 +95,12 @@ def contrast_loss(
 
 
 def distillation_loss(logits_BK: torch.Tensor, teacher_BK: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T^2 KL(teacher's softened levels || the student's), (B,), both from logits divided by T (Hinton et al. 2015)."""
+    """T^2 KL(teacher's softened classes || the student's), (B,), both from logits divided by T (Hinton et al. 2015).
+
+    Of a number, which has one output, the Huber distance of both values.
+    """
+    if logits_BK.shape[1] == 1:
+        return F.smooth_l1_loss(logits_BK.float(), teacher_BK.float(), reduction="none")[:, 0]
     student = F.log_softmax(logits_BK.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_BK.float() / temperature, dim=1)
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
@@ -95,7 +112,7 @@ def grid_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def grid_losses(out: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> Terms:
-    """`grid_loss` of what a network gives of `nuclei`, as log(1 + density), and of `membrane`."""
+    """`grid_loss` of what a network gives of `nuclei`, as log(1 + density), and of `membrane` or `positive`."""
     targets = {name: stored[name] for name in GRIDS.values() if name in out and name in stored}
     return {
         name: grid_loss(out[name], torch.log1p(target) if name == "nuclei" else target)

@@ -1,4 +1,4 @@
-"""The students: a morphology stream reads the H&E; a second stream may be fused with it into the HER2 level.
+"""The students: a morphology stream reads the H&E; a second stream may be fused with it into the label.
 
 The full text of the paper's method is not public to us: LGD-Net's network is an independent design of what its
 abstract says. Its hallucination stream has its own encoder, started from the teacher's weights (Hoffman et al. 2016),
@@ -6,36 +6,47 @@ or shares the trunk of the morphology stream. Which method trains which network 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict, Unpack
+from typing import TypedDict, Unpack, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.target import Target
+from lgd.config_sections import Staining
 from lgd.models.description import LatentSizes, StudentConfig
 from lgd.models.encoder import Encoder
+from lgd.models.heads import Ordinal, make_head
 from lgd.models.query_map import QueryMap
 
 Outputs = dict[str, torch.Tensor]
 """What a network gives, by name."""
-GRIDS = {"nuclei": "nuclei", "membranes": "membrane"}
+GRIDS = {"nuclei": "nuclei", "membranes": "membrane", "positive": "positive"}
 """What `teacher.learns` names, and the dataset of the store that teaches it."""
-CHANNELS = {"nuclei": 1, "membrane": 3}
-"""Numbers in each place of a grid: density of nuclei; DAB density, stained share and completeness of membranes."""
+STAININGS: dict[Staining, str | None] = {"membranes": "membrane", "nuclei": "positive", "none": None}
+"""What the second stain shows, and the dataset of its grid."""
+CHANNELS = {"nuclei": 1, "membrane": 3, "positive": 2}
+"""Numbers in each place of a grid: density of nuclei; DAB density, stained share and completeness of membranes; share
+and DAB density of positive nuclei."""
 
 
 class Sizes(TypedDict):
-    """Sizes of what a student gives beside the level."""
+    """What a student gives, and its sizes."""
+
+    target: Target
+    ordinal: Ordinal | None
+    """How an ordinal is taught; None where that is by cross-entropy."""
 
     latents: Mapping[str, LatentSizes]
     """By teacher, the first of which comes first in what a network gives; empty where there is one stream."""
     nuclei_grid: int
     membrane_grid: int
+    staining: Staining | None
+    """What the second stain shows; None for membranes."""
 
 
 class Student(nn.Module):
-    """H&E -> level, by the morphology stream alone.
+    """H&E -> label, by the morphology stream alone.
 
     All students are built by the same arguments, so that one is built again from the config.json of its folder.
     """
@@ -45,11 +56,11 @@ class Student(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.morphology = morphology
-        self.head = nn.Linear(morphology.dim, len(LEVEL_NAMES))
+        self.head = make_head(morphology.dim, sizes["target"], sizes["ordinal"])
         self.hallucination = hallucination
 
     def forward(self, he_B3HW: torch.Tensor) -> Outputs:
-        """(B, 3, H, W) in 0..255 -> `logits` (B, 4), and `features` (B, width), which are the pooled morphology."""
+        """(B, 3, H, W) in 0..255 -> `logits` (B, K), and `features` (B, width), which are the pooled morphology."""
         morphology_BC = self.morphology(he_B3HW).pooled_BD
         return {"logits": self.head(morphology_BC), "features": morphology_BC}
 
@@ -59,7 +70,8 @@ class Student(nn.Module):
         facts |= {"morphology": self.morphology.spec, "hallucination": None if own is None else own.spec}
         terms = [one.spec.licence for one in (self.morphology, own) if one is not None and one.spec.licence]
         facts["licence"] = "; ".join(dict.fromkeys(terms)) or None
-        return StudentConfig.from_json({**facts, **self.sizes})
+        sizes = {name: size for name, size in self.sizes.items() if name != "target"}
+        return StudentConfig.from_json({**facts, **sizes})
 
 
 class Adaptor(nn.Module):
@@ -78,7 +90,7 @@ class Adaptor(nn.Module):
 
 
 class TwoStreamStudent(Student):
-    """H&E -> level, by two streams that a gate fuses; the second has an adaptor for the latents of each teacher."""
+    """H&E -> label, by two streams that a gate fuses; the second has an adaptor for the latents of each teacher."""
 
     def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, **sizes: Unpack[Sizes]) -> None:
         super().__init__(morphology=morphology, hallucination=hallucination, **sizes)
@@ -108,22 +120,25 @@ class TwoStreamStudent(Student):
 
 
 class HallucinatingStudent(TwoStreamStudent):
-    """H&E -> level, the hallucinated IHC latents, and both domain grids."""
+    """H&E -> label, the hallucinated IHC latents, and both domain grids."""
 
     def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, **sizes: Unpack[Sizes]) -> None:
         super().__init__(morphology=morphology, hallucination=hallucination, **sizes)
         self.dims = [one.dim for one in sizes["latents"].values()]
         self.nuclei_head = make_grid_head("nuclei", morphology.channels)
-        self.membrane_head = make_grid_head("membrane", self.dims[0])
+        self.stained = STAININGS[sizes["staining"] or "membranes"]
+        """The dataset of the second stain's grid; None for none."""
+        if self.stained:
+            setattr(self, f"{self.stained}_head", make_grid_head(self.stained, self.dims[0]))
         self.streams = morphology.channels + 2 * sum(self.dims)
         self.query_map: QueryMap | None = None
         """To the latents of all teachers; fitted when the network is finished (`lgd.train.finished`)."""
 
     def hallucinate(self, map_BCHW: torch.Tensor, latents: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Outputs:
         """`pooled` (B, D), `map` (B, D, m, m) when maps are cached, `nuclei` (B, g, g) as log(1 + density), `membrane`
-        (B, k, k, 3), `streams` (B, S), all that was pooled, without gradient, and `query` (B, D), the latent that the
-        map makes of them, once it is fitted. Of each teacher but the first `pooled`, `map` and `query` bear its name,
-        such as `pooled@NAME`.
+        (B, k, k, 3) or `positive` (B, k, k, 2), `streams` (B, S), all that was pooled, without gradient, and `query`
+        (B, D), the latent that the map makes of them, once it is fitted. Of each teacher but the first `pooled`, `map`
+        and `query` bear its name, such as `pooled@NAME`.
         """
         pooled = [one_BD for latent_BDHW, pooled_BD in latents for one_BD in (latent_BDHW.mean(dim=(2, 3)), pooled_BD)]
         out = {"streams": torch.cat([map_BCHW.mean(dim=(2, 3)), *pooled], dim=1).detach()}
@@ -136,7 +151,9 @@ class HallucinatingStudent(TwoStreamStudent):
             if sizes.map:
                 out[f"map{of}"] = F.adaptive_avg_pool2d(latent_BDHW, sizes.map)
         out["nuclei"] = predict_grid(self.nuclei_head, map_BCHW, self.sizes["nuclei_grid"])
-        out["membrane"] = predict_grid(self.membrane_head, latents[0][0], self.sizes["membrane_grid"])
+        if self.stained:
+            head = cast(nn.Conv2d, getattr(self, f"{self.stained}_head"))
+            out[self.stained] = predict_grid(head, latents[0][0], self.sizes["membrane_grid"])
         return out
 
 

@@ -10,18 +10,21 @@ import torch
 from torch import nn
 
 from lgd.base.errors import ConfigError, DataError
-from lgd.config_sections import LEVEL_NAMES, Learns
+from lgd.base.target import Target
+from lgd.config_sections import Learns
 from lgd.io.location import Location
 from lgd.models.description import TeacherConfig
 from lgd.models.encoder import Encoder
 from lgd.models.export import load_weights
+from lgd.models.heads import Ordinal, make_head
 from lgd.models.student import make_grid_head, predict_grid
 
-NO_LEVELS = (
-    "no label taught the teacher, so that a probe on its latents would give its levels, and the training split has "
-    "labels of fewer than two levels to fit one on: set student.distil_weight and student.contrast_weight to 0, take "
+NO_SOFT_LABELS = (
+    "no label taught the teacher, so that a probe on its latents would give its {0}s, and the training split has "
+    "labels of fewer than two {0}s to fit one on: set student.distil_weight and student.contrast_weight to 0, take "
     "another method than distil, or label patches"
 )
+"""Of the word for a label."""
 
 
 GRID_HEADS = "grid_heads."
@@ -29,21 +32,28 @@ GRID_HEADS = "grid_heads."
 
 
 class Teacher(nn.Module):
-    """IHC -> latent map, pooled latent and level; its encoder was trained here."""
+    """IHC -> latent map, pooled latent and label; its encoder was trained here."""
 
     source: ClassVar[Literal["trained", "frozen"]] = "trained"
 
     def __init__(
-        self, encoder: Encoder, learns: Sequence[Learns] = ("label",), grids: Mapping[str, int] | None = None
+        self,
+        encoder: Encoder,
+        learns: Sequence[Learns] = ("label",),
+        grids: Mapping[str, int] | None = None,
+        *,
+        target: Target,
+        ordinal: Ordinal | None = None,
     ) -> None:
         """`learns`: what teaches it. `grids`: sides by the datasets that do, while it is trained; their heads are not
-        kept.
+        kept. `target`: what labels are of, and `ordinal` how one is taught.
         """
         super().__init__()
         self.encoder, self.learns, self.grids = encoder, tuple(learns), dict(grids or {})
         self.dim = encoder.dim
         """Length of the pooled latent."""
-        self.head = nn.Linear(self.dim, len(LEVEL_NAMES)) if "label" in learns else None
+        self.target, self.ordinal = target, ordinal
+        self.head = make_head(self.dim, target, ordinal) if "label" in learns else None
         self.grid_heads = nn.ModuleDict({name: make_grid_head(name, encoder.channels) for name in self.grids})
         # Subtracted from what is cached: without it the latents share one direction. On the sample of BCI every
         # query then found the same neighbours, all at a cosine of 0.98.
@@ -51,8 +61,9 @@ class Teacher(nn.Module):
         self.map_mean = nn.Buffer(torch.zeros(encoder.channels))
 
     def forward(self, ihc_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) in 0..255 -> `map` (B, C, h, w), `pooled` (B, D), of a teacher that was taught levels `logits`
-        (B, 4), and while it learns them `nuclei` (B, g, g) as log(1 + density) and `membrane` (B, k, k, 3).
+        """(B, 3, H, W) in 0..255 -> `map` (B, C, h, w), `pooled` (B, D), of a teacher that was taught labels `logits`
+        (B, K), and while it learns them `nuclei` (B, g, g) as log(1 + density) and `membrane` (B, k, k, 3)
+        or `positive` (B, k, k, 2).
 
         Map and pooled latent are relative to their means over the training split (`centre`).
         """
@@ -65,15 +76,15 @@ class Teacher(nn.Module):
         heads = self.grid_heads.items()
         return out | {name: predict_grid(cast(nn.Conv2d, head), map_BCHW, self.grids[name]) for name, head in heads}
 
-    def levels_of(self, pooled_nD: torch.Tensor) -> torch.Tensor:
-        """The logits (n, 4) of pooled latents, which are relative to their mean as `forward` gives them.
+    def logits_of(self, pooled_nD: torch.Tensor) -> torch.Tensor:
+        """The logits (n, K) of pooled latents, which are relative to their mean as `forward` gives them.
 
         Raises `ConfigError` for a teacher that was taught none.
         """
         if self.head is None:
-            raise ConfigError(NO_LEVELS)
-        logits_n4: torch.Tensor = self.head(pooled_nD + self.pooled_mean)
-        return logits_n4
+            raise ConfigError(NO_SOFT_LABELS.format(self.target.label_word))
+        logits_nK: torch.Tensor = self.head(pooled_nD + self.pooled_mean)
+        return logits_nK
 
     def centre(self, pooled_D: torch.Tensor, map_C: torch.Tensor) -> None:
         """Move the origin of the latents to these means of what `forward` gives."""
@@ -89,22 +100,23 @@ class Teacher(nn.Module):
             "encoder": spec,
             "pool": spec.pool,
             "licence": spec.licence,
+            "ordinal": self.ordinal,
         }
         return TeacherConfig.from_json(facts | own)
 
 
 class Probe(nn.Module):
-    """Pooled latent -> level by a linear map, which stands for the head that a teacher was not taught.
+    """Pooled latent -> label by a linear map, which stands for the head that a teacher was not taught.
 
     It is fitted on stored latents (`lgd.store.probe`): no network is needed for it.
     """
 
-    def __init__(self, weight_4D: torch.Tensor, bias_4: torch.Tensor) -> None:
+    def __init__(self, weight_KD: torch.Tensor, bias_K: torch.Tensor) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Buffer(weight_4D), nn.Buffer(bias_4)
+        self.weight, self.bias = nn.Buffer(weight_KD), nn.Buffer(bias_K)
 
-    def levels_of(self, pooled_nD: torch.Tensor) -> torch.Tensor:
-        """The logits (n, 4) of stored latents."""
+    def logits_of(self, pooled_nD: torch.Tensor) -> torch.Tensor:
+        """The logits (n, K) of stored latents; of a number values (n, 1)."""
         return nn.functional.linear(pooled_nD.float(), self.weight, self.bias)
 
 
@@ -113,9 +125,17 @@ class FrozenTeacher(Teacher):
 
     source = "frozen"
 
-    def __init__(self, encoder: Encoder, learns: Sequence[Learns] = (), grids: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        learns: Sequence[Learns] = (),
+        grids: Mapping[str, int] | None = None,
+        *,
+        target: Target,
+        ordinal: Ordinal | None = None,
+    ) -> None:
         """It learns nothing."""
-        super().__init__(encoder, learns=())
+        super().__init__(encoder, learns=(), target=target)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -136,5 +156,9 @@ def load_teacher(folder: str | Location, code: Collection[str] = ()) -> tuple[Te
     kind = TEACHERS.get(config.source)
     if kind is None:
         raise DataError(f"{folder}: field source is {config.source}, which this version of lgd cannot load")
-    teacher = load_weights(folder, lambda: kind(Encoder(config.encoder), config.learns), config, code)
+
+    def build() -> Teacher:
+        return kind(Encoder(config.encoder), config.learns, target=config.training.target, ordinal=config.ordinal)
+
+    teacher = load_weights(folder, build, config, code)
     return teacher.requires_grad_(False).eval(), config

@@ -21,18 +21,21 @@ import numpy as np
 import torch
 
 from lgd.base.errors import DataError, require
+from lgd.base.target import Target
 from lgd.config import Config
 from lgd.io.files import exists, publish, read_bytes, write_bytes
 from lgd.io.location import Location, as_location
-from lgd.metrics import Predictions
+from lgd.labels.predictions import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.models.methods import METHODS, PROPOSED, find_method
 from lgd.models.teacher import Probe, Teacher, load_teacher
 from lgd.ray_jobs.mapping import map_with
 from lgd.report.ablation_table import LGD_NET, UPPER_BOUNDS, AblationDocument, compare_rows, format_ablation
-from lgd.report.caveats import COLOUR, ONE_TRAINING, caveats_of, colour_only, probe_caveat
-from lgd.report.embeddings import explained_by_levels
+from lgd.report.caveats import ONE_TRAINING, caveats_of, probe_caveat
+from lgd.report.colour import COLOUR, colour_only, read_training_colours
+from lgd.report.embeddings import explained_by_labels
 from lgd.report.probed import pooled_latents, score_by_probe
+from lgd.report.results import state_target
 from lgd.runs.folder import command
 from lgd.scoring.predict import TEACHER_ROW, load_scorer, score_shards
 from lgd.shards.archive import Shard
@@ -140,29 +143,32 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
         logger.info("[ablate] %s, seed %d: %s", job.name, job.number, done)
     rows: dict[str, list[Predictions]] = {}
     training = shards.of_split("train") if config.report.split != "train" else []
-    if colour := colour_only(training, scored, config.data.threads):
+    colours = read_training_colours(training, config.data.threads)
+    if colour := colour_only(colours, scored, shards.target, config.data.threads):
         _keep(folder / SINGLE_RUN_ROWS[COLOUR], colour, "")
         rows[COLOUR] = [colour]
     for job in jobs:
         rows.setdefault(job.name, []).append(answers(job.run.student.dir, "student", scored, job.run, job.name))
     ours, store = rows[LGD_NET][0], Store(config.latents.dir, teachers=(config.teacher.name,))
-    if not (ours.level >= 0).any():
-        raise DataError(f"report.split {config.report.split!r} has no patch with a level: nothing can be compared")
-    teacher, levels, notes = _score_teacher(config, store, shards, ours)
+    if not ours.known.any():
+        word = ours.target.label_word
+        raise DataError(f"report.split {config.report.split!r} has no patch with a {word}: nothing can be compared")
+    teacher, labels, notes = _score_teacher(config, store, shards, ours)
     rows[teacher.name] = [teacher]
     compared, gap_closed = compare_rows(rows, config.report.bootstrap, config.run.seed)
     table = AblationDocument(
         seeds=options.seeds,
         resamples=config.report.bootstrap,
-        patches=int((ours.level >= 0).sum()),
+        patches=int(ours.known.sum()),
         groups=len(set(ours.groups)),
         rows=compared,
         gap_closed=gap_closed,
         caveats=(*([ONE_TRAINING] if options.seeds == 1 else []), *notes, *caveats_of(shards, ours)),
-        explained_by_levels=_explained_by_levels(config, store, levels, shards),
+        explained_by_levels=_explained_by_labels(config, store, labels, shards),
         command=f"{command(config, 'ablate')} --seeds {options.seeds}" + (" --full" if options.full else ""),
         shards=shards.digests,
         teacher=store.recipe.teacher.weights_sha256,
+        target=state_target(ours.target),
     )
     table.write(folder / "ablation.json")
     text = format_ablation(table)
@@ -173,29 +179,31 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
 def _score_teacher(
     config: Config, store: Store, shards: ShardSet, like: Predictions
 ) -> tuple[Predictions, Teacher | Probe, list[str]]:
-    """What the teacher, or the probe of its latents, says of the patches of `like`; what reads levels; and caveats."""
+    """What the teacher, or the probe of its latents, says of the patches of `like`; what reads labels; and caveats."""
     scored, kept = shards.of_split(config.report.split), as_location(config.run.dir) / "ablation" / "teacher.npz"
     described = None if config.teacher.source == "imported" else TeacherConfig.read_folder(config.teacher.dir)
     if described and described.gives_labels:
         teacher, _ = load_teacher(config.teacher.dir, config.code)
         return answers(config.teacher.dir, "teacher", scored, config, TEACHER_ROW, kept), teacher, []
     probe = find_probe(store, shards.of_split("train"))
-    assert probe is not None, "a method that is taught levels was trained"
+    assert probe is not None, "a method that is taught labels was trained"
     found = score_by_probe(store, probe, shards, scored, like)
     _keep(kept, found, "")
-    return found, probe.network(), [probe_caveat(probe, described.learns if described else ())]
+    return found, probe.network(), [probe_caveat(probe, described.learns if described else (), like.target)]
 
 
-def _explained_by_levels(config: Config, store: Store, levels: Teacher | Probe, shards: ShardSet) -> float:
-    """The share of what varies in the teacher's latents of the scored split that its soft levels explain."""
-    temperature = config.student.distil_temperature
+def _explained_by_labels(config: Config, store: Store, labels: Teacher | Probe, shards: ShardSet) -> float:
+    """The share of what varies in the teacher's latents of the scored split that its soft labels or values explain."""
+    temperature, is_number = config.student.distil_temperature, shards.target.is_number
 
     def both(some: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
         latents_nD = pooled_latents(store, some)
-        logits_n4 = levels.levels_of(torch.from_numpy(latents_nD).float())
-        return latents_nD, (logits_n4 / temperature).softmax(dim=1).double().numpy()
+        logits_nK = labels.logits_of(torch.from_numpy(latents_nD).float())
+        # R^2 is the same for values in any unit.
+        soft_nK = logits_nK if is_number else (logits_nK / temperature).softmax(dim=1)
+        return latents_nD, soft_nK.double().numpy()
 
-    return explained_by_levels(*both(shards.of_split("train")), *both(shards.of_split(config.report.split)))
+    return explained_by_labels(*both(shards.of_split("train")), *both(shards.of_split(config.report.split)))
 
 
 def slug(name: str) -> str:
@@ -211,7 +219,7 @@ def answers(
     weights = (StudentConfig if kind == "student" else TeacherConfig).read_folder(folder).weights_sha256
     stamp = f"{weights} {' '.join(shard.sha256 for shard in shards)}"
     if exists(at):
-        kept, kept_stamp = read_kept(at, name)
+        kept, kept_stamp = read_kept(at, name, shards[0].target)
         if kept_stamp == stamp:
             return kept
     found, _ = score_shards(load_scorer(folder, kind, config.code), shards, threads=config.data.threads)
@@ -222,13 +230,14 @@ def answers(
 
 def _keep(at: Location, found: Predictions, stamp: str) -> None:
     with publish(at) as temporary, temporary.open("wb") as file:
-        level, probability = found.level, found.probability
+        level, probability = found.label, found.output
         np.savez(file, stamp=stamp, keys=found.keys, groups=found.groups, level=level, probability=probability)
 
 
-def read_kept(at: Location, name: str) -> tuple[Predictions, str]:
+def read_kept(at: Location, name: str, target: Target) -> tuple[Predictions, str]:
     """What `answers` kept of a row, and the stamp of the network and the shards that it is of."""
     with np.load(io.BytesIO(read_bytes(at))) as kept:
         keys, groups = kept["keys"].tolist(), kept["groups"].tolist()
-        found = Predictions(name=name, keys=keys, groups=groups, level=kept["level"], probability=kept["probability"])
+        label, output = kept["level"], kept["probability"]
+        found = Predictions(target=target, name=name, keys=keys, groups=groups, label=label, output=output)
         return found, str(kept["stamp"])

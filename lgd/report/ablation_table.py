@@ -15,14 +15,18 @@ from pydantic import Field
 
 from lgd.base.markup import code_block, list_items, markdown_table
 from lgd.base.records import Count, Line, Many, Record, Sha256
+from lgd.base.target import DEFAULT_TARGET, StatedTarget, find_target
 from lgd.io.documents import Document
-from lgd.metrics import Floats, Interval, Predictions, bootstrap, check_same, interval
+from lgd.labels.measures import Measures
+from lgd.labels.predictions import Predictions, bootstrap, check_same, find_measures
+from lgd.metrics import Floats, Interval, interval
 from lgd.models import methods
-from lgd.report.caveats import COLOUR, HOW, PROBE_ROW
+from lgd.report.caveats import PROBE_ROW
+from lgd.report.colour import COLOUR, describe_colour
+from lgd.report.columns import list_compared
 from lgd.report.results import format_interval
 from lgd.scoring.predict import TEACHER_ROW
 
-METRICS = {"kappa": "quadratic weighted kappa", "macro_f1": "macro-F1", "accuracy": "accuracy"}
 LGD_NET, BASELINE = (methods.METHODS[name].title for name in (methods.PROPOSED, methods.BASELINE))
 UPPER_BOUNDS = (TEACHER_ROW, PROBE_ROW)
 """The row that no student is expected to pass: the teacher's, or that of its probe."""
@@ -42,6 +46,8 @@ class Compared(Record):
 class AblationDocument(Document):
     """ablation.json."""
 
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("target",)
+
     FORMAT: ClassVar[str] = "lgd-ablation/2"
     ABSENT: ClassVar[str] = "run lgd ablate first"
     REMEDY: ClassVar[str] = "run lgd ablate again"
@@ -57,6 +63,13 @@ class AblationDocument(Document):
     command: Line
     shards: Many[Sha256]
     teacher: Sha256
+    target: StatedTarget | None = None
+    """What is predicted; None for the default target."""
+
+    @property
+    def measures(self) -> Measures:
+        """The metrics of what is predicted."""
+        return find_measures(self.target or find_target(DEFAULT_TARGET))
 
 
 def draw_runs(runs: Sequence[Predictions], metric: str, resamples: int, seed: int) -> Floats:
@@ -67,7 +80,7 @@ def draw_runs(runs: Sequence[Predictions], metric: str, resamples: int, seed: in
     return np.stack([bootstrap(run, resamples, seed, [metric])[metric] for run in runs])
 
 
-def share_of_gap(ours_SR: Floats, least_SR: Floats, most_SR: Floats) -> Floats:
+def share_of_gap(ours_SR: Floats, least_SR: Floats, most_SR: Floats, lower_is_better: bool = False) -> Floats:
     """(ours - least) / (most - least) of the means over the runs: 0 where nothing is gained, 1 where `most`, such as
     the teacher, is reached.
 
@@ -76,7 +89,7 @@ def share_of_gap(ours_SR: Floats, least_SR: Floats, most_SR: Floats) -> Floats:
     """
     gap_R, gain_SR = (most_SR - least_SR).mean(axis=0), ours_SR - least_SR
     with np.errstate(divide="ignore", invalid="ignore"):
-        share_R = np.where(gap_R > 0, gain_SR.mean(axis=0) / gap_R, np.nan)
+        share_R = np.where((gap_R < 0) if lower_is_better else (gap_R > 0), gain_SR.mean(axis=0) / gap_R, np.nan)
         linear_SR: Floats = share_R + (gain_SR - share_R * (most_SR - least_SR)) / gap_R
     return linear_SR
 
@@ -90,9 +103,10 @@ def compare_rows(
     """
     for run in itertools.chain(*rows.values()):
         check_same(rows[LGD_NET][0], run)
-    groups = rows[LGD_NET][0].labelled_groups
+    groups, measures = rows[LGD_NET][0].labelled_groups, rows[LGD_NET][0].measures
+    metrics = list_compared(measures)
     drawn = {
-        name: {metric: draw_runs(runs, metric, resamples, seed) for metric in METRICS} for name, runs in rows.items()
+        name: {metric: draw_runs(runs, metric, resamples, seed) for metric in metrics} for name, runs in rows.items()
     }
     ours, baseline = drawn[LGD_NET], drawn[BASELINE]
     (bound,) = (drawn[name] for name in UPPER_BOUNDS if name in drawn)
@@ -106,8 +120,11 @@ def compare_rows(
         }
         for name, row in drawn.items()
     }
-    closed = {name: interval(share_of_gap(ours[name], baseline[name], bound[name]), groups) for name in METRICS}
-    return compared, closed
+    closed = {
+        name: share_of_gap(ours[name], baseline[name], bound[name], name in measures.lower_is_better)
+        for name in metrics
+    }
+    return compared, {name: interval(share_SR, groups) for name, share_SR in closed.items()}
 
 
 def _explain_intervals(table: AblationDocument) -> str:
@@ -123,25 +140,29 @@ def _explain_intervals(table: AblationDocument) -> str:
 
 def format_ablation(table: AblationDocument) -> str:
     """The table in Markdown, with what must be known to believe it."""
+    measures, metrics = table.measures, list_compared(table.measures)
+    target, lower = measures.target, [title for name, title in metrics.items() if name in measures.lower_is_better]
+    direction = f" Of {' and '.join(lower)}, lower is better." if lower else ""
+    soft = f"{target.label_word}s" if target.is_number else f"soft {target.label_word}s"
     cells = [
         [
             name,
-            *(format_interval(row[metric].mean) for metric in METRICS),
-            *(format_interval(minus, "+.3f") if (minus := row[metric].lgd_minus) else "" for metric in METRICS),
+            *(format_interval(row[metric].mean) for metric in metrics),
+            *(format_interval(minus, "+.3f") if (minus := row[metric].lgd_minus) else "" for metric in metrics),
         ]
         for name, row in table.rows.items()
     ]
-    gaps = ", ".join(f"{METRICS[name]} {format_interval(gap, '.2f')}" for name, gap in table.gap_closed.items())
+    gaps = ", ".join(f"{metrics[name]} {format_interval(gap, '.2f')}" for name, gap in table.gap_closed.items())
     lines = [
         f"# LGD-Net, its controls and its parts: {table.seeds} seed{'s' * (table.seeds > 1)}, {table.patches} patches "
         f"of {table.groups} groups\n",
         *list_items(table.caveats),
         "",
-        *markdown_table(["", *METRICS.values(), *(f"LGD-Net minus it: {text}" for text in METRICS.values())], cells),
-        f"{_explain_intervals(table)}\n",
-        *([f"{HOW}\n"] if COLOUR in table.rows else []),
+        *markdown_table(["", *metrics.values(), *(f"LGD-Net minus it: {text}" for text in metrics.values())], cells),
+        f"{_explain_intervals(table)}{direction}\n",
+        *([f"{describe_colour(target)}\n"] if COLOUR in table.rows else []),
         f"Share of the gap between {BASELINE} and the {TEACHER_ROW} that {LGD_NET} closes: {gaps}.\n",
-        f"Of what varies in the teacher's latents, its soft levels explain {table.explained_by_levels:.2f} (R^2 on "
+        f"Of what varies in the teacher's latents, its {soft} explain {table.explained_by_levels:.2f} (R^2 on "
         "these patches): the nearer to 1, the less latents can teach that label distillation does not.\n",
         f"{code_block(table.command)}\n",
     ]

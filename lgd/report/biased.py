@@ -6,7 +6,8 @@ Shapes: n queries, m gallery rows, D length of a vector.
 import numpy as np
 
 from lgd.metrics import Floats
-from lgd.report.embeddings import Embedding, unit
+from lgd.report.embeddings import Embedding
+from lgd.report.neighbours import unit
 from lgd.retrieval.bias import learn_bias
 
 

@@ -1,32 +1,40 @@
 """What retrieval by the hallucinated latent is worth: the same measures for it, for H&E alone, and for the teacher.
 
-Each embedding searches two galleries: the training patches, where a neighbour of the query's level is relevant, and
+Each embedding searches two galleries: the training patches, where a neighbour of the query's label is relevant, and
 the IHC of the scored split, where the query's own pair is. H&E alone takes part twice: with its own features, which
 can only be compared with H&E, and through a ridge regression from them to the teacher's latents.
 
 Shapes: n queries, m gallery rows, D length of a vector. Similarity is the cosine. Each number stands beside chance.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lgd.base.errors import DataError
-from lgd.config_sections import LEVEL_NAMES
-from lgd.metrics import Floats, Interval, Ints, Predictions, draws, interval
-from lgd.report.results import EmbeddingScores, Hubs, OwnPair, Precision, Retrieval
+from lgd.base.labels import Labels
+from lgd.base.target import Target
+from lgd.labels.predictions import Predictions
+from lgd.metrics import Floats
+from lgd.report.neighbours import (
+    PRECISION_AT_K,
+    average_precision,
+    compare_all,
+    find_nearest,
+    mean_with_interval,
+    split_by_class,
+    unit,
+    value_differences,
+)
+from lgd.report.results import EmbeddingScores, Hubs, Nearness, OwnPair, Retrieval
 from lgd.retrieval.hubs import chance_of_hubs, chance_of_never, count_found, count_hubs, find_hubs
 
-PRECISION_AT_K = 10
-"""Neighbours behind an average precision, and answers behind hubs."""
-LEVEL_CAVEATS = (
-    "The gallery of the levels is the training split, which every network here was trained on: its vectors are better "
-    "separated by level than those of new patches would be.",
-    "A neighbour counts as relevant for its level alone, whatever the tissue looks like; where a level is that of a "
-    "slide, so is the relevance.",
-    "The features of H&E alone are compared with H&E, the other vectors with IHC latents: of the precisions by level "
+LABEL_CAVEATS = (
+    "The gallery of the {0}s is the training split, which every network here was trained on: its vectors are better "
+    "separated by {0} than those of new patches would be.",
+    "A neighbour counts as {1} for its {0} alone, whatever the tissue looks like; where a {0} is that of a "
+    "slide, so is the {2}.",
+    "The features of H&E alone are compared with H&E, the other vectors with IHC latents: of the {3}s by {0} "
     "only those of one gallery compare directly.",
 )
 OWN_CAVEATS = (
@@ -34,8 +42,6 @@ OWN_CAVEATS = (
     "The intervals of hubs take the hubs as they are: other slides would have others.",
 )
 """What a reader must know of how the galleries were made."""
-# Similarities that are worked out at a time: 32 MB.
-_BLOCK = 4_000_000
 RECALL_AT = (1, 5, 10)
 _ALPHAS = np.logspace(-1, 5, 7)
 _FIT_ROWS = 20_000
@@ -58,26 +64,45 @@ class Embedding:
 
 
 def measure(
-    embeddings: Sequence[Embedding], scored: Predictions, level_m: Ints, resamples: int, seed: int
+    embeddings: Sequence[Embedding], scored: Predictions, label_m: Labels, resamples: int, seed: int
 ) -> Retrieval:
-    """Both measures of each embedding; `level_m` are the levels of the training gallery, -1 for unknown."""
-    rows = []
-    for embedding in embeddings:
-        precision_n, chance_n = average_precision(
-            embedding.queries_nD, scored.level, embedding.train_mD, level_m, PRECISION_AT_K
-        )
-        found = by_level(precision_n, chance_n, scored.level, scored.groups, resamples, seed)
+    """Both measures of each embedding; `label_m` are the labels of the training gallery."""
+    target, rows = scored.target, []
+    for one in embeddings:
+        by_class, by_value = {}, None
+        if target.is_number:
+            by_value = _measure_values(one, scored, label_m, resamples, seed)
+        else:
+            precision_n, chance_n = average_precision(
+                one.queries_nD, scored.label, one.train_mD, label_m, PRECISION_AT_K, target.width
+            )
+            by_class = split_by_class(precision_n, chance_n, scored, resamples, seed)
         pair = hubs = None
-        if embedding.own_nD is not None:
-            rank_n = own_ranks(embedding.queries_nD, embedding.own_nD)
-            pair = own_pair(rank_n, len(embedding.own_nD), scored.groups, resamples, seed)
-            hubs = measure_hubs(embedding.queries_nD, embedding.own_nD, scored.groups, resamples, seed)
+        if one.own_nD is not None:
+            rank_n = own_ranks(one.queries_nD, one.own_nD)
+            pair = own_pair(rank_n, len(one.own_nD), scored.groups, resamples, seed)
+            hubs = measure_hubs(one.queries_nD, one.own_nD, scored.groups, resamples, seed)
         rows.append(
-            EmbeddingScores(name=embedding.name, gallery=embedding.gallery, by_level=found, own_pair=pair, hubs=hubs)
+            EmbeddingScores(
+                name=one.name, gallery=one.gallery, by_level=by_class, own_pair=pair, hubs=hubs, by_value=by_value
+            )
         )
-    by_levels, own = any(row.by_level["overall"].queries for row in rows), any(row.own_pair for row in rows)
-    caveats = (*(LEVEL_CAVEATS if by_levels else ()), *(OWN_CAVEATS if own else ()))
-    return Retrieval(caveats=caveats, at=PRECISION_AT_K, gallery_rows=len(level_m), embeddings=tuple(rows))
+    caveats = (*(_label_caveats(target) if any(row.asks for row in rows) else ()),)
+    caveats += OWN_CAVEATS if any(row.own_pair for row in rows) else ()
+    return Retrieval(caveats=caveats, at=PRECISION_AT_K, gallery_rows=len(label_m), embeddings=tuple(rows))
+
+
+def _label_caveats(target: Target) -> list[str]:
+    words = ("near", "difference", "difference") if target.is_number else ("relevant", "relevance", "precision")
+    return [caveat.format(target.label_word, *words) for caveat in LABEL_CAVEATS]
+
+
+def _measure_values(one: Embedding, scored: Predictions, value_m: Labels, resamples: int, seed: int) -> Nearness:
+    near_n, chance_n, best_n = value_differences(one.queries_nD, scored.label, one.train_mD, value_m, PRECISION_AT_K)
+    rows = np.flatnonzero(~np.isnan(near_n))
+    mean = mean_with_interval(near_n[rows], [scored.groups[row] for row in rows.tolist()], resamples, seed)
+    chance, best = (float(some[rows].mean()) if len(rows) else None for some in (chance_n, best_n))
+    return Nearness(value=mean.value, low=mean.low, high=mean.high, chance=chance, best=best, queries=len(rows))
 
 
 def he_only(
@@ -105,15 +130,16 @@ def he_only(
     return [*found, Embedding(f"{name}, ridge to the {what} (alpha {alpha:.3g})", mapped_nD, latents_mD, own_nD)]
 
 
-def explained_by_levels(train_mD: Floats, train_m4: Floats, latents_nD: Floats, soft_n4: Floats) -> float:
-    """R^2 of a linear regression from the teacher's soft levels to its unit latents, fitted on training patches.
+def explained_by_labels(train_mD: Floats, train_mK: Floats, latents_nD: Floats, soft_nK: Floats) -> float:
+    """R^2 of a linear regression from the teacher's soft labels, or values, to its unit latents, fitted on training
+    patches.
 
-    Near 1 the latents hold no more than the levels do, and hallucinating them is label distillation by another name: a
-    teacher that is trained on levels for long ends so (neural collapse, Papyan et al. 2020).
+    Near 1 the latents hold no more than the labels do, and hallucinating them is label distillation by another name: a
+    teacher that is trained on labels for long ends so (neural collapse, Papyan et al. 2020).
     """
     from sklearn.linear_model import LinearRegression
 
-    error_nD = unit(latents_nD) - LinearRegression().fit(train_m4, unit(train_mD)).predict(soft_n4)
+    error_nD = unit(latents_nD) - LinearRegression().fit(train_mK, unit(train_mD)).predict(soft_nK)
     return float(1 - (error_nD**2).sum() / ((unit(latents_nD) - unit(train_mD).mean(0)) ** 2).sum())
 
 
@@ -141,7 +167,7 @@ def own_ranks(queries_nD: Floats, gallery_mD: Floats) -> Floats:
     Raises `DataError` for vectors that are not finite.
     """
     ranks = np.empty(len(queries_nD))
-    for rows, similarity in _similarities(queries_nD, gallery_mD):
+    for rows, similarity in compare_all(queries_nD, gallery_mD):
         own = np.take_along_axis(similarity, np.arange(len(ranks))[rows, None], axis=1)
         ties = (similarity == own).sum(1) - 1
         ranks[rows] = 1 + (similarity > own).sum(1) + ties / 2
@@ -185,93 +211,8 @@ def count_answers(queries_nD: Floats, gallery_mD: Floats, k: int) -> tuple[Float
     none of these are, as 0 or 1, (m,).
     """
     rows = len(gallery_mD)
-    found_nk = np.concatenate([nearest for _, nearest in _nearest(queries_nD, gallery_mD, k)])
+    found_nk = np.concatenate([nearest for _, nearest in find_nearest(queries_nD, gallery_mD, k)])
     first_n, answers_n = (
         np.isin(some, find_hubs(count_found(some, rows))).mean(1) for some in (found_nk[:, :1], found_nk)
     )
     return first_n, answers_n, (count_found(found_nk, rows) == 0).astype(np.float64)
-
-
-def average_precision(
-    queries_nD: Floats, level_n: Ints, gallery_mD: Floats, level_m: Ints, k: int, seed: int = 0
-) -> tuple[Floats, Floats]:
-    """AP@k of each query (n,), and its expected value under a random ranking (n,).
-
-    A gallery row is relevant when it has the query's level. With R relevant rows and r(i) = 1 where the i-th
-    neighbour is relevant, AP@k = sum over i <= k of r(i) P(i) / min(k, R), P(i) being the share of relevant ones among
-    the first i (Manning et al. 2008, cut at k). NaN where the query has no level or no row has it. Rows without a level
-    are left out of the gallery. Ties fall by a random order: that of the shards would favour their levels.
-    """
-    rows = np.flatnonzero(level_m >= 0)
-    rows = rows[np.random.default_rng(seed).permutation(len(rows))]
-    gallery_mD, level_m = gallery_mD[rows], level_m[rows]
-    m, k = len(rows), min(k, len(rows))
-    relevant_n = np.bincount(level_m, minlength=len(LEVEL_NAMES))[level_n]
-    relevant_n[level_n < 0] = 0
-    found, chance = np.full(len(level_n), np.nan), np.full(len(level_n), np.nan)
-    if not m:
-        return found, chance
-    place_k = np.arange(1, k + 1)
-    for those, nearest in _nearest(queries_nD, gallery_mD, k):
-        hit = level_m[nearest] == level_n[those, None]
-        found[those] = (hit * hit.cumsum(1) / place_k).sum(1)
-    found /= np.where(relevant_n, np.minimum(k, relevant_n), np.nan)
-    # Rank i holds a relevant row with chance R/m, and each of the i - 1 before it then with (R - 1)/(m - 1).
-    for count in np.unique(relevant_n[relevant_n > 0]):
-        others = (place_k - 1) * (count - 1) / max(m - 1, 1)
-        chance[relevant_n == count] = (count / m * (1 + others) / place_k).sum() / min(k, count)
-    return found, chance
-
-
-def by_level(
-    precision_n: Floats, chance_n: Floats, level_n: Ints, groups: Sequence[str], resamples: int, seed: int
-) -> dict[str, Precision]:
-    """Mean of the average precision over all queries (`overall`) and over those of each level."""
-    found = {}
-    defined = ~np.isnan(precision_n)
-    of_level = {name: defined & (level_n == number) for number, name in enumerate(LEVEL_NAMES)}
-    for name, chosen in {"overall": defined, **of_level}.items():
-        rows = np.flatnonzero(chosen)
-        mean = mean_with_interval(precision_n[rows], [groups[row] for row in rows.tolist()], resamples, seed)
-        chance = float(chance_n[rows].mean()) if len(rows) else None
-        found[name] = Precision(value=mean.value, low=mean.low, high=mean.high, chance=chance, queries=len(rows))
-    return found
-
-
-def mean_with_interval(
-    value_n: NDArray[np.float64 | np.bool_], groups: Sequence[str], resamples: int, seed: int
-) -> Interval:
-    """Mean and 95 % interval over resampled groups; no interval with fewer than two of them."""
-    names, group_n = np.unique(groups, return_inverse=True)
-    if len(names) < 2:
-        return interval(np.array([value_n.mean() if len(value_n) else np.nan]), len(names))
-    sums_G2 = np.stack([np.bincount(group_n, value_n), np.bincount(group_n)], axis=1)
-    blocks = draws(len(names), resamples, seed, _BLOCK // len(names))
-    samples = np.concatenate([count_RG @ sums_G2 for count_RG in blocks])
-    return interval(np.append(value_n.mean(), samples[:, 0] / samples[:, 1]), len(names))
-
-
-def _similarities(queries_nD: Floats, gallery_mD: Floats) -> Iterator[tuple[slice, Floats]]:
-    """Blocks of the queries, and the cosines of each with the whole gallery."""
-    gallery = unit(gallery_mD)
-    block = max(1, _BLOCK // len(gallery))
-    for start in range(0, len(queries_nD), block):
-        rows = slice(start, start + block)
-        yield rows, unit(queries_nD[rows]) @ gallery.T
-
-
-def _nearest(queries_nD: Floats, gallery_mD: Floats, k: int) -> Iterator[tuple[slice, Ints]]:
-    """Blocks of the queries, and the gallery rows of the k nearest of each, nearest first."""
-    for those, similarity in _similarities(queries_nD, gallery_mD):
-        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        order = np.argsort(-np.take_along_axis(similarity, nearest, axis=1), axis=1, kind="stable")
-        yield those, np.take_along_axis(nearest, order, axis=1)
-
-
-def unit(x_nD: Floats) -> Floats:
-    """Scale each vector to length 1; `DataError` for one that is not finite."""
-    x_nD = np.asarray(x_nD, dtype=np.float64)
-    if not np.isfinite(x_nD).all():
-        raise DataError("a latent is not finite: the training diverged, lower train.lr")
-    unit_nD: Floats = x_nD / np.maximum(np.linalg.norm(x_nD, axis=1, keepdims=True), 1e-12)
-    return unit_nD

@@ -2,16 +2,16 @@
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from pydantic import JsonValue
 
 from lgd.base.errors import DataError
+from lgd.base.labels import Labels
+from lgd.base.target import KNOWN, Target
 from lgd.config import Config
-from lgd.config_sections import LEVEL_NAMES
-from lgd.metrics import Predictions, paired_differences
+from lgd.labels.predictions import Predictions, paired_differences
 from lgd.models.description import TeacherConfig
 from lgd.report.caveats import (
     ONE_TRAINING,
@@ -20,21 +20,24 @@ from lgd.report.caveats import (
     WITHOUT_TEACHER,
     caveats_of,
     chance_retrieval_caveats,
-    colour_only,
     colour_shortcut_caveats,
     probe_caveat,
 )
+from lgd.report.colour import colour_only, read_training_colours
 from lgd.report.figures import Query
 from lgd.report.probed import score_by_probe
-from lgd.report.results import HEADLINE, Difference, Results, Retrieval, Robustness
+from lgd.report.results import Difference, Results, Retrieval, state_target
 from lgd.report.retrieval import Network, measure_retrieval
 from lgd.report.robustness import measure as measure_robustness
+from lgd.report.set_coverage import measure_label_sets
 from lgd.report.sheet import Gallery, read_images
-from lgd.report.slides import SLIDE_RULES, score_model
-from lgd.retrieval.answers import Answer, name_level
+from lgd.report.sites import NOTHING_TAUGHT, Taught, describe_training, find_site_caveats, measure_sites
+from lgd.report.slides import describe_rules, score_model
+from lgd.retrieval.answers import Answer
 from lgd.retrieval.queries import BIASED, note_bias, open_for, search
 from lgd.retrieval.search import Searcher, read_document, require_faiss
-from lgd.scoring.predict import choose_latents, choose_level, load_scorer, name_probabilities, score_shards
+from lgd.scoring.predict import choose_latents, load_scorer, read_answer, score_shards
+from lgd.shards.manifest import Values
 from lgd.shards.shard_set import ShardSet
 from lgd.store.probe import ProbeDocument, find_probe
 from lgd.store.store import Store
@@ -78,9 +81,8 @@ def evaluate(
     ]
     labelled = scorers[0].config.training.labelled
     if not labelled:
-        # Its levels are none, so there is nothing to compare either.
-        unknown = np.full_like(networks[0].predictions.level, -1)
-        networks = [one._replace(predictions=replace(one.predictions, level=unknown)) for one in networks]
+        # It has no answers, so there is nothing to compare either.
+        networks = [one._replace(predictions=one.predictions.without_labels()) for one in networks]
     student, *rivals = networks[: len(scorers)]
     teachers = [one.predictions for one in networks[len(scorers) :]]
     if probed is not None:
@@ -93,12 +95,13 @@ def evaluate(
     if config.report.robustness and labelled:
         answering = [(one.scorer, one.predictions) for one in networks if one.scorer.config.training.labelled]
         shifted = measure_robustness(config, answering, split)
-    colour = colour_only(training, split, config.data.threads)
+    colours = read_training_colours(training, config.data.threads)
+    colour = colour_only(colours, split, shards.target, config.data.threads)
     scored = [*(one.predictions for one in (student, *rivals)), *([colour] if colour else []), *teachers]
     results = measure_results(
         scored,
         caveats=[
-            ONE_TRAINING if labelled else UNTAUGHT,
+            ONE_TRAINING if labelled else UNTAUGHT.format(shards.target.label_word),
             *([probed.caveat] if probed and labelled else []),
             *([WITHOUT_TEACHER.format(unpaired, len(student.predictions.keys))] if unpaired and not probed else []),
             *caveats_of(shards, student.predictions, bool(labelled)),
@@ -113,9 +116,9 @@ def evaluate(
         resamples=config.report.bootstrap,
         seed=config.run.seed,
         retrieval=retrieval,
-        robustness=shifted,
+        taught=describe_training(shards, colours, config.run.seed),
     )
-    return results, scored, queries
+    return results.model_copy(update={"robustness": shifted}), scored, queries
 
 
 def _can_search(store: Store) -> bool:
@@ -136,7 +139,9 @@ def _open_probe(config: Config, shards: ShardSet, described: TeacherConfig | Non
     learnt = described.learns if described else ()
     store = Store(config.latents.dir, teachers=(config.teacher.name,))
     probe = find_probe(store, store.with_latents(shards.of_split("train")))
-    return Probed(store, probe, probe_caveat(probe, learnt) if probe else UNTAUGHT_TEACHER)
+    target = shards.target
+    caveat = probe_caveat(probe, learnt, target) if probe else UNTAUGHT_TEACHER.format(target.label_word)
+    return Probed(store, probe, caveat)
 
 
 def measure_results(
@@ -147,42 +152,74 @@ def measure_results(
     resamples: int,
     seed: int,
     retrieval: Retrieval | None = None,
-    robustness: Robustness | None = None,
+    taught: Taught = NOTHING_TAUGHT,
 ) -> Results:
-    """What a report says of some models, the student first; `DataError` where they were scored on other patches."""
+    """What a report says of some models, the student first; `DataError` where they were scored on other patches.
+
+    It has no robustness yet.
+    """
     student, *others = scored
-    labels = student.level[student.level >= 0]
+    target, measures, labels = student.target, student.measures, student.labelled().label
     models = tuple(score_model(predictions, resamples, seed) for predictions in scored)
     differences = tuple(
         Difference(
-            of=student.name, minus=other.name, metrics=paired_differences(student, other, [*HEADLINE], resamples, seed)
+            of=student.name,
+            minus=other.name,
+            metrics=paired_differences(student, other, [*measures.headline], resamples, seed),
         )
         for other in others
         # One that was taught no labels has no answers that could differ.
-        if (other.level >= 0).any() == bool(len(labels))
+        if other.known.any() == bool(len(labels))
     )
+    sites = measure_sites(scored, taught, resamples, seed)
     return Results(
-        caveats=(*caveats, *colour_shortcut_caveats(models, differences), *chance_retrieval_caveats(retrieval)),
+        caveats=(
+            *caveats,
+            *find_site_caveats(student, sites, taught),
+            *colour_shortcut_caveats(models, differences, measures),
+            *chance_retrieval_caveats(retrieval),
+        ),
         provenance=provenance,
         resamples=resamples,
         seed=seed,
         patches=len(student.keys),
         labelled=len(labels),
         groups=len(set(student.groups)),
-        levels={name: int((labels == level).sum()) for level, name in enumerate(LEVEL_NAMES)},
-        always_the_commonest_level=float(np.bincount(labels).max() / len(labels)) if len(labels) else None,
-        slide_rules=SLIDE_RULES,
+        levels=_count_labels(target, labels),
+        always_the_commonest_level=_guess_class(labels) if len(labels) and not target.is_number else None,
+        slide_rules=describe_rules(target),
         models=models,
         differences=differences,
         retrieval=retrieval,
-        robustness=robustness,
+        robustness=None,
+        target=state_target(target),
+        values=_summarise(labels) if len(labels) and target.is_number else None,
+        always_the_mean=float(abs(labels - taught.values.mean).mean()) if len(labels) and taught.values else None,
+        sites=tuple(sites) or None,
+        label_sets=tuple(measure_label_sets(scored, resamples, seed)) or None,
     )
+
+
+def _count_labels(target: Target, label_n: Labels) -> dict[str, int]:
+    if target.is_number:
+        return {KNOWN: len(label_n)}
+    return {name: int((label_n == number).sum()) for number, name in enumerate(target.classes)}
+
+
+def _guess_class(label_n: Labels) -> float:
+    """The accuracy of always answering the commonest class."""
+    return float(np.bincount(label_n.astype(np.int64)).max() / len(label_n))
+
+
+def _summarise(label_n: Labels) -> Values:
+    least, most = float(label_n.min()), float(label_n.max())
+    return Values(mean=float(label_n.mean()), std=float(label_n.std()), least=least, most=most)
 
 
 def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network) -> list[Query]:
     """The rows of the contact sheet: some queries of the scored split, and what they find in the index."""
-    predictions = student.predictions
-    rows = _spread(predictions.level, config.report.queries)
+    predictions, target = student.predictions, student.predictions.target
+    rows = _spread(predictions, config.report.queries)
     searcher = Searcher(store)
     note = note_bias(searcher.document, student.scorer)
     queries_nD = choose_latents(student.vectors)[rows]
@@ -195,12 +232,13 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
         Query(
             answer=Answer(
                 image=sample.key,
-                level=choose_level(name_probabilities(predictions.probability[row])),
+                label=read_answer(target, predictions.output[row])[0],
+                known=store.target,
                 neighbours=hits,
                 notes=[note] if note else [],
             ),
             slide=sample.meta.slide,
-            level=name_level(sample.level),
+            label=target.name_label(sample.label),
             he=he,
             ihc=ihc,
             images=[images.show(hit) for hit in hits],
@@ -209,12 +247,19 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
     ]
 
 
-def _spread(level_n: np.ndarray, count: int) -> np.ndarray:
-    """Rows that take the levels in turn, evenly spaced within each: nobody picked the pretty ones."""
+def _spread(predictions: Predictions, count: int) -> np.ndarray:
+    """Rows that take the labels in turn, evenly spaced within each: nobody picked the pretty ones.
+
+    Values are evenly spaced in their order.
+    """
+    label_n = predictions.label
+    if predictions.target.is_number:
+        rows = np.argsort(label_n, kind="stable")[: int(predictions.known.sum()) or None]
+        return np.array(rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)])
     picked: list[int] = []
-    levels = np.unique(level_n)
-    for place, level in enumerate(levels):
-        rows = np.flatnonzero(level_n == level)
-        share = count // len(levels) + (place < count % len(levels))
+    labels = np.unique(label_n)
+    for place, label in enumerate(labels):
+        rows = np.flatnonzero(label_n == label)
+        share = count // len(labels) + (place < count % len(labels))
         picked += rows[np.linspace(0, len(rows) - 1, min(share, len(rows))).round().astype(int)].tolist()
     return np.array(picked, np.int64)

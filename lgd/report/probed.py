@@ -1,4 +1,4 @@
-"""What a report reads from a store: pooled latents, and the levels that a probe reads off them.
+"""What a report reads from a store: pooled latents, and the labels that a probe reads off them.
 
 No network of a teacher is asked: its latents were computed when the store was filled, here or elsewhere.
 """
@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lgd.metrics import Predictions
+from lgd.labels.predictions import Predictions
+from lgd.models.heads import read_answers
 from lgd.report.caveats import PROBE_ROW
 from lgd.scoring.predict import TEACHER_ROW
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardSet
-from lgd.store.parts import read_all, read_levels
+from lgd.store.parts import read_all, read_labels
 from lgd.store.probe import ProbeDocument
 from lgd.store.store import Store
 from lgd.train.finished import fit_temperature
@@ -33,18 +34,16 @@ def score_by_probe(
     Its temperature is fitted on the validation split, as those of networks are.
     """
     if probe is None:
-        unknown, empty = np.full_like(like.level, -1), np.full_like(like.probability, np.nan)
-        return replace(like, name=TEACHER_ROW, level=unknown, probability=empty)
+        return replace(like.without_labels(), name=TEACHER_ROW, output=np.full_like(like.output, np.nan))
     held_out, network, temperature = shards.of_split("val"), probe.network(), 1.0
 
-    def logits(some: Sequence[Shard]) -> np.ndarray:
-        found: np.ndarray = network.levels_of(torch.from_numpy(pooled_latents(store, some))).double().numpy()
-        return found
+    def read_logits(some: Sequence[Shard]) -> torch.Tensor:
+        return network.logits_of(torch.from_numpy(pooled_latents(store, some))).double()
 
-    if held_out:
-        level_n = read_levels(store.parts_of(held_out))
-        # A level that it does not know would draw the temperature to its bound.
-        if len(known_n := np.flatnonzero(np.isin(level_n, probe.levels))):
-            temperature = fit_temperature(level_n[known_n], logits(held_out)[known_n])
-    probability_n4 = (torch.from_numpy(logits(split)) / temperature).softmax(dim=1).numpy()
-    return replace(like, name=PROBE_ROW, probability=probability_n4)
+    if held_out and not like.target.is_number:
+        label_n = read_labels(store.parts_of(held_out))
+        # A class that it does not know would draw the temperature to its bound.
+        if len(known_n := np.flatnonzero(np.isin(label_n, probe.classes))):
+            temperature = fit_temperature(label_n[known_n].astype(np.int64), read_logits(held_out).numpy()[known_n])
+    output_nK = read_answers(read_logits(split), like.target, probe.values, temperature).numpy()
+    return replace(like, name=PROBE_ROW, conformal=None, output=output_nK)

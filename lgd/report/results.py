@@ -1,40 +1,50 @@
-"""What a report holds in numbers: `metrics.json` and its parts, as `lgd evaluate` measures them; and as Markdown."""
+"""What a report holds in numbers: `metrics.json` and its parts, as `lgd evaluate` measures them."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import JsonValue
 
-from lgd.base.markup import list_items, markdown_table
-from lgd.base.records import Count, Many, Measured, Record
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.records import Count, Line, Many, Measured, Record
+from lgd.base.target import DEFAULT_TARGET, StatedTarget, Target, find_target
 from lgd.io.documents import Document
+from lgd.labels.conformal import Conformal, Coverage
 from lgd.metrics import Interval
+from lgd.shards.manifest import Values
 
-_ANSWERS = {"accuracy": "accuracy", "kappa": "quadratic weighted kappa", "macro_f1": "macro-F1"}
-HEADLINE = _ANSWERS | {"within_one": "within one level", "ece": "ECE"}
-"""The metrics of the first table, and their names there."""
+
+class Agreement(Record):
+    """How far predicted values lie from true ones (`lgd.report.agreement`)."""
+
+    mean_difference: Interval
+    lower_limit: Interval
+    upper_limit: Interval
 
 
 class Scores(Record):
-    """How one model scored the patches, or the slides, whose level is known."""
+    """How one model scored the patches, or the slides, whose label is known."""
+
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("agreement",)
 
     scored: Count
     groups: Count
     metrics: dict[str, Interval]
-    confusion: Many[Many[Count]]
-    """A row a true level, a column a predicted one."""
+    confusion: Many[Many[Count]] | None
+    """A row a true class, a column a predicted one; None of values."""
+    agreement: Agreement | None = None
+    """Of values."""
 
 
 class AreaScores(Scores):
     """How one model scored slides by area, which gives no probability."""
 
     one_patch_decides: Count
-    """Slides of so few patches that one alone raises the level."""
+    """Slides of so few patches that one alone raises the label."""
 
 
 class ModelScores(Record):
-    """One model by patch, and by slide in two ways; the ways are None where `no_slides` says why."""
+    """One model by patch, and by slide in two ways; the ways are None where `no_slides` says why, and that by area also
+    where the target knows no such rule.
+    """
 
     name: str
     by_patch: Scores
@@ -56,6 +66,16 @@ class Precision(Interval):
     """Mean average precision of some queries, beside that of a random ranking."""
 
     chance: Measured
+    queries: Count
+
+
+class Nearness(Interval):
+    """Mean difference between the value of a query and those of its neighbours, over some queries."""
+
+    chance: Measured
+    """Of a random ranking."""
+    best: Measured
+    """Of the ranking by value."""
     queries: Count
 
 
@@ -93,12 +113,22 @@ class Hubs(Record):
 class EmbeddingScores(Record):
     """What vectors of one kind find in the galleries."""
 
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("by_value",)
+
     name: str
     gallery: str
     by_level: dict[str, Precision]
-    """`overall`, and the level of the queries."""
+    """`overall`, and the class of the queries; empty where labels are values."""
     own_pair: OwnPair | None
     hubs: Hubs | None
+    by_value: Nearness | None = None
+    """Where labels are values."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether any query has a label to compare with its neighbours'."""
+        own = self.by_value or self.by_level["overall"]
+        return own.queries > 0
 
 
 class Retrieval(Record):
@@ -106,7 +136,7 @@ class Retrieval(Record):
 
     caveats: Many[str]
     at: Count
-    """Neighbours behind an average precision, and answers behind hubs."""
+    """Neighbours behind an average precision or a mean difference, and answers behind hubs."""
     gallery_rows: Count
     embeddings: Many[EmbeddingScores]
 
@@ -151,8 +181,52 @@ class Robustness(Record):
     models: Many[ModelRobustness]
 
 
+class AtSite(Record):
+    """How one model scored the patches of a center, or of a scanner."""
+
+    site: Line
+    model: str
+    scored: Count
+    groups: Count
+    metrics: dict[str, Interval]
+
+
+class Association(Record):
+    """How far the label goes with a site, over slides (`lgd.report.sites`)."""
+
+    statistic: Literal["cramers_v", "eta_squared"]
+    value: float
+    chance: float
+    """Mean of what is left where the labels of slides are drawn anew."""
+    p: float
+    """Share of such draws, the true one among them, that reach `value`."""
+    slides: Count
+
+
+class BySite(Record):
+    """Scores by center, or by scanner."""
+
+    kind: Literal["center", "scanner"]
+    rows: Many[AtSite]
+    association: Association | None
+    """None where each slide is too much on its own to say."""
+    trained: Many[Line] | None
+    """Those of the training split; None where it was not looked at."""
+
+
+class ModelSets(Record):
+    """What the label sets of one model are worth; None by slide where slides have none."""
+
+    name: str
+    calibrated: Conformal
+    by_patch: Coverage
+    by_slide: Coverage | None
+
+
 class Results(Document):
     """metrics.json; null stands where a number is undefined."""
+
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("target", "values", "always_the_mean", "sites", "label_sets")
 
     FORMAT: ClassVar[str] = "lgd-report/3"
     ABSENT: ClassVar[str] = "run lgd evaluate"
@@ -167,120 +241,35 @@ class Results(Document):
     labelled: Count
     groups: Count
     levels: dict[str, Count]
+    """Labelled patches of each class, or of `known` values."""
     always_the_commonest_level: float | None
+    """Accuracy of that; None of values."""
     slide_rules: dict[str, str]
     models: Many[ModelScores]
     differences: Many[Difference]
     retrieval: Retrieval | None
     robustness: Robustness | None
 
+    # What follows is left out where it is None.
+    target: StatedTarget | None = None
+    """What is predicted; None for the default target."""
+    values: Values | None = None
+    """Of the labelled patches, where labels are values."""
+    always_the_mean: float | None = None
+    """MAE of always answering the mean of the training values."""
+    sites: Many[BySite] | None = None
+    label_sets: Many[ModelSets] | None = None
+    """Of each model that has such sets; None where none has."""
 
-def slide_rules_section(results: Results) -> list[str]:
-    """The two ways of scoring a slide side by side; nothing where there are no slides."""
-    rows, few = [], ""
-    for model in results.models:
-        mean, area, minus = model.by_slide, model.by_area, model.area_minus_mean
-        if mean is None or area is None or minus is None:
-            return []
-        few = few or f"{area.one_patch_decides} of {area.scored} slides"
-        rules = (("mean", mean.metrics, ".3f"), ("area", area.metrics, ".3f"), ("area minus mean", minus, "+.3f"))
-        for rule, metrics, form in rules:
-            rows.append([model.name, rule, *(format_interval(metrics[name], form) for name in _ANSWERS)])
-    return [
-        "### Two ways to score a slide\n",
-        *list_items([f"{rule}." for rule in results.slide_rules.values()]),
-        "",
-        *markdown_table(["model", "way", *_ANSWERS.values()], rows),
-        "The mean is the headline, whatever this table shows: a way that is chosen on the scored split is no longer "
-        "measured by it. The area copies the form of ASCO/CAP's rule with patches for tumour cells and is not that "
-        "rule; it gives a level and no probability, and so neither ECE nor AUC. In "
-        f"{few} the patches are so few that a single one raises the level by area. Differences are paired by slide.\n",
-    ]
+    @property
+    def predicted(self) -> Target:
+        """What is predicted."""
+        return self.target or find_target(DEFAULT_TARGET)
 
 
-def robustness_section(robustness: Robustness) -> list[str]:
-    """The section on robustness."""
-    rows, names = [], ("accuracy", "kappa", "ece")
-    for model in robustness.models:
-        rows.append([model.name, "none", *(format_interval(model.unchanged[name]) for name in names), ""])
-        for change in model.changes:
-            for at in change.at:
-                cells = [format_interval(at.metrics[name]) for name in names]
-                difference = format_interval(at.minus_unchanged["kappa"], "+.3f")
-                rows.append([model.name, f"{change.name}, {at.label}", *cells, difference])
-    return [
-        "## Robustness, by patch\n",
-        "The same patches, changed as another scanner or laboratory would have them: H&E for the students, IHC for the "
-        "teacher. Changes are applied at the network's input size, after the shrinking; the strengths were fixed "
-        "beforehand.\n",
-        *list_items([f"{one.name}: {one.what}. Strengths: {one.why}." for one in robustness.changes]),
-        "",
-        *markdown_table(["model", "change", "accuracy", "kappa", "ECE", "kappa minus that of the unchanged"], rows),
-    ]
-
-
-def retrieval_sections(retrieval: Retrieval) -> list[str]:
-    """The sections on retrieval by level, of the own pair, and on hubs, as far as there is anything to say."""
-    text = []
-    if any(row.by_level["overall"].queries for row in retrieval.embeddings):
-        text += _levels_section(retrieval)
-    if own := tabulate_own_pairs(retrieval):
-        first = next(row.own_pair for row in retrieval.embeddings if row.own_pair)
-        text += [
-            "## Retrieval of the own IHC\n",
-            f"{first.queries} H&E queries, each searching its own pair among {first.gallery} IHC latents.\n",
-            *markdown_table([*own[0]], [[*row.values()] for row in own]),
-        ]
-    if hubs := [(row.name, row.hubs) for row in retrieval.embeddings if row.hubs]:
-        text += _hubs_section(hubs, retrieval.at)
-    return [*text, *list_items(retrieval.caveats), ""]
-
-
-def _levels_section(retrieval: Retrieval) -> list[str]:
-    columns, embeddings = ("overall", *LEVEL_NAMES), retrieval.embeddings
-    levels = [[row.name, row.gallery, *(format_interval(row.by_level[name]) for name in columns)] for row in embeddings]
-    # The levels of all galleries are the same, and so is chance.
-    levels.append(["by chance", "", *(format_number(embeddings[0].by_level[name].chance) for name in columns)])
-    return [
-        "## Retrieval by level\n",
-        f"Mean average precision of the {retrieval.at} nearest of {retrieval.gallery_rows} training patches, by the "
-        "level of the query; a neighbour of the same level is relevant. Chance is the expected value under a random "
-        "ranking.\n",
-        *markdown_table(["vectors", "gallery", *columns], levels),
-    ]
-
-
-def tabulate_own_pairs(retrieval: Retrieval) -> list[dict[str, str]]:
-    """A row each kind of vectors, and one of chance: at which rank they find the own IHC; none where nothing does."""
-    columns = ("vectors", "median rank", "mean rank", "recall at 1", "recall at 5", "recall at 10")
-    rows, chance = [], []
-    for name, own in [(row.name, row.own_pair) for row in retrieval.embeddings if row.own_pair]:
-        recalls = map(format_interval, (own.recall_at_1, own.recall_at_5, own.recall_at_10))
-        rows.append([name, format_number(own.median_rank), format_interval(own.mean_rank, ".1f"), *recalls])
-        chance = [own.chance_median_rank, own.chance_median_rank]
-        chance += [own.chance_recall_at_1, own.chance_recall_at_5, own.chance_recall_at_10]
-    if rows:
-        rows.append(["by chance", *map(format_number, chance)])
-    return [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-def _hubs_section(hubs: Sequence[tuple[str, Hubs]], at: int) -> list[str]:
-    first = hubs[0][1]
-    chance = [first.chance_first_answers, first.chance_answers, first.chance_never_found]
-    rows = [[name, *map(format_interval, (one.first_answers, one.answers, one.never_found))] for name, one in hubs]
-    rows.append(["by chance", *map(format_number, chance)])
-    columns = [
-        "vectors",
-        "first answers that are hubs",
-        f"first {at} answers that are hubs",
-        "IHCs that are never found",
-    ]
-    return [
-        "## Hubs\n",
-        f"How evenly the same queries find these IHCs. Hubs are the {first.hubs} (1 %) found most often; never "
-        f"found is what is in no query's first {at} answers. Chance is the expected value of blind queries.\n",
-        *markdown_table(columns, rows),
-    ]
+def state_target(target: Target) -> Target | None:
+    """A target in a report, which does not state the default one."""
+    return None if target == find_target(DEFAULT_TARGET) else target
 
 
 def format_interval(interval: Interval, form: str = ".3f") -> str:

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lgd.base.labels import as_labels
 from lgd.config import Config
-from lgd.metrics import Predictions
+from lgd.labels.predictions import Predictions
 from lgd.models.description import StudentConfig
 from lgd.report.biased import with_bias
 from lgd.report.embeddings import Embedding, he_only, measure
@@ -19,7 +20,7 @@ from lgd.retrieval.queries import check_pair
 from lgd.scoring.predict import Scorer, score_shards
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardSet
-from lgd.store.parts import read_levels
+from lgd.store.parts import read_labels
 from lgd.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def measure_retrieval(
 ) -> Retrieval | None:
     """The measures of what `list_embeddings` gives.
 
-    `shards` of the `whole` run were scored; `training` is the gallery that levels are looked up in. Latents of patches
+    `shards` of the `whole` run were scored; `training` is the gallery that labels are looked up in. Latents of patches
     without an IHC, if the store has none, are not searched; None where nothing is left to search.
     """
     check_pair(student.scorer, store)
@@ -53,8 +54,8 @@ def measure_retrieval(
     if not training and len(store.with_latents(shards)) < len(shards):
         return None
     embeddings = list_embeddings(config, store, training, shards, (student, *rivals), whole)
-    level_m = read_levels(store.parts_of(training)) if training else np.empty(0, np.int64)
-    return measure(embeddings, student.predictions, level_m, config.report.bootstrap, config.run.seed)
+    label_m = read_labels(store.parts_of(training)) if training else as_labels(whole.target, [])
+    return measure(embeddings, student.predictions, label_m, config.report.bootstrap, config.run.seed)
 
 
 def list_embeddings(

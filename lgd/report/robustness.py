@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from lgd.config import Config
-from lgd.metrics import Predictions, paired_differences, score_with_intervals
+from lgd.labels.predictions import Predictions, paired_differences, score_with_intervals
+from lgd.report.columns import list_robust
 from lgd.report.results import AtStrength, ChangeText, ModelRobustness, Robustness, UnderChange
 from lgd.scoring.predict import Scorer, score_shards
 from lgd.shards.archive import Shard
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 Images = np.ndarray
 """uint8 (B, H, W, 3)."""
-MEASURES = ("accuracy", "kappa", "macro_f1", "ece")
 
 TURN = 25.0
 """Degrees that a stain's vector turns at a stain shift of 1. Hematoxylin lies 39 degrees from eosin and 37 from DAB: at
@@ -160,24 +160,24 @@ CHANGES = (
 
 
 def measure(config: Config, networks: Sequence[tuple[Scorer, Predictions]], shards: Sequence[Shard]) -> Robustness:
-    """`MEASURES` of each network under each change, and their paired difference to the unchanged images.
+    """Metrics of each network under each change (`list_robust`), and their paired difference to the unchanged images.
 
     `networks` were scored on the unchanged images of `shards`. One more pass over the split a network and strength.
     """
     resamples, seed, threads = config.report.bootstrap, config.run.seed, config.data.threads
     models = []
     for scorer, before in networks:
-        changes = []
+        changes, names = [], list_robust(before.measures)
         for change in CHANGES:
             logger.info("[report] %s: scoring the split under change of %s", scorer.name, change.name)
             rows = []
             for strength, label in change.strengths.items():
                 alter = partial(change.apply, scorer.role, strength, seed)
                 after, _ = score_shards(scorer, shards, threads=threads, alter=alter)
-                metrics = score_with_intervals(after, resamples, seed, MEASURES)
-                less = paired_differences(after, before, MEASURES, resamples, seed)
+                metrics = score_with_intervals(after, resamples, seed, names)
+                less = paired_differences(after, before, names, resamples, seed)
                 rows.append(AtStrength(strength=strength, label=label, metrics=metrics, minus_unchanged=less))
             changes.append(UnderChange(name=change.name, at=tuple(rows)))
-        unchanged = score_with_intervals(before, resamples, seed, MEASURES)
+        unchanged = score_with_intervals(before, resamples, seed, names)
         models.append(ModelRobustness(name=before.name, unchanged=unchanged, changes=tuple(changes)))
     return Robustness(seed=seed, changes=CHANGES, models=tuple(models))

@@ -64,7 +64,7 @@ def draw_sheet(store: Store, answers: Sequence[Answer], path: Location, size: in
         else:
             assert answer.image is not None
             he, ihc = read_image(Path(answer.image), size), None
-        slide, level = (stored.slide, stored.level) if stored else (None, None)
+        slide, label = (stored.slide, stored.label) if stored else (None, None)
         images = [gallery.show(hit) for hit in answer.neighbours]
-        rows.append(Query(answer=answer, slide=slide, level=level, he=he, ihc=ihc, images=images))
+        rows.append(Query(answer=answer, slide=slide, label=label, he=he, ihc=ihc, images=images))
     contact_sheet(rows, path, votes=True)

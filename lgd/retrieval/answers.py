@@ -1,36 +1,21 @@
-"""Stored patches by key, and what a query found: neighbours, their vote, near-duplicates; as JSON, table and CSV.
-
-JSON, one object a query (`as_json`):
-
-    image          path of the H&E image, or null
-    level          the student's level of the image, or null
-    probabilities  level -> the student's probability, or null
-    stored         for a query by key its key, slide, split and level; null for an image
-    neighbours     nearest first: key, slide, split, level, distance, duplicate_of
-    vote           level, shares (level -> share), entropy_bits, labelled
-    notes          sentences on the image that its reader must know, such as that it looks like no H&E
-
-CSV, one row a neighbour (`as_rows`): image, predicted, rank, key, slide, split, level, distance, duplicate_of, vote,
-vote_share, vote_entropy_bits, vote_labelled, query_key, notes. The columns are the same whatever was asked; new ones
-will come at the end. What is unknown is null, and empty in CSV.
-"""
+"""Stored patches by key, and what a query found: neighbours, their vote, near-duplicates."""
 
 import difflib
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.target import Target
 from lgd.io.location import Location
 from lgd.retrieval.hubs import chance_of_hubs, chance_of_never, count_found, count_hubs, find_hubs
-from lgd.scoring.predict import count_notes, join_notes, round_probabilities
+from lgd.scoring.notes import count_notes
 from lgd.shards.candidate import safe_key
 from lgd.shards.pairs import read_slides
-from lgd.store.parts import as_levels
+from lgd.store.parts import as_labels
 from lgd.store.store import Store
 
 _NEAR_IN_ORDER = 5
@@ -44,10 +29,15 @@ class Stored:
     key: str
     slide: str | None
     split: str
-    level: str | None
-    """0, 1+, 2+, 3+, or None where it is unknown."""
+    label: str | float | None
+    """Name of the class, such as 2+, or the value; None where it is unknown."""
     part: int
     row: int
+
+    @property
+    def level(self) -> str | float | None:
+        """The label by its old name, that of HER2."""
+        return self.label
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,15 +52,21 @@ class Hit(Stored):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vote:
-    """What the levels of the neighbours say together; near-duplicates vote too."""
+    """What the labels of the neighbours say together; near-duplicates vote too."""
 
-    level: str | None
-    """The commonest; of equals the one that is met first, nearest first. None where no neighbour has a level."""
-    shares: dict[str, float | None]
-    """Level -> share of the labelled neighbours."""
+    label: str | float | None
+    """The commonest; of equals the one that is met first, nearest first. Of values their mean. None where no neighbour
+    has a label."""
+    shares: dict[str, float | None] | None
+    """Class -> share of the labelled neighbours; None of values."""
     entropy_bits: float | None
-    """Of the shares: 0 where all agree, 2 where the four levels are equally common."""
+    """Of the shares: 0 where all agree, 2 where four classes are equally common."""
     labelled: int
+
+    @property
+    def level(self) -> str | float | None:
+        """The label by its old name, that of HER2."""
+        return self.label
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +75,14 @@ class Answer:
 
     image: str | None = None
     """The H&E image: a path, or its place among those that were given, such as images[0]; None for a stored patch."""
-    level: str | None = None
-    """The student's level of the image."""
+    label: str | float | None = None
+    """The student's label of the image."""
     probabilities: dict[str, float | None] | None = None
+    """Of each class; None for a stored patch, empty where labels are values."""
+    target: Target | None = None
+    """What the student predicts; None for a stored patch."""
+    known: Target
+    """What the labels of stored patches are of."""
     stored: Stored | None = None
     """The stored patch whose latent was the query."""
     neighbours: Sequence[Hit] = ()
@@ -93,15 +94,23 @@ class Answer:
     @property
     def vote(self) -> Vote:
         """The vote of the neighbours."""
-        levels = [hit.level for hit in self.neighbours if hit.level is not None]
-        shares = {name: levels.count(name) / len(levels) if levels else None for name in LEVEL_NAMES}
+        labels = [hit.label for hit in self.neighbours if hit.label is not None]
+        if self.known.is_number:
+            mean = float(np.mean(np.array(labels, float))) if labels else None
+            return Vote(label=mean, shares=None, entropy_bits=None, labelled=len(labels))
+        shares = {name: labels.count(name) / len(labels) if labels else None for name in self.known.classes}
         return Vote(
-            # max gives the first of equals, and the nearest neighbour's level is the first.
-            level=max(dict.fromkeys(levels), key=levels.count, default=None),
+            # max gives the first of equals, and the nearest neighbour's label is the first.
+            label=max(dict.fromkeys(labels), key=labels.count, default=None),
             shares=shares,
-            entropy_bits=sum(share * math.log2(1 / share) for share in shares.values() if share) if levels else None,
-            labelled=len(levels),
+            entropy_bits=sum(share * math.log2(1 / share) for share in shares.values() if share) if labels else None,
+            labelled=len(labels),
         )
+
+    @property
+    def level(self) -> str | float | None:
+        """The label by its old name, that of HER2."""
+        return self.label
 
     @property
     def name(self) -> str:
@@ -122,15 +131,10 @@ def find_stored(store: Store, keys: Sequence[str]) -> list[Stored]:
             raise DataError(f"the store {store.folder} has no patch {key!r:.120}; {near}")
         for number, row in found:
             part = store.parts[number]
-            level = name_level(int(as_levels(part.array("label")[row])))
+            label = store.target.name_label(as_labels(part.array("label")[row : row + 1], store.target)[0].item())
             slide = bytes(part.array("slide")[row]).decode()
-            patches.append(Stored(key=key, slide=slide or None, split=part.split, level=level, part=number, row=row))
+            patches.append(Stored(key=key, slide=slide or None, split=part.split, label=label, part=number, row=row))
     return patches
-
-
-def name_level(level: int) -> str | None:
-    """The name of a level; None for -1, unknown."""
-    return None if level < 0 else LEVEL_NAMES[level]
 
 
 def _near_in_order(store: Store, key: str) -> list[str]:
@@ -209,63 +213,3 @@ def collect_notes(store: Store, answers: Sequence[Answer]) -> list[str]:
         if len(names) > 1:
             lines.append(f"key {key} is in {len(names)} parts ({', '.join(names)}): one answer each, in this order")
     return lines + count_notes((answer.notes for answer in answers), "queries")
-
-
-def as_json(answers: Sequence[Answer]) -> list[dict[str, object]]:
-    """The answers as plain JSON."""
-    return [
-        {
-            "image": answer.image,
-            "level": answer.level,
-            "probabilities": answer.probabilities and round_probabilities(answer.probabilities),
-            "stored": answer.stored and _shown(answer.stored),
-            "neighbours": [_shown(hit) for hit in answer.neighbours],
-            "vote": asdict(answer.vote),
-            "notes": list(answer.notes),
-        }
-        for answer in answers
-    ]
-
-
-def _shown(stored: Stored) -> dict[str, object]:
-    return {name: value for name, value in asdict(stored).items() if name not in ("part", "row")}
-
-
-def as_rows(answers: Sequence[Answer]) -> list[dict[str, object]]:
-    """One row a neighbour, for CSV."""
-    rows = []
-    for answer in answers:
-        said = answer.vote
-        voted = {
-            "vote": said.level,
-            "vote_share": said.shares[said.level] if said.level else None,
-            "vote_entropy_bits": said.entropy_bits,
-            "vote_labelled": said.labelled,
-            "query_key": answer.stored.key if answer.stored else None,
-            "notes": join_notes(answer.notes),
-        }
-        asked = {"image": answer.image, "predicted": answer.level}
-        rows += [asked | {"rank": rank} | _shown(hit) | voted for rank, hit in enumerate(answer.neighbours, 1)]
-    return rows
-
-
-def as_table(answers: Sequence[Answer]) -> list[dict[str, object]]:
-    """One row a neighbour and one for the vote of each query, for a person."""
-    rows: list[dict[str, object]] = []
-    for answer in answers:
-        asked: dict[str, object] = {"query": answer.name} | ({} if answer.stored else {"predicted": answer.level})
-        for rank, hit in enumerate(answer.neighbours, 1):
-            shown = _shown(hit) | {"duplicate_of": hit.duplicate_of or "", "notes": ""}
-            rows.append(asked | {"rank": str(rank)} | shown)
-        blank, said = dict.fromkeys(rows[-1], ""), answer.vote
-        voted = {"rank": "vote", "key": _vote_text(said), "level": said.level, "notes": join_notes(answer.notes)}
-        rows.append(blank | asked | voted)
-    return rows
-
-
-def _vote_text(said: Vote) -> str:
-    """The shares and the entropy in a few words."""
-    if not said.labelled:
-        return "no neighbour has a level"
-    shares = ", ".join(f"{name} {share:.2f}" for name, share in said.shares.items() if share)
-    return f"{shares} ({said.entropy_bits:.2f} bits)"

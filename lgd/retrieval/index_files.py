@@ -26,9 +26,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lgd.base.errors import DataError
-from lgd.base.records import Count, Many, Record, Sha256, Xxh3
+from lgd.base.records import Count, Many, Record, Sha256, Text, Xxh3
 from lgd.io.documents import Document
-from lgd.shards.manifest import Text, Word
+from lgd.shards.manifest import Word
 from lgd.store.parts import Part, check_rows
 
 REMEDY = "run lgd build-index"
@@ -254,7 +254,7 @@ def read_table(file: BinaryIO, rows: int, parts: Sequence[Part]) -> np.ndarray:
         if part_n.max() >= len(parts) or (row_n >= rows_of_part[part_n]).any():
             raise ValueError("it names rows that the parts do not have")
         for name in ("key", "slide", "label"):
-            check_rows(name, table[name][first : first + _BLOCK])
+            check_rows(name, table[name][first : first + _BLOCK], parts[0].target)
     return table
 
 

@@ -1,24 +1,25 @@
 """H&E query -> the latent that the student's map makes of it -> nearest teacher latents; or stored IHC -> its nearest.
 
-    answers = lgd.query("runs/demo/student", "runs/demo/latents", "he.png", k=5, levels=["3+"])
+    answers = lgd.query("runs/demo/student", "runs/demo/latents", "he.png", k=5, labels=["3+"])
     answers = lgd.query(None, "runs/demo/latents", keys=["00012_test_3+"], k=5, exclude_same_slide=True)
-    answers[0].neighbours[0].key, answers[0].vote.level
+    answers[0].neighbours[0].key, answers[0].vote.label
 
 `lgd query` prints what `lgd.retrieval.answers` makes of it; nothing is left on disk but the `--sheet`.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 
 from lgd.base.errors import ConfigError, DataError, require
 from lgd.config_files import find_in_run
-from lgd.config_sections import LEVEL_NAMES
 from lgd.io.location import Location, as_location
 from lgd.models.description import StudentConfig
 from lgd.models.methods import METHODS, PROPOSED
-from lgd.retrieval.answers import Answer, Hit, Stored, find_slides, find_stored, name_level
+from lgd.retrieval.answers import Answer, Hit, Stored, find_slides, find_stored
+from lgd.retrieval.filters import find_allowed
 from lgd.retrieval.index_files import IndexDocument
 from lgd.retrieval.search import Searcher, choose_near, near_duplicates
 from lgd.scoring.images import Images, Mpp, OneImage, list_sources, take_images
@@ -26,7 +27,7 @@ from lgd.scoring.predict import Scorer, choose_latents, load_scorer, score_image
 from lgd.scoring.slide_rows import require_names
 from lgd.shards.candidate import safe_key
 from lgd.store.document import StoreDocument
-from lgd.store.parts import as_levels
+from lgd.store.parts import as_labels
 from lgd.store.store import Store
 
 BIASED = (
@@ -100,6 +101,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     *,
     keys: Sequence[str] = (),
     splits: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
     levels: Sequence[str] | None = None,
     exclude_same_slide: bool = False,
     slides: str | Location | None = None,
@@ -117,7 +119,9 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
         keys: Keys of stored patches, whose IHC latents are the queries. A patch is left out of its own answer; of a
             key that several parts have, each patch is a query of its own.
         splits: Search these splits of the index only.
-        levels: Search these levels only, such as `["2+", "3+"]`.
+        labels: Search patches with these labels only: classes, such as `["2+", "3+"]`, or ranges of values with both
+            ends, such as `["10:20", "90:"]`.
+        levels: The same by its old name.
         exclude_same_slide: Leave out patches of the query's slide, and of unknown slides, since they may be of it.
         slides: A CSV with columns key (file name without suffix) and slide: the slides of the images. By default a
             query's slide is that of the stored patch of this key.
@@ -126,7 +130,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
         keep_going: Give an image that cannot be used an answer that is not `usable`, rather than raise.
 
     Returns:
-        An answer for each query: its neighbours, nearest first, and the vote of their levels. An index with a bias
+        An answer for each query: its neighbours, nearest first, and the vote of their labels. An index with a bias
         against hubs (`latents.bias`) gives another order; the answer then has a note.
 
     Raises:
@@ -135,8 +139,8 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
             unknown key or slide, and filters that leave nothing.
 
     Example:
-        >>> (answer,) = lgd.query("runs/demo/student", "runs/demo/latents", "he.png", k=5, levels=["2+", "3+"])
-        >>> answer.neighbours[0].key, answer.neighbours[0].distance, answer.vote.level
+        >>> (answer,) = lgd.query("runs/demo/student", "runs/demo/latents", "he.png", k=5, labels=["2+", "3+"])
+        >>> answer.neighbours[0].key, answer.neighbours[0].distance, answer.vote.label
     """
     sources = list_sources(images)
     require(k >= 1, f"-k is {k}: ask for at least 1 neighbour")
@@ -146,6 +150,7 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     )
     require(bool(sources or keys), "nothing is asked: give H&E images, or --key KEY of stored patches")
     require(exclude_same_slide or not slides, "--slides is used by --exclude-same-slide only: give both, or neither")
+    require(labels is None or levels is None, "labels and levels are the same: give labels")
     student, of = None, ""
     if sources:
         if scorer is None:
@@ -156,18 +161,23 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
         of = check_pair(student, opened)
     searcher = Searcher(opened)
     note = note_bias(searcher.document, student)
-    allowed = _allowed(searcher, splits, levels)
+    labels = levels if labels is None else labels
+    filtered = splits is not None or labels is not None
+    allowed = find_allowed(searcher, splits, labels) if filtered else None
     taken, stored = take_images(sources), find_stored(opened, keys)
     excluded = _find_own_slides(opened, taken, stored, slides) if exclude_same_slide else None
     answers, vectors = [], []
     # Last, because it takes the longest.
     for prediction, values in score_images(student, taken, mpp, keep_going=keep_going) if student else ():
-        answers.append(Answer(**asdict(prediction)))
+        # What was asked for are neighbours, and no sets.
+        names = [one.name for one in dataclasses.fields(prediction) if one.name != "label_set"]
+        fields = {name: getattr(prediction, name) for name in names}
+        answers.append(Answer(known=opened.target, **fields))
         if note and prediction.usable:
             answers[-1] = replace(answers[-1], notes=[*prediction.notes, note])
         vectors.append(choose_latents(values, of) if values else np.empty(0))
     for patch in stored:
-        answers.append(Answer(stored=patch))
+        answers.append(Answer(known=opened.target, stored=patch))
         vectors.append(np.asarray(opened.parts[patch.part].array("pooled")[patch.row, 0], np.float32))
     return _find_neighbours(searcher, answers, vectors, k, allowed, excluded, biased=note == BIASED)
 
@@ -209,7 +219,7 @@ def search(
 
 
 def _hits(searcher: Searcher, distance_k: np.ndarray, position_k: np.ndarray) -> list[Hit]:
-    entries = searcher.table[position_k]
+    entries, target = searcher.table[position_k], searcher.store.target
     keys = [bytes(key).decode() for key in entries["key"]]
     twins = near_duplicates(keys, distance_k, searcher.vectors(position_k), choose_near(searcher.document))
     parts = searcher.parts[entries["part"]].tolist()
@@ -218,14 +228,14 @@ def _hits(searcher: Searcher, distance_k: np.ndarray, position_k: np.ndarray) ->
             key=key,
             slide=bytes(entry["slide"]).decode() or None,
             split=searcher.store.parts[part].split,
-            level=name_level(level),
+            label=target.name_label(label),
             part=part,
             row=int(entry["row"]),
             distance=float(distance),
             duplicate_of=twin,
         )
-        for key, entry, part, level, distance, twin in zip(
-            keys, entries, parts, as_levels(entries["label"]).tolist(), distance_k, twins, strict=True
+        for key, entry, part, label, distance, twin in zip(
+            keys, entries, parts, as_labels(entries["label"], target).tolist(), distance_k, twins, strict=True
         )
     ]
 
@@ -263,30 +273,3 @@ def _find_neighbours(
             why += ", and the rows of its slide and of unknown slides"
         raise DataError(f"nothing is left to find for {lacking[0]} {why}: query with fewer filters")
     return found
-
-
-def _allowed(searcher: Searcher, splits: Sequence[str] | None, levels: Sequence[str] | None) -> np.ndarray | None:
-    """Which rows of the index's table the filters leave, or None for all."""
-    store = searcher.store
-    filters: dict[str, np.ndarray] = {}
-    if splits is not None:
-        split_of = np.array([store.parts[number].split for number in searcher.parts])
-        split_m = split_of[searcher.table["part"]]
-        there = np.unique(split_m).tolist()
-        _check_names("--split", splits, there, " (those of the index: latents.gallery sets them for lgd build-index)")
-        filters[f"split {' or '.join(splits)}"] = np.isin(split_m, list(splits))
-    if levels is not None:
-        _check_names("--level", levels, LEVEL_NAMES, "")
-        numbers = [LEVEL_NAMES.index(level) for level in levels]
-        filters[f"level {' or '.join(levels)}"] = np.isin(searcher.table["label"], numbers)
-    if not filters:
-        return None
-    allowed_m: np.ndarray = np.logical_and.reduce([*filters.values()])
-    if not allowed_m.any():
-        raise DataError(f"the index of {store.folder} holds no latent of {' and '.join(filters)}: widen the filters")
-    return allowed_m
-
-
-def _check_names(option: str, given: Sequence[str], known: Sequence[str], more: str) -> None:
-    unknown = [name for name in given if name not in known]
-    require(bool(given) and not unknown, f"{option} {','.join(unknown)}: there are {', '.join(known)}{more}")

@@ -41,7 +41,14 @@ _TRAINING = (
 _USED = {
     "train-teacher": (*_TRAINING, "teacher."),
     "cache-latents": ("data.shards", "data.size", "teacher.dir", "latents."),
-    "import-latents": ("data.shards", "latents.dir", "latents.dtype", "latents.nuclei_grid", "latents.membrane_grid"),
+    "import-latents": (
+        "data.shards",
+        "latents.dir",
+        "latents.dtype",
+        "latents.nuclei_grid",
+        "latents.membrane_grid",
+        "latents.staining",
+    ),
     "build-index": (
         "run.seed",
         "latents.dir",

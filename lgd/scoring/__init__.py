@@ -1,1 +1,1 @@
-"""H&E patches to levels and probabilities."""
+"""H&E patches to labels and probabilities."""

@@ -17,6 +17,7 @@ from PIL import Image
 from lgd.base.errors import DataError, require
 from lgd.io.files import is_litter, peek_kind
 from lgd.io.location import require_local
+from lgd.models.description import Training
 from lgd.shards.image import (
     FORMAT_NAMES,
     check_mode,
@@ -57,7 +58,8 @@ _LARGEST = 4
 """Largest field, in those of the training patches along each side."""
 
 UNSTATED = "the scale of this file is not stated: it has the training patches' size, and is taken to have their scale"
-UNKNOWN = "the scale of this image is unknown, and the network knows one scale only: the level may be wrong"
+UNKNOWN = "the scale of this image is unknown, and the network knows one scale only: the {} may be wrong"
+"""Of the word for a label."""
 ENLARGED = "the image is coarser than the training patches, and was enlarged"
 
 
@@ -202,7 +204,7 @@ class Fitted(NamedTuple):
     """The colour profile that it carries."""
 
 
-def read_fitted(image: OneImage, shapes: Sequence[Shape], size: int, mpp: Mpp) -> Fitted:
+def read_fitted(image: OneImage, training: Training, size: int, mpp: Mpp) -> Fitted:
     """One image at the scale of the training patches (see `_fit_scale`), with notes on that."""
     name = str(image)
     if isinstance(image, MemoryImage):
@@ -210,10 +212,10 @@ def read_fitted(image: OneImage, shapes: Sequence[Shape], size: int, mpp: Mpp) -
         given = image.source
         pixels = as_pixels(given, name) if isinstance(given, Image.Image) else given
         profile = find_profile(given) if isinstance(given, Image.Image) else None
-        (height, width), notes = _fit_scale(name, shapes, size, pixels.shape[0], pixels.shape[1], mpp)
+        (height, width), notes = _fit_scale(name, training, size, pixels.shape[0], pixels.shape[1], mpp)
     else:
         content = _read_bytes(image)
-        (height, width), notes = _fit_scale(name, shapes, size, *upright_size(content, name), mpp)
+        (height, width), notes = _fit_scale(name, training, size, *upright_size(content, name), mpp)
         profile = read_profile(content)
         # A large JPEG is shrunk while it is decoded.
         pixels = decode_upright(content, name, size if (height, width) == (size, size) else None)
@@ -231,15 +233,16 @@ def _listed(paths_of: Mapping[str, Sequence[Path]], before: str) -> str:
 
 
 def _fit_scale(
-    name: str, shapes: Sequence[Shape], size: int, height: int, width: int, mpp: Mpp
+    name: str, training: Training, size: int, height: int, width: int, mpp: Mpp
 ) -> tuple[tuple[int, int], list[str]]:
-    """Height and width at which an image has the scale of the training patches, `shapes`; and notes on that.
+    """Height and width at which an image has the scale of the training patches; and notes on that.
 
     `size` is the side to which these were shrunk; of several the commonest that has a scale counts. Raises `DataError`
     for an image whose scale must be stated, is too coarse, or shows too much or too little.
     """
+    shapes = training.shapes
     if mpp == "unknown":
-        return (size, size), [UNKNOWN]
+        return (size, size), [UNKNOWN.format(training.target.label_word)]
     if mpp is None:
         if not any(_near(shape.height, height) and _near(shape.width, width) for shape in shapes):
             raise DataError(

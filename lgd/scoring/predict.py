@@ -1,13 +1,8 @@
-"""H&E files -> levels and probabilities by patch, with notes: what a reader must know of the result of one image.
-
-Notes stand in an image's row. A kind of note is one fixed sentence, so that it can be counted: ten thousand images give
-one line a kind.
-"""
+"""H&E files -> labels and probabilities by patch, with notes: what a reader must know of the result of one image."""
 
 import itertools
 import logging
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,31 +11,34 @@ from torch import nn
 
 from lgd.base.device import exact_float32, find_device
 from lgd.base.errors import DataError
+from lgd.base.labels import as_labels
+from lgd.base.target import Target
 from lgd.config_files import find_in_run
-from lgd.config_sections import LEVEL_NAMES
 from lgd.io.location import Location
-from lgd.metrics import Predictions
+from lgd.labels.predictions import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
+from lgd.models.heads import read_answers
 from lgd.models.loading import load_student
 from lgd.models.methods import Method, find_method
 from lgd.models.teacher import load_teacher
 from lgd.scoring.images import Fitted, Images, Mpp, OneImage, read_fitted, take_images
+from lgd.scoring.label_sets import LabelSet, read_set
+from lgd.scoring.notes import collect_notes
 from lgd.shards.archive import Shard
+from lgd.shards.manifest import PatchMeta
 from lgd.shards.profiles import describe_profiles
-from lgd.stain.checks import find_notes
 from lgd.stream.reader import Reader, in_batches, stream
 
 logger = logging.getLogger(__name__)
 
 _READ = ("logits", "pooled", "features", "query")
 _RETRIEVES_BY = {"latents": ("pooled", "query"), "features": ("features",)}
+SITES = ("center", "scanner")
+"""What is known of where a patch is from."""
 TEACHER_ROW = "IHC teacher"
 """The teacher's row in a table."""
-NO_NUMBER = "the network gives no number for this image, and so no level: its training diverged"
-NO_LABELS = "the network saw no label in training and gives no level; its latents can be queried"
-VIRTUAL = "the network was trained on virtual tissue only: what it says of real tissue means nothing"
-_MOST = 20
-"""Images that a message lists."""
+DIGITS = 4
+"""Of a value that a network gives."""
 
 Alter = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 """A change of a batch: uint8 (B, size, size, 3) and the samples' keys -> the same shape and type."""
@@ -74,20 +72,22 @@ class Scorer:
         return "latents" if self.method is None else self.method.retrieves_by
 
     def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 (B, H, W, 3) -> `probability` (B, 4), and where there are such `logits`, `pooled` and `query` (B, D),
-        of further teachers `pooled@NAME` and `query@NAME`, and `features` (B, C). The probabilities of a network that
-        saw no label are NaN.
+        """uint8 (B, H, W, 3) -> `output`, and where there are such `logits`, `pooled` and `query` (B, D), of further
+        teachers `pooled@NAME` and `query@NAME`, and `features` (B, C).
+
+        `output` has the probabilities of the classes (B, K), or values (B, 1); NaN of a network that saw no label.
         """
         with torch.inference_mode(), exact_float32():
             image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)
             out = self.model(image_B3HW)
         found = {name: one.float().cpu().numpy() for name, one in out.items() if name.partition("@")[0] in _READ}
-        if not self.config.training.labelled:
+        training = self.config.training
+        if not training.labelled:
             # What its head says was never taught; a frozen teacher has none.
-            return found | {"probability": np.full((len(image_BHW3), len(LEVEL_NAMES)), np.nan)}
-        scaled = torch.from_numpy(found["logits"].astype(np.float64)) / self.config.temperature
-        probability_B4 = torch.softmax(scaled, dim=1).numpy()
-        return found | {"probability": probability_B4}
+            return found | {"output": np.full((len(image_BHW3), training.target.width), np.nan)}
+        logits_BK = torch.from_numpy(found["logits"])
+        output_BK = read_answers(logits_BK, training.target, training.values, self.config.temperature)
+        return found | {"output": output_BK.numpy()}
 
 
 def load_scorer(folder: str | Location, kind: str = "student", code: Collection[str] = ()) -> Scorer:
@@ -122,22 +122,35 @@ def score_shards(
     by their names in `Scorer.score`.
 
     `alter` changes the decoded images before the network sees them. A network that saw no label has no answer to
-    compare with a level, and so all are unknown.
+    compare with a label, and so all are unknown. Raises `DataError` for labels of another target than the network's.
     """
+    training = scorer.config.training
     reader = Reader(shards, (scorer.role,), scorer.config.size)
-    keys, groups, levels, found = [], [], [], []
+    metas, found = list[PatchMeta](), []
     for samples, images in stream(reader, in_batches(range(reader.total), batch), threads=threads):
-        keys += [sample.key for sample in samples]
-        groups += [sample.meta.group for sample in samples]
-        levels += [sample.level if scorer.config.training.labelled else -1 for sample in samples]
+        metas += [sample.meta for sample in samples]
         image_BHW3 = images[scorer.role]
         if alter is not None:
             image_BHW3 = alter(image_BHW3, [sample.key for sample in samples])
         found.append(scorer.score(image_BHW3))
     reader.close()
-    probability = np.concatenate([f["probability"] for f in found])
+    labels = [meta.label if training.labelled else None for meta in metas]
+    foreign = [shard for shard in shards if shard.target != training.target]
+    if foreign and any(label is not None for label in labels):
+        raise DataError(
+            f"{foreign[0].path.parent} has labels of {foreign[0].target.name}, and the network {scorer.folder} was "
+            f"taught {training.target.name}: score it on a set of that target, or on one without labels"
+        )
+    sites = {name: [getattr(meta, name) or "" for meta in metas] for name in SITES}
     predictions = Predictions(
-        name=scorer.name, keys=keys, groups=groups, level=np.array(levels, np.int64), probability=probability
+        target=training.target,
+        name=scorer.name,
+        keys=[meta.key for meta in metas],
+        groups=[meta.group for meta in metas],
+        label=as_labels(training.target, labels),
+        output=np.concatenate([f["output"] for f in found]),
+        sites={name: values for name, values in sites.items() if any(values)},
+        conformal=scorer.config.conformal,
     )
     kinds = _RETRIEVES_BY.get(scorer.retrieves_by or "", ())
     names = [name for name in found[0] if name.partition("@")[0] in kinds]
@@ -158,13 +171,22 @@ class Prediction:
 
     image: str
     """The file's path; of an image in memory its place among those that were given, such as images[0]."""
-    level: str | None
-    """0, 1+, 2+ or 3+; None where the network gives none."""
+    label: str | float | None
+    """Name of the class, such as 2+, or the value; None where the network gives none."""
     probabilities: dict[str, float | None]
-    """Level -> its probability."""
+    """Class -> its probability; empty where labels are values."""
+    label_set: LabelSet | None
+    """The classes that cannot be excluded, or the lowest and the highest value (`lgd.labels.conformal`)."""
     notes: list[str]
     """Sentences that a reader must know; or why the image cannot be used."""
+    target: Target
+    """What is predicted."""
     usable: bool = True
+
+    @property
+    def level(self) -> str | float | None:
+        """The label by its old name, that of HER2."""
+        return self.label
 
 
 def score_images(
@@ -175,7 +197,7 @@ def score_images(
     `mpp` is what is known of their scale. An image that cannot be used raises `DataError`, or with `keep_going` comes
     without values. At the end a warning says where their colour profiles differ.
     """
-    profiles = []
+    profiles, training = [], scorer.config.training
     for start in range(0, len(images), batch):
         some = images[start : start + batch]
         read = [(image, _try_to_read(scorer, image, mpp, keep_going)) for image in some]
@@ -185,12 +207,15 @@ def score_images(
             out = scorer.score(np.stack([one.pixels for one in fitted_of])) if fitted_of[0].pixels.size else {}
             for row, (image, (image_HW3, notes, _)) in enumerate(zip(names, fitted_of, strict=True)):
                 values = {name: array[row] for name, array in out.items()}
-                probabilities = name_probabilities(values.get("probability"))
+                label, probabilities = read_answer(training.target, values.get("output"))
+                more = collect_notes(training, scorer.role, image_HW3, values) if values else []
                 prediction = Prediction(
                     image=str(image),
-                    level=choose_level(probabilities),
+                    label=label,
                     probabilities=probabilities,
-                    notes=notes + (collect_notes(scorer, image_HW3, values) if values else []),
+                    label_set=read_set(scorer.config.conformal, training.target, values.get("output"), "patch"),
+                    notes=notes + more,
+                    target=training.target,
                     usable=bool(values),
                 )
                 yield prediction, values
@@ -201,36 +226,32 @@ def score_images(
 def _try_to_read(scorer: Scorer, image: OneImage, mpp: Mpp, keep_going: bool) -> Fitted:
     """As `read_fitted`; with `keep_going` without pixels for an image that cannot be used, and why."""
     try:
-        return read_fitted(image, scorer.config.training.shapes, scorer.config.size, mpp)
+        return read_fitted(image, scorer.config.training, scorer.config.size, mpp)
     except DataError as error:
         if not keep_going:
             raise
         return Fitted(np.empty(0, np.uint8), [str(error).removeprefix(str(image)).lstrip(": ")])
 
 
-def collect_notes(scorer: Scorer, image_HW3: np.ndarray, values: dict[str, np.ndarray]) -> list[str]:
-    """All notes on what a scorer says of one decoded image; each kind of note is added here."""
-    notes = find_notes(image_HW3) if scorer.role == "he" else []
-    if "logits" in values and not np.isfinite(values["logits"]).all():
-        notes.append(NO_NUMBER)
-    if not scorer.config.training.labelled:
-        notes.append(NO_LABELS)
-    if scorer.config.training.virtual:
-        notes.append(VIRTUAL)
-    return notes
+def read_answer(target: Target, output_K: np.ndarray | None) -> tuple[str | float | None, dict[str, float | None]]:
+    """The label and the probability of each class, of what `Scorer.score` gives of one image.
+
+    None where there is no output, or it is not finite; of a number there are no probabilities.
+    """
+    known = output_K is not None and bool(np.isfinite(output_K).all())
+    if output_K is None or not known:
+        return None, dict.fromkeys(target.classes)
+    if target.is_number:
+        return float(output_K[0]), {}
+    return target.name_label(int(output_K.argmax())), dict(zip(target.classes, output_K.tolist(), strict=True))
 
 
-def name_probabilities(probability_4: np.ndarray | None) -> dict[str, float | None]:
-    """The probability of each level; None where there is none, or one is no number."""
-    if probability_4 is None or not np.isfinite(probability_4).all():
-        return dict.fromkeys(LEVEL_NAMES)
-    return dict(zip(LEVEL_NAMES, probability_4.tolist(), strict=True))
-
-
-def choose_level(probabilities: Mapping[str, float | None]) -> str | None:
-    """The most probable level; None where there is no probability."""
-    known = {name: probability for name, probability in probabilities.items() if probability is not None}
-    return max(known, key=known.__getitem__) if known else None
+def show_label(target: Target, label: str | float | None, digits: int = DIGITS) -> dict[str, str | float | None]:
+    """A label by its word, to be printed; a value is rounded, and has its unit beside it."""
+    if not target.is_number:
+        return {target.label_word: label}
+    rounded = label if label is None else float(f"{label:.{digits}g}")
+    return {target.label_word: rounded, "unit": target.unit}
 
 
 def round_probabilities(probabilities: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -261,35 +282,11 @@ def predict(
 
     Example:
         >>> rows = lgd.predict("runs/demo/student", ["he.png", Image.open("other.png"), array])
-        >>> rows[0].level, rows[0].probabilities["3+"], rows[0].notes
+        >>> rows[0].label, rows[0].probabilities["3+"], rows[0].notes
     """
     if not isinstance(scorer, Scorer):
         scorer = load_scorer(scorer)
+    conformal = scorer.config.conformal
+    if few := conformal and conformal.explain_size():
+        logger.warning("no label sets: %s", few)
     return [prediction for prediction, _ in score_images(scorer, take_images(images), mpp, keep_going=keep_going)]
-
-
-def count_notes(notes_of: Iterable[Sequence[str]], what: str) -> list[str]:
-    """One line a kind of note, `3 of 48 images: nearly blank`, in the order in which they were met.
-
-    `notes_of` has the notes of each image (of each `what`).
-    """
-    rows = [dict.fromkeys(notes) for notes in notes_of]
-    counts = Counter(itertools.chain(*rows))
-    return [f"{count} of {len(rows)} {what}: {note}" for note, count in counts.items()]
-
-
-def join_notes(notes: Sequence[str]) -> str:
-    """The notes of a row as one cell of a table or a CSV."""
-    return "; ".join(notes)
-
-
-def describe_unusable(reasons: Mapping[str, Sequence[str]], total: int) -> list[str]:
-    """The message on images, by name, that cannot be used; none where all can, and a `DataError` where none can."""
-    if not reasons:
-        return []
-    lines = [f"  {image}: {join_notes(notes)}" for image, notes in reasons.items()]
-    more = [f"  and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
-    message = [f"{len(lines)} of {total} images have no answer:", *lines[:_MOST], *more]
-    if len(reasons) == total:
-        raise DataError(*message)
-    return message

@@ -1,22 +1,19 @@
 """Image files -> their slides by a CSV (columns key, the file's name without suffix, and slide), and rows to print."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lgd.base.errors import DataError
+from lgd.base.target import Target
 from lgd.io.location import Location
+from lgd.models.description import ModelConfig
 from lgd.scoring.images import OneImage
-from lgd.scoring.predict import (
-    Prediction,
-    choose_level,
-    count_notes,
-    join_notes,
-    name_probabilities,
-    round_probabilities,
-)
+from lgd.scoring.label_sets import LabelSet, format_set, name_set, read_set, show_set
+from lgd.scoring.notes import count_notes, join_notes
+from lgd.scoring.predict import Prediction, read_answer, round_probabilities, show_label
 from lgd.shards.candidate import safe_key
 from lgd.shards.pairs import read_slides
 
@@ -27,10 +24,17 @@ class SlidePrediction:
 
     slide: str
     patches: int
-    level: str | None
+    label: str | float | None
     probabilities: dict[str, float | None]
+    label_set: LabelSet | None
     notes: list[str]
     """Each with the number of patches that have it."""
+    target: Target
+
+    @property
+    def level(self) -> str | float | None:
+        """The label by its old name, that of HER2."""
+        return self.label
 
 
 def slides_of_images(slides: Location, paths: Sequence[Path]) -> dict[str, str]:
@@ -58,39 +62,56 @@ def require_names(slides: Location, images: Sequence[OneImage]) -> None:
             )
 
 
-def join_slides(predictions: Sequence[Prediction], slide_of: Mapping[str, str]) -> list[SlidePrediction]:
-    """Slides from their patches; `slide_of` is what `slides_of_images` gave.
+def join_slides(
+    config: ModelConfig, predictions: Sequence[Prediction], slide_of: Mapping[str, str]
+) -> list[SlidePrediction]:
+    """Slides from their patches, of a network of this config; `slide_of` is what `slides_of_images` gave.
 
-    A slide has the mean probabilities of its patches that have such.
+    A slide has the mean probabilities, or the mean value, of its patches that have such.
     """
     by_slide: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         by_slide.setdefault(slide_of[safe_key(Path(prediction.image).stem)], []).append(prediction)
     rows = []
     for slide, patches in sorted(by_slide.items()):
-        known = [np.array([*patch.probabilities.values()], float) for patch in patches if patch.level is not None]
-        probabilities = name_probabilities(np.mean(known, axis=0) if known else None)
+        target = patches[0].target
+        known: list[list[str | float | None]] = [
+            [*patch.probabilities.values()] or [patch.label] for patch in patches if patch.label is not None
+        ]
+        mean_K = np.mean(np.array(known, float), axis=0) if known else None
+        label, probabilities = read_answer(target, mean_K)
         rows.append(
             SlidePrediction(
                 slide=slide,
                 patches=len(patches),
-                level=choose_level(probabilities),
+                label=label,
                 probabilities=probabilities,
+                label_set=read_set(config.conformal, target, mean_K, "slide"),
                 notes=count_notes((patch.notes for patch in patches), "patches"),
+                target=target,
             )
         )
     return rows
 
 
 def as_json(row: Prediction | SlidePrediction) -> dict[str, object]:
-    """A row as it is printed: `image`, or `slide` and `patches`; `level`, `probabilities` and `notes`."""
-    fields = asdict(row) | {"probabilities": round_probabilities(row.probabilities)}
-    fields.pop("usable", None)
-    return fields
+    """A row as it is printed: `image`, or `slide` and `patches`; the label by its word, `probabilities` and `notes`.
+
+    A value has its unit beside it, and null in place of probabilities. `label_set` has the classes that cannot be
+    excluded, `interval` the lowest and the highest value; null where too little calibrated that.
+    """
+    shown: dict[str, object] = {**show_label(row.target, row.label)}
+    shown["probabilities"] = round_probabilities(row.probabilities) or None
+    shown[name_set(row.target)] = show_set(row.target, row.label_set)
+    return _name_row(row) | shown | {"notes": row.notes}
 
 
 def as_cells(row: Prediction | SlidePrediction) -> dict[str, object]:
     """A row for a table or a CSV: a column a probability, the notes in the last one."""
-    fields = as_json(row)
-    del fields["probabilities"], fields["notes"]
-    return {**fields, **round_probabilities(row.probabilities), "notes": join_notes(row.notes)}
+    shown: dict[str, object] = {**show_label(row.target, row.label)}
+    shown |= round_probabilities(row.probabilities) | {name_set(row.target): format_set(row.target, row.label_set)}
+    return _name_row(row) | shown | {"notes": join_notes(row.notes)}
+
+
+def _name_row(row: Prediction | SlidePrediction) -> dict[str, object]:
+    return {"image": row.image} if isinstance(row, Prediction) else {"slide": row.slide, "patches": row.patches}

@@ -20,7 +20,7 @@ from zlib_ng.zlib_ng import crc32
 
 from lgd.base.errors import DataError
 from lgd.base.records import explain
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.target import Target
 from lgd.io.location import Location
 from lgd.io.remote import name_with_copy, open_checked
 from lgd.shards.image import kind
@@ -54,6 +54,8 @@ class Shard:
     """Whether its images are the files that the set was built from, so that KEY.json has their digests."""
     he_size: int | None = None
     """Side of the H&E that a sample also has as its role hes; None where it has none."""
+    target: Target
+    """What its labels are of."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -187,9 +189,8 @@ def _parse_meta(content: memoryview, shard: Shard) -> tuple[PatchMeta | None, st
         return meta, f"field split is {meta.split!r:.80}, but the shard is of {shard.split}"
     if (meta.sha256.ihc is not None) != ("ihc" in shard.extensions):
         return meta, f"field sha256 has {'an' if meta.sha256.ihc else 'no'} IHC, and the set {shard.roles[1:]}"
-    label = meta.label
-    if label is not None and (type(label) is not int or not 0 <= label < len(LEVEL_NAMES)):
-        return meta, f"field label is {label!r:.80}, and the set has {len(LEVEL_NAMES)} classes"
+    if meta.label is not None and (problem := shard.target.find_problem(meta.label)):
+        return meta, f"field label is {meta.label!r:.80}, {problem}"
     return meta, ""
 
 

@@ -32,6 +32,7 @@ from PIL import features
 
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
+from lgd.base.target import Target, find_target
 from lgd.io.digests import digest_of
 from lgd.io.files import exists, list_folder, peek_kind, try_writing, write_bytes
 from lgd.io.folders import refuse_foreign
@@ -41,18 +42,7 @@ from lgd.ray_jobs.cluster import restore_connection
 from lgd.ray_jobs.mapping import map_with
 from lgd.shards.image import STORED
 from lgd.shards.layouts import Problem, write_problems
-from lgd.shards.manifest import (
-    HER2,
-    PATCHES,
-    Digests,
-    Extensions,
-    File,
-    Manifest,
-    Options,
-    Recipe,
-    Sources,
-    patch_entry,
-)
+from lgd.shards.manifest import PATCHES, Digests, Extensions, File, Manifest, Options, Recipe, Sources, patch_entry
 from lgd.shards.options import SPLITS, ShardOptions, check_split, describe_split, list_caveats, make_samples
 from lgd.shards.pairs import PatchPair, Source, find_pairs, leave_out_duplicates, refuse_spellings
 from lgd.shards.profiles import describe_profiles
@@ -93,16 +83,17 @@ def build(options: ShardOptions) -> tuple[Manifest, bool]:
 
 
 def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manifest, bool]:
-    sources, problems = _check_pairs(options)
+    target = find_target(str(options.target))
+    sources, problems = _check_pairs(options, target)
     options = _choose_image(options, sources)
     for stain, profiles in zip(("H&E", "IHC"), zip(*(source.icc for source in sources), strict=True), strict=False):
         if len({*profiles}) > 1:
             logger.warning("%s", describe_profiles(profiles, f"{stain} images"))
-    samples = make_samples(sources, options)
+    samples = make_samples(sources, options, target)
     extensions = _choose_extensions(options, sources)
     recipe = _recipe(options, sources, len(problems))
     if finished or exists(out / "manifest.json"):
-        return _reuse(out, recipe), False
+        return _reuse(out, recipe, target), False
     left = begin(out, recipe)
     if problems:
         write_problems(out / "rejected.csv", problems)
@@ -135,14 +126,14 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
     root = as_location(options.root)
     manifest = Manifest(
         **{name: getattr(recipe, name) for name in Recipe.model_fields},
-        target=HER2,
+        target=target,
         extensions=extensions,
         patches=File(bytes=len(patches), sha256=hashlib.sha256(patches).hexdigest()),
         # `lgd synth` leaves this file; reports of virtual tissue must say that it is not tissue.
         virtual=root.suffix.lower() != ".csv" and exists(root / "synth.json"),
         may_leak=any(source.pair.slide is None for source in sources),
         caveats=tuple(list_caveats(samples, options.rule)),
-        splits={name: describe_split(options, name, some, entries) for name, some in of_split.items()},
+        splits={name: describe_split(options, target, name, some, entries) for name, some in of_split.items()},
     )
     require_marker(out, recipe.digest)
     manifest.write(out / "manifest.json")
@@ -179,9 +170,9 @@ def _take_fields(kind: Callable[Fields, ShardOptions]) -> Callable[Fields, Manif
 build_shards = _take_fields(ShardOptions)
 
 
-def _check_pairs(options: ShardOptions) -> tuple[list[Source], list[Problem]]:
+def _check_pairs(options: ShardOptions, target: Target) -> tuple[list[Source], list[Problem]]:
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
-    pairs, problems = find_pairs(options.layout, as_location(options.root).absolute(), options.slides or None)
+    pairs, problems = find_pairs(options.layout, as_location(options.root).absolute(), target, options.slides or None)
     refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
     if options.on_bad == "stop" and all(pair.split for pair in pairs):
         # Minutes before the images are read; of those that may be left out nothing is known yet.
@@ -195,7 +186,7 @@ def _check_pairs(options: ShardOptions) -> tuple[list[Source], list[Problem]]:
             sources += [entry for entry in found if isinstance(entry, Source)]
             bar.update(len(found))
     sources.sort(key=lambda source: source.pair.key)
-    sources, shared = leave_out_duplicates(sources, options.rule.keep)
+    sources, shared = leave_out_duplicates(sources, options.rule.keep, target)
     problems = sorted(problems + shared, key=Problem.order)
     if problems and (options.on_bad == "stop" or not sources):
         lines = [f"  {problem.name}: {problem.reason}" for problem in problems]
@@ -281,10 +272,11 @@ def _open_target(text: str | Location) -> Location:
     return out
 
 
-def _reuse(out: Location, recipe: Building) -> Manifest:
+def _reuse(out: Location, recipe: Building, target: Target) -> Manifest:
     """The manifest of a finished OUT, if it is of this set; versions of codecs may have moved on since."""
     manifest = ShardFolder.open(out).manifest
     differing = [name for name in ("layout", "options", "sources") if getattr(manifest, name) != getattr(recipe, name)]
+    differing += ["target"] if manifest.target.as_json() != target.as_json() else []
     if differing:
         raise DataError(
             f"{out} already holds another shard set (other {', '.join(differing)}): remove it, or "

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from lgd.base.errors import DataError
 from lgd.base.records import explain
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.target import Label, Target
 from lgd.io.files import peek_kind
 from lgd.io.location import Location, as_location, relative_name
 from lgd.shards.manifest import NOWHERE, Origin
@@ -31,8 +31,8 @@ class Candidate:
     he: Location
     ihc: Location | None
     """None in a set of H&E alone."""
-    label: int | None
-    """Number of the class; None where unknown."""
+    label: Label | None
+    """Number of the class, or the value; None where unknown."""
     slide: str | None = None
     split: str | None = None
     """The published split; None where there is none."""
@@ -51,7 +51,7 @@ def safe_key(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9_+-]", "_", stem)
 
 
-def read_row(base: Location, row: dict[str, str]) -> Candidate:
+def read_row(base: Location, row: dict[str, str], target: Target) -> Candidate:
     """The pair of one row; `DataError` says what is wrong with it."""
     for role in ("he", "ihc") if row.get("ihc") else ("he",):
         row[role] = _as_relative(base, row[role], role)
@@ -73,7 +73,7 @@ def read_row(base: Location, row: dict[str, str]) -> Candidate:
         key or cut_suffix(he.name),
         he,
         ihc,
-        _parse_label(row),
+        _parse_label(row, target),
         slide=row.get("slide") or None,
         split=as_split(row.get("split", "")) or None,
         mpp=_parse_mpp(_with_point(row.get("mpp", ""))),
@@ -102,17 +102,19 @@ def as_split(text: str) -> str:
     return _SPLITS.get(name, name if name in _SPLITS.values() else text)
 
 
-def _parse_label(row: dict[str, str]) -> int | None:
-    """The number of the class; `level` is the old name of the column `label`."""
-    # Spreadsheets and pandas make numbers of them.
-    names = {text: value for value, name in enumerate(LEVEL_NAMES) for text in (name, f"{value}", f"{value}.0")}
+def _parse_label(row: dict[str, str], target: Target) -> Label | None:
+    """The label of a row; `level` is the old name of the column `label`."""
     given = {name: row[name] for name in ("label", "level") if row.get(name)}
+    labels = []
     for name, text in given.items():
-        if text not in names:
-            raise DataError(f"{name} is {text!r}: use {', '.join(LEVEL_NAMES)}, or leave it empty")
-    if len({names[text] for text in given.values()}) > 1:
+        try:
+            labels.append(target.parse_label(text))
+        except DataError as error:
+            reason = f"{name} is {text!r}: {error}, or leave it empty; --target says what labels are of"
+            raise DataError(reason) from error
+    if len({*labels}) > 1:
         raise DataError(f"label is {given['label']!r} and level is {given['level']!r}: keep the column label")
-    return names[next(iter(given.values()))] if given else None
+    return labels[0] if labels else None
 
 
 def _with_point(text: str) -> str:

@@ -21,7 +21,7 @@ from typing import ClassVar, NamedTuple
 
 from lgd.base.errors import DataError, require
 from lgd.base.extensions import FORM, is_python, load_object
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.target import Target
 from lgd.io.files import Kind, list_folder, peek_kind, publish
 from lgd.io.folders import walk_files
 from lgd.io.location import Location, relative_name
@@ -72,13 +72,17 @@ class Layout(ABC):
     caveats: ClassVar[tuple[str, ...]] = ()
     """What a report on real tissue of this layout must say."""
 
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        """What labels are read as."""
+
     @abstractmethod
     def scan(self, root: Location) -> Iterator[Candidate | Problem]:
         """The pairs below a folder or a url, and what could not be paired; `DataError` where it has another layout."""
 
 
 class Bci(Layout):
-    """`HE/SPLIT/NAME_LEVEL.png` and the same name under `IHC/`; the level is 0, 1+, 2+ or 3+."""
+    """`HE/SPLIT/NAME_LABEL.png` and the same name under `IHC/`; of HER2 the label is 0, 1+, 2+ or 3+."""
 
     labels_slides = True
     caveats = (
@@ -107,10 +111,12 @@ class Bci(Layout):
             assert entry.ihc is not None, "both stains were matched"
             split, _, stem = entry.stem.partition("/")
             he, ihc = (relative_name(path, root) for path in (entry.he, entry.ihc))
-            if (level := stem.rpartition("_")[2]) in LEVEL_NAMES:
-                yield replace(entry, stem=stem, label=LEVEL_NAMES.index(level), split=as_split(split))
+            text, named = stem.rpartition("_")[2], self.target.describe_labels()
+            lies = "not" if self.target.is_number else "none of"
+            if text in self.target.classes:
+                yield replace(entry, stem=stem, label=self.target.parse_label(text), split=as_split(split))
             else:
-                reason = f"level {level!r} in its name is none of {', '.join(LEVEL_NAMES)}: rename it"
+                reason = f"{self.target.label_word} {text!r} in its name is {lies} {named}: rename it"
                 yield Problem(he, reason, "", he, ihc)
 
 
@@ -147,7 +153,7 @@ class Csv(Layout):
         base, path = (root.parent, root) if is_csv(root) else (root, root / "pairs.csv")
         for number, row in read_csv(path, required=("he",), allowed=COLUMNS):
             try:
-                yield read_row(base, row)
+                yield read_row(base, row, self.target)
             except DataError as error:
                 name, named = f"{path.name} row {number}", [row.get(column, "") for column in ("key", "he", "ihc")]
                 yield Problem(name, str(error), *named)
@@ -164,13 +170,16 @@ def check_layout(name: str) -> None:
     )
 
 
-def find_layout(name: str) -> Layout:
-    """The layout of a name, which is imported where it is outside LGD; `ConfigError` for an unknown one."""
+def find_layout(name: str, target: Target) -> Layout:
+    """The layout of a name, which is imported where it is outside LGD, for labels of a target.
+
+    Raises `ConfigError` for an unknown name.
+    """
     check_layout(name)
     kind = LAYOUTS.get(name) or load_object(name, "--layout")
     good = isinstance(kind, type) and issubclass(kind, Layout) and not inspect.isabstract(kind)
     require(good, f"--layout is {name}, which is no layout: derive it from lgd.shards.layouts.Layout, with a `scan`")
-    return kind()
+    return kind(target)
 
 
 def is_csv(root: Location) -> bool:

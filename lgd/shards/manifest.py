@@ -6,20 +6,18 @@ KEY.json has no digest of its own: the index has its crc32, and the manifest the
 import decimal
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from lgd.base.records import Count, Line, Many, Record, Sha256
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.records import Count, Line, Many, Record, Sha256, Text
+from lgd.base.target import UNKNOWN, StatedTarget
 from lgd.io.digests import hash_64
 from lgd.io.documents import Document
 
 REBUILD = "fetch it again, or build the set again into an empty folder"
-UNKNOWN = "unknown"
-"""Where the samples without a label are counted; and the `--mpp` of who knows that there is none."""
 
 Word = Annotated[str, Field(pattern="^[A-Za-z0-9_]{1,64}$")]
 """The name of a split."""
@@ -27,7 +25,6 @@ Key = Annotated[str, Field(pattern="^[A-Za-z0-9_+-]{1,90}$")]
 Mpp = Annotated[float, Field(gt=0, lt=100)]
 """Micrometres per pixel."""
 Pixels = Annotated[int, Field(ge=1, lt=2**31)]
-Text = Annotated[Line, Field(min_length=1)]
 
 
 class Digests(Record):
@@ -96,19 +93,6 @@ class PatchMeta(Origin):
     """Digests of the members."""
 
 
-class Target(Record):
-    """What is predicted."""
-
-    name: Text
-    kind: Literal["ordinal", "class", "number"]
-    classes: Many[Text]
-    """Names of the classes, of an ordinal from low to high; none of a number."""
-    unit: Text | None
-
-
-HER2 = Target(name="HER2", kind="ordinal", classes=LEVEL_NAMES, unit=None)
-
-
 class Options(Record):
     """The options of `lgd build-shards` that decide the bytes of the set."""
 
@@ -173,15 +157,36 @@ class Shape(Record):
     samples: Annotated[int, Field(ge=1)]
 
 
+class Values(Record):
+    """The known values of a split."""
+
+    mean: float
+    std: Annotated[float, Field(ge=0)]
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, labels: Iterable[float | None]) -> Self | None:
+        """Those of some labels; None where none is known."""
+        known = np.array([label for label in labels if label is not None], np.float64)
+        if not len(known):
+            return None
+        return cls(mean=float(known.mean()), std=float(known.std()), least=float(known.min()), most=float(known.max()))
+
+
 class Split(Record):
     """One split of a set."""
 
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("values",)
+
     samples: Annotated[int, Field(ge=1)]
     labels: dict[Line, Count]
-    """Samples of each class, and of `unknown`."""
+    """Samples of each class, or `known` values, and of `unknown`."""
     shapes: Many[Shape]
     """Commonest first."""
     shards: Many[Entry]
+    values: Values | None = None
+    """Of a number, where any is known."""
 
 
 class File(Record):
@@ -207,7 +212,7 @@ class Manifest(Recipe):
     ABSENT: ClassVar[str] = "it is no finished shard set; run lgd build-shards"
     REMEDY: ClassVar[str] = REBUILD
 
-    target: Target
+    target: StatedTarget
     extensions: Extensions
     patches: File
     """patches.npy, of `PATCHES`."""
@@ -239,7 +244,7 @@ class Manifest(Recipe):
                     f"split {name} has {split.samples} samples, its shards {of_shards}, its shapes {of_shapes}, its "
                     f"labels {sum(split.labels.values())}"
                 )
-            if set(split.labels) != {*self.target.classes, UNKNOWN}:
+            if set(split.labels) != {*self.target.counted, UNKNOWN}:
                 raise ValueError(f"split {name} counts the labels {', '.join(map(repr, split.labels))[:200]}")
         return self
 

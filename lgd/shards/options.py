@@ -18,11 +18,12 @@ from typing import Literal, NamedTuple
 from lgd.base.arguments import check_bounds
 from lgd.base.environment import count_cpus
 from lgd.base.errors import ConfigError, DataError, require
-from lgd.config_sections import LEVEL_NAMES, NotNegative, Positive
+from lgd.base.target import UNKNOWN, Label, Target
+from lgd.config_sections import NotNegative, Positive
 from lgd.io.digests import digest_of
 from lgd.io.location import waits_for_network
 from lgd.shards.layouts import check_layout
-from lgd.shards.manifest import HER2, UNKNOWN, Entry, Mpp, Shape, Split
+from lgd.shards.manifest import Entry, Mpp, Shape, Split, Values
 from lgd.shards.pairs import PatchPair, Source
 
 SPLITS = ("train", "val", "test")
@@ -111,8 +112,11 @@ class ShardOptions:
     """Stop at pairs that cannot be used, or skip them and list them in rejected.csv."""
     salt: str = ""
     """Any text; another one draws another split."""
+    target: str | Path = "her2"
+    """What the labels are of: her2, her2-binary, ki67, or a YAML file (see docs/targets.md)."""
     labelled: NotNegative = 0
-    """Slides of each level whose levels `train` keeps; those of all others become unknown. 0 keeps all levels."""
+    """Slides of each class, such as a level, whose labels `train` keeps, or slides in all where labels are numbers;
+    those of all others become unknown. 0 keeps all labels."""
     workers: NotNegative = 0
     """Processes that check pairs and build shards, under Ray; 0 does it in this process, in threads."""
 
@@ -207,7 +211,7 @@ def check_split(pairs: Sequence[PatchPair], options: ShardOptions) -> None:
         )
 
 
-def make_samples(sources: Sequence[Source], options: ShardOptions) -> list[Sample]:
+def make_samples(sources: Sequence[Source], options: ShardOptions, target: Target) -> list[Sample]:
     """Give every source its split and cut it into tiles; sorted by key. Raises as `check_split`."""
     check_split([source.pair for source in sources], options)
     rule, tile = options.rule, options.tile
@@ -220,27 +224,33 @@ def make_samples(sources: Sequence[Source], options: ShardOptions) -> list[Sampl
         for row, column in itertools.product(range(rows), range(columns)):
             key = f"{pair.key}_y{row}_x{column}" if tile else pair.key
             samples.append(Sample(key=key, source=source, split=split, row=row, column=column))
-    return _hide_levels(sorted(samples, key=lambda sample: sample.key), options.labelled, options.salt)
+    return _hide_labels(sorted(samples, key=lambda sample: sample.key), target, options.labelled, options.salt)
 
 
-def _hide_levels(samples: list[Sample], labelled: int, salt: str) -> list[Sample]:
-    """Samples of which, in train, only so many groups of each level keep their level; 0 leaves all as they are.
+def _hide_labels(samples: list[Sample], target: Target, labelled: int, salt: str) -> list[Sample]:
+    """Samples of which, in train, only so many groups of each class keep their label; 0 leaves all as they are.
 
-    Which ones depends on their names and the salt alone. The level of a group is the highest of its patches. Raises
-    `ConfigError` where a level has fewer groups than that.
+    Which ones depends on their names and the salt alone. The class of a group is the highest of its patches. Of a
+    number so many groups in all keep theirs. Raises `ConfigError` where there are fewer groups than that; a class that
+    train does not have at all has none to keep.
     """
     if not labelled:
         return samples
-    level_of: dict[str, int] = {}
+    label_of: dict[str, Label] = {}
     for sample in samples:
         pair = sample.source.pair
         if sample.split == "train" and pair.label is not None:
-            level_of[pair.group] = max(pair.label, level_of.get(pair.group, 0))
+            label_of[pair.group] = max(pair.label, label_of.get(pair.group, 0))
+    groups_of: dict[str, list[str]] = {}
+    for group, label in label_of.items():
+        groups_of.setdefault(target.count_of(label), []).append(group)
+    if not groups_of:
+        raise ConfigError(f"--labelled {labelled}: no slide of train has a label: leave it out")
     kept: set[str] = set()
-    for level, name in enumerate(LEVEL_NAMES):
-        groups = [group for group, highest in level_of.items() if highest == level]
+    for name, groups in sorted(groups_of.items(), key=lambda one: target.counted.index(one[0])):
         if len(groups) < labelled:
-            raise ConfigError(f"--labelled {labelled}: train has {len(groups)} slides of level {name}: use fewer")
+            which = "with a value" if target.is_number else f"of {target.label_word} {name}"
+            raise ConfigError(f"--labelled {labelled}: train has {len(groups)} slides {which}: use fewer")
         kept.update(sorted(groups, key=lambda group: digest_of([salt, "labelled", group]))[:labelled])
     return [
         sample
@@ -266,9 +276,12 @@ def list_caveats(samples: Sequence[Sample], rule: SplitRule) -> list[str]:
     return said
 
 
-def describe_split(options: ShardOptions, name: str, samples: Sequence[Sample], entries: Sequence[Entry]) -> Split:
+def describe_split(
+    options: ShardOptions, target: Target, name: str, samples: Sequence[Sample], entries: Sequence[Entry]
+) -> Split:
     """A split of the manifest; the shards are those of `entries`, in any order, that are of it."""
-    counts = collections.Counter(sample.source.pair.label for sample in samples)
+    labels = [sample.source.pair.label for sample in samples]
+    counts = collections.Counter(map(target.count_of, labels))
     tile = options.tile
     shapes = collections.Counter(
         (tile or source.width, tile or source.height, source.pair.mpp or options.known_mpp)
@@ -278,9 +291,10 @@ def describe_split(options: ShardOptions, name: str, samples: Sequence[Sample], 
     mine = [entry for entry in entries if entry.file.rpartition("-")[0] == name]
     return Split(
         samples=len(samples),
-        labels={label: counts[value] for value, label in enumerate(HER2.classes)} | {UNKNOWN: counts[None]},
+        labels={name: counts[name] for name in (*target.counted, UNKNOWN)},
         shapes=tuple(
             Shape(width=width, height=height, mpp=mpp, samples=count) for (width, height, mpp), count in commonest
         ),
         shards=tuple(sorted(mine, key=lambda entry: entry.file)),
+        values=Values.of(labels) if target.is_number else None,
     )

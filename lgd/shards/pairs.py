@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lgd.base.errors import DataError
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.target import Target
 from lgd.io.files import exists, list_folder, peek_kind
 from lgd.io.location import Location, as_location, relative_name
 from lgd.io.tables import read_csv
@@ -69,14 +69,14 @@ class Source:
 
 
 def find_pairs(
-    layout: str, root: str | Location, slides: str | Location | None = None
+    layout: str, root: str | Location, target: Target, slides: str | Location | None = None
 ) -> tuple[list[PatchPair], list[Problem]]:
     """The pairs of a layout (`lgd.shards.layouts`) under `root`, sorted by key, and what could not be paired.
 
-    `slides`: a CSV with the columns key and slide, which names the slide of every pair. Raises `DataError` where the
-    root or a CSV is missing or malformed, or holds no patches at all.
+    `target`: what their labels are read as. `slides`: a CSV with the columns key and slide, which names the slide of
+    every pair. Raises `DataError` where the root or a CSV is missing or malformed, or holds no patches at all.
     """
-    scanner, root = find_layout(layout), as_location(root)
+    scanner, root = find_layout(layout, target), as_location(root)
     presumed = is_csv(root) if scanner.takes_csv else not list_folder(root)
     folder = peek_kind(root, "file" if presumed else "folder") == "folder"
     if not folder and not exists(root):
@@ -98,6 +98,9 @@ def find_pairs(
             elif paired:
                 reason = f"has no IHC, and {paired} of {len(entries)} have one: name it, or build two sets"
                 problems.append(Problem(names[0], reason, key, names[0]))
+                continue
+            if entry.label is not None and (wrong := target.find_problem(entry.label)):
+                problems.append(Problem(names[0], f"its label is {entry.label!r:.80}, {wrong}", key, *names))
                 continue
             slide = entry.slide if known is None else known.get(key)
             sharing.setdefault(key, []).append(PatchPair(**vars(entry) | {"slide": slide}, key=key, names=tuple(names)))
@@ -183,7 +186,9 @@ class _Use(NamedTuple):
         return [mine != theirs for mine, theirs in zip(self.facts.values(), other.facts.values(), strict=True)]
 
 
-def leave_out_duplicates(sources: Sequence[Source], keeps_split: bool) -> tuple[list[Source], list[Problem]]:
+def leave_out_duplicates(
+    sources: Sequence[Source], keeps_split: bool, target: Target
+) -> tuple[list[Source], list[Problem]]:
     """The sources whose images are theirs alone, in their order, and a problem for each of the others.
 
     Of copies that agree in images, published split (where it is kept) and all other facts the first stays.
@@ -192,7 +197,8 @@ def leave_out_duplicates(sources: Sequence[Source], keeps_split: bool) -> tuple[
     users: dict[str, list[_Use]] = {}
     for source in sources:
         pair, split = source.pair, source.pair.split if keeps_split else None
-        shared = {"split": split, "label": pair.label, "slide": pair.slide, "mpp": pair.mpp, **dict(pair.origin)}
+        label = target.name_label(pair.label)
+        shared = {"split": split, "label": label, "slide": pair.slide, "mpp": pair.mpp, **dict(pair.origin)}
         for stain, digest in enumerate(source.sha256):
             other_image = source.sha256[1 - stain] if len(source.sha256) == 2 else None
             facts = {"stain": stain, **shared, _STAINS[1 - stain]: other_image}
@@ -232,5 +238,5 @@ def _conflict(use: _Use, other: _Use) -> Problem:
 def _format_difference(name: str, mine: Hashable, theirs: Hashable) -> str:
     if name in _STAINS:
         return f"their {name} is not the same"
-    names: dict[Hashable, str] = {None: "unknown", **(dict(enumerate(LEVEL_NAMES)) if name == "label" else {})}
-    return f"their {name} is {names.get(mine, mine)} and {names.get(theirs, theirs)}"
+    one, other = ("unknown" if value is None else value for value in (mine, theirs))
+    return f"their {name} is {one} and {other}"

@@ -9,16 +9,16 @@ What a run reads of its manifests is read here; nothing downstream opens a manif
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.target import KNOWN, UNKNOWN, Target
 from lgd.io.folders import list_local_sizes
 from lgd.io.location import Location, as_location
 from lgd.shards.archive import Shard, load_table
-from lgd.shards.manifest import HER2, PATCHES, REBUILD, UNKNOWN, Manifest
+from lgd.shards.manifest import PATCHES, REBUILD, Manifest, Values
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,6 @@ class ShardFolder:
         folder = as_location(folder)
         path = folder / "manifest.json"
         manifest = Manifest.read(path)
-        if manifest.target != HER2:
-            raise DataError(
-                f"{path}: field target is {manifest.target.name!r}, and this version of lgd learns HER2 only"
-            )
         extensions, options = manifest.extensions.by_role(), manifest.options
         shards = [
             Shard(
@@ -58,6 +54,7 @@ class ShardFolder:
                 extensions=extensions,
                 keeps_files=options.image == "keep" and not options.tile,
                 he_size=options.he_size,
+                target=manifest.target,
             )
             for name, split in manifest.splits.items()
             for entry in split.shards
@@ -86,6 +83,15 @@ class ShardFolder:
             raise DataError(*problems[:_MOST], *more)
         return opened
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether any sample has a label."""
+        return any(split.labels[UNKNOWN] < split.samples for split in self.manifest.splits.values())
+
+    def with_target(self, target: Target) -> "ShardFolder":
+        """The same, read as of another target."""
+        return replace(self, shards=tuple(replace(shard, target=target) for shard in self.shards))
+
     def read_patches(self) -> np.ndarray:
         """The table of patches.npy, (samples,) of `PATCHES`; `DataError` for a file that is not the manifest's."""
         path, said = self.folder / "patches.npy", self.manifest.patches
@@ -100,8 +106,24 @@ class ShardSet:
 
     @classmethod
     def open(cls, folders: Iterable[str | Location]) -> "ShardSet":
-        """Open each folder or url; `DataError` as `ShardFolder.open`."""
-        return cls(tuple(map(ShardFolder.open, folders)))
+        """Open each folder or url; `DataError` as `ShardFolder.open`, and where labels are of two targets."""
+        opened = tuple(map(ShardFolder.open, folders))
+        named: dict[Target, str] = {}
+        for one in opened:
+            if one.is_labelled:
+                named.setdefault(one.manifest.target, str(one.folder))
+        if len(named) > 1:
+            lines = (f"  {folder}: {target.name} ({target.describe_labels()})" for target, folder in named.items())
+            remedy = "train on one of them, or build the others without labels"
+            raise DataError(f"data.shards has labels of {len(named)} targets:", *lines, remedy)
+        target = next(iter(named), opened[0].manifest.target)
+        # A set without labels says nothing of a target.
+        return cls(tuple(one if one.manifest.target == target else one.with_target(target) for one in opened))
+
+    @property
+    def target(self) -> Target:
+        """What the labels are of; of sets without any that of the first."""
+        return self.folders[0].shards[0].target
 
     @property
     def shards(self) -> list[Shard]:
@@ -148,4 +170,19 @@ class ShardSet:
     def count_labels(self, split: str) -> dict[str, int]:
         """Samples of each class, and of `unknown`, in one split."""
         counts = [manifest.splits[split].labels for manifest in self.manifests if split in manifest.splits]
-        return {name: sum(labels.get(name, 0) for labels in counts) for name in (*LEVEL_NAMES, UNKNOWN)}
+        return {name: sum(labels.get(name, 0) for labels in counts) for name in (*self.target.counted, UNKNOWN)}
+
+    def summarise_values(self, split: str) -> Values | None:
+        """The known values of one split, where labels are such and there are any."""
+        parts = [
+            (one.labels[KNOWN], one.values)
+            for manifest in self.manifests
+            if (one := manifest.splits.get(split)) and one.values is not None
+        ]
+        if not parts:
+            return None
+        total = sum(count for count, _ in parts)
+        mean = sum(count * one.mean for count, one in parts) / total
+        spread = sum(count * (one.std**2 + (one.mean - mean) ** 2) for count, one in parts) / total
+        least, most = min(one.least for _, one in parts), max(one.most for _, one in parts)
+        return Values(mean=mean, std=spread**0.5, least=least, most=most)

@@ -16,6 +16,7 @@ import numpy as np
 from lgd.base.environment import count_cpus
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.logs import progress
+from lgd.base.target import UNKNOWN
 from lgd.io.digests import matches
 from lgd.io.files import list_folder
 from lgd.io.location import Location, RemoteError
@@ -23,7 +24,7 @@ from lgd.io.remote import drop_damaged
 from lgd.shards.archive import Shard, read_sample
 from lgd.shards.builder import codecs
 from lgd.shards.image import check
-from lgd.shards.manifest import UNKNOWN, Manifest, PatchMeta
+from lgd.shards.manifest import Manifest, PatchMeta
 from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import SEEN, as_seen, find_repeats, unlike_patches
 from lgd.shards.shard_set import ShardFolder
@@ -63,7 +64,7 @@ def verify(folder: str | Location) -> list[str]:
             problems += [*found, *_unsorted(shard, facts, last)]
             last[shard.split] = facts[-1][1].key if facts else ""
             for _, meta in facts:
-                counts[shard.split, meta.label] += 1
+                counts[shard.split, manifest.target.count_of(meta.label)] += 1
                 counts[shard.split, (meta.width, meta.height, meta.mpp)] += 1
                 unnamed = unnamed or meta.slide is None
             seen.append(as_seen(facts, start, manifest.options.tile > 0))
@@ -182,8 +183,7 @@ def _unsorted(shard: Shard, facts: Sequence[Fact], last: dict[str, str]) -> list
 def _wrong_counts(manifest: Manifest, counts: collections.Counter[tuple[str, object]], unnamed: bool) -> Iterator[str]:
     """The manifest's counts against the samples; reported only where every sample could be read."""
     for name, split in manifest.splits.items():
-        labels = {label: counts[name, value] for value, label in enumerate(manifest.target.classes)}
-        labels[UNKNOWN] = counts[name, None]
+        labels = {label: counts[name, label] for label in (*manifest.target.counted, UNKNOWN)}
         if split.labels != labels:
             yield f"split {name} has samples of labels {labels}, but {split.labels!r:.200} is stated"
         shapes = {(shape.width, shape.height, shape.mpp): shape.samples for shape in split.shapes}

@@ -29,8 +29,8 @@ from lgd.models.teacher import load_teacher
 from lgd.ray_jobs.mapping import map_with
 from lgd.shards.archive import Shard
 from lgd.store.commit import commit
-from lgd.store.document import PATCHES, Recipe, StoreDocument, TargetsRecipe, part_name, read_sidecar, refuse_recipe
-from lgd.store.drift import check_drift, make_fixed_vectors
+from lgd.store.document import PATCHES, Recipe, StoreDocument, TargetsRecipe, part_name, read_sidecar
+from lgd.store.drift import check_drift, make_fixed_vectors, refuse_recipe
 from lgd.store.probe import ensure_probe, lacks_probe, prune_probes
 from lgd.store.recipes import recipe_of, targets_of
 from lgd.store.store import Store
@@ -69,7 +69,7 @@ def cache_latents(config: Config, shards: Sequence[Shard], workers: int, prune: 
         config.teacher.source != "imported",
         "teacher.source is imported, and no network here computes such latents: lgd import-latents puts them there",
     )
-    folder, recipe, name = as_location(config.latents.dir), recipe_of(config), config.teacher.name
+    folder, recipe, name = as_location(config.latents.dir), recipe_of(config, shards[0].target), config.teacher.name
     assert recipe.teacher.size is not None, "it has a network"
     spec = EncoderSpec.from_json(recipe.teacher.encoder)
     before = _open(folder, recipe, name)
@@ -120,7 +120,7 @@ def fill_targets(config: Config, shards: Sequence[Shard], workers: int, targets:
     Returns of how many shards. `cache_latents` finds them there. Raises `DataError` where the store has other targets,
     and while another process caches into the same local folder.
     """
-    folder, recipe = as_location(config.latents.dir), targets or targets_of(config)
+    folder, recipe = as_location(config.latents.dir), targets or targets_of(config, shards[0].target)
     if exists(folder / "store.json"):
         stored = StoreDocument.read(folder / "store.json").patches.recipe
         if stored != recipe:

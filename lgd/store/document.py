@@ -9,19 +9,20 @@ A recipe is what the numbers of a store depend on beside the shards: one of the 
 
 import itertools
 import math
-from typing import Annotated, ClassVar, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, JsonValue, model_validator
 
 from lgd.base.errors import DataError
-from lgd.base.records import Count, Line, Many, Record, Sha256, Xxh3
-from lgd.io.digests import format_diff
+from lgd.base.records import Count, Line, Many, Record, Sha256, Text, Xxh3
+from lgd.base.target import DEFAULT_TARGET, StatedTarget, Target, find_target
+from lgd.config_sections import Staining
 from lgd.io.documents import Document
 from lgd.io.location import Location
 from lgd.models.description import Grid
 from lgd.shards.archive import Shard
-from lgd.shards.manifest import Key, Mpp, Text, Word
+from lgd.shards.manifest import Key, Mpp, Word
 
 REMEDY = "delete it and run lgd cache-latents again"
 
@@ -41,12 +42,18 @@ Dtype = Literal["float16", "float32"]
 class TargetsRecipe(Record):
     """Of the domain targets."""
 
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("target", "staining")
+
     nuclei_grid: Grid | None
     """None where the patches have no second image: then there are no targets."""
     membrane_grid: Grid | None
     dtype: Dtype
     settings: dict[Text, float]
     """Every number behind them (`lgd.stain.targets`)."""
+    target: StatedTarget | None = None
+    """What labels are of; None for the default, HER2."""
+    staining: Staining | None = None
+    """What the second stain shows; None for membranes. The side of its grid is membrane_grid."""
 
     def of(self, layer: str) -> Self:
         """That of the layer of the patches."""
@@ -269,6 +276,11 @@ class StoreDocument(Document):
         """All layers by their names."""
         return {PATCHES: self.patches, **self.teachers}
 
+    @property
+    def target(self) -> Target:
+        """What labels are of."""
+        return self.patches.recipe.target or find_target(DEFAULT_TARGET)
+
     def recipe(self, teacher: str) -> Recipe:
         """Of the targets and of a teacher."""
         return Recipe(targets=self.patches.recipe, teacher=self.teachers[teacher].recipe)
@@ -283,18 +295,3 @@ class SourcesDocument(Document):
 
     shards: Many[Line]
     teachers: dict[Word, Line]
-
-
-RecipeKind = TypeVar("RecipeKind", Recipe, TargetsRecipe)
-
-
-def refuse_recipe(folder: Location, stored: RecipeKind, requested: RecipeKind, teacher: str = "") -> NoReturn:
-    """Raise `DataError` with the fields in which two recipes differ, of a teacher or of the targets alone."""
-    remedy = "Use the settings that made it, or name another folder as latents.dir"
-    if teacher:
-        remedy = (
-            f"Use the teacher and settings that made it, name these latents otherwise than {teacher} (teacher.name), "
-            "name another folder as latents.dir, or delete this one"
-        )
-    differing = format_diff(stored.as_json(), requested.as_json(), "in the store")
-    raise DataError(f"{folder / 'store.json'} was made by another recipe:", *differing, remedy)

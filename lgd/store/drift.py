@@ -1,17 +1,23 @@
-"""Whether a teacher still gives the latents that it gave: what it made of two fixed images is kept with the store.
+"""Whether rows that are added to a store are made as those that are there: by the same recipe, and the same libraries.
+
+What a teacher made of two fixed images is kept with the store.
 
 A digest identifies the weights, but not the libraries that run them: another version may resize, normalise or
 interpolate otherwise, and rows that were added then would not compare with those that were there.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
 
 from lgd.base.device import exact_float32
 from lgd.base.errors import DataError
+from lgd.io.digests import format_diff
+from lgd.io.location import Location
 from lgd.models.teacher import Teacher
+from lgd.store.document import Recipe, TargetsRecipe
 
 FixedVectors = tuple[tuple[float, ...], ...]
 _MOST = 1e-3
@@ -50,3 +56,18 @@ def check_drift(
         f"would not compare with those that are there ({versions}): install the versions of then, or cache under "
         "another name (teacher.name)"
     )
+
+
+RecipeKind = TypeVar("RecipeKind", Recipe, TargetsRecipe)
+
+
+def refuse_recipe(folder: Location, stored: RecipeKind, requested: RecipeKind, teacher: str = "") -> NoReturn:
+    """Raise `DataError` with the fields in which two recipes differ, of a teacher or of the targets alone."""
+    remedy = "Use the settings that made it, or name another folder as latents.dir"
+    if teacher:
+        remedy = (
+            f"Use the teacher and settings that made it, name these latents otherwise than {teacher} (teacher.name), "
+            "name another folder as latents.dir, or delete this one"
+        )
+    differing = format_diff(stored.as_json(), requested.as_json(), "in the store")
+    raise DataError(f"{folder / 'store.json'} was made by another recipe:", *differing, remedy)

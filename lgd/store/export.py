@@ -1,7 +1,8 @@
 """`lgd export-latents`: the latents of a store in the HDF5 layout of TRIDENT, which other pathology tools read.
 
     OUT/SLIDE.h5       `features` (n, D) float32, view 0; `coords` (n, 2) int64, x and y in pixels of level 0;
-                       and beside them `key`, `level` (-1 unknown) and `size` (n, 2): width and height; the
+                       and beside them `key`, `level` (-1 unknown; of other targets than HER2 `label` or `value`)
+                       and `size` (n, 2): width and height; the
                        file's attributes name the encoder and its terms, and state that the latents are centred
     OUT/export.json    the files that are ours, and the store that they are of; written first
 
@@ -32,7 +33,7 @@ from lgd.io.folders import refuse_foreign
 from lgd.io.location import Location, as_output_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.shards.manifest import PatchMeta
-from lgd.store.parts import Part, as_levels
+from lgd.store.parts import Part, as_labels
 from lgd.store.store import Store
 from lgd.stream.reader import Reader
 
@@ -183,11 +184,13 @@ def _write(path: Location, group: str, patches: Sequence[Patch], facts: dict[str
     }
     if len(mpps) == 1 and None not in mpps:
         attributes["mpp"] = mpps.pop()
+    target = patches[0].part.target
+    label_n = np.array([patch.part.array("label")[patch.row] for patch in patches])
     datasets = {
         "features": np.stack([patch.part.array("pooled")[patch.row, 0] for patch in patches]).astype(np.float32),
         "coords": coords_n2,
         "key": np.array([meta.key.encode() for meta in metas], "S"),
-        "level": as_levels(np.array([patch.part.array("label")[patch.row] for patch in patches])).astype(np.int8),
+        target.label_word: as_labels(label_n, target).astype(np.float32 if target.is_number else np.int8),
         "size": size_n2,
     }
     # In memory: HDF5 2.0 crashes some time after it has met a full disk.

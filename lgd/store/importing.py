@@ -26,7 +26,8 @@ from lgd.models.known import find_published
 from lgd.shards.archive import Shard
 from lgd.store.cache import fill_targets, is_complete
 from lgd.store.commit import commit
-from lgd.store.document import PATCHES, Recipe, StoreDocument, TargetsRecipe, TeacherRecipe, refuse_recipe
+from lgd.store.document import PATCHES, Recipe, StoreDocument, TargetsRecipe, TeacherRecipe
+from lgd.store.drift import refuse_recipe
 from lgd.store.feature_layouts import open_features
 from lgd.store.features import TOOLS, FeatureFile, find_files, stamp_of
 from lgd.store.joining import Joined, Patches, describe_patch, join, name_first
@@ -151,13 +152,13 @@ def _choose_targets(config: Config, before: StoreDocument | None, shards: Sequen
     paired = all("ihc" in shard.roles for shard in shards)
     stored = before.patches.recipe if before else None
     if stored is None:
-        return targets_of(config, paired)
+        return targets_of(config, shards[0].target, paired)
     if stored.nuclei_grid is not None and not paired:
         raise DataError(
             f"{config.latents.dir} holds domain targets, which patches without a second image (IHC) cannot have: name "
             "another folder as latents.dir"
         )
-    return targets_of(config, stored.nuclei_grid is not None)
+    return targets_of(config, shards[0].target, stored.nuclei_grid is not None)
 
 
 def _describe(config: Config, options: ImportOptions, files: Sequence[FeatureFile], centre: Centre) -> TeacherRecipe:

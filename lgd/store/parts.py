@@ -15,7 +15,8 @@ import numpy as np
 import xxhash
 
 from lgd.base.errors import DataError
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.labels import Labels
+from lgd.base.target import NO_CLASS, Target
 from lgd.io.digests import digest_of
 from lgd.io.download_cache import idle_maps
 from lgd.io.location import Location
@@ -32,9 +33,11 @@ _mapping = threading.Lock()
 class PartFile:
     """One HDF5 file of a store, mapped lazily; the digest of a dataset is checked once before its first use."""
 
-    def __init__(self, folder: Location, name: str, digest: str, layout: Mapping[str, Layout]) -> None:
-        """`folder` is the layer's; `digest` that of the sidecar which store.json was written over."""
-        self.folder, self.name, self.digest, self.layout = folder, name, digest, layout
+    def __init__(self, folder: Location, name: str, digest: str, layout: Mapping[str, Layout], target: Target) -> None:
+        """`folder` is the layer's; `digest` that of the sidecar which store.json was written over; `target` what labels
+        are of.
+        """
+        self.folder, self.name, self.digest, self.layout, self.target = folder, name, digest, layout, target
         self.content: memoryview | None = None
         self._identity: tuple[int, ...] = ()
         self._checked: set[str] = set()
@@ -75,7 +78,7 @@ class PartFile:
                     self.content = None
                     raise DataError(f"part {self.path} does not match its digest (dataset {name}): {REMEDY}")
             try:
-                check_rows(name, dataset.rows(part))
+                check_rows(name, dataset.rows(part), self.target)
             except ValueError as error:
                 raise DataError(f"part {self.path}: {error}: {REMEDY}") from error
             self._checked.add(name)
@@ -149,6 +152,11 @@ class Part:
         """The file of the first layer, to name the part by."""
         return next(iter(self.files.values())).path
 
+    @property
+    def target(self) -> Target:
+        """What labels are of."""
+        return next(iter(self.files.values())).target
+
     def digest(self, teacher: str) -> str:
         """Digest of all that the patches' and a teacher's part hold."""
         return digest_of([self.files[layer].digest for layer in (PATCHES, teacher)])
@@ -216,25 +224,34 @@ def read_all(parts: Sequence[Part], dataset: str) -> np.ndarray:
     return np.concatenate([part.array(dataset) for part in parts])
 
 
-def read_levels(parts: Sequence[Part]) -> np.ndarray:
-    """The level of every row of the given parts, int64 (rows,), -1 where it is unknown."""
-    return as_levels(read_all(parts, "label"))
+def read_labels(parts: Sequence[Part]) -> Labels:
+    """The label of every row of the given parts, of which there is one at least."""
+    return as_labels(read_all(parts, "label"), parts[0].target)
 
 
-def as_levels(label_n: np.ndarray) -> np.ndarray:
-    """Stored labels, NaN where unknown, as int64 with -1."""
-    return np.where(np.isnan(label_n), -1, label_n).astype(np.int64)
+def as_labels(label_n: np.ndarray, target: Target) -> Labels:
+    """Stored labels, NaN where unknown: int64 numbers of classes with -1, or float64 values with NaN."""
+    if target.is_number:
+        # What float32 made of 12.3 is written as 12.3 again.
+        return np.array([float(str(value)) for value in label_n.astype(np.float32)], np.float64)
+    return np.where(np.isnan(label_n), NO_CLASS, label_n).astype(np.int64)
 
 
-def check_rows(name: str, rows_n: np.ndarray) -> None:
-    """Raise `ValueError` where keys or slides are no text, or labels no levels; other datasets may hold anything."""
+def check_rows(name: str, rows_n: np.ndarray, target: Target) -> None:
+    """Raise `ValueError` where keys or slides are no text, or labels none of a target; other datasets may hold
+    anything.
+    """
     if name in ("key", "slide"):
         try:
             b"\n".join(rows_n.tolist()).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"a {name} is not UTF-8") from error
-    elif name == "label" and not (np.isnan(rows_n) | np.isin(rows_n, range(len(LEVEL_NAMES)))).all():
-        raise ValueError(f"a label is none of 0 to {len(LEVEL_NAMES) - 1}")
+    elif name == "label" and target.is_number:
+        low, high = map(np.float32, target.range or (-np.inf, np.inf))
+        if not (np.isnan(rows_n) | (np.isfinite(rows_n) & (rows_n >= low) & (rows_n <= high))).all():
+            raise ValueError(f"a label is not {target.describe_labels()}")
+    elif name == "label" and not (np.isnan(rows_n) | np.isin(rows_n, range(target.width))).all():
+        raise ValueError(f"a label is none of 0 to {target.width - 1}")
 
 
 def _check_hdf5(path: Location, file: BinaryIO, sidecar: Sidecar) -> None:

@@ -15,18 +15,20 @@ import numpy as np
 
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
+from lgd.base.target import Target
 from lgd.io.digests import digest_of
 from lgd.io.documents import MissingDocument
 from lgd.io.files import list_folder
 from lgd.io.location import Location, as_location
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import WITHOUT_IHC, ShardFolder
-from lgd.store.document import PATCHES, REMEDY, TEACHER, Recipe, SourcesDocument, StoreDocument, refuse_recipe
+from lgd.store.document import PATCHES, REMEDY, TEACHER, Recipe, SourcesDocument, StoreDocument
+from lgd.store.drift import refuse_recipe
 from lgd.store.parts import Part, PartFile
 
 __all__ = ["PATCHES", "SUPERVISION", "TEACHER", "Rows", "Store"]
 
-SUPERVISION = ("pooled", "map", "nuclei", "membrane")
+SUPERVISION = ("pooled", "map", "nuclei", "membrane", "positive")
 """The datasets that a student is trained on."""
 
 
@@ -62,16 +64,15 @@ class Store:
                     f"{', '.join(self.document.teachers)}: name one of these, or run lgd cache-latents with "
                     "--teacher.name"
                 )
-        if recipe:
-            self.require_recipe(recipe)
+        if recipe and recipe != self.recipe:
+            refuse_recipe(self.folder, self.recipe, recipe, self.teacher)
         layers = {name: self.document.layers[name] for name in (PATCHES, *self.teachers)}
         self.parts = []
         for number, entry in enumerate(self.document.entries):
-            digests = {layer: facts.parts[number] for layer, facts in layers.items()}
             files = {
-                layer: PartFile(self.folder / "parts" / layer, entry.name, digest, layers[layer].datasets)
-                for layer, digest in digests.items()
-                if digest is not None
+                layer: PartFile(self.folder / "parts" / layer, entry.name, digest, facts.datasets, self.target)
+                for layer, facts in layers.items()
+                if (digest := facts.parts[number]) is not None
             }
             if len(files) == len(layers):
                 self.parts.append(Part(files, entry))
@@ -80,15 +81,9 @@ class Store:
     def _choose_teacher(self) -> tuple[str]:
         names = [*self.document.teachers]
         if TEACHER not in names and len(names) > 1:
-            raise DataError(
-                f"the store {self.folder} holds latents of {', '.join(names)}: name one of them by --teacher"
-            )
+            holds = f"the store {self.folder} holds latents of {', '.join(names)}"
+            raise DataError(f"{holds}: name one of them by --teacher")
         return (TEACHER if TEACHER in names else names[0],)
-
-    def require_recipe(self, recipe: Recipe) -> None:
-        """Raise `DataError`, field by field, where the targets or the first teacher's latents are of another recipe."""
-        if recipe != self.recipe:
-            refuse_recipe(self.folder, self.recipe, recipe, self.teacher)
 
     @property
     def verb(self) -> str:
@@ -109,6 +104,11 @@ class Store:
     def recipe(self) -> Recipe:
         """What the targets and the first teacher's latents depend on."""
         return self.document.recipe(self.teacher)
+
+    @property
+    def target(self) -> Target:
+        """What labels are of."""
+        return self.document.target
 
     @property
     def sources(self) -> SourcesDocument:
@@ -231,7 +231,7 @@ class Store:
             for number, entry in enumerate(entries):
                 for layer, facts in layers.items():
                     if digest := facts.parts[number]:
-                        file = PartFile(self.folder / "parts" / layer, entry.name, digest, facts.datasets)
+                        file = PartFile(self.folder / "parts" / layer, entry.name, digest, facts.datasets, self.target)
                         problems += [problem] if (problem := file.problem()) else []
                 bar.update(entry.rows)
         for layer in list_folder(self.folder / "parts"):

@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from lgd.base.device import exact_float32, find_device
 from lgd.base.environment import count_cpus
 from lgd.base.errors import DataError
+from lgd.models.student import STAININGS
 from lgd.models.teacher import load_teacher
 from lgd.shards.archive import Shard
 from lgd.shards.image import decode
+from lgd.stain.nuclear import positive_grid
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.store.document import Recipe, Rounding, TargetsRecipe
 from lgd.store.store import Store
@@ -47,7 +49,7 @@ class TargetSupervision:
 
     def prepare(self, reader: Reader, number: int) -> Sample:
         """Read one sample of a `reader`, in any thread: its images are then `ihc`, uint8 of the teacher's size, and the
-        targets `nuclei` (g, g) from the H&E and `membrane` (m, m, 3) from the IHC, float32.
+        targets `nuclei` (g, g) from the H&E and `membrane` (m, m, 3) or `positive` (m, m, 2) from the IHC, float32.
 
         On a GPU the native images stand for the targets, which `rows` works out of many at once; elsewhere they are
         dropped here: those of a batch would take gigabytes, and a thread a sample is as quick.
@@ -55,7 +57,7 @@ class TargetSupervision:
         sample = reader.read(number)
         if "he" not in sample.images:
             return sample
-        images = {"nuclei": sample.images["he"], "membrane": sample.images["ihc"]}
+        images = {name: sample.images["he" if name == "nuclei" else "ihc"] for name in self._targets}
         if "teacher_ihc" in sample.images:
             images["ihc"] = sample.images["teacher_ihc"]
         if self.device == "cpu":
@@ -68,7 +70,9 @@ class TargetSupervision:
         grids = self.targets
         if grids.nuclei_grid is None or grids.membrane_grid is None:
             return {}
-        kinds = {"nuclei": (nuclei_grid, grids.nuclei_grid), "membrane": (membrane_grid, grids.membrane_grid)}
+        kinds = {"nuclei": (nuclei_grid, grids.nuclei_grid)}
+        if stained := STAININGS[grids.staining or "membranes"]:
+            kinds[stained] = (positive_grid if stained == "positive" else membrane_grid, grids.membrane_grid)
 
         def measure(name: str, image_BHW3: np.ndarray, mpp: float | None) -> np.ndarray:
             of, grid = kinds[name]

@@ -45,4 +45,4 @@ class TargetParts:
         if (sidecar.recipe, sidecar.tar_sha256, sidecar.rows) != asked:
             raise DataError(f"{folder / name}.json is of other settings, or of another {shard.path}: {remedy}")
         entry = Entry(**sidecar.model_dump(include=set(Entry.model_fields)))
-        return Part({PATCHES: PartFile(folder, name, sidecar.digest, sidecar.layout)}, entry)
+        return Part({PATCHES: PartFile(folder, name, sidecar.digest, sidecar.layout, shard.target)}, entry)

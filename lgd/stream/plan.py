@@ -271,7 +271,7 @@ def turn_stored(stored: Mapping[str, Tensor], k_B: Tensor, views: int) -> dict[s
     With eight cached views the map is that of the right view already; with one it is turned, which is approximate since
     a network is not exactly equivariant.
     """
-    dims = {"nuclei": (1, 2), "membrane": (1, 2), **({"map": (-2, -1)} if views == 1 else {})}
+    dims = {**dict.fromkeys(("nuclei", "membrane", "positive"), (1, 2)), **({"map": (-2, -1)} if views == 1 else {})}
     kinds = {name: name.partition("@")[0] for name in stored}
     return {name: d4(x, k_B, dims[kinds[name]]) if kinds[name] in dims else x for name, x in stored.items()}
 

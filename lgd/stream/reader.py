@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from lgd.base.errors import DataError
+from lgd.base.target import Label
 from lgd.base.threads import keep_ahead
 from lgd.io.download_cache import has_room
 from lgd.io.location import waits_for_network
@@ -57,9 +58,9 @@ class Sample:
         return self.meta.key
 
     @property
-    def level(self) -> int:
-        """0 to 3, or -1 where it is unknown."""
-        return -1 if self.meta.label is None else int(self.meta.label)
+    def label(self) -> Label | None:
+        """Number of the class, or the value; None where it is unknown."""
+        return self.meta.label
 
 
 class Encoded(NamedTuple):

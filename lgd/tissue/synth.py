@@ -30,14 +30,14 @@ from lgd.base.environment import count_cpus
 from lgd.base.errors import DataError, require
 from lgd.base.logs import progress
 from lgd.base.records import Count, Line, Record
-from lgd.config_sections import LEVEL_NAMES, NotNegative, Positive, Share
+from lgd.config_sections import NotNegative, Positive, Share
 from lgd.io.documents import Document
 from lgd.io.files import explain_write_errors, is_litter
 from lgd.io.folders import refuse_foreign
 from lgd.io.location import as_output_location, require_local
 from lgd.io.locks import LOCK, exclusive
 from lgd.tissue.sections import Scene, Stain, center_of, draw_pair, shortcut_of, slide_level
-from lgd.tissue.truth import Pair, Truth, write_pairs, write_truth
+from lgd.tissue.truth import LEVELS, Pair, Truth, write_pairs, write_truth
 
 _QUALITY = 92
 _DONE, _BEGUN = "synth.json", ".synth-begun"
@@ -180,7 +180,7 @@ def _draw_set(out: Path, options: SynthOptions, recipe: dict[str, int | float | 
         slides=len({pair.slide for pair in pairs}),
         train=splits["train"],
         test=splits["test"],
-        levels={name: levels[level] for level, name in enumerate(LEVEL_NAMES)} if options.stain == "membranes" else {},
+        levels={name: levels[level] for level, name in enumerate(LEVELS)} if options.stain == "membranes" else {},
         discordant=sum(int(truth["discordant"]) for truth in truths.values()),
         bytes=_count_bytes(out),
     )
@@ -229,7 +229,7 @@ def _plan(options: SynthOptions) -> list[Pair]:
         split = "test" if slide >= slides - held_out else "train"
         key = f"{number:05d}_{split}"
         if options.stain == "membranes":
-            key += f"_{LEVEL_NAMES[slide_level(options.seed, slide)]}"
+            key += f"_{LEVELS[slide_level(options.seed, slide)]}"
         reveals = (options.shortcut or 0.0) if options.shortcut_in == "center" and split == "train" else 0.0
         center = center_of(options.seed, slide, options.centers, reveals) if options.centers else None
         pairs.append(Pair(key, slide, patch, split, center))

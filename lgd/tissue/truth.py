@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.target import find_target
 from lgd.io.files import publish
 from lgd.io.tables import write_csv
 from lgd.tissue.centers import Center
 from lgd.tissue.drawing import MPP
 from lgd.tissue.sections import Stain
 
+LEVELS = find_target("her2").classes
+"""Of a slide whose membranes are stained, by their numbers."""
 _MEASURED: dict[Stain, tuple[str, ...]] = {
     "membranes": (
         *("level", "patch_level", "nuclei", "tumour_nuclei"),
@@ -74,7 +76,7 @@ def write_pairs(path: Path, stain: Stain, truths: Mapping[Pair, Truth]) -> None:
     rows = (
         [
             *(f"{folder}/{pair.split}/{pair.key}.png" for folder in ("HE", "IHC")),
-            LEVEL_NAMES[int(truth["level"])] if stain == "membranes" else _blank_undefined(truth["percent"]),
+            LEVELS[int(truth["level"])] if stain == "membranes" else _blank_undefined(truth["percent"]),
             *(pair.slide_name, pair.split, MPP, _MARKERS[stain], *pair.origin),
         ]
         for pair, truth in _sort(truths)

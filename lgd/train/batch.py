@@ -16,13 +16,16 @@ import torch
 import torch.distributed as dist
 
 from lgd.base.errors import DataError
+from lgd.base.labels import as_labels, find_known
+from lgd.base.target import Target
 from lgd.config import Config
 from lgd.config_sections import Data
 from lgd.models.losses import Lesson, Negatives
+from lgd.shards.manifest import Values
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World, d4, drawn_views, jitter_he, rank_positions, to_device, turn_stored
 from lgd.stream.reader import Reader, Samples, stream
-from lgd.train.targets import Queue
+from lgd.train.targets import Queue, standardise
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ class Batch(Lesson):
     """Samples on their way into a network."""
 
     keys: list[str]
+    groups: list[str]
+    """Slide of each sample, or its source patch where slides are unknown."""
     errors: dict[int, str]
     """Number of each sample that is skipped -> why."""
     number_B: np.ndarray
@@ -45,9 +50,9 @@ class Batch(Lesson):
     valid_B: torch.Tensor
     """bool: false for a sample that could not be read and is skipped; its image is black and it has no loss."""
     label_count: int
-    """Samples whose level is known."""
+    """Samples whose label is known."""
     valid_count: int
-    """Samples that are valid, also those that were left out for want of a level."""
+    """Samples that are valid, also those that were left out for want of a label."""
     images: dict[str, torch.Tensor]
     """Role -> (B, 3, H, W) in 0..255, uint8 as decoded or float32."""
 
@@ -62,7 +67,7 @@ class Batch(Lesson):
         return replace(
             self,
             valid_B=to_device(self.valid_B, device),
-            level_B=to_device(self.level_B, device),
+            label_B=to_device(self.label_B, device),
             images={role: to_device(image, device) for role, image in self.images.items()},
             stored={name: to_device(stored_B, device) for name, stored_B in self.stored.items()},
             negatives=self.negatives and Negatives(*(to_device(tensor, device) for tensor in self.negatives)),
@@ -70,8 +75,8 @@ class Batch(Lesson):
 
 
 def drop_unlabelled(samples: Samples, epoch_B: np.ndarray) -> tuple[Samples, np.ndarray]:
-    """The samples whose level is known, for a loss that has no other use, and their epochs; one where none is."""
-    places = [place for place, sample in enumerate(samples.rows) if sample.level >= 0] or [0]
+    """The samples whose label is known, for a loss that has no other use, and their epochs; one where none is."""
+    places = [place for place, sample in enumerate(samples.rows) if sample.label is not None] or [0]
     if len(places) == len(samples.rows):
         return samples, epoch_B
     images = {role: image[places] for role, image in samples.images.items()}
@@ -79,9 +84,20 @@ def drop_unlabelled(samples: Samples, epoch_B: np.ndarray) -> tuple[Samples, np.
 
 
 def collate(
-    samples: Samples, epoch_B: np.ndarray, store: Rows | None, seed: int, turn: bool, labels_only: bool = False
+    samples: Samples,
+    epoch_B: np.ndarray,
+    store: Rows | None,
+    seed: int | None,
+    *,
+    target: Target,
+    values: Values | None,
+    labels_only: bool = False,
 ) -> Batch:
-    """One batch of samples, with their rows of the store where one is given."""
+    """One batch of samples, with their rows of the store where one is given.
+
+    `seed` draws the views that images are turned to; None turns none. `values` are those of the training split, where
+    the labels of the `target` are such.
+    """
     errors = {sample.number: sample.error for sample in samples.rows if sample.error}
     valid_count = sum(not sample.error for sample in samples.rows)
     if labels_only:
@@ -89,8 +105,10 @@ def collate(
     rows = samples.rows
     number_B = np.array([sample.number for sample in rows], np.int64)
     valid_B = torch.tensor([not sample.error for sample in rows])
-    level_B = torch.tensor([sample.level for sample in rows])
-    view_B = drawn_views(seed, epoch_B, number_B) if turn else np.zeros(len(rows), np.int64)
+    label_B = as_labels(target, [sample.label for sample in rows])
+    if target.is_number:
+        label_B = standardise(label_B, values)
+    view_B = np.zeros(len(rows), np.int64) if seed is None else drawn_views(seed, epoch_B, number_B)
     stored: dict[str, np.ndarray] = {}
     if store is not None:
         # A sample that is skipped has no key; it has no loss either.
@@ -98,14 +116,15 @@ def collate(
         stored = store.read([s.shard for s in rows], [s.row for s in rows], key_B, view_B.tolist())
     return Batch(
         keys=[sample.key for sample in rows],
+        groups=[sample.meta.group for sample in rows],
         errors=errors,
         number_B=number_B,
         epoch_B=epoch_B,
         view_B=torch.from_numpy(view_B),
         valid_B=valid_B,
-        level_B=level_B,
+        label_B=torch.from_numpy(label_B),
         # Counted here, where no device has to be waited for.
-        label_count=int((level_B >= 0).sum()),
+        label_count=int(find_known(label_B).sum()),
         valid_count=valid_count,
         # A view: the pixels stay as they were decoded, which torch calls channels-last.
         images={role: torch.from_numpy(image).permute(0, 3, 1, 2) for role, image in samples.images.items()},
@@ -140,9 +159,11 @@ class Batches:
     plan: Plan
     world: World
     store: Rows | None = None
-    """Without one levels alone teach: an unlabelled patch would cost as much, and its loss is 0; it is left out."""
+    """Without one labels alone teach: an unlabelled patch would cost as much, and its loss is 0; it is left out."""
     queue: Queue | None = None
     """Gives each batch its negatives."""
+    values: Values | None = None
+    """Those of the training split, where labels are such."""
 
     def draw(self, start: int, steps: int) -> Iterator[Step]:
         """The batches of `steps` steps from position `start` on, on their device and not yet augmented."""
@@ -164,7 +185,15 @@ class Batches:
         batches = stream(self.reader, numbers(), threads=config.data.threads, prefetch=ahead, skip=skip)
         for position in positions:
             micro = [
-                collate(samples, epochs.popleft(), store, plan.seed, turn, labels_only=store is None)
+                collate(
+                    samples,
+                    epochs.popleft(),
+                    store,
+                    plan.seed if turn else None,
+                    target=self.reader.shards[0].target,
+                    values=self.values,
+                    labels_only=store is None,
+                )
                 for samples in itertools.islice(batches, accumulate)
             ]
             if queue := self.queue:

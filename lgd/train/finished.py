@@ -3,7 +3,8 @@
 import functools
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +13,14 @@ import torch.distributed as dist
 import lgd
 from lgd.base.device import exact_float32
 from lgd.base.errors import DataError
+from lgd.base.labels import Labels, as_labels, find_known
 from lgd.io.digests import digest_of
-from lgd.metrics import Floats, Ints, score
+from lgd.labels.conformal import calibrate
+from lgd.labels.predictions import find_measures
+from lgd.metrics import Floats, Ints
 from lgd.models.description import describe_training
 from lgd.models.export import save_model
+from lgd.models.heads import read_answers, scale_of
 from lgd.models.query_map import PairSums
 from lgd.models.student import HallucinatingStudent, Outputs
 from lgd.models.teacher import GRID_HEADS, Teacher
@@ -26,7 +31,7 @@ from lgd.stream.reader import Reader, in_batches, stream
 from lgd.train.batch import Batch, collate, gather
 from lgd.train.prepare import Learner, Prepared
 from lgd.train.targets import Targets
-from lgd.train.tasks import Network
+from lgd.train.tasks import Network, Task
 
 
 def forward_split(
@@ -46,7 +51,8 @@ def forward_split(
     engine.model.eval()
     with torch.no_grad():
         for samples in stream(reader, numbers, threads=config.data.threads, skip=skip):
-            one = collate(samples, np.zeros(len(samples.rows), np.int64), store, 0, turn=False)
+            first = np.zeros(len(samples.rows), np.int64)
+            one = collate(samples, first, store, None, target=learner.task.target, values=learner.task.values)
             # What comes of it is stored, or decides what is.
             with exact_float32():
                 out = engine.forward(one.to(world.device).images[role])
@@ -59,20 +65,57 @@ def forward_split(
     reader.close()
 
 
-def validate(learner: Learner, shards: list[Shard]) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Logits (n, 4) and levels (n,) of all labelled samples of the shards, on every rank, and their scores.
+class Validated(NamedTuple):
+    """What a network says of the labelled samples of a split, on every rank."""
 
-    Of a network that no label teaches there are none, and the `loss` of all samples is its score.
-    """
-    if not learner.task.gives_labels:
-        return np.zeros((0, 4), np.float32), np.zeros(0, np.int64), {"loss": measure_loss(learner, shards)}
-    mine = [(out["logits"].float().cpu().numpy(), one.level_B.numpy()) for one, out in forward_split(learner, shards)]
-    pairs = gather(mine, learner.engine.world)
-    logits = np.concatenate([np.zeros((0, 4), np.float32), *(a for a, _ in pairs)])
-    levels = np.concatenate([np.zeros(0, np.int64), *(b for _, b in pairs)])
-    logits, levels = logits[levels >= 0], levels[levels >= 0]
-    chances = torch.from_numpy(logits).double().softmax(dim=1).numpy()
-    return logits, levels, score(levels, chances) if len(levels) else {}
+    label_n: Labels
+    logits_nK: Floats
+    """As the network gives them, float32."""
+    groups: list[str]
+    """Slide of each, or its source patch where slides are unknown."""
+    answer_nK: Floats
+    """Probabilities, or values (n, 1), at a temperature of 1."""
+    scores: dict[str, float]
+    """By metric; of a network that no label teaches the `loss` of all samples."""
+
+
+def validate(learner: Learner, shards: list[Shard]) -> Validated:
+    """Score the labelled samples of the shards; of a network that no label teaches there are none."""
+    task, target = learner.task, learner.task.target
+    labels, logits, groups = [as_labels(target, [])], [np.zeros((0, target.width), np.float32)], list[str]()
+    if task.gives_labels:
+        for label_n, logits_nK, group_n in gather([*_forward_labels(learner, shards)], learner.engine.world):
+            labels.append(label_n)
+            logits.append(logits_nK)
+            groups += group_n
+    label_n: Labels = np.concatenate(labels)  # type: ignore[no-redef]
+    logits_nK, known_n = np.concatenate(logits), find_known(label_n)
+    label_n, logits_nK = label_n[known_n], logits_nK[known_n]
+    groups = [groups[row] for row in np.flatnonzero(known_n).tolist()]
+    scores: dict[str, float] = {} if task.gives_labels else {"loss": measure_loss(learner, shards)}
+    answer_nK = logits_nK.astype(np.float64)
+    if len(label_n):
+        answer_nK = read_answers(torch.from_numpy(logits_nK), target, task.values, 1.0).numpy()
+        scores = find_measures(target).score(label_n, answer_nK)
+    return Validated(label_n, logits_nK, groups, answer_nK, scores)
+
+
+def _forward_labels(learner: Learner, shards: list[Shard]) -> Iterator[tuple[Labels, np.ndarray, list[str]]]:
+    """Of each batch of `forward_split` the labels as they are stored, the logits, and the groups."""
+    values = learner.task.values
+    for batch, out in forward_split(learner, shards):
+        label_n: Labels = batch.label_B.numpy()
+        if values is not None and learner.task.target.is_number:
+            label_n = values.mean + scale_of(values) * label_n.astype(np.float64)
+        yield label_n, out["logits"].float().cpu().numpy(), batch.groups
+
+
+def rate_validation(task: Task, scores: Mapping[str, float]) -> float:
+    """The score by which the best network is chosen: higher is better; NaN where there is none."""
+    if "loss" in scores:
+        return -scores["loss"]
+    sign = -1 if task.metric in find_measures(task.target).lower_is_better else 1
+    return sign * scores.get(task.metric, math.nan)
 
 
 def measure_loss(learner: Learner, shards: list[Shard]) -> float:
@@ -127,14 +170,21 @@ def fit_query_map(learner: Learner, shards: list[Shard]) -> None:
 def export(run: Prepared, step: int) -> None:
     """Score the validation split, fit the temperature on it, and publish the network as it is after `step`."""
     learner, engine, log = run.learner, run.learner.engine, run.log
-    temperature = 1.0
+    temperature, conformal, target = 1.0, None, run.learner.task.target
     scores: dict[str, float] = {}
     if learner.task.trains and (held_out := run.shards.of_split("val")):
-        logits, levels, scores = validate(learner, held_out)
-        if len(levels):
-            temperature = fit_temperature(levels, logits)
+        validated = validate(learner, held_out)
+        scores = validated.scores
+        if len(validated.label_n):
+            if not target.is_number:
+                temperature = fit_temperature(validated.label_n.astype(np.int64), validated.logits_nK)
+            elif not np.isfinite(validated.logits_nK).all():
+                raise DataError("a value of the validation split is not finite: the training diverged, lower train.lr")
+            logits_nK = torch.from_numpy(validated.logits_nK)
+            answer_nK = read_answers(logits_nK, target, learner.task.values, temperature).numpy()
+            conformal = calibrate(target.kind, answer_nK, validated.label_n, validated.groups)
         if log:
-            log.validation(step, scores, logits, levels)
+            log.validation(step, scores, validated.answer_nK, validated.label_n)
     weights, _ = engine.state()
     if log:
         assert isinstance(engine.model, Network)
@@ -145,6 +195,7 @@ def export(run: Prepared, step: int) -> None:
             training=describe_training(run.shards, labelled=learner.task.gives_labels),
             licence=None,
             temperature=temperature,
+            conformal=conformal,
             validation={name: value for name, value in scores.items() if math.isfinite(value)},
             inputs=digest_of(run.inputs),
             steps=step,
@@ -161,19 +212,19 @@ def export(run: Prepared, step: int) -> None:
     dist.barrier()
 
 
-def fit_temperature(level_n: Ints, logits_n4: Floats) -> float:
+def fit_temperature(label_n: Ints, logits_nK: Floats) -> float:
     """The T in 0.1 to 10 for which softmax(logits / T) has the least NLL (Guo et al. 2017).
 
     Fit it on labelled patches of the validation split only. Raises `DataError` where a logit is not finite.
     """
-    logits = np.asarray(logits_n4, dtype=np.float64)
+    logits = np.asarray(logits_nK, dtype=np.float64)
     if not np.isfinite(logits).all():
         raise DataError("a logit of the validation split is not finite: the training diverged, lower train.lr")
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
 
     def loss(log_temperature: float) -> float:
-        return float(-log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(level_n)), level_n].mean())
+        return float(-log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(label_n)), label_n].mean())
 
     # Where every patch is right the loss falls for ever as T goes to 0: hence the bounds.
     return float(np.exp(minimize_scalar(loss, bounds=(-np.log(10), np.log(10)), method="bounded").x))

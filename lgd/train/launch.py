@@ -12,8 +12,8 @@ from pydantic import JsonValue
 
 from lgd.base.errors import DataError
 from lgd.base.process_state import stop_signals
+from lgd.base.target import KNOWN, UNKNOWN
 from lgd.config import Config
-from lgd.config_sections import LEVEL_NAMES
 from lgd.io.digests import digest_of, format_diff, may_have_sha256
 from lgd.io.files import exists, read_bytes, remove, remove_folder, write_bytes
 from lgd.io.folders import refuse_foreign
@@ -22,7 +22,6 @@ from lgd.io.locks import LOCK, exclusive
 from lgd.models.availability import Section, report_encoders
 from lgd.models.description import ModelConfig, describe_training
 from lgd.ray_jobs.training import launch
-from lgd.shards.manifest import UNKNOWN
 from lgd.shards.repeats import open_disjoint
 from lgd.shards.shard_set import ShardSet
 from lgd.train import checkpoint
@@ -39,25 +38,31 @@ _OWN = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.j
 """What training writes to its folder."""
 
 
-def check_levels(task: Task, shards: ShardSet) -> None:
-    """Log the levels that training never sees; `DataError` where it sees one only, or none and has nothing else."""
-    count = shards.count_labels("train")
-    seen = [name for name in LEVEL_NAMES if count[name]]
-    if len(seen) == 1:
+def check_labels(task: Task, shards: ShardSet) -> None:
+    """Log the classes that training never sees; `DataError` where it sees one label, or none and has nothing else."""
+    count, word = shards.count_labels("train"), task.target.label_word
+    seen = [name for name in task.target.counted if count[name]]
+    values = shards.summarise_values("train")
+    if values is not None and values.std == 0:
         raise DataError(
-            f"all {count[seen[0]]} patches of the split `train` that have a level are of level {seen[0]}: nothing can "
-            "be distinguished; add shards of other levels"
+            f"all {count[KNOWN]} values of the split `train` are {values.mean:g}: nothing can be distinguished; add "
+            "shards of other values"
+        )
+    if len(seen) == 1 and values is None:
+        raise DataError(
+            f"all {count[seen[0]]} patches of the split `train` that have a {word} are of {word} {seen[0]}: nothing "
+            f"can be distinguished; add shards of other {word}s"
         )
     if not seen and (task.store is None or task.kind == "teacher"):
         remedy = "; leave label out of teacher.learns" if task.kind == "teacher" and task.store else " only"
-        raise DataError(f"no patch of the split `train` has a level, and this network learns from levels{remedy}")
+        raise DataError(f"no patch of the split `train` has a {word}, and this network learns from {word}s{remedy}")
     if not seen:
         logger.warning(
             "no patch of the split `train` has a label: the network learns to hallucinate latents and gives no label"
         )
-    if seen and (absent := [name for name in LEVEL_NAMES if not count[name]]):
+    if seen and (absent := [name for name in task.target.counted if not count[name]]):
         logger.warning(
-            "the split `train` has no patch of level %s: the network can never predict it", ", ".join(absent)
+            "the split `train` has no patch of %s %s: the network can never predict it", word, ", ".join(absent)
         )
 
 
@@ -85,11 +90,11 @@ def train_under(config: Config, task: str, overwrite: bool | None = None, shards
     shards = shards or open_disjoint(config.shard_dirs)
     if TASKS[task].role == "ihc":
         shards = shards.with_ihc("the teacher")
-    built, resume = TASKS[task](config), config.train.resume
+    built, resume = TASKS[task](config, shards), config.train.resume
     if not shards.of_split("train"):
         raise DataError(f"{', '.join(map(str, config.shard_dirs))}: no split `train`; build shards with one (--split)")
     if built.gives_labels:
-        check_levels(built, shards)
+        check_labels(built, shards)
         check_scales(shards)
     check_early_stopping(built, shards)
     inputs = inputs_of(built, shards)
@@ -208,7 +213,7 @@ def worker(config: Config, shards: ShardSet, task: str, stop: str | None) -> Non
         # One rank is enough: at each step all agree on whether any of them was asked to stop.
         with (
             stop_flag(stop if world.rank == 0 else None) as flag,
-            contextlib.closing(Prepared(shards, TASKS[task](config), world)) as run,
+            contextlib.closing(Prepared(shards, TASKS[task](config, shards), world)) as run,
         ):
             best = fit(run, flag)
             if task == "teacher":

@@ -10,19 +10,20 @@ import resource
 import sys
 import time
 
-import numpy as np
 import torch
 
 from lgd.base.errors import DataError
+from lgd.base.labels import Labels
 from lgd.base.logs import progress
 from lgd.base.markup import markdown_table
 from lgd.base.process_state import quiet_threads
+from lgd.base.target import Target
 from lgd.base.text import dump_json
-from lgd.config_sections import LEVEL_NAMES
 from lgd.io.files import exists, explain_write_errors, read_bytes, write_bytes
 from lgd.io.folders import WorkingFolder
 from lgd.io.location import Location
-from lgd.metrics import confusion
+from lgd.labels.classes import count_confusion
+from lgd.metrics import Floats
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 class Log:
     """The record of a run; rank 0 keeps it. That of a url is kept in TMPDIR, and uploaded by `publish`."""
 
-    def __init__(self, folder: Location, start: int, steps: int, batch: int) -> None:
+    def __init__(self, folder: Location, start: int, steps: int, batch: int, target: Target) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         before = read_lines(folder / "log.jsonl", start)
@@ -41,6 +42,7 @@ class Log:
         with explain_write_errors(self.path):
             self.board = SummaryWriter(self.working.path / "tensorboard", purge_step=start + 1)
         self.name, self.steps, self.batch, self.start, self.done = folder.name, steps, batch, start, start
+        self.target = target
         # Line by line, so that a killed run's log reaches to its last checkpoint.
         self.file = self.path.open("a", buffering=1)
         if start:
@@ -73,20 +75,22 @@ class Log:
         seconds = max(time.monotonic() - self.began, 1e-9)
         return (self.done - self.start) * self.batch / seconds, self.waited / seconds
 
-    def validation(self, step: int, scores: dict[str, float], logits_n4: np.ndarray, level_n: np.ndarray) -> None:
-        """Record the scores of a validation pass, and which level was called which."""
+    def validation(self, step: int, scores: dict[str, float], answer_nK: Floats, label_n: Labels) -> None:
+        """Record the scores of a validation pass, and which class was called which."""
         for name, value in scores.items():
             if math.isfinite(value):
                 self.board.add_scalar(f"val/{name}", value, step)
+        at = f"{self.name}: step {step}/{self.steps}  val"
         if "loss" in scores:
-            logger.info("%s: step %d/%d  val loss %.4f", self.name, step, self.steps, scores["loss"])
+            logger.info("%s loss %.4f", at, scores["loss"])
+        elif scores and self.target.is_number:
+            logger.info("%s mae %.3g  pearson %.3f", at, scores["mae"], scores["pearson"])
         elif scores:
-            counts_44 = confusion(level_n, logits_n4.argmax(1)).tolist()
-            rows = [[name, *map(str, row)] for name, row in zip(LEVEL_NAMES, counts_44, strict=True)]
-            table = "\n".join(markdown_table(["true / called", *LEVEL_NAMES], rows))
-            self.board.add_text("val/confusion", table, step)
-            kappa, accuracy = scores["kappa"], scores["accuracy"]
-            logger.info("%s: step %d/%d  val kappa %.3f  accuracy %.3f", self.name, step, self.steps, kappa, accuracy)
+            names = self.target.classes
+            counts_KK = count_confusion(label_n, answer_nK.argmax(1), len(names)).tolist()
+            rows = [[name, *map(str, row)] for name, row in zip(names, counts_KK, strict=True)]
+            self.board.add_text("val/confusion", "\n".join(markdown_table(["true / called", *names], rows)), step)
+            logger.info("%s kappa %.3f  accuracy %.3f", at, scores["kappa"], scores["accuracy"])
 
     def summary(self) -> None:
         """Log what this process has done, if it trained at all."""

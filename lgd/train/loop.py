@@ -19,7 +19,7 @@ from lgd.base.errors import DataError, Stopped
 from lgd.stream.plan import World, to_device
 from lgd.train import checkpoint
 from lgd.train.batch import Batch, gather, require_same
-from lgd.train.finished import validate
+from lgd.train.finished import rate_validation, validate
 from lgd.train.prepare import Learner, Prepared
 
 Taken = Callable[[], tuple[dict[str, float], bool]]
@@ -74,11 +74,11 @@ def fit(run: Prepared, stop: threading.Event) -> checkpoint.Best:
         # Validate; the last step is validated when the network is exported.
         improved = False
         if held_out and done % run.every == 0 and (done < steps or settings.patience):
-            logits, levels, scores = validate(learner, held_out)
-            best = best.after(done, -scores["loss"] if "loss" in scores else scores.get(settings.metric, math.nan))
+            validated = validate(learner, held_out)
+            best = best.after(done, rate_validation(learner.task, validated.scores))
             improved = best.step == done
             if log:
-                log.validation(done, scores, logits, levels)
+                log.validation(done, validated.scores, validated.answer_nK, validated.label_n)
         enough = 0 < settings.patience <= best.stale
 
         # Save: all ranks give their share, rank 0 writes.

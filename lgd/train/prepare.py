@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from lgd.base.errors import ConfigError, DataError
+from lgd.base.target import KNOWN, UNKNOWN
 from lgd.config_sections import Train
 from lgd.io.digests import format_diff
-from lgd.shards.manifest import UNKNOWN
+from lgd.labels.predictions import find_measures
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World
@@ -46,19 +47,29 @@ def check_early_stopping(task: Task, shards: ShardSet) -> None:
         raise DataError(f"train.patience needs a validation split, and the shards have no split `val`: {remedy}")
     if not task.gives_labels:
         return
+    word, measures = task.target.label_word, find_measures(task.target)
+    if task.metric not in measures.choices:
+        raise DataError(
+            f"train.metric is {task.metric}, and the {word}s are {task.target.describe_labels()}: use auto, or "
+            f"{', '.join(measures.choices)}"
+        )
     taught, scored = (
         {name: count for name, count in shards.count_labels(split).items() if count and name != UNKNOWN}
         for split in ("train", "val")
     )
     why = ""
     if not scored:
-        why = "no patch there has a level"
+        why = f"no patch there has a {word}"
+    elif task.target.is_number:
+        values = shards.summarise_values("val")
+        if values and values.std == 0 and task.metric in ("pearson", "ccc"):
+            why = f"all {scored[KNOWN]} values there are {values.mean:g}"
     elif len(scored) == 1:
-        why = f"all {sum(scored.values())} patches there that have a level are of level {', '.join(scored)}"
+        why = f"all {sum(scored.values())} patches there that have a {word} are of {word} {', '.join(scored)}"
     elif not scored.keys() & taught.keys():
-        why = f"its levels ({', '.join(scored)}) are none of those in the split `train`"
+        why = f"its {word}s ({', '.join(scored)}) are none of those in the split `train`"
     if why:
-        raise DataError(f"train.patience waits for a better {train.metric} on the split `val`, and {why}: {remedy}")
+        raise DataError(f"train.patience waits for a better {task.metric} on the split `val`, and {why}: {remedy}")
 
 
 def choose_engine(asked: str, world: World, extra: Mapping[str, object]) -> str:
@@ -124,7 +135,7 @@ class Prepared:
         )
         rows, queue, method = None, None, task.method
         if probe := task.find_probe(shards):
-            method.levels = probe.network().to(world.device)
+            method.labeller, method.labeller_values = probe.network().to(world.device), probe.values
         if task.store:
             parts = task.store.parts_of(self.reader.shards)
             datasets = task.store.datasets(method.needs)
@@ -133,8 +144,9 @@ class Prepared:
                 # The latents of other samples teach too, as partners or as negatives.
                 rows = targets = Targets(parts, method.pairs, config.run.seed, datasets)
                 # Of one stored view the latents are not turned with the image.
-                queue = Queue(targets, plan, method.queue, config.data.augment != "none") if method.queue else None
-        self.batches = Batches(config, self.reader, plan, world, rows, queue)
+                turn = config.data.augment != "none"
+                queue = Queue(targets, plan, method.queue, turn, task.values) if method.queue else None
+        self.batches = Batches(config, self.reader, plan, world, rows, queue, task.values)
         self.every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
         """Steps between validations."""
         if settings.patience and self.every > self.learner.steps > 0:
@@ -151,7 +163,7 @@ class Prepared:
         if self.learner.engine.world.rank:
             return
         settings, lanes = task.config.train, task.config.data.lanes
-        self.log = Log(task.folder, start, self.learner.steps, settings.batch)
+        self.log = Log(task.folder, start, self.learner.steps, settings.batch, task.target)
         if 1.5 * lanes < min(settings.batch, len(self.shards.of_split("train"))):
             logger.warning(
                 f"{self.log.name}: data.lanes {lanes} is far below train.batch {settings.batch}: batches are mixed "

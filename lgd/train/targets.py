@@ -10,20 +10,42 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from lgd.base.labels import Labels, find_known
+from lgd.models.heads import scale_of
 from lgd.models.losses import Negatives
-from lgd.store.parts import Part, read_levels
+from lgd.shards.manifest import Values
+from lgd.store.parts import Part, read_labels
 from lgd.store.store import SUPERVISION, Rows
 from lgd.stream.plan import Plan, drawn_views, offsets
 
 
-def partners(level_n: np.ndarray, within: bool, seed: int) -> np.ndarray:
+def standardise(label_n: Labels, values: Values | None) -> Labels:
+    """Labels as losses take them: values in standard deviations from the training mean; classes as they are.
+
+    Where no training value is known, neither is any other.
+    """
+    if label_n.dtype.kind == "i":
+        return label_n.astype(np.int64)
+    if values is None:
+        return np.full(len(label_n), np.nan, np.float32)
+    return ((label_n - values.mean) / scale_of(values)).astype(np.float32)
+
+
+def partners(label_n: Labels, within: bool, seed: int) -> np.ndarray:
     """For each sample the number of another, int64 (n,): each is the partner of one.
 
-    `within`: of the same level, where unknown is a level too. A sample that has no other is its own partner.
+    `within`: of the same class, or of the same quarter of the values, where unknown is one too. A sample that has no
+    other is its own partner.
     """
     dice = np.random.default_rng([seed, 0x70616972])
-    partner_n = np.empty(len(level_n), np.int64)
-    group_n = level_n if within else np.zeros_like(level_n)
+    partner_n = np.empty(len(label_n), np.int64)
+    group_n = np.zeros(len(label_n), np.int64)
+    if within and label_n.dtype.kind == "i":
+        group_n = label_n.astype(np.int64)
+    elif within:
+        known_n = find_known(label_n)
+        quarters = np.quantile(label_n[known_n], (0.25, 0.5, 0.75)) if known_n.any() else np.zeros(0)
+        group_n = np.where(known_n, np.searchsorted(quarters, label_n), -1)
     for group in np.unique(group_n):
         order = dice.permutation(np.flatnonzero(group_n == group))
         partner_n[order] = np.roll(order, 1)
@@ -41,7 +63,7 @@ class Targets(Rows):
         self.first = offsets([part.rows for part in parts])
         self._partner_n = None
         if pairs != "own":
-            self._partner_n = partners(read_levels(parts), pairs == "within-level", seed)
+            self._partner_n = partners(read_labels(parts), pairs == "within-level", seed)
 
     def source(self, number_n: np.ndarray) -> np.ndarray:
         """Number of the sample whose latents each sample is taught with."""
@@ -72,11 +94,14 @@ class Targets(Rows):
 class Queue:
     """The teacher's latents of the samples that the plan took last."""
 
-    def __init__(self, targets: Targets, plan: Plan, size: int, turn: bool) -> None:
-        """`size`: latents; `turn`: whether the images are turned, and the latents are those of the turned IHC."""
+    def __init__(self, targets: Targets, plan: Plan, size: int, turn: bool, values: Values | None = None) -> None:
+        """`size`: latents; `turn`: whether the images are turned, and the latents are those of the turned IHC;
+        `values`:
+        those of the training split, where labels are such.
+        """
         self.targets, self.plan, self.size, self.turn = targets, plan, size, turn
         self._rows = Rows(targets.parts, ("pooled",))
-        self._level_n = read_levels(targets.parts)
+        self._label_n = standardise(read_labels(targets.parts), values)
         self._end = 0
         self._pooled_QD = np.empty((0, targets.parts[0].layout["pooled"].shape[-1]), np.float32)
         self._number_Q = np.empty(0, np.int64)
@@ -90,10 +115,10 @@ class Queue:
         source_B = self.targets.source(number_B)
         return Negatives(
             source_B=torch.from_numpy(source_B),
-            level_B=torch.from_numpy(self._level_n[source_B]),
+            label_B=torch.from_numpy(self._label_n[source_B]),
             pooled_QD=torch.from_numpy(self._pooled_QD),
             number_Q=torch.from_numpy(self._number_Q),
-            level_Q=torch.from_numpy(self._level_n[self._number_Q]),
+            label_Q=torch.from_numpy(self._label_n[self._number_Q]),
         )
 
     def _take(self, end: int) -> None:

@@ -6,16 +6,20 @@ from typing import ClassVar, Literal
 from pydantic import JsonValue
 
 from lgd.base.errors import require
+from lgd.base.target import Target
 from lgd.config import WHERE_IT_RUNS, Config
 from lgd.io.digests import digest_of
 from lgd.io.location import as_location
+from lgd.labels.predictions import find_measures
 from lgd.models.description import LatentSizes, ModelConfig, StudentConfig, TeacherConfig, TeacherRef
 from lgd.models.encoder import PRESETS, build_encoder
 from lgd.models.known import state_inputs, stated_in
 from lgd.models.losses import Lesson, Terms, grid_losses
+from lgd.models.method import choose_staining
 from lgd.models.methods import Method, find_method
 from lgd.models.student import GRIDS, Outputs, Student, TwoStreamStudent
-from lgd.models.teacher import NO_LEVELS, TEACHERS, Teacher
+from lgd.models.teacher import NO_SOFT_LABELS, TEACHERS, Teacher
+from lgd.shards.manifest import Values
 from lgd.shards.shard_set import ShardSet
 from lgd.store.probe import ProbeDocument, find_probe
 from lgd.store.recipes import open_store, targets_of
@@ -36,17 +40,24 @@ class Task(ABC):
     document: ClassVar[type[ModelConfig]]
     """What the folder of a trained network says of it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, shards: ShardSet) -> None:
         section = config.teacher if self.kind == "teacher" else config.student
         self.config, self.epochs = config, section.epochs
         self.trains = True
         """Whether there is anything to train: nothing of a frozen teacher."""
         self.folder = as_location(section.dir)
-        # The level alone teaches, unless a task has another one.
-        self.method = Method(config)
+        self.target, self.values = shards.target, shards.summarise_values("train")
+        # The label alone teaches, unless a task has another one.
+        self.method = Method(config, self.target, self.values)
         self.store: Store | TargetParts | None = None
         self.gives_labels = True
         """Whether labels teach it: not a teacher that learns without them."""
+
+    @property
+    def metric(self) -> str:
+        """By which validation chooses the best network."""
+        asked = self.config.train.metric
+        return find_measures(self.target).main if asked == "auto" else asked
 
     @abstractmethod
     def build(self) -> Network:
@@ -59,7 +70,7 @@ class Task(ABC):
         """
 
     def find_probe(self, shards: ShardSet) -> ProbeDocument | None:
-        """The probe that reads the teacher's levels off its latents, where the method needs one; None elsewhere."""
+        """The probe that reads the teacher's labels off its latents, where the method needs one; None elsewhere."""
         return None
 
     def describe(self, model: Network, **facts: object) -> ModelConfig:
@@ -70,8 +81,8 @@ class Task(ABC):
 class GridMethod(Method):
     """What a teacher learns from the grids of the domain targets, and from labels where these teach it too."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, target: Target, values: Values | None = None) -> None:
+        super().__init__(config, target, values)
         self.needs = tuple(dataset for name, dataset in GRIDS.items() if name in config.teacher.learns)
 
     def losses(self, out: Outputs, batch: Lesson) -> Terms:
@@ -83,22 +94,29 @@ class GridMethod(Method):
 
 
 class TeacherTask(Task):
-    """IHC -> level, grids of the domain targets, or both; or latents of a pretrained encoder as it is."""
+    """IHC -> label, grids of the domain targets, or both; or latents of a pretrained encoder as it is."""
 
     kind, role, document = "teacher", "ihc", TeacherConfig
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, shards: ShardSet) -> None:
         """Raises `ConfigError` for a frozen teacher that nobody has trained, and for an imported one."""
-        super().__init__(config)
+        super().__init__(config, shards)
         require(
             config.teacher.source != "imported",
             "teacher.source is imported: there is no network to train; lgd import-latents puts its latents there",
         )
         self.trains, learns = config.teacher.source == Teacher.source, config.teacher.learns
         self.gives_labels = self.trains and "label" in learns
+        staining = choose_staining(config, self.target)
+        for name, shows in (("membranes", "membranes"), ("positive", "nuclei")):
+            require(
+                name not in learns or staining == shows,
+                f"teacher.learns is {', '.join(learns)}, and the second stain shows {staining}: set latents.staining "
+                f"to {shows}, or leave {name} out",
+            )
         if self.trains and GRIDS.keys() & {*learns}:
-            self.method = GridMethod(config)
-            self.store = TargetParts(as_location(config.latents.dir), targets_of(config))
+            self.method = GridMethod(config, self.target, self.values)
+            self.store = TargetParts(as_location(config.latents.dir), targets_of(config, self.target))
         if not self.trains:
             self.epochs = 0.0
             require(
@@ -114,9 +132,15 @@ class TeacherTask(Task):
 
     def build(self) -> Network:
         config, latents = self.config.teacher, self.config.latents
-        sides = {"nuclei": latents.nuclei_grid, "membrane": latents.membrane_grid}
+        sides = {"nuclei": latents.nuclei_grid, **dict.fromkeys(("membrane", "positive"), latents.membrane_grid)}
         encoder = build_encoder(config.encoder, stated_in(self.config, "teacher"))
-        return TEACHERS[config.source](encoder, config.learns, {name: sides[name] for name in self.method.needs})
+        return TEACHERS[config.source](
+            encoder,
+            config.learns,
+            {name: sides[name] for name in self.method.needs},
+            target=self.target,
+            ordinal="corn" if self.config.train.ordinal == "corn" and self.target.is_ordered else None,
+        )
 
     def inputs(self) -> dict[str, JsonValue]:
         own: dict[str, JsonValue] = {"encoder": self.config.teacher.encoder}
@@ -126,18 +150,18 @@ class TeacherTask(Task):
 
 
 class StudentTask(Task):
-    """H&E -> level, and what its method teaches beside."""
+    """H&E -> label, and what its method teaches beside."""
 
     kind, role, document = "student", "he", StudentConfig
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, shards: ShardSet) -> None:
         """Raises `ConfigError` for a method that is not known, or that the fields of `student:` do not fit."""
-        super().__init__(config)
-        self.method = find_method(config.student.method)(config)
+        super().__init__(config, shards)
+        self.method = find_method(config.student.method)(config, self.target, self.values)
         has_network = config.teacher.source != "imported" or not issubclass(self.method.network, TwoStreamStudent)
         if not self.method.needs and has_network:
             return
-        store = open_store(config)
+        store = open_store(config, self.target)
         # A method that is not taught by latents still has an adaptor of their size.
         self.store: Store | None = store if self.method.needs else None
         self.method.latents = {
@@ -169,13 +193,13 @@ class StudentTask(Task):
 
     def find_probe(self, shards: ShardSet) -> ProbeDocument | None:
         """Raises `ConfigError` where no label taught the teacher and too few are there to fit a probe on."""
-        if self.store is None or not self.method.uses_levels:
+        if self.store is None or not self.method.uses_soft_labels:
             return None
         trained = self.store.recipe.teacher.source == Teacher.source
         if trained and TeacherConfig.read_folder(self.method.teacher_dir).gives_labels:
             return None
         probe = find_probe(self.store, shards.of_split("train"))
-        require(probe is not None, NO_LEVELS)
+        require(probe is not None, NO_SOFT_LABELS.format(self.target.label_word))
         return probe
 
     def describe(self, model: Network, **facts: object) -> ModelConfig:
@@ -189,6 +213,8 @@ def inputs_of(task: Task, shards: ShardSet) -> dict[str, JsonValue]:
     """All that a trained network depends on; where it runs (workers, threads, engine) is not part of it."""
     config, train = task.config, task.config.train
     without = WHERE_IT_RUNS | (set() if train.patience else {"evaluate_every", "patience", "metric"})
+    # Fields that networks of before did not have.
+    without |= set() if train.ordinal == "corn" and task.target.is_ordered else {"ordinal"}
     splits: dict[str, list[str]] = {}
     for shard in [*shards.of_split("train"), *shards.of_split("val")]:
         splits.setdefault(shard.split, []).append(shard.sha256)
@@ -202,6 +228,9 @@ def inputs_of(task: Task, shards: ShardSet) -> dict[str, JsonValue]:
         inputs["store"] = task.store.digest_of(shards.of_split("train"))
     if probe := task.find_probe(shards):
         inputs["probe"] = probe.digest
+    chosen = {name: getattr(train, name) for name in train.__dataclass_fields__ if name not in without}
+    if "metric" in chosen:
+        chosen["metric"] = task.metric
     return {
         "task": inputs,
         "role": task.role,
@@ -211,5 +240,5 @@ def inputs_of(task: Task, shards: ShardSet) -> dict[str, JsonValue]:
         "data": {
             name: getattr(config.data, name) for name in ("size", "lanes", "augment", "stain_jitter", "light_jitter")
         },
-        "train": {name: getattr(train, name) for name in train.__dataclass_fields__ if name not in without},
+        "train": chosen,
     }

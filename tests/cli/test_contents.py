@@ -10,7 +10,8 @@ import pytest
 
 from lgd.base.errors import DataError
 from lgd.cli import main
-from lgd.cli.contents import as_lines, check, describe, find_kind
+from lgd.cli.contents import check, find_kind
+from lgd.cli.facts import as_lines, describe
 from lgd.config_files import find_in_run, load_config
 from lgd.io.digests import digest_of
 from lgd.models.description import StudentConfig

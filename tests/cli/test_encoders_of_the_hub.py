@@ -14,7 +14,7 @@ from hub import serve_hub
 from verbs import VERBS
 
 import lgd
-from lgd.cli.contents import describe
+from lgd.cli.facts import describe
 from lgd.models.description import TeacherConfig
 
 

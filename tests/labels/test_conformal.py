@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lgd.labels.conformal import (
     Conformal,
+    Coverage,
     Threshold,
     calibrate,
     count_needed_slides,
@@ -182,6 +183,7 @@ def test_coverage_and_size_are_means_over_slides():
     assert found.size.value == pytest.approx((4 / 3 + 3) / 2)
     assert found.single.value == pytest.approx((2 / 3 + 0) / 2)
     assert [one.value for one in found.by_class] == [1, 0, 1] and found.by_class[0].low is None
+    assert Coverage.from_json(found.as_json()) == found
     found = measure_intervals(np.array([[0, 2], [0, 4], [1, 1.0]]), np.array([2, 5, 1.0]), ["a", "a", "b"], 200, 0)
     assert found.coverage.value == pytest.approx(0.75) and found.size.value == pytest.approx(1.5)
     assert found.single is None and found.by_class == ()

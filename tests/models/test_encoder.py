@@ -17,6 +17,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 import lgd
 from lgd.base.errors import ConfigError, DataError
+from lgd.base.target import find_target
 from lgd.io.digests import digest_of
 from lgd.models.encoder import PRESETS, Encoder, build_encoder
 from lgd.models.export import save_model
@@ -226,7 +227,8 @@ def test_nothing_is_asked_on_a_terminal(trap, tmp_path):
     known = shutil.copytree(folder, tmp_path / "known")
     change_json(known / "config.json", model_type="dinov2")
     student = Student(
-        morphology=build_encoder("resnet10"), hallucination=None, latents={},
+        morphology=build_encoder("resnet10"),
+        target=find_target("her2"), ordinal=None, staining=None, hallucination=None, latents={},
         nuclei_grid=1, membrane_grid=1,
     )  # fmt: skip
     model = tmp_path / "model"

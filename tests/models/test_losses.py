@@ -43,7 +43,7 @@ def test_hallucination_is_its_naive_twin(kind, shape):
 
 def test_level_is_its_naive_twin_and_0_where_unknown():
     logits, level = rand(4, 4), torch.tensor([2, -1, 0, 3])
-    fast = losses.level_loss(logits, level)
+    fast = losses.label_loss(logits, level)
     for row, k in enumerate(level.tolist()):
         chances = [math.exp(x) for x in logits[row].tolist()]
         expected = -math.log(chances[k] / sum(chances)) if k >= 0 else 0.0
@@ -52,7 +52,7 @@ def test_level_is_its_naive_twin_and_0_where_unknown():
 
 def test_an_unknown_level_teaches_nothing():
     logits = rand(2, 4).requires_grad_()
-    losses.level_loss(logits, torch.tensor([-1, 1])).sum().backward()
+    losses.label_loss(logits, torch.tensor([-1, 1])).sum().backward()
     assert torch.all(logits.grad[0] == 0) and torch.any(logits.grad[1] != 0)
 
 

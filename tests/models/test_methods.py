@@ -5,6 +5,7 @@ import pytest
 
 import lgd
 from lgd.base.errors import ConfigError, DataError
+from lgd.base.target import find_target
 from lgd.config import Config
 from lgd.config_sections import Student
 from lgd.models.encoder import build_encoder
@@ -34,7 +35,14 @@ def test_an_unknown_method_is_refused_with_those_that_there_are(name):
 
 
 def test_a_model_of_an_unknown_method_is_refused(tmp_path):
-    sizes = {"latents": {}, "nuclei_grid": 1, "membrane_grid": 1}
+    sizes = {
+        "latents": {},
+        "nuclei_grid": 1,
+        "membrane_grid": 1,
+        "target": find_target("her2"),
+        "ordinal": None,
+        "staining": None,
+    }
     model = Network(morphology=build_encoder("resnet10"), hallucination=None, **sizes)
     facts = NOT_TRAINED | {"method": "magic", "size": 64, "teachers": ()}
     save_model(tmp_path, model.state_dict(), lambda **digests: model.describe(**facts, **digests))
@@ -47,9 +55,9 @@ def test_distillation_of_nothing_is_refused():
         config = Config(student=Student(method=name))
         if method.row_fields(config):
             with pytest.raises(ConfigError, match="student.distil_weight is 0: nothing would be distilled"):
-                method(config)
+                method(config, find_target("her2"))
         else:
-            method(config)
+            method(config, find_target("her2"))
 
 
 def test_no_other_module_names_a_method():
@@ -63,6 +71,8 @@ def test_no_other_module_names_a_method():
     assert named.pop("models/methods.py") == set(METHODS)
     # Fields are named `distil_weight` and `distil_temperature`.
     assert named.pop("config_sections.py") == {"lgd"}
+    # A term of its loss.
+    assert named.pop("models/method.py") == {"distil"}
     assert all(found == {"lgd"} for found in named.values())
     compared = [
         f"{path}:{node.lineno}"

@@ -9,6 +9,7 @@ from networks import TINY, change_json, save_network
 from transformers import AutoBackbone, AutoModel
 
 from lgd.base.errors import ConfigError, DataError
+from lgd.base.target import find_target
 from lgd.config_files import load_config
 from lgd.models.description import LatentSizes
 from lgd.models.encoder import Encoder, build_encoder
@@ -123,7 +124,7 @@ def test_code_outside_lgd_normalises_by_itself(facts):
 def test_a_latent_of_cls_and_mean_is_hallucinated_with_a_map_of_half_its_width(folder, tmp_path):
     """The map's target is what the pooled latent ends with: its mean."""
     encoder = build_encoder(str(folder), Facts(pool="cls+mean"))
-    teacher = Teacher(encoder).eval()
+    teacher = Teacher(encoder, target=find_target("her2")).eval()
     with torch.no_grad():
         out = teacher(images(64))
         teacher.centre(out["pooled"].mean(dim=0), out["map"].mean(dim=(0, 2, 3)))
@@ -131,7 +132,9 @@ def test_a_latent_of_cls_and_mean_is_hallucinated_with_a_map_of_half_its_width(f
     assert out["pooled"].shape == (2, 64) and out["map"].shape == (2, 32, 4, 4)
     torch.testing.assert_close(out["pooled"][:, 32:], out["map"].mean(dim=(2, 3)), rtol=1e-4, atol=1e-6)
     student = HallucinatingStudent(
-        morphology=build_encoder("resnet10"), hallucination=None, latents={"teacher": LatentSizes(dim=64, map=4)},
+        morphology=build_encoder("resnet10"),
+        target=find_target("her2"), ordinal=None, staining=None, hallucination=None,
+        latents={"teacher": LatentSizes(dim=64, map=4)},
         nuclei_grid=2, membrane_grid=2,
     )  # fmt: skip
     hallucinated = student(images(64))
@@ -139,8 +142,10 @@ def test_a_latent_of_cls_and_mean_is_hallucinated_with_a_map_of_half_its_width(f
         "pooled": out["pooled"], "map": out["map"], "nuclei": torch.zeros(2, 2, 2), "membrane": torch.zeros(2, 2, 2, 3)
     }  # fmt: skip
     config = load_config(overrides=["--student.hallucination=shared"])
-    level_B = torch.tensor([0, 1])
-    terms = LgdNet(config).losses(hallucinated, Lesson(level_B=level_B, stored=stored, negatives=None))
+    label_B = torch.tensor([0, 1])
+    terms = LgdNet(config, find_target("her2")).losses(
+        hallucinated, Lesson(label_B=label_B, stored=stored, negatives=None)
+    )
     again = terms["hallucination_map"].sum()
     again.backward()
     gradient = student.adaptors[0].to_latent_map.weight.grad
@@ -151,6 +156,9 @@ def test_a_student_reads_the_cls_token_of_its_encoder(folder):
     encoder = build_encoder(str(folder)).eval()
     student = HallucinatingStudent(
         morphology=encoder,
+        target=find_target("her2"),
+        ordinal=None,
+        staining=None,
         hallucination=None,
         latents={"teacher": LatentSizes(dim=8, map=2)},
         nuclei_grid=2,

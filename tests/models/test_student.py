@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lgd.base.errors import DataError
+from lgd.base.target import find_target
 from lgd.io.digests import digest_of, sha256
 from lgd.models.description import LatentSizes, StudentConfig
 from lgd.models.encoder import build_encoder
@@ -23,6 +24,9 @@ def student(method="lgd", own=True, latent_map=2, dim=24) -> Student:
     hallucination = build_encoder("resnet10") if own and method != "he-only" else None
     return METHODS[method].network(
         morphology=build_encoder("resnet10"),
+        target=find_target("her2"),
+        ordinal=None,
+        staining=None,
         hallucination=hallucination,
         latents={"teacher": LatentSizes(dim=dim, map=latent_map)},
         nuclei_grid=4,
@@ -195,7 +199,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_a_loaded_teacher_is_frozen(tmp_path):
-    model = Teacher(build_encoder("resnet10"))
+    model = Teacher(build_encoder("resnet10"), target=find_target("her2"))
     save_model(tmp_path, model.state_dict(), functools.partial(model.describe, size=64, **NOT_TRAINED))
     teacher, _ = load_teacher(tmp_path)
     assert not [name for name, module in teacher.named_modules() if module.training]
@@ -204,7 +208,7 @@ def test_a_loaded_teacher_is_frozen(tmp_path):
 
 
 def test_latents_are_relative_to_their_mean_and_levels_are_not():
-    teacher = Teacher(build_encoder("resnet10")).requires_grad_(False).eval()
+    teacher = Teacher(build_encoder("resnet10"), target=find_target("her2")).requires_grad_(False).eval()
     before = teacher(IMAGES)
     pooled, place = before["pooled"].mean(0), before["map"].mean((0, 2, 3))
     teacher.centre(pooled, place)
@@ -212,6 +216,6 @@ def test_latents_are_relative_to_their_mean_and_levels_are_not():
     torch.testing.assert_close(after["pooled"], before["pooled"] - pooled)
     torch.testing.assert_close(after["map"], before["map"] - place[:, None, None])
     assert torch.equal(after["logits"], before["logits"])
-    torch.testing.assert_close(teacher.levels_of(after["pooled"]), after["logits"])
+    torch.testing.assert_close(teacher.logits_of(after["pooled"]), after["logits"])
     teacher.centre(after["pooled"].mean(0), after["map"].mean((0, 2, 3)))
     assert teacher(IMAGES)["pooled"].mean(0).abs().max() < 1e-5

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from drawn_answers import HER2, KI67, draw_answers
 from PIL import Image
 
 from lgd.base.arguments import Parser
@@ -18,12 +19,11 @@ from lgd.cli import main
 from lgd.config_files import add_option_arguments
 from lgd.io.files import read_json
 from lgd.io.location import as_location
-from lgd.metrics import Predictions
 from lgd.models.methods import METHODS, PROPOSED
 from lgd.report import ablation
 from lgd.report.ablation import AblateOptions, slug, variants
 from lgd.report.ablation_table import LGD_NET, AblationDocument
-from lgd.report.caveats import COLOUR
+from lgd.report.colour import COLOUR
 from lgd.scoring.predict import TEACHER_ROW
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
@@ -107,20 +107,15 @@ def test_answers_of_another_network_are_not_taken(run, tmp_path, capsys, monkeyp
     capsys.readouterr()
 
 
-def test_answers_are_kept_at_a_url_too(s3_server, tmp_path):
+@pytest.mark.parametrize("target", [HER2, KI67], ids=["HER2", "Ki67"])
+def test_answers_are_kept_at_a_url_too(s3_server, tmp_path, target):
     s3_server.create_bucket(Bucket="kept")
-    given = Predictions(
-        name="a",
-        keys=["k1", "k2"],
-        groups=["s1", "s2"],
-        level=np.array([0, 3]),
-        probability=np.eye(4)[[0, 3]],
-    )
+    given = draw_answers(target)
     for folder in (tmp_path, as_location("s3://kept/ablation")):
         ablation._keep(folder / "a.npz", given, "stamp")
-        found, stamp = ablation.read_kept(folder / "a.npz", "b")
+        found, stamp = ablation.read_kept(folder / "a.npz", "b", target)
         assert stamp == "stamp" and (found.name, found.keys, found.groups) == ("b", given.keys, given.groups)
-        assert (found.level == given.level).all() and (found.probability == given.probability).all()
+        assert (found.label == given.label).all() and (found.output == given.output).all()
 
 
 def test_the_rows_differ_in_one_thing_each(run, change):
@@ -176,15 +171,15 @@ def test_levels_are_hidden_by_whole_slides_in_train_only(tissue, tmp_path):
     def levels(folder, split):
         shards = [shard for shard in ShardFolder.open(str(folder)).shards if shard.split == split]
         reader = Reader(shards, (), None)
-        return [(s.meta.slide, s.level, s.meta.label) for s in map(reader.read, range(reader.total))]
+        return [(s.meta.slide, s.label) for s in map(reader.read, range(reader.total))]
 
     before, after = (levels(tmp_path / name, "train") for name in ("all", "few"))
-    named = {slide: set() for slide, _, _ in after}
-    for (slide, true, _), (_, level, label) in zip(before, after, strict=True):
-        assert level in (-1, true) and (label is None) == (level == -1)
-        named[slide].add(level == -1)
+    named = {slide: set() for slide, _ in after}
+    for (slide, true), (_, label) in zip(before, after, strict=True):
+        assert label in (None, true)
+        named[slide].add(label is None)
     assert all(len(kinds) == 1 for kinds in named.values()), "a slide is labelled whole or not at all"
-    by_level = {level: {s for s, one, _ in after if one == level} for level in range(4)}
+    by_level = {level: {s for s, one in after if one == level} for level in range(4)}
     assert [len(slides) for slides in by_level.values()] == [1, 1, 1, 1]
     with pytest.raises(ConfigError, match=r"--labelled 50: train has \d+ slides of level 0: use fewer"):
         build(replace(options, out=str(tmp_path / "many"), labelled=50))

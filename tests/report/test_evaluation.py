@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from lgd.base.errors import DataError
-from lgd.config_sections import LEVEL_NAMES
 from lgd.report import evaluation
-from lgd.report.embeddings import average_precision, own_ranks
+from lgd.report.embeddings import own_ranks
+from lgd.report.neighbours import average_precision
 from lgd.scoring.predict import load_scorer, score_shards
 from lgd.shards.shard_set import ShardSet
-from lgd.store.parts import as_levels, read_all
+from lgd.store.parts import as_labels, read_all
 from lgd.store.store import Store
 from lgd.train.launch import train_under
 
@@ -63,10 +63,10 @@ def test_the_measures_are_those_of_the_stored_latents(tissue_run, scorers, caplo
     mapped, white_own, white_gallery = ((some - mean) @ axes for some in (vectors["query"], own, gallery))
     for row, queries, galleries in ((0, mapped, white_own), (1, vectors["pooled"], own)):
         assert found.embeddings[row].own_pair.median_rank == np.median(own_ranks(queries, galleries))
-    levels = as_levels(read_all(train, "label"))
+    levels = as_labels(read_all(train, "label"), store.target)
     rows = ((0, mapped, white_gallery), (1, vectors["pooled"], gallery), (4, own, gallery))
     for row, queries, galleries in (*rows, (5, white_own, white_gallery)):
-        precision, chance = average_precision(queries, predictions.level, galleries, levels, 10)
+        precision, chance = average_precision(queries, predictions.label, galleries, levels, 10, 4)
         overall = found.embeddings[row].by_level["overall"]
         assert overall.value == pytest.approx(np.nanmean(precision))
         assert overall.chance == pytest.approx(np.nanmean(chance))
@@ -116,7 +116,7 @@ def test_features_of_he_alone_are_what_its_head_reads(scorers, tissue_run):
     weight, bias = (p.detach().numpy() for p in (baseline.model.head.weight, baseline.model.head.bias))
     logits = (features @ weight.T + bias) / baseline.config.temperature
     odds = np.exp(logits - logits.max(1, keepdims=True))
-    np.testing.assert_allclose(odds / odds.sum(1, keepdims=True), predictions.probability, atol=1e-5)
+    np.testing.assert_allclose(odds / odds.sum(1, keepdims=True), predictions.output, atol=1e-5)
 
 
 def test_a_scored_training_split_is_no_gallery(tissue_run, change, scorers, caplog):
@@ -149,7 +149,9 @@ def test_the_sheet_takes_the_levels_in_turn(tissue_run, scorers, change):
     store = Store(config.latents.dir)
     scored = evaluation.Network(scorers[0], *score_shards(scorers[0], shards.of_split("test"), threads=1))
     rows = evaluation.sheet_rows(config, store, shards, scored)
-    assert {LEVEL_NAMES.index(row.level) for row in rows} == set(scored.predictions.level.tolist()) and len(rows) == 4
+    assert {store.target.classes.index(row.label) for row in rows} == set(scored.predictions.label.tolist()) and len(
+        rows
+    ) == 4
     assert all(
         len(row.answer.neighbours) == 4 and {hit.split for hit in row.answer.neighbours} == {"train"} for row in rows
     )
@@ -163,7 +165,7 @@ def test_a_student_that_saw_no_label_is_measured_without_scores(tissue_run, scor
     untaught = dataclasses.replace(scorers[0], config=config.model_copy(update={"training": training}))
     retrieval, (scored, *_) = measured(tissue_run, [untaught, scorers[2]])
     predictions = scored.predictions
-    assert (predictions.level == -1).all() and np.isnan(predictions.probability).all()
+    assert not predictions.known.any() and np.isnan(predictions.output).all()
     results = evaluation.measure_results(
         [predictions], caveats=[], provenance={}, resamples=10, seed=0, retrieval=retrieval
     )

@@ -4,10 +4,12 @@ import warnings
 
 import numpy as np
 import pytest
+from drawn_answers import GRADE, HER2, KI67, STATUS, SUBTYPE, draw_answers
 from PIL import Image
 
-from lgd.metrics import Interval, Predictions
-from lgd.report.figures import Picture, Query, confusion_matrix, contact_sheet, robustness_curves
+from lgd.base.target import Target
+from lgd.metrics import Interval
+from lgd.report.figures import Picture, Query, compare_labels, confusion_matrix, contact_sheet, robustness_curves
 from lgd.report.results import AtStrength, ModelRobustness, Robustness, UnderChange
 from lgd.retrieval.answers import Answer, Hit
 
@@ -16,8 +18,7 @@ BROKEN = [r"$\frac{$ & \x", "a\x1b[2J\x07\nb\t", "漢字 \udcff\u202e", "x" * 10
 
 @pytest.mark.parametrize("name", BROKEN, ids=range(len(BROKEN)))
 def test_any_text_can_be_drawn(tmp_path, name):
-    level = np.arange(8) % 4
-    scored = Predictions(name=name, keys=["k"] * 8, groups=["g"] * 8, level=level, probability=np.eye(4)[level])
+    scored = draw_answers(HER2, name=name)
     part = Interval(value=0.5, low=0.4, high=0.6)
     metrics = {"accuracy": part, "ece": part}
     # Not checked, as no record takes all of these names.
@@ -25,14 +26,81 @@ def test_any_text_can_be_drawn(tmp_path, name):
     models = [ModelRobustness.model_construct(name=name, unchanged=metrics, changes=changes)]
     robust = Robustness.model_construct(changes=changes, models=models)
     image = np.zeros((8, 8, 3), np.uint8)
-    found = Hit(key=name, slide=name, split=name, level="1+", part=0, row=0, distance=0.1, duplicate_of=name)
-    answer = Answer(image=name, level="1+", neighbours=[found])
-    query = Query(answer=answer, slide=name, level="1+", he=image, ihc=image, images=[Picture("H&E", image)])
+    found = Hit(key=name, slide=name, split=name, label="1+", part=0, row=0, distance=0.1, duplicate_of=name)
+    answer = Answer(image=name, label="1+", known=HER2, neighbours=[found])
+    query = Query(answer=answer, slide=name, label="1+", he=image, ihc=image, images=[Picture("H&E", image)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         confusion_matrix(scored, tmp_path / "confusion.png", name)
-        robustness_curves(robust, tmp_path / "robustness.png")
+        robustness_curves(robust, scored.measures, tmp_path / "robustness.png")
         contact_sheet([query], tmp_path / "sheet.png", votes=True)
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             assert max(picture.size) < 2000
+
+
+def read_pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).reshape(-1, 3)
+
+
+def draw_sheet(path, target, true, predicted, found):
+    image = np.zeros((8, 8, 3), np.uint8)
+    hits = [Hit(key="k", slide=None, split="train", label=one, part=0, row=0, distance=0.1) for one in found]
+    answer = Answer(image="q", label=predicted, known=target, neighbours=hits)
+    images = [Picture("IHC", image)] * len(hits)
+    query = Query(answer=answer, slide=None, label=true, he=image, ihc=None, images=images)
+    contact_sheet([query], path, votes=True)
+    colours = {"green": (0, 158, 115), "orange": (230, 159, 0), "red": (213, 94, 0), "grey": (153, 153, 153)}
+    pixels = read_pixels(path)
+    return {name for name, colour in colours.items() if (pixels == colour).all(1).sum() > 500}
+
+
+@pytest.mark.parametrize(
+    ("target", "labels", "frames"),
+    [
+        (GRADE, ("3", "4", ["5", None]), {"orange", "red", "grey"}),
+        (SUBTYPE, ("ductal", "lobular", ["ductal"]), {"red", "green"}),
+        (STATUS, ("negative", "negative", ["positive"]), {"green", "orange"}),
+        (KI67, (50.0, 54.0, [65.0, 90.0, None]), {"green", "orange", "red", "grey"}),
+        (KI67, (None, 54.0, [65.0]), {"grey"}),
+    ],
+    ids=["ordinal", "class", "binary", "number", "unknown"],
+)
+def test_frames_show_how_far_labels_are(tmp_path, target, labels, frames):
+    assert draw_sheet(tmp_path / "q.png", target, *labels) == frames
+
+
+@pytest.mark.parametrize(
+    ("target", "true", "label", "words"),
+    [
+        (HER2, "2+", "2+", "same level"),
+        (HER2, "2+", "1+", "one level off"),
+        (HER2, "0", "3+", "further off"),
+        (SUBTYPE, "ductal", "other", "another label"),
+        (KI67, 20.0, 24.0, "off by 4%"),
+        (KI67, 0.0, 0.0, "off by 0%"),
+        (HER2, None, "2+", "not comparable"),
+        (HER2, "2+", "a class of another target", "not comparable"),
+        (KI67, 20.0, "2+", "not comparable"),
+        (HER2, 20.0, "2+", "not comparable"),
+    ],
+)
+def test_captions_say_how_far_labels_are(target, true, label, words):
+    assert compare_labels(true, label, target, 100.0)[1] == words
+
+
+def test_values_without_a_range_are_compared_by_those_at_hand(tmp_path):
+    plain = Target(name="score", kind="number", classes=(), unit=None)
+    assert draw_sheet(tmp_path / "a.png", plain, 0.0, 10.0, [1000.0]) == {"green", "red"}
+    assert draw_sheet(tmp_path / "b.png", plain, 0.0, 10.0, [11.0]) == {"red"}
+    assert draw_sheet(tmp_path / "c.png", plain, 7.0, 7.0, [7.0]) == {"green"}
+
+
+@pytest.mark.parametrize("count", [2, 12, 100])
+def test_a_confusion_matrix_of_many_classes_can_be_drawn(tmp_path, count):
+    names = tuple(f"a rather long name of class {number}" for number in range(count))
+    target = Target(name="many", kind="class", classes=names, unit=None)
+    confusion_matrix(draw_answers(target, slides=count, each=2), tmp_path / "c.png", "many")
+    with Image.open(tmp_path / "c.png") as picture:
+        assert 400 < max(picture.size) < 4000

@@ -5,48 +5,49 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_answers import ALL, GRADE, HER2, KI67, SUBTYPE, draw_answers
 from PIL import Image
 
 from lgd.base.errors import DataError
-from lgd.config_sections import LEVEL_NAMES
-from lgd.metrics import METRICS, Predictions, paired_differences, score
-from lgd.report.caveats import COLOUR, HOW, caveats_of
+from lgd.labels.predictions import paired_differences, score_with_intervals
+from lgd.report.caveats import caveats_of
+from lgd.report.colour import COLOUR, describe_colour
+from lgd.report.columns import list_robust
 from lgd.report.embeddings import Embedding, measure
 from lgd.report.evaluation import measure_results
 from lgd.report.figures import Picture, Query, confusion_matrix, contact_sheet
 from lgd.report.report import format_scores, write_report
-from lgd.report.results import Results
-from lgd.retrieval.answers import Answer, Hit, name_level
-from lgd.shards.manifest import Manifest, Split
+from lgd.report.results import (
+    AtStrength,
+    ChangeText,
+    ModelRobustness,
+    Results,
+    Robustness,
+    UnderChange,
+    format_interval,
+)
+from lgd.report.sites import Taught
+from lgd.retrieval.answers import Answer, Hit
+from lgd.shards.manifest import Manifest, Split, Values
 from lgd.shards.shard_set import ShardFolder, ShardSet
 
 
 def model(name="LGD-Net", skill=1.0, slides=12, each=5, level=None, groups=None):
     """A model of some skill on patches of slides that each have one level."""
-    level = np.repeat(np.arange(slides) % 4, each) if level is None else np.asarray(level, np.int64)
-    n = len(level)
-    noise = np.random.default_rng(len(name)).normal(size=(n, 4))
-    odds = np.exp(noise + skill * np.eye(4)[np.maximum(level, 0)])
-    return Predictions(
-        name=name,
-        keys=[f"patch-{row}" for row in range(n)],
-        groups=[f"s{row // each}" for row in range(n)] if groups is None else groups,
-        level=level,
-        probability=odds / odds.sum(1, keepdims=True),
-    )
+    return draw_answers(HER2, name, skill, slides, each, level, groups)
 
 
 def query(level=2, ihc=True):
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     found = [
-        Hit(key=f"k_$1$_{other}", slide=None, split="train", level=name_level(other), part=0, row=0, distance=0.1)
+        Hit(key=f"k_$1$_{other}", slide=None, split="train", label=HER2.name_label(other), part=0, row=0, distance=0.1)
         for other in (2, 1, 0, -1)
     ]
     return Query(
-        answer=Answer(image="q" * 60, level="1+", neighbours=found),
+        answer=Answer(image="q" * 60, label="1+", known=HER2, neighbours=found),
         slide="S1",
-        level=None if level is None else name_level(level),
+        label=None if level is None else HER2.name_label(level),
         he=image,
         ihc=image if ihc else None,
         images=[Picture("IHC", image)] * 4,
@@ -110,14 +111,14 @@ def test_text_of_others_is_only_text(tmp_path):
 def test_the_document_holds_every_number(written):
     folder, scored, document = written
     assert strict(folder / "metrics.json") == document
-    assert document["levels"] == dict.fromkeys(LEVEL_NAMES, 15)
+    assert document["levels"] == dict.fromkeys(HER2.classes, 15)
     assert document["always_the_commonest_level"] == 0.25
     assert document["provenance"]["model"] == "abc"
     for made, predictions in zip(document["models"], scored, strict=True):
-        values = score(predictions.level, predictions.probability)
+        names, values = predictions.measures.names, predictions.measures.score(predictions.label, predictions.output)
         metrics = made["by_patch"]["metrics"]
-        assert {name: metrics[name]["value"] for name in METRICS} == values
-        assert all(metrics[name]["low"] <= values[name] <= metrics[name]["high"] for name in METRICS)
+        assert {name: metrics[name]["value"] for name in names} == values
+        assert all(metrics[name]["low"] <= values[name] <= metrics[name]["high"] for name in names)
         counts = np.array(made["by_patch"]["confusion"])
         assert counts.sum(1).tolist() == [15] * 4
         assert np.trace(counts) / 60 == pytest.approx(values["accuracy"])
@@ -132,7 +133,7 @@ def test_latents_that_are_all_alike_are_told(written, tmp_path):
     assert document["caveats"] == ["Mind this."], "each finds its own first"
     latents = np.random.default_rng(0).normal(size=(len(scored[0].keys), 4))
     alike = np.ones(4) + 1e-3 * np.random.default_rng(1).normal(size=latents.shape)
-    found = measure([Embedding("LGD-Net, latents", alike, latents, latents)], scored[0], scored[0].level, 40, 0)
+    found = measure([Embedding("LGD-Net, latents", alike, latents, latents)], scored[0], scored[0].label, 40, 0)
     [first, caveat] = report(tmp_path, scored, retrieval=found)["caveats"]
     assert first == "Mind this." and "LGD-Net, latents: they find their own IHC no better than by chance" in caveat
     assert caveat in (tmp_path / "summary.md").read_text()
@@ -146,7 +147,10 @@ def test_the_pictures_are_pictures(written):
         assert min(pixels.shape[:2]) > 400
         assert pixels.std() > 10
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["confusion.png", "metrics.json", "queries.png", "reliability.png", "summary.md"]
+        [
+            *("confusion.png", "metrics.json", "predictions-by-patch.csv", "predictions-by-slide.csv", "queries.png"),
+            *("reliability.png", "summary.md"),
+        ]
     )
 
 
@@ -294,8 +298,8 @@ def test_the_confusion_matrix_takes_absent_levels_and_any_title(tmp_path):
 
 def test_without_any_label_no_frame_speaks_of_one(tmp_path):
     asked = query(None)
-    unknown = [dataclasses.replace(hit, level=None) for hit in asked.answer.neighbours]
-    asked = dataclasses.replace(asked, answer=dataclasses.replace(asked.answer, level=None, neighbours=unknown))
+    unknown = [dataclasses.replace(hit, label=None) for hit in asked.answer.neighbours]
+    asked = dataclasses.replace(asked, answer=dataclasses.replace(asked.answer, label=None, neighbours=unknown))
     contact_sheet([asked], tmp_path / "q.png", votes=True)
     with Image.open(tmp_path / "q.png") as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
@@ -329,14 +333,14 @@ def test_real_patches_fill_a_sheet(real_data, tmp_path):
     }
     levels = [name.removesuffix(".png").split("_")[2] for name in names]
     found = [
-        Hit(key=name, slide=None, split="test", level=level, part=0, row=0, distance=0.5)
+        Hit(key=name, slide=None, split="test", label=level, part=0, row=0, distance=0.5)
         for name, level in zip(names, levels, strict=True)
     ]
     rows = [
         Query(
-            answer=Answer(image=name, neighbours=found[:2]),
+            answer=Answer(image=name, known=HER2, neighbours=found[:2]),
             slide=None,
-            level=level,
+            label=level,
             he=he,
             ihc=ihc,
             images=[Picture("IHC", image) for image in images["IHC"][:2]],
@@ -361,11 +365,11 @@ def test_what_colour_alone_tells_is_a_caveat(tmp_path):
         in (document["caveats"][2])
     )
     text = (tmp_path / "summary.md").read_text()
-    assert HOW in text and text.count("Stain and background alone, without any shape") == 1
+    assert describe_colour(HER2) in text and text.count("Stain and background alone, without any shape") == 1
     document = report(tmp_path, [model(skill=3.0), model(COLOUR, 0.0), model("IHC teacher", 3.0)])
     assert document["caveats"] == ["Mind this."]
     report(tmp_path, [model(skill=3.0), model("IHC teacher", 3.0)])
-    assert HOW not in (tmp_path / "summary.md").read_text()
+    assert describe_colour(HER2) not in (tmp_path / "summary.md").read_text()
 
 
 def test_colour_beside_one_group_or_no_level_is_no_caveat(tmp_path):
@@ -375,3 +379,113 @@ def test_colour_beside_one_group_or_no_level_is_no_caveat(tmp_path):
         [model(level=[-1] * 5), model(COLOUR, level=[-1] * 5)],
     ):
         assert report(tmp_path, scored)["caveats"] == ["Mind this."]
+
+
+@pytest.mark.parametrize("target", ALL, ids=lambda target: target.name)
+def test_a_report_follows_its_target(tmp_path, target):
+    """In its words, its metrics and its pictures; and the document can be read again."""
+    sites = {"center": ["A", "A", "B"] * 20}
+    models = [("LGD-Net", 2.0), (COLOUR, 0.5), ("IHC teacher", 4.0)]
+    scored = [draw_answers(target, name, skill, sites=sites) for name, skill in models]
+    latents = np.random.default_rng(0).normal(size=(60, 4))
+    found = measure([Embedding("LGD-Net, latents", latents, latents, latents)], scored[0], scored[0].label, 20, 0)
+    values = Values(mean=40.0, std=10.0, least=1.0, most=90.0) if target.is_number else None
+    document = report(tmp_path, scored, retrieval=found, taught=Taught(values, {"center": ["A"]}, {}))
+    results = Results.read(tmp_path / "metrics.json")
+    assert results.predicted == target and ("target" in document) == (target is not HER2)
+    assert results.models[0].by_patch.metrics.keys() == dict.fromkeys(scored[0].measures.names).keys()
+    text, word = (tmp_path / "summary.md").read_text(), target.label_word
+    assert text.startswith(f"# {target.name} {word} from H&E: report\n") and f"60 have a {word} (" in text
+    for title in (
+        *scored[0].measures.headline.values(),
+        f"Retrieval by {word}",
+        "Scores by center",
+        "not in training: B.",
+    ):
+        assert title in text
+    assert describe_colour(target) in text and ("### Two ways to score a slide" in text) == (target is HER2)
+    assert format_scores(results).splitlines()[0].split()[:3] == ["model", "patches", "groups"]
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == ({"values", "agreement"} if target.is_number else {"confusion", "reliability"})
+    assert all(f"]({name}.png)" in text for name in pictures)
+    if target.is_number:
+        expected = abs(scored[0].label - 40.0).mean()
+        assert f"Always answering the mean of the training values would have an MAE of {expected:.3f}." in text
+        assert "## Limits of agreement" in text and "| LGD-Net | slide |" in text and "repeated measures" in text
+        assert "confusion" not in text and document["levels"] == {"known": 60}
+    else:
+        assert f"Sensitivity by {word}" in text and f"commonest {word} would reach" in text
+    if target is not HER2:
+        others = "ASCO", "2+", "HER2-low", *(() if "HER2" in target.name else ("HER2",))
+        assert not any(other in text for other in others)
+
+
+def test_a_report_of_another_kind_leaves_nothing_of_the_last(tmp_path):
+    report(tmp_path, [draw_answers(HER2)])
+    report(tmp_path, [draw_answers(KI67, groups=[f"s{row}" for row in range(60)])])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["agreement.png", "metrics.json", "predictions-by-patch.csv", "summary.md", "values.png"]
+    )
+    report(tmp_path, [draw_answers(KI67).without_labels()])
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md"}
+
+
+@pytest.mark.parametrize(
+    ("words", "taught", "label"),
+    [
+        ("No training value is above 60%, and 2 of 24 scored patches are", (20.0, 60.0), [61.0, 75.0]),
+        ("No training value is below 20%, and 1 of 24 scored patches are", (20.0, 60.0), [3.0]),
+        ("Every training value is 20%", (20.0, 20.0), [30.0]),
+        ("only 2. The intervals mean little", (0.0, 100.0), []),
+        ("1 of 25 patches have no value", (0.0, 100.0), [np.nan]),
+    ],
+)
+def test_caveats_of_values_are_computed(words, taught, label):
+    drawn = draw_answers(KI67, label=[*np.linspace(30, 50, 24 - len([x for x in label if x == x])), *label])
+    drawn = dataclasses.replace(
+        drawn, groups=[f"s{row % (2 if 'only 2' in words else 12)}" for row in range(len(drawn.keys))]
+    )
+    split = Split.model_construct(
+        labels={"known": 9, "unknown": 0}, values=Values(mean=30.0, std=0.0, least=taught[0], most=taught[1])
+    )
+    train = manifest()
+    train.splits["train"] = split
+    found = caveats_of(shard_set([train]), drawn)
+    assert sum(words in caveat for caveat in found) == 1, found
+
+
+def test_constant_values_are_a_caveat():
+    alike = draw_answers(KI67, label=[7.0] * 24)
+    found = caveats_of(shard_set([manifest()]), alike)
+    assert sum("Every scored value is 7%: no correlation is defined" in caveat for caveat in found) == 1
+
+
+@pytest.mark.parametrize("target", [GRADE, SUBTYPE], ids=lambda target: target.name)
+def test_caveats_of_other_classes_have_their_names(target):
+    found = caveats_of(shard_set([manifest()]), draw_answers(target, slides=4, each=3))
+    assert any(caveat.startswith("Labels that come from very few slides") for caveat in found)
+    assert any(caveat.startswith("A label is that of the whole slide") for caveat in found)
+    assert any("Telling 1 from 2" in caveat for caveat in found) == (target is GRADE)
+    assert not any("level" in caveat for caveat in found)
+
+
+@pytest.mark.parametrize("target", [HER2, SUBTYPE, KI67], ids=lambda target: target.name)
+def test_robustness_is_shown_by_the_metrics_of_the_target(tmp_path, target):
+    before, after = draw_answers(target, skill=3.0), draw_answers(target, skill=0.5)
+    names = list_robust(before.measures)
+    metrics = [score_with_intervals(one, 20, 0, names) for one in (before, after)]
+    less = paired_differences(after, before, names, 20, 0)
+    at = AtStrength(strength=1.0, label="much", metrics=metrics[1], minus_unchanged=less)
+    one = ModelRobustness(name="LGD-Net", unchanged=metrics[0], changes=(UnderChange(name="blur", at=(at,)),))
+    text = ChangeText(name="blur", what="out of focus", why="a reason")
+    found = measure_results([before], caveats=[], provenance={}, resamples=20, seed=0)
+    found = found.model_copy(update={"robustness": Robustness(seed=0, changes=(text,), models=(one,))})
+    write_report(tmp_path, found, [before])
+    lines = (tmp_path / "summary.md").read_text().splitlines()
+    head, titles, main = {
+        "Ki67": ("error and correlation", "MAE (%) | Pearson r | concordance", "mae"),
+    }.get(target.name, ("accuracy and calibration", "accuracy | kappa | ECE", "kappa"))
+    assert f"## Robustness: {head} as images change" in lines and "](robustness.png)" in "".join(lines)
+    unit = "MAE (%)" if main == "mae" else main
+    assert f"| model | change | {titles} | {unit} minus that of the unchanged |" in lines
+    assert any(line.endswith(f"| {format_interval(less[main], '+.3f')} |") for line in lines)

@@ -9,7 +9,7 @@ from optics import mix, od_to_rgb
 from PIL import Image
 
 from lgd import pipeline
-from lgd.metrics import paired_differences
+from lgd.labels.predictions import paired_differences
 from lgd.report import robustness
 from lgd.report.robustness import CHANGES, Change
 from lgd.scoring.predict import load_scorer, score_shards
@@ -146,10 +146,10 @@ def test_scoring_changed_images_is_scoring_them_changed(tissue_run):
     after, _ = score_shards(teacher, shards, threads=1, batch=3, alter=dark)
     before, _ = score_shards(teacher, shards, threads=1, alter=lambda image, keys: seen.extend(image) or image)
     plain, _ = score_shards(teacher, shards, threads=1)
-    np.testing.assert_array_equal(before.probability, plain.probability)
-    halved = teacher.score(np.stack(seen) // 2)["probability"]
-    np.testing.assert_allclose(after.probability, halved, atol=1e-5)
-    assert not np.allclose(after.probability, plain.probability, atol=1e-3)
+    np.testing.assert_array_equal(before.output, plain.output)
+    halved = teacher.score(np.stack(seen) // 2)["output"]
+    np.testing.assert_allclose(after.output, halved, atol=1e-5)
+    assert not np.allclose(after.output, plain.output, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_a_number_of_the_report_is_worked_out_again(written):
         alter=lambda image, keys: named("stain").apply("ihc", 0.4, config.run.seed, image, keys),
     )
     at = found["models"][1]["changes"][0]["at"][2]
-    accuracy = (after.predicted == after.level).mean()
+    accuracy = (after.answer == after.label).mean()
     assert at["metrics"]["accuracy"]["value"] == pytest.approx(accuracy)
     again = paired_differences(after, before, ["ece"], config.report.bootstrap, config.run.seed)["ece"]
     assert at["minus_unchanged"]["ece"] == pytest.approx(again.as_json(), abs=1e-4)

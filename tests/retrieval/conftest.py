@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from filling import RECIPE
 
+from lgd.base.target import find_target
 from lgd.retrieval.index import build_index
 from lgd.shards.archive import Shard
 from lgd.store.commit import commit
@@ -29,6 +30,7 @@ def write_store():
                 idx_sha256="0" * 64,
                 extensions={},
                 keeps_files=True,
+                target=find_target("her2"),
             )
             keys, slides, levels, vectors = zip(*rows, strict=True)
             with shard_writer(folder, shard, RECIPE) as writer:

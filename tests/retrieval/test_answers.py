@@ -1,15 +1,18 @@
 import numpy as np
 import pytest
 
-from lgd.config_sections import LEVEL_NAMES
-from lgd.retrieval.answers import Answer, Hit, Stored, as_json, as_rows, as_table
+from lgd.base.target import find_target
+from lgd.retrieval.answers import Answer, Hit, Stored
 from lgd.retrieval.index_files import IndexDocument
+from lgd.retrieval.rows import as_json, as_rows, as_table
 from lgd.retrieval.search import NEAR_DUPLICATE, NEAR_WHITENED, choose_near, near_duplicates
 
+HER2 = find_target("her2")
 
-def hit(level, distance=0.5, **changed):
+
+def hit(label, distance=0.5, **changed):
     fields = {"key": "k", "slide": None, "split": "train", "part": 0, "row": 0} | changed
-    return Hit(level=level, distance=distance, **fields)
+    return Hit(label=label, distance=distance, **fields)
 
 
 @pytest.mark.parametrize(
@@ -25,11 +28,11 @@ def hit(level, distance=0.5, **changed):
     ],
 )
 def test_the_vote(levels, winner, bits):
-    found = Answer(neighbours=[hit(level) for level in levels]).vote
+    found = Answer(known=HER2, neighbours=[hit(level) for level in levels]).vote
     known = [level for level in levels if level]
     assert (found.level, found.labelled) == (winner, len(known))
     assert found.entropy_bits == (None if bits is None else pytest.approx(bits, abs=1e-4))
-    expected = {name: known.count(name) / len(known) if known else None for name in LEVEL_NAMES}
+    expected = {name: known.count(name) / len(known) if known else None for name in HER2.classes}
     assert found.shares == expected
 
 
@@ -58,19 +61,21 @@ def test_what_is_near_goes_by_how_an_index_compares(whitened, dim, near):
 
 @pytest.fixture
 def answers():
-    stored = Stored(key="q", slide="s1", split="test", level="3+", part=3, row=4)
+    stored = Stored(key="q", slide="s1", split="test", label="3+", part=3, row=4)
     hits = [hit("2+", key="a", slide="s"), hit(None, key="b", duplicate_of="a"), hit("0", key="c")]
-    chances = dict.fromkeys(LEVEL_NAMES, 0.25)
+    chances = dict.fromkeys(HER2.classes, 0.25)
     return [
         Answer(
             image="x/he.png",
-            level="1+",
+            label="1+",
             probabilities=chances,
+            target=HER2,
+            known=HER2,
             stored=None,
             neighbours=hits,
             notes=["pale", "small"],
         ),
-        Answer(image=None, level=None, probabilities=None, stored=stored, neighbours=hits[:1]),
+        Answer(known=HER2, stored=stored, neighbours=hits[:1]),
     ]
 
 
@@ -101,16 +106,16 @@ def test_the_json_has_the_same_fields_for_images_and_keys(answers):
 
 
 def test_csv_rows_have_the_columns_that_the_docstring_lists(answers):
-    from lgd.retrieval import answers as module
+    from lgd.retrieval import rows as module
 
-    rows = as_rows(answers)
+    found = as_rows(answers)
     listed = (module.__doc__ or "").split("one row a neighbour (`as_rows`):")[1].split(".")[0]
-    assert all([*row] == [name.strip() for name in listed.split(",")] for row in rows)
-    assert [row["rank"] for row in rows] == [1, 2, 3, 1]
-    assert [row["query_key"] for row in rows] == [None, None, None, "q"]
-    assert [row["vote_share"] for row in rows] == [0.5, 0.5, 0.5, 1.0]
-    assert [row["notes"] for row in rows] == ["pale; small"] * 3 + [""]
-    assert rows[0]["image"] == "x/he.png" and rows[3]["image"] is None
+    assert all([*row] == [name.strip() for name in listed.split(",")] for row in found)
+    assert [row["rank"] for row in found] == [1, 2, 3, 1]
+    assert [row["query_key"] for row in found] == [None, None, None, "q"]
+    assert [row["vote_share"] for row in found] == [0.5, 0.5, 0.5, 1.0]
+    assert [row["notes"] for row in found] == ["pale; small"] * 3 + [""]
+    assert found[0]["image"] == "x/he.png" and found[3]["image"] is None
 
 
 def test_the_table_ends_each_query_with_its_vote(answers):

@@ -18,7 +18,7 @@ from test_index import KINDS, QUERIES, SHARDS, bank_of, build, forge, gallery, m
 from lgd import pipeline
 from lgd.base.errors import DataError
 from lgd.cli import main
-from lgd.cli.contents import describe
+from lgd.cli.facts import describe
 from lgd.io.files import read_json
 from lgd.io.location import as_location
 from lgd.retrieval import bias as bias_module

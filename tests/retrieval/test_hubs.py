@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lgd.base.target import find_target
 from lgd.retrieval.answers import Answer, Hit, describe_hubs
 from lgd.retrieval.hubs import chance_of_hubs, chance_of_never, count_found, count_hubs, find_hubs
 
@@ -50,9 +51,12 @@ def test_chance_is_the_mean_of_many_drawings(queries, k, rows):
     assert chance_of_hubs(queries, k, rows) == pytest.approx(np.mean(shares), rel=0.02)
 
 
+HER2 = find_target("her2")
+
+
 def answer(*rows):
-    fields = {"slide": None, "split": "train", "level": None, "part": 0, "distance": 0.1}
-    return Answer(image="a.png", neighbours=[Hit(key=str(row), row=row, **fields) for row in rows])
+    fields = {"slide": None, "split": "train", "label": None, "part": 0, "distance": 0.1}
+    return Answer(known=HER2, image="a.png", neighbours=[Hit(key=str(row), row=row, **fields) for row in rows])
 
 
 def test_enough_queries_are_told_of_hubs():
@@ -63,5 +67,5 @@ def test_enough_queries_are_told_of_hubs():
     line = describe_hubs(answers, 120)
     assert line.startswith("hubs: the 2 IHCs (1 % of 120) found first most often are the first answer to 68.3 % of the")
     assert line.endswith("; 81.7 % of all are never found (by chance 36.5 %)")
-    assert describe_hubs([*answers, Answer(image="bad.png", usable=False)], 120) == line
+    assert describe_hubs([*answers, Answer(known=HER2, image="bad.png", usable=False)], 120) == line
     assert describe_hubs(answers[:49], 20) == describe_hubs(answers, 121) == describe_hubs([], 1) == ""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
+from lgd.base.target import find_target
 from lgd.io.digests import digest_of, xxh3
 from lgd.io.files import read_json
 from lgd.io.locks import TakenError, exclusive
@@ -28,7 +29,7 @@ from lgd.store.commit import commit
 from lgd.store.store import Store
 from lgd.store.writer import shard_writer
 
-SHARD = {"bytes": 1, "idx_sha256": "0" * 64, "extensions": {}, "keeps_files": True}
+SHARD = {"bytes": 1, "idx_sha256": "0" * 64, "extensions": {}, "keeps_files": True, "target": find_target("her2")}
 SHARDS = (("train", 150), ("val", 20), ("train", 130))
 KINDS = ("Flat", "IVF10,Flat", "IVF10,SQfp16", "IVF10,SQ8")
 

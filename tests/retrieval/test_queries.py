@@ -8,7 +8,6 @@ from PIL import Image
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
-from lgd.config_sections import LEVEL_NAMES
 from lgd.io.digests import digest_of
 from lgd.io.files import read_json, write_json
 from lgd.report.sheet import Gallery
@@ -19,7 +18,6 @@ from lgd.scoring.images import find_images
 from lgd.scoring.predict import load_scorer, score_images
 from lgd.shards.shard_set import ShardFolder
 from lgd.stain.checks import NO_HE
-from lgd.store.parts import as_levels
 from lgd.store.store import Store
 from lgd.stream.reader import Reader
 from lgd.train.launch import train_under
@@ -66,7 +64,7 @@ def brute_force(store, vector, k, components):
                     "key": part.array("key")[row].decode(),
                     "slide": part.array("slide")[row].decode(),
                     "split": "train",
-                    "level": LEVEL_NAMES[as_levels(part.array("label")[row])],
+                    "level": store.target.classes[int(part.array("label")[row])],
                     "distance": 1 - cosine,
                 }
             )
@@ -81,7 +79,7 @@ def test_the_command_answers_as_brute_force_does(tissue_run, scorer, store, imag
     vectors = {said.image: values for said, values in score_images(scorer, images)}
     for answer in answers:
         row = vectors[answer["image"]]
-        assert answer["level"] == LEVEL_NAMES[int(row["probability"].argmax())]
+        assert answer["level"] == store.target.classes[int(row["output"].argmax())]
         expected = brute_force(store, row["query"].astype(np.float64), 4, tissue_run.latents.components)
         near = choose_near(read_document(store))
         for found, wanted in zip(answer["neighbours"], expected, strict=True):

@@ -9,11 +9,10 @@ import pytest
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
-from lgd.config_sections import LEVEL_NAMES
-from lgd.retrieval.answers import as_json, collect_notes, count_neighbours
+from lgd.retrieval.answers import collect_notes, count_neighbours
 from lgd.retrieval.queries import query
+from lgd.retrieval.rows import as_json
 from lgd.retrieval.search import NEAR_DUPLICATE, Searcher
-from lgd.store.parts import as_levels
 from lgd.store.store import Store
 
 
@@ -50,7 +49,8 @@ def brute_force(store, key_part, row, k, keep=lambda entry: True):
             continue
         for other in range(part.rows):
             there = np.asarray(part.array("pooled")[other, 0], np.float64)
-            entry = (part.split, int(as_levels(part.array("label")[other])), bytes(part.array("slide")[other]).decode())
+            label, slide = (part.array(name)[other] for name in ("label", "slide"))
+            entry = (part.split, int(np.nan_to_num(label, nan=-1)), bytes(slide).decode())
             if (number, other) != (key_part, row) and keep(entry):
                 cosine = there @ vector / np.linalg.norm(there) / np.linalg.norm(vector)
                 found.append((1 - cosine, number, other))
@@ -75,7 +75,7 @@ def test_filters_leave_what_they_name(store):
     ((part, row),) = store.find("a-007")
     for splits in (None, ["val"], ["val", "train"]):
         for levels in (None, ["0"], ["1+", "3+"]):
-            numbers = range(-1, 4) if levels is None else [LEVEL_NAMES.index(level) for level in levels]
+            numbers = range(-1, 4) if levels is None else [store.target.classes.index(level) for level in levels]
             (answer,) = query(None, store, keys=["a-007"], k=9, splits=splits, levels=levels)
 
             def keep(entry, splits=splits, numbers=numbers):
@@ -157,7 +157,7 @@ def test_an_unknown_key_names_close_ones(store, key, told):
         ({"keys": []}, ConfigError, "nothing is asked: give H&E images, or --key KEY"),
         ({"splits": ["val", "dev"]}, ConfigError, "--split dev: there are train, val .those of the index"),
         ({"splits": ["test"]}, ConfigError, "--split test: there are train, val .*latents.gallery"),
-        ({"levels": ["4+", "0"]}, ConfigError, "--level 4.: there are 0, 1., 2., 3."),
+        ({"levels": ["4+", "0"]}, ConfigError, "--label 4.: there are 0, 1., 2., 3."),
         ({"slides": "slides.csv"}, ConfigError, "--slides is used by --exclude-same-slide only"),
         ({"keys": ["a-000"], "exclude_same_slide": True}, DataError, "slide of 1 of 1 queries is unknown, .* a-000"),
     ],

@@ -16,11 +16,11 @@ from scipy.special import softmax
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
-from lgd.config_sections import LEVEL_NAMES
-from lgd.metrics import score
+from lgd.labels.conformal import calibrate
 from lgd.models.loading import load_student
 from lgd.scoring.images import find_images, read_image
-from lgd.scoring.predict import count_notes, join_notes, load_scorer, predict, score_images, score_shards
+from lgd.scoring.notes import count_notes, join_notes
+from lgd.scoring.predict import load_scorer, predict, score_images, score_shards
 from lgd.scoring.slide_rows import as_json, join_slides, slides_of_images
 from lgd.shards.image import decode
 from lgd.shards.pairs import read_slides
@@ -154,8 +154,8 @@ def test_a_file_scores_as_the_network_says(scorer, tissue_run, images):
         with torch.no_grad():
             logits = model(image)["logits"][0].double()
         expected = torch.softmax(logits / config.temperature, dim=0).numpy()
-        np.testing.assert_allclose(rows[path]["probability"], expected, atol=1e-5)
-        assert rows[path]["probability"].sum() == pytest.approx(1)
+        np.testing.assert_allclose(rows[path]["output"], expected, atol=1e-5)
+        assert rows[path]["output"].sum() == pytest.approx(1)
 
 
 def test_shards_score_as_their_files(scorer, tissue_run, tissue):
@@ -164,14 +164,14 @@ def test_shards_score_as_their_files(scorer, tissue_run, tissue):
     reader = Reader(shards, ())
     samples = [reader.read(number) for number in range(reader.total)]
     assert predictions.keys == [sample.key for sample in samples]
-    assert predictions.level.tolist() == [sample.level for sample in samples]
+    assert predictions.label.tolist() == [sample.label for sample in samples]
     assert predictions.groups == [sample.meta.group for sample in samples]
     assert {name: array.shape for name, array in vectors.items()} == dict.fromkeys(
         ("pooled", "query"), (20, scorer.config.latents["teacher"].dim)
     )
     files = [tissue / sample.meta.source for sample in samples]
     rows = [values for _, values in score_images(scorer, files)]
-    np.testing.assert_allclose(predictions.probability, [row["probability"] for row in rows], atol=1e-5)
+    np.testing.assert_allclose(predictions.output, [row["output"] for row in rows], atol=1e-5)
     for name, array in vectors.items():
         np.testing.assert_allclose(array, [row[name] for row in rows], atol=1e-4)
 
@@ -182,18 +182,24 @@ def test_the_teacher_reads_the_ihc(tissue_run):
     reader = Reader(ShardSet.open(tissue_run.shard_dirs).of_split("val"), ("he", "ihc"), 64)
     one = reader.read(2)
     row = teacher.score(one.images["ihc"][None])
-    np.testing.assert_allclose(predictions.probability[2], row["probability"][0], atol=1e-5)
-    assert not np.allclose(row["probability"], teacher.score(one.images["he"][None])["probability"], atol=1e-5)
+    np.testing.assert_allclose(predictions.output[2], row["output"][0], atol=1e-5)
+    assert not np.allclose(row["output"], teacher.score(one.images["he"][None])["output"], atol=1e-5)
     assert vectors["pooled"].shape[1] == teacher.model.dim and [*vectors] == ["pooled"]
 
 
 def test_training_wrote_the_scores_of_the_exported_network(scorer, tissue_run):
     predictions, _ = score_shards(scorer, ShardSet.open(tissue_run.shard_dirs).of_split("val"), threads=1)
     # Without the temperature, as during training.
-    chances = softmax(np.log(predictions.probability) * scorer.config.temperature, axis=1)
-    again = score(predictions.level, chances)
+    chances = softmax(np.log(predictions.output) * scorer.config.temperature, axis=1)
+    again = predictions.measures.score(predictions.label, chances)
     written = scorer.config.validation
     assert written and written == pytest.approx({name: again[name] for name in written}, abs=1e-4)
+    known = predictions.labelled()
+    sets = calibrate(known.target.kind, known.output, known.label, known.groups)
+    for by in ("patch", "slide"):
+        found, kept = getattr(sets, by), getattr(predictions.conformal, by)
+        assert (found is None) == (kept is None)
+        assert found is None or (found.slides, found.highest) == (kept.slides, pytest.approx(kept.highest, abs=1e-4))
 
 
 def test_what_is_no_image_is_named(scorer, images):
@@ -208,7 +214,8 @@ def test_what_is_no_image_is_named(scorer, images):
 def test_grey_and_large_images_are_scored(scorer, images):
     Image.new("L", (300, 200), 230).save(images / "grey.png")
     (row,) = predict(scorer, [images / "grey.png"], mpp="unknown")
-    assert row.level in LEVEL_NAMES and sum(row.probabilities.values()) == pytest.approx(1, abs=1e-3)
+    assert row.label == row.level in row.target.classes
+    assert sum(row.probabilities.values()) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.fixture
@@ -231,19 +238,21 @@ def test_notes_stand_beside_the_results_which_they_do_not_change(scorer, odd_ima
     assert notes == {**{f"p{n}": [] for n in range(5)}, "ihc0": [NO_HE], "ihc1": [NO_HE], "glass": [NEARLY_BLANK]}
     for name, row in rows.items():
         (path,) = odd_images.rglob(f"{name}.png")
-        chances = scorer.score(read_image(path, 64)[None])["probability"][0]
+        chances = scorer.score(read_image(path, 64)[None])["output"][0]
         assert list(row.probabilities.values()) == pytest.approx(chances.tolist(), abs=1e-4)
 
 
 def predict_slides(scorer, paths, slides):
-    return join_slides(predict(scorer, paths), slides_of_images(slides, paths))
+    return join_slides(scorer.config, predict(scorer, paths), slides_of_images(slides, paths))
 
 
 def test_a_slide_says_how_many_of_its_patches_have_a_note(scorer, odd_images, tmp_path):
     slides = tmp_path / "slides.csv"
     slides.write_text("key,slide\n" + "".join(f"p{n},A\n" for n in range(5)) + "ihc0,B\nihc1,B\nglass,B\n")
     rows = predict_slides(scorer, find_images([str(odd_images)]), slides)
-    assert [list(as_json(row)) for row in rows] == [["slide", "patches", "level", "probabilities", "notes"]] * 2
+    assert [list(as_json(row)) for row in rows] == [
+        ["slide", "patches", "level", "probabilities", "label_set", "notes"]
+    ] * 2
     assert [of_the_patch(row.notes) for row in rows] == [
         [],
         [f"1 of 3 patches: {NEARLY_BLANK}", f"2 of 3 patches: {NO_HE}"],
@@ -289,12 +298,12 @@ def test_slides_are_the_mean_of_their_patches(scorer, images, tmp_path):
     # As a spreadsheet writes it: with a byte order mark, and columns that are not asked for.
     slides.write_text("\ufeffkey,slide,note\np0,B,\np1,A,x\np2,B,\np3,A,\np4,B,\nother,C,\n", encoding="utf-8")
     rows = predict_slides(scorer, paths, slides)
-    by_name = {Path(said.image).stem: values["probability"] for said, values in score_images(scorer, paths)}
+    by_name = {Path(said.image).stem: values["output"] for said, values in score_images(scorer, paths)}
     assert [(row.slide, row.patches) for row in rows] == [("A", 2), ("B", 3)]
     for row, members in zip(rows, (("p1", "p3"), ("p0", "p2", "p4")), strict=True):
         mean = np.mean([by_name[name] for name in members], axis=0)
         assert list(row.probabilities.values()) == pytest.approx(mean.tolist(), abs=1e-4)
-        assert row.level == LEVEL_NAMES[int(mean.argmax())]
+        assert row.label == row.target.classes[int(mean.argmax())]
 
 
 @pytest.mark.parametrize(
@@ -330,14 +339,14 @@ def test_the_command_prints_one_json_document(tissue_run, scorer, images, capsys
     assert main(["predict", "--model", tissue_run.student.dir, "--json", str(images)]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows == [as_json(row) for row in predict(scorer, images)]
-    assert [list(row) for row in rows] == [["image", "level", "probabilities", "notes"]] * 5
+    assert [list(row) for row in rows] == [["image", "level", "probabilities", "label_set", "notes"]] * 5
 
 
 def test_the_command_prints_a_table_and_csv(tissue_run, images, capsys, tmp_path):
     (tmp_path / "config.yaml").write_text(tissue_run.as_yaml())
     assert main(["predict", "--config", str(tmp_path / "config.yaml"), str(images)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and lines[0].split() == ["image", "level", "0", "1+", "2+", "3+", "notes"]
+    assert len(lines) == 6 and lines[0].split() == ["image", "level", "0", "1+", "2+", "3+", "label_set", "notes"]
     assert main(["predict", "--config", str(tmp_path / "config.yaml"), "--csv", str(images)]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [Path(row["image"]).name for row in rows] == ["p3.png", "p4.png", "p0.png", "p1.png", "p2.png"]

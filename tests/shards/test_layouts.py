@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from lgd.base.errors import ConfigError
+from lgd.base.target import find_target
 from lgd.cli import main
 from lgd.shards.layouts import LAYOUTS, find_layout
 from lgd.shards.options import ShardOptions
@@ -55,7 +56,7 @@ def test_a_layout_outside_the_package_is_packed_and_verified(mine, tmp_path, cap
 )
 def test_what_is_no_layout_is_refused(mine, name, message):
     with pytest.raises(ConfigError, match=message):
-        find_layout(name)
+        find_layout(name, find_target("her2"))
 
 
 def test_an_unknown_layout_is_refused_before_anything_is_read():

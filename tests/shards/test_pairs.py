@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
+from lgd.base.target import find_target
 from lgd.shards.archive import read_sample
 from lgd.shards.builder import build
 from lgd.shards.candidate import safe_key
@@ -35,7 +36,7 @@ def test_bci_names_give_split_and_level(tmp_path):
     both(tmp_path, "train/00002_train_3+.png", "train/00000_train_0.png", "test/00001_test_1+.png")
     touch(tmp_path, "HE/train/Thumbs.db", "HE/train/._00000_train_0.png")
     (tmp_path / "HE" / "notes.txt").write_text("no image")
-    pairs, problems = find_pairs("bci", tmp_path)
+    pairs, problems = find_pairs("bci", tmp_path, HER2)
     assert problems == []
     told = [(p.key, p.label, p.split, p.slide, p.group, p.names[0], p.mpp) for p in pairs]
     assert told == [
@@ -48,7 +49,7 @@ def test_bci_names_give_split_and_level(tmp_path):
 
 def test_bci_pairs_by_stem_whatever_the_suffix(tmp_path):
     touch(tmp_path, "HE/train/a_2+.jpg", "IHC/train/a_2+.png")
-    pairs, problems = find_pairs("bci", tmp_path)
+    pairs, problems = find_pairs("bci", tmp_path, HER2)
     assert [pair.ihc.name for pair in pairs] == ["a_2+.png"] and problems == []
 
 
@@ -64,7 +65,7 @@ def test_images_are_found_in_any_depth_and_under_any_name(tmp_path, caplog):
     touch(tmp_path, *names.split(), "HE/train/._s1.png", "IHC/train/@eaDir/a_1+.png", "HE/train/Thumbs.db")
     (tmp_path / "HE" / "train" / "notes.txt").write_text("no image")
     (tmp_path / "HE" / "train" / "round").symlink_to(tmp_path / "HE")
-    pairs, problems = find_pairs("bci", tmp_path)
+    pairs, problems = find_pairs("bci", tmp_path, HER2)
     assert problems == [] and {pair.key for pair in pairs} == {
         *(f"s1_deep_{number}_1+" for number in range(len(SUFFIXES))),
         *("s2_none_2+", "s2_2_5_2+", "s2_odd_2+", "s1_0_1+"),
@@ -103,7 +104,7 @@ def test_images_are_found_in_any_depth_and_under_any_name(tmp_path, caplog):
 def test_what_cannot_be_paired_is_named(tmp_path, make, name, reason):
     both(tmp_path, "train/good_2+.png")
     make(tmp_path)
-    pairs, problems = find_pairs("bci", tmp_path)
+    pairs, problems = find_pairs("bci", tmp_path, HER2)
     assert [pair.key for pair in pairs] == ["good_2+"]
     assert name in [problem.name for problem in problems]
     assert all(problem.reason for problem in problems)
@@ -113,13 +114,13 @@ def test_what_cannot_be_paired_is_named(tmp_path, make, name, reason):
 def test_the_problems_of_a_csv_are_in_the_order_of_its_rows(tmp_path):
     table = tmp_path / "pairs.csv"
     table.write_text("he,ihc\n" + "".join(f"/abs/{number}.png,a.png\n" for number in range(12)))
-    _, problems = find_pairs("csv", table)
+    _, problems = find_pairs("csv", table, HER2)
     assert [problem.name for problem in problems] == [f"pairs.csv row {row}" for row in range(2, 14)]
 
 
 def test_dots_in_a_stem_become_underscores(tmp_path):
     both(tmp_path, "train/x.y z_1+.png")
-    pairs, problems = find_pairs("bci", tmp_path)
+    pairs, problems = find_pairs("bci", tmp_path, HER2)
     assert [pair.key for pair in pairs] == ["x_y_z_1+"] and problems == []
     assert safe_key("a/b.c") == "a_b_c"
 
@@ -127,7 +128,7 @@ def test_dots_in_a_stem_become_underscores(tmp_path):
 def test_mist_names_give_the_slide(tmp_path):
     names = "trainA/100M2004069_10_9.jpg trainB/100M2004069_10_9.jpg valA/200N_1_2.jpg valB/200N_1_2.jpg"
     touch(tmp_path, *names.split(), "trainA/odd.jpg", "trainB/odd.jpg", "trainA/b2/7_0_1", "trainB/b2/7_0_1")
-    pairs, problems = find_pairs("mist", tmp_path)
+    pairs, problems = find_pairs("mist", tmp_path, HER2)
     assert problems == []
     told = {p.key: (p.slide, p.group, p.split, p.label, p.he.parent.name) for p in pairs}
     assert told == {
@@ -138,6 +139,7 @@ def test_mist_names_give_the_slide(tmp_path):
     }
 
 
+HER2 = find_target("her2")
 CSV = "he,ihc,key,level,slide,split,mpp\n"
 
 
@@ -146,7 +148,7 @@ def test_csv_columns(tmp_path):
     text = CSV + "h/a.png,i/a.png,,2+,S1,train,0.46\nh/b.png, i/b.png ,second,,,,\n"
     (tmp_path / "pairs.csv").write_text(text, encoding="utf-8-sig")
     for root in (tmp_path, tmp_path / "pairs.csv"):
-        pairs, problems = find_pairs("csv", root)
+        pairs, problems = find_pairs("csv", root, HER2)
         assert problems == []
         told = [(p.key, p.label, p.slide, p.group, p.split, p.mpp, *p.names) for p in pairs]
         assert told == [
@@ -177,7 +179,7 @@ def test_csv_rows_that_cannot_be_used(tmp_path, row, reason):
     touch(tmp_path, "a.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "pairs.csv").write_text(f"{CSV}{row}\n")
-    pairs, problems = find_pairs("csv", tmp_path)
+    pairs, problems = find_pairs("csv", tmp_path, HER2)
     assert pairs == [] and len(problems) == 1
     assert problems[0].name == "pairs.csv row 2" and reason in problems[0].reason
 
@@ -219,7 +221,7 @@ PLAIN = "he,ihc,level,slide,mpp,x\nh/a.png,i/a.png,1+,S1,0.46,1234.5\n"
 def test_a_csv_as_spreadsheets_write_it(tmp_path, caplog, content):
     touch(tmp_path, "h/a.png", "i/a.png")
     (tmp_path / "pairs.csv").write_bytes(content)
-    (pair,), problems = find_pairs("csv", tmp_path)
+    (pair,), problems = find_pairs("csv", tmp_path, HER2)
     assert problems == [] and (pair.names, pair.label, pair.slide) == (("h/a.png", "i/a.png"), 1, "S1")
     assert (pair.mpp, pair.origin.x) == (0.46, 1234.5)
     unread = re.search("remark|column 1", caplog.text)
@@ -232,7 +234,7 @@ def test_an_image_below_the_csv_may_be_named_in_full(tmp_path, monkeypatch, form
     monkeypatch.setenv("HOME", str(tmp_path))
     touch(tmp_path, "h/a.png")
     (tmp_path / "pairs.csv").write_text(f"he\n{form.format(tmp_path)}\n")
-    (pair,), problems = find_pairs("csv", tmp_path)
+    (pair,), problems = find_pairs("csv", tmp_path, HER2)
     assert problems == [] and Path(pair.names[0]).parts in (("h", "a.png"), ("h", "..", "h", "a.png"))
 
 
@@ -265,14 +267,14 @@ def test_other_names_of_splits_are_read_or_refused(tmp_path, layout, name, split
 def test_a_thousand_is_no_fraction(tmp_path):
     touch(tmp_path, "a.png")
     (tmp_path / "pairs.csv").write_text("he;x\na.png;1,234\n")
-    pairs, (problem,) = find_pairs("csv", tmp_path)
+    pairs, (problem,) = find_pairs("csv", tmp_path, HER2)
     assert pairs == [] and problem.name == "pairs.csv row 2" and "field 'x': should be a valid number" in problem.reason
 
 
 def test_a_file_whose_name_has_a_backslash_is_found(tmp_path):
     touch(tmp_path, "h\\a.png")
     (tmp_path / "pairs.csv").write_text("he\nh\\a.png\n")
-    assert find_pairs("csv", tmp_path)[0][0].names == ("h\\a.png",)
+    assert find_pairs("csv", tmp_path, HER2)[0][0].names == ("h\\a.png",)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_broken_csv(tmp_path, content, reason):
     path = tmp_path / "pairs.csv"
     path.write_bytes(content)
     with pytest.raises(DataError, match=reason) as raised:
-        find_pairs("csv", path)
+        find_pairs("csv", path, HER2)
     assert str(path) in str(raised.value)
 
 
@@ -301,43 +303,43 @@ def test_slides_name_the_groups(tmp_path):
     both(tmp_path, "train/a_1+.png", "train/b_1+.png", "train/c_1+.png")
     slides = tmp_path / "slides.csv"
     slides.write_text("truth,key,slide\n1,a_1+,S1\n2,b_1+,S2\n3,c_1+,\n4,unused,S9\n")
-    pairs, problems = find_pairs("bci", tmp_path, slides)
+    pairs, problems = find_pairs("bci", tmp_path, HER2, slides)
     assert [(pair.key, pair.slide, pair.group) for pair in pairs] == [("a_1+", "S1", "S1"), ("b_1+", "S2", "S2")]
     assert [(problem.key, "no slide" in problem.reason) for problem in problems] == [("c_1+", True)]
     slides.write_text("key,slide\na_1+,S1\na_1+,S2\n")
     with pytest.raises(DataError, match="row 3: slide S2 of a_1"):
-        find_pairs("bci", tmp_path, slides)
+        find_pairs("bci", tmp_path, HER2, slides)
     with pytest.raises(DataError, match="cannot be read"):
-        find_pairs("bci", tmp_path, tmp_path / "none.csv")
+        find_pairs("bci", tmp_path, HER2, tmp_path / "none.csv")
 
 
 @pytest.mark.parametrize("layout", ["bci", "mist", "csv"])
 def test_a_root_that_is_not_there_or_empty(tmp_path, layout):
     with pytest.raises(DataError, match="does not exist: give --root"):
-        find_pairs(layout, tmp_path / "nowhere")
+        find_pairs(layout, tmp_path / "nowhere", HER2)
     for name in ("HE", "IHC"):
         (tmp_path / name).mkdir()
     (tmp_path / "pairs.csv").write_text(CSV)
     with pytest.raises(DataError, match="holds no pairs"):
-        find_pairs(layout, tmp_path)
+        find_pairs(layout, tmp_path, HER2)
 
 
 def test_a_root_of_another_kind(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="is no folder"):
-        find_pairs("bci", tmp_path / "file")
+        find_pairs("bci", tmp_path / "file", HER2)
     with pytest.raises(DataError, match="has no folder HE"):
-        find_pairs("bci", tmp_path)
+        find_pairs("bci", tmp_path, HER2)
     with pytest.raises(DataError, match="pairs.csv: cannot be read"):
-        find_pairs("csv", tmp_path)
+        find_pairs("csv", tmp_path, HER2)
     both(tmp_path, "train/a_1+.png")
     touch(tmp_path, ".synth-begun")
     with pytest.raises(DataError, match="holds virtual tissue that is not complete: run the same lgd synth again"):
-        find_pairs("bci", tmp_path)
+        find_pairs("bci", tmp_path, HER2)
 
 
 def test_real_names(real_data):
-    pairs, problems = find_pairs("bci", real_data / "bci-thumbs")
+    pairs, problems = find_pairs("bci", real_data / "bci-thumbs", HER2)
     assert problems == []
     assert [sum(pair.label == level for pair in pairs) for level in range(4)] == [1, 1, 8, 6]
     assert {pair.split for pair in pairs} == {"test"}
@@ -560,7 +562,7 @@ pairs = st.lists(
 @given(pairs, st.sampled_from(["keep", "group:0.8,0.1,0.1"]))
 def test_what_stays_shares_nothing_and_what_goes_did(drawn, rule):
     sources = [source(number, *fields) for number, fields in enumerate(drawn)]
-    kept, problems = leave_out_duplicates(sources, rule == "keep")
+    kept, problems = leave_out_duplicates(sources, rule == "keep", HER2)
     stay = {one.pair.key for one in kept}
     assert stay | {problem.key for problem in problems} == {one.pair.key for one in sources}
     assert len(stay) + len(problems) == len(sources) and [one for one in sources if one.pair.key in stay] == kept
@@ -578,7 +580,7 @@ def test_many_pairs_that_share_one_image_are_compared_in_time():
     many = [source(number, f"h{number}", "blank", label=number % 4, split="train") for number in range(20_000)]
     many += [source(number, f"h{number}", f"c{number}") for number in range(20_000, 40_000)]
     began = time.process_time()
-    kept, problems = leave_out_duplicates(many, True)
+    kept, problems = leave_out_duplicates(many, True, HER2)
     assert len(kept) == len(problems) == 20_000
     # A second; were every two compared, it would take minutes.
     assert time.process_time() - began < 20

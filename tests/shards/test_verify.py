@@ -268,7 +268,7 @@ def patch(out, spoil):
         (lambda m: m.update(caveats=[1]), "field 'caveats.0': should be a valid string"),
         (lambda m: m.update(virtual=0), "field 'virtual': should be a valid boolean"),
         (lambda m: m["target"].update(classes=["0", "1"]), "split train counts the labels '0', '1+', '2+'"),
-        (lambda m: m["target"].update(name="ER"), "field target is 'ER', and this version of lgd learns HER2 only"),
+        (lambda m: m["target"].update(kind="number"), "field 'target': field classes is given, and a number has none"),
     ],
 )
 def test_a_wrong_field_of_the_manifest_is_found(out, change, reason):

@@ -13,6 +13,7 @@ import pytest
 from test_builder import build_by, contents, make_bci
 
 from lgd.base.errors import DataError
+from lgd.base.target import find_target
 from lgd.io.files import list_folder, read_bytes, write_bytes, write_json
 from lgd.io.location import RemoteError, as_location
 from lgd.io.tables import read_csv
@@ -126,7 +127,7 @@ def test_one_request_an_image_and_phase(given, store):
 def test_an_unreachable_store_is_not_a_bad_pair(given, store):
     """With --on-bad skip an outage would leave out good pairs."""
     root, _, _ = given
-    pairs, _ = find_pairs("bci", "s3://data/bci")
+    pairs, _ = find_pairs("bci", "s3://data/bci", find_target("her2"))
     asked = options("s3://data/bci", "s3://data/e")
     store.let_in(3)
     try:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from lgd.base.errors import DataError
+from lgd.base.target import find_target
 from lgd.cli import main
 from lgd.models.description import TeacherConfig
 from lgd.models.export import save_model
@@ -59,7 +60,10 @@ def parts(config):
 
 def test_rows_are_what_the_teacher_and_the_targets_say(tissue_run):
     config, shards = tissue_run, shards_of(tissue_run)
-    store, teacher = Store(config.latents.dir, recipe_of(config)), load_teacher(config.teacher.dir)[0]
+    store, teacher = (
+        Store(config.latents.dir, recipe_of(config, find_target("her2"))),
+        load_teacher(config.teacher.dir)[0],
+    )
     number = 9
     small, native = (Reader(shards, ("he", "ihc"), size).read(number) for size in (config.data.size, None))
     part = store.parts_of(shards)[small.shard]
@@ -86,8 +90,8 @@ def test_images_of_several_sizes_are_measured_together_as_alone(tissue, tissue_r
             sizes[path.name] = side
     assert len(set(sizes.values())) == 3
     build(ShardOptions(layout="bci", root=str(tmp_path), out=str(tmp_path / "shards"), mpp=0.46))
-    alone = Supervision(tissue_run.teacher.dir, recipe_of(tissue_run))
-    together = Supervision(tissue_run.teacher.dir, recipe_of(tissue_run))
+    alone = Supervision(tissue_run.teacher.dir, recipe_of(tissue_run, find_target("her2")))
+    together = Supervision(tissue_run.teacher.dir, recipe_of(tissue_run, find_target("her2")))
     # Any device but `cpu` measures many images at once.
     together.device = "cpu:0"
     reader = alone.reader(ShardFolder.open(tmp_path / "shards").shards)
@@ -100,7 +104,7 @@ def test_images_of_several_sizes_are_measured_together_as_alone(tissue, tissue_r
 
 def test_a_small_he_beside_the_native_one_changes_no_row(small_he_shards, tissue_run, change, tmp_path):
     """Nuclei are measured on the native H&E, also where the teacher's size is that of the small one."""
-    assert recipe_of(tissue_run).teacher.size == 64
+    assert recipe_of(tissue_run, find_target("her2")).teacher.size == 64
     asked = change(tissue_run, data={"shards": [str(small_he_shards)]}, latents={"dir": str(tmp_path / "latents")})
     made = cache_latents(asked, shards_of(asked), workers=0).store
     for one, other in zip(Store(tissue_run.latents.dir).parts, made.parts, strict=True):
@@ -118,7 +122,7 @@ def test_rows_are_in_shard_order_with_their_key_level_and_slide(tissue_run):
         for name in ("key", "label", "slide")
     }
     assert [key.decode() for key in columns["key"]] == [sample.key for sample in samples]
-    assert columns["label"].tolist() == [sample.level for sample in samples]
+    assert columns["label"].tolist() == [sample.label for sample in samples]
     assert [slide.decode() for slide in columns["slide"]] == [sample.meta.slide for sample in samples]
     assert len(set(columns["key"])) == 48
 
@@ -216,7 +220,9 @@ def test_another_teacher_is_refused(copy, change, tmp_path):
         DataError, match=r"another recipe:\n  teacher.weights_sha256: \w{64} in the store, \w{64} asked"
     ):
         cache_latents(config, shards_of(config), workers=0)
-    assert not is_complete(Path(config.latents.dir), TEACHER, shards_of(config)[0], recipe_of(config))
+    assert not is_complete(
+        Path(config.latents.dir), TEACHER, shards_of(config)[0], recipe_of(config, find_target("her2"))
+    )
 
 
 def test_latents_that_are_no_numbers_stop_with_the_key(copy, change, tmp_path):
@@ -285,7 +291,7 @@ def test_the_bytes_do_not_depend_on_threads_or_patches_in_hand(tissue_run, chang
 def test_latents_do_not_depend_on_where_a_shard_ends(tissue_run):
     """Nor do those of a patch on the patches beside it: the same bits, as of a shard of it alone."""
     config = tissue_run
-    supervision = Supervision(config.teacher.dir, recipe_of(config), config.code)
+    supervision = Supervision(config.teacher.dir, recipe_of(config, find_target("her2")), config.code)
     reader = supervision.reader(shards_of(config)[:1], targets=False)
     samples = [supervision.prepare(reader, number) for number in range(7)]
     together = supervision.rows(samples)
@@ -353,7 +359,7 @@ def test_no_tf32_goes_into_what_is_stored_scored_or_compared(tissue_run, monkeyp
 
     for network in (Teacher, HallucinatingStudent):
         monkeypatch.setattr(network, "forward", look(network.forward))
-    supervision = Supervision(tissue_run.teacher.dir, recipe_of(tissue_run))
+    supervision = Supervision(tissue_run.teacher.dir, recipe_of(tissue_run, find_target("her2")))
     sample = supervision.prepare(supervision.reader(shards_of(tissue_run)[:1]), 0)
     # As on a GPU, where targets are measured with the latents.
     monkeypatch.setattr(supervision, "measure", look(supervision.measure))
@@ -366,7 +372,7 @@ def test_no_tf32_goes_into_what_is_stored_scored_or_compared(tissue_run, monkeyp
             make_fixed_vectors(supervision.teacher, 64)
             score_shards(scorer, split, threads=1)
             made = len(seen)
-            with contextlib.closing(Prepared(shards, StudentTask(tissue_run), World())) as run:
+            with contextlib.closing(Prepared(shards, StudentTask(tissue_run, shards), World())) as run:
                 validate(run.learner, split)
             assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "high"
     finally:

@@ -12,7 +12,8 @@ from foreign import write_stamp, write_trident
 from lgd import pipeline
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
-from lgd.cli.contents import as_lines, check, describe
+from lgd.cli.contents import check
+from lgd.cli.facts import as_lines, describe
 from lgd.io.location import as_location
 from lgd.models.description import StudentConfig
 from lgd.models.known import find_published

@@ -8,6 +8,7 @@ import pytest
 from filling import RECIPE
 
 from lgd.base.errors import DataError
+from lgd.base.target import find_target
 from lgd.io.digests import digest_of
 from lgd.io.files import write_json
 from lgd.shards.archive import Shard
@@ -41,6 +42,7 @@ def shard(tmp_path, number=0, samples=3, sha="b" * 64):
         idx_sha256="0" * 64,
         extensions={"json": "json", "he": "png", "ihc": "png"},
         keeps_files=True,
+        target=find_target("her2"),
     )
 
 

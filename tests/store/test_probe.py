@@ -13,21 +13,23 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lgd.base.errors import DataError
+from lgd.base.target import find_target
 from lgd.cli import main
-from lgd.cli.contents import as_lines, check, describe
+from lgd.cli.contents import check
+from lgd.cli.facts import as_lines, describe
 from lgd.shards.shard_set import ShardSet
-from lgd.store.parts import read_all, read_levels
+from lgd.store.parts import read_all, read_labels
 from lgd.store.probe import (
-    RIDGES,
-    UNSEEN,
     ProbeDocument,
     find_probe,
     fit_probe,
     lacks_probe,
     probe_path,
-    regress_levels,
 )
+from lgd.store.regression import RIDGES, UNSEEN, regress_labels
 from lgd.store.store import Store
+
+HER2 = find_target("her2")
 
 
 def draw_latents(levels, slides=24, rows=20, dim=12, noise=1.0, seed=0):
@@ -49,7 +51,7 @@ def probabilities(latent_nD, weight_4D, bias_4):
 @pytest.mark.parametrize("levels", [[0, 1, 2, 3], [0, 2], [1, 2, 3]])
 def test_it_is_the_regression_of_standardised_latents(levels):
     latent_nD, level_n, slide_n = draw_latents(levels)
-    weight_4D, bias_4, ridge, losses = regress_levels(latent_nD, level_n, slide_n)
+    weight_4D, bias_4, ridge, losses = regress_labels(latent_nD, level_n, slide_n, HER2)
     naive = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (ridge * len(level_n)), max_iter=5000, tol=1e-8))
     naive.fit(latent_nD, level_n)
     found_n4 = probabilities(latent_nD, weight_4D, bias_4)
@@ -57,7 +59,7 @@ def test_it_is_the_regression_of_standardised_latents(levels):
     absent = [level for level in range(4) if level not in levels]
     assert (found_n4[:, absent] == 0).all() and (bias_4[absent] == UNSEEN).all()
     assert [*losses] == [*RIDGES] and losses[ridge] == min(losses.values())
-    again = regress_levels(latent_nD, level_n, slide_n)
+    again = regress_labels(latent_nD, level_n, slide_n, HER2)
     assert np.array_equal(weight_4D, again[0]) and np.array_equal(bias_4, again[1]) and ridge == again[2]
 
 
@@ -65,15 +67,15 @@ def test_its_ridge_is_chosen_on_slides_that_it_did_not_see():
     """Latents that tell slides apart fit their patches well: rows left out, and not slides, would ask for no ridge."""
     latent_nD, level_n, slide_n = draw_latents([0, 1, 2, 3], slides=16, rows=10, dim=24, noise=0.3)
     latent_nD = latent_nD / np.logspace(-2, 2, 24) + 2 * np.random.default_rng(1).normal(size=(16, 24))[slide_n]
-    of_slides = regress_levels(latent_nD, level_n, slide_n)
-    of_rows = regress_levels(latent_nD, level_n, np.arange(len(level_n)))
+    of_slides = regress_labels(latent_nD, level_n, slide_n, HER2)
+    of_rows = regress_labels(latent_nD, level_n, np.arange(len(level_n)), HER2)
     assert of_slides[2] > 10 * of_rows[2]
 
 
 def test_where_no_slide_can_be_left_out_the_ridge_is_the_strongest():
     for slides, rows in ((2, 8), (2, 1)):
         latent_nD, level_n, slide_n = draw_latents([1, 3], slides=slides, rows=rows)
-        *_, ridge, losses = regress_levels(latent_nD, level_n, slide_n)
+        *_, ridge, losses = regress_labels(latent_nD, level_n, slide_n, HER2)
         assert ridge == RIDGES[0] and losses == {}
 
 
@@ -83,7 +85,7 @@ def test_any_labels_of_two_levels_or_more_give_finite_numbers(rows):
     level_n, slide_n = (np.array(column) for column in zip(*rows, strict=True))
     level_n[:2] = 0, 3
     latent_nD = np.random.default_rng(0).normal(size=(len(rows), 5))
-    weight_4D, bias_4, _, losses = regress_levels(latent_nD, level_n, slide_n)
+    weight_4D, bias_4, _, losses = regress_labels(latent_nD, level_n, slide_n, HER2)
     assert np.isfinite(weight_4D).all() and np.isfinite(bias_4).all() and np.isfinite([*losses.values()]).all()
     chosen_n = probabilities(latent_nD, weight_4D, bias_4).argmax(axis=1)
     assert {*chosen_n} <= {*level_n}
@@ -106,11 +108,11 @@ def test_a_store_s_probe_is_of_the_training_split_s_labelled_rows(store, trainin
     made = fit_probe(store, training)
     assert find_probe(store, training) == made == ProbeDocument.read(probe_path(store))
     parts = store.parts_of(training)
-    level_n, pooled_nD = read_levels(parts), read_all(parts, "pooled")[:, 0].astype(np.float64)
+    level_n, pooled_nD = read_labels(parts), read_all(parts, "pooled")[:, 0].astype(np.float64)
     assert sum(made.patches.values()) == (level_n >= 0).sum() and made.slides == len({*read_all(parts, "slide")})
-    naive, *_ = regress_levels(pooled_nD, level_n, read_all(parts, "slide"))
+    naive, *_ = regress_labels(pooled_nD, level_n, read_all(parts, "slide"), HER2)
     np.testing.assert_allclose(made.weight, naive)
-    logits_n4 = made.network().levels_of(torch.from_numpy(pooled_nD).float()).double().numpy()
+    logits_n4 = made.network().logits_of(torch.from_numpy(pooled_nD).float()).double().numpy()
     np.testing.assert_allclose(logits_n4, pooled_nD @ naive.T + made.bias, atol=1e-3)
 
 
@@ -120,7 +122,7 @@ def test_a_probe_of_other_rows_is_not_taken(store, training):
     with pytest.raises(DataError, match="of other rows than the training split: run lgd cache-latents"):
         find_probe(store, training[:-1])
     # Of one level, or of no shard, there is none to be had, and none is asked for.
-    one_level = [one for one in training if len({*read_levels(store.parts_of([one]))}) == 1][:1]
+    one_level = [one for one in training if len({*read_labels(store.parts_of([one]))}) == 1][:1]
     assert one_level and find_probe(store, one_level) is None and find_probe(store, []) is None
 
 

@@ -22,6 +22,7 @@ import pytest
 from filling import contents_of
 
 from lgd.base.errors import DataError
+from lgd.base.target import find_target
 from lgd.cli import main
 from lgd.io.digests import digest_of, xxh3
 from lgd.io.files import read_json, write_json
@@ -360,7 +361,7 @@ def swap(one, other):
 
 
 def test_a_damaged_sidecar_is_not_taken_for_finished_work(copy_of, fault_count):
-    folder, recipe, dice = Path(copy_of.latents.dir), recipe_of(copy_of), random.Random(1)
+    folder, recipe, dice = Path(copy_of.latents.dir), recipe_of(copy_of, find_target("her2")), random.Random(1)
     shards = ShardSet.open(copy_of.shard_dirs).shards
     before = contents_of(folder)
     for _ in range(fault_count(50)):

@@ -12,7 +12,9 @@ from networks import save_network
 
 from lgd import pipeline
 from lgd.base.errors import ConfigError, DataError
-from lgd.cli.contents import check, describe
+from lgd.base.target import find_target
+from lgd.cli.contents import check
+from lgd.cli.facts import describe
 from lgd.config_files import load_config
 from lgd.io.location import as_location
 from lgd.models.description import StudentConfig
@@ -134,7 +136,7 @@ def test_losses_of_several_teachers_weigh_alike(both):
     shapes = {"pooled": (2, 8), "pooled@b": (2, 6), "map": (2, 8, 2, 2), "nuclei": (2, 2, 2), "membrane": (2, 2, 2, 3)}
     out = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()} | {"logits": torch.zeros(2, 4)}
     stored = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
-    terms = LgdNet(both).losses(out, Lesson(level_B=torch.tensor([0, 1]), stored=stored))
+    terms = LgdNet(both, find_target("her2")).losses(out, Lesson(label_B=torch.tensor([0, 1]), stored=stored))
     each = [hallucination_loss(out[name], stored[name], "smooth-l1") for name in ("pooled", "pooled@b")]
     torch.testing.assert_close(terms["hallucination"], (each[0] + each[1]) / 2)
     torch.testing.assert_close(terms["hallucination_map"], hallucination_loss(out["map"], stored["map"], "smooth-l1"))
@@ -145,12 +147,14 @@ def test_soft_levels_are_those_of_the_first_teacher(both, tissue_run, change):
     shards, training = ShardSet.open(both.shard_dirs), ShardSet.open(both.shard_dirs).of_split("train")
     for run_s in (both.teacher, tissue_run.teacher):
         config = replace(change(both, student={"distil_weight": 1.0}), teacher=run_s)
-        assert StudentTask(config).find_probe(shards) == find_probe(Store(both.latents.dir, teachers=["vit"]), training)
-        task = StudentTask(change(config, student={"teachers": ["teacher", "vit"]}))
+        assert StudentTask(config, shards).find_probe(shards) == find_probe(
+            Store(both.latents.dir, teachers=["vit"]), training
+        )
+        task = StudentTask(change(config, student={"teachers": ["teacher", "vit"]}), ShardSet.open(config.shard_dirs))
         assert task.find_probe(shards) is None and task.method.teacher_dir == tissue_run.teacher.dir
         pooled_nD = torch.tensor(task.store.parts[0].array("pooled")[:, 0]).float()
         teacher, _ = load_teacher(tissue_run.teacher.dir)
-        torch.testing.assert_close(task.method.soft_levels(pooled_nD), teacher.levels_of(pooled_nD))
+        torch.testing.assert_close(task.method.soft_labels(pooled_nD), teacher.logits_of(pooled_nD))
 
 
 def test_another_teacher_of_a_name_that_is_there_is_refused(second, change):
@@ -206,7 +210,7 @@ def test_names_that_cannot_be_are_refused(options, message):
 
 
 def test_only_a_preset_is_copied_into_the_student(tissue_run, second, change):
-    student, (teacher, _) = LgdNet(tissue_run).build(), load_teacher(tissue_run.teacher.dir)
+    student, (teacher, _) = LgdNet(tissue_run, find_target("her2")).build(), load_teacher(tissue_run.teacher.dir)
     for one, other in zip(student.hallucination.parameters(), teacher.encoder.parameters(), strict=True):
         assert torch.equal(one, other) and one.requires_grad
     with pytest.raises(ConfigError, match=r"student.hallucination is own, and teacher.encoder is .*: only a preset"):

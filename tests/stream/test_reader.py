@@ -45,7 +45,7 @@ def test_any_number_of_threads_gives_the_same_samples_in_order(shards, prefetch)
     flat = [sample for batch in four for sample in batch]
     assert [sample.number for sample in flat] == ORDER.tolist()
     for a, b in zip((sample for batch in one for sample in batch), flat, strict=True):
-        assert (a.key, a.level, a.meta, a.shard, a.row) == (b.key, b.level, b.meta, b.shard, b.row)
+        assert (a.key, a.label, a.meta, a.shard, a.row) == (b.key, b.label, b.meta, b.shard, b.row)
         assert all(np.array_equal(a.images[role], b.images[role]) for role in ("he", "ihc"))
 
 
@@ -65,7 +65,7 @@ def test_a_sample_is_what_the_tar_holds(shards):
         shard, row, raw = walked[number]
         sample = reader.read(number)
         assert (sample.shard, sample.row, sample.key) == (shard, row, raw["__key__"])
-        assert sample.level == sample.meta.label and sample.meta.key == sample.key
+        assert sample.label == sample.meta.label and sample.meta.key == sample.key
         for role in ("he", "ihc"):
             assert np.array_equal(sample.images[role], decode(raw[f"{role}.jpg"], "x"))
 
@@ -178,7 +178,7 @@ def test_a_bad_sample_can_be_skipped_and_says_why(shards):
     (samples,) = stream(Reader(shards, ("he",), 64), [[bad - 1, bad, bad + 1]], threads=2, skip=True)
     before, skipped, after = samples.rows
     assert not before.error and not after.error
-    assert (skipped.number, skipped.shard, skipped.row, skipped.level) == (bad, 1, 2, -1)
+    assert (skipped.number, skipped.shard, skipped.row, skipped.label) == (bad, 1, 2, None)
     assert "train-000001.tar, row 2" in skipped.error and "crc32" in skipped.error
     assert not samples.images["he"][1].any() and samples.images["he"][2].any()
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lgd.base.errors import ConfigError, DataError
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.target import find_target
 from lgd.io.locks import LOCK, TakenError, exclusive
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
@@ -135,11 +135,11 @@ def test_pairs_of_membranes_are_built_as_csv_with_their_center(tmp_path):
     assert manifest.virtual and sum(split.samples for split in manifest.splits.values()) == 8
     with (tmp_path / "set" / "pairs.csv").open(newline="") as stream:
         pairs = list(csv.DictReader(stream))
-    assert Counter(pair["label"] for pair in pairs) == dict.fromkeys(LEVEL_NAMES, 2)
+    assert Counter(pair["label"] for pair in pairs) == dict.fromkeys(find_target("her2").classes, 2)
     # With this shortcut the lower levels of the training slides lie in the first center.
     for pair in pairs:
         if pair["split"] == "train":
-            assert pair["center"] == ("center-1" if pair["label"] in LEVEL_NAMES[:2] else "center-2")
+            assert pair["center"] == ("center-1" if pair["label"] in find_target("her2").classes[:2] else "center-2")
 
 
 def test_truth_describes_the_files(drawn):
@@ -152,7 +152,7 @@ def test_truth_describes_the_files(drawn):
         assert files == {f"{row['split']}/{row['key']}" for row in rows}
     for row in rows:
         number, split, level = row["key"].split("_")
-        assert (split, level) == (row["split"], LEVEL_NAMES[int(row["level"])])
+        assert (split, level) == (row["split"], find_target("her2").classes[int(row["level"])])
         assert 0 <= int(number) < 16
         assert 0 <= float(row["membrane_completeness"]) <= 1 and 0 <= float(row["stained_fraction"]) <= 1
         assert int(row["tumour_nuclei"]) <= int(row["nuclei"])
@@ -162,7 +162,7 @@ def test_truth_describes_the_files(drawn):
     sides = {split: {row["slide"] for row in rows if row["split"] == split} for split in ("train", "test")}
     assert not sides["train"] & sides["test"] and len(sides["test"]) == 2
     assert (summary["train"], summary["test"]) == (12, 4)
-    assert summary["levels"] == dict.fromkeys(LEVEL_NAMES, 4)
+    assert summary["levels"] == dict.fromkeys(find_target("her2").classes, 4)
 
 
 def test_complete_set_is_reused_and_anything_else_refused(drawn, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lgd.base.errors import DataError
+from lgd.base.target import find_target
 from lgd.config import Config
 from lgd.config_sections import Data, Train
 from lgd.shards.shard_set import ShardFolder
@@ -64,7 +65,7 @@ def test_stored_rows_are_those_of_the_sample(joined):
         for batch in step:
             for row, key in enumerate(batch.keys):
                 sample = reader.read(int(batch.number_B[row]))
-                assert sample.key == key and int(batch.level_B[row]) == sample.level
+                assert sample.key == key and int(batch.label_B[row]) == sample.label
                 assert np.array_equal(batch.images["he"][row].permute(1, 2, 0), sample.images["he"])
                 for name in TARGETS:
                     there = naive_row(parts, key, name)
@@ -114,8 +115,8 @@ def test_stain_jitter_is_of_the_he_only_and_drawn_by_sample_and_epoch(joined, ti
     (one,), (again,) = (batches(reader, parts, first=3, steps=1)[0] for _ in range(2))
     first, second = (augment(batch, "he", tissue_run).images["he"] for batch in (one, again))
     assert torch.equal(first, second) and not torch.equal(first, d4(one.images["he"], one.view_B).float())
-    other = collate(gather(reader, one.number_B), one.epoch_B + 1, None, 3, turn=False)
-    plain = collate(gather(reader, one.number_B), one.epoch_B, None, 3, turn=False)
+    other = collate(gather(reader, one.number_B), one.epoch_B + 1, None, None, target=find_target("her2"), values=None)
+    plain = collate(gather(reader, one.number_B), one.epoch_B, None, None, target=find_target("her2"), values=None)
     later, sooner = (augment(batch, "he", tissue_run).images["he"] for batch in (other, plain))
     assert not torch.equal(later, sooner)
     other.images["ihc"] = other.images["he"]
@@ -165,7 +166,7 @@ def taken(micro):
     """All that a rank sees of a step, sample by sample."""
     return [
         (
-            *(int(batch.epoch_B[row]), int(batch.number_B[row]), key, int(batch.view_B[row]), int(batch.level_B[row])),
+            *(int(batch.epoch_B[row]), int(batch.number_B[row]), key, int(batch.view_B[row]), int(batch.label_B[row])),
             *(tensor[row].numpy().tobytes() for tensor in (*batch.images.values(), *batch.stored.values())),
         )
         for batch in micro
@@ -217,4 +218,11 @@ def test_a_row_of_another_sample_is_refused(joined):
     reader, parts = joined
     sample = reader.read(1)
     with pytest.raises(DataError, match=rf"row 1, is of .*, but the shard's sample is {sample.key}"):
-        collate(gather(reader, [1]), np.zeros(1, np.int64), Rows(parts.parts[1:]), 0, turn=False)
+        collate(
+            gather(reader, [1]),
+            np.zeros(1, np.int64),
+            Rows(parts.parts[1:]),
+            None,
+            target=find_target("her2"),
+            values=None,
+        )

@@ -164,15 +164,15 @@ def test_a_picture_of_a_patch_without_ihc_is_its_h_and_e(tissue_run, sets, tmp_p
     store = Store(tissue_run.latents.dir)
     gallery = Gallery(store, 64)
     gallery._find_shard = lambda part: shard
-    hit = Hit(key="k", slide=None, split="test", level="1+", part=0, row=3, distance=0.1)
+    hit = Hit(key="k", slide=None, split="test", label="1+", part=0, row=3, distance=0.1)
     shown = gallery.show(hit)
     assert shown.stain == "H&E" and (shown.image == he).all()
     # Of a stored query too, which then has no panel of its IHC.
     from lgd.report.figures import Query
 
-    stored = Stored(key="k", slide=None, split="test", level="1+", part=0, row=3)
-    answer = Answer(stored=stored, neighbours=[hit])
+    stored = Stored(key="k", slide=None, split="test", label="1+", part=0, row=3)
+    answer = Answer(known=store.target, stored=stored, neighbours=[hit])
     contact_sheet(
-        [Query(answer=answer, slide=None, level="1+", he=he, ihc=None, images=[shown])], tmp_path / "a.png", True
+        [Query(answer=answer, slide=None, label="1+", he=he, ihc=None, images=[shown])], tmp_path / "a.png", True
     )
     assert (tmp_path / "a.png").stat().st_size > 3_000

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from lgd import pipeline
 from lgd.base.errors import ConfigError, DataError
+from lgd.base.target import find_target
 from lgd.cli.contents import check
 from lgd.io.files import exists
 from lgd.models.description import TeacherConfig
@@ -26,7 +27,7 @@ from lgd.retrieval.queries import query
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardSet
-from lgd.store.parts import read_all, read_levels
+from lgd.store.parts import read_all, read_labels
 from lgd.store.probe import find_probe, probe_path
 from lgd.store.store import Store
 from lgd.stream.plan import World
@@ -143,11 +144,11 @@ def test_a_probe_of_its_stored_latents_is_its_row_in_a_report(frozen, change, ca
     report = json.loads((Path(config.report.dir) / "metrics.json").read_text())
     store, shards = Store(config.latents.dir), ShardSet.open(config.shard_dirs)
     probe = find_probe(store, shards.of_split("train"))
-    assert probe_caveat(probe, ()) in report["caveats"]
+    assert probe_caveat(probe, (), find_target("her2")) in report["caveats"]
     assert [one["minus"] for one in report["differences"]] == ["colour only", "IHC teacher, probe"]
     parts = store.parts_of(shards.of_split("test"))
     pooled_nD = torch.from_numpy(read_all(parts, "pooled")[:, 0]).float()
-    said_n, level_n = probe.network().levels_of(pooled_nD).argmax(dim=1).numpy(), read_levels(parts)
+    said_n, level_n = probe.network().logits_of(pooled_nD).argmax(dim=1).numpy(), read_labels(parts)
     (model,) = [one for one in report["models"] if one["name"] == "IHC teacher, probe"]
     assert model["by_patch"]["metrics"]["accuracy"]["value"] == pytest.approx((said_n == level_n).mean())
     # Without it, or with one of other rows, nothing is scored.
@@ -160,12 +161,12 @@ def test_a_probe_of_its_stored_latents_is_its_row_in_a_report(frozen, change, ca
 
 def test_nothing_of_it_is_ever_trained(frozen):
     config = frozen("dinov2", "mean")
-    teacher = FrozenTeacher(build_encoder(config.teacher.encoder)).train()
+    teacher = FrozenTeacher(build_encoder(config.teacher.encoder), target=find_target("her2")).train()
     assert not teacher.training and not any(one.training for one in teacher.modules())
     assert not [name for name, one in teacher.named_parameters() if one.requires_grad]
     assert not teacher(torch.zeros(1, 3, 64, 64))["pooled"].requires_grad
     with pytest.raises(ConfigError, match="student.distil_weight and student.contrast_weight to 0"):
-        teacher.levels_of(torch.zeros(1, 32))
+        teacher.logits_of(torch.zeros(1, 32))
 
 
 @pytest.fixture
@@ -200,15 +201,15 @@ def test_a_probe_gives_the_levels_that_teach_a_student(frozen, student):
     pipeline.cache_latents(config)
     assert train_under(config, "student")
     store, shards = Store(config.latents.dir), ShardSet.open(config.shard_dirs)
-    task = StudentTask(config)
+    task = StudentTask(config, ShardSet.open(config.shard_dirs))
     inputs = inputs_of(task, shards)
     assert inputs["task"]["probe"] == find_probe(store, shards.of_split("train")).digest
     with contextlib.closing(Prepared(shards, task, World())) as run:
-        assert isinstance(run.learner.task.method.levels, Probe)
+        assert isinstance(run.learner.task.method.labeller, Probe)
         batch = next(run.batches.draw(0, 1)).micro[0]
-        naive = run.learner.task.method.levels
+        naive = run.learner.task.method.labeller
         expected_B4 = batch.stored["pooled"] @ naive.weight.T + naive.bias
-        torch.testing.assert_close(run.learner.task.method.soft_levels(batch.stored["pooled"]), expected_B4)
+        torch.testing.assert_close(run.learner.task.method.soft_labels(batch.stored["pooled"]), expected_B4)
     probe_path(store).unlink()
     with pytest.raises(DataError, match="run lgd cache-latents"):
         train_under(config, "student", overwrite=True)

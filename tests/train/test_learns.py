@@ -13,7 +13,9 @@ from test_loop import assert_same_curve, rank_main
 
 from lgd import pipeline
 from lgd.base.errors import ConfigError, DataError
-from lgd.cli.contents import as_lines, check, describe
+from lgd.base.target import find_target
+from lgd.cli.contents import check
+from lgd.cli.facts import as_lines, describe
 from lgd.config_files import load_config
 from lgd.models.encoder import build_encoder
 from lgd.models.teacher import Teacher, load_teacher
@@ -143,9 +145,9 @@ def test_its_validation_is_the_mean_loss_of_the_grids(learner):
     config = replace(config, train=replace(config.train, patience=5))
     shards = ShardSet.open(config.shard_dirs)
     fill_targets(config, shards.shards, workers=0)
-    run = Prepared(shards, TeacherTask(config), World())
+    run = Prepared(shards, TeacherTask(config, shards), World())
     val = shards.of_split("val")
-    logits, levels, scores = validate(run.learner, val)
+    levels, logits, _, _, scores = validate(run.learner, val)
     assert logits.shape == (0, 4) and len(levels) == 0
     reader, parts, losses = Reader(val, ("ihc",), config.data.size), run.learner.task.store.parts_of(val), []
     model = run.learner.engine.model.eval()
@@ -189,7 +191,8 @@ def test_targets_of_other_settings_are_refused_or_measured_anew(learner, change,
 
 def test_requests_that_cannot_be_met_are_one_message(learner):
     with pytest.raises(ConfigError, match="teacher.learns is membranes, and a frozen teacher .* learns nothing"):
-        TeacherTask(learner(["membranes"], source="frozen", encoder="hf:some/where"))
+        config = learner(["membranes"], source="frozen", encoder="hf:some/where")
+        TeacherTask(config, ShardSet.open(config.shard_dirs))
     for asked, why in (("[]", "teacher.learns"), ("[blood]", "teacher.learns")):
         with pytest.raises(ConfigError, match=why):
             load_config(overrides=[f"--teacher.learns={asked}"])
@@ -202,7 +205,7 @@ def test_more_heads_change_nothing_of_the_first_weights():
     made = []
     for grids in ({}, {"nuclei": 4, "membrane": 2}):
         torch.manual_seed(1)
-        made.append(Teacher(build_encoder("resnet10"), ("label",), grids).state_dict())
+        made.append(Teacher(build_encoder("resnet10"), ("label",), grids, target=find_target("her2")).state_dict())
     plain, heads = made
     assert all(torch.equal(tensor, heads[name]) for name, tensor in plain.items())
     assert {name.split(".")[1] for name in heads.keys() - plain.keys()} == {"nuclei", "membrane"}

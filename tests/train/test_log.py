@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lgd.base.errors import DataError
 from lgd.base.logs import show_logs
+from lgd.base.target import find_target
 from lgd.train.log import Log, read_lines
 
 
@@ -22,7 +23,7 @@ def refuse(word):
 
 def test_the_log_is_strict_json(tmp_path, capsys):
     with show_logs(logging.INFO):
-        log = Log(tmp_path / "a\x1b[2J", 0, 2, 4)
+        log = Log(tmp_path / "a\x1b[2J", 0, 2, 4, find_target("her2"))
         log.step(1, {"loss": 0.5, "rate": 0.1}, 0.0)
         log.step(2, {"loss": math.nan, "rate": math.inf}, 0.0)
         log.validation(2, {"kappa": 0.1, "accuracy": 0.5}, np.eye(4), np.arange(4))
@@ -56,7 +57,7 @@ def test_a_resumed_log_has_each_step_once_and_says_which_are_lost(tmp_path, capl
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"step": 8, "lo']))
     for start, lost in ((6, "lacks 2 of the 6 steps that are done, from step 3 to 4"), (2, "")):
         caplog.clear()
-        log = Log(tmp_path, start, 8, 4)
+        log = Log(tmp_path, start, 8, 4, find_target("her2"))
         for step in range(start + 1, 9):
             log.step(step, {"loss": 0.5}, 0.0)
         log.close()
@@ -76,7 +77,7 @@ def test_a_log_that_cannot_be_written_says_so(tmp_path, capsys, room):
     hook = threading.excepthook
     try:
         with show_logs(logging.INFO):
-            log = Log(folder / "student", 0, 10**4, 4)
+            log = Log(folder / "student", 0, 10**4, 4, find_target("her2"))
             with pytest.raises(DataError, match=r"student/log\.jsonl cannot be written, no space is left"):
                 for step in range(1, 10**4):
                     log.step(step, {"loss": 0.5}, 0.0)

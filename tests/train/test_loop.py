@@ -93,13 +93,15 @@ def test_the_first_loss_is_the_mean_over_labelled_samples(student, unlabelled):
     config = student(data={"shards": shards, "augment": "none"}, train={"batch": 24, "accumulate": 3}, run={"seed": 5})
     assert train_under(config, "student")
     torch.manual_seed(5)
-    model = StudentTask(config).build()
+    model = StudentTask(config, ShardSet.open(config.shard_dirs)).build()
     reader = Reader(ShardSet.open(config.shard_dirs).of_split("train"), ("he",), 64)
     samples = [reader.read(number) for number in range(24)]
-    assert sum(sample.level < 0 for sample in samples) == 4
+    assert sum(sample.label is None for sample in samples) == 4
     with torch.no_grad():
         logits = model(torch.from_numpy(np.stack([s.images["he"] for s in samples])).permute(0, 3, 1, 2))["logits"]
-    naive = [F.cross_entropy(logits[row], torch.tensor(s.level)) for row, s in enumerate(samples) if s.level >= 0]
+    naive = [
+        F.cross_entropy(logits[row], torch.tensor(s.label)) for row, s in enumerate(samples) if s.label is not None
+    ]
     assert log_of(config.student.dir)[0]["level"] == pytest.approx(float(np.mean(naive)), rel=1e-5)
 
 
@@ -113,7 +115,7 @@ def test_skipping_unlabelled_patches_changes_no_loss(student, unlabelled, monkey
     forwarded = []
     monkeypatch.setattr("lgd.train.batch.drop_unlabelled", lambda *batch: forwarded.append(batch[0]) or batch)
     assert train_under(whole, "student")
-    assert any(all(row.level < 0 for row in samples.rows) for samples in forwarded) == (batch == 1)
+    assert any(all(row.label is None for row in samples.rows) for samples in forwarded) == (batch == 1)
     assert_same_curve(log_of(short.student.dir), log_of(whole.student.dir), 1e-5)
 
 
@@ -271,8 +273,8 @@ def test_training_ends_when_validation_does_not_become_better(student, monkeypat
     scores = iter([0.1, 0.4, math.nan, 0.3, 0.4, 0.9])
 
     def validate(*args):
-        logits, levels, found = real(*args)
-        return logits, levels, found | {"kappa": next(scores)}
+        found = real(*args)
+        return found._replace(scores=found.scores | {"kappa": next(scores)})
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "validate", validate)
@@ -430,12 +432,12 @@ def test_a_skipped_sample_has_no_loss(student, damaged):
     config = student(data={"shards": shards, "augment": "none", "on_bad": OnBad(1)}, train={"batch": 20})
     assert train_under(config, "student")
     torch.manual_seed(config.run.seed)
-    model = StudentTask(config).build()
+    model = StudentTask(config, ShardSet.open(config.shard_dirs)).build()
     reader = Reader(ShardSet.open(config.shard_dirs).of_split("train"), ("he",), 64)
     samples = [reader.read(number) for number in range(20) if number != 3]
     with torch.no_grad():
         logits = model(torch.from_numpy(np.stack([s.images["he"] for s in samples])).permute(0, 3, 1, 2))["logits"]
-    naive = F.cross_entropy(logits, torch.tensor([sample.level for sample in samples]))
+    naive = F.cross_entropy(logits, torch.tensor([sample.label for sample in samples]))
     assert log_of(config.student.dir)[0]["level"] == pytest.approx(float(naive), rel=1e-5)
 
 
@@ -468,13 +470,13 @@ def test_two_processes_train_the_network_of_one(tissue_run, change, unlabelled, 
 def test_validation_puts_no_more_on_the_device_than_training(tissue_run, change):
     config = change(tissue_run, train={"batch": 8, "accumulate": 4})
     shards = ShardSet.open(config.shard_dirs)
-    with contextlib.closing(Prepared(shards, TeacherTask(config), World())) as run:
+    with contextlib.closing(Prepared(shards, TeacherTask(config, shards), World())) as run:
         batches = [len(batch) for batch, _ in forward_split(run.learner, shards.of_split("val"))]
     assert batches == 4 * [2]
 
 
 def test_the_batch_must_divide_by_the_ranks(tissue_run):
-    task, shards = TeacherTask(tissue_run), ShardSet.open(tissue_run.shard_dirs)
+    task, shards = TeacherTask(tissue_run, ShardSet.open(tissue_run.shard_dirs)), ShardSet.open(tissue_run.shard_dirs)
     with pytest.raises(DataError, match=r"train.batch 8 does not divide into 3 workers x train.accumulate 1"):
         Prepared(shards, task, World(rank=0, size=3))
 
@@ -488,7 +490,9 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_the_hallucination_weight_rises_over_the_warm_up(tissue_run, change):
-    task = StudentTask(change(tissue_run, student={"warmup": 0.2, "hallucination_weight": 3.0}))
+    task = StudentTask(
+        change(tissue_run, student={"warmup": 0.2, "hallucination_weight": 3.0}), ShardSet.open(tissue_run.shard_dirs)
+    )
     weights = [task.method.weights(progress)["hallucination"] for progress in (0, 0.1, 0.2, 1)]
     assert weights == pytest.approx([0, 1.5, 3, 3])
     assert task.method.weights(1)["level"] == 1 and math.isclose(task.method.weights(1)["hallucination_map"], 1.5)

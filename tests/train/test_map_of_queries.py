@@ -16,7 +16,7 @@ from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder, ShardSet
 from lgd.store.cache import cache_latents
-from lgd.store.parts import read_all, read_levels
+from lgd.store.parts import read_all, read_labels
 from lgd.store.store import Store
 from lgd.stream.reader import Reader
 from lgd.train.deepspeed_engine import deepspeed_problem
@@ -49,14 +49,14 @@ def naive_map(config, without=()):
     student, _ = load_student(config.student.dir)
     shards = ShardSet.open(config.shard_dirs).of_split("train")
     reader, parts = Reader(shards, ("he",), 64), Store(config.latents.dir).parts_of(shards)
-    assert (read_levels(parts) < 0).any(), "unlabelled pairs count"
+    assert (read_labels(parts) < 0).any(), "unlabelled pairs count"
     numbers = [number for number in range(reader.total) if number not in without]
     images = np.stack([reader.read(number).images["he"] for number in numbers])
     with torch.no_grad():
         x = student(torch.from_numpy(images).permute(0, 3, 1, 2))["streams"].numpy().astype(np.float64)
     source = np.arange(reader.total)
     if config.student.pairs != "own":
-        source = partners(read_levels(parts), config.student.pairs == "within-level", config.run.seed)
+        source = partners(read_labels(parts), config.student.pairs == "within-level", config.run.seed)
     y = read_all(parts, "pooled")[:, 0].astype(np.float64)[source[numbers]]
     mean, scale = x.mean(0), x.std(0)
     scale[scale <= 1e-6 * abs(mean)] = np.inf

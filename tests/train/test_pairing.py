@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from test_loop import assert_same_curve, log_of
 
 from lgd.base.errors import DataError
+from lgd.base.target import find_target
 from lgd.config import Config
 from lgd.config_sections import Data, Train
 from lgd.models.losses import Negatives
 from lgd.models.methods import Distil, LgdNet
 from lgd.models.teacher import load_teacher
 from lgd.shards.shard_set import ShardFolder
-from lgd.store.parts import as_levels, read_all
+from lgd.store.parts import read_all, read_labels
 from lgd.store.store import Store
 from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
@@ -72,7 +73,7 @@ def test_a_partner_gives_all_but_the_nuclei(parts, pairs):
     for name in plain:
         assert np.array_equal(found[name], plain[name] if name == "nuclei" else plain[name][source_n]), name
     if pairs == "within-level":
-        level_n = as_levels(read_all(parts, "label"))
+        level_n = read_labels(parts)
         assert np.array_equal(level_n[source_n], level_n)
 
 
@@ -86,7 +87,7 @@ def test_the_queue_is_what_the_plan_took_last_wherever_a_run_goes_on(parts, size
         _, expected = plan.samples(np.arange(max(0, end - size), end))
         assert taken.number_Q.tolist() == expected.tolist()
         assert np.array_equal(taken.pooled_QD.numpy(), all_nD[expected])
-        assert taken.level_Q.tolist() == as_levels(read_all(parts, "label"))[expected].tolist()
+        assert taken.label_Q.tolist() == read_labels(parts)[expected].tolist()
         fresh = Queue(targets, plan, size, turn=False).negatives(np.array([3]), end)
         assert all(torch.equal(one, two) for one, two in zip(taken, fresh, strict=True))
 
@@ -107,16 +108,16 @@ def test_ranks_and_micro_batches_have_the_same_queue(parts, shards):
             for batch in part.micro:
                 assert torch.equal(batch.negatives.pooled_QD, one.micro[0].negatives.pooled_QD)
                 assert batch.negatives.source_B.tolist() == batch.number_B.tolist()
-                assert batch.negatives.level_B.tolist() == batch.level_B.tolist()
+                assert batch.negatives.label_B.tolist() == batch.label_B.tolist()
 
 
 def test_the_contrast_leaves_out_the_same_level_and_the_same_sample(lgd, parts):
     """Where a level is unknown the teacher's stands for it."""
-    method = LgdNet(lgd("masks", contrast_weight=0.1))
+    method = LgdNet(lgd("masks", contrast_weight=0.1), find_target("her2"))
     pooled_nD = torch.from_numpy(read_all(parts, "pooled")[:, 0].astype(np.float32))
     teacher, _ = load_teacher(method.config.teacher.dir)
     said_n = teacher.head(pooled_nD + teacher.pooled_mean).argmax(dim=1)
-    level_n = torch.from_numpy(as_levels(read_all(parts, "label")))
+    level_n = torch.from_numpy(read_labels(parts))
     hidden_n = torch.where(torch.arange(len(level_n)) % 3 == 0, -1, level_n)
     number = torch.arange(len(level_n))
     negatives = Negatives(number[:6], hidden_n[:6], pooled_nD, number, hidden_n)
@@ -170,11 +171,11 @@ def test_the_baselines_learn_what_they_are_told_and_nothing_else(lgd):
 
 
 def test_soft_levels_are_the_teachers(lgd, parts):
-    method = Distil(lgd("soft", method="distil", distil_weight=1.0))
+    method = Distil(lgd("soft", method="distil", distil_weight=1.0), find_target("her2"))
     teacher, _ = load_teacher(method.config.teacher.dir)
     pooled_nD = torch.from_numpy(read_all(parts, "pooled")[:, 0].astype(np.float32))
     naive = torch.stack([teacher.head(row + teacher.pooled_mean) for row in pooled_nD])
-    torch.testing.assert_close(method.soft_levels(pooled_nD), naive, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(method.soft_labels(pooled_nD), naive, rtol=1e-5, atol=1e-5)
 
 
 def test_shuffled_pairs_are_another_run(lgd):

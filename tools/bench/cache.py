@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from lgd.base.target import find_target
 from lgd.config import Config
 from lgd.config_files import load_config
 from lgd.models.encoder import build_encoder
@@ -54,7 +55,7 @@ Patch = tuple[bytes, bytes, float | None]
 def teacher_in(folder: Path, size: int) -> Path:
     """An untrained teacher, which costs what a trained one costs."""
     torch.manual_seed(0)
-    teacher = Teacher(build_encoder("resnet10"))
+    teacher = Teacher(build_encoder("resnet10"), target=find_target("her2"))
     describe = functools.partial(teacher.describe, size=size, **NOT_TRAINED)
     save_model(folder, dict(teacher.state_dict()), describe)
     return folder
@@ -152,7 +153,7 @@ class Product:
         """Cache all shards; yields for each patch, as their batches are done."""
         done: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
         shutil.rmtree(self.config.latents.dir, ignore_errors=True)
-        cacher = Cacher(self.config, recipe_of(self.config), SimpleNamespace(update=done.put))
+        cacher = Cacher(self.config, recipe_of(self.config, find_target("her2")), SimpleNamespace(update=done.put))
 
         def work() -> None:
             try:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from lgd.config import Config
 from lgd.models.teacher import load_teacher
 from lgd.shards.image import decode
+from lgd.shards.shard_set import ShardSet
 from lgd.stain.targets import membrane_grid, nuclei_grid
 from lgd.stream.plan import World
 from lgd.stream.reader import Encoded, Reader, Sample
@@ -60,7 +61,7 @@ def stream_student(settings: Settings, inputs: Inputs) -> Iterator[tuple[Student
     """The student's task and the steps that it is trained with, in a world of one worker."""
     with join_world() as world:
         config = prepare(settings, inputs)
-        task = StudentTask(config)
+        task = StudentTask(config, ShardSet.open(config.shard_dirs))
         streamed = Streamed(config, task, world)
         yield task, streamed
         streamed.reader.close()

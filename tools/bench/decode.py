@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 
 from lgd.base.errors import DataError
-from lgd.config_sections import LEVEL_NAMES
 from lgd.models.teacher import Teacher, load_teacher
 from lgd.shards.pairs import PatchPair, find_pairs
 from tools.bench.formats import formats
-from tools.bench.inputs import Inputs, draw
+from tools.bench.inputs import HER2, Inputs, draw
 from tools.bench.loader import count_for, pixels
 from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
 from tools.bench.teacher import train_teacher
@@ -158,7 +157,7 @@ def noticed(
         found[name] = {
             "cosine": {kind: _cosines(scaled[kind], full[kind]) for kind in ("centred", "raw")},
             "same_predictions": float((scaled["levels"] == full["levels"]).mean()),
-            "predicted": {text: int((full["levels"] == level).sum()) for level, text in enumerate(LEVEL_NAMES)},
+            "predicted": {text: int((full["levels"] == level).sum()) for level, text in enumerate(HER2.classes)},
             "accuracy": float(right.mean()) if len(right) else None,
         }
     return found
@@ -167,10 +166,10 @@ def noticed(
 def _subjects(settings: Settings, inputs: Inputs) -> list[PatchPair]:
     """The IHC patches to compare: the given ones where a teacher of such images is given, else drawn ones."""
     if settings.images and settings.teacher:
-        return find_pairs("bci", settings.images)[0][: settings.patches]
+        return find_pairs("bci", settings.images, HER2)[0][: settings.patches]
     folder = inputs.folder / "subjects"
     draw(folder, range(settings.patches), settings)
-    return find_pairs("bci", folder)[0]
+    return find_pairs("bci", folder, HER2)[0]
 
 
 def _teacher(settings: Settings, inputs: Inputs) -> tuple[Teacher, dict[str, Any]]:

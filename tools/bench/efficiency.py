@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lgd.base.target import find_target
 from lgd.config_sections import Latents
 from lgd.models.description import LatentSizes
 from lgd.models.encoder import build_encoder
@@ -50,9 +51,12 @@ _STATUS, _PEAK_STARTS_ANEW = Path("/proc/self/status"), Path("/proc/self/clear_r
 
 def networks(settings: Settings) -> tuple[Student, Teacher]:
     """The full LGD-Net, both encoders `--model`, and the teacher on it; the sizes of the config's defaults."""
-    latents, teacher = Latents(), Teacher(build_encoder(settings.model))
+    latents, teacher = Latents(), Teacher(build_encoder(settings.model), target=find_target("her2"))
     student = HallucinatingStudent(
         morphology=build_encoder(settings.model),
+        target=find_target("her2"),
+        ordinal=None,
+        staining=None,
         hallucination=build_encoder(settings.model),
         latents={"teacher": LatentSizes(dim=teacher.dim, map=latents.map)},
         nuclei_grid=latents.nuclei_grid,

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lgd.config import Config
+from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import World
 from lgd.train.batch import Batch, Step
 from lgd.train.deepspeed_engine import deepspeed_problem
@@ -70,7 +71,7 @@ class Bare:
             return F.smooth_l1_loss(scale * ours, scale * theirs)
 
         return (
-            F.cross_entropy(out["logits"].float(), batch.level_B)
+            F.cross_entropy(out["logits"].float(), batch.label_B)
             + rising * (distance("pooled") + 0.5 * distance("map"))
             + student.nuclei_weight * F.smooth_l1_loss(out["nuclei"].float(), torch.log1p(stored["nuclei"]))
             + student.membrane_weight * F.smooth_l1_loss(out["membrane"].float(), stored["membrane"])
@@ -186,7 +187,7 @@ def run(settings: Settings, inputs: Inputs) -> Outcome:
 def _run(settings: Settings, inputs: Inputs, world: World) -> Outcome:
     config = with_data(prepare(settings, inputs), augment="none")
     facts = facts_of(config, inputs)
-    task = StudentTask(config)
+    task = StudentTask(config, ShardSet.open(config.shard_dirs))
     streamed = Streamed(config, task, world)
     kept, model = streamed.kept(), task.build()
     streamed.reader.close()

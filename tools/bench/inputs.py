@@ -13,18 +13,18 @@ from typing import Any
 import simplejpeg
 
 from lgd.base.errors import DataError
-from lgd.config_sections import LEVEL_NAMES
+from lgd.base.target import UNKNOWN, find_target
 from lgd.models.description import Training
 from lgd.shards.archive import Shard, read_sample
 from lgd.shards.builder import build
 from lgd.shards.image import header, kind
-from lgd.shards.manifest import HER2, UNKNOWN
 from lgd.shards.options import ShardOptions
 from lgd.shards.pairs import PatchPair, find_pairs
 from lgd.shards.shard_set import ShardFolder
 from lgd.tissue.sections import draw_pair
 from tools.bench.measure import Settings
 
+HER2 = find_target("her2")
 _DRAWN = 16
 """Distinct virtual pairs; each of another slide."""
 
@@ -41,8 +41,8 @@ class Inputs:
         if not self.settings.images:
             drawn = self.folder / "drawn"
             draw(drawn, range(min(_DRAWN, self.settings.pairs)), self.settings)
-            return find_pairs("bci", drawn)[0]
-        pairs, problems = find_pairs("bci", self.settings.images)
+            return find_pairs("bci", drawn, HER2)[0]
+        pairs, problems = find_pairs("bci", self.settings.images, HER2)
         if problems:
             raise DataError(f"{self.settings.images}: {problems[0].name}: {problems[0].reason}")
         step = max(1, len(pairs) // self.settings.pairs)
@@ -61,7 +61,7 @@ class Inputs:
             (root / role / "train").mkdir(parents=True)
         for number in range(self.settings.pairs):
             pair = self.pairs[number % len(self.pairs)]
-            name = f"{number:05d}_train_{LEVEL_NAMES[pair.label or 0]}.png"
+            name = f"{number:05d}_train_{HER2.classes[int(pair.label or 0)]}.png"
             for role, path in zip(("HE", "IHC"), pair.images, strict=True):
                 (root / role / "train" / name).write_bytes(_with_comment(path.read_bytes(), number))
         return root
@@ -140,7 +140,7 @@ def draw(root: Path, slides: range, settings: Settings) -> None:
 
 def _draw(root: Path, slide: int, side: int) -> None:
     he, ihc, truth = draw_pair(0, slide, 0, side)
-    name = f"{slide:05d}_train_{LEVEL_NAMES[int(truth['level'])]}.png"
+    name = f"{slide:05d}_train_{HER2.classes[int(truth['level'])]}.png"
     for role, pixels in (("HE", he), ("IHC", ihc)):
         content = simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="420")
         (root / role / "train" / name).write_bytes(content)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lgd.config import Config
-from lgd.config_sections import LEVEL_NAMES, Data, Train
+from lgd.config_sections import Data, Train
 from lgd.shards.archive import Shard
 from lgd.shards.builder import build
 from lgd.shards.image import encode
@@ -32,7 +32,7 @@ from lgd.store.writer import shard_writer
 from lgd.stream.plan import Plan, World, rank_positions
 from lgd.stream.reader import Reader
 from lgd.train.batch import Batches
-from tools.bench.inputs import Inputs
+from tools.bench.inputs import HER2, Inputs
 from tools.bench.measure import Outcome, Ratio, Settings
 from tools.bench.store import PART, RECIPE, random_rows, shard_of
 
@@ -108,7 +108,7 @@ def tiny_shards(folder: Path) -> list[Shard]:
     for number in range(_PAIRS):
         for role in ("HE", "IHC"):
             content = encode(rng.integers(0, 256, (_SIDE, _SIDE, 3), np.uint8), "jpg")
-            name = f"{number:05d}_train_{LEVEL_NAMES[number % 4]}.png"
+            name = f"{number:05d}_train_{HER2.classes[number % 4]}.png"
             (root / role / "train" / name).write_bytes(content)
     build(ShardOptions(layout="bci", root=str(root), out=str(folder / "tiny-shards"), shard_size=_SHARD))
     return list(ShardFolder.open(folder / "tiny-shards").shards)

@@ -21,8 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from lgd.config_sections import LEVEL_NAMES
-from tools.bench.inputs import Inputs
+from tools.bench.inputs import HER2, Inputs
 from tools.bench.loader import Product, count_for, pixels
 from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate, steady
 
@@ -147,7 +146,7 @@ def _files(inputs: Inputs) -> list[Path]:
 
 
 def _level(path: Path) -> int:
-    return LEVEL_NAMES.index(path.stem.rpartition("_")[2])
+    return HER2.classes.index(path.stem.rpartition("_")[2])
 
 
 def _record(path: Path) -> tuple[bytes, int]:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from lgd.config import Config
+from lgd.shards.shard_set import ShardSet
 from lgd.stream.plan import World
 from lgd.train.tasks import StudentTask
 from tools.bench.inputs import Inputs
@@ -120,7 +121,7 @@ class Runs:
 
     def __init__(self, rank: int, config: Config, device: str) -> None:
         torch.manual_seed(config.run.seed)
-        self.rank, self.config, self.task = rank, config, StudentTask(config)
+        self.rank, self.config, self.task = rank, config, StudentTask(config, ShardSet.open(config.shard_dirs))
         self.model = self.task.build()
         self.both = replace(config, train=replace(config.train, batch=WORKERS * config.train.batch))
         self.among, self.alone = World(rank, WORKERS, device), World(0, 1, device)

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from lgd.base.target import find_target
 from lgd.config_sections import Data
 from lgd.shards.archive import Shard
 from lgd.store.commit import commit
 from lgd.store.document import Recipe, TargetsRecipe, TeacherRecipe
 from lgd.store.parts import Part
-from lgd.store.store import SUPERVISION, TEACHER, Rows, Store
+from lgd.store.store import TEACHER, Rows, Store
 from lgd.store.writer import shard_writer
 from lgd.stream.plan import Plan, offsets
 from tools.bench.inputs import Inputs
@@ -30,6 +31,8 @@ from tools.bench.measure import Outcome, Rate, Ratio, Settings, alternate, timed
 
 logger = logging.getLogger(f"lgd.{__name__}")
 
+DATASETS = ("pooled", "map", "nuclei", "membrane")
+"""What its rows hold."""
 RECIPE = Recipe(
     targets=TargetsRecipe(nuclei_grid=8, membrane_grid=4, dtype="float16", settings={}),
     teacher=TeacherRecipe(
@@ -70,6 +73,7 @@ def shard_of(folder: Path, number: int, rows: int, split: str = "train") -> Shar
         idx_sha256="",
         extensions={},
         keeps_files=True,
+        target=find_target("her2"),
     )
 
 
@@ -105,7 +109,7 @@ class Mapped:
     """Plain numpy over the files of a store: what one would write by hand who knows the offsets."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.columns: dict[str, list[np.ndarray]] = {name: [] for name in (*SUPERVISION, "key")}
+        self.columns: dict[str, list[np.ndarray]] = {name: [] for name in (*DATASETS, "key")}
         for part in parts:
             for layer, file in part.files.items():
                 # Slices of a numpy.memmap are slow to make; those of a plain array over it are not.
@@ -200,7 +204,7 @@ def compare(ours: Read, theirs: Read, batches: Sequence[Address]) -> int:
 def first_use(store: Store) -> dict[str, Any]:
     """What the digests of a store's parts cost when they are opened."""
     parts = Store(store.folder).parts
-    names = frozenset(("key", *SUPERVISION))
+    names = frozenset(("key", *DATASETS))
     # torch is imported with the first part.
     parts[0].mapped(names)
     began = time.perf_counter()
@@ -213,7 +217,7 @@ def first_use(store: Store) -> dict[str, Any]:
 
 def flat_rate(folder: Path, store: Store, numbers_n: np.ndarray) -> float:
     """Rows a second by fancy indexing of one file of all rows, a layout that we do not have, for rows at random."""
-    fields = [name for name in SUPERVISION if name in store.parts[0].layout]
+    fields = [name for name in DATASETS if name in store.parts[0].layout]
     columns = []
     for name in (*fields, "key"):
         path = folder / f"flat-{name}.bin"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lgd.base.target import find_target
 from lgd.config import Config
 from lgd.config_files import load_config
 from lgd.models.encoder import build_encoder
@@ -32,7 +33,7 @@ from lgd.train.log import Log
 from lgd.train.loop import Taken, take_step
 from lgd.train.prepare import Learner, make_engine
 from lgd.train.tasks import StudentTask, Task
-from tools.bench.inputs import NOT_TRAINED, Inputs
+from tools.bench.inputs import HER2, NOT_TRAINED, Inputs
 from tools.bench.measure import Rate, Settings, cpu_seconds
 
 logger = logging.getLogger(f"lgd.{__name__}")
@@ -75,7 +76,7 @@ def prepare(settings: Settings, inputs: Inputs) -> Config:
     if not (folder / "teacher" / "config.json").exists():
         torch.manual_seed(0)
         # Untrained, it costs what a trained one costs.
-        teacher = Teacher(build_encoder(settings.model))
+        teacher = Teacher(build_encoder(settings.model), target=find_target("her2"))
         describe = functools.partial(teacher.describe, size=settings.size, **NOT_TRAINED)
         save_model(folder / "teacher", dict(teacher.state_dict()), describe)
     shards = ShardSet.open(config.shard_dirs).of_split("train")
@@ -138,7 +139,7 @@ class Training:
             skipped=Skipped(config.data),
         )
         self.done = 0
-        self.log = Log(task.folder / (name or engine), 0, STEPS, config.train.batch) if world.rank == 0 else None
+        self.log = Log(task.folder / (name or engine), 0, STEPS, config.train.batch, HER2) if world.rank == 0 else None
         if self.log:
             # It would stand between the lines of the rounds.
             self.log.bar.disable = True

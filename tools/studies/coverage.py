@@ -23,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lgd.base.arguments import Parser
 from lgd.base.markup import markdown_table
+from lgd.base.target import DEFAULT_TARGET, find_target
 from lgd.base.text import print_lines
 from lgd.cli import run_command
-from lgd.metrics import LEVELS, Floats, draws, interval
+from lgd.metrics import Floats, draws, interval
 
+LEVELS = len(find_target(DEFAULT_TARGET).classes)
 RATIOS = (0.0, 0.5, 1.0, 2.0)
 SLIDES, PATCHES = 40, 10
 SINGLE = {"score": 0.7, "difference": 2.0}

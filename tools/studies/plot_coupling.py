@@ -13,12 +13,18 @@ import numpy as np
 from lgd.base.arguments import Parser
 from lgd.base.errors import ConfigError
 from lgd.base.markup import markdown_table
+from lgd.base.target import DEFAULT_TARGET, find_target
 from lgd.base.text import print_lines
 from lgd.cli import run_command
 from lgd.io.location import Location
-from lgd.report.ablation_table import LGD_NET, METRICS, AblationDocument
+from lgd.labels.predictions import find_measures
+from lgd.report.ablation_table import LGD_NET, AblationDocument
+from lgd.report.columns import list_compared
 from lgd.report.figures import LINES, MARKERS, error_bars, new_figure, save_figure
 from lgd.report.results import format_interval
+
+METRICS = list_compared(find_measures(find_target(DEFAULT_TARGET)))
+"""Of HER2's levels, which lgd synth draws."""
 
 
 def gain_curves(tables: dict[float, AblationDocument], metric: str, path: str | Location) -> None:
@@ -56,7 +62,7 @@ def run(args: list[str]) -> int:
     parser = Parser("python tools/studies/plot_coupling.py", "LGD-Net's gain against how much the H&E reveals.")
     parser.add_argument("out", help="the picture, a PNG")
     parser.add_argument("runs", nargs="+", metavar="COUPLING=RUN", help="a run of lgd ablate, and its world's coupling")
-    parser.add_argument("--metric", choices=list(METRICS), default="kappa")
+    parser.add_argument("--metric", choices=[*METRICS], default="kappa")
     asked = parser.parse(args)
     tables = {}
     for one in asked.runs:

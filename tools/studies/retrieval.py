@@ -29,21 +29,14 @@ from lgd.io.files import exists
 from lgd.io.location import as_location
 from lgd.metrics import Floats
 from lgd.models.methods import BASELINE, METHODS
-from lgd.report.embeddings import (
-    PRECISION_AT_K,
-    RECALL_AT,
-    Embedding,
-    average_precision,
-    count_answers,
-    mean_with_interval,
-    own_ranks,
-)
+from lgd.report.embeddings import RECALL_AT, Embedding, count_answers, own_ranks
+from lgd.report.neighbours import PRECISION_AT_K, average_precision, mean_with_interval
 from lgd.report.results import format_interval
 from lgd.report.retrieval import Network, list_embeddings
 from lgd.retrieval.hubs import chance_of_hubs, chance_of_never
 from lgd.scoring.predict import load_scorer, score_shards
 from lgd.shards.repeats import open_disjoint
-from lgd.store.parts import read_levels
+from lgd.store.parts import read_labels
 from lgd.store.store import Store
 
 logger = logging.getLogger("lgd.studies")
@@ -88,10 +81,12 @@ def measure_run(run: str, bias: float) -> dict[str, Measured]:
     scored = networks[0].predictions
     groups = [f"{run} {group}" for group in scored.groups]
     embeddings = list_embeddings(config, store, training, split, networks, shards)
-    level_m = read_levels(store.parts_of(training))
+    label_m, classes = read_labels(store.parts_of(training)), scored.target.width
 
     def measure(one: Embedding, own_nD: np.ndarray) -> Measured:
-        precision_n, chance_n = average_precision(one.queries_nD, scored.level, one.train_mD, level_m, PRECISION_AT_K)
+        precision_n, chance_n = average_precision(
+            one.queries_nD, scored.label, one.train_mD, label_m, PRECISION_AT_K, classes
+        )
         hubs_n, _, never_m = count_answers(one.queries_nD, own_nD, PRECISION_AT_K)
         rank_n = own_ranks(one.queries_nD, own_nD)
         return Measured(groups, rank_n, precision_n, chance_n, hubs_n, never_m)

@@ -14,22 +14,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lgd.base.arguments import Parser
 from lgd.base.errors import require
 from lgd.base.markup import markdown_table
+from lgd.base.target import DEFAULT_TARGET, find_target
 from lgd.base.text import print_lines
 from lgd.cli import run_command
-from lgd.metrics import Predictions, check_same, interval
+from lgd.labels.predictions import Predictions, check_same, find_measures
+from lgd.metrics import interval
 from lgd.report.ablation import SINGLE_RUN_ROWS, read_kept, slug
-from lgd.report.ablation_table import METRICS, AblationDocument, draw_runs
+from lgd.report.ablation_table import AblationDocument, draw_runs
+from lgd.report.columns import list_compared
 from lgd.report.results import format_interval
+
+METRICS = list_compared(find_measures(find_target(DEFAULT_TARGET)))
+"""Of HER2's levels, which lgd synth draws."""
 
 
 def read_answers(run: Path) -> dict[str, list[Predictions]]:
     """The answers behind the table of a run, by row: one a seed, and one of the teacher and of colour."""
     folder = run / "ablation"
     table = AblationDocument.read(folder / "ablation.json")
+    target = table.measures.target
     return {
-        name: [read_kept(folder / SINGLE_RUN_ROWS[name], name)[0]]
+        name: [read_kept(folder / SINGLE_RUN_ROWS[name], name, target)[0]]
         if name in SINGLE_RUN_ROWS
-        else [read_kept(folder / slug(name) / f"seed-{number}.npz", name)[0] for number in range(table.seeds)]
+        else [read_kept(folder / slug(name) / f"seed-{number}.npz", name, target)[0] for number in range(table.seeds)]
         for name in table.rows
     }
 
@@ -40,7 +47,7 @@ def run(args: list[str]) -> int:
     parser.add_argument(
         "pairs", nargs="+", metavar="NAME=CONTROL,SHORTCUT", help="two runs of lgd ablate, and their name"
     )
-    parser.add_argument("--metric", choices=list(METRICS), default="kappa")
+    parser.add_argument("--metric", choices=[*METRICS], default="kappa")
     parser.add_argument("--resamples", type=int, default=1000, help="of slides and trainings (default: %(default)s)")
     asked = parser.parse(args)
     rows = []

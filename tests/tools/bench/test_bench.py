@@ -17,6 +17,7 @@ from PIL import Image
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.retrieval.index_files import IndexDocument
+from lgd.shards.shard_set import ShardSet
 from tools.bench import cached, decode, engine, loader, memory, peers, query, training
 from tools.bench.command import main
 from tools.bench.inputs import Inputs
@@ -257,7 +258,9 @@ def test_the_extrapolation_follows_its_rules():
 def test_a_bare_loop_is_held_to_our_loss_curve(tissue_run, change, tmp_path):
     config = change(tissue_run, student={"dir": str(tmp_path)}, data={"augment": "none"})
     with engine.join_world() as world:
-        kept, streamed = compare_loops(config, change, training.StudentTask(config), world)
+        kept, streamed = compare_loops(
+            config, change, training.StudentTask(config, ShardSet.open(config.shard_dirs)), world
+        )
     assert streamed == kept
 
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from lgd.base.target import find_target
 from lgd.cli import run_command
-from lgd.metrics import confusion, score
+from lgd.labels.classes import count_confusion
+from lgd.labels.predictions import find_measures
 from tools.studies import coverage
 
 
@@ -24,8 +26,8 @@ def test_intervals_hold_their_coverage_where_trainings_differ(trainings, kind):
 def test_a_metric_of_drawn_levels_is_the_one_of_reports():
     random = np.random.default_rng(0)
     level, said = random.integers(4, size=(2, 90))
-    counts = confusion(level, said).astype(float)
-    expected = score(level, np.eye(4)[said])
+    counts = count_confusion(level, said, 4).astype(float)
+    expected = find_measures(find_target("her2")).score(level, np.eye(4)[said])
     for metric in ("kappa", "accuracy"):
         assert coverage.score_counts(metric, counts) == pytest.approx(expected[metric])
 
