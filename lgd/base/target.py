@@ -54,7 +54,7 @@ _End = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]
 
 
 class Target(Record):
-    """What is predicted. Two are the same where name, kind, classes and unit are."""
+    """What is predicted. Two are the same where name, kind, classes, unit and range are."""
 
     name: _Name
     kind: Literal["ordinal", "class", "number"]
@@ -128,7 +128,7 @@ class Target(Record):
     @property
     def identity(self) -> tuple[object, ...]:
         """What makes it the same as another."""
-        return tuple(getattr(self, name) for name in _IDENTITY)
+        return tuple(getattr(self, name) for name in (*_IDENTITY, "range"))
 
     @property
     def is_number(self) -> bool:
@@ -233,8 +233,8 @@ class Target(Record):
 
 def complete_target(target: Target) -> Target:
     """A target, with what a document leaves out where it is one of LGD's."""
-    own = shipped_targets().get(target.name)
-    return own if own == target and own is not None and target.model_fields_set <= {*_IDENTITY} else target
+    own, bare = shipped_targets().get(target.name), target.model_fields_set <= {*_IDENTITY}
+    return own if own is not None and bare and own.identity[:-1] == target.identity[:-1] else target
 
 
 StatedTarget = Annotated[Target, AfterValidator(complete_target)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.records import load_json
-from lgd.base.target import StatedTarget, Target, find_target, shipped_targets
+from lgd.base.target import StatedTarget, Target, complete_target, find_target, shipped_targets
 from lgd.shards.manifest import Manifest
 
 HER2, KI67 = find_target("her2"), find_target("ki67")
@@ -242,3 +242,13 @@ def test_a_value_for_a_person(value, shown):
     assert KI67.format_label(value) == shown
     score = Target(name="H-score", kind="number", classes=(), unit="points")
     assert score.format_label(12345.0) == "12300 points"
+
+
+def test_targets_of_two_ranges_are_two_and_a_document_leaves_out_what_lgd_knows(tmp_path):
+    own = find_target("ki67")
+    four = {"name": "Ki67", "kind": "number", "classes": [], "unit": "%"}
+    assert own.as_json() == four and complete_target(Target.from_json(four)) is own
+    path = tmp_path / "wide.yaml"
+    path.write_text('name: Ki67\nkind: number\nunit: "%"\nrange: [0, 200]\n')
+    wide = find_target(str(path))
+    assert wide != own and hash(wide) != hash(own) and wide.as_json() == {**four, "range": [0, 200]}
