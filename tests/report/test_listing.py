@@ -1,12 +1,14 @@
 """Predictions as CSV: every one, and readable again."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from drawn_answers import ALL, HER2, KI67, draw_answers
 
 from lgd.io.tables import read_csv, unescape_cell
+from lgd.labels.conformal import Conformal, Threshold
 from lgd.report.listing import BY_PATCH, BY_SLIDE, write_predictions
 from lgd.report.slides import by_slide
 
@@ -23,12 +25,16 @@ def test_every_answer_is_listed(target, tmp_path):
     slides = [by_slide(one) for one in scored]
     for name, some, own in ((BY_PATCH, scored, ("key", "group")), (BY_SLIDE, slides, ("slide",))):
         rows = read(tmp_path / name)
-        assert [*rows[0]] == ["model", *own, "label", "predicted", *target.classes, "center", "scanner"]
+        sets = "interval" if target.is_number else "label_set"
+        assert [*rows[0]] == ["model", *own, "label", "predicted", *target.classes, sets, "center", "scanner"]
+        assert {row[sets] for row in rows} == {""}, "nothing calibrated any"
         assert [(row["model"], row[own[0]]) for row in rows] == [(one.name, key) for one in some for key in one.keys]
         said = [pair for one in some for pair in zip(one.label.tolist(), one.answer.tolist(), strict=True)]
         for row, (label, answer) in zip(rows, said, strict=True):
             if target.is_number:
-                assert float(row["label"]) == label and float(row["predicted"]) == pytest.approx(answer, rel=1e-5)
+                # Six digits of each.
+                assert float(row["label"]) == pytest.approx(label, rel=1e-5)
+                assert float(row["predicted"]) == pytest.approx(answer, rel=1e-5)
             else:
                 assert (row["label"], row["predicted"]) == (target.classes[label], target.classes[answer])
         output = np.concatenate([one.output for one in some])
@@ -51,3 +57,13 @@ def test_any_text_is_only_text(tmp_path):
     rows = [row for _, row in read_csv(tmp_path / BY_PATCH, ["model", "group"])]
     assert [row["group"] for row in rows] == [row["center"] for row in rows] == names
     assert not (tmp_path / BY_SLIDE).exists(), "every slide is a single patch"
+
+
+@pytest.mark.parametrize(("target", "cell"), [(HER2, "0,1+,2+,3+"), (KI67, "0.0 to 100.0")], ids=["classes", "number"])
+def test_sets_are_listed_where_a_model_has_them(target, cell, tmp_path):
+    wide = Threshold(highest=1000.0, slides=30)
+    conformal = Conformal(coverage=0.9, kind=target.kind, patch=wide, slide=None)
+    write_predictions(tmp_path, [replace(draw_answers(target), conformal=conformal)])
+    name = "interval" if target.is_number else "label_set"
+    assert {row[name] for row in read(tmp_path / BY_PATCH)} == {cell}
+    assert {row[name] for row in read(tmp_path / BY_SLIDE)} == {""}
