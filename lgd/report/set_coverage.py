@@ -49,7 +49,7 @@ def _measure(known: Predictions, conformal: Conformal, by: By, resamples: int, s
 
 
 def label_sets_section(results: Results, target: Target) -> list[str]:
-    """The table of label sets; nothing where no model has any, and why where too few slides calibrated them."""
+    """The table of label sets; nothing where no model has any."""
     rows, split = [], str(results.provenance.get("split"))
     for model in results.label_sets or ():
         for name, one, by in (
