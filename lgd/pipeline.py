@@ -22,7 +22,8 @@ from lgd.io.location import as_location, require_local
 from lgd.io.locks import exclusive
 from lgd.models.methods import BASELINE, find_method
 from lgd.ray_jobs.cluster import restore_connection
-from lgd.report import ablation, evaluation, report
+from lgd.report import ablation, evaluation, leave_out, report
+from lgd.report.ablation_table import format_ablation
 from lgd.retrieval import index
 from lgd.retrieval.bias import Bank, open_bank
 from lgd.retrieval.queries import check_pair
@@ -34,6 +35,7 @@ from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import open_disjoint
 from lgd.shards.shard_set import ShardSet
 from lgd.store import cache, importing
+from lgd.store.probe import ensure_probe
 from lgd.store.store import Store
 from lgd.tissue.synth import SynthOptions, synthesise
 from lgd.train.launch import train_under
@@ -204,13 +206,42 @@ def evaluate(
 def ablate(config: Config, options: ablation.AblateOptions, given: Given | None = None) -> str:
     """The table of LGD-Net, its controls and its parts (`lgd.report.ablation`), after the teacher and the store."""
     shards, folder = open_disjoint(config.shard_dirs), f"{config.run.dir}/ablation"
+    # Before the hours of training.
+    folds = leave_out.make_folds(config, shards) if options.leave_out else []
     _make_latents(config, given, shards)
     doing = exclusive(folder, "comparing methods")
     with doing, stage("ablate", "ablate", config, folder, given, shards) as (_, outcome):
-        table = ablation.ablate(config, shards, options)
-        outcome.done = f"written: {folder}/ablation.md"
+        asked = ablation.describe_command(config, options)
+        whole = ablation.ablate(config, shards, options, asked)
+        table, outcome.done = format_ablation(whole.document), f"written: {folder}/ablation.md"
+        if folds:
+            try:
+                parts = [_ablate_without(fold, options, asked, given) for fold in folds]
+            finally:
+                if config.teacher.source != "trained":
+                    ensure_probe(Store(config.latents.dir, teachers=(config.teacher.name,)), shards.of_split("train"))
+            table = leave_out.compare_seen(config, shards, whole, folds, parts)
+            outcome.done = f"written: {folder}/ablation.md and leave-out.md"
         outcome.facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)
     return table
+
+
+def _ablate_without(
+    fold: leave_out.Fold, options: ablation.AblateOptions, asked: str, given: Given | None
+) -> ablation.Ablation:
+    """The comparison of a fold, after what it has of teacher, latents and probe."""
+    config, shards, latents = fold.config, fold.shards, fold.config.latents.dir
+    logger.info("[ablate] without the center %s:", fold.center)
+    if config.teacher.source == "trained":
+        train_teacher(config, given, shards=shards)
+        with log_outcome("latents") as outcome:
+            # Also of what is scored, for the rows of the teacher.
+            paired = [shard for shard in (*shards.shards, *fold.scored) if "ihc" in shard.roles]
+            store, computed, _ = cache.cache_latents(config, paired, config.train.workers)
+            outcome.done = f"{computed} of {len(store.parts)} parts computed, {store.rows} rows: {latents}"
+    else:
+        ensure_probe(Store(latents, teachers=(config.teacher.name,)), shards.of_split("train"))
+    return ablation.ablate(config, shards, options, asked, fold.scored)
 
 
 def run(config: Config, given: Given | None = None) -> str:

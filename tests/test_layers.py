@@ -37,7 +37,7 @@ runs.folder
 report.columns report.results report.sections report.colour report.caveats report.ablation_table report.figures
 report.sheet report.neighbours report.embeddings report.biased report.robustness report.agreement report.slides
 report.sites report.set_coverage report.listing report.probed report.retrieval report.evaluation
-report.report report.ablation
+report.report report.ablation report.leave_out
 pipeline
 cli.contents cli.facts cli.verb cli.stages cli.answers cli.checks
 """.split()

@@ -15,7 +15,7 @@ import functools
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +58,9 @@ class AblateOptions:
     """Trainings of each variant; their seeds are run.seed and those after it."""
     full: bool = False
     """Also LGD-Net with each of its parts off, and with shuffled pairs."""
+    leave_out: Literal["", "center"] = ""
+    """`center`: also train without each center in turn, and score its patches; build one shard folder a center, by
+    `build-shards --center`, and name all in `data.shards`."""
     jobs: int = 0
     """Networks that are trained at a time, each in a process of its own under Ray, with a GPU or a CPU; 0 trains one
     after the other, each with train.workers."""
@@ -99,6 +102,12 @@ class Job(NamedTuple):
     run: Config
 
 
+def describe_command(config: Config, options: AblateOptions) -> str:
+    """The command line of a comparison."""
+    left_out = f" --leave-out {options.leave_out}" if options.leave_out else ""
+    return f"{command(config, 'ablate')} --seeds {options.seeds}" + " --full" * options.full + left_out
+
+
 def jobs_of(config: Config, options: AblateOptions) -> Iterator[Job]:
     """A seed after the other, so that a table of fewer seeds is there early."""
     for number in range(options.seeds):
@@ -114,22 +123,34 @@ def jobs_of(config: Config, options: AblateOptions) -> Iterator[Job]:
             yield Job(name, number, one)
 
 
-def work(shards: ShardSet, job: Job) -> tuple[Job, bool]:
+def work(shards: ShardSet, scored: Sequence[Shard], job: Job) -> tuple[Job, bool]:
     """Train and score a network; returns False where it could be reused."""
     trained = train_under(job.run, "student", shards=shards)
-    answers(job.run.student.dir, "student", shards.of_split(job.run.report.split), job.run, job.name)
+    answers(job.run.student.dir, "student", scored, job.run, job.name)
     return job, trained
 
 
-def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
-    """Train, score and compare; returns the table. The teacher and the store must be there.
+class Ablation(NamedTuple):
+    """Methods, compared."""
 
-    Raises `DataError` where the report's split has no labelled patch.
+    document: AblationDocument
+    rows: dict[str, list[Predictions]]
+    """What each row says of the scored patches, a training after the other."""
+
+
+def ablate(
+    config: Config, shards: ShardSet, options: AblateOptions, asked: str, scored: Sequence[Shard] = ()
+) -> Ablation:
+    """Train, score and compare. The teacher and the store must be there; `asked` is the command line of it.
+
+    `scored` are the shards of another set, in place of the report's split. Raises `DataError` where no patch of these
+    is labelled.
     """
-    scored = shards.require_split(config.report.split, "report.split")
+    training = shards.of_split("train") if scored or config.report.split != "train" else []
+    scored = scored or shards.require_split(config.report.split, "report.split")
     folder = as_location(config.run.dir) / "ablation"
     jobs = list(jobs_of(config, options))
-    worker = functools.partial(work, shards)
+    worker = functools.partial(work, shards, scored)
     answered = map_with(
         lambda: worker,
         jobs,
@@ -142,7 +163,6 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
         done = "trained" if trained else "reused, nothing changed"
         logger.info("[ablate] %s, seed %d: %s", job.name, job.number, done)
     rows: dict[str, list[Predictions]] = {}
-    training = shards.of_split("train") if config.report.split != "train" else []
     colours = read_training_colours(training, config.data.threads)
     if colour := colour_only(colours, scored, shards.target, config.data.threads):
         _keep(folder / SINGLE_RUN_ROWS[COLOUR], colour, "")
@@ -153,7 +173,7 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
     if not ours.known.any():
         word = ours.target.label_word
         raise DataError(f"report.split {config.report.split!r} has no patch with a {word}: nothing can be compared")
-    teacher, labels, notes = _score_teacher(config, store, shards, ours)
+    teacher, labels, notes = _score_teacher(config, store, shards, scored, ours)
     rows[teacher.name] = [teacher]
     compared, gap_closed = compare_rows(rows, config.report.bootstrap, config.run.seed)
     table = AblationDocument(
@@ -164,23 +184,22 @@ def ablate(config: Config, shards: ShardSet, options: AblateOptions) -> str:
         rows=compared,
         gap_closed=gap_closed,
         caveats=(*([ONE_TRAINING] if options.seeds == 1 else []), *notes, *caveats_of(shards, ours)),
-        explained_by_levels=_explained_by_labels(config, store, labels, shards),
-        command=f"{command(config, 'ablate')} --seeds {options.seeds}" + (" --full" if options.full else ""),
+        explained_by_levels=_explained_by_labels(config, store, labels, shards, scored),
+        command=asked,
         shards=shards.digests,
         teacher=store.recipe.teacher.weights_sha256,
         target=state_target(ours.target),
     )
     table.write(folder / "ablation.json")
-    text = format_ablation(table)
-    write_bytes(folder / "ablation.md", text.encode())
-    return text
+    write_bytes(folder / "ablation.md", format_ablation(table).encode())
+    return Ablation(table, rows)
 
 
 def _score_teacher(
-    config: Config, store: Store, shards: ShardSet, like: Predictions
+    config: Config, store: Store, shards: ShardSet, scored: Sequence[Shard], like: Predictions
 ) -> tuple[Predictions, Teacher | Probe, list[str]]:
     """What the teacher, or the probe of its latents, says of the patches of `like`; what reads labels; and caveats."""
-    scored, kept = shards.of_split(config.report.split), as_location(config.run.dir) / "ablation" / "teacher.npz"
+    kept = as_location(config.run.dir) / "ablation" / "teacher.npz"
     described = None if config.teacher.source == "imported" else TeacherConfig.read_folder(config.teacher.dir)
     if described and described.gives_labels:
         teacher, _ = load_teacher(config.teacher.dir, config.code)
@@ -192,7 +211,9 @@ def _score_teacher(
     return found, probe.network(), [probe_caveat(probe, described.learns if described else (), like.target)]
 
 
-def _explained_by_labels(config: Config, store: Store, labels: Teacher | Probe, shards: ShardSet) -> float:
+def _explained_by_labels(
+    config: Config, store: Store, labels: Teacher | Probe, shards: ShardSet, scored: Sequence[Shard]
+) -> float:
     """The share of what varies in the teacher's latents of the scored split that its soft labels or values explain."""
     temperature, is_number = config.student.distil_temperature, shards.target.is_number
 
@@ -203,7 +224,7 @@ def _explained_by_labels(config: Config, store: Store, labels: Teacher | Probe, 
         soft_nK = logits_nK if is_number else (logits_nK / temperature).softmax(dim=1)
         return latents_nD, soft_nK.double().numpy()
 
-    return explained_by_labels(*both(shards.of_split("train")), *both(shards.of_split(config.report.split)))
+    return explained_by_labels(*both(shards.of_split("train")), *both(scored))
 
 
 def slug(name: str) -> str:

@@ -20,13 +20,11 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
-import io
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
-import numpy as np
 import simplejpeg
 from PIL import features
 
@@ -42,9 +40,18 @@ from lgd.ray_jobs.cluster import restore_connection
 from lgd.ray_jobs.mapping import map_with
 from lgd.shards.image import STORED
 from lgd.shards.layouts import Problem, write_problems
-from lgd.shards.manifest import PATCHES, Digests, Extensions, File, Manifest, Options, Recipe, Sources, patch_entry
+from lgd.shards.manifest import Extensions, File, Manifest, Options, Recipe, Sources
 from lgd.shards.options import SPLITS, ShardOptions, check_split, describe_split, list_caveats, make_samples
-from lgd.shards.pairs import PatchPair, Source, find_pairs, leave_out_duplicates, refuse_spellings
+from lgd.shards.pairs import (
+    PatchPair,
+    Source,
+    choose_center,
+    find_pairs,
+    leave_out_duplicates,
+    make_patch_table,
+    refuse_spellings,
+    shared_center,
+)
 from lgd.shards.profiles import describe_profiles
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.writer import FILE, MARKER, Building, ShardJob, begin, check_chunk, finish, require_marker, write_shard
@@ -118,10 +125,7 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
         for entry in map_jobs(write_shard, jobs, options.workers, lambda job: str(job.path)):
             entries.append(entry)
             bar.update(entry.samples)
-    stream, in_order = io.BytesIO(), (sample for some in of_split.values() for sample in some)
-    rows = [patch_entry(Digests.of(sample.source.sha256), sample.source.pair.group) for sample in in_order]
-    np.save(stream, np.array(rows, PATCHES), allow_pickle=False)
-    patches = stream.getvalue()
+    patches = make_patch_table(sample.source for some in of_split.values() for sample in some)
     write_bytes(out / "patches.npy", patches)
     root = as_location(options.root)
     manifest = Manifest(
@@ -134,6 +138,7 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
         may_leak=any(source.pair.slide is None for source in sources),
         caveats=tuple(list_caveats(samples, options.rule)),
         splits={name: describe_split(options, target, name, some, entries) for name, some in of_split.items()},
+        center=shared_center([source.pair for source in sources]),
     )
     require_marker(out, recipe.digest)
     manifest.write(out / "manifest.json")
@@ -174,6 +179,7 @@ def _check_pairs(options: ShardOptions, target: Target) -> tuple[list[Source], l
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
     pairs, problems = find_pairs(options.layout, as_location(options.root).absolute(), target, options.slides or None)
     refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
+    pairs = choose_center(pairs, options.center)
     if options.on_bad == "stop" and all(pair.split for pair in pairs):
         # Minutes before the images are read; of those that may be left out nothing is known yet.
         check_split(pairs, options)

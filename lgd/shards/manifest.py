@@ -208,6 +208,8 @@ class Recipe(Document):
 class Manifest(Recipe):
     """What `lgd build-shards` states of a set."""
 
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("center",)
+
     FORMAT: ClassVar[str] = "lgd-shards/2"
     ABSENT: ClassVar[str] = "it is no finished shard set; run lgd build-shards"
     REMEDY: ClassVar[str] = REBUILD
@@ -222,6 +224,8 @@ class Manifest(Recipe):
     """Whether slides are unknown."""
     caveats: Many[Line]
     splits: dict[Word, Split]
+    center: Text | None = None
+    """That of all pairs, where it is one."""
 
     @model_validator(mode="after")
     def _check_he_size(self) -> Self:

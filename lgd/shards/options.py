@@ -114,6 +114,8 @@ class ShardOptions:
     """Any text; another one draws another split."""
     target: str | Path = "her2"
     """What the labels are of: her2, her2-binary, ki67, or a YAML file (see docs/targets.md)."""
+    center: str = ""
+    """Take only pairs of this center (CSV column `center`); `lgd ablate --leave-out center` needs a folder a center."""
     labelled: NotNegative = 0
     """Slides of each class, such as a level, whose labels `train` keeps, or slides in all where labels are numbers;
     those of all others become unknown. 0 keeps all labels."""
@@ -203,8 +205,7 @@ def check_split(pairs: Sequence[PatchPair], options: ShardOptions) -> None:
     sides: dict[str, set[str | None]] = {}
     for pair in pairs:
         sides.setdefault(pair.group, set()).add(split_of(rule, pair.group, pair.split, options.salt))
-    leaking = sorted(group for group, splits in sides.items() if len(splits) > 1)
-    if leaking:
+    if leaking := sorted(group for group, splits in sides.items() if len(splits) > 1):
         raise DataError(
             f"--split keep puts {len(leaking)} slides on two sides, such as {leaking[0]} in "
             f"{' and '.join(sorted(map(str, sides[leaking[0]])))}: use {_DRAWN}"
@@ -288,13 +289,12 @@ def describe_split(
         for source in (sample.source for sample in samples)
     )
     commonest = sorted(shapes.items(), key=lambda entry: (-entry[1], *entry[0][:2], entry[0][2] or 0))
-    mine = [entry for entry in entries if entry.file.rpartition("-")[0] == name]
     return Split(
         samples=len(samples),
         labels={name: counts[name] for name in (*target.counted, UNKNOWN)},
         shapes=tuple(
             Shape(width=width, height=height, mpp=mpp, samples=count) for (width, height, mpp), count in commonest
         ),
-        shards=tuple(sorted(mine, key=lambda entry: entry.file)),
+        shards=tuple(sorted((one for one in entries if one.file.rpartition("-")[0] == name), key=lambda one: one.file)),
         values=Values.of(labels) if target.is_number else None,
     )

@@ -5,11 +5,15 @@ set are looked at together for that, in memory and time that grow with their num
 depend on how they were checked.
 """
 
+import io
+import logging
 import re
 import unicodedata
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from lgd.base.errors import DataError
 from lgd.base.target import Target
@@ -18,8 +22,10 @@ from lgd.io.location import Location, as_location, relative_name
 from lgd.io.tables import read_csv
 from lgd.shards.candidate import Candidate, safe_key
 from lgd.shards.layouts import Problem, find_layout, is_csv
-from lgd.shards.manifest import canonical_group
+from lgd.shards.manifest import PATCHES, Digests, canonical_group, patch_entry
 from lgd.shards.profiles import Profile
+
+logger = logging.getLogger(__name__)
 
 # With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.
 _LONGEST_KEY = 72
@@ -129,6 +135,33 @@ def _find_problem(pair: PatchPair, sharing: Sequence[PatchPair], slides: str | L
         reason = f"a file or slide name cannot be printed ({files[-1]}, slide {slide or 'unknown'}): rename it"
         return Problem(files[0], reason, pair.key, *files)
     return None
+
+
+def choose_center(pairs: Sequence[PatchPair], center: str) -> list[PatchPair]:
+    """The pairs of one center, or all where `center` is empty; `DataError` where there is none of it."""
+    if not center:
+        return [*pairs]
+    chosen = [pair for pair in pairs if pair.origin.center == center]
+    if not chosen:
+        names = sorted({pair.origin.center for pair in pairs if pair.origin.center is not None})
+        known = f"they are of {', '.join(names[:_MOST])}" if names else "a CSV names it in the column center"
+        raise DataError(f"--center {center}: no pair is of this center; {known}")
+    logger.info("%d of %d pairs are of the center %s; the others are left out", len(chosen), len(pairs), center)
+    return chosen
+
+
+def shared_center(pairs: Sequence[PatchPair]) -> str | None:
+    """The center of all pairs, where it is one."""
+    centers = {pair.origin.center for pair in pairs}
+    return next(iter(centers)) if len(centers) == 1 else None
+
+
+def make_patch_table(sources: Iterable[Source]) -> bytes:
+    """The bytes of patches.npy: `PATCHES` of the source of each sample, in the order of the shards."""
+    rows = [patch_entry(Digests.of(source.sha256), source.pair.group) for source in sources]
+    stream = io.BytesIO()
+    np.save(stream, np.array(rows, PATCHES), allow_pickle=False)
+    return stream.getvalue()
 
 
 def read_slides(path: str | Location) -> dict[str, str]:

@@ -29,10 +29,12 @@ STUDIES = {
     "coupling": "the same where the H&E reveals less, and nothing",
     "shortcut": "the training slides' stain gives their level away",
     "background": "the same with the background, from white to grey",
+    "centers": "each of three centers of unequal stain left out",
 }
 TISSUE = "--pairs 4800 --slides 400 --size 96 --test 0.3 --seed 7001"
 LABELS = "--split keep:0.05 --labelled 24 --mpp 0.46"
 COUPLINGS = ("0", "0.5", "0.75")
+CENTERS = ("center-1", "center-2", "center-3")
 JITTERS = {"shortcut": ("0", "0.2", "0.4"), "background": ("0", "0.2")}
 """Strengths of augmentation under which a shortcut is tried."""
 
@@ -53,6 +55,8 @@ def list_commands(study: str, out: str) -> list[list[str]]:
     """The commands of a study: arguments of `lgd`, or of Python."""
     if study in JITTERS:
         return _list_shortcut(study, out)
+    if study == "centers":
+        return _list_centers(f"{out}-centers")
     commands = compare_methods(out, out, "--coupling 1.0", "--seeds 5 --jobs 2")
     if study == "coupling":
         for coupling in COUPLINGS:
@@ -75,6 +79,24 @@ def _list_shortcut(study: str, out: str) -> list[list[str]]:
             commands += compare_methods(run, tissue, world, f"--seeds 3 --jobs 2 --data.{field} {jitter}")
         pairs.append(f"{jitter}=" + ",".join(f"{tissue}-jitter-{jitter}" for tissue in tissues))
     return [*commands, ["tools/studies/table_shortcut.py", *pairs]]
+
+
+def _list_centers(run: str) -> list[list[str]]:
+    """A world of three centers, each with a scanner and dyes of its own, all with all levels."""
+    world = "--pairs 1600 --slides 200 --size 96 --test 0.3 --coupling 1.0 --seed 7002"
+    folders = [f"{run}/shards/{center}" for center in CENTERS]
+    given = "--layout csv --split keep:0.05 --mpp 0.46"
+    built = [
+        ["lgd", "build-shards", *given.split(), "--root", f"{run}/tissue", "--center", center, "--out", folder]
+        for center, folder in zip(CENTERS, folders, strict=True)
+    ]
+    shards = f"[{', '.join(folders)}]"
+    ablate = ["--config", "configs/evidence.yaml", "--run.dir", run, "--data.shards", shards, "--leave-out", "center"]
+    return [
+        ["lgd", "synth", f"{run}/tissue", "--centers", str(len(CENTERS)), *world.split()],
+        *built,
+        ["lgd", "ablate", *ablate, "--seeds", "3"],
+    ]
 
 
 def run_all(commands: Sequence[Sequence[str]]) -> int:
