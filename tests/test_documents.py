@@ -16,6 +16,7 @@ from lgd.io.digests import digest_of
 from lgd.io.documents import Document
 from lgd.metrics import Interval
 from lgd.report.ablation_table import AblationDocument, Compared
+from lgd.report.leave_out import AtCenter, Change, LeaveOutDocument
 from lgd.shards import builder
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
@@ -100,6 +101,16 @@ def at(tissue, tmp_path_factory):
         shards=("0" * 64,),
         teacher="0" * 64,
     ).write(at / "ablation.json")
+    change = Change(seen=estimate, left_out=estimate, change=estimate, lgd_minus=None)
+    at_center = AtCenter(patches=20, groups=3, training_patches=9, rows={"LGD-Net": {"kappa": change}})
+    LeaveOutDocument(
+        seeds=1,
+        resamples=10,
+        training_patches=30,
+        centers={"all centers": at_center, "north": at_center},
+        caveats=("one seed",),
+        command="lgd ablate --leave-out center",
+    ).write(at / "leave-out.json")
 
     def interrupt(*_):
         raise KeyboardInterrupt

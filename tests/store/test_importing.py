@@ -31,10 +31,10 @@ from lgd.store.store import Store
 DIM, SIDE = 24, 512
 
 
-def pack(tissue, out, slides, ihc=True, places=True):
+def pack(tissue, out, slides, ihc=True, places=True, center=""):
     """A set of the virtual patches of some slides, whose IHC lie side by side on a slide each."""
     truth = dict(line.split(",")[:2] for line in (tissue / "truth.csv").read_text().splitlines()[1:])
-    rows, counts = ["he,ihc,key,label,slide,split,ihc_slide,ihc_x,ihc_y,ihc_side"], dict.fromkeys(slides, 0)
+    rows, counts = ["he,ihc,key,label,slide,split,center,ihc_slide,ihc_x,ihc_y,ihc_side"], dict.fromkeys(slides, 0)
     root = out.parent / f"{out.name}-patches"
     root.mkdir(parents=True)
     for path in sorted((tissue / "HE").glob("*/*")):
@@ -49,7 +49,7 @@ def pack(tissue, out, slides, ihc=True, places=True):
             shutil.copy(str(path).replace("/HE/", "/IHC/"), root / partner)
         place = f"{slide}_ihc.svs,{number % 3 * SIDE + 7},{number // 3 * SIDE + 5},{SIDE}" if places else ",,,"
         key, label = path.stem.replace("+", "p"), path.stem.rpartition("_")[2]
-        rows.append(f"{path.name},{partner},{key},{label},{slide},{split},{place}")
+        rows.append(f"{path.name},{partner},{key},{label},{slide},{split},{center},{place}")
     (root / "pairs.csv").write_text("\n".join(rows) + "\n")
     build(ShardOptions(layout="csv", root=str(root / "pairs.csv"), out=str(out), shard_size=4, mpp=0.46))
     return str(out)
@@ -66,8 +66,8 @@ def placed(tissue, slides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("placed")
     few, rest = slides[:8], slides[8:]
     return {
-        "few": pack(tissue, folder / "few", few),
-        "rest": pack(tissue, folder / "rest", rest),
+        "few": pack(tissue, folder / "few", few, center="north"),
+        "rest": pack(tissue, folder / "rest", rest, center="south"),
         "alone": pack(tissue, folder / "alone", few, ihc=False, places=False),
     }
 
@@ -415,6 +415,22 @@ def test_methods_are_compared_by_the_probe_of_imported_latents(run, tmp_path):
     run_import(config, write_table(tmp_path / "a.npz", features_of(config)))
     assert "| IHC teacher, probe |" in pipeline.ablate(config, AblateOptions(seeds=1))
     assert not Path(config.teacher.dir).exists()
+
+
+def test_a_center_is_left_out_of_the_probe_too(run, tmp_path):
+    config = run("few", "rest", student={"epochs": 0.3})
+    run_import(config, write_table(tmp_path / "a.npz", features_of(config)))
+    probe = tmp_path / "latents" / "probe" / "teacher.json"
+    before = probe.read_bytes()
+    assert pipeline.ablate(config, AblateOptions(seeds=1, leave_out="center")).startswith("# Each center left out")
+    assert probe.read_bytes() == before
+    at = Path(config.run.dir)
+    for center in ("north", "south"):
+        of_all, without = (np.load(at / part / "ablation" / "teacher.npz") for part in ("", f"leave-out/{center}"))
+        own = np.isin(of_all["keys"], without["keys"])
+        assert (of_all["keys"][own] == without["keys"]).all() and own.any()
+        assert not np.allclose(of_all["probability"][own], without["probability"])
+        assert not (at / "leave-out" / center / "latents").exists()
 
 
 def test_a_run_without_its_import_says_which_verb_is_lacking(run):

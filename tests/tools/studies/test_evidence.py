@@ -63,6 +63,18 @@ def test_a_shortcut_is_a_world_beside_its_control_under_each_augmentation(study,
     assert command(f"{study} --out r --dry-run", capsys) == (0, expected, "")
 
 
+def test_each_center_is_a_folder_of_one_world(capsys):
+    status, out, _ = command("centers --out r --dry-run", capsys)
+    synth, *built, ablate = map(shlex.split, out.splitlines())
+    assert status == 0 and synth[:5] == ["lgd", "synth", "r-centers/tissue", "--centers", "3"]
+    for number, build in enumerate(built, 1):
+        center, folder = f"center-{number}", f"r-centers/shards/center-{number}"
+        assert (
+            build[-4:] == ["--center", center, "--out", folder] and folder in ablate[ablate.index("--data.shards") + 1]
+        )
+    assert len(built) == 3 and ablate[-4:] == ["--leave-out", "center", "--seeds", "3"]
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
