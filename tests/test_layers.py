@@ -16,6 +16,7 @@ labels.measures labels.classes labels.numbers labels.conformal labels.prediction
 ray_jobs.cluster ray_jobs.mapping ray_jobs.training
 stain.deconvolve stain.filters stain.targets stain.nuclear stain.checks
 tissue.drawing tissue.centers tissue.staining tissue.sections tissue.truth tissue.synth
+slides.source slides.openslide_file slides.slide
 shards.manifest shards.tiff shards.jpeg2000 shards.image_limits shards.pillow_image shards.profiles
 shards.image shards.image_files
 shards.candidate shards.layouts shards.pairs shards.options shards.archive shards.shard_set
@@ -53,6 +54,8 @@ OWNERS = {
     "timm": {"models.timm_backbone"},
     "huggingface_hub": {"models.pretrained"},
     "matplotlib": {"report.figures"},
+    "openslide": {"slides.openslide_file"},
+    "tifffile": {"slides.ome", "tissue.pyramid"},
 }
 # These may not be imported when the module is: `lgd --help` must be quick, and works without them.
 LATE = {
@@ -66,6 +69,8 @@ LATE = {
     "matplotlib",
     "docstring_parser",
     "pyarrow",
+    "openslide",
+    "tifffile",
 }
 LATE |= {"sklearn", "timm"}
 

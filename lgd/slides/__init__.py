@@ -1,0 +1,1 @@
+"""A whole slide: opened, its scale, its tissue, its tiles."""

@@ -1,0 +1,153 @@
+"""A whole slide, opened: its size, scale and bounds, and its pixels at any scale.
+
+    with open_slide("slide.svs") as slide:
+        tile = slide.read(x, y, 256, 256, mpp=0.5)
+
+Places are level-0 pixels of the whole frame, as OpenSlide counts them, never of the scanned part alone. The images of
+the label and of the whole glass (macro), which may name the patient, are never read; nor is any text that a scanner
+wrote. OpenSlide reads all formats but OME-TIFF, whose scale and pyramid it does not see (`lgd.slides.ome`).
+"""
+
+import math
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lgd.base.errors import DataError
+from lgd.io.location import require_local
+from lgd.slides.openslide_file import OpenSlideFile
+from lgd.slides.openslide_file import looks_like_slide as looks_like_slide
+from lgd.slides.source import Source, choose_level, find_scale
+
+_BLOCK = 2048
+"""Most pixels along a side that are read at once: 16 MB."""
+
+
+class Overview(NamedTuple):
+    """The whole slide, shrunk."""
+
+    pixels: np.ndarray
+    """uint8 (H, W, 3)."""
+    scanned_HW: np.ndarray
+    """bool: what the file holds; all else is background."""
+    mpp: float
+
+
+class Slide:
+    """A slide that is open. Several threads may read it; in another process, or unpickled, it opens its file anew."""
+
+    def __init__(self, path: Path, given_mpp: float | None, open_source: Callable[[], Source]) -> None:
+        self._open, self._given = open_source, given_mpp
+        self._source, self._process, self._lock = open_source(), os.getpid(), threading.Lock()
+        self.path = path
+        self.name = path.name.removesuffix(path.suffix).removesuffix(".ome")
+        self.levels = self._source.levels
+        self.width, self.height = self.levels[0].width, self.levels[0].height
+        self.bounds, self.vendor = self._source.bounds, self._source.vendor
+        try:
+            self.mpp, notes = find_scale(str(path), given_mpp, self._source.stated)
+        except DataError:
+            self.close()
+            raise
+        if self._source.profile:
+            notes.append("it carries a colour profile, which is not applied")
+        self.notes = tuple(notes)
+
+    def read(self, x: int, y: int, width: int, height: int, mpp: float) -> np.ndarray:
+        """A part of the slide, uint8 (height, width, 3), whose top left is at level-0 pixel (x, y).
+
+        `width` and `height` are pixels at `mpp`. They are taken from the coarsest level that is fine enough; one within
+        2 % is taken as it is, and then shows `find_side` level-0 pixels. What lies outside is background. Raises
+        `DataError` where the file is damaged.
+        """
+        return self._read(x, y, width, height, mpp / self.mpp, exact=False)[0]
+
+    def find_side(self, pixels: int, mpp: float) -> int:
+        """The level-0 pixels that so many pixels at a scale show."""
+        level, ratio = choose_level(self.levels, mpp / self.mpp, exact=False)
+        return max(1, round(pixels * ratio * self.levels[level].downsample))
+
+    def shrink(self, most: int) -> tuple[np.ndarray, float]:
+        """The whole slide at most so many pixels a side, uint8 (H, W, 3), and its micrometres per pixel."""
+        overview = self.read_overview(self.mpp * max(1.0, max(self.width, self.height) / most))
+        return overview.pixels, overview.mpp
+
+    def read_overview(self, mpp: float) -> Overview:
+        """The whole slide at a scale."""
+        downsample = mpp / self.mpp
+        # Half a pixel at the far edges is left out rather than background added.
+        width, height = (max(1, math.floor(side / downsample + 1e-6)) for side in (self.width, self.height))
+        return Overview(*self._read(0, 0, width, height, downsample, exact=True), mpp)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._source.close()
+
+    def __enter__(self) -> "Slide":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Callable[[str | Path, float | None], "Slide"], tuple[Path, float | None]]:
+        return open_slide, (self.path, self._given)
+
+    def _opened(self) -> Source:
+        """The file; a process that was forked shares the place in it with its parent, and opens its own."""
+        if self._process != os.getpid():
+            self._source, self._process = self._open(), os.getpid()
+        return self._source
+
+    def _read(
+        self, x: int, y: int, width: int, height: int, downsample: float, *, exact: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels, and which of them the file holds; in blocks, so that the memory is that of the result."""
+        with self._lock:
+            source = self._opened()
+        level, ratio = choose_level(self.levels, downsample, exact=exact)
+        step = ratio * self.levels[level].downsample
+        pixels = np.empty((height, width, 3), np.uint8)
+        scanned = np.empty((height, width), np.bool_)
+        most = max(1, int(_BLOCK / ratio))
+        for top in range(0, height, most):
+            for left in range(0, width, most):
+                rows, columns = min(most, height - top), min(most, width - left)
+                # Before rounding, of the level.
+                wide, high = columns * ratio, rows * ratio
+                at = round(x + left * step), round(y + top * step)
+                image = source.read(level, *at, math.ceil(wide - 1e-6), math.ceil(high - 1e-6))
+                if ratio != 1.0:
+                    # Pillow's bilinear filter widens with the shrink factor, which keeps it free of aliases.
+                    box = (0.0, 0.0, min(wide, image.width), min(high, image.height))
+                    image = image.resize((columns, rows), Image.Resampling.BILINEAR, box)
+                place = slice(top, top + rows), slice(left, left + columns)
+                pixels[place], scanned[place] = _flatten(image, source.background)
+        return pixels, scanned
+
+
+def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
+    """Open a slide; `mpp` is its micrometres per level-0 pixel, if the file does not say them, or says them wrong.
+
+    Raises `DataError`, with a remedy, for what is no slide, is damaged, or has no scale that can be believed; and
+    `ConfigError` for a url.
+    """
+    local = require_local(path, f"{path}: slides are read from local files only: fetch it first")
+    return Slide(local, mpp, lambda: OpenSlideFile(local))
+
+
+def _flatten(image: Image.Image, background: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """RGB over a background, and which pixels are more than that."""
+    if image.mode == "RGB":
+        return np.asarray(image), np.ones(image.size[::-1], np.bool_)
+    alpha = image.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return np.asarray(image)[..., :3], np.ones(image.size[::-1], np.bool_)
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image, mask=alpha)
+    return np.asarray(canvas), np.asarray(alpha) > 127
