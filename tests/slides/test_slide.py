@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import tifffile
+from drawn_slides import draw_colours, write_tiff
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
@@ -15,39 +15,14 @@ from lgd.slides.slide import looks_like_slide, open_slide
 from lgd.slides.source import Level, Stated, choose_level, find_scale
 
 
-def draw(height, width, seed=0):
-    """Smooth colours that differ from place to place, so that a shift shows."""
-    small = np.random.default_rng(seed).integers(60, 255, (max(2, height // 64), max(2, width // 64), 3), np.uint8)
-    return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def write(path, pixels, mpp=0.5, levels=3):
-    """A tiled pyramid, as scanners' programs export it; no scale where `mpp` is None."""
-    with tifffile.TiffWriter(path) as file:
-        for number in range(levels):
-            scale = {"resolution": (1e4 / mpp / 2**number,) * 2, "resolutionunit": "CENTIMETER"} if mpp else {}
-            file.write(
-                pixels,
-                photometric="rgb",
-                tile=(256, 256),
-                compression="deflate",
-                subfiletype=int(number > 0),
-                metadata=None,
-                software=None,
-                **scale,
-            )
-            pixels = np.asarray(Image.fromarray(pixels).reduce(2))
-    return path
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("slides") / "S 1.tif", draw(1200, 1600))
+    return write_tiff(tmp_path_factory.mktemp("slides") / "S 1.tif", draw_colours(1200, 1600))
 
 
 @pytest.fixture(scope="module")
 def drawing():
-    return Image.fromarray(draw(1200, 1600))
+    return Image.fromarray(draw_colours(1200, 1600))
 
 
 def test_the_facts_of_a_slide(file):
@@ -60,14 +35,14 @@ def test_the_facts_of_a_slide(file):
 
 def test_pixels_of_level_0_are_those_of_the_file(file):
     with open_slide(file) as slide:
-        assert (slide.read(100, 200, 300, 260, 0.5) == draw(1200, 1600)[200:460, 100:400]).all()
+        assert (slide.read(100, 200, 300, 260, 0.5) == draw_colours(1200, 1600)[200:460, 100:400]).all()
 
 
 def test_what_lies_outside_is_background(file):
     with open_slide(file) as slide:
         beside = slide.read(-100, -50, 200, 200, 0.5)
         assert (beside[:50] == 255).all() and (beside[:, :100] == 255).all()
-        assert (beside[50:, 100:] == draw(1200, 1600)[:150, :100]).all()
+        assert (beside[50:, 100:] == draw_colours(1200, 1600)[:150, :100]).all()
         assert (slide.read(1600, 1200, 64, 64, 1.0) == 255).all()
         assert slide.read_overview(4.0).scanned_HW.all()
 
@@ -153,9 +128,9 @@ def test_a_slide_is_read_by_threads_and_other_processes(file):
 def test_what_is_no_slide(tmp_path, file, name, content, message):
     path = tmp_path / name
     if content == "jpeg":
-        Image.fromarray(draw(100, 100)).save(path, "JPEG")
+        Image.fromarray(draw_colours(100, 100)).save(path, "JPEG")
     elif content == "untiled":
-        Image.fromarray(draw(100, 100)).save(path)
+        Image.fromarray(draw_colours(100, 100)).save(path)
     elif content == "half":
         # Its directories stand at the end.
         path.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
@@ -176,4 +151,4 @@ def test_urls_are_refused():
 
 def test_a_small_tiled_tiff_is_a_patch(tmp_path, file):
     assert looks_like_slide(file)
-    assert not looks_like_slide(write(tmp_path / "patch.tif", draw(300, 300), levels=1))
+    assert not looks_like_slide(write_tiff(tmp_path / "patch.tif", draw_colours(300, 300), levels=1))

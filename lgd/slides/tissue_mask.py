@@ -1,0 +1,216 @@
+"""Where a slide holds tissue: what absorbs more light than the slide's own glass, whatever the stain.
+
+A fixed threshold of brightness or saturation loses faint IHC: of real tissue of level 0 and 1+ such rules keep a
+third, and one whose threshold is Otsu's calls half of an empty slide tissue. Here a pixel is tissue where the largest
+optical density of its three channels, over the glass and blurred by 10 um, is above 0.03. Pen strokes and what is out
+of focus are measured and reported, not left out: the dye at the margin of a specimen looks like a pen, too.
+
+Shapes: H and W pixels of the mask, n squares.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from lgd.slides.slide import Overview, Slide
+
+_MPP = 2.8
+_MOST_SIDE = 4096
+"""Pixels of a mask: that of a slide of 200,000 px is coarser."""
+_OD = 0.03
+_BLUR_UM = 10 / 2.355
+"""Standard deviation of a Gaussian 10 um wide."""
+_CLOSE_UM = 8.0
+_LEAST_UM2 = 2500.0
+_LEAST_SHARE = 0.001
+"""Of the scanned part: a slide with less tissue is empty."""
+_WHITE_LEAST, _WHITE_CAST = 140.0, 0.9
+"""The glass of a slide without any must not take all its stain (as `lgd.stain.targets.estimate_white`)."""
+
+_INK_HUES, _INK_SATURATION, _BLACK = (55, 165), 90, 70
+"""Of 255, as Pillow counts them."""
+_PEN_NOTED, _BLUR_NOTED = 0.01, 0.1
+_SPOTS, _SPOT_SIDE, _SPOT_MPP = 48, 256, 0.5
+_BLURRED = 1 / 6
+"""Of the slide's median focus. A Gaussian of 1 px takes it to a third or a fifth, one of 2 px to a tenth or less."""
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """The tissue of a slide."""
+
+    mask_HW: np.ndarray
+    """bool, of the whole frame."""
+    mpp: float
+    """Micrometres to a pixel of the mask."""
+    downsample: float
+    """Level-0 pixels to one of the mask."""
+    white: tuple[float, float, float]
+    """Red, green and blue of the glass."""
+    area_mm2: float
+    pen: float
+    """Share of the tissue that looks like ink."""
+    blurred: float
+    """Share of spots of tissue that are out of focus, compared with the others of this slide."""
+    notes: tuple[str, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether less than 0.1 % of the slide is tissue."""
+        return bool(self.mask_HW.mean() < _LEAST_SHARE)
+
+    def share(self, x: int, y: int, side: int) -> float:
+        """The share of a square, in level-0 pixels, that is tissue."""
+        return float(self.find_shares(np.array([[x, y]]), side)[0])
+
+    def find_shares(self, xy_n2: np.ndarray, side: int) -> np.ndarray:
+        """The same of squares of one size, by their top left, float32 (n,)."""
+        near_n2, far_n2 = xy_n2 / self.downsample, (xy_n2 + side) / self.downsample
+        total_n = self._sum_to(far_n2[:, 0], far_n2[:, 1]) - self._sum_to(near_n2[:, 0], far_n2[:, 1])
+        total_n += self._sum_to(near_n2[:, 0], near_n2[:, 1]) - self._sum_to(far_n2[:, 0], near_n2[:, 1])
+        share_n: np.ndarray = np.clip(total_n * (self.downsample / side) ** 2, 0, 1)
+        return share_n.astype(np.float32)
+
+    @functools.cached_property
+    def _sums(self) -> np.ndarray:
+        """Tissue pixels above and left of each corner, int32 (H + 1, W + 1)."""
+        sums = np.zeros([side + 1 for side in self.mask_HW.shape], np.int32)
+        np.cumsum(self.mask_HW, 0, np.int32, sums[1:, 1:])
+        np.cumsum(sums[1:, 1:], 1, np.int32, sums[1:, 1:])
+        return sums
+
+    def _sum_to(self, x_n: np.ndarray, y_n: np.ndarray) -> np.ndarray:
+        """Tissue above and left of places in pixels of the mask; exact between corners too, where it is bilinear."""
+        height, width = self.mask_HW.shape
+        x_n, y_n = np.clip(x_n, 0, width), np.clip(y_n, 0, height)
+        left_n, top_n = (np.minimum(at_n.astype(np.int64), most - 1) for at_n, most in ((x_n, width), (y_n, height)))
+        across_n, down_n = x_n - left_n, y_n - top_n
+        upper_n = self._sums[top_n, left_n] * (1 - across_n) + self._sums[top_n, left_n + 1] * across_n
+        lower_n = self._sums[top_n + 1, left_n] * (1 - across_n) + self._sums[top_n + 1, left_n + 1] * across_n
+        total_n: np.ndarray = upper_n * (1 - down_n) + lower_n * down_n
+        return total_n
+
+
+def find_tissue(slide: Slide) -> Tissue:
+    """The tissue of a slide, from one low level of it and a few spots at full size.
+
+    Raises `DataError` where the file is damaged.
+    """
+    overview = slide.read_overview(max(_MPP, slide.mpp * max(slide.width, slide.height) / _MOST_SIDE))
+    mpp, downsample = overview.mpp, overview.mpp / slide.mpp
+    white_3 = estimate_glass(overview)
+    mask_HW = _clean(_absorbs(overview, white_3), mpp)
+    area = float(mask_HW.sum()) * mpp**2 / 1e6
+    pen = float(_find_ink(overview.pixels, mpp)[mask_HW].mean()) if mask_HW.any() else 0.0
+    red, green, blue = map(float, white_3)
+    blurred = _measure_blur(slide, mask_HW, downsample)
+    tissue = Tissue(mask_HW, mpp, downsample, (red, green, blue), area, pen, blurred, ())
+    return Tissue(**{**vars(tissue), "notes": tuple(_list_notes(tissue))})
+
+
+def estimate_glass(overview: Overview) -> np.ndarray:
+    """Red, green and blue of the glass, float64 (3,): the median of the tenth of pixels whose least channel is highest.
+
+    Programs fill what was not scanned with pure white, which is brighter than glass. It is left out unless the glass is
+    as white: what remains then is tissue and its edges, and the brightest of that is not even.
+    """
+    least_HW = overview.pixels.min(-1)
+    filled_HW = (least_HW == 255) | (overview.pixels.max(-1) == 0)
+    known_HW = overview.scanned_HW & ~filled_HW
+    if known_HW.any():
+        white_3 = _find_brightest(overview.pixels, known_HW)
+        like_HW = known_HW & (np.abs(least_HW - white_3.min()) < 0.05 * white_3.min())
+        around_HW = ndimage.maximum_filter(least_HW, 3) - ndimage.minimum_filter(least_HW, 3)
+        if not (least_HW[overview.scanned_HW] == 255).any() or np.mean(around_HW[like_HW] <= 8) > 0.5:
+            return white_3.clip(max(_WHITE_CAST * white_3.max(), _WHITE_LEAST))
+    return np.full(3, 255.0)
+
+
+def _find_brightest(pixels: np.ndarray, known_HW: np.ndarray) -> np.ndarray:
+    known_n3 = pixels[known_HW]
+    least_n = known_n3.min(1)
+    return np.asarray(np.median(known_n3[least_n >= np.quantile(least_n, 0.9)], axis=0))
+
+
+def _absorbs(overview: Overview, white_3: np.ndarray) -> np.ndarray:
+    """Where the blurred optical density is above the threshold, bool (H, W)."""
+    od_HW = np.full(overview.scanned_HW.shape, -np.inf, np.float32)
+    for channel, white in enumerate(white_3):
+        of_byte = -np.log10(np.maximum(np.arange(256), 1) / white).astype(np.float32)
+        np.maximum(od_HW, of_byte[overview.pixels[..., channel]], out=od_HW)
+    # What was not scanned is no tissue, and neither is black that some programs fill in for it.
+    od_HW[~overview.scanned_HW | (overview.pixels.max(-1) == 0)] = 0
+    ndimage.gaussian_filter(od_HW, _BLUR_UM / overview.mpp, output=od_HW)
+    return np.greater(od_HW, _OD)
+
+
+def _clean(mask_HW: np.ndarray, mpp: float) -> np.ndarray:
+    """A mask without gaps, specks and holes."""
+    closed_HW = _close(mask_HW, round(_CLOSE_UM / mpp))
+    return ~_drop_specks(~_drop_specks(closed_HW, mpp), mpp)
+
+
+def _close(mask_HW: np.ndarray, reach: int) -> np.ndarray:
+    if reach < 1:
+        return mask_HW
+    # Beyond the edge there is nothing, which an erosion would eat into the tissue.
+    padded_HW = np.pad(mask_HW, reach)
+    closed_HW: np.ndarray = ndimage.binary_closing(padded_HW, _draw_disk(reach))
+    return closed_HW[reach:-reach, reach:-reach]
+
+
+def _draw_disk(reach: int) -> np.ndarray:
+    offset = np.arange(-reach, reach + 1)
+    return np.hypot(offset[:, None], offset) <= reach
+
+
+def _drop_specks(mask_HW: np.ndarray, mpp: float) -> np.ndarray:
+    label_HW, _ = ndimage.label(mask_HW)
+    large_n: np.ndarray = np.bincount(label_HW.ravel()) * mpp**2 >= _LEAST_UM2
+    large_n[0] = False
+    return np.asarray(large_n[label_HW])
+
+
+def _find_ink(pixels: np.ndarray, mpp: float) -> np.ndarray:
+    """Where a pen was: blue, green and black strokes, bool (H, W)."""
+    hue_HW, saturation_HW, value_HW = np.moveaxis(np.asarray(Image.fromarray(pixels).convert("HSV")), -1, 0)
+    first, last = _INK_HUES
+    ink_HW = (hue_HW >= first) & (hue_HW <= last) & (saturation_HW > _INK_SATURATION)
+    ink_HW |= (value_HW < _BLACK) & (saturation_HW < _INK_SATURATION)
+    scale = _MPP / mpp
+    opened_HW = ndimage.binary_opening(ink_HW, _draw_disk(max(1, round(2 * scale))))
+    return np.asarray(ndimage.binary_dilation(opened_HW, _draw_disk(max(1, round(4 * scale)))))
+
+
+def _measure_blur(slide: Slide, mask_HW: np.ndarray, downsample: float) -> float:
+    """The share of spots, spread over the tissue, that are much less sharp than the median one."""
+    mpp = max(_SPOT_MPP, slide.mpp)
+    side = slide.find_side(_SPOT_SIDE, mpp)
+    row_n, column_n = np.nonzero(mask_HW)
+    chosen_k = np.linspace(0, len(row_n) - 1, min(_SPOTS, len(row_n))).astype(int)
+    focus = []
+    for row, column in zip(row_n[chosen_k], column_n[chosen_k], strict=True):
+        x, y = (math.floor((at + 0.5) * downsample - side / 2) for at in (column, row))
+        focus.append(measure_focus(slide.read(x, y, _SPOT_SIDE, _SPOT_SIDE, mpp)))
+    return float(np.mean(np.array(focus) < _BLURRED * np.median(focus))) if focus else 0.0
+
+
+def measure_focus(pixels: np.ndarray) -> float:
+    """How sharp an image is: the variance of its Laplacian, in units of its own."""
+    grey_HW = pixels.mean(-1, dtype=np.float32)
+    return float(ndimage.laplace(grey_HW).var() / max(float(grey_HW.var()), 1.0))
+
+
+def _list_notes(tissue: Tissue) -> list[str]:
+    if tissue.is_empty:
+        return ["less than 0.1 % of it is tissue: it may be empty, or not stained"]
+    notes = []
+    if tissue.pen > _PEN_NOTED:
+        notes.append(f"{tissue.pen:.0%} of its tissue looks like pen or dye, and is scored like the rest")
+    if tissue.blurred > _BLUR_NOTED:
+        notes.append(f"{tissue.blurred:.0%} of its tissue is much less sharp than the rest")
+    return notes
