@@ -50,9 +50,8 @@ def looks_like_slide(path: str | Path) -> bool:
             return vendor is not None or named
         with OpenSlide(path) as slide:
             width, height = slide.dimensions
-            ome = "<OME" in slide.properties.get(_DESCRIPTION, "")
             # A tiled TIFF of one level and of a patch's size may be a patch.
-            return slide.level_count > 1 or ome or width * height > _MOST_PATCH_PIXELS
+            return slide.level_count > 1 or _is_ome(slide.properties) or width * height > _MOST_PATCH_PIXELS
     except OpenSlideError:
         return True
 
@@ -65,6 +64,7 @@ class OpenSlideFile:
         self._slide = _open_handle(path)
         properties = self._slide.properties
         self.vendor = properties["openslide.vendor"]
+        self.is_ome = self.vendor == "generic-tiff" and _is_ome(properties)
         sizes = zip(self._slide.level_dimensions, self._slide.level_downsamples, strict=True)
         self.levels = tuple(Level(*size, downsample) for size, downsample in sizes)
         self.bounds = _find_bounds(properties, self.levels[0])
@@ -128,6 +128,10 @@ def _explain_unknown(path: Path) -> str:
             "`vips tiffsave IN OUT --tile --pyramid --compression jpeg --Q 90`"
         )
     return f"{path} is no slide: use a format of OpenSlide, such as SVS, NDPI, MRXS or a tiled TIFF"
+
+
+def _is_ome(properties: Mapping[str, str]) -> bool:
+    return "<OME" in properties.get(_DESCRIPTION, "")
 
 
 def _find_bounds(properties: Mapping[str, str], whole: Level) -> Bounds:

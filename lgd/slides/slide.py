@@ -8,6 +8,7 @@ the label and of the whole glass (macro), which may name the patient, are never 
 wrote. OpenSlide reads all formats but OME-TIFF, whose scale and pyramid it does not see (`lgd.slides.ome`).
 """
 
+import functools
 import math
 import os
 import threading
@@ -21,6 +22,7 @@ from PIL import Image
 
 from lgd.base.errors import DataError
 from lgd.io.location import require_local
+from lgd.slides.ome import OmeFile
 from lgd.slides.openslide_file import OpenSlideFile
 from lgd.slides.openslide_file import looks_like_slide as looks_like_slide
 from lgd.slides.source import Source, choose_level, find_scale
@@ -138,7 +140,15 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
     `ConfigError` for a url.
     """
     local = require_local(path, f"{path}: slides are read from local files only: fetch it first")
-    return Slide(local, mpp, lambda: OpenSlideFile(local))
+    return Slide(local, mpp, functools.partial(_open_source, local))
+
+
+def _open_source(path: Path) -> Source:
+    file = OpenSlideFile(path)
+    if not file.is_ome:
+        return file
+    file.close()
+    return OmeFile(path)
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,13 @@
 """A slide opened: its facts, its pixels at any scale, and what is said of files that cannot be read."""
 
+import functools
+import multiprocessing
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from drawn_slides import draw_colours, write_tiff
+from drawn_slides import damage, draw_colours, find_tile, write_tiff
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
@@ -152,3 +154,41 @@ def test_urls_are_refused():
 def test_a_small_tiled_tiff_is_a_patch(tmp_path, file):
     assert looks_like_slide(file)
     assert not looks_like_slide(write_tiff(tmp_path / "patch.tif", draw_colours(300, 300), levels=1))
+
+
+def test_a_damaged_tile_fails_alone(tmp_path):
+    """OpenSlide keeps an error for good, and other threads that read with the same handle get it too."""
+    pixels = draw_colours(1280, 1280)
+    path = write_tiff(tmp_path / "slide.tif", pixels, compression="deflate")
+    damage(path, *find_tile(path, 7))
+    places = [(x, y) for y in range(0, 1280, 256) for x in range(0, 1280, 256)] * 4
+
+    def read(place):
+        try:
+            x, y = place
+            return bool((slide.read(x, y, 256, 256, 0.5) == pixels[y : y + 256, x : x + 256]).all())
+        except DataError as error:
+            return str(error)
+
+    with open_slide(path) as slide, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(read, places))
+    for place, answer in zip(places, answers, strict=True):
+        if place == (512, 256):
+            assert answer.startswith(f"{path} is damaged at x 512, y 256: ")
+        else:
+            assert answer is True
+
+
+def test_a_child_that_was_forked_reads_its_own_file(file):
+    """They share the place in an open file: both read what the other has just moved it to."""
+    with open_slide(file) as slide:
+        places = [(x, y) for x in range(0, 1400, 60) for y in range(0, 1000, 60)]
+        expected = [slide.read(*place, 64, 64, 0.5) for place in places]
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            for _ in range(3):
+                read = pool.map(functools.partial(_read_of, slide), places, 10)
+                assert all((one == other).all() for one, other in zip(expected, read, strict=True))
+
+
+def _read_of(slide, place):
+    return slide.read(*place, 64, 64, 0.5)

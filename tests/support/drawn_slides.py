@@ -1,5 +1,7 @@
 """Slides for tests of how they are opened: smooth colours, and stained tissue on glass."""
 
+import io
+
 import numpy as np
 import tifffile
 from PIL import Image, ImageDraw
@@ -33,4 +35,56 @@ def write_tiff(path, pixels, mpp=0.5, levels=3, **page):
             kind = {"subfiletype": int(number > 0), **scale, **page}
             file.write(pixels, photometric="rgb", tile=(256, 256), metadata=None, software=None, **kind)
             pixels = np.asarray(Image.fromarray(pixels).reduce(2))
+    return path
+
+
+def write_ome(path, pixels, mpp=0.46, tag=None, jpeg="", **page):
+    """An OME-TIFF with three levels as VALIS leaves them; tags state `tag` um a pixel; JPEG tiles of a colour space."""
+    sizes = {f"PhysicalSize{axis}": mpp for axis in "XY"} | {f"PhysicalSize{axis}Unit": "µm" for axis in "XY"}
+    resolution = {"resolution": (1e4 / tag,) * 2, "resolutionunit": "CENTIMETER"} if tag else {}
+    kind = {"photometric": "ycbcr" if jpeg == "YCBCR" else "rgb", "compression": "deflate", **page}
+    with tifffile.TiffWriter(path, ome=True) as file:
+        for number in range(3):
+            first = {"subifds": 2, "metadata": {"axes": "YXS", **(sizes if mpp else {})}, **resolution}
+            tiles = iter(_encode_tiles(pixels, jpeg)) if jpeg else pixels
+            shape = {"shape": pixels.shape, "dtype": np.uint8} if jpeg else {}
+            file.write(tiles, tile=(256, 256), **(kind | shape), **(first if number == 0 else {"subfiletype": 1}))
+            pixels = np.asarray(Image.fromarray(pixels).reduce(2))
+    if jpeg:
+        # tifffile encodes none without imagecodecs, nor writes tiles that are encoded already under that name.
+        set_compression(path, 7)
+    return path
+
+
+def set_compression(path, number):
+    """Call the tiles of an OME-TIFF compressed by another method than they are."""
+    with tifffile.TiffFile(path, mode="r+") as file:
+        for page in (file.pages.first, *file.pages.first.pages):
+            page.tags[259].overwrite(number)
+
+
+def _encode_tiles(pixels, space):
+    height, width, _ = pixels.shape
+    padded = np.pad(pixels, ((0, -height % 256), (0, -width % 256), (0, 0)), mode="edge")
+    for y in range(0, height, 256):
+        for x in range(0, width, 256):
+            tile = np.ascontiguousarray(padded[y : y + 256, x : x + 256])
+            content = io.BytesIO()
+            # Pillow writes RGB as it is, with neither JFIF's nor Adobe's marker, when it is asked to keep it.
+            Image.fromarray(tile).save(content, "JPEG", quality=95, subsampling=0, keep_rgb=space == "RGB")
+            yield content.getvalue()
+
+
+def find_tile(path, number, level=0):
+    """Where the bytes of a tile lie in a file: the first, and how many."""
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[level]
+        return page.dataoffsets[number], page.databytecounts[number]
+
+
+def damage(path, first, count):
+    """Overwrite bytes of a file."""
+    with open(path, "r+b") as file:  # noqa: PTH123
+        file.seek(first)
+        file.write(b"\x55" * count)
     return path
