@@ -127,14 +127,12 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
             bar.update(entry.samples)
     patches = make_patch_table(sample.source for some in of_split.values() for sample in some)
     write_bytes(out / "patches.npy", patches)
-    root = as_location(options.root)
     manifest = Manifest(
         **{name: getattr(recipe, name) for name in Recipe.model_fields},
         target=target,
         extensions=extensions,
         patches=File(bytes=len(patches), sha256=hashlib.sha256(patches).hexdigest()),
-        # `lgd synth` leaves this file; reports of virtual tissue must say that it is not tissue.
-        virtual=root.suffix.lower() != ".csv" and exists(root / "synth.json"),
+        virtual=_is_virtual(sources),
         may_leak=any(source.pair.slide is None for source in sources),
         caveats=tuple(list_caveats(samples, options.rule)),
         splits={name: describe_split(options, target, name, some, entries) for name, some in of_split.items()},
@@ -199,6 +197,12 @@ def _check_pairs(options: ShardOptions, target: Target) -> tuple[list[Source], l
         remedy = "leave them out with --on-bad skip" if sources else "no pair is left"
         raise DataError(f"{options.root}: {len(problems)} problems, {remedy}:", *lines)
     return sources, problems
+
+
+def _is_virtual(sources: Sequence[Source]) -> bool:
+    """Whether `lgd synth` drew any pair, as OUT/HE/train/KEY.png: reports of such must say that it is no tissue."""
+    one_of = {str(source.pair.he).rsplit("/", 3)[0]: source.pair.he for source in sources}
+    return any(exists(he.parent.parent.parent / "synth.json") for he in one_of.values())
 
 
 def _name_chunk(pairs: Sequence[PatchPair]) -> str:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.target import find_target
 from lgd.io.locks import LOCK, TakenError, exclusive
+from lgd.io.tables import write_csv
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.tissue.drawing import MPP
@@ -129,12 +130,16 @@ def test_a_set_without_its_pairs_is_not_reused(centers):
 def test_pairs_of_membranes_are_built_as_csv_with_their_center(tmp_path):
     made = {"pairs": 8, "size": 64, "slides": 8, "workers": 1, "centers": 2, "shortcut": 1.0, "shortcut_in": "center"}
     synthesise(SynthOptions(out=str(tmp_path / "set"), **made))
-    manifest, _ = build(
-        ShardOptions(layout="csv", root=str(tmp_path / "set"), out=str(tmp_path / "shards"), split="keep:0.2")
-    )
-    assert manifest.virtual and sum(split.samples for split in manifest.splits.values()) == 8
     with (tmp_path / "set" / "pairs.csv").open(newline="") as stream:
         pairs = list(csv.DictReader(stream))
+    with (tmp_path / "own.csv").open("w", newline="") as stream:
+        rows = [pair | {stain: f"set/{pair[stain]}" for stain in ("he", "ihc")} for pair in pairs]
+        write_csv(stream, [*rows[0]], [[*row.values()] for row in rows])
+    # As virtual tissue, however it is named.
+    for number, root in enumerate(("set", "set/pairs.csv", "own.csv")):
+        out = str(tmp_path / f"shards-{number}")
+        manifest, _ = build(ShardOptions(layout="csv", root=str(tmp_path / root), out=out, split="keep:0.2"))
+        assert manifest.virtual and sum(split.samples for split in manifest.splits.values()) == 8
     assert Counter(pair["label"] for pair in pairs) == dict.fromkeys(find_target("her2").classes, 2)
     # With this shortcut the lower levels of the training slides lie in the first center.
     for pair in pairs:
