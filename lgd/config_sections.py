@@ -167,6 +167,9 @@ class Student:
     """Weight of the nuclei-grid loss."""
     membrane_weight: Amount = 0.1
     """Weight of the loss of the second stain's grid, of membranes or positive nuclei."""
+    full_alignment: Amount = 0.0
+    """Alignment (z) from which a pair's second image teaches in full; below it teaches less, at 0 nothing, while the
+    label always does. Pairs of unknown alignment teach in full; 0 turns this off."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

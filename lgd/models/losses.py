@@ -44,6 +44,9 @@ class Lesson:
     float32: what the method needs of them."""
     negatives: Negatives | None = None
     """None without a queue."""
+    alignment_B: torch.Tensor | None = None
+    """float32: how well the two images of each pair show the same field (`Origin.alignment`), NaN for unknown; None
+    where all are unknown."""
 
 
 def find_known(label_B: torch.Tensor) -> torch.Tensor:
@@ -109,6 +112,14 @@ def distillation_loss(logits_BK: torch.Tensor, teacher_BK: torch.Tensor, tempera
 def grid_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Huber distance of two grids (B, ...), mean over each sample's cells, (B,)."""
     return F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+
+
+def weigh_alignment(alignment_B: torch.Tensor, full: float) -> torch.Tensor:
+    """Weights of pairs, (B,): z / `full`, at least 0 and at most 1; 1 where the alignment z is unknown.
+
+    z is that of `Origin.alignment`, which two images of different fields have around 0.
+    """
+    return (alignment_B / full).clamp(0, 1).nan_to_num(nan=1.0)
 
 
 def grid_losses(out: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> Terms:

@@ -24,6 +24,8 @@ FAR = 0.5
 """Standard deviations of the training values by which two values are different labels, for the contrast."""
 
 DISTIL = ("distil_weight", "distil_temperature")
+WEIGHED_BY_ALIGNMENT = ("hallucination", "hallucination_map", "contrast", "membrane", "positive")
+"""The loss terms whose targets the second image gives; nuclei are measured on the H&E itself."""
 
 
 class Method:
@@ -131,6 +133,13 @@ class Method:
         value_n1 = self.labeller_values.mean + scale_of(self.labeller_values) * logits_nK
         return (value_n1 - self.values.mean) / scale_of(self.values)
 
+    def weigh_pairs(self, batch: Lesson) -> torch.Tensor | None:
+        """How much the second image of each pair teaches, (B,), by its alignment; None where all teach in full."""
+        full = self.config.student.full_alignment
+        if not full or batch.alignment_B is None:
+            return None
+        return losses.weigh_alignment(batch.alignment_B, full)
+
     def differ(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Whether labels are different ones, which broadcast: other classes, or values far apart."""
         return (one - other).abs() > FAR if self.target.is_number else one != other
@@ -149,6 +158,7 @@ class LgdNet(Method):
         "without soft levels": {"distil_weight": 0.0},
         "without nuclei": {"nuclei_weight": 0.0},
         "without membranes": {"membrane_weight": 0.0},
+        "without weights by alignment": {"full_alignment": 0.0},
         "one trunk": {"hallucination": "shared"},
         "pairs shuffled": {"pairs": "shuffled"},
         "shuffled within a level": {"pairs": "within-level"},
@@ -177,6 +187,7 @@ class LgdNet(Method):
             *(("contrast_weight", "contrast_queue", "contrast_temperature") if student.contrast_weight else ()),
             *(DISTIL if student.distil_weight else ()),
             *(("pairs",) if student.pairs != "own" else ()),
+            *(("full_alignment",) if student.full_alignment else ()),
         )
 
     def losses(self, out: Outputs, batch: Lesson) -> Terms:
@@ -193,7 +204,11 @@ class LgdNet(Method):
             mask_BQ = self.negative_mask(batch.negatives, stored["pooled"])
             temperature, queue_QD = student.contrast_temperature, batch.negatives.pooled_QD
             terms["contrast"] = losses.contrast_loss(out["pooled"], stored["pooled"], queue_QD, mask_BQ, temperature)
-        return terms | losses.grid_losses(out, stored)
+        terms |= losses.grid_losses(out, stored)
+        weight_B = self.weigh_pairs(batch)
+        if weight_B is None:
+            return terms
+        return {name: one * weight_B if name in WEIGHED_BY_ALIGNMENT else one for name, one in terms.items()}
 
     def negative_mask(self, negatives: Negatives, pooled_BD: torch.Tensor) -> torch.Tensor:
         """Which latents of the queue are of another label (unknown, that of the teacher) and sample, bool (B, Q)."""

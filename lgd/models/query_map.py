@@ -43,10 +43,12 @@ class PairSums:
         self._total = torch.zeros(1 + streams, 1 + streams + dim, dtype=torch.float64, device=device)
         self._waiting: list[torch.Tensor] = []
 
-    def add(self, streams_BS: torch.Tensor, latent_BD: torch.Tensor) -> None:
-        """Add pairs; what the network computes in bf16 does not round the latents."""
+    def add(self, streams_BS: torch.Tensor, latent_BD: torch.Tensor, weight_B: torch.Tensor | None = None) -> None:
+        """Add pairs, which weigh 1 each by default; what the network computes in bf16 does not round the latents."""
         streams_BS, latent_BD = streams_BS.float(), latent_BD.float()
-        self._waiting.append(torch.cat([torch.ones_like(streams_BS[:, :1]), streams_BS, latent_BD], dim=1))
+        rows = torch.cat([torch.ones_like(streams_BS[:, :1]), streams_BS, latent_BD], dim=1)
+        # Of each product both factors have the square root of the weight.
+        self._waiting.append(rows if weight_B is None else rows * weight_B.sqrt()[:, None])
         # Of wide networks the sums take hundreds of megabytes, which are written once a block.
         if sum(map(len, self._waiting)) >= _BLOCK:
             self.total()
@@ -60,8 +62,8 @@ class PairSums:
         return self._total
 
     def fit(self, ridge: float = RIDGE) -> QueryMap:
-        """The map with the least squared error plus `ridge` times n times the squared weights of the streams, each
-        scaled to a standard deviation of 1 (Hoerl and Kennard 1970); the bias is free.
+        """The map with the least squared error plus `ridge` times n (the sum of the pairs' weights) times the squared
+        weights of the streams, each scaled to a standard deviation of 1 (Hoerl and Kennard 1970); the bias is free.
 
         Raises `DataError` where no pair was added, and for one that is not finite.
         """
@@ -69,7 +71,10 @@ class PairSums:
         if not torch.isfinite(total).all():
             raise DataError("a latent is not finite: the training diverged, lower train.lr")
         if total[0, 0] < 1:
-            raise DataError("no training pair could be read, so that queries cannot be mapped to the latents")
+            raise DataError(
+                "no training pair could be read, or all weigh 0 by their alignment (student.full_alignment), so that "
+                "queries cannot be mapped to the latents"
+            )
         mean = total / total[0, 0]
         of_streams, of_latents = mean[0, 1 : 1 + streams], mean[0, 1 + streams :]
         covariance = mean[1:, 1:] - of_streams[:, None] * mean[0, 1:]

@@ -6,6 +6,7 @@ A shard and its part mirror each other, so (shard, row) finds both; the stored k
 import collections
 import itertools
 import logging
+import math
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from lgd.base.target import Target
 from lgd.config import Config
 from lgd.config_sections import Data
 from lgd.models.losses import Lesson, Negatives
-from lgd.shards.manifest import Values
+from lgd.shards.manifest import PatchMeta, Values
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World, d4, drawn_views, jitter_he, rank_positions, to_device, turn_stored
 from lgd.stream.reader import Reader, Samples, stream
@@ -68,6 +69,7 @@ class Batch(Lesson):
             self,
             valid_B=to_device(self.valid_B, device),
             label_B=to_device(self.label_B, device),
+            alignment_B=self.alignment_B if self.alignment_B is None else to_device(self.alignment_B, device),
             images={role: to_device(image, device) for role, image in self.images.items()},
             stored={name: to_device(stored_B, device) for name, stored_B in self.stored.items()},
             negatives=self.negatives and Negatives(*(to_device(tensor, device) for tensor in self.negatives)),
@@ -81,6 +83,14 @@ def drop_unlabelled(samples: Samples, epoch_B: np.ndarray) -> tuple[Samples, np.
         return samples, epoch_B
     images = {role: image[places] for role, image in samples.images.items()}
     return Samples([samples.rows[place] for place in places], images), epoch_B[places]
+
+
+def find_alignment(metas: Sequence[PatchMeta]) -> torch.Tensor | None:
+    """The alignment of each pair, as in `Lesson`."""
+    known = [meta.alignment for meta in metas]
+    if all(one is None for one in known):
+        return None
+    return torch.tensor([math.nan if one is None else one for one in known], dtype=torch.float32)
 
 
 def collate(
@@ -123,6 +133,7 @@ def collate(
         view_B=torch.from_numpy(view_B),
         valid_B=valid_B,
         label_B=torch.from_numpy(label_B),
+        alignment_B=find_alignment([sample.meta for sample in rows]),
         # Counted here, where no device has to be waited for.
         label_count=int(find_known(label_B).sum()),
         valid_count=valid_count,

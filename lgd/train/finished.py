@@ -150,7 +150,8 @@ def centre_latents(learner: Learner, shards: list[Shard]) -> None:
 def fit_query_map(learner: Learner, shards: list[Shard]) -> None:
     """Fit the map that queries go through on the training split's pairs, labelled or not; the network has it then.
 
-    What training skipped is skipped, and of pairs that are not own the latents are those that it was taught with.
+    What training skipped is skipped, pairs weigh as in training by their alignment, and of pairs that are not own the
+    latents are those that it was taught with.
     """
     network, task, world = learner.engine.model, learner.task, learner.engine.world
     if task.store is None or not isinstance(network, HallucinatingStudent):
@@ -159,9 +160,10 @@ def fit_query_map(learner: Learner, shards: list[Shard]) -> None:
     latents = Targets(task.store.parts_of(shards), task.method.pairs, task.config.run.seed, datasets)
     sums = PairSums(network.streams, sum(network.dims), world.device)
     for batch, out in forward_split(learner, shards, task.config.data.on_bad.skips > 0, latents):
-        valid_B = batch.valid_B.to(world.device)
+        batch = batch.to(world.device)
+        valid_B, weight_B = batch.valid_B, task.method.weigh_pairs(batch)
         pooled_BD = torch.cat([batch.stored[name] for name in datasets], dim=1)
-        sums.add(out["streams"][valid_B], pooled_BD.to(world.device)[valid_B])
+        sums.add(out["streams"][valid_B], pooled_BD[valid_B], None if weight_B is None else weight_B[valid_B])
     if world.size > 1:
         dist.all_reduce(sums.total())
     network.query_map = sums.fit()

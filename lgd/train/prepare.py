@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from lgd.base.errors import ConfigError, DataError
@@ -169,6 +170,15 @@ class Prepared:
                 f"{self.log.name}: data.lanes {lanes} is far below train.batch {settings.batch}: batches are mixed "
                 "less than by a full shuffle; lanes near the batch, in a multiple of the workers, mix them fully"
             )
+        if (full := task.config.student.full_alignment) and task.kind == "student" and self.batches.store:
+            _, first_n = self.batches.plan.samples(np.arange(min(settings.batch, self.reader.total)))
+            first = (self.reader.read_bytes(number, skip=True)[0].meta for number in first_n.tolist())
+            if all(meta.alignment is None for meta in first):
+                logger.warning(
+                    f"{self.log.name}: student.full_alignment is {full:g}, and none of the first {len(first_n)} pairs "
+                    "has an alignment, so that they teach in full: build shards that have it (--layout slides, or a "
+                    "column alignment of --layout csv)"
+                )
 
     def close(self) -> None:
         """Close files; what was logged so far is on the disk."""

@@ -56,6 +56,11 @@ def test_an_unknown_level_teaches_nothing():
     assert torch.all(logits.grad[0] == 0) and torch.any(logits.grad[1] != 0)
 
 
+def test_pairs_weigh_by_their_alignment_and_1_where_it_is_unknown():
+    z_B = torch.tensor([-3.0, 0.0, 0.5, 1.9, 2.0, 7.0, math.nan])
+    assert losses.weigh_alignment(z_B, 2.0).tolist() == pytest.approx([0, 0, 0.25, 0.95, 1, 1, 1])
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 4), (3, 2, 2, 3)])
 def test_grid_is_its_naive_twin(shape):
     predicted, target = rand(*shape) * 2, rand(*shape).flip(0)

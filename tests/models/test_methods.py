@@ -2,6 +2,7 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 
 import lgd
 from lgd.base.errors import ConfigError, DataError
@@ -11,7 +12,8 @@ from lgd.config_sections import Student
 from lgd.models.encoder import build_encoder
 from lgd.models.export import save_model
 from lgd.models.loading import load_student
-from lgd.models.methods import BASELINE, METHODS, PROPOSED, Method, find_method
+from lgd.models.losses import Lesson, Negatives
+from lgd.models.methods import BASELINE, METHODS, PROPOSED, LgdNet, Method, find_method
 from lgd.models.student import Student as Network
 from tools.bench.inputs import NOT_TRAINED
 
@@ -58,6 +60,42 @@ def test_distillation_of_nothing_is_refused():
                 method(config, find_target("her2"))
         else:
             method(config, find_target("her2"))
+
+
+@pytest.mark.parametrize("stained", ["membrane", "positive"])
+def test_a_misaligned_pair_teaches_its_label_and_nuclei_and_nothing_of_its_second_image(stained):
+    """A pair of weight 0 is as one whose hallucination losses are left out; one of unknown alignment counts whole."""
+    random = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=random)
+
+    channels = {"membrane": 3, "positive": 2}[stained]
+    grids = {"nuclei": (4, 2, 2), stained: (4, 2, 2, channels), "pooled": (4, 6), "map": (4, 6, 2, 2)}
+    stored = {name: rand(*shape) for name, shape in grids.items()}
+    out = {name: rand(*shape).requires_grad_() for name, shape in grids.items()} | {"logits": rand(4, 4)}
+    label_B = torch.tensor([0, 1, 2, -1])
+    negatives = Negatives(torch.arange(4), label_B, rand(3, 6), torch.tensor([7, 8, 9]), torch.tensor([0, 1, 3]))
+    alignment_B = torch.tensor([0.0, 1.0, 5.0, torch.nan])
+
+    def terms_of(full, alignment_B):
+        config = Config(student=Student(full_alignment=full, contrast_weight=0.1))
+        method = LgdNet(config, find_target("her2"))
+        method.soft_labels = lambda pooled_nD: pooled_nD[:, :4]
+        return method.losses(out, Lesson(label_B=label_B, stored=stored, negatives=negatives, alignment_B=alignment_B))
+
+    plain, weighed = terms_of(0.0, alignment_B), terms_of(2.0, alignment_B)
+    assert all(torch.equal(one, two) for one, two in zip(plain.values(), terms_of(2.0, None).values(), strict=True))
+    assert weighed.keys() == plain.keys() == {
+        "level", "hallucination", "hallucination_map", "contrast", "nuclei", stained
+    }  # fmt: skip
+    for name, term in weighed.items():
+        share = torch.ones(4) if name in ("level", "nuclei") else torch.tensor([0, 0.5, 1, 1])
+        assert term.tolist() == pytest.approx((share * plain[name]).tolist()), name
+        assert plain[name][0] > 0, name
+    sum(term.sum() for name, term in weighed.items() if name != "nuclei").backward()
+    for name in ("pooled", "map", stained):
+        assert not out[name].grad[0].any() and out[name].grad[3].any(), name
 
 
 def test_no_other_module_names_a_method():

@@ -37,6 +37,16 @@ def fit_map(x, y, ridge=0.1, parts=1):
     return sums.fit(ridge)
 
 
+def test_a_pair_counts_by_its_weight():
+    """One of weight 0 is left out, and one of weight 3 counts as three."""
+    x, y = make_pairs(rows=12)
+    sums = PairSums(x.shape[1], y.shape[1])
+    sums.add(torch.from_numpy(x), torch.from_numpy(y), torch.tensor([0.0, 3.0, *[1.0] * 10]))
+    rows = [1, 1, *range(1, 12)]
+    expected, found = fit_map(x[rows], y[rows]), sums.fit(0.1)
+    np.testing.assert_allclose(found.weight.numpy(), expected.weight.numpy(), rtol=1e-3, atol=1e-5)
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(2, 40),

@@ -120,10 +120,12 @@ def test_answers_are_kept_at_a_url_too(s3_server, tmp_path, target):
 
 def test_the_rows_differ_in_one_thing_each(run, change):
     plain = variants(run, full=True)
-    off = {"without contrast", "without soft levels"}
+    off = {"without contrast", "without soft levels", "without weights by alignment"}
     assert list(plain) == [name for name in [*CORE, *CONTROLS] if name not in off], "none of them is on"
     assert plain["label distillation"].student.distil_weight == 1
-    contrasted = variants(change(run, student={"contrast_weight": 0.1, "distil_weight": 0.5}), full=True)
+    contrasted = variants(
+        change(run, student={"contrast_weight": 0.1, "distil_weight": 0.5, "full_alignment": 2.0}), full=True
+    )
     assert contrasted["label distillation"].student.distil_weight == 0.5
     assert list(contrasted) == [*CORE, *CONTROLS]
     own = contrasted[LGD_NET].student

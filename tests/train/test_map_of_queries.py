@@ -87,6 +87,55 @@ def test_it_is_fitted_on_the_pairs_that_taught(base, change, tmp_path, pairs):
     assert_as_naive(config)
 
 
+@pytest.fixture(scope="module")
+def aligned(base, change, tissue, tmp_path_factory):
+    """As `base`, of a CSV: the first pair is misaligned, the alignment of the second unknown, the others aligned."""
+    folder = tmp_path_factory.mktemp("aligned")
+    for stain in ("HE", "IHC"):
+        shutil.copytree(tissue / stain, folder / stain)
+    rows = ["he,ihc,level,slide,split,alignment"]
+    for number, line in enumerate((tissue / "truth.csv").read_text().splitlines()[1:]):
+        key, slide, split, level = line.split(",")[:4]
+        files = [f"{stain}/{split}/{key}.png" for stain in ("HE", "IHC")]
+        rows.append(f"{files[0]},{files[1]},{level},{slide},{split},{ {0: '-0.5', 1: ''}.get(number, '2.5') }")
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    build(ShardOptions(layout="csv", root=str(folder / "pairs.csv"), out=str(folder / "shards"), mpp=0.46, labelled=1))
+    config = change(
+        base,
+        run={"dir": str(folder / "run")},
+        data={"shards": [str(folder / "shards")]},
+        latents={"dir": str(folder / "latents")},
+    )
+    cache_latents(config, ShardSet.open(config.shard_dirs).shards, workers=0)
+    return config
+
+
+def test_a_misaligned_pair_counts_neither_in_training_nor_in_the_map(aligned, change, tmp_path, caplog):
+    """Its weight reaches both through KEY.json."""
+    reader = Reader(ShardSet.open(aligned.shard_dirs).of_split("train"), ("he",))
+    metas = [reader.read(number).meta for number in range(reader.total)]
+    (misaligned,) = (number for number, meta in enumerate(metas) if meta.alignment == -0.5)
+    assert [meta.alignment for meta in metas].count(None) == 1
+    config = student_of(aligned, change, tmp_path, student={"full_alignment": 2.0})
+    assert train_under(config, "student")
+    assert_as_naive(config, without=[misaligned])
+    assert "changes nothing" not in caplog.text
+    plain = student_of(aligned, change, tmp_path, student={"dir": str(tmp_path / "plain")})
+    assert train_under(plain, "student")
+    digests = [load_student(one.student.dir)[1].weights_sha256 for one in (config, plain)]
+    assert digests[0] != digests[1]
+
+
+def test_weights_of_pairs_without_alignment_are_said_to_change_nothing(base, change, tmp_path, caplog):
+    plain = student_of(base, change, tmp_path, student={"dir": str(tmp_path / "plain")})
+    weighed = student_of(base, change, tmp_path, student={"full_alignment": 2.0})
+    assert train_under(plain, "student") and "alignment" not in caplog.text
+    assert train_under(weighed, "student")
+    assert "student.full_alignment is 2, and none of the first 8 pairs has an alignment" in caplog.text
+    digests = [load_student(config.student.dir)[1].weights_sha256 for config in (plain, weighed)]
+    assert digests[0] == digests[1]
+
+
 def test_a_sample_that_training_skips_is_left_out(base, change, tmp_path):
     shutil.copytree(base.shard_dirs[0], tmp_path / "shards")
     shard = ShardFolder.open(tmp_path / "shards").shards[0]
