@@ -24,7 +24,7 @@ from dataclasses import asdict
 from lgd.base.target import Target
 from lgd.retrieval.answers import Answer, Stored
 from lgd.scoring.notes import join_notes
-from lgd.scoring.predict import round_probabilities, show_label
+from lgd.scoring.predict import round_probabilities, show_label, write_label
 
 _EXACT = 9
 """Digits of a stored value, which is a float32."""
@@ -46,12 +46,12 @@ def as_json(answers: Sequence[Answer]) -> list[dict[str, object]]:
     ]
 
 
-def _show(stored: Stored, target: Target) -> dict[str, object]:
+def _show(stored: Stored, target: Target, *, as_text: bool = False) -> dict[str, object]:
     """Its fields in their order, the label by its word."""
     shown: dict[str, object] = {}
     for name, value in asdict(stored).items():
         if name == "label":
-            shown |= show_label(target, stored.label, _EXACT)
+            shown |= (write_label if as_text else show_label)(target, stored.label, _EXACT)
         elif name not in ("part", "row"):
             shown[name] = value
     return shown
@@ -89,17 +89,17 @@ def as_table(answers: Sequence[Answer]) -> list[dict[str, object]]:
         asked: dict[str, object] = {"query": answer.name}
         asked |= {} if answer.stored else {"predicted": _show_predicted(answer)}
         for rank, hit in enumerate(answer.neighbours, 1):
-            shown = _show(hit, answer.known) | {"duplicate_of": hit.duplicate_of or "", "notes": ""}
+            shown = _show(hit, answer.known, as_text=True) | {"duplicate_of": hit.duplicate_of or "", "notes": ""}
             rows.append(asked | {"rank": str(rank)} | shown)
         blank, said = dict.fromkeys(rows[-1], ""), answer.vote
         voted = {"rank": "vote", "key": _vote_text(answer), "notes": join_notes(answer.notes)}
-        rows.append(blank | asked | voted | show_label(answer.known, said.label))
+        rows.append(blank | asked | voted | write_label(answer.known, said.label))
     return rows
 
 
-def _show_predicted(answer: Answer) -> str | float | None:
+def _show_predicted(answer: Answer) -> str | None:
     target = answer.target or answer.known
-    return show_label(target, answer.label)[target.label_word]
+    return write_label(target, answer.label)[target.label_word]
 
 
 def _vote_text(answer: Answer) -> str:

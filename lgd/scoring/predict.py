@@ -254,6 +254,11 @@ def show_label(target: Target, label: str | float | None, digits: int = DIGITS) 
     return {target.label_word: rounded, "unit": target.unit}
 
 
+def write_label(target: Target, label: str | float | None, digits: int = DIGITS) -> dict[str, str | None]:
+    """The same as text, for a table, which would give all values three decimals."""
+    return {name: None if cell is None else str(cell) for name, cell in show_label(target, label, digits).items()}
+
+
 def round_probabilities(probabilities: Mapping[str, float | None]) -> dict[str, float | None]:
     """To the 4 digits that are shown."""
     return {name: None if one is None else round(one, 4) for name, one in probabilities.items()}

@@ -13,7 +13,7 @@ from lgd.models.description import ModelConfig
 from lgd.scoring.images import OneImage
 from lgd.scoring.label_sets import LabelSet, format_set, name_set, read_set, show_set
 from lgd.scoring.notes import count_notes, join_notes
-from lgd.scoring.predict import Prediction, read_answer, round_probabilities, show_label
+from lgd.scoring.predict import Prediction, read_answer, round_probabilities, show_label, write_label
 from lgd.shards.candidate import safe_key
 from lgd.shards.pairs import read_slides
 
@@ -108,7 +108,7 @@ def as_json(row: Prediction | SlidePrediction) -> dict[str, object]:
 
 def as_cells(row: Prediction | SlidePrediction) -> dict[str, object]:
     """A row for a table or a CSV: a column a probability, the notes in the last one."""
-    shown: dict[str, object] = {**show_label(row.target, row.label)}
+    shown: dict[str, object] = {**write_label(row.target, row.label)}
     shown |= round_probabilities(row.probabilities) | {name_set(row.target): format_set(row.target, row.label_set)}
     return _name_row(row) | shown | {"notes": join_notes(row.notes)}
 
