@@ -15,7 +15,8 @@ def list_first(measures: Measures) -> tuple[str, ...]:
 
 def list_compared(measures: Measures) -> dict[str, str]:
     """Those by which methods are compared, with their names."""
-    return {name: measures.headline[name] for name in measures.choices if name in measures.headline}
+    names = (*measures.choices, *measures.ranked)
+    return {name: measures.headline[name] for name in names if name in measures.headline}
 
 
 def list_robust(measures: Measures) -> tuple[str, ...]:
