@@ -134,13 +134,14 @@ def format_scores(results: Results) -> str:
 def _summarise(results: Results, pictures: Sequence[str]) -> str:
     target = results.predicted
     word, name = target.label_word, escape_markdown(target.name)
+    predicted = name if name.lower().endswith(word.lower()) else f"{name} {word}"
     counts = ", ".join(f"{count} of {escape_markdown(one)}" for one, count in results.levels.items())
     if (values := results.values) is not None:
         ends = [escape_markdown(target.format_label(one)) for one in (values.least, values.most, values.mean)]
         counts = "from {} to {}, {} in the mean".format(*ends)
     scored = f"{results.labelled} have a {word} ({counts})" if results.labelled else "none is scored"
     text = [
-        f"# {f'{name} {word}' if results.labelled else 'Hallucinated latents'} from H&E: report\n",
+        f"# {predicted if results.labelled else 'Hallucinated latents'} from H&E: report\n",
         "## Read this first\n",
         *list_items(results.caveats),
         "",

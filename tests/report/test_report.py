@@ -9,6 +9,7 @@ from drawn_answers import ALL, GRADE, HER2, KI67, SUBTYPE, draw_answers
 from PIL import Image
 
 from lgd.base.errors import DataError
+from lgd.base.target import Target
 from lgd.labels.predictions import paired_differences, score_with_intervals
 from lgd.report.caveats import caveats_of
 from lgd.report.colour import COLOUR, describe_colour
@@ -30,6 +31,8 @@ from lgd.report.sites import Taught
 from lgd.retrieval.answers import Answer, Hit
 from lgd.shards.manifest import Manifest, Split, Values
 from lgd.shards.shard_set import ShardFolder, ShardSet
+
+NAMED_AS_ITS_WORD = Target(name="Allred Score", kind="ordinal", classes=("a", "b"), word="score", unit=None)
 
 
 def model(name="LGD-Net", skill=1.0, slides=12, each=5, level=None, groups=None):
@@ -381,7 +384,7 @@ def test_colour_beside_one_group_or_no_level_is_no_caveat(tmp_path):
         assert report(tmp_path, scored)["caveats"] == ["Mind this."]
 
 
-@pytest.mark.parametrize("target", ALL, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [*ALL, NAMED_AS_ITS_WORD], ids=lambda target: target.name)
 def test_a_report_follows_its_target(tmp_path, target):
     """In its words, its metrics and its pictures; and the document can be read again."""
     sites = {"center": ["A", "A", "B"] * 20}
@@ -395,7 +398,8 @@ def test_a_report_follows_its_target(tmp_path, target):
     assert results.predicted == target and ("target" in document) == (target is not HER2)
     assert results.models[0].by_patch.metrics.keys() == dict.fromkeys(scored[0].measures.names).keys()
     text, word = (tmp_path / "summary.md").read_text(), target.label_word
-    assert text.startswith(f"# {target.name} {word} from H&E: report\n") and f"60 have a {word} (" in text
+    title = target.name if target is NAMED_AS_ITS_WORD else f"{target.name} {word}"
+    assert text.startswith(f"# {title} from H&E: report\n") and f"60 have a {word} (" in text
     for title in (
         *scored[0].measures.headline.values(),
         f"Retrieval by {word}",

@@ -51,6 +51,7 @@ def test_sets_are_measured_by_patch_and_by_slide(target):
     text = "\n".join(label_sets_section(results, target))
     assert "calibrated the sets, so that the coverage shows nothing" in text
     assert "in 90 % of new slides" in text and ("of 3+" in text) != target.is_number
+    assert ("temperature" in text) == ("no single class" in text) != target.is_number
     assert ("width (%)" in text) == target.is_number and "| model | slide | 30 |" in text
 
 
