@@ -167,7 +167,7 @@ def _run_query(namespace: Namespace) -> None:
     problems = notes.describe_unusable({one.name: one.notes for one in replies if not one.usable}, len(replies))
     replies = [one for one in replies if one.usable]
     if drawn:
-        sheet.draw_sheet(store, replies, drawn)
+        sheet.draw_sheet(store, replies, drawn, namespace.mpp)
     document = read_document(store)
     logger.info("%s", answers.count_neighbours(replies, choose_near(document)))
     # With a filter each query searches other rows.

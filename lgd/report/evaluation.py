@@ -24,13 +24,13 @@ from lgd.report.caveats import (
     probe_caveat,
 )
 from lgd.report.colour import colour_only, read_training_colours
-from lgd.report.figures import Query
+from lgd.report.contact_sheet import Query
 from lgd.report.probed import score_by_probe
 from lgd.report.results import Difference, Results, Retrieval, state_target
 from lgd.report.retrieval import Network, measure_retrieval
 from lgd.report.robustness import measure as measure_robustness
 from lgd.report.set_coverage import measure_label_sets
-from lgd.report.sheet import Gallery, read_images
+from lgd.report.sheet import Gallery, read_fields
 from lgd.report.sites import NOTHING_TAUGHT, Taught, describe_training, find_site_caveats, measure_sites
 from lgd.report.slides import describe_rules, score_model
 from lgd.retrieval.answers import Answer
@@ -224,10 +224,10 @@ def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network)
     note = note_bias(searcher.document, student.scorer)
     queries_nD = choose_latents(student.vectors)[rows]
     found = search(searcher, queries_nD, 4, biased=note == BIASED) if len(rows) else []
-    images = Gallery(store, 256, shards.folders)
+    images = Gallery(store, shards.folders)
     split = Reader(shards.of_split(config.report.split), ())
     samples = [split.read(row) for row in rows.tolist()]
-    pictures = [read_images(split.shards[sample.shard], sample.row, 256) for sample in samples]
+    pictures = [read_fields(split.shards[sample.shard], sample.row) for sample in samples]
     return [
         Query(
             answer=Answer(

@@ -19,17 +19,10 @@ from lgd.io.tables import format_table
 from lgd.labels.classes import ClassMeasures
 from lgd.labels.predictions import Predictions, find_measures
 from lgd.report.agreement import draw_agreement, draw_values
+from lgd.report.charts import confusion_matrix, reliability_diagram, robustness_curves
 from lgd.report.colour import COLOUR, describe_colour
 from lgd.report.columns import explain_direction, list_first, name_briefly
-from lgd.report.figures import (
-    ALIKE,
-    NEAR,
-    Query,
-    confusion_matrix,
-    contact_sheet,
-    reliability_diagram,
-    robustness_curves,
-)
+from lgd.report.contact_sheet import ALIKE, NEAR, Query, contact_sheet
 from lgd.report.listing import BY_PATCH, BY_SLIDE, write_predictions
 from lgd.report.results import Results, Scores, format_interval
 from lgd.report.sections import (

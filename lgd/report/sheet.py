@@ -7,14 +7,17 @@ import numpy as np
 
 from lgd.base.errors import require
 from lgd.io.location import Location
-from lgd.report.figures import Picture, Query, contact_sheet
+from lgd.report.contact_sheet import Field, Picture, Query, contact_sheet
 from lgd.retrieval.answers import Answer, Stored
-from lgd.scoring.images import read_image
+from lgd.scoring.images import Mpp, read_image
 from lgd.shards.archive import Shard
+from lgd.shards.image import resize
 from lgd.shards.shard_set import ShardFolder
 from lgd.store.store import Store
 from lgd.stream.reader import Reader
 
+FIELD, SIDE = 150.0, 330
+"""Micrometres and pixels of a patch that are shown: all of a patch of 0.5 mm would leave no membrane visible."""
 MOST_QUERIES, MOST_NEIGHBOURS = 100, 30
 """What fits a sheet: matplotlib draws no picture of more than 65,535 pixels a side, and nobody reads one of 10,000."""
 
@@ -22,14 +25,14 @@ MOST_QUERIES, MOST_NEIGHBOURS = 100, 30
 class Gallery:
     """The images behind a store, for pictures: it finds the shards where they were when the store was made."""
 
-    def __init__(self, store: Store, size: int, known: Sequence[ShardFolder] = ()) -> None:
+    def __init__(self, store: Store, known: Sequence[ShardFolder] = ()) -> None:
         """`known`: shard folders that are open already."""
-        self.store, self.size = store, size
+        self.store = store
         self._find_shard = store.open_sources(known, otherwise=", or query without --sheet")
 
-    def read(self, stored: Stored) -> tuple[np.ndarray, np.ndarray | None]:
-        """The H&E and the IHC of a stored patch, as `read_images`."""
-        return read_images(self._find_shard(self.store.parts[stored.part]), stored.row, self.size)
+    def read(self, stored: Stored) -> tuple[Field, Field | None]:
+        """The H&E and the IHC of a stored patch, as `read_fields`."""
+        return read_fields(self._find_shard(self.store.parts[stored.part]), stored.row)
 
     def show(self, stored: Stored) -> Picture:
         """What stands for a stored patch."""
@@ -37,11 +40,24 @@ class Gallery:
         return Picture("H&E", he) if ihc is None else Picture("IHC", ihc)
 
 
-def read_images(shard: Shard, row: int, size: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The H&E and, where its set has one, the IHC of a patch, uint8 (size, size, 3)."""
-    roles = tuple(role for role in ("he", "ihc") if role in shard.roles)
-    images = Reader([shard], roles, size).read(row).images
-    return images["he"], images.get("ihc")
+def read_fields(shard: Shard, row: int) -> tuple[Field, Field | None]:
+    """The middle of the H&E and, where its set has one, of the IHC of a patch."""
+    sample = Reader([shard], [role for role in ("he", "ihc") if role in shard.roles]).read(row)
+    fields = {role: cut_middle(image, sample.meta.mpp) for role, image in sample.images.items()}
+    return fields["he"], fields.get("ihc")
+
+
+def cut_middle(image: np.ndarray, mpp: float | None) -> Field:
+    """The middle of an image, up to `FIELD` um or `SIDE` pixels wide and high, whichever is more."""
+    height, width = image.shape[:2]
+    most = max(SIDE, round(FIELD / mpp)) if mpp else SIDE
+    rows, columns = min(height, most), min(width, most)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    middle = image[top : top + rows, left : left + columns]
+    shrink = max(1.0, max(rows, columns) / SIDE)
+    if shrink > 1:
+        middle = resize(middle, max(1, round(rows / shrink)), max(1, round(columns / shrink)))
+    return Field(middle, mpp and mpp * shrink, columns / width)
 
 
 def check_sheet(queries: int, k: int) -> None:
@@ -53,9 +69,12 @@ def check_sheet(queries: int, k: int) -> None:
     )
 
 
-def draw_sheet(store: Store, answers: Sequence[Answer], path: Location, size: int = 256) -> None:
-    """Draw each query beside the IHCs that it found (the H&E of those without one), as a PNG."""
-    gallery = Gallery(store, size)
+def draw_sheet(store: Store, answers: Sequence[Answer], path: Location, mpp: Mpp = None) -> None:
+    """Draw each query beside the IHCs of its neighbours (the H&E of those without one), as a PNG.
+
+    `mpp` is what is known of the scale of image files.
+    """
+    gallery = Gallery(store)
     rows = []
     for answer in answers:
         stored = answer.stored
@@ -63,7 +82,7 @@ def draw_sheet(store: Store, answers: Sequence[Answer], path: Location, size: in
             he, ihc = gallery.read(stored)
         else:
             assert answer.image is not None
-            he, ihc = read_image(Path(answer.image), size), None
+            he, ihc = cut_middle(read_image(Path(answer.image), None), mpp if isinstance(mpp, float) else None), None
         slide, label = (stored.slide, stored.label) if stored else (None, None)
         images = [gallery.show(hit) for hit in answer.neighbours]
         rows.append(Query(answer=answer, slide=slide, label=label, he=he, ihc=ihc, images=images))

@@ -9,8 +9,10 @@ from PIL import Image
 
 from lgd.base.target import Target
 from lgd.metrics import Interval
-from lgd.report.figures import Picture, Query, compare_labels, confusion_matrix, contact_sheet, robustness_curves
+from lgd.report.charts import confusion_matrix, robustness_curves
+from lgd.report.contact_sheet import Field, Picture, Query, compare_labels, contact_sheet
 from lgd.report.results import AtStrength, ModelRobustness, Robustness, UnderChange
+from lgd.report.sheet import cut_middle
 from lgd.retrieval.answers import Answer, Hit
 
 BROKEN = [r"$\frac{$ & \x", "a\x1b[2J\x07\nb\t", "漢字 \udcff\u202e", "x" * 100_000, ""]
@@ -25,10 +27,11 @@ def test_any_text_can_be_drawn(tmp_path, name):
     changes = [UnderChange.model_construct(name=name, at=[AtStrength.model_construct(label=name, metrics=metrics)])]
     models = [ModelRobustness.model_construct(name=name, unchanged=metrics, changes=changes)]
     robust = Robustness.model_construct(changes=changes, models=models)
-    image = np.zeros((8, 8, 3), np.uint8)
+    field = Field(np.zeros((8, 8, 3), np.uint8), 0.46)
     found = Hit(key=name, slide=name, split=name, label="1+", part=0, row=0, distance=0.1, duplicate_of=name)
     answer = Answer(image=name, label="1+", known=HER2, neighbours=[found])
-    query = Query(answer=answer, slide=name, label="1+", he=image, ihc=image, images=[Picture("H&E", image)])
+    images = [Picture("H&E", field)]
+    query = Query(answer=answer, slide=name, label="1+", he=field, ihc=field, images=images)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         confusion_matrix(scored, tmp_path / "confusion.png", name)
@@ -37,6 +40,29 @@ def test_any_text_can_be_drawn(tmp_path, name):
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             assert max(picture.size) < 2000
+
+
+@pytest.mark.parametrize(
+    ("size", "mpp", "shown", "scale"),
+    [
+        ((1024, 1024), 0.46, (330, 330), 0.46),
+        ((1024, 1024), 0.25, (330, 330), 150 / 330),
+        ((1024, 1024), None, (330, 330), None),
+        ((96, 128), 0.46, (96, 128), 0.46),
+        ((200, 2000), 0.5, (200, 330), 0.5),
+        ((168, 168), 2.8, (168, 168), 2.8),
+    ],
+)
+def test_a_panel_shows_the_middle_of_a_patch_fine_enough_for_membranes(size, mpp, shown, scale):
+    """150 um or 330 pixels, whichever is more; nothing is enlarged."""
+    image = np.indices((*size, 3)).sum(0).astype(np.uint8)
+    field = cut_middle(image, mpp)
+    assert field.image.shape == (*shown, 3)
+    assert field.mpp == (scale and pytest.approx(scale, rel=0.01))
+    assert field.share == pytest.approx(shown[1] * (scale / mpp if scale else 1) / size[1], rel=0.01)
+    if scale == mpp:
+        top, left = ((whole - part) // 2 for whole, part in zip(size, shown, strict=True))
+        assert np.array_equal(field.image, image[top : top + shown[0], left : left + shown[1]])
 
 
 def read_pixels(path):
@@ -48,8 +74,8 @@ def draw_sheet(path, target, true, predicted, found):
     image = np.zeros((8, 8, 3), np.uint8)
     hits = [Hit(key="k", slide=None, split="train", label=one, part=0, row=0, distance=0.1) for one in found]
     answer = Answer(image="q", label=predicted, known=target, neighbours=hits)
-    images = [Picture("IHC", image)] * len(hits)
-    query = Query(answer=answer, slide=None, label=true, he=image, ihc=None, images=images)
+    images = [Picture("IHC", Field(image, None))] * len(hits)
+    query = Query(answer=answer, slide=None, label=true, he=Field(image, None), ihc=None, images=images)
     contact_sheet([query], path, votes=True)
     colours = {"green": (0, 158, 115), "orange": (230, 159, 0), "red": (213, 94, 0), "grey": (153, 153, 153)}
     pixels = read_pixels(path)

@@ -12,11 +12,12 @@ from lgd.base.errors import DataError
 from lgd.base.target import Target
 from lgd.labels.predictions import paired_differences, score_with_intervals
 from lgd.report.caveats import caveats_of
+from lgd.report.charts import confusion_matrix
 from lgd.report.colour import COLOUR, describe_colour
 from lgd.report.columns import list_robust
+from lgd.report.contact_sheet import Field, Picture, Query, contact_sheet
 from lgd.report.embeddings import Embedding, measure
 from lgd.report.evaluation import measure_results
-from lgd.report.figures import Picture, Query, confusion_matrix, contact_sheet
 from lgd.report.report import format_scores, write_report
 from lgd.report.results import (
     AtStrength,
@@ -51,9 +52,9 @@ def query(level=2, ihc=True):
         answer=Answer(image="q" * 60, label="1+", known=HER2, neighbours=found),
         slide="S1",
         label=None if level is None else HER2.name_label(level),
-        he=image,
-        ihc=image if ihc else None,
-        images=[Picture("IHC", image)] * 4,
+        he=Field(image, 0.46),
+        ihc=Field(image, 0.46) if ihc else None,
+        images=[Picture("IHC", Field(image, 0.46))] * 4,
     )
 
 
@@ -344,9 +345,9 @@ def test_real_patches_fill_a_sheet(real_data, tmp_path):
             answer=Answer(image=name, known=HER2, neighbours=found[:2]),
             slide=None,
             label=level,
-            he=he,
-            ihc=ihc,
-            images=[Picture("IHC", image) for image in images["IHC"][:2]],
+            he=Field(he, None),
+            ihc=Field(ihc, None),
+            images=[Picture("IHC", Field(image, None)) for image in images["IHC"][:2]],
         )
         for name, level, he, ihc in zip(names, levels, images["HE"], images["IHC"], strict=True)
     ]

@@ -117,10 +117,10 @@ def test_the_part_and_row_of_a_hit_are_its_address(scorer, store, images):
 
 def test_the_picture_of_a_hit_is_its_ihc(scorer, store, images, tissue_run):
     hit = query(scorer, store, images[:1], 1)[0].neighbours[0]
-    reader = Reader(ShardFolder.open(tissue_run.shard_dirs[0]).shards, ("ihc",), 64)
+    reader = Reader(ShardFolder.open(tissue_run.shard_dirs[0]).shards, ("ihc",))
     sample = next(s for s in map(reader.read, range(48)) if s.key == hit.key)
-    shown = Gallery(store, 64).show(hit)
-    assert shown.stain == "IHC" and np.array_equal(shown.image, sample.images["ihc"])
+    shown = Gallery(store).show(hit)
+    assert shown.stain == "IHC" and np.array_equal(shown.field.image, sample.images["ihc"])
 
 
 def test_the_sheet_is_drawn(tissue_run, images, capsys, tmp_path):
@@ -184,7 +184,7 @@ def test_shards_that_moved_are_told_where_pictures_are_asked_for(tissue_run, tmp
     moved = store.sources.as_json() | {"shards": [str(tmp_path / "gone")]}
     type(store.sources).from_json(moved).write(tmp_path / "latents" / "sources.json")
     with pytest.raises(DataError, match="gone, which is gone: put them back, or query without --sheet"):
-        Gallery(store, 64)
+        Gallery(store)
 
 
 def test_a_sheet_of_keys_shows_both_stains(tissue_run, store, tmp_path, capsys):

@@ -154,21 +154,21 @@ def test_h_and_e_alone_in_training_does_not_disturb_a_teacher_without_labels(run
 
 def test_a_picture_of_a_patch_without_ihc_is_its_h_and_e(tissue_run, sets, tmp_path):
     """As of a store whose latents were imported: each is found and shown."""
-    from lgd.report.figures import contact_sheet
-    from lgd.report.sheet import read_images
+    from lgd.report.contact_sheet import contact_sheet
+    from lgd.report.sheet import read_fields
     from lgd.retrieval.answers import Answer, Hit, Stored
 
     (shard, _) = open_disjoint([sets["he test"]]).shards
-    he, ihc = read_images(shard, 3, 64)
-    assert he.shape == (64, 64, 3) and ihc is None
+    he, ihc = read_fields(shard, 3)
+    assert he.image.shape == (128, 128, 3) and he.share == 1 and ihc is None
     store = Store(tissue_run.latents.dir)
-    gallery = Gallery(store, 64)
+    gallery = Gallery(store)
     gallery._find_shard = lambda part: shard
     hit = Hit(key="k", slide=None, split="test", label="1+", part=0, row=3, distance=0.1)
     shown = gallery.show(hit)
-    assert shown.stain == "H&E" and (shown.image == he).all()
+    assert shown.stain == "H&E" and (shown.field.image == he.image).all()
     # Of a stored query too, which then has no panel of its IHC.
-    from lgd.report.figures import Query
+    from lgd.report.contact_sheet import Query
 
     stored = Stored(key="k", slide=None, split="test", label="1+", part=0, row=3)
     answer = Answer(known=store.target, stored=stored, neighbours=[hit])
