@@ -9,7 +9,7 @@ import lgd
 ROOT = Path(lgd.__file__).parent
 ORDER = """
 base.errors base.extensions base.text base.logs base.process_state base.threads base.markup base.plain_yaml base.records
-base.environment base.device base.arguments base.target base.labels
+base.spelling base.environment base.device base.arguments base.target base.labels
 io.location io.calls io.digests io.files io.folders io.tables io.locks io.download_cache io.remote io.documents
 config_sections config config_files metrics
 labels.measures labels.classes labels.numbers labels.conformal labels.predictions

@@ -38,8 +38,8 @@ from lgd.io.location import Location, as_location, as_output_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.ray_jobs.cluster import restore_connection
 from lgd.ray_jobs.mapping import map_with
+from lgd.shards.candidate import Problem, write_problems
 from lgd.shards.image import STORED
-from lgd.shards.layouts import Problem, write_problems
 from lgd.shards.manifest import Extensions, File, Manifest, Options, Recipe, Sources
 from lgd.shards.options import SPLITS, ShardOptions, check_split, describe_split, list_caveats, make_samples
 from lgd.shards.pairs import (

@@ -1,17 +1,21 @@
-"""A pair of files as a layout finds it; and what a row of a CSV says of one."""
+"""What a layout is, and a pair of files as it finds it; and what a row of a CSV says of one."""
 
 import contextlib
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from typing import ClassVar, NamedTuple
 
 from pydantic import ValidationError
 
 from lgd.base.errors import DataError
 from lgd.base.records import explain
 from lgd.base.target import Label, Target
-from lgd.io.files import peek_kind
+from lgd.io.files import peek_kind, publish
 from lgd.io.location import Location, as_location, relative_name
+from lgd.io.tables import write_csv
 from lgd.shards.manifest import NOWHERE, Origin
 
 COLUMNS = ("he", "ihc", "key", "label", "level", "slide", "split", "mpp", *Origin.model_fields)
@@ -39,6 +43,57 @@ class Candidate:
     mpp: float | None = None
     """Micrometres per pixel; None where unknown."""
     origin: Origin = NOWHERE
+
+
+class Problem(NamedTuple):
+    """Why a patch cannot be used."""
+
+    name: str
+    """The file, relative to the root, or the row of the CSV."""
+    reason: str
+    """What is wrong, and the remedy."""
+    key: str = ""
+    he: str = ""
+    ihc: str = ""
+
+    def order(self) -> tuple[int | str, ...]:
+        """To sort by: by name, with row 9 before row 10."""
+        return (*(int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", self.name)), *self)
+
+
+def write_problems(path: Location, problems: Sequence[Problem]) -> None:
+    """Publish a CSV of what was left out, and why."""
+    with publish(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        rows = []
+        for problem in problems:
+            where = problem.he or problem.ihc
+            reason = problem.reason if where == problem.name else f"{problem.name}: {problem.reason}"
+            rows.append([problem.key, problem.he, problem.ihc, reason])
+        write_csv(stream, ["key", "he", "ihc", "reason"], rows)
+
+
+class Layout(ABC):
+    """A way in which pairs lie below a root."""
+
+    takes_csv: ClassVar[bool] = False
+    """Whether the root may be a CSV instead of a folder."""
+    labels_slides: ClassVar[bool] = False
+    """Whether a patch has the label of its whole slide."""
+    caveats: ClassVar[tuple[str, ...]] = ()
+    """What a report on real tissue of this layout must say."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        """What labels are read as."""
+
+    @abstractmethod
+    def scan(self, root: Location) -> Iterator[Candidate | Problem]:
+        """The pairs below a folder or a url, and what could not be paired; `DataError` where it has another layout."""
+
+
+def is_csv(root: Location) -> bool:
+    """Whether a root is a CSV; a url is judged by its name."""
+    return peek_kind(root, "file" if root.suffix.lower() in (".csv", ".tsv", ".txt") else "folder") == "file"
 
 
 def cut_suffix(name: str) -> str:

@@ -14,71 +14,23 @@ package is named `python:package.module:name`:
 import inspect
 import logging
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, NamedTuple
 
 from lgd.base.errors import DataError, require
 from lgd.base.extensions import FORM, is_python, load_object
 from lgd.base.target import Target
-from lgd.io.files import Kind, list_folder, peek_kind, publish
+from lgd.io.files import Kind, list_folder, peek_kind
 from lgd.io.folders import walk_files
 from lgd.io.location import Location, relative_name
-from lgd.io.tables import read_csv, write_csv
-from lgd.shards.candidate import COLUMNS, Candidate, as_split, cut_suffix, read_row
+from lgd.io.tables import read_csv
+from lgd.shards.candidate import COLUMNS, Candidate, Layout, Problem, as_split, cut_suffix, is_csv, read_row
 from lgd.shards.image_files import has_image_name, list_images
 
 _MOST = 3
 """Names in a note."""
 
 logger = logging.getLogger(__name__)
-
-
-class Problem(NamedTuple):
-    """Why a patch cannot be used."""
-
-    name: str
-    """The file, relative to the root, or the row of the CSV."""
-    reason: str
-    """What is wrong, and the remedy."""
-    key: str = ""
-    he: str = ""
-    ihc: str = ""
-
-    def order(self) -> tuple[int | str, ...]:
-        """To sort by: by name, with row 9 before row 10."""
-        return (*(int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", self.name)), *self)
-
-
-def write_problems(path: Location, problems: Sequence[Problem]) -> None:
-    """Publish a CSV of what was left out, and why."""
-    with publish(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        rows = []
-        for problem in problems:
-            where = problem.he or problem.ihc
-            reason = problem.reason if where == problem.name else f"{problem.name}: {problem.reason}"
-            rows.append([problem.key, problem.he, problem.ihc, reason])
-        write_csv(stream, ["key", "he", "ihc", "reason"], rows)
-
-
-class Layout(ABC):
-    """A way in which pairs lie below a root."""
-
-    takes_csv: ClassVar[bool] = False
-    """Whether the root may be a CSV instead of a folder."""
-    labels_slides: ClassVar[bool] = False
-    """Whether a patch has the label of its whole slide."""
-    caveats: ClassVar[tuple[str, ...]] = ()
-    """What a report on real tissue of this layout must say."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        """What labels are read as."""
-
-    @abstractmethod
-    def scan(self, root: Location) -> Iterator[Candidate | Problem]:
-        """The pairs below a folder or a url, and what could not be paired; `DataError` where it has another layout."""
 
 
 class Bci(Layout):
@@ -180,11 +132,6 @@ def find_layout(name: str, target: Target) -> Layout:
     good = isinstance(kind, type) and issubclass(kind, Layout) and not inspect.isabstract(kind)
     require(good, f"--layout is {name}, which is no layout: derive it from lgd.shards.layouts.Layout, with a `scan`")
     return kind(target)
-
-
-def is_csv(root: Location) -> bool:
-    """Whether a root is a CSV; a url is judged by its name."""
-    return peek_kind(root, "file" if root.suffix.lower() in (".csv", ".tsv", ".txt") else "folder") == "file"
 
 
 def _list_images(root: Location, top: Mapping[str, Kind], folders: Sequence[str]) -> dict[str, list[str]]:

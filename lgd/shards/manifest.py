@@ -3,16 +3,16 @@
 KEY.json has no digest of its own: the index has its crc32, and the manifest the digests of tar and index.
 """
 
-import decimal
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from lgd.base.errors import require
 from lgd.base.records import Count, Line, Many, Record, Sha256, Text
+from lgd.base.spelling import canonical_group
 from lgd.base.target import UNKNOWN, StatedTarget
 from lgd.io.digests import hash_64
 from lgd.io.documents import Document
@@ -91,6 +91,25 @@ class PatchMeta(Origin):
     """Digests of the colour profiles that the source images carry."""
     sha256: Digests
     """Digests of the members."""
+
+
+class Encoding(NamedTuple):
+    """How images are stored."""
+
+    extension: str | None
+    """Type to encode to; None keeps the original bytes."""
+    quality: int
+    """JPEG quality."""
+
+    @classmethod
+    def parse(cls, image: str, tile: int) -> "Encoding":
+        """The encoding of `--image` and `--tile`; `ConfigError` for an image that is none."""
+        jpeg = re.fullmatch(r"jpeg:(\d{1,3})", image)
+        good = 1 <= int(jpeg[1]) <= 100 if jpeg else image in ("keep", "png")
+        require(good, f"--image {image}: use keep, png or jpeg:95 (a quality from 1 to 100)")
+        if jpeg:
+            return cls("jpg", int(jpeg[1]))
+        return cls("png" if image == "png" or tile else None, 0)
 
 
 class Options(Record):
@@ -257,41 +276,3 @@ def patch_entry(files: Digests, group: str) -> tuple[int, int, int]:
     """An entry of patches.npy, from the digests of the image files and the group."""
     he, ihc = (int.from_bytes(bytes.fromhex(digest or "")[:8], "little") for digest in (files.he, files.ihc))
     return he, ihc, hash_64(canonical_group(group))
-
-
-def canonical_group(name: str) -> str:
-    """The form in which all spellings of one slide's name are equal; never empty.
-
-    They may differ in case, in blanks and characters that are not seen, in Unicode's composition and width of letters,
-    in zeros before a number (S-7, S-07), and where the whole name is a number also in its form, as spreadsheets change
-    it (7, 007, 7.0, 7,0, 1.2E+07). Other letters and other numbers stay different: 1 and 10, 7.1 and 7.10.
-    """
-    text = _respell(name)
-    # Folding can make letters that fold once more.
-    while (again := _respell(text)) != text:
-        text = again
-    return text or name
-
-
-def _respell(text: str) -> str:
-    if text.isascii():
-        text = text.lower()
-    else:
-        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
-        text = re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
-    # Between two numbers a blank separates them.
-    text = re.sub(r"(?<!\d) | (?!\d)", "", " ".join(text.split()))
-    if number := re.fullmatch(r"(\d+)[.,]0*", text):
-        text = number[1]
-    elif re.fullmatch(r"\d([.,]\d+)?e\+\d\d", text):
-        value = decimal.Decimal(text.replace(",", "."))
-        text = f"{value:f}" if value == value.to_integral_value() else text
-    return re.sub(r"\d+(?:[.,]\d+)*", _without_zeros, text)
-
-
-def _without_zeros(number: re.Match[str]) -> str:
-    """A number without the zeros before it; what follows a single point is a fraction, in which zeros count."""
-    parts = re.split("[.,]", number[0])
-    count = 1 if len(parts) == 2 else len(parts)
-    return ".".join([part.lstrip("0") or "0" for part in parts[:count]] + parts[count:])

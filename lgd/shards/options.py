@@ -9,7 +9,6 @@ import collections
 import hashlib
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from lgd.config_sections import NotNegative, Positive
 from lgd.io.digests import digest_of
 from lgd.io.location import waits_for_network
 from lgd.shards.layouts import check_layout
-from lgd.shards.manifest import Entry, Mpp, Shape, Split, Values
+from lgd.shards.manifest import Encoding, Entry, Mpp, Shape, Split, Values
 from lgd.shards.pairs import PatchPair, Source
 
 SPLITS = ("train", "val", "test")
@@ -31,25 +30,6 @@ SPLITS = ("train", "val", "test")
 _DRAWN = "--split group:0.8,0.1,0.1"
 # A remote answers each request late, but many at once.
 _REMOTE_THREADS = 16
-
-
-class Encoding(NamedTuple):
-    """How images are stored."""
-
-    extension: str | None
-    """Type to encode to; None keeps the original bytes."""
-    quality: int
-    """JPEG quality."""
-
-    @classmethod
-    def parse(cls, image: str, tile: int) -> "Encoding":
-        """The encoding of `--image` and `--tile`; `ConfigError` for an image that is none."""
-        jpeg = re.fullmatch(r"jpeg:(\d{1,3})", image)
-        good = 1 <= int(jpeg[1]) <= 100 if jpeg else image in ("keep", "png")
-        require(good, f"--image {image}: use keep, png or jpeg:95 (a quality from 1 to 100)")
-        if jpeg:
-            return cls("jpg", int(jpeg[1]))
-        return cls("png" if image == "png" or tile else None, 0)
 
 
 class SplitRule(NamedTuple):

@@ -16,13 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 from lgd.base.errors import DataError
+from lgd.base.spelling import canonical_group
 from lgd.base.target import Target
 from lgd.io.files import exists, list_folder, peek_kind
 from lgd.io.location import Location, as_location, relative_name
 from lgd.io.tables import read_csv
-from lgd.shards.candidate import Candidate, safe_key
-from lgd.shards.layouts import Problem, find_layout, is_csv
-from lgd.shards.manifest import PATCHES, Digests, canonical_group, patch_entry
+from lgd.shards.candidate import Candidate, Problem, is_csv, safe_key
+from lgd.shards.layouts import find_layout
+from lgd.shards.manifest import PATCHES, Digests, patch_entry
 from lgd.shards.profiles import Profile
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from lgd.base.errors import DataError
+from lgd.base.spelling import canonical_group
 from lgd.io.digests import hash_64
 from lgd.io.location import Location
 from lgd.shards.archive import Shard, read_sample
-from lgd.shards.manifest import PatchMeta, canonical_group, patch_entry
+from lgd.shards.manifest import PatchMeta, patch_entry
 from lgd.shards.shard_set import ShardSet
 
 logger = logging.getLogger(__name__)

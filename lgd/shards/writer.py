@@ -27,8 +27,8 @@ from lgd.io.documents import Document, MissingDocument
 from lgd.io.files import create_json, list_folder, publish, read_bytes, remove
 from lgd.io.location import Location, MissingError, RemoteError
 from lgd.shards.archive import INDEX
+from lgd.shards.candidate import Problem
 from lgd.shards.image import check, decode, decode_upright, encode, read_profile
-from lgd.shards.layouts import Problem
 from lgd.shards.manifest import Digests, Entry, Extensions, PatchMeta, Recipe
 from lgd.shards.options import Sample, ShardOptions
 from lgd.shards.pairs import PatchPair, Source

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lgd.base.errors import DataError
+from lgd.base.spelling import canonical_group
 from lgd.shards.archive import Shard
-from lgd.shards.manifest import canonical_group
 from lgd.store.features import FeatureFile, Tiles
 from lgd.stream.reader import Reader
 

@@ -14,7 +14,7 @@ from torch import nn
 from lgd.models.losses import Lesson, Terms
 from lgd.models.methods import LgdNet
 from lgd.models.student import HallucinatingStudent, Outputs
-from lgd.shards.layouts import Candidate, Layout, Problem
+from lgd.shards.candidate import Candidate, Layout, Problem
 
 
 class Deeper(HallucinatingStudent):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from forging import forge, make, remanifest, virtual
 
+from lgd.base.spelling import canonical_group
 from lgd.io.digests import hash_64
 from lgd.shards.archive import read_sample
 from lgd.shards.builder import build
-from lgd.shards.manifest import PATCHES, canonical_group
+from lgd.shards.manifest import PATCHES
 from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import SEEN, find_repeats
 from lgd.shards.shard_set import ShardFolder

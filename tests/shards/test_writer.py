@@ -18,7 +18,7 @@ from lgd.io.files import list_folder, read_bytes, write_bytes, write_json
 from lgd.io.location import RemoteError, as_location
 from lgd.io.tables import read_csv
 from lgd.shards.builder import build
-from lgd.shards.layouts import Problem, write_problems
+from lgd.shards.candidate import Problem, write_problems
 from lgd.shards.options import ShardOptions
 from lgd.shards.pairs import find_pairs
 from lgd.shards.writer import check_chunk

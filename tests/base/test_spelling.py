@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lgd.shards.manifest import canonical_group
+from lgd.base.spelling import canonical_group
 
 
 @pytest.mark.parametrize(
