@@ -65,19 +65,18 @@ def label_sets_section(results: Results, target: Target) -> list[str]:
         return []
     size = f"width ({target.unit})" if target.unit else "width"
     columns = [size] if target.is_number else ["size", "one class", *(f"of {name}" for name in target.classes)]
-    early = "where training stopped early, the network"
-    chosen = early if target.is_number else f"the temperature and, {early}"
-    promised = (
-        "no coverage is promised of slides"
+    warning = (
+        "chose the network, where training stopped early; no coverage is promised of slides"
         if target.is_number
-        else ("no single class is promised this coverage, and neither are slides")
+        else "chose the temperature and, where training stopped early, the network; no single class is promised this "
+        "coverage, and neither are slides"
     )
     asked = f"{100 * (results.label_sets or ())[0].calibrated.coverage:g}"
     return [
         "## Label sets\n",
         f"The {target.label_word}s that cannot be excluded, beside the one that is predicted: sets that hold the true "
         f"one in {asked} % of new slides, on average over calibrations. They were calibrated on labelled slides of the "
-        f"split val, which also chose {chosen}; {promised} of another center. Each slide counts once."
+        f"split val, which also {warning} of another center. Each slide counts once."
         f"{_WARNINGS.get(split, '')}\n",
         *markdown_table(["model", "of each", "calibrated by slides", "holds the true one", *columns], rows),
     ]
