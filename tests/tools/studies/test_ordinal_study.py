@@ -1,12 +1,14 @@
 """The commands of the comparison of CORN with cross-entropy, and its table."""
 
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lgd.base.target import find_target
 from lgd.cli import run_command
+from lgd.config_files import load_config
 from lgd.labels.predictions import Predictions
 from lgd.metrics import interval
 from lgd.report.ablation_table import draw_runs
@@ -14,6 +16,7 @@ from lgd.report.results import format_interval
 from tools.studies import ordinal
 
 HER2 = find_target("her2")
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_both_ways_have_the_same_commands(capsys):
@@ -23,7 +26,10 @@ def test_both_ways_have_the_same_commands(capsys):
     # Of 2 tissues: a teacher, its latents, and two students of two seeds.
     assert [len(some) for some in ways] == [12, 12] and len(lines) == 4 + 24
     usual, other = ([" ".join(line) for line in some] for some in ways)
-    assert [line.replace("cross-entropy", "corn") for line in usual] == other
+    assert [line.replace("cross-entropy", "corn").replace("cross_entropy", "corn") for line in usual] == other
+    for line in (line for some in ways for line in some):
+        given = [f"{name}={value}" for name, value in zip(line[2::2], line[3::2], strict=True) if name != "--config"]
+        load_config(ROOT / "configs" / "evidence.yaml", given)
     drawn = [" ".join(line) for line in lines if line[1] == "synth"]
     assert [line.split("--seed ")[1] for line in drawn] == ["901", "902"]
 
