@@ -193,8 +193,8 @@ def evaluate(
     doing = exclusive(folder, "evaluating")
     with doing, stage("report", "evaluate", config, folder, given, shards) as (opened, outcome):
         provenance = {"command": command(config, "evaluate"), **Environment.here().as_json()}
-        results, scored, queries = evaluation.evaluate(config, opened, provenance, {*code, *config.code})
-        report.write_report(as_location(folder), results, scored, queries)
+        results, scored, pictured = evaluation.evaluate(config, opened, provenance, {*code, *config.code})
+        report.write_report(as_location(folder), results, scored, pictured)
         report.show_pictures(as_location(folder), as_location(config.student.dir))
         outcome.done = f"written: {folder}"
         headline = {model.name: model.by_patch.metrics for model in results.models}

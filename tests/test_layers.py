@@ -36,9 +36,9 @@ retrieval.index_files retrieval.search retrieval.factory retrieval.bias retrieva
 retrieval.hubs retrieval.answers retrieval.filters retrieval.rows retrieval.queries
 runs.folder
 report.columns report.results report.sections report.colour report.caveats report.ablation_table report.figures
-report.charts report.contact_sheet
+report.charts report.contact_sheet report.grids
 report.sheet report.neighbours report.embeddings report.biased report.robustness report.agreement report.slides
-report.sites report.set_coverage report.listing report.probed report.retrieval report.evaluation
+report.sites report.set_coverage report.listing report.probed report.retrieval report.pictures report.evaluation
 report.report report.ablation report.leave_out
 pipeline
 cli.contents cli.facts cli.verb cli.stages cli.answers cli.checks

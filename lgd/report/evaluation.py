@@ -24,24 +24,21 @@ from lgd.report.caveats import (
     probe_caveat,
 )
 from lgd.report.colour import colour_only, read_training_colours
-from lgd.report.contact_sheet import Query
+from lgd.report.pictures import NOTHING_PICTURED, Pictured, read_pictured
 from lgd.report.probed import score_by_probe
 from lgd.report.results import Difference, Results, Retrieval, state_target
 from lgd.report.retrieval import Network, measure_retrieval
 from lgd.report.robustness import measure as measure_robustness
 from lgd.report.set_coverage import measure_label_sets
-from lgd.report.sheet import Gallery, read_fields
 from lgd.report.sites import NOTHING_TAUGHT, Taught, describe_training, find_site_caveats, measure_sites
 from lgd.report.slides import describe_rules, score_model
-from lgd.retrieval.answers import Answer
-from lgd.retrieval.queries import BIASED, note_bias, open_for, search
-from lgd.retrieval.search import Searcher, read_document, require_faiss
-from lgd.scoring.predict import choose_latents, load_scorer, read_answer, score_shards
+from lgd.retrieval.queries import open_for
+from lgd.retrieval.search import read_document, require_faiss
+from lgd.scoring.predict import load_scorer, score_shards
 from lgd.shards.manifest import Values
 from lgd.shards.shard_set import ShardSet
 from lgd.store.probe import ProbeDocument, find_probe
 from lgd.store.store import Store
-from lgd.stream.reader import Reader
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +54,7 @@ class Probed(NamedTuple):
 
 def evaluate(
     config: Config, shards: ShardSet, provenance: dict[str, JsonValue], code: Collection[str]
-) -> tuple[Results, list[Predictions], list[Query]]:
+) -> tuple[Results, list[Predictions], Pictured]:
     """Score the student, `report.also` and the teacher on the report's split; what `write_report` writes.
 
     `provenance` is what is known before the scoring; `code` is what the networks may run of code outside LGD. Raises
@@ -88,10 +85,10 @@ def evaluate(
     if probed is not None:
         teachers = [score_by_probe(probed.store, probed.probe, shards, split, student.predictions)]
     retrieval = shifted = None
-    queries: list[Query] = []
+    pictured = NOTHING_PICTURED
     if store is not None:
         retrieval = measure_retrieval(config, store, training, split, student, rivals, shards)
-        queries = sheet_rows(config, store, shards, student) if has_sheet else []
+        pictured = read_pictured(config, store, shards, student, has_sheet)
     if config.report.robustness and labelled:
         answering = [(one.scorer, one.predictions) for one in networks if one.scorer.config.training.labelled]
         shifted = measure_robustness(config, answering, split)
@@ -118,7 +115,7 @@ def evaluate(
         retrieval=retrieval,
         taught=describe_training(shards, colours, config.run.seed),
     )
-    return results.model_copy(update={"robustness": shifted}), scored, queries
+    return results.model_copy(update={"robustness": shifted}), scored, pictured
 
 
 def _can_search(store: Store) -> bool:
@@ -214,52 +211,3 @@ def _guess_class(label_n: Labels) -> float:
 def _summarise(label_n: Labels) -> Values:
     least, most = float(label_n.min()), float(label_n.max())
     return Values(mean=float(label_n.mean()), std=float(label_n.std()), least=least, most=most)
-
-
-def sheet_rows(config: Config, store: Store, shards: ShardSet, student: Network) -> list[Query]:
-    """The rows of the contact sheet: some queries of the scored split, and what they find in the index."""
-    predictions, target = student.predictions, student.predictions.target
-    rows = _spread(predictions, config.report.queries)
-    searcher = Searcher(store)
-    note = note_bias(searcher.document, student.scorer)
-    queries_nD = choose_latents(student.vectors)[rows]
-    found = search(searcher, queries_nD, 4, biased=note == BIASED) if len(rows) else []
-    images = Gallery(store, shards.folders)
-    split = Reader(shards.of_split(config.report.split), ())
-    samples = [split.read(row) for row in rows.tolist()]
-    pictures = [read_fields(split.shards[sample.shard], sample.row) for sample in samples]
-    return [
-        Query(
-            answer=Answer(
-                image=sample.key,
-                label=read_answer(target, predictions.output[row])[0],
-                known=store.target,
-                neighbours=hits,
-                notes=[note] if note else [],
-            ),
-            slide=sample.meta.slide,
-            label=target.name_label(sample.label),
-            he=he,
-            ihc=ihc,
-            images=[images.show(hit) for hit in hits],
-        )
-        for row, sample, (he, ihc), hits in zip(rows, samples, pictures, found, strict=True)
-    ]
-
-
-def _spread(predictions: Predictions, count: int) -> np.ndarray:
-    """Rows that take the labels in turn, evenly spaced within each: nobody picked the pretty ones.
-
-    Values are evenly spaced in their order.
-    """
-    label_n = predictions.label
-    if predictions.target.is_number:
-        rows = np.argsort(label_n, kind="stable")[: int(predictions.known.sum()) or None]
-        return np.array(rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)])
-    picked: list[int] = []
-    labels = np.unique(label_n)
-    for place, label in enumerate(labels):
-        rows = np.flatnonzero(label_n == label)
-        share = count // len(labels) + (place < count % len(labels))
-        picked += rows[np.linspace(0, len(rows) - 1, min(share, len(rows))).round().astype(int)].tolist()
-    return np.array(picked, np.int64)

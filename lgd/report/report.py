@@ -22,8 +22,10 @@ from lgd.report.agreement import draw_agreement, draw_values
 from lgd.report.charts import confusion_matrix, reliability_diagram, robustness_curves
 from lgd.report.colour import COLOUR, describe_colour
 from lgd.report.columns import explain_direction, list_first, name_briefly
-from lgd.report.contact_sheet import ALIKE, NEAR, Query, contact_sheet
+from lgd.report.contact_sheet import ALIKE, NEAR, contact_sheet
+from lgd.report.grids import draw_grids
 from lgd.report.listing import BY_PATCH, BY_SLIDE, write_predictions
+from lgd.report.pictures import NOTHING_PICTURED, Pictured
 from lgd.report.results import Results, Scores, format_interval
 from lgd.report.sections import (
     agreement_section,
@@ -42,6 +44,7 @@ _PICTURES = {
     "values.png": "Predicted over true values",
     "agreement.png": "Bland-Altman plot: differences over means",
     "robustness.png": "Robustness: accuracy and calibration as images change",
+    "grids.png": "Nuclei and staining: predicted from H&E, and measured",
     "queries.png": "Contact sheet: H&E queries, their own IHC, and the known IHCs that they resemble",
 }
 
@@ -58,7 +61,7 @@ _PROBABILITIES = "probabilities of a group's patches are averaged"
 
 
 def write_report(
-    folder: Location, results: Results, scored: Sequence[Predictions], queries: Sequence[Query] = ()
+    folder: Location, results: Results, scored: Sequence[Predictions], pictured: Pictured = NOTHING_PICTURED
 ) -> None:
     """Write the report of one split into `folder`: `results`, and pictures of the models, the student first."""
     student, *_ = scored
@@ -73,8 +76,10 @@ def write_report(
             reliability_diagram(scored, folder / "reliability.png")
         if results.robustness is not None:
             robustness_curves(results.robustness, student.measures, folder / "robustness.png")
-    if queries:
-        contact_sheet(queries, folder / "queries.png")
+    if pictured.grids:
+        draw_grids(pictured.grids, folder / "grids.png")
+    if pictured.queries:
+        contact_sheet(pictured.queries, folder / "queries.png")
     write_predictions(folder, scored)
     results.write(folder / "metrics.json")
     pictures = [name for name in _PICTURES if exists(folder / name)]

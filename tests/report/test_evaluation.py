@@ -5,15 +5,19 @@ import logging
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from lgd.base.errors import DataError
-from lgd.report import evaluation
+from lgd.report import evaluation, pictures
 from lgd.report.embeddings import own_ranks
+from lgd.report.grids import draw_grids
 from lgd.report.neighbours import average_precision
 from lgd.scoring.predict import load_scorer, score_shards
 from lgd.shards.shard_set import ShardSet
 from lgd.store.parts import as_labels, read_all
 from lgd.store.store import Store
+from lgd.stream.reader import Reader
 from lgd.train.launch import train_under
 
 
@@ -148,14 +152,41 @@ def test_the_sheet_takes_the_levels_in_turn(tissue_run, scorers, change):
     config, shards = change(tissue_run, report={"queries": 4}), ShardSet.open(tissue_run.shard_dirs)
     store = Store(config.latents.dir)
     scored = evaluation.Network(scorers[0], *score_shards(scorers[0], shards.of_split("test"), threads=1))
-    rows = evaluation.sheet_rows(config, store, shards, scored)
+    rows = pictures.read_queries(config, store, shards, scored)
     assert {store.target.classes.index(row.label) for row in rows} == set(scored.predictions.label.tolist()) and len(
         rows
     ) == 4
     assert all(
         len(row.answer.neighbours) == 4 and {hit.split for hit in row.answer.neighbours} == {"train"} for row in rows
     )
-    assert evaluation.sheet_rows(change(config, report={"queries": 0}), store, shards, scored) == []
+    assert pictures.read_queries(change(config, report={"queries": 0}), store, shards, scored) == []
+
+
+def test_grids_are_those_of_the_store_beside_those_of_the_network(tissue_run, scorers, change, tmp_path):
+    """Of a grid that training leaves out nothing is shown; nor of a student that predicts none."""
+    shards, store = ShardSet.open(tissue_run.shard_dirs), Store(tissue_run.latents.dir)
+    split = shards.of_split("test")
+    student = evaluation.Network(scorers[0], *score_shards(scorers[0], split, threads=1))
+    patches = pictures.read_grids(tissue_run, store, shards, student)
+    rows = pictures.choose_rows(student.predictions, 4).tolist()
+    assert len(patches) == len(rows) == 4
+    reader, parts = Reader(split, ("he",), 64), [part for part in store.parts if part.split == "test"]
+    for patch, row in zip(patches, rows, strict=True):
+        with torch.no_grad():
+            out = scorers[0].model(torch.from_numpy(reader.read(row).images["he"]).permute(2, 0, 1)[None])
+        assert patch.title.startswith(f"{student.predictions.keys[row]}  slide slide-")
+        assert patch.mpp == pytest.approx(0.46 * 128 / 300) and patch.he.shape == patch.ihc.shape == (300, 300, 3)
+        assert np.array_equal(patch.measured["membrane"], read_all(parts, "membrane")[row])
+        assert np.array_equal(patch.measured["nuclei"][..., 0], read_all(parts, "nuclei")[row])
+        np.testing.assert_allclose(patch.predicted["membrane"], out["membrane"][0], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(np.log1p(patch.predicted["nuclei"][..., 0]), out["nuclei"][0], rtol=1e-3, atol=1e-5)
+    draw_grids(patches[:1], tmp_path / "grids.png")
+    with Image.open(tmp_path / "grids.png") as picture:
+        assert picture.width > 5 * 200 and picture.height > 2 * 200
+    without = change(tissue_run, student={"nuclei_weight": 0.0})
+    shown = pictures.read_grids(without, store, shards, student)
+    assert {name for patch in shown for name in patch.measured} == {"membrane"}
+    assert not pictures.read_grids(tissue_run, store, shards, student._replace(scorer=scorers[1]))
 
 
 def test_a_student_that_saw_no_label_is_measured_without_scores(tissue_run, scorers):

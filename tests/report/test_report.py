@@ -18,6 +18,7 @@ from lgd.report.columns import list_robust
 from lgd.report.contact_sheet import Field, Picture, Query, contact_sheet
 from lgd.report.embeddings import Embedding, measure
 from lgd.report.evaluation import measure_results
+from lgd.report.pictures import Pictured
 from lgd.report.report import format_scores, write_report
 from lgd.report.results import (
     AtStrength,
@@ -66,7 +67,7 @@ def report(folder, scored, queries=(), **changed):
         "seed": 0,
     } | changed
     results = measure_results(scored, **options)
-    write_report(folder, results, scored, queries)
+    write_report(folder, results, scored, Pictured(queries))
     return results.document()
 
 
