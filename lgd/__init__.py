@@ -3,6 +3,7 @@
     import lgd
 
     rows = lgd.predict("runs/demo/student", ["he.png", array, image])
+    score = lgd.score_slide("runs/demo/student", "slide.svs", "out")
     answers = lgd.query("runs/demo/student", "runs/demo/latents", "he.png", k=5)
 
 What is listed here is the public API; it is imported on first use, so that `import lgd` costs nothing.
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lgd.retrieval.queries import query as query
     from lgd.scoring.predict import load_scorer as load_scorer
     from lgd.scoring.predict import predict as predict
+    from lgd.scoring.slides import score_slide as score_slide
     from lgd.shards.builder import build_shards as build_shards
     from lgd.shards.shard_set import ShardSet as ShardSet
     from lgd.store.store import Store as Store
@@ -36,6 +38,7 @@ _MODULES = {
     "load_scorer": "lgd.scoring.predict",
     "predict": "lgd.scoring.predict",
     "query": "lgd.retrieval.queries",
+    "score_slide": "lgd.scoring.slides",
 }
 __all__ = ["__version__", *_MODULES]
 

@@ -31,7 +31,9 @@ store.recipes store.supervision store.cache
 store.export store.features store.feature_layouts store.joining store.importing
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.world train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
-scoring.images scoring.notes scoring.label_sets scoring.predict scoring.slide_rows
+scoring.images scoring.notes scoring.label_sets scoring.predict scoring.slide_answer scoring.slide_rows
+scoring.colours scoring.slide_plan scoring.slide_parts scoring.slide_files scoring.heatmap
+scoring.slide_result scoring.tile_scorer scoring.slides
 retrieval.index_files retrieval.search retrieval.factory retrieval.bias retrieval.index
 retrieval.hubs retrieval.answers retrieval.filters retrieval.rows retrieval.queries
 runs.folder
@@ -48,13 +50,21 @@ OWNERS = {
     "ray": {"ray_jobs.cluster", "ray_jobs.mapping", "ray_jobs.training"},
     "faiss": {"retrieval.search"},
     "deepspeed": {"train.deepspeed_engine"},
-    "h5py": {"store.parts", "store.writer", "store.export", "store.features", "store.feature_layouts"},
+    "h5py": {
+        "store.parts",
+        "store.writer",
+        "store.export",
+        "store.features",
+        "store.feature_layouts",
+        "scoring.slide_files",
+    },
     "pyarrow": {"io.location", "store.feature_layouts"},
     "webdataset": {"shards.writer"},
     "transformers": {"models.backbone"},
     "timm": {"models.timm_backbone"},
     "huggingface_hub": {"models.pretrained"},
-    "matplotlib": {"report.figures"},
+    "matplotlib": {"report.figures", "scoring.heatmap"},
+    "contourpy": {"scoring.slide_files"},
     "openslide": {"slides.openslide_file"},
     "tifffile": {"slides.ome", "tissue.pyramid"},
 }

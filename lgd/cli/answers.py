@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import logging
+import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 from lgd.base.arguments import Parser, typed
@@ -81,7 +83,11 @@ def _print_rows(namespace: Namespace, json: _Rows, csv: _Rows, table: _Rows, pro
 
 
 def _add_predict(parser: Parser) -> Run:
-    _add_images(parser, "+", "H&E image files, folders or patterns")
+    _add_images(parser, "+", "H&E slides or image files, folders or patterns")
+    text = "for slides: leave in DIR/SLIDE a score, a map, GeoJSON and features; a killed job goes on there"
+    parser.add_argument("--out", default="", metavar="DIR", help=text)
+    text = "for slides: processes of Ray that score them (default: 0, which is this one)"
+    parser.add_argument("--workers", type=typed(int), default=0, metavar="N", help=text)
     add_config_arguments(parser, listed=False)
 
     def run(namespace: Namespace) -> None:
@@ -90,7 +96,15 @@ def _add_predict(parser: Parser) -> Run:
         slides = as_location(namespace.slides) if namespace.slides else None
         from lgd.runs.folder import explain_overrides
         from lgd.scoring import images, notes, predict, slide_rows
+        from lgd.scoring import slides as whole_slides
 
+        if scanned := whole_slides.find_slides(namespace.images):
+            require(slides is None, "--slides names the slides of patches, and these are slides: leave it out")
+            _score_slides(namespace, folder, scanned)
+            return
+        for option in ("out", "workers"):
+            shown = ", ".join(namespace.images)
+            require(not getattr(namespace, option), f"--{option} is for slides, and {shown} holds none: leave it out")
         paths = images.find_images(namespace.images)
         with explain_overrides(config):
             slide_of = slide_rows.slides_of_images(slides, paths) if slides else None
@@ -106,6 +120,34 @@ def _add_predict(parser: Parser) -> Run:
         _print_rows(namespace, list(map(slide_rows.as_json, rows)), cells, cells, problems)
 
     return run
+
+
+def _score_slides(namespace: Namespace, student: str, slides: Sequence[Path]) -> None:
+    from lgd.scoring import notes, slide_rows
+    from lgd.scoring.slides import score_slides
+
+    require(namespace.mpp != "unknown", "--mpp is unknown, and a slide needs a scale: give its micrometres per pixel")
+    require(
+        bool(namespace.out or not namespace.workers),
+        "--workers needs --out DIR, a folder that all workers share, or a url",
+    )
+    with tempfile.TemporaryDirectory(prefix="lgd-") as temporary:
+        scores, problems = score_slides(
+            student,
+            slides,
+            namespace.out or temporary,
+            mpp=namespace.mpp,
+            workers=namespace.workers,
+            code=namespace.code,
+        )
+    unusable = notes.describe_unusable(
+        {str(path): problem for path, problem in problems.items()}, len(slides), "slides"
+    )
+    for note in notes.count_notes((score.notes for score in scores), "slides"):
+        logger.warning("%s", note)
+    rows = slide_rows.list_scores(scores[0].target, scores, problems)
+    documents = [score.document() for score in scores]
+    _print_rows(namespace, documents, rows, rows, unusable)
 
 
 def _add_query(parser: Parser) -> Run:

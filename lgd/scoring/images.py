@@ -50,9 +50,9 @@ Images = ImageSource | Iterable[ImageSource]
 Mpp = float | Literal["unknown"] | None
 """What is said of the scale of image files: micrometres per pixel, that nobody knows it, or nothing."""
 
-_SAME = 1.02
+SAME = 1.02
 """Ratio up to which two sizes or scales are one."""
-_COARSEST = 1.15
+COARSEST = 1.15
 _LEAST_SIDE = 32
 _LARGEST = 4
 """Largest field, in those of the training patches along each side."""
@@ -255,7 +255,7 @@ def _fit_scale(
     if shape is None or shape.mpp is None:
         raise DataError(f"{name}: the scale of the network's training patches is unknown: use --mpp unknown")
     coarser = mpp / shape.mpp
-    if coarser > _COARSEST:
+    if coarser > COARSEST:
         raise DataError(
             f"{name} has {mpp:g} um a pixel, and the network was trained on patches of {shape.mpp:g}: what it looks "
             "for is not in so coarse an image, scan or export it at a finer scale"
@@ -273,11 +273,11 @@ def _fit_scale(
             f"{name} shows a field of {width * mpp:.0f} x {height * mpp:.0f} um only, of which the network sees "
             f"{fitted[1]} x {fitted[0]} pixels: use larger patches"
         )
-    return fitted, [ENLARGED] if coarser > _SAME else []
+    return fitted, [ENLARGED] if coarser > SAME else []
 
 
 def _near(one: float, other: float) -> bool:
-    return max(one, other) <= _SAME * min(one, other)
+    return max(one, other) <= SAME * min(one, other)
 
 
 def _format_shapes(shapes: Sequence[Shape]) -> str:

@@ -50,13 +50,15 @@ def join_notes(notes: Sequence[str]) -> str:
     return "; ".join(notes)
 
 
-def describe_unusable(reasons: Mapping[str, Sequence[str]], total: int) -> list[str]:
-    """The message on images, by name, that cannot be used; none where all can, and a `DataError` where none can."""
+def describe_unusable(reasons: Mapping[str, Sequence[str]], total: int, what: str = "images") -> list[str]:
+    """The message on images (or `what`), by name, that cannot be used; none where all can, and a `DataError` where none
+    can.
+    """
     if not reasons:
         return []
     lines = [f"  {image}: {join_notes(notes)}" for image, notes in reasons.items()]
     more = [f"  and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
-    message = [f"{len(lines)} of {total} images have no answer:", *lines[:_MOST], *more]
+    message = [f"{len(lines)} of {total} {what} have no answer:", *lines[:_MOST], *more]
     if len(reasons) == total:
         raise DataError(*message)
     return message

@@ -14,6 +14,7 @@ from lgd.scoring.images import OneImage
 from lgd.scoring.label_sets import LabelSet, format_set, name_set, read_set, show_set
 from lgd.scoring.notes import count_notes, join_notes
 from lgd.scoring.predict import Prediction, read_answer, round_probabilities, show_label, write_label
+from lgd.scoring.slide_answer import SlideScore
 from lgd.shards.candidate import safe_key
 from lgd.shards.pairs import read_slides
 
@@ -115,3 +116,25 @@ def as_cells(row: Prediction | SlidePrediction) -> dict[str, object]:
 
 def _name_row(row: Prediction | SlidePrediction) -> dict[str, object]:
     return {"image": row.image} if isinstance(row, Prediction) else {"slide": row.slide, "patches": row.patches}
+
+
+def list_scores(
+    target: Target, scores: Sequence[SlideScore], problems: Mapping[Path, Sequence[str]]
+) -> list[dict[str, object]]:
+    """Rows of whole slides for a table or a CSV; of one that cannot be scored the reason stands in its notes."""
+    rows = []
+    for score in scores:
+        answer = score.answer
+        row: dict[str, object] = {"slide": score.slide, "tiles": score.tiles, "failed": score.failed}
+        row["tissue_mm2"] = round(score.tissue.area_mm2, 4)
+        row |= write_label(target, answer.label)
+        if target.area_percent is not None:
+            row["by_area"] = answer.area.label if answer.area else None
+        means = {name: answer.probabilities[name].value if answer.probabilities else None for name in target.classes}
+        row |= round_probabilities(means)
+        row |= {name_set(target): format_set(target, answer.label_set), "notes": join_notes(score.notes)}
+        rows.append(row)
+    columns = rows[0] if rows else ("slide", "notes")
+    for path, problem in problems.items():
+        rows.append(dict.fromkeys(columns) | {"slide": path.stem, "notes": join_notes(problem)})
+    return rows

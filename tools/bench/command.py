@@ -16,7 +16,7 @@ _MINUTES = """The benchmarks, and the minutes that each takes with the default o
 of an AMD EPYC that had other work, or estimated (~):"""
 _OPTIONS = (
     *("images", "size", "batch", "threads", "seconds", "rounds", "teacher", "rows"),
-    *("model", "train_batch", "precision"),
+    *("model", "train_batch", "precision", "slide"),
 )
 
 

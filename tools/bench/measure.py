@@ -73,6 +73,8 @@ class Settings:
     """Encoder of teacher and student in the benchmarks of training; as `student.encoder` of a run."""
     train_batch: int = 8
     """Samples of a worker in a step of training: so many that it lasts at least 100 ms."""
+    slide: int = 12_000
+    """Side of the slide that `slide` scores, in pixels."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of a step of training."""
 

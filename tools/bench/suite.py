@@ -47,6 +47,7 @@ BENCHMARKS = {
     "cache": Benchmark("cache", 8),
     "memory": Benchmark("memory", 3, estimated=True),
     "query": Benchmark("query", 2),
+    "slide": Benchmark("slide", 5, estimated=True),
     "engine": Benchmark("engine", 4),
     "cached-step": Benchmark("cached", 3, "step"),
     "cached-vs-recompute": Benchmark("cached", 8, "recompute", estimated=True),

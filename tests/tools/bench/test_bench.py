@@ -49,6 +49,7 @@ def tiny(tissue) -> Settings:
         cached=8,
         rows=500,
         train_batch=4,
+        slide=600,
     )
 
 
@@ -68,6 +69,7 @@ EXPECTED = {
     "engine": {"engine: torch": 0.98, "engine: deepspeed": 0.98},
     "cached-step": {"cached-step": 0.95},
     "cached-vs-recompute": {"cached-vs-recompute": 0.95, "cached-vs-recompute: targets": 0.95},
+    "slide": {"slide": 0.9},
     "start": {"start": 1.2},
     "scale": {"scale": 0.95},
     "efficiency": {"efficiency": 1.0},
