@@ -15,7 +15,8 @@ config_sections config config_files metrics
 labels.measures labels.classes labels.numbers labels.conformal labels.predictions
 ray_jobs.cluster ray_jobs.mapping ray_jobs.training
 stain.deconvolve stain.filters stain.targets stain.nuclear stain.checks
-tissue.drawing tissue.centers tissue.staining tissue.sections tissue.truth tissue.pyramid tissue.synth
+tissue.look tissue.drawing tissue.centers tissue.staining tissue.painting tissue.sections tissue.truth
+tissue.pyramid tissue.synth
 slides.source slides.openslide_file slides.ome slides.slide slides.tissue_mask slides.tiles
 shards.manifest shards.tiff shards.jpeg2000 shards.image_limits shards.pillow_image shards.profiles
 shards.image shards.image_files

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lgd.tissue.drawing import Look
+from lgd.tissue.look import Look
 
 _STAINS = ("hematoxylin", "eosin", "counterstain", "dab")
 

@@ -1,4 +1,4 @@
-"""The tissue of a virtual patch: its slide's look, nests, stroma and cells, and what lies at any of its coordinates.
+"""The tissue of a virtual patch: its nests, stroma and cells, and what lies at any of its coordinates.
 
 Cells are points. A power diagram over the points gives each pixel its cell and its distance to the shared
 membrane, at any coordinates; so a neighbouring section is drawn by looking at the same tissue at shifted and
@@ -8,61 +8,26 @@ Lengths are micrometres, coordinates are (y, x) from the field's corner. Legend:
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import fft, ndimage, spatial, special
 
+from lgd.tissue.look import Look
+
 MPP = 0.46
 """Micrometres per pixel, BCI's scale."""
 
 STROMA, LYMPHOCYTE, TUMOUR = range(3)
-_MARGIN = 24.0  # the neighbouring section reaches this far outside the field
+MARGIN = 24.0
+"""The neighbouring section reaches this far outside the field."""
 _CRIMP = 14.0  # how far the bends of the stroma carry its fibres
-_NOWHERE = np.array(-8, np.float32)
-_BLOCK, _CANDIDATES = 4, 6
-
-# Optical density of red, green and blue light. Ruifrok and Johnston 2001; eosin and the two hematoxylins are moved
-# more than half way towards what Macenko's method finds on BCI's patches, whose pink absorbs blue light and whose
-# counterstain is greyish.
-_HEMATOXYLIN, _EOSIN, _DAB = (0.63, 0.68, 0.35), (0.23, 0.88, 0.41), (0.268, 0.570, 0.776)
-_COUNTERSTAIN = (0.60, 0.64, 0.48)
-
-
-class Look:
-    """A slide's look, which never sees the level; a stain's vector has red, green and blue."""
-
-    def __init__(self, rng: np.random.Generator) -> None:
-        grey = rng.random() < 0.3
-        white = rng.uniform(170, 205) if grey else rng.uniform(228, 250)
-        vectors = (_HEMATOXYLIN, _EOSIN, _COUNTERSTAIN, _DAB)
-        self.hematoxylin, self.eosin, self.counterstain, self.dab = [_tilt(rng, vector) for vector in vectors]
-        self.hematoxylin_amount, self.eosin_amount, self.dab_amount = rng.lognormal(0.0, (0.22, 0.22, 0.10))
-        self.counter = rng.uniform(0.16, 0.36)
-        self.haze = rng.uniform(0.0, 0.06)
-        self.he_white = white * rng.normal(1.0, (0.008, 0.008, 0.008))
-        self.ihc_white = np.minimum(white * rng.uniform(1.0, 1.03), 252.0) * rng.normal(1.0, (0.006, 0.006, 0.008))
-        self.gamma = rng.normal(1.0, 0.03, 3)
-        self.blur = rng.uniform(0.55, 1.0)
-        self.noise = rng.uniform(0.8, 2.0)
-        self.share = rng.uniform(0.35, 0.75)
-        self.nest_size = rng.uniform(13.0, 24.0)
-        self.cords = rng.uniform(0.0, 0.9)
-        self.lumen = rng.uniform(0.0, 0.30) if rng.random() < 0.5 else 0.0
-        self.cleft = rng.uniform(0.6, 2.5) if rng.random() < 0.4 else 0.0
-        self.fibre = rng.uniform(0.25, 0.65)
-        self.basophilia = rng.uniform(0.07, 0.17)
-        self.pink = rng.uniform(0.13, 0.26)
-        self.lymphocytes = rng.uniform(0.0, 0.25)
-        self.pitch = rng.normal(1.0, 0.05)
-        self.girth = rng.normal(1.0, 0.05)
-
-
-def _tilt(rng: np.random.Generator, vector: tuple[float, float, float]) -> np.ndarray:
-    """A stain vector turned by a few degrees, as batches of dye differ."""
-    turned = np.maximum(np.array(vector) + rng.normal(0.0, 0.018, 3), 0.01)
-    unit: np.ndarray = turned / np.linalg.norm(turned)
-    return unit
+NOWHERE = np.array(-8, np.float32)
+"""A field of distances that has no inside."""
+NEST_PARTS = (1.0, 0.8)
+"""How large the noise is that makes nests and cords, in sizes of a nest."""
+_BLOCK, CANDIDATES = 4, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +42,10 @@ class Cells:
     angle: np.ndarray
     offset: np.ndarray  # (N, 2) of the nucleus from the cell's centre
     density: np.ndarray  # of the chromatin, 0 where the section misses the nucleus
+
+    def take(self, which: np.ndarray) -> "Cells":
+        """Some of them."""
+        return Cells(**{field.name: getattr(self, field.name)[which] for field in dataclasses.fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +74,7 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], sigma: float 
     return smooth
 
 
-def _distance(field: np.ndarray) -> np.ndarray:
+def as_distance(field: np.ndarray) -> np.ndarray:
     """About the distance to the field's zero, in samples, at most 8."""
     distance: np.ndarray = field / np.maximum(np.hypot(*np.gradient(field)), 1e-3)
     return distance.clip(-8, 8).astype(np.float32)
@@ -113,98 +82,144 @@ def _distance(field: np.ndarray) -> np.ndarray:
 
 def _at(field: np.ndarray, yx: np.ndarray) -> np.ndarray:
     """A field of one sample a micrometre, read at (..., 2) coordinates of the tissue."""
-    if field is _NOWHERE:
+    if field is NOWHERE:
         return field
-    at = np.stack([yx[..., 0], yx[..., 1]]) + np.float32(_MARGIN)
+    at = np.stack([yx[..., 0], yx[..., 1]]) + np.float32(MARGIN)
     return np.asarray(ndimage.map_coordinates(field, at, order=1, mode="wrap"))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tissue:
-    """The block from which both sections are cut: architecture fields and cells.
+    """The block from which both sections are cut: architecture fields, with one sample a micrometre.
 
-    Fields have one sample a micrometre and reach `_MARGIN` outside the drawn field of `size` pixels.
+    The fields reach `MARGIN` outside the block on each side. Those of distances are above 0 inside tumour nests,
+    inside their lumens, and beyond the section's rim.
     """
 
-    def __init__(self, rng: np.random.Generator, look: Look, grade: float, size: int, barren: bool):
-        self.look, self.grade, self.extent = look, grade, size * MPP
-        side = int(np.ceil(self.extent + 2 * _MARGIN))
-        shape = (side, side)
-        share = np.clip(look.share + rng.normal(0.0, 0.12), 0.15, 0.9)
-        share = rng.uniform(0.0, 0.05) if barren else share
-        broad, branching = (smooth_noise(rng, shape, part * look.nest_size) for part in (1.0, 0.8))
-        fine = smooth_noise(rng, shape, 5.0)
-        nest = (1 - look.cords) * broad - look.cords * 1.5 * np.abs(branching) + 0.12 * fine
-        inner = nest[int(_MARGIN) : -int(_MARGIN), int(_MARGIN) : -int(_MARGIN)]
-        # Distances, about: above 0 inside tumour nests, inside their lumens, and beyond the section's rim.
-        self.nest = _distance(nest - np.quantile(inner, 1 - share))
-        self.lumen = _distance(nest - np.quantile(inner, 1 - share * look.lumen)) if look.lumen else _NOWHERE
-        # About one patch in four meets the rim of the section, or a crack.
-        rim = _distance(smooth_noise(rng, shape, 30.0) + 0.05 * fine - rng.uniform(0.9, 1.9))
-        self.rim = rim if rng.random() < 0.25 else _NOWHERE
-        self.crowd = smooth_noise(rng, shape, 18.0)
-        self.bend = smooth_noise(rng, shape, 22.0)
-        self.fibre = smooth_noise(rng, (2 * side, 2 * side), (1.0, 6.0))
-        self.direction = rng.uniform(0, np.pi)
-        self.cells = self._populate(rng, side)
-
-    def _populate(self, rng: np.random.Generator, side: int) -> Cells:
-        pitch = (10.8 - 2.0 * self.grade) * self.look.pitch
-        tumour = _scatter(rng, side, pitch, 0.24)
-        tumour = tumour[(_at(self.nest, tumour) > 0) & (_at(self.lumen, tumour) < 0) & (_at(self.rim, tumour) < 0)]
-        immune = _scatter(rng, side, 7.6, 0.35)
-        keep = (_at(self.crowd, immune) > special.ndtri(1 - self.look.lymphocytes)) | (rng.random(len(immune)) < 0.02)
-        immune = immune[keep & (_at(self.nest, immune) < -5) & (_at(self.rim, immune) < -3)]
-        spindle = _scatter(rng, side, 15.0, 0.45)
-        spindle = spindle[(_at(self.nest, spindle) < -5) & (_at(self.rim, spindle) < -3)]
-        if len(immune) and len(spindle):
-            spindle = spindle[spatial.KDTree(immune).query(spindle)[0] > 7.0]
-        # Far away, so that the search always finds its candidates.
-        spindle = np.concatenate([spindle, np.full((_CANDIDATES, 2), -50.0 * _MARGIN)])
-        yx = np.concatenate([spindle, immune, tumour])
-        kind = np.repeat([STROMA, LYMPHOCYTE, TUMOUR], [len(spindle), len(immune), len(tumour)])
-        return self._cells(rng, yx, kind, pitch)
-
-    def _cells(self, rng: np.random.Generator, yx: np.ndarray, kind: np.ndarray, pitch: float) -> Cells:
-        grade, n = self.grade, len(yx)
-        is_tumour, is_stroma = kind == TUMOUR, kind == STROMA
-        radius = (2.8 + 1.1 * grade) * self.look.girth * rng.lognormal(0.0, 0.07 + 0.13 * grade, n)
-        stretch = rng.lognormal(0.0, 0.10 + 0.12 * grade, n)
-        long, short = radius * stretch, radius / stretch
-        long = np.where(is_stroma, rng.uniform(4.0, 7.0, n), np.where(is_tumour, long, rng.uniform(2.5, 3.1, n)))
-        short = np.where(is_stroma, rng.uniform(1.1, 1.9, n), np.where(is_tumour, short, 0.92 * long))
-        down, right = np.gradient(self.bend)
-        slope = _at(down, yx) * np.sin(self.direction) + _at(right, yx) * np.cos(self.direction)
-        along = self.direction + np.arctan(_CRIMP * slope) + rng.normal(0.0, 0.15, n)
-        return Cells(
-            yx=yx,
-            kind=kind,
-            reach=np.where(is_tumour, 0.85 * pitch * rng.uniform(0.9, 1.1, n), np.where(is_stroma, 9.0, 3.6)),
-            weight=np.where(is_tumour, 2.0 + np.minimum(radius, 5.0), 0.0),
-            nucleus=np.stack([short, long], -1),
-            angle=np.where(is_stroma, along, rng.uniform(0, np.pi, n)),
-            offset=rng.normal(0.0, 0.6, (n, 2)) * is_tumour[:, None],
-            density=rng.lognormal(0.0, 0.16, n) * np.where(is_tumour, 1.0, np.where(is_stroma, 1.1, 1.35)),
-        )
+    look: Look
+    nest: np.ndarray
+    lumen: np.ndarray
+    rim: np.ndarray
+    crowd: np.ndarray
+    bend: np.ndarray
+    fibre: np.ndarray
+    direction: float
+    """Of the fibres, in radians."""
+    origin: tuple[float, float] = (0.0, 0.0)
+    """Where the block's corner lies on its slide."""
 
     def fibres(self, yx: np.ndarray) -> np.ndarray:
         """Strength of the collagen fibres at (H, W, 2) coordinates, about standard normal."""
         cos, sin = np.float32(np.cos(self.direction)), np.float32(np.sin(self.direction))
-        across = yx[..., 0] * cos - yx[..., 1] * sin - np.float32(_CRIMP) * _at(self.bend, yx)
-        along = yx[..., 0] * sin + yx[..., 1] * cos
+        y, x = (yx[..., axis] + np.float32(self.origin[axis]) for axis in (0, 1))
+        across = y * cos - x * sin - np.float32(_CRIMP) * _at(self.bend, yx)
+        along = y * sin + x * cos
         coarse = _at(self.fibre, np.stack([0.7 * across, 0.6 * along], -1))
         return 0.6 * coarse + 0.8 * _at(self.fibre, np.stack([1.6 * across, 1.3 * along], -1))
 
-    def section(self, rng: np.random.Generator, drift: float) -> Cells:
-        """The cells as one cut meets them: moved by `drift` um, nuclei grown or shrunk, some missed."""
-        cells, n = self.cells, len(self.cells.yx)
-        moved = dataclasses.replace(
-            cells,
-            yx=cells.yx + rng.normal(0.0, drift, (n, 2)),
-            nucleus=cells.nucleus * rng.uniform(0.86, 1.05, (n, 1)),
-            density=cells.density * (rng.random(n) < 0.92) * rng.uniform(0.8, 1.15, n),
-        )
-        single = {f.name: getattr(moved, f.name).astype(np.float32) for f in dataclasses.fields(moved)}
-        return Cells(**{**single, "kind": cells.kind})
+
+def draw_tissue(rng: np.random.Generator, look: Look, grade: float, size: int, barren: bool) -> tuple[Tissue, Cells]:
+    """The tissue of a patch of `size` pixels, and all its cells."""
+    side = int(np.ceil(size * MPP + 2 * MARGIN))
+    shape = (side, side)
+    share = np.clip(look.share + rng.normal(0.0, 0.12), 0.15, 0.9)
+    share = rng.uniform(0.0, 0.05) if barren else share
+    broad, branching = (smooth_noise(rng, shape, part * look.nest_size) for part in NEST_PARTS)
+    fine = smooth_noise(rng, shape, 5.0)
+    nest = form_nests(look, broad, branching, fine)
+    inner = nest[int(MARGIN) : -int(MARGIN), int(MARGIN) : -int(MARGIN)]
+    lumen = as_distance(nest - np.quantile(inner, 1 - share * look.lumen)) if look.lumen else NOWHERE
+    # About one patch in four meets the rim of the section, or a crack.
+    rim = as_distance(smooth_noise(rng, shape, 30.0) + 0.05 * fine - rng.uniform(0.9, 1.9))
+    tissue = Tissue(
+        look=look,
+        nest=as_distance(nest - np.quantile(inner, 1 - share)),
+        lumen=lumen,
+        rim=rim if rng.random() < 0.25 else NOWHERE,
+        crowd=smooth_noise(rng, shape, 18.0),
+        bend=smooth_noise(rng, shape, 22.0),
+        fibre=smooth_noise(rng, (2 * side, 2 * side), (1.0, 6.0)),
+        direction=rng.uniform(0, np.pi),
+    )
+    cells = populate(rng, tissue, lambda kind: _scatter(rng, side, *lattice(look, kind, grade)), lambda _: grade)
+    return tissue, cells
+
+
+def form_nests(look: Look, broad: np.ndarray, branching: np.ndarray, fine: np.ndarray) -> np.ndarray:
+    """Tumour is where this is high: round nests or branching cords, of standard normal noise."""
+    nests: np.ndarray = (1 - look.cords) * broad - look.cords * 1.5 * np.abs(branching) + 0.12 * fine
+    return nests
+
+
+def lattice(look: Look, kind: int, grade: float) -> tuple[float, float]:
+    """The pitch, in micrometres, and the jitter of the points at which cells of a kind may lie."""
+    return {TUMOUR: (float(_pitch(look, grade)), 0.24), LYMPHOCYTE: (7.6, 0.35), STROMA: (15.0, 0.45)}[kind]
+
+
+def _pitch(look: Look, grade: float | np.ndarray) -> float | np.ndarray:
+    return (10.8 - 2.0 * grade) * look.pitch
+
+
+def populate(
+    rng: np.random.Generator,
+    tissue: Tissue,
+    scatter: Callable[[int], np.ndarray],
+    grade_at: Callable[[np.ndarray], float | np.ndarray],
+) -> Cells:
+    """The cells at those scattered points (N, 2) of each kind where the tissue has room for them."""
+    tumour = scatter(TUMOUR)
+    tumour = tumour[(_at(tissue.nest, tumour) > 0) & (_at(tissue.lumen, tumour) < 0) & (_at(tissue.rim, tumour) < 0)]
+    immune = scatter(LYMPHOCYTE)
+    keep = _at(tissue.crowd, immune) > special.ndtri(1 - tissue.look.lymphocytes)
+    keep |= rng.random(len(immune)) < 0.02
+    immune = immune[keep & (_at(tissue.nest, immune) < -5) & (_at(tissue.rim, immune) < -3)]
+    spindle = scatter(STROMA)
+    spindle = spindle[(_at(tissue.nest, spindle) < -5) & (_at(tissue.rim, spindle) < -3)]
+    if len(immune) and len(spindle):
+        spindle = spindle[spatial.KDTree(immune).query(spindle)[0] > 7.0]
+    # Far away, so that the search always finds its candidates.
+    spindle = np.concatenate([spindle, np.full((CANDIDATES, 2), -50.0 * MARGIN)])
+    yx = np.concatenate([spindle, immune, tumour])
+    kind = np.repeat([STROMA, LYMPHOCYTE, TUMOUR], [len(spindle), len(immune), len(tumour)])
+    return _shape_cells(rng, tissue, yx, kind, grade_at(yx))
+
+
+def _shape_cells(
+    rng: np.random.Generator, tissue: Tissue, yx: np.ndarray, kind: np.ndarray, grade: float | np.ndarray
+) -> Cells:
+    n, pitch = len(yx), _pitch(tissue.look, grade)
+    is_tumour, is_stroma = kind == TUMOUR, kind == STROMA
+    radius = (2.8 + 1.1 * grade) * tissue.look.girth * rng.lognormal(0.0, 0.07 + 0.13 * grade, n)
+    stretch = rng.lognormal(0.0, 0.10 + 0.12 * grade, n)
+    long, short = radius * stretch, radius / stretch
+    long = np.where(is_stroma, rng.uniform(4.0, 7.0, n), np.where(is_tumour, long, rng.uniform(2.5, 3.1, n)))
+    short = np.where(is_stroma, rng.uniform(1.1, 1.9, n), np.where(is_tumour, short, 0.92 * long))
+    down, right = np.gradient(tissue.bend)
+    slope = _at(down, yx) * np.sin(tissue.direction) + _at(right, yx) * np.cos(tissue.direction)
+    along = tissue.direction + np.arctan(_CRIMP * slope) + rng.normal(0.0, 0.15, n)
+    return Cells(
+        yx=yx,
+        kind=kind,
+        reach=np.where(is_tumour, 0.85 * pitch * rng.uniform(0.9, 1.1, n), np.where(is_stroma, 9.0, 3.6)),
+        weight=np.where(is_tumour, 2.0 + np.minimum(radius, 5.0), 0.0),
+        nucleus=np.stack([short, long], -1),
+        angle=np.where(is_stroma, along, rng.uniform(0, np.pi, n)),
+        offset=rng.normal(0.0, 0.6, (n, 2)) * is_tumour[:, None],
+        density=rng.lognormal(0.0, 0.16, n) * np.where(is_tumour, 1.0, np.where(is_stroma, 1.1, 1.35)),
+    )
+
+
+def cut_cells(rng: np.random.Generator, cells: Cells, drift: float) -> Cells:
+    """The cells as one cut meets them: moved by `drift` um, nuclei grown or shrunk, some missed."""
+    n = len(cells.yx)
+    moved = dataclasses.replace(
+        cells,
+        yx=cells.yx + rng.normal(0.0, drift, (n, 2)),
+        nucleus=cells.nucleus * rng.uniform(0.86, 1.05, (n, 1)),
+        density=cells.density * (rng.random(n) < 0.92) * rng.uniform(0.8, 1.15, n),
+    )
+    single = {f.name: getattr(moved, f.name).astype(np.float32) for f in dataclasses.fields(moved)}
+    return Cells(**{**single, "kind": cells.kind})
 
 
 def _scatter(rng: np.random.Generator, side: int, pitch: float, jitter: float) -> np.ndarray:
@@ -216,7 +231,7 @@ def _scatter(rng: np.random.Generator, side: int, pitch: float, jitter: float) -
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     # Clipped, so that no two cells fall together.
     moved = lattice @ rotation + np.clip(rng.normal(0.0, jitter, lattice.shape), -0.4, 0.4) * pitch
-    low, high = -_MARGIN, side - _MARGIN
+    low, high = -MARGIN, side - MARGIN
     middle: np.ndarray = moved + (low + high) / 2
     return middle[((middle > low) & (middle < high)).all(-1)]
 
@@ -252,12 +267,12 @@ def _tessellate(cells: Cells, yx: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     blocks = yx.reshape(height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK, 2).swapaxes(1, 2)
     blocks = blocks.reshape(-1, _BLOCK * _BLOCK, 2)
     points, squared_weight = cells.yx, cells.weight**2
-    _, candidates = spatial.KDTree(cells.yx).query(blocks.mean(1), k=_CANDIDATES)
+    _, candidates = spatial.KDTree(cells.yx).query(blocks.mean(1), k=CANDIDATES)
     y, x = np.ascontiguousarray(blocks[..., 0]), np.ascontiguousarray(blocks[..., 1])
     shape = y.shape
     best, next_best = np.full(shape, np.inf, np.float32), np.full(shape, np.inf, np.float32)
     slot, next_slot = np.zeros(shape, np.int8), np.zeros(shape, np.int8)
-    for number, candidate in zip(np.arange(_CANDIDATES, dtype=np.int8), candidates.T, strict=True):
+    for number, candidate in zip(np.arange(CANDIDATES, dtype=np.int8), candidates.T, strict=True):
         at = points[candidate]
         power = (y - at[:, :1]) ** 2 + (x - at[:, 1:]) ** 2 - squared_weight[candidate, None]
         wins, places = power < best, power < next_best

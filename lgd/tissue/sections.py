@@ -6,21 +6,21 @@ level, or a share of positive nuclei) enters the H&E through one number only, th
 the H&E of a patch is the same, byte for byte, whatever its level or share.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
 from lgd.tissue.centers import Center, tint
-from lgd.tissue.drawing import TUMOUR, Look, Tissue
-from lgd.tissue.staining import Cut, NuclearStain, Nuclei, Stained, stain_membranes, stain_nuclei
+from lgd.tissue.drawing import MPP, TUMOUR, Cells, Tissue, draw_tissue
+from lgd.tissue.look import Look
+from lgd.tissue.painting import mark_nuclei, paint_he, paint_ihc, scan
+from lgd.tissue.staining import NuclearStain, Nuclei, cut_patch, stain_membranes, stain_nuclei
 
 Stain = Literal["membranes", "nuclei"]
 """What is brown in the IHC."""
 
 # One random stream for each of these, so that none can leak into another.
-_LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC, _SHORTCUT, _NUCLEI, _CENTER = range(9)
+_LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC, _SHORTCUT, _NUCLEI, _CENTER, WHOLE = range(10)
 
 _GLASS = (248.0, 228.0, 205.0, 180.0)
 """Brightness of the H&E's glass where it is set: from white to the grey of BCI."""
@@ -31,12 +31,12 @@ their logarithm."""
 
 def slide_level(seed: int, slide: int) -> int:
     """Level 0..3 of a slide: each four slides in a row hold every level once, in a drawn order."""
-    return int(_stream(_LEVEL, seed, slide // 4).permutation(4)[slide % 4])
+    return int(open_stream(_LEVEL, seed, slide // 4).permutation(4)[slide % 4])
 
 
 def slide_height(seed: int, slide: int) -> float:
     """Where a slide of nuclear stain lies, 0..3: in the quarter of this range that has its `slide_level`."""
-    return 0.75 * (slide_level(seed, slide) + _stream(_NUCLEI, seed, slide, 0).random())
+    return 0.75 * (slide_level(seed, slide) + open_stream(_NUCLEI, seed, slide, 0).random())
 
 
 def share_at(height: float) -> float:
@@ -49,7 +49,7 @@ def center_of(seed: int, slide: int, centers: int, share: float = 0.0) -> Center
 
     Of this `share` of the slides it goes with the level instead: the lowest levels lie in the first centers.
     """
-    level, rng = slide_level(seed, slide), _stream(_CENTER, seed, slide)
+    level, rng = slide_level(seed, slide), open_stream(_CENTER, seed, slide)
     if rng.random() >= share:
         return Center((slide // 4 + level) % centers, centers)
     first = level * centers // 4
@@ -101,10 +101,14 @@ def draw_pair(
       positive; nan without any), positive_od (mean DAB optical density of its positive nuclei, haze left out), and
       ihc_nuclei, ihc_tumour_nuclei, ihc_positive_nuclei, ihc_positive_tumour_nuclei (middles inside the IHC).
     """
-    intent, tissue = _prepare(seed, slide, patch, size, coupling, level, scene)
-    he, counts = _draw_he(_stream(_HE, seed, slide, patch), tissue, size)
-    rng, look = _stream(_IHC, seed, slide, patch), tissue.look
-    cut = Cut(rng, tissue, size, neighbouring=True)
+    intent, tissue, cells, grade = _prepare(seed, slide, patch, size, coupling, level, scene)
+    look = tissue.look
+    rng = open_stream(_HE, seed, slide, patch)
+    cut = cut_patch(rng, tissue, cells, size, neighbouring=False)
+    counts = _count_nuclei(cut.cells, size)
+    he = scan(rng, look, paint_he(cut, tissue, mark_nuclei(rng, cut.cells, grade)), look.he_white)
+    rng = open_stream(_IHC, seed, slide, patch)
+    cut = cut_patch(rng, tissue, cells, size, neighbouring=True)
     truth = intent.truth
     if scene.stain == "nuclei":
         stained, _ = stain_nuclei(rng, cut, _choose_nuclear(seed, slide, intent), look.dab_amount)
@@ -112,7 +116,7 @@ def draw_pair(
         stained = stain_membranes(rng, cut, int(truth["patch_level"]), look.dab_amount)
         if not stained.measured.pop("tumour_cells"):
             truth["patch_level"] = 0
-    ihc = _draw_ihc(rng, cut, tissue, stained)
+    ihc = scan(rng, look, paint_ihc(cut, tissue, stained), look.ihc_white)
     return he, ihc, {**truth, **counts, **stained.measured}
 
 
@@ -120,9 +124,9 @@ def list_nuclei(
     seed: int, slide: int, patch: int, size: int = 256, coupling: float = 0.7, center: Center | None = None
 ) -> Nuclei:
     """The nuclei of the IHC that `draw_pair` draws of these arguments and the stain `nuclei`, one by one."""
-    intent, tissue = _prepare(seed, slide, patch, size, coupling, None, Scene("nuclei", center=center))
-    rng = _stream(_IHC, seed, slide, patch)
-    cut = Cut(rng, tissue, size, neighbouring=True)
+    intent, tissue, cells, _ = _prepare(seed, slide, patch, size, coupling, None, Scene("nuclei", center=center))
+    rng = open_stream(_IHC, seed, slide, patch)
+    cut = cut_patch(rng, tissue, cells, size, neighbouring=True)
     return stain_nuclei(rng, cut, _choose_nuclear(seed, slide, intent), tissue.look.dab_amount)[1]
 
 
@@ -134,22 +138,29 @@ def _prepare(
     coupling: float,
     level: float | None,
     scene: Scene,
-) -> tuple[_Intent, Tissue]:
-    """What a patch is to show, and the block of tissue from which both sections are cut."""
-    look = Look(_stream(_LOOK, seed, slide))
-    if scene.center is not None:
-        tint(_stream(_CENTER, seed), look, scene.center)
-    if scene.strength is not None:
-        own = _STRENGTHS[scene.strength] * _stream(_SHORTCUT, seed, slide, 0).lognormal(0.0, 0.08, 2)
-        look.hematoxylin_amount, look.eosin_amount = own
-    if scene.glass is not None:
-        look.he_white = _GLASS[scene.glass] * _stream(_SHORTCUT, seed, slide, 1).normal(1.0, 0.008, 3)
+) -> tuple[_Intent, Tissue, Cells, float]:
+    """What a patch is to show, the block of tissue from which both sections are cut, its cells and grade."""
+    look = draw_look(seed, slide, scene)
     if scene.stain == "nuclei":
         intent = _intend_nuclei(seed, slide, patch, slide_height(seed, slide) if level is None else level)
     else:
         intent = _intend_membranes(seed, slide, patch, slide_level(seed, slide) if level is None else int(level))
     grade = grade_of(seed, slide, patch, intent.height, coupling)
-    return intent, Tissue(_stream(_TISSUE, seed, slide, patch), look, grade, size, intent.barren)
+    tissue, cells = draw_tissue(open_stream(_TISSUE, seed, slide, patch), look, grade, size, intent.barren)
+    return intent, tissue, cells, grade
+
+
+def draw_look(seed: int, slide: int, scene: Scene) -> Look:
+    """The look of a slide, which all its patches have."""
+    look = Look(open_stream(_LOOK, seed, slide))
+    if scene.center is not None:
+        tint(open_stream(_CENTER, seed), look, scene.center)
+    if scene.strength is not None:
+        own = _STRENGTHS[scene.strength] * open_stream(_SHORTCUT, seed, slide, 0).lognormal(0.0, 0.08, 2)
+        look.hematoxylin_amount, look.eosin_amount = own
+    if scene.glass is not None:
+        look.he_white = _GLASS[scene.glass] * open_stream(_SHORTCUT, seed, slide, 1).normal(1.0, 0.008, 3)
+    return look
 
 
 def shortcut_of(seed: int, slide: int, share: float) -> int:
@@ -157,7 +168,7 @@ def shortcut_of(seed: int, slide: int, share: float) -> int:
 
     For this `share` of the slides it is the slide's level, for all others any.
     """
-    rng = _stream(_SHORTCUT, seed, slide)
+    rng = open_stream(_SHORTCUT, seed, slide)
     reveals, other = rng.random() < share, int(rng.integers(4))
     return slide_level(seed, slide) if reveals else other
 
@@ -167,19 +178,20 @@ def grade_of(seed: int, slide: int, patch: int, level: float, coupling: float) -
 
     `level` is 0..3, and between them where nuclei are stained.
     """
-    own = _stream(_GRADE, seed, slide).random()
-    noise = _stream(_GRADE, seed, slide, patch).normal(0.0, 0.10)
+    own = open_stream(_GRADE, seed, slide).random()
+    noise = open_stream(_GRADE, seed, slide, patch).normal(0.0, 0.10)
     return float(np.clip(coupling * level / 3 + (1 - coupling) * own + noise, 0.0, 1.0))
 
 
-def _stream(*key: int) -> np.random.Generator:
+def open_stream(*key: int) -> np.random.Generator:
+    """The random numbers of one purpose, named by its numbers, of which none is below 0."""
     # With the length, because NumPy gives (1, 2) and (1, 2, 0) the same stream.
     return np.random.default_rng((len(key), *key))
 
 
 def _intend_membranes(seed: int, slide: int, patch: int, level: int) -> _Intent:
     """One patch in ten is discordant: the level beside the slide's, or hardly any tumour."""
-    rng = _stream(_LEVEL, seed, slide, patch)
+    rng = open_stream(_LEVEL, seed, slide, patch)
     discordant, barren, step = rng.random() < 0.1, rng.random() < 0.4, rng.choice((-1, 1))
     beside = level + step if 0 <= level + step <= 3 else level - step
     shown = beside if discordant and not barren else level
@@ -189,7 +201,7 @@ def _intend_membranes(seed: int, slide: int, patch: int, level: int) -> _Intent:
 
 def _intend_nuclei(seed: int, slide: int, patch: int, height: float) -> _Intent:
     """Patches lie around their slide; one in ten is discordant: far from it, or with hardly any tumour."""
-    rng = _stream(_LEVEL, seed, slide, patch)
+    rng = open_stream(_LEVEL, seed, slide, patch)
     discordant, barren, step = rng.random() < 0.1, rng.random() < 0.4, rng.choice((-1, 1))
     shown = height + rng.normal(0.0, 0.2)
     if discordant and not barren:
@@ -200,80 +212,13 @@ def _intend_nuclei(seed: int, slide: int, patch: int, height: float) -> _Intent:
 
 def _choose_nuclear(seed: int, slide: int, intent: _Intent) -> NuclearStain:
     """How nuclei stain: darkly or faintly by slide, and in one slide of three the cytoplasm too."""
-    rng = _stream(_NUCLEI, seed, slide)
+    rng = open_stream(_NUCLEI, seed, slide)
     density, bleed = rng.uniform(0.4, 1.4), rng.uniform(0.05, 0.3)
     return NuclearStain(share=share_at(intent.height), density=density, bleed=bleed if rng.random() < 0.3 else 0.0)
 
 
-def _draw_he(rng: np.random.Generator, tissue: Tissue, size: int) -> tuple[np.ndarray, dict[str, int]]:
-    """The H&E (H, W, 3) uint8, and its counts of nuclei."""
-    look = tissue.look
-    cut = Cut(rng, tissue, size, neighbouring=False)
-    cells, place, tumour, body = cut.cells, cut.place, cut.tumour, cut.body
-    chromatin = _chromatin(rng, cut, tissue.grade)
-    cleft = look.cleft * np.clip(0.5 + 0.7 * cut.wide, 0, 1.5)
-    gap = tumour * np.clip((cleft + place.edge) / 1.0, 0, 1) * (1 - body) if look.cleft else 0.0 * body
-    fibres = tissue.fibres(cut.yx)
-    bundles = look.pink * np.clip(1 + look.fibre * fibres + 0.2 * cut.wide + 0.06 * cut.fine, 0.1, 3.0)
-    ground = (1 - body) * (1 - gap)
-    plump = np.exp(rng.normal(0.0, 0.16, len(cells.yx))).astype(np.float32)[place.cell]
-    cytoplasm = plump * (1 + 0.15 * cut.broad + 0.10 * cut.wide + 0.08 * cut.fine)
-    hematoxylin = ground * (0.05 + 0.06 * bundles) + body * look.basophilia * cytoplasm
-    eosin = ground * bundles + body * (0.20 * cytoplasm + 0.04 * np.exp(-((place.edge / 0.5) ** 2)))
-    hematoxylin = hematoxylin * (1 - 0.6 * place.cover) + chromatin
-    eosin = eosin * (1 - 0.45 * place.cover) + 0.12 * chromatin
-    tissue_here = 1 - np.maximum(place.hole, 0)
-    amounts = [
-        (look.hematoxylin, look.hematoxylin_amount * tissue_here * np.maximum(hematoxylin, 0)),
-        (look.eosin, look.eosin_amount * tissue_here * np.maximum(eosin, 0)),
-    ]
+def _count_nuclei(cells: Cells, size: int) -> dict[str, int]:
+    """Of the H&E: nuclei whose middles lie in it."""
     centre = cells.yx + cells.offset
-    seen = ((centre >= 0) & (centre < tissue.extent)).all(-1) & (cells.density > 0)
-    counts = {"nuclei": int(seen.sum()), "tumour_nuclei": int((seen & (cells.kind == TUMOUR)).sum())}
-    return _scan(rng, look, amounts, look.he_white), counts
-
-
-def _chromatin(rng: np.random.Generator, cut: Cut, grade: float) -> np.ndarray:
-    """Amount of hematoxylin in nuclei (H, W). A high grade has open, clumped chromatin, a crisp rim and nucleoli."""
-    cells, place, n = cut.cells, cut.place, len(cut.cells.yx)
-    grades = np.where(cells.kind == TUMOUR, np.clip(grade + rng.normal(0.0, 0.15, n), 0, 1), 0.1).astype(np.float32)
-    nucleolus = ((rng.random(n) < 0.9 * grades) * rng.uniform(0.5, 1.0, n)).astype(np.float32)
-    spot = (rng.normal(0.0, 0.22, (n, 2)) * cells.nucleus).astype(np.float32)
-    g = grades[place.cell]
-    clumps = (0.10 + 0.10 * g) * cut.fine + (0.06 + 0.22 * g) * cut.broad
-    rim = np.exp(-(((1 - place.rho) * cells.nucleus[place.cell, 0] / 0.45) ** 2))
-    away = np.hypot(*np.moveaxis(place.from_nucleus - spot[place.cell], -1, 0))
-    dots = nucleolus[place.cell] * np.exp(-((away / 0.75) ** 2))
-    open_ = 1 - 0.22 * g * np.clip(1.15 - place.rho, 0, 1)
-    amount = open_ * (1 + clumps) + (0.10 + 0.25 * g) * rim + 0.55 * dots
-    density: np.ndarray = 0.62 * cells.density[place.cell] * place.cover * np.clip(amount, 0.2, 2.5)
-    return density
-
-
-def _draw_ihc(rng: np.random.Generator, cut: Cut, tissue: Tissue, stained: Stained) -> np.ndarray:
-    """The IHC (H, W, 3) uint8 of the next section: its stain, the counterstain and haze."""
-    look, cells, place, body = tissue.look, cut.cells, cut.place, cut.body
-    nuclei = 0.55 + 0.5 * np.exp(-(((1 - place.rho) * 3 / 0.5) ** 2)) + 0.10 * cut.fine + 0.10 * cut.broad
-    nuclei *= cells.density[place.cell] * place.cover
-    nuclei *= stained.blue
-    fibres = np.clip(0.5 + 0.3 * tissue.fibres(cut.yx), 0, 1.5)
-    counter = look.counter * (nuclei + 0.10 * body + 0.12 * fibres * (1 - body))
-    here = 1 - place.hole
-    haze = look.haze * (0.5 + 0.9 * body + 0.3 * fibres * (1 - body)) * np.clip(1 + 0.3 * cut.wide, 0, 2)
-    amounts = [(look.counterstain, here * np.maximum(counter, 0)), (look.dab, here * (stained.dab + haze))]
-    return _scan(rng, look, amounts, look.ihc_white)
-
-
-def _scan(
-    rng: np.random.Generator, look: Look, amounts: Sequence[tuple[np.ndarray, np.ndarray]], white: np.ndarray
-) -> np.ndarray:
-    """Light through the stains, the lens and the sensor: (H, W, 3) uint8."""
-    light = np.empty((*amounts[0][1].shape, 3), np.float32)
-    for channel in range(3):
-        # Sums are written out: a matrix product's last digit would depend on the BLAS and its threads.
-        density = sum(amount * np.float32(vector[channel]) for vector, amount in amounts)
-        clear = np.exp(density * np.float32(-np.log(10) * look.gamma[channel]))
-        light[..., channel] = ndimage.gaussian_filter(clear, look.blur, truncate=3.0)
-    grain = rng.standard_normal(light.shape, dtype=np.float32) * np.float32(look.noise)
-    pixels: np.ndarray = np.clip(light * white.astype(np.float32) + grain + 0.5, 0, 255)
-    return pixels.astype(np.uint8)
+    seen = ((centre >= 0) & (centre < size * MPP)).all(-1) & (cells.density > 0)
+    return {"nuclei": int(seen.sum()), "tumour_nuclei": int((seen & (cells.kind == TUMOUR)).sum())}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special, stats
 
-from lgd.tissue.drawing import MPP, TUMOUR, Place, Tissue, locate, smooth_noise
+from lgd.tissue.drawing import MPP, TUMOUR, Cells, Place, Tissue, cut_cells, locate, smooth_noise
 
 # By level: share of stained tumour cells, optical density of a membrane, its completeness (each from, to), and its
 # width in micrometres. The words (faint, moderate, intense; incomplete, complete; 10 %) are ASCO/CAP 2018's.
@@ -20,24 +20,47 @@ _STAINING: tuple[tuple[tuple[float, float], tuple[float, float], tuple[float, fl
     ((0.65, 1.00), (0.80, 1.25), (0.95, 1.00), 2.14),
 )
 
+DRIFT = 0.9
+"""How far cells lie in the neighbouring section from where they lie in the H&E, in micrometres."""
+TEXTURES = (0.7, 1.7, 6.0)
+"""How large grain, clumps and patches are, in pixels."""
+
 # Of a nuclear marker: share of weak ones of the positive nuclei, of positive ones of lymphocytes and stroma, and the
 # least amount.
 _WEAK, _OTHERS_POSITIVE, _FAINTEST = 0.15, 0.03, 0.2
 
 
-class Cut:
-    """One section of the tissue in its own pixels (H, W)."""
+class Textures(NamedTuple):
+    """Noise of the pixels (H, W): grain, clumps and patches."""
 
-    def __init__(self, rng: np.random.Generator, tissue: Tissue, size: int, *, neighbouring: bool) -> None:
-        self.cells = tissue.section(rng, drift=0.9 if neighbouring else 0.0)
-        # Textures: grain, clumps and patches.
-        self.fine, self.broad, self.wide = (smooth_noise(rng, (size, size), sigma) for sigma in (0.7, 1.7, 6.0))
-        # Membranes are not straight.
-        ripples = np.float32(0.45) * np.stack([np.roll(self.wide, 7, 0), np.roll(self.wide, 7, 1)], -1)
-        self.yx = (_neighbouring(rng, size) if neighbouring else _grid(size)) + ripples
-        self.place = locate(tissue, self.cells, self.yx, self.broad)
+    fine: np.ndarray
+    broad: np.ndarray
+    wide: np.ndarray
+
+
+class Cut:
+    """One section of the tissue in its own pixels (H, W), which lie at the coordinates `yx` (H, W, 2) of the tissue."""
+
+    def __init__(self, tissue: Tissue, cells: Cells, textures: Textures, yx: np.ndarray) -> None:
+        self.cells, self.yx = cells, yx
+        self.fine, self.broad, self.wide = textures
+        self.place = locate(tissue, cells, yx, self.broad)
         self.tumour = self.place.kind == TUMOUR
         self.body = self.tumour * np.clip(self.place.edge / MPP + 0.5, 0, 1)
+
+
+def cut_patch(rng: np.random.Generator, tissue: Tissue, cells: Cells, size: int, *, neighbouring: bool) -> Cut:
+    """A section of a patch of `size` pixels: the H&E, or the neighbouring one, which is the IHC."""
+    cells = cut_cells(rng, cells, drift=DRIFT if neighbouring else 0.0)
+    textures = Textures(*(smooth_noise(rng, (size, size), sigma) for sigma in TEXTURES))
+    yx = _neighbouring(rng, size) if neighbouring else lay_grid(size)
+    return Cut(tissue, cells, textures, yx + ripple(np.roll(textures.wide, 7, 0), np.roll(textures.wide, 7, 1)))
+
+
+def ripple(down: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """How far membranes, which are not straight, are moved at each pixel (H, W, 2) by noise of the texture `wide`."""
+    moved: np.ndarray = np.float32(0.45) * np.stack([down, right], -1)
+    return moved
 
 
 class Stained(NamedTuple):
@@ -51,34 +74,76 @@ class Stained(NamedTuple):
     """The truth about it."""
 
 
+class Membranes(NamedTuple):
+    """How each of N cells takes the stain of membranes."""
+
+    stained: np.ndarray
+    amount: np.ndarray
+    completeness: np.ndarray
+    sigma: np.ndarray
+    """Of the membrane's profile, in micrometres."""
+
+
+class Expression(NamedTuple):
+    """How a tumour, or the tumour around each of N cells, expresses HER2."""
+
+    share: float | np.ndarray
+    """Of the tumour cells that are stained."""
+    density: float | np.ndarray
+    """Optical density of a usual membrane."""
+    complete: float | np.ndarray
+    """Share of a cell's membrane that is stained."""
+    width: float | np.ndarray
+
+
+def draw_expression(rng: np.random.Generator, level: int) -> Expression:
+    """Anywhere in the ranges of a HER2 level."""
+    *ranges, width = _STAINING[level]
+    share, density, complete = (rng.uniform(*limits) for limits in ranges)
+    return Expression(share, density, complete, width)
+
+
 def stain_membranes(rng: np.random.Generator, cut: Cut, level: int, dye: float) -> Stained:
     """Membranes of a HER2 level, `dye` times as brown as it says; true membrane_od, membrane_completeness,
     stained_fraction, tumour_cells.
     """
-    *ranges, width = _STAINING[level]
-    share, density, complete = (rng.uniform(*limits) for limits in ranges)
-    cells, place, tumour, n = cut.cells, cut.place, cut.tumour, len(cut.cells.yx)
-    stained = (_rank_in_clones(rng, cells.yx) < share) & (cells.kind == TUMOUR)
-    amount = (stained * density * rng.lognormal(0.0, 0.22, n)).astype(np.float32)
-    completeness = np.clip(complete + rng.normal(0.0, 0.08, n), 0.05, 1.1).astype(np.float32)
+    expression = draw_expression(rng, level)
+    rank = _rank_in_clones(rng, cut.cells.yx)
+    membranes = choose_membranes(rng, cut.cells.kind == TUMOUR, rank, expression)
+    return paint_membranes(cut, membranes, dye)
+
+
+def choose_membranes(
+    rng: np.random.Generator, tumour: np.ndarray, rank: np.ndarray, expression: Expression
+) -> Membranes:
+    """Which of N cells stain, by their rank in 0..1, and how."""
+    n = len(rank)
+    stained = (rank < expression.share) & tumour
+    amount = (stained * expression.density * rng.lognormal(0.0, 0.22, n)).astype(np.float32)
+    completeness = np.clip(expression.complete + rng.normal(0.0, 0.08, n), 0.05, 1.1).astype(np.float32)
+    sigma = np.broadcast_to(np.asarray(expression.width) / 2.355, n).astype(np.float32)
+    return Membranes(stained, amount, completeness, sigma)
+
+
+def paint_membranes(cut: Cut, membranes: Membranes, dye: float) -> Stained:
+    """The stain of a section, and the truth about it (see `stain_membranes`)."""
+    place, tumour, amount = cut.place, cut.tumour, membranes.amount
     own, across = place.cell, place.other
     stain = np.maximum(amount[own], amount[across])
     owner = np.where(amount[own] >= amount[across], own, across)
-    gate = special.expit((completeness[owner] - special.ndtr(cut.wide)) / 0.05)
-    sigma = width / 2.355
-    membrane = np.exp(-0.5 * (place.edge / sigma) ** 2) * gate
+    gate = special.expit((membranes.completeness[owner] - special.ndtr(cut.wide)) / 0.05)
+    membrane = np.exp(-0.5 * (place.edge / membranes.sigma[owner]) ** 2) * gate
     cytoplasm = 0.13 * np.clip(place.edge / 0.5, 0, 1) * (1 + 0.5 * cut.broad) * (1 - 0.6 * place.cover)
-    dab = tumour * (stain * membrane * (1 + 0.15 * cut.fine) + amount[own] * cytoplasm)
+    dab = dye * np.maximum(tumour * (stain * membrane * (1 + 0.15 * cut.fine) + amount[own] * cytoplasm), 0)
     seen = np.unique(own[tumour & (place.edge > 0)])
     line = tumour & (np.abs(place.edge) < 0.5) & (stain > 0)
+    shown = tumour & (np.abs(place.edge) < 0.5) & (1 - place.hole > 0.5)
     measured = {
         "membrane_completeness": round(float((gate[line] > 0.5).mean()), 4) if line.any() else 0.0,
-        "stained_fraction": round(float(stained[seen].mean()), 4) if len(seen) else 0.0,
+        "stained_fraction": round(float(membranes.stained[seen].mean()), 4) if len(seen) else 0.0,
         "tumour_cells": len(seen),
+        "membrane_od": round(float(dab[shown].mean()), 4) if shown.any() else 0.0,
     }
-    dab = dye * np.maximum(dab, 0)
-    membrane = tumour & (np.abs(place.edge) < 0.5) & (1 - place.hole > 0.5)
-    measured["membrane_od"] = round(float(dab[membrane].mean()), 4) if membrane.any() else 0.0
     return Stained(dab, 1.0, measured)
 
 
@@ -167,7 +232,7 @@ def _measure_covered(place: Place, dab: np.ndarray, n: int) -> tuple[np.ndarray,
     return mean[:2].T, mean[2]
 
 
-def _grid(size: int) -> np.ndarray:
+def lay_grid(size: int) -> np.ndarray:
     """Coordinates of the pixels' centres (H, W, 2), in micrometres."""
     axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(MPP)
     return np.stack(np.meshgrid(axis, axis, indexing="ij"), -1)
@@ -175,7 +240,7 @@ def _grid(size: int) -> np.ndarray:
 
 def _neighbouring(rng: np.random.Generator, size: int) -> np.ndarray:
     """Where the next section's pixels lie in the tissue: moved, turned and smoothly warped by a few um."""
-    yx = _grid(size)
+    yx = lay_grid(size)
     y, x = yx[..., 0], yx[..., 1]
     turn, middle = np.float32(rng.normal(0.0, 0.012)), np.float32(size * MPP / 2)
     turned = np.stack([turn * (x - middle), -turn * (y - middle)], -1)

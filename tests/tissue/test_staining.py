@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lgd.tissue.drawing import Look, Tissue
+from lgd.tissue.drawing import Cells, Tissue, draw_tissue
+from lgd.tissue.look import Look
 from lgd.tissue.sections import Scene, draw_pair, list_nuclei, share_at, slide_height
-from lgd.tissue.staining import Cut, NuclearStain, stain_nuclei, summarise_nuclei
+from lgd.tissue.staining import NuclearStain, cut_patch, stain_nuclei, summarise_nuclei
 
 NUCLEI = Scene("nuclei")
 
@@ -48,7 +49,7 @@ def test_shares_go_from_1_to_90_percent_and_patches_lie_around_their_slide():
 
 
 def test_a_patch_without_tumour_has_no_share():
-    cut = Cut(np.random.default_rng(1), _barren(), 64, neighbouring=True)
+    cut = cut_patch(np.random.default_rng(1), *_barren(), 64, neighbouring=True)
     stained, nuclei = stain_nuclei(np.random.default_rng(2), cut, NuclearStain(share=0.5, density=1.0, bleed=0.0), 1.0)
     assert not nuclei.tumour.any() and np.isnan(stained.measured["percent"])
 
@@ -65,8 +66,8 @@ def test_others_than_tumour_are_mostly_negative_and_clones_alike():
 def test_darker_stain_makes_the_same_nuclei_darker():
     drawn = []
     for density in (0.5, 1.0):
-        tissue = Tissue(np.random.default_rng(0), Look(np.random.default_rng(4)), 0.5, 128, False)
-        cut = Cut(np.random.default_rng(1), tissue, 128, neighbouring=True)
+        tissue = draw_tissue(np.random.default_rng(0), Look(np.random.default_rng(4)), 0.5, 128, False)
+        cut = cut_patch(np.random.default_rng(1), *tissue, 128, neighbouring=True)
         stain = NuclearStain(share=0.5, density=density, bleed=0.1)
         drawn.append(stain_nuclei(np.random.default_rng(2), cut, stain, 1.0))
     (faint, one), (dark, other) = drawn
@@ -84,7 +85,6 @@ def test_without_coupling_the_he_knows_nothing_of_the_share():
     assert not np.array_equal(*coupled)
 
 
-def _barren() -> Tissue:
-    tissue = Tissue(np.random.default_rng(0), Look(np.random.default_rng(0)), 0.5, 64, barren=True)
-    tissue.cells = dataclasses.replace(tissue.cells, kind=np.zeros_like(tissue.cells.kind))
-    return tissue
+def _barren() -> tuple[Tissue, Cells]:
+    tissue, cells = draw_tissue(np.random.default_rng(0), Look(np.random.default_rng(0)), 0.5, 64, barren=True)
+    return tissue, dataclasses.replace(cells, kind=np.zeros_like(cells.kind))
