@@ -37,7 +37,8 @@ from lgd.shards.shard_set import ShardSet
 from lgd.store import cache, importing
 from lgd.store.probe import ensure_probe
 from lgd.store.store import Store
-from lgd.tissue.synth import SynthOptions, synthesise
+from lgd.tissue.synth import synthesise
+from lgd.tissue.synth_options import SynthOptions
 from lgd.train.launch import train_under
 from lgd.train.tasks import TASKS
 

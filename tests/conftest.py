@@ -95,7 +95,8 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def tissue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 pairs of virtual tissue, 128 pixels wide, in BCI's layout. No test may change it."""
-    from lgd.tissue.synth import SynthOptions, synthesise
+    from lgd.tissue.synth import synthesise
+    from lgd.tissue.synth_options import SynthOptions
 
     folder = tmp_path_factory.mktemp("tissue") / "bci"
     synthesise(SynthOptions(out=str(folder), pairs=48, size=128, slides=12, workers=1))

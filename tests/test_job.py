@@ -20,7 +20,8 @@ import pytest
 from lgd.config_files import load_config
 from lgd.io.files import read_json
 from lgd.store.store import Store
-from lgd.tissue.synth import SynthOptions, synthesise
+from lgd.tissue.synth import synthesise
+from lgd.tissue.synth_options import SynthOptions
 from tests.support.sockets import free_ports, list_listening
 
 ROOT = Path(__file__).resolve().parents[1]

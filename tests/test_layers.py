@@ -16,7 +16,7 @@ labels.measures labels.classes labels.numbers labels.conformal labels.prediction
 ray_jobs.cluster ray_jobs.mapping ray_jobs.training
 stain.deconvolve stain.filters stain.targets stain.nuclear stain.checks
 tissue.look tissue.drawing tissue.centers tissue.staining tissue.painting tissue.sections tissue.truth
-tissue.pyramid tissue.synth
+tissue.pyramid tissue.world tissue.whole_slide tissue.synth_options tissue.drawing_pool tissue.slide_set tissue.synth
 slides.source slides.openslide_file slides.ome slides.slide slides.tissue_mask slides.tiles
 shards.manifest shards.tiff shards.jpeg2000 shards.image_limits shards.pillow_image shards.profiles
 shards.image shards.image_files

@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 
 def _add_synth(parser: Parser) -> Run:
-    from lgd.tissue.synth import SynthOptions, synthesise
+    from lgd.tissue.synth import synthesise
+    from lgd.tissue.synth_options import SynthOptions
 
     parser.add_argument("out", metavar="DIR", help="folder to write to")
     read_options = add_option_arguments(parser, SynthOptions, skip=("out",))
@@ -26,7 +27,8 @@ def _add_synth(parser: Parser) -> Run:
         options = read_options(namespace)
         made = synthesise(options)
         done = "reused" if made.get("reused") else "drew"
-        print_lines(f"{done} {options.pairs} pairs of {made['slides']} slides: {options.out}")
+        drawn = "" if options.slides_only else f"{options.pairs} pairs of "
+        print_lines(f"{done} {drawn}{made['slides']} slides: {options.out}")
 
     return run
 
@@ -178,7 +180,9 @@ _OVERWRITE = {"overwrite": "replace a finished network of other inputs"}
 
 VERBS = {
     "demo": Verb("the whole pipeline on virtual tissue, on this machine, in minutes", _add_demo),
-    "synth": Verb("draw virtual tissue in the BCI layout, with a truth.csv", _add_synth),
+    "synth": Verb(
+        "draw virtual tissue, patches in the BCI layout or whole slides, with the truth about it", _add_synth
+    ),
     "build-shards": Verb("pack paired patches into WebDataset shards", _add_build_shards),
     "train-teacher": Verb("train the IHC encoder and freeze it", _make_stage("train-teacher", flags=_OVERWRITE)),
     "cache-latents": Verb(

@@ -46,7 +46,12 @@ class Pair(NamedTuple):
     @property
     def origin(self) -> list[str]:
         """The names of its center and scanner, where there are such."""
-        return [f"center-{self.center.number + 1}", f"scanner-{self.center.scanner + 1}"] if self.center else []
+        return name_origin(self.center) if self.center else []
+
+
+def name_origin(center: Center) -> list[str]:
+    """The names of a center and its scanner, as the tables give them."""
+    return [f"center-{center.number + 1}", f"scanner-{center.scanner + 1}"]
 
 
 Truth = Mapping[str, float]

@@ -24,7 +24,8 @@ from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardSet
 from lgd.store.cache import cache_latents
 from lgd.store.store import Store
-from lgd.tissue.synth import SynthOptions, synthesise
+from lgd.tissue.synth import synthesise
+from lgd.tissue.synth_options import SynthOptions
 from lgd.train.launch import train_under
 
 KI67 = find_target("ki67")

@@ -15,7 +15,8 @@ from lgd.shards.manifest import PatchMeta
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder
 from lgd.stream.reader import Reader
-from lgd.tissue.synth import SynthOptions, synthesise
+from lgd.tissue.synth import synthesise
+from lgd.tissue.synth_options import SynthOptions
 
 
 def score_colour(training, scored, target=HER2):

@@ -18,7 +18,8 @@ from lgd.scoring.predict import TEACHER_ROW
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardFolder, ShardSet
-from lgd.tissue.synth import SynthOptions, synthesise
+from lgd.tissue.synth import synthesise
+from lgd.tissue.synth_options import SynthOptions
 
 CENTERS = ("center-1", "center-2")
 

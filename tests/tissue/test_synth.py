@@ -24,7 +24,8 @@ from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.tissue.drawing import MPP
 from lgd.tissue.sections import draw_pair, grade_of, shortcut_of, slide_level
-from lgd.tissue.synth import SynthOptions, synthesise
+from lgd.tissue.synth import synthesise
+from lgd.tissue.synth_options import SynthOptions
 from lgd.tissue.truth import truth_columns
 
 _DAB = np.linalg.inv([(0.650, 0.704, 0.286), (0.268, 0.570, 0.776), (0.6, -0.55, 0.25)])[:, 1]
@@ -371,7 +372,8 @@ def test_one_process_at_a_time_draws_into_a_folder(drawn, tmp_path):
 def test_nothing_is_drawn_after_a_killed_command_and_no_process_is_left(tmp_path):
     code = (
         "import sys\n"
-        "from lgd.tissue.synth import SynthOptions, synthesise\n"
+        "from lgd.tissue.synth import synthesise\n"
+        "from lgd.tissue.synth_options import SynthOptions\n"
         "if __name__ == '__main__': synthesise(SynthOptions(out=sys.argv[1], pairs=4000, size=64, workers=2))\n"
     )
     (tmp_path / "draw.py").write_text(code)

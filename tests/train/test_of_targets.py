@@ -24,7 +24,8 @@ from lgd.stain.nuclear import positive_grid
 from lgd.store.parts import read_all, read_labels
 from lgd.store.store import Store
 from lgd.stream.reader import Reader
-from lgd.tissue.synth import SynthOptions, synthesise
+from lgd.tissue.synth import synthesise
+from lgd.tissue.synth_options import SynthOptions
 
 FILES = {
     "tissue": "name: tissue type\nkind: class\nclasses: [solid, glandular, mixed]\n",

@@ -23,7 +23,8 @@ from lgd.store.commit import commit
 from lgd.store.store import Store
 from lgd.store.writer import shard_writer
 from lgd.stream.plan import World
-from lgd.tissue.synth import SynthOptions, synthesise
+from lgd.tissue.synth import synthesise
+from lgd.tissue.synth_options import SynthOptions
 from lgd.train import checkpoint
 from lgd.train.prepare import make_engine
 

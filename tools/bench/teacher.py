@@ -15,7 +15,8 @@ from lgd.config_files import load_config
 from lgd.io.files import read_json
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
-from lgd.tissue.synth import SynthOptions, synthesise
+from lgd.tissue.synth import synthesise
+from lgd.tissue.synth_options import SynthOptions
 from lgd.train.launch import train_under
 from tools.bench.measure import Settings
 
