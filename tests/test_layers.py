@@ -17,7 +17,7 @@ ray_jobs.cluster ray_jobs.mapping ray_jobs.training
 stain.deconvolve stain.filters stain.targets stain.nuclear stain.checks
 tissue.look tissue.drawing tissue.centers tissue.staining tissue.painting tissue.sections tissue.truth
 tissue.pyramid tissue.world tissue.whole_slide tissue.synth_options tissue.drawing_pool tissue.slide_set tissue.synth
-slides.source slides.openslide_file slides.ome slides.slide slides.tissue_mask slides.tiles
+slides.source slides.openslide_file slides.ome slides.slide slides.tissue_mask slides.tiles slides.preview
 shards.manifest shards.tiff shards.jpeg2000 shards.image_limits shards.pillow_image shards.profiles
 shards.image shards.image_files
 shards.candidate shards.layouts shards.pairs shards.options shards.archive shards.shard_set
@@ -44,7 +44,7 @@ report.sheet report.neighbours report.embeddings report.biased report.robustness
 report.sites report.set_coverage report.listing report.probed report.retrieval report.pictures report.evaluation
 report.report report.ablation report.leave_out
 pipeline
-cli.contents cli.facts cli.verb cli.stages cli.answers cli.checks
+cli.contents cli.facts cli.slide_facts cli.verb cli.stages cli.answers cli.checks
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from drawn_slides import draw_colours, write_ome
 from verbs import VERBS
 
 from lgd.io.files import read_json
@@ -24,6 +25,8 @@ ABSENT = {
     "deepspeed": {"deepspeed"},
     "h5py": {"h5py"},
     "torch": {"torch"},
+    "openslide": {"openslide", "openslide_python", "openslide_bin"},
+    "tifffile": {"tifffile"},
 }
 """Package -> how its entries in a site folder begin."""
 
@@ -310,3 +313,13 @@ def test_a_student_goes_anywhere_as_two_files(without, told, tmp_path):
     before = json.loads(gave["predict"][1])
     assert [row["probabilities"] for row in rows] == [row["probabilities"] for row in before]
     assert str(folder) not in (student / "config.json").read_text()
+
+
+@pytest.mark.parametrize("absent", ["openslide", "tifffile"])
+def test_slides_without_what_reads_them(without, tmp_path, absent):
+    """Of OME-TIFF, which needs both."""
+    slide = write_ome(tmp_path / "S.ome.tif", draw_colours(300, 300))
+    script = "import sys; from lgd.slides.slide import open_slide; open_slide(sys.argv[1])"
+    error = without((absent,))("-c", script, slide, status=1).stderr
+    remedy = "slides need packages that are not installed: pip install 'lgd[slides]'"
+    assert error.splitlines()[-1] == f"lgd.base.errors.DataError: {slide}: {remedy}"

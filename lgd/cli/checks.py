@@ -8,7 +8,7 @@ from typing import Literal
 from lgd.base.arguments import Parser, typed
 from lgd.base.device import find_device
 from lgd.base.environment import count_cpus, measure_memory, version_of
-from lgd.base.errors import DataError
+from lgd.base.errors import DataError, require
 from lgd.base.text import print_json, print_lines
 from lgd.cli.verb import Run, Verb, add_code_argument
 from lgd.config import Config
@@ -19,13 +19,22 @@ _FOLDER = "a run, shards, a feature store, a trained network or a checkpoint"
 
 
 def _add_info(parser: Parser) -> Run:
-    parser.add_argument("folder", metavar="DIR", help=_FOLDER)
+    parser.add_argument("folder", metavar="DIR", help=f"{_FOLDER}; or a slide")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    parser.add_argument(
+        "--mpp", type=typed(float | None), metavar="X", help="micrometres per pixel of a slide that does not say them"
+    )
+    parser.add_argument("--preview", default="", metavar="PNG", help="draw a slide and the outline of its tissue there")
 
     def run(namespace: Namespace) -> None:
         from lgd.cli.facts import as_lines, describe
+        from lgd.cli.slide_facts import describe_slide, is_meant_as_slide
 
-        description = describe(as_location(namespace.folder))
+        if is_meant_as_slide(namespace.folder):
+            description = describe_slide(namespace.folder, namespace.mpp, namespace.preview)
+        else:
+            require(not namespace.preview and namespace.mpp is None, "--mpp and --preview are for slides")
+            description = describe(as_location(namespace.folder))
         if namespace.json:
             print_json(description)
         else:
@@ -90,6 +99,8 @@ def _examine(gpu: bool) -> dict[str, _Finding]:
     found["ray"] = ("ok", ray) if ray else ("lacks", problem)
     timm = version_of("timm")
     found["timm"] = ("ok", timm) if timm else ("lacks", "for encoders of timm: pip install 'lgd[encoders]'")
+    openslide = version_of("openslide-python")
+    found["openslide"] = ("ok", openslide) if openslide else ("lacks", "for slides: pip install 'lgd[slides]'")
     found["faiss"] = _find_faiss()
     # The rest is asked through torch.
     if version_of("torch"):
@@ -178,7 +189,7 @@ def _try_faiss_gpu() -> _Finding:
 
 
 VERBS = {
-    "info": Verb("what a run, shard folder, feature store, network or checkpoint is", _add_info),
+    "info": Verb("what a run, shard folder, feature store, network, checkpoint or slide is", _add_info),
     "verify": Verb("check one of these end to end", _add_verify),
     "doctor": Verb("what this machine has and lacks", _add_doctor),
 }

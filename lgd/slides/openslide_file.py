@@ -25,8 +25,14 @@ _MOST_PATCH_PIXELS = 10**8
 _DESCRIPTION = "tiff.ImageDescription"
 _PLACES = {"generic-tiff": "TIFF resolution", "aperio": "MPP"}
 _SLIDE_SUFFIXES = tuple(".svs .ndpi .scn .bif .svslide .ome.tif .ome.tiff".split())
+_NAMES = (*_SLIDE_SUFFIXES, *".tif .tiff .mrxs .vms .vmu .czi .dcm".split())
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _IMAGES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"BM": "BMP", b"RIFF": "WebP"}
+
+
+def is_named_like_slide(name: str) -> bool:
+    """Whether a file is called like a slide, or a TIFF."""
+    return name.lower().endswith(_NAMES)
 
 
 def looks_like_slide(path: str | Path) -> bool:

@@ -27,8 +27,8 @@ from lgd.slides.openslide_file import OpenSlideFile
 from lgd.slides.openslide_file import looks_like_slide as looks_like_slide
 from lgd.slides.source import Source, choose_level, find_scale
 
-_BLOCK = 2048
-"""Most pixels along a side that are read at once: 16 MB."""
+_BLOCK = 1024
+"""Most pixels along a side that are read at once: 4 MB."""
 
 
 class Overview(NamedTuple):

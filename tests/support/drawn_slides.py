@@ -22,7 +22,9 @@ def draw_tissue(side, glass=240, stain=HE, seed=0, noise=2.0):
     for box in ((0.1, 0.15, 0.5, 0.7), (0.55, 0.5, 0.9, 0.95)):
         ImageDraw.Draw(image).ellipse([at * side for at in box], fill=1)
     where, random = np.asarray(image), np.random.default_rng(seed)
-    amount = np.where(where, random.uniform(0.6, 1.6, where.shape), 0)
+    # Cells of 8 pixels.
+    cells = random.uniform(0.6, 1.6, (-(-side // 8),) * 2).repeat(8, 0).repeat(8, 1)[:side, :side]
+    amount = np.where(where, cells + random.uniform(-0.1, 0.1, where.shape), 0)
     pixels = glass * 10 ** -(amount[..., None] * np.array(stain)) + random.normal(0, noise, (side, side, 1))
     return pixels.clip(0, 255).astype(np.uint8), where
 
