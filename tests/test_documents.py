@@ -17,9 +17,11 @@ from lgd.io.documents import Document
 from lgd.metrics import Interval
 from lgd.report.ablation_table import AblationDocument, Compared
 from lgd.report.leave_out import AtCenter, Change, LeaveOutDocument
+from lgd.scoring import tile_scorer
 from lgd.shards import builder
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
+from tests.support.shades import write_ramp
 
 pytestmark = pytest.mark.faults
 
@@ -118,6 +120,12 @@ def at(tissue, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(builder, "describe_split", interrupt)
         build(ShardOptions(layout="bci", root=str(tissue), out=str(at / "begun"), shard_size=8, mpp=0.46))
+    write_ramp(at / "one.tif", 0.46, height=500, width=500)
+    score = ["predict", "--config", f"{at}/run.yaml", f"{at}/one.tif", "--out"]
+    assert main([*score, f"{at}/scores"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_scorer, "write_part", interrupt)
+        assert main([*score, f"{at}/begun-scores"]) == 130
     return at
 
 
@@ -162,6 +170,7 @@ READERS = {
     "run/student/checkpoints/*/state.json": [("verify", "{at}/run/student")],
     "run/run.json": [("verify", "{at}/run"), ("build-index", *CONFIG)],
     "exported/export.json": [("export-latents", "--store", "{at}/run/latents", "--out", "{at}/exported")],
+    "scores/one/slide.json": [("predict", *CONFIG, "{at}/one.tif", "--out", "{at}/scores")],
     "drawn/synth.json": [("synth", "{at}/drawn", "--pairs", "2", "--size", "64", "--workers", "1")],
 }
 

@@ -104,7 +104,10 @@ def _add_predict(parser: Parser) -> Run:
             return
         for option in ("out", "workers"):
             shown = ", ".join(namespace.images)
-            require(not getattr(namespace, option), f"--{option} is for slides, and {shown} holds none: leave it out")
+            require(
+                not getattr(namespace, option),
+                f"--{option} is for slides, and {shown} holds none: name slides, or leave it out",
+            )
         paths = images.find_images(namespace.images)
         with explain_overrides(config):
             slide_of = slide_rows.slides_of_images(slides, paths) if slides else None

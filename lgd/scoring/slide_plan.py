@@ -15,6 +15,7 @@ from pydantic import Field
 
 from lgd.base.errors import DataError
 from lgd.base.records import Line, Many, Sha256, Text
+from lgd.base.text import escape_text
 from lgd.io.digests import format_diff, sha256
 from lgd.io.documents import Document
 from lgd.io.files import list_folder, read_bytes, write_bytes
@@ -148,7 +149,7 @@ def plan_slide(slide: Slide, scale: TileScale, model: str, folder: Location) -> 
         np.savez_compressed(content, xy_n2=tiles.xy_n2, tissue_n=tiles.tissue_n, mask_HW=tissue.mask_HW)
         arrays = content.getvalue()
     plan = SlidePlan(
-        slide=slide.name,
+        slide=escape_text(slide.name),
         inputs=inputs,
         width=slide.width,
         height=slide.height,

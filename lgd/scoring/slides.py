@@ -71,7 +71,7 @@ def find_slides(names: Sequence[str | Path]) -> list[Path]:
     """
     slides, files, left_out = set[Path](), list[Path](), list[Path]()
     for name in names:
-        path = require_local(name, f"{name}: slides are read from local files only: fetch it first")
+        path = require_local(name, f"{name}: images are read from local files only: fetch it first")
         # `Path.glob` takes no absolute pattern.
         matching = [path] if peek_kind(path, "file") else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
         for one in matching:

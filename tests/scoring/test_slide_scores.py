@@ -265,8 +265,9 @@ def test_an_empty_slide_says_so(tmp_path):
 def test_one_bad_slide_costs_its_own_row(ramp, tmp_path):
     bad = tmp_path / "bad.svs"
     Image.new("RGB", (64, 64)).save(bad, "JPEG")
-    scores, problems = score_slides(make_scorer(), [bad, ramp], tmp_path / "out")
-    assert [score.slide for score in scores] == ["ramp"]
+    odd = shutil.copy(ramp, tmp_path / "line\nbreak.tif")
+    scores, problems = score_slides(make_scorer(), [bad, ramp, odd], tmp_path / "out")
+    assert [score.slide for score in scores] == ["ramp", "line\\nbreak"] and (tmp_path / "out" / "line_break").is_dir()
     assert "bad.svs is a JPEG image and no slide" in problems[bad][0]
     with pytest.raises(DataError, match="have the same name"):
         score_slides(make_scorer(), [ramp, tmp_path / "ramp.tif"], tmp_path / "out")
@@ -284,7 +285,7 @@ def test_slides_and_patches_are_told_apart(ramp, tmp_path, caplog):
     assert find_slides([tmp_path / "patch.tif"]) == find_slides([f"{tmp_path}/*.png"]) == []
     with pytest.raises(DataError, match=r"ramp.tif is a slide, and .*patch.tif is none: score .* by two commands"):
         find_slides([ramp, tmp_path / "patch.tif"])
-    with pytest.raises(ConfigError, match="^s3://bucket/a.svs: slides are read from local files only"):
+    with pytest.raises(ConfigError, match="^s3://bucket/a.svs: images are read from local files only"):
         find_slides(["s3://bucket/a.svs"])
 
 
