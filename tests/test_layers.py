@@ -39,7 +39,7 @@ retrieval.index_files retrieval.search retrieval.factory retrieval.bias retrieva
 retrieval.hubs retrieval.answers retrieval.filters retrieval.rows retrieval.queries
 runs.folder
 report.columns report.results report.sections report.colour report.caveats report.ablation_table report.figures
-report.charts report.contact_sheet report.grids
+report.charts report.contact_sheet report.grids report.slide_map
 report.sheet report.neighbours report.embeddings report.biased report.robustness report.agreement report.slides
 report.sites report.set_coverage report.listing report.probed report.retrieval report.pictures report.evaluation
 report.report report.ablation report.leave_out
@@ -64,7 +64,7 @@ OWNERS = {
     "transformers": {"models.backbone"},
     "timm": {"models.timm_backbone"},
     "huggingface_hub": {"models.pretrained"},
-    "matplotlib": {"report.figures", "scoring.heatmap"},
+    "matplotlib": {"report.figures", "report.slide_map", "scoring.heatmap"},
     "contourpy": {"scoring.slide_files"},
     "openslide": {"slides.openslide_file"},
     "tifffile": {"slides.ome", "tissue.pyramid"},

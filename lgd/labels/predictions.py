@@ -47,6 +47,9 @@ class Predictions:
     """The center and the scanner of each patch, empty where unknown."""
     conformal: Conformal | None = None
     """What makes the model's label sets."""
+    places: Floats | None = None
+    """(n, 4): x, y and side of each patch in pixels of level 0 of its slide, and its side in micrometres, NaN where
+    unknown; None of what is no patch of a set."""
 
     def __post_init__(self) -> None:
         n, target = len(self.keys), self.target
@@ -110,6 +113,7 @@ class Predictions:
             label=self.label[rows],
             output=self.output[rows],
             sites={name: [values[row] for row in chosen] for name, values in self.sites.items()},
+            places=None if self.places is None else self.places[rows],
         )
 
     def without_labels(self) -> "Predictions":

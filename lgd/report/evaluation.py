@@ -24,7 +24,7 @@ from lgd.report.caveats import (
     probe_caveat,
 )
 from lgd.report.colour import colour_only, read_training_colours
-from lgd.report.pictures import NOTHING_PICTURED, Pictured, read_pictured
+from lgd.report.pictures import Pictured, read_pictured
 from lgd.report.probed import score_by_probe
 from lgd.report.results import Difference, Results, Retrieval, state_target
 from lgd.report.retrieval import Network, measure_retrieval
@@ -85,10 +85,9 @@ def evaluate(
     if probed is not None:
         teachers = [score_by_probe(probed.store, probed.probe, shards, split, student.predictions)]
     retrieval = shifted = None
-    pictured = NOTHING_PICTURED
     if store is not None:
         retrieval = measure_retrieval(config, store, training, split, student, rivals, shards)
-        pictured = read_pictured(config, store, shards, student, has_sheet)
+    pictured = read_pictured(config, store, shards, student, has_sheet)
     if config.report.robustness and labelled:
         answering = [(one.scorer, one.predictions) for one in networks if one.scorer.config.training.labelled]
         shifted = measure_robustness(config, answering, split)

@@ -12,9 +12,11 @@ from lgd.report.contact_sheet import Query
 from lgd.report.grids import MOST_PATCHES, GridPatch, read_grid_patches
 from lgd.report.retrieval import Network
 from lgd.report.sheet import Gallery, read_fields
+from lgd.report.slide_map import SlideMap, read_slide_maps
 from lgd.retrieval.answers import Answer
 from lgd.retrieval.queries import BIASED, note_bias, search
 from lgd.retrieval.search import Searcher
+from lgd.scoring.colours import find_ends
 from lgd.scoring.predict import choose_latents, read_answer
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Store
@@ -27,15 +29,24 @@ class Pictured(NamedTuple):
     queries: Sequence[Query] = ()
     """The rows of the contact sheet."""
     grids: Sequence[GridPatch] = ()
+    slides: Sequence[SlideMap] = ()
+    ends: tuple[float, float] = (0.0, 1.0)
+    """The grades that the ends of the colours of `slides` stand for."""
 
 
 NOTHING_PICTURED = Pictured()
 
 
-def read_pictured(config: Config, store: Store, shards: ShardSet, student: Network, has_sheet: bool) -> Pictured:
-    """All that is pictured of the scored split; `has_sheet`: whether queries can be answered."""
+def read_pictured(config: Config, store: Store | None, shards: ShardSet, student: Network, has_sheet: bool) -> Pictured:
+    """All that is pictured of the scored split; `store`: of a student that hallucinates its latents; `has_sheet`:
+    whether queries can be answered.
+    """
+    split, ends = shards.of_split(config.report.split), find_ends(student.scorer.config.training)
+    slides = read_slide_maps(student.predictions, split, ends, config.data.threads)
+    if store is None:
+        return Pictured(slides=slides, ends=ends)
     queries = read_queries(config, store, shards, student) if has_sheet else []
-    return Pictured(queries=queries, grids=read_grids(config, store, shards, student))
+    return Pictured(queries=queries, grids=read_grids(config, store, shards, student), slides=slides, ends=ends)
 
 
 def read_queries(config: Config, store: Store, shards: ShardSet, student: Network) -> list[Query]:

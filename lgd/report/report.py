@@ -36,6 +36,7 @@ from lgd.report.sections import (
     tabulate_own_pairs,
 )
 from lgd.report.set_coverage import label_sets_section
+from lgd.report.slide_map import draw_slide_maps
 from lgd.report.slides import by_slide
 
 _PICTURES = {
@@ -44,6 +45,7 @@ _PICTURES = {
     "values.png": "Predicted over true values",
     "agreement.png": "Bland-Altman plot: differences over means",
     "robustness.png": "Robustness: accuracy and calibration as images change",
+    "slides.png": "Slides: true labels beside those predicted, each patch where it lies",
     "grids.png": "Nuclei and staining: predicted from H&E, and measured",
     "queries.png": "Contact sheet: H&E queries, their own IHC, and the known IHCs that they resemble",
 }
@@ -76,6 +78,8 @@ def write_report(
             reliability_diagram(scored, folder / "reliability.png")
         if results.robustness is not None:
             robustness_curves(results.robustness, student.measures, folder / "robustness.png")
+    if pictured.slides:
+        draw_slide_maps(pictured.slides, student.target, pictured.ends, folder / "slides.png")
     if pictured.grids:
         draw_grids(pictured.grids, folder / "grids.png")
     if pictured.queries:

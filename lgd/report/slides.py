@@ -57,7 +57,7 @@ def by_slide(predictions: Predictions) -> Predictions:
     slides = [str(name) for name in names]
     sites = {kind: _share_site(values, group, len(names)) for kind, values in predictions.sites.items()}
     output = _average(predictions.output, group, len(names))
-    return replace(predictions, keys=slides, groups=slides, label=label, output=output, sites=sites)
+    return replace(predictions, keys=slides, groups=slides, label=label, output=output, sites=sites, places=None)
 
 
 def _average(value_nK: np.ndarray, group_n: np.ndarray, groups: int) -> np.ndarray:

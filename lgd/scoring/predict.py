@@ -151,6 +151,7 @@ def score_shards(
         output=np.concatenate([f["output"] for f in found]),
         sites={name: values for name, values in sites.items() if any(values)},
         conformal=scorer.config.conformal,
+        places=np.array([meta.place for meta in metas], np.float64),
     )
     kinds = _RETRIEVES_BY.get(scorer.retrieves_by or "", ())
     names = [name for name in found[0] if name.partition("@")[0] in kinds]

@@ -92,6 +92,11 @@ class PatchMeta(Origin):
     sha256: Digests
     """Digests of the members."""
 
+    @property
+    def place(self) -> tuple[float | None, ...]:
+        """x, y and side of the patch in pixels of level 0 of its slide, and its side in micrometres."""
+        return self.x, self.y, self.side, self.mpp and self.mpp * self.width
+
 
 class Encoding(NamedTuple):
     """How images are stored."""
