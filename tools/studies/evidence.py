@@ -30,6 +30,7 @@ STUDIES = {
     "shortcut": "the training slides' stain gives their level away",
     "background": "the same with the background, from white to grey",
     "centers": "each of three centers of unequal stain left out",
+    "ki67": "a number, the percentage of stained nuclei, with a report",
 }
 TISSUE = "--pairs 4800 --slides 400 --size 96 --test 0.3 --seed 7001"
 LABELS = "--split keep:0.05 --labelled 24 --mpp 0.46"
@@ -57,6 +58,8 @@ def list_commands(study: str, out: str) -> list[list[str]]:
         return _list_shortcut(study, out)
     if study == "centers":
         return _list_centers(f"{out}-centers")
+    if study == "ki67":
+        return _list_ki67(f"{out}-ki67")
     commands = compare_methods(out, out, "--coupling 1.0", "--seeds 5 --jobs 2")
     if study == "coupling":
         for coupling in COUPLINGS:
@@ -96,6 +99,22 @@ def _list_centers(run: str) -> list[list[str]]:
         ["lgd", "synth", f"{run}/tissue", "--centers", str(len(CENTERS)), *world.split()],
         *built,
         ["lgd", "ablate", *ablate, "--seeds", "3"],
+    ]
+
+
+def _list_ki67(run: str) -> list[list[str]]:
+    """Nuclei of which a share is stained, the methods that predict it, and the report on one training of LGD-Net."""
+    world = "--stain nuclei --pairs 1200 --slides 200 --size 96 --test 0.3 --coupling 1.0 --seed 7003"
+    given = "--layout csv --target ki67 --split keep:0.05 --mpp 0.46"
+    config = ["--config", "configs/evidence.yaml", "--run.dir", run, "--data.shards", f"[{run}/shards]"]
+    trained = f"{run}/ablation"
+    report = ["--student.dir", f"{trained}/lgd-net/seed-0", "--report.also", f"[{trained}/h-e-only/seed-0]"]
+    return [
+        ["lgd", "synth", f"{run}/tissue", *world.split()],
+        ["lgd", "build-shards", *given.split(), "--root", f"{run}/tissue/pairs.csv", "--out", f"{run}/shards"],
+        ["lgd", "ablate", *config, "--seeds", "3"],
+        ["lgd", "build-index", *config],
+        ["lgd", "evaluate", *config, *report],
     ]
 
 

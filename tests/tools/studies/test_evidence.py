@@ -75,6 +75,20 @@ def test_each_center_is_a_folder_of_one_world(capsys):
     assert len(built) == 3 and ablate[-4:] == ["--leave-out", "center", "--seeds", "3"]
 
 
+def test_ki67_is_drawn_compared_and_reported(capsys):
+    given = "--config configs/evidence.yaml --run.dir r-ki67 --data.shards '[r-ki67/shards]'"
+    trained = "r-ki67/ablation"
+    expected = f"""\
+lgd synth r-ki67/tissue --stain nuclei --pairs 1200 --slides 200 --size 96 --test 0.3 --coupling 1.0 --seed 7003
+lgd build-shards --layout csv --target ki67 --split keep:0.05 --mpp 0.46 --root r-ki67/tissue/pairs.csv \
+--out r-ki67/shards
+lgd ablate {given} --seeds 3
+lgd build-index {given}
+lgd evaluate {given} --student.dir {trained}/lgd-net/seed-0 --report.also '[{trained}/h-e-only/seed-0]'
+"""
+    assert command("ki67 --out r --dry-run", capsys) == (0, expected, "")
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
