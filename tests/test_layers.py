@@ -18,6 +18,7 @@ stain.deconvolve stain.filters stain.targets stain.nuclear stain.checks
 tissue.look tissue.drawing tissue.centers tissue.staining tissue.painting tissue.sections tissue.truth
 tissue.pyramid tissue.world tissue.whole_slide tissue.synth_options tissue.drawing_pool tissue.slide_set tissue.synth
 slides.source slides.openslide_file slides.ome slides.slide slides.tissue_mask slides.tiles slides.preview
+slides.affine slides.alignment
 shards.manifest shards.tiff shards.jpeg2000 shards.image_limits shards.pillow_image shards.profiles
 shards.image shards.image_files
 shards.candidate shards.layouts shards.pairs shards.options shards.archive shards.shard_set
