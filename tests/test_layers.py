@@ -21,7 +21,8 @@ slides.source slides.openslide_file slides.ome slides.slide slides.tissue_mask s
 slides.affine slides.alignment
 shards.manifest shards.tiff shards.jpeg2000 shards.image_limits shards.pillow_image shards.profiles
 shards.image shards.image_files
-shards.candidate shards.layouts shards.pairs shards.options shards.archive shards.shard_set
+shards.region shards.candidate shards.slide_layout shards.layouts shards.pairs shards.slide_pairs shards.options
+shards.archive shards.shard_set
 shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
 models.spec models.description models.export models.pretrained models.known models.backbone models.timm_backbone

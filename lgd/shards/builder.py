@@ -18,15 +18,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
-
-import simplejpeg
-from PIL import features
 
 from lgd.base.errors import DataError
 from lgd.base.logs import progress
@@ -38,15 +34,24 @@ from lgd.io.location import Location, as_location, as_output_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.ray_jobs.cluster import restore_connection
 from lgd.ray_jobs.mapping import map_with
-from lgd.shards.candidate import Problem, write_problems
+from lgd.shards.candidate import SPLITS, Problem, write_problems
 from lgd.shards.image import STORED
 from lgd.shards.manifest import Extensions, File, Manifest, Options, Recipe, Sources
-from lgd.shards.options import SPLITS, ShardOptions, check_split, describe_split, list_caveats, make_samples
+from lgd.shards.options import (
+    ShardJob,
+    ShardOptions,
+    check_split,
+    describe_split,
+    list_caveats,
+    list_codecs,
+    make_samples,
+)
 from lgd.shards.pairs import (
     PatchPair,
     Source,
     choose_center,
     find_pairs,
+    is_virtual,
     leave_out_duplicates,
     make_patch_table,
     refuse_spellings,
@@ -54,7 +59,8 @@ from lgd.shards.pairs import (
 )
 from lgd.shards.profiles import describe_profiles
 from lgd.shards.shard_set import ShardFolder
-from lgd.shards.writer import FILE, MARKER, Building, ShardJob, begin, check_chunk, finish, require_marker, write_shard
+from lgd.shards.slide_pairs import leave_out_misaligned
+from lgd.shards.writer import FILE, MARKER, Building, begin, check_chunk, finish, require_marker, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +138,7 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
         target=target,
         extensions=extensions,
         patches=File(bytes=len(patches), sha256=hashlib.sha256(patches).hexdigest()),
-        virtual=_is_virtual(sources),
+        virtual=is_virtual(sources),
         may_leak=any(source.pair.slide is None for source in sources),
         caveats=tuple(list_caveats(samples, options.rule)),
         splits={name: describe_split(options, target, name, some, entries) for name, some in of_split.items()},
@@ -175,8 +181,9 @@ build_shards = _take_fields(ShardOptions)
 
 def _check_pairs(options: ShardOptions, target: Target) -> tuple[list[Source], list[Problem]]:
     """The sources that passed every check, in the order of the pairs, and the problems, which `--on-bad` allows."""
-    pairs, problems = find_pairs(options.layout, as_location(options.root).absolute(), target, options.slides or None)
-    refuse_spellings(pairs, str(options.slides or (options.root if options.layout == "csv" else "")))
+    root = as_location(options.root).absolute()
+    pairs, problems = find_pairs(options.layout, root, target, options.slides or None, options.cut)
+    refuse_spellings(pairs, str(options.slides or (options.root if options.layout in ("csv", "slides") else "")))
     pairs = choose_center(pairs, options.center)
     if options.on_bad == "stop" and all(pair.split for pair in pairs):
         # Minutes before the images are read; of those that may be left out nothing is known yet.
@@ -196,13 +203,10 @@ def _check_pairs(options: ShardOptions, target: Target) -> tuple[list[Source], l
         lines = [f"  {problem.name}: {problem.reason}" for problem in problems]
         remedy = "leave them out with --on-bad skip" if sources else "no pair is left"
         raise DataError(f"{options.root}: {len(problems)} problems, {remedy}:", *lines)
+    if options.cut:
+        sources, misaligned = leave_out_misaligned(sources, options.least_alignment)
+        problems += misaligned
     return sources, problems
-
-
-def _is_virtual(sources: Sequence[Source]) -> bool:
-    """Whether `lgd synth` drew any pair, as OUT/HE/train/KEY.png: reports of such must say that it is no tissue."""
-    one_of = {str(source.pair.he).rsplit("/", 3)[0]: source.pair.he for source in sources}
-    return any(exists(he.parent.parent.parent / "synth.json") for he in one_of.values())
 
 
 def _name_chunk(pairs: Sequence[PatchPair]) -> str:
@@ -240,15 +244,6 @@ def _choose_extensions(options: ShardOptions, sources: Sequence[Source]) -> Exte
     return Extensions.from_json({"hes": small, "he": types[0], "ihc": types[1] if len(types) == 2 else None})
 
 
-def codecs() -> dict[str, str | None]:
-    """Versions of the packages that decide the bytes of re-encoded images, and of their tars."""
-    # Pillow's wheels compress PNG with zlib-ng, whose bytes are not zlib's.
-    deflate = features.version("zlib_ng")
-    deflate = f"ng-{deflate}" if deflate else features.version("zlib")
-    pillow, tars = features.version("pil"), importlib.metadata.version("webdataset")
-    return {"simplejpeg": simplejpeg.__version__, "pillow": pillow, "zlib": deflate, "webdataset": tars}
-
-
 def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> Building:
     """What decides the bytes of the set; no path of this machine is in it."""
     facts = [
@@ -260,7 +255,7 @@ def _recipe(options: ShardOptions, sources: Sequence[Source], rejected: int) -> 
     return Building(
         layout=options.layout,
         options=Options(he_size=options.he_size or None, **{name: getattr(options, name) for name in chosen}),
-        codecs=codecs(),
+        codecs=list_codecs(),
         sources=Sources(pairs=len(sources), rejected=rejected, digest=digest_of(facts)),
     )
 

@@ -1,6 +1,10 @@
-"""What a layout is, and a pair of files as it finds it; and what a row of a CSV says of one."""
+"""What a layout is, and a pair of files as it finds it; what a row of a CSV says of one, and on which side it lies."""
 
+import bisect
 import contextlib
+import hashlib
+import itertools
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -10,17 +14,19 @@ from typing import ClassVar, NamedTuple
 
 from pydantic import ValidationError
 
-from lgd.base.errors import DataError
+from lgd.base.errors import ConfigError, DataError, require
 from lgd.base.records import explain
 from lgd.base.target import Label, Target
 from lgd.io.files import peek_kind, publish
 from lgd.io.location import Location, as_location, relative_name
 from lgd.io.tables import write_csv
 from lgd.shards.manifest import NOWHERE, Origin
+from lgd.shards.region import Region
 
 COLUMNS = ("he", "ihc", "key", "label", "level", "slide", "split", "mpp", *Origin.model_fields)
 """Those of a CSV of pairs."""
 
+SPLITS = ("train", "val", "test")
 _SPLITS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 """Other names of the splits train, val and test, which are read in any case."""
 _NUMBERS = ("alignment", "x", "y", "side", "ihc_x", "ihc_y", "ihc_side")
@@ -43,6 +49,8 @@ class Candidate:
     mpp: float | None = None
     """Micrometres per pixel; None where unknown."""
     origin: Origin = NOWHERE
+    region: Region | None = None
+    """Where `he` and `ihc` are slides: the square of them that is meant."""
 
 
 class Problem(NamedTuple):
@@ -72,6 +80,17 @@ def write_problems(path: Location, problems: Sequence[Problem]) -> None:
         write_csv(stream, ["key", "he", "ihc", "reason"], rows)
 
 
+class Cut(NamedTuple):
+    """How pairs of slides are cut into pairs of patches."""
+
+    tile: int
+    """Side of the patches, in pixels."""
+    mpp: float
+    """Their micrometres per pixel."""
+    measured: bool
+    """Whether the alignment of each must be known."""
+
+
 class Layout(ABC):
     """A way in which pairs lie below a root."""
 
@@ -82,9 +101,11 @@ class Layout(ABC):
     caveats: ClassVar[tuple[str, ...]] = ()
     """What a report on real tissue of this layout must say."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, cut: Cut | None = None) -> None:
         self.target = target
         """What labels are read as."""
+        self.cut = cut
+        """What is asked of a layout of slides."""
 
     @abstractmethod
     def scan(self, root: Location) -> Iterator[Candidate | Problem]:
@@ -184,3 +205,57 @@ def _parse_mpp(text: str) -> float | None:
         if not text or 0 < float(text) < 100:
             return float(text) if text else None
     raise DataError(f"mpp is {text!r}: use micrometres per pixel, such as 0.46")
+
+
+class SplitRule(NamedTuple):
+    """A parsed `--split`."""
+
+    keep: bool
+    """The published split stays; the shares then only divide its `train`."""
+    shares: dict[str, float]
+    """Share of each split, adding up to 1; empty where nothing is to be drawn."""
+
+    @classmethod
+    def parse(cls, text: str) -> "SplitRule":
+        """Parse `keep`, `keep:VAL` (a share of train, by group) or `group:TRAIN,VAL,TEST`.
+
+        Raises `ConfigError` that names `--split`.
+        """
+        if text == "keep":
+            return cls(True, {})
+        usage = (
+            f"--split {text}: use keep, keep:0.1 (validation share of train, between 0 and 1) or group:0.8,0.1,0.1 "
+            "(shares of train, val and test, which add up to 1)"
+        )
+        kind, _, numbers = text.partition(":")
+        try:
+            shares = [float(number) for number in numbers.split(",")]
+        except ValueError as error:
+            raise ConfigError(usage) from error
+        if kind == "keep" and len(shares) == 1 and 0 < shares[0] < 1:
+            return cls(True, {"train": 1 - shares[0], "val": shares[0]})
+        good = len(shares) == len(SPLITS) and min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-9)
+        require(kind == "group" and good, usage)
+        return cls(False, dict(zip(SPLITS, shares, strict=True)))
+
+
+def assign(group: str, shares: dict[str, float], salt: str = "") -> str:
+    """The split of a group: a point in [0, 1) from the SHA-256 of salt and name, against the summed shares.
+
+    A split of share 0 gets nothing. Another `salt` draws another split.
+    """
+    # The length keeps ("a", "bc") and ("ab", "c") apart.
+    digest = hashlib.sha256(f"{len(salt)}:{salt}{group}".encode()).digest()
+    # 53 bits, so that the quotient is exact and stays below 1.
+    point = (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+    drawn = {name: share for name, share in shares.items() if share > 0}
+    ends = list(itertools.accumulate(drawn.values()))
+    # The last end may be rounded to less than 1.
+    return list(drawn)[bisect.bisect(ends[:-1], point)]
+
+
+def split_of(rule: SplitRule, group: str, published: str | None, salt: str = "") -> str | None:
+    """The split of a sample under a rule; None where the rule keeps a split that was never published."""
+    if rule.keep and (published != "train" or not rule.shares):
+        return published
+    return assign(group, rule.shares, salt)

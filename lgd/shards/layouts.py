@@ -1,4 +1,4 @@
-"""How paired patches lie on disk: BCI, MIST, a CSV, and layouts of other packages.
+"""How paired patches lie on disk: BCI, MIST, a CSV, slides to be cut, and layouts of other packages.
 
 Only names are looked at, and the first bytes of a file that is not called like an image. Images may lie in any depth.
 Nothing is dropped silently: an image that cannot be paired comes back as a `Problem`, and those that are hidden, or lie
@@ -24,8 +24,9 @@ from lgd.io.files import Kind, list_folder, peek_kind
 from lgd.io.folders import walk_files
 from lgd.io.location import Location, relative_name
 from lgd.io.tables import read_csv
-from lgd.shards.candidate import COLUMNS, Candidate, Layout, Problem, as_split, cut_suffix, is_csv, read_row
+from lgd.shards.candidate import COLUMNS, Candidate, Cut, Layout, Problem, as_split, cut_suffix, is_csv, read_row
 from lgd.shards.image_files import has_image_name, list_images
+from lgd.shards.slide_layout import Slides
 
 _MOST = 3
 """Names in a note."""
@@ -111,7 +112,7 @@ class Csv(Layout):
                 yield Problem(name, str(error), *named)
 
 
-LAYOUTS: dict[str, type[Layout]] = {"bci": Bci, "mist": Mist, "csv": Csv}
+LAYOUTS: dict[str, type[Layout]] = {"bci": Bci, "mist": Mist, "csv": Csv, "slides": Slides}
 """The layouts by their names in `--layout`."""
 
 
@@ -122,8 +123,10 @@ def check_layout(name: str) -> None:
     )
 
 
-def find_layout(name: str, target: Target) -> Layout:
+def find_layout(name: str, target: Target, cut: Cut | None = None) -> Layout:
     """The layout of a name, which is imported where it is outside LGD, for labels of a target.
+
+    `cut`: how slides are cut, for a layout of slides.
 
     Raises `ConfigError` for an unknown name.
     """
@@ -131,7 +134,7 @@ def find_layout(name: str, target: Target) -> Layout:
     kind = LAYOUTS.get(name) or load_object(name, "--layout")
     good = isinstance(kind, type) and issubclass(kind, Layout) and not inspect.isabstract(kind)
     require(good, f"--layout is {name}, which is no layout: derive it from lgd.shards.layouts.Layout, with a `scan`")
-    return kind(target)
+    return kind(target, cut) if cut else kind(target)
 
 
 def _list_images(root: Location, top: Mapping[str, Kind], folders: Sequence[str]) -> dict[str, list[str]]:

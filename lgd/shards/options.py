@@ -4,15 +4,16 @@ A group (the slide, else the source patch) never lies on two sides: leakage live
 hash of its name alone, and stays there whatever else the data set gains or loses.
 """
 
-import bisect
 import collections
-import hashlib
+import importlib.metadata
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import simplejpeg
+from PIL import features
 
 from lgd.base.arguments import check_bounds
 from lgd.base.environment import count_cpus
@@ -20,48 +21,24 @@ from lgd.base.errors import ConfigError, DataError, require
 from lgd.base.target import UNKNOWN, Label, Target
 from lgd.config_sections import NotNegative, Positive
 from lgd.io.digests import digest_of
-from lgd.io.location import waits_for_network
+from lgd.io.location import Location, waits_for_network
+from lgd.shards.candidate import SPLITS, Cut, SplitRule, split_of
 from lgd.shards.layouts import check_layout
-from lgd.shards.manifest import Encoding, Entry, Mpp, Shape, Split, Values
+from lgd.shards.manifest import Encoding, Entry, Extensions, Mpp, Shape, Split, Values
 from lgd.shards.pairs import PatchPair, Source
-
-SPLITS = ("train", "val", "test")
 
 _DRAWN = "--split group:0.8,0.1,0.1"
 # A remote answers each request late, but many at once.
 _REMOTE_THREADS = 16
 
 
-class SplitRule(NamedTuple):
-    """A parsed `--split`."""
-
-    keep: bool
-    """The published split stays; the shares then only divide its `train`."""
-    shares: dict[str, float]
-    """Share of each split, adding up to 1; empty where nothing is to be drawn."""
-
-    @classmethod
-    def parse(cls, text: str) -> "SplitRule":
-        """Parse `keep`, `keep:VAL` (a share of train, by group) or `group:TRAIN,VAL,TEST`.
-
-        Raises `ConfigError` that names `--split`.
-        """
-        if text == "keep":
-            return cls(True, {})
-        usage = (
-            f"--split {text}: use keep, keep:0.1 (validation share of train, between 0 and 1) or group:0.8,0.1,0.1 "
-            "(shares of train, val and test, which add up to 1)"
-        )
-        kind, _, numbers = text.partition(":")
-        try:
-            shares = [float(number) for number in numbers.split(",")]
-        except ValueError as error:
-            raise ConfigError(usage) from error
-        if kind == "keep" and len(shares) == 1 and 0 < shares[0] < 1:
-            return cls(True, {"train": 1 - shares[0], "val": shares[0]})
-        good = len(shares) == len(SPLITS) and min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-9)
-        require(kind == "group" and good, usage)
-        return cls(False, dict(zip(SPLITS, shares, strict=True)))
+def list_codecs() -> dict[str, str | None]:
+    """Versions of the packages that decide the bytes of re-encoded images, and of their tars."""
+    # Pillow's wheels compress PNG with zlib-ng, whose bytes are not zlib's.
+    deflate = features.version("zlib_ng")
+    deflate = f"ng-{deflate}" if deflate else features.version("zlib")
+    pillow, tars = features.version("pil"), importlib.metadata.version("webdataset")
+    return {"simplejpeg": simplejpeg.__version__, "pillow": pillow, "zlib": deflate, "webdataset": tars}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +46,11 @@ class ShardOptions:
     """What `lgd build-shards` is asked for."""
 
     layout: str
-    """`bci`, `mist`, or `csv` (columns he, ihc, and those of shards/README.md), or one of yours, as `python:...`."""
+    """`bci`, `mist`, `csv` (columns he, ihc, and those of shards/README.md), `slides` (a CSV of pairs of slides, which
+    are cut into tiles; see docs/slides.md), or one of yours, as `python:...`."""
     root: str | Path
-    """Folder or url of the images; for csv the CSV itself, or a folder that holds pairs.csv."""
+    """Folder or url of the images; for csv and slides the CSV itself, or a folder that holds pairs.csv or
+    slides.csv."""
     out: str | Path
     """Folder or url for the shards; empty, new, or one that holds this very set."""
     split: str = "keep"
@@ -79,7 +58,7 @@ class ShardOptions:
     shard_size: Positive = 512
     """Samples in one shard."""
     tile: NotNegative = 0
-    """Side of the square tiles that patches are cut into, in pixels; 0 keeps whole patches."""
+    """Side of the square tiles that patches or slides are cut into, in pixels; 0 keeps whole patches."""
     image: str = "keep"
     """`keep` the original bytes (tiles become PNG), or re-encode to `png` or `jpeg:QUALITY`, turned as EXIF says."""
     he_size: NotNegative = 0
@@ -87,7 +66,10 @@ class ShardOptions:
     slides: str | Path = ""
     """CSV (or its url) with the columns key and slide that names the slide of every pair."""
     mpp: Mpp | Literal["unknown"] | None = None
-    """Micrometres per pixel of all pairs that do not state it themselves; `unknown` where nobody knows."""
+    """Micrometres per pixel of all pairs that do not state it themselves; `unknown` where nobody knows; of
+    slides, that at which tiles are cut."""
+    least_alignment: float | Literal["none"] = 2.0
+    """Least alignment of a pair that is cut from slides (about 0.5 where they do not fit); `none` keeps all."""
     on_bad: Literal["stop", "skip"] = "stop"
     """Stop at pairs that cannot be used, or skip them and list them in rejected.csv."""
     salt: str = ""
@@ -107,9 +89,21 @@ class ShardOptions:
         check_layout(self.layout)
         SplitRule.parse(self.split)
         Encoding.parse(self.image, self.tile)
+        if self.layout == "slides":
+            require(self.tile > 0, "--layout slides cuts tiles: give --tile, such as 256 (pixels)")
+            require(isinstance(self.mpp, float), "--layout slides cuts tiles of one scale: give --mpp, such as 0.46")
+            require(not self.slides, "--layout slides: name each slide in the column slide of its CSV, not by --slides")
         if self.tile:
             remedy = f"use at most {self.tile}, or larger tiles"
             require(self.he_size <= self.tile, f"--he-size {self.he_size}: is larger than --tile {self.tile}: {remedy}")
+
+    @property
+    def cut(self) -> Cut | None:
+        """How slides are cut; None for patches."""
+        if self.layout != "slides":
+            return None
+        assert isinstance(self.mpp, float), "it was checked"
+        return Cut(self.tile, self.mpp, self.least_alignment != "none")
 
     @property
     def rule(self) -> SplitRule:
@@ -144,26 +138,18 @@ class Sample:
     column: int = 0
 
 
-def assign(group: str, shares: dict[str, float], salt: str = "") -> str:
-    """The split of a group: a point in [0, 1) from the SHA-256 of salt and name, against the summed shares.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardJob:
+    """All that decides one shard's bytes, and how it is made."""
 
-    A split of share 0 gets nothing. Another `salt` draws another split.
-    """
-    # The length keeps ("a", "bc") and ("ab", "c") apart.
-    digest = hashlib.sha256(f"{len(salt)}:{salt}{group}".encode()).digest()
-    # 53 bits, so that the quotient is exact and stays below 1.
-    point = (int.from_bytes(digest[:8], "big") >> 11) / 2**53
-    drawn = {name: share for name, share in shares.items() if share > 0}
-    ends = list(itertools.accumulate(drawn.values()))
-    # The last end may be rounded to less than 1.
-    return list(drawn)[bisect.bisect(ends[:-1], point)]
-
-
-def split_of(rule: SplitRule, group: str, published: str | None, salt: str = "") -> str | None:
-    """The split of a sample under a rule; None where the rule keeps a split that was never published."""
-    if rule.keep and (published != "train" or not rule.shares):
-        return published
-    return assign(group, rule.shares, salt)
+    path: Location
+    samples: tuple[Sample, ...]
+    options: ShardOptions
+    extensions: Extensions
+    building: str
+    """Digest of the build that it is of."""
+    left: bool
+    """Whether an interrupted build left it, with its entry."""
 
 
 def check_split(pairs: Sequence[PatchPair], options: ShardOptions) -> None:
@@ -201,9 +187,11 @@ def make_samples(sources: Sequence[Source], options: ShardOptions, target: Targe
         pair = source.pair
         split = split_of(rule, pair.group, pair.split, options.salt)
         assert split is not None, "it was checked"
-        rows, columns = (source.height // tile, source.width // tile) if tile else (1, 1)
+        # What is cut from slides is a tile already.
+        cuts = tile and not pair.region
+        rows, columns = (source.height // tile, source.width // tile) if cuts else (1, 1)
         for row, column in itertools.product(range(rows), range(columns)):
-            key = f"{pair.key}_y{row}_x{column}" if tile else pair.key
+            key = f"{pair.key}_y{row}_x{column}" if cuts else pair.key
             samples.append(Sample(key=key, source=source, split=split, row=row, column=column))
     return _hide_labels(sorted(samples, key=lambda sample: sample.key), target, options.labelled, options.salt)
 

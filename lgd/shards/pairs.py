@@ -21,7 +21,7 @@ from lgd.base.target import Target
 from lgd.io.files import exists, list_folder, peek_kind
 from lgd.io.location import Location, as_location, relative_name
 from lgd.io.tables import read_csv
-from lgd.shards.candidate import Candidate, Problem, is_csv, safe_key
+from lgd.shards.candidate import Candidate, Cut, Problem, is_csv, safe_key
 from lgd.shards.layouts import find_layout
 from lgd.shards.manifest import PATCHES, Digests, patch_entry
 from lgd.shards.profiles import Profile
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # With a tile's place and a member's extension a name stays within the 100 bytes of a plain tar header.
 _LONGEST_KEY = 72
+_LONGEST_PLACE = len("_y123456_x123456")
 # Escapes for terminals, line breaks, and halves of letters that cannot be written to any file.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _STAINS = ("H&E", "IHC")
@@ -76,14 +77,19 @@ class Source:
 
 
 def find_pairs(
-    layout: str, root: str | Location, target: Target, slides: str | Location | None = None
+    layout: str,
+    root: str | Location,
+    target: Target,
+    slides: str | Location | None = None,
+    cut: Cut | None = None,
 ) -> tuple[list[PatchPair], list[Problem]]:
     """The pairs of a layout (`lgd.shards.layouts`) under `root`, sorted by key, and what could not be paired.
 
     `target`: what their labels are read as. `slides`: a CSV with the columns key and slide, which names the slide of
-    every pair. Raises `DataError` where the root or a CSV is missing or malformed, or holds no patches at all.
+    every pair. `cut`: how slides are cut. Raises `DataError` where the root or a CSV is missing or malformed, or holds
+    no patches at all.
     """
-    scanner, root = find_layout(layout, target), as_location(root)
+    scanner, root = find_layout(layout, target, cut), as_location(root)
     presumed = is_csv(root) if scanner.takes_csv else not list_folder(root)
     folder = peek_kind(root, "file" if presumed else "folder") == "folder"
     if not folder and not exists(root):
@@ -126,8 +132,10 @@ def _find_problem(pair: PatchPair, sharing: Sequence[PatchPair], slides: str | L
     if len(sharing) > 1:
         others = ", ".join(other.names[0] for other in sharing if other is not pair)
         return pair.problem(f"has the key {pair.key} of {others} too: rename one, or name keys in a CSV")
-    if not 1 <= len(pair.key) <= _LONGEST_KEY:
-        return pair.problem(f"its key has {len(pair.key)} characters: use 1 to {_LONGEST_KEY}")
+    # The key of a region has its place already.
+    longest = _LONGEST_KEY + (_LONGEST_PLACE if pair.region else 0)
+    if not 1 <= len(pair.key) <= longest:
+        return pair.problem(f"its key has {len(pair.key)} characters: use 1 to {longest}")
     if slides is not None and pair.slide is None:
         return pair.problem(f"key {pair.key} has no slide in {slides}: add the row")
     names = (*pair.names, pair.slide or "")
@@ -204,6 +212,16 @@ def _show_spellings(spelled: dict[str, PatchPair]) -> list[str]:
     # Both forms of a composed letter look the same.
     show = repr if len(composed) == len(spelled) else ascii
     return [f"{show(name)} ({pair.key})" for name, pair in sorted(spelled.items())]
+
+
+def is_virtual(sources: Sequence[Source]) -> bool:
+    """Whether `lgd synth` drew any pair, as OUT/HE/train/KEY.png or OUT/HE/SLIDE.tif: it is no tissue, reports say."""
+    one_of = {str(source.pair.he).rsplit("/", 3)[0]: source.pair for source in sources}
+    marks = (
+        pair.he.parent.parent / "truth.json" if pair.region else pair.he.parent.parent.parent / "synth.json"
+        for pair in one_of.values()
+    )
+    return any(map(exists, marks))
 
 
 class _Use(NamedTuple):

@@ -22,10 +22,9 @@ from lgd.io.files import list_folder
 from lgd.io.location import Location, RemoteError
 from lgd.io.remote import drop_damaged
 from lgd.shards.archive import Shard, read_sample
-from lgd.shards.builder import codecs
 from lgd.shards.image import check
 from lgd.shards.manifest import Manifest, PatchMeta
-from lgd.shards.options import ShardOptions
+from lgd.shards.options import ShardOptions, list_codecs
 from lgd.shards.repeats import SEEN, as_seen, find_repeats, unlike_patches
 from lgd.shards.shard_set import ShardFolder
 
@@ -95,7 +94,7 @@ def _wrong_manifest(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[str
     except (ConfigError, TypeError, ValueError) as error:
         yield f"field options or layout is malformed ({error})"
         return
-    if manifest.codecs.keys() != codecs().keys():
+    if manifest.codecs.keys() != list_codecs().keys():
         yield f"field codecs is {manifest.codecs!r:.200}"
     pairs, samples = manifest.sources.pairs, sum(shard.samples for shard in shards)
     if pairs > samples or (options.tile == 0 and pairs != samples):

@@ -13,7 +13,6 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -29,9 +28,11 @@ from lgd.io.location import Location, MissingError, RemoteError
 from lgd.shards.archive import INDEX
 from lgd.shards.candidate import Problem
 from lgd.shards.image import check, decode, decode_upright, encode, read_profile
-from lgd.shards.manifest import Digests, Entry, Extensions, PatchMeta, Recipe
-from lgd.shards.options import Sample, ShardOptions
+from lgd.shards.manifest import Digests, Entry, PatchMeta, Recipe
+from lgd.shards.options import Sample, ShardJob, ShardOptions
 from lgd.shards.pairs import PatchPair, Source
+from lgd.shards.slide_pairs import check_region, map_slides, read_region
+from lgd.slides.slide import Slide
 
 MARKER = ".building.json"
 _SHARD = r"[A-Za-z0-9_]+-\d{6}"
@@ -61,20 +62,6 @@ class BuiltShard(Document):
     building: Sha256
     """Digest of the build that it is of."""
     entry: Entry
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardJob:
-    """All that decides one shard's bytes, and how it is made."""
-
-    path: Location
-    samples: tuple[Sample, ...]
-    options: ShardOptions
-    extensions: Extensions
-    building: str
-    """Digest of the build that it is of."""
-    left: bool
-    """Whether an interrupted build left it, with its entry."""
 
 
 def begin(out: Location, recipe: Building) -> set[str]:
@@ -110,6 +97,8 @@ def _remove(out: Location, names: Iterable[str]) -> None:
 
 def check_chunk(options: ShardOptions, pairs: Sequence[PatchPair]) -> list[Source | Problem]:
     """What is found of each pair, in order."""
+    if options.cut:
+        return list(map_slides(check_region, pairs, lambda pair: pair, options.threads))
     return list(in_threads(lambda pair: check_pair(pair, options), pairs, options.threads))
 
 
@@ -210,7 +199,11 @@ def _write_archive(job: ShardJob) -> Entry:
     roles = job.extensions.by_role()
     suffixes = [extension if role == "json" else f"{role}.{extension}" for role, extension in roles.items()]
     groups = (list(group) for _, group in itertools.groupby(job.samples, key=lambda sample: sample.source))
-    members = in_threads(functools.partial(_make_members, job.options), groups, job.options.threads)
+    make, threads = functools.partial(_make_members, job.options), job.options.threads
+    if job.options.cut:
+        members = map_slides(make, groups, lambda group: group[0].source.pair, threads)
+    else:
+        members = in_threads(make, groups, threads)
     crcs: list[int] = []
     with publish(job.path) as temporary:
         form = {"user": "lgd", "group": "lgd", "mtime": 0, "encoder": False}
@@ -234,13 +227,17 @@ def _write_archive(job: ShardJob) -> Entry:
     return Entry(file=job.path.name, samples=len(job.samples), bytes=size, sha256=digest, idx_sha256=idx_digest)
 
 
-def _make_members(options: ShardOptions, samples: Sequence[Sample]) -> list[tuple[str, list[bytes]]]:
+def _make_members(
+    options: ShardOptions, samples: Sequence[Sample], slides: Sequence[Slide] = ()
+) -> list[tuple[str, list[bytes]]]:
     """The key of each of the samples of one source, and the bytes of its members, in their order.
 
     Raises `DataError` for a source that is no longer the file that was checked.
     """
     source, encoding = samples[0].source, options.encoding
     names = source.pair.names
+    if slides:
+        return [_encode_tile(samples[0], read_region(source, slides), options)]
     images = [_read(path, name) for path, name in zip(source.pair.images, names, strict=True)]
     for content, name, digest in zip(images, names, source.sha256, strict=True):
         if hashlib.sha256(content).hexdigest() != digest:
@@ -253,10 +250,17 @@ def _make_members(options: ShardOptions, samples: Sequence[Sample]) -> list[tupl
         tile_h, tile_w = options.tile or source.height, options.tile or source.width
         top, left = sample.row * tile_h, sample.column * tile_w
         cut = [pixels[top : top + tile_h, left : left + tile_w] for pixels in decoded]
-        images = [encode(pixels, encoding.extension, encoding.quality) for pixels in cut]
-        digests = [hashlib.sha256(content).hexdigest() for content in images]
-        made.append((sample.key, _order_members(sample, images, digests, options)))
+        made.append(_encode_tile(sample, cut, options))
     return made
+
+
+def _encode_tile(sample: Sample, tiles: Sequence[np.ndarray], options: ShardOptions) -> tuple[str, list[bytes]]:
+    """The key and the members of a sample, from the pixels of its H&E and IHC."""
+    extension, quality = options.encoding
+    assert extension is not None, "tiles are encoded"
+    images = [encode(pixels, extension, quality) for pixels in tiles]
+    digests = [hashlib.sha256(content).hexdigest() for content in images]
+    return sample.key, _order_members(sample, images, digests, options)
 
 
 def _order_members(

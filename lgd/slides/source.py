@@ -68,10 +68,10 @@ def find_scale(name: str, given: float | None, stated: Sequence[Stated]) -> tupl
 
     Raises `DataError` where the file says nothing, says what no scanner has, or says two things.
     """
-    remedy = "say its micrometres per pixel by --mpp X"
+    remedy = "say its micrometres per pixel by --mpp X (in a CSV of slides, in the column mpp)"
     if given is not None:
         if not FINEST <= given <= COARSEST:
-            raise DataError(f"{name}: --mpp is {given:g}: slides have {FINEST} to {COARSEST:g} um a pixel")
+            raise DataError(f"{name}: mpp is {given:g}: slides have {FINEST} to {COARSEST:g} um a pixel")
         return given, []
     if not stated:
         raise DataError(f"{name} does not say its scale: {remedy}")

@@ -212,10 +212,10 @@ def _number_slides(files: Sequence[FeatureFile]) -> dict[str, int]:
     return numbers
 
 
-def _spellings(slide: str) -> tuple[str, str]:
-    """What a slide's features may be named for: its name with and without the extension of a file."""
+def _spellings(slide: str) -> tuple[str, ...]:
+    """What a slide's features may be named for: its name with and without the extension of a file, or both of OME's."""
     path = PurePosixPath(slide.replace("\\", "/"))
-    return canonical_group(path.name), canonical_group(path.stem)
+    return tuple(map(canonical_group, (path.name, path.stem, path.stem.removesuffix(".ome"))))
 
 
 def _in_pixels(file: FeatureFile, tiles: Tiles, mpp_n: np.ndarray, slide_mpp: float | None) -> Tiles:

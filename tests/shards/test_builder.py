@@ -18,10 +18,9 @@ from lgd.shards.archive import INDEX, read_sample, tiled
 from lgd.shards.builder import build
 from lgd.shards.image import decode, encode
 from lgd.shards.manifest import Manifest, Origin
-from lgd.shards.options import ShardOptions
+from lgd.shards.options import ShardJob, ShardOptions
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.verify import verify
-from lgd.shards.writer import ShardJob
 
 LEVELS = ("0", "1+", "2+", "3+")
 

@@ -47,7 +47,7 @@ def test_a_layout_outside_the_package_is_packed_and_verified(mine, tmp_path, cap
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mit", r"^--layout is 'mit': use one of bci, mist, csv, or python:package.module:name$"),
+        ("mit", r"^--layout is 'mit': use one of bci, mist, csv, slides, or python:package.module:name$"),
         ("python:mine", r"^--layout is 'python:mine': write python:package.module:name$"),
         ("python:mine:tiny", r"^--layout is python:mine:tiny, which is no layout: derive it from"),
         ("python:lgd.shards.layouts:Layout", r"which is no layout: .*, with a `scan`$"),
@@ -62,4 +62,5 @@ def test_what_is_no_layout_is_refused(mine, name, message):
 def test_an_unknown_layout_is_refused_before_anything_is_read():
     with pytest.raises(ConfigError, match="--layout is 'mit'"):
         ShardOptions(layout="mit", root="nowhere", out="out")
-    assert all(ShardOptions(layout=name, root="nowhere", out="out").layout == name for name in (*LAYOUTS, FLAT))
+    for name in (*LAYOUTS, FLAT):
+        assert ShardOptions(layout=name, root="nowhere", out="out", tile=256, mpp=0.5).layout == name

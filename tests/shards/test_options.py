@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lgd.base.errors import ConfigError
-from lgd.shards.options import SPLITS, SplitRule, assign, split_of
+from lgd.shards.candidate import SPLITS, SplitRule, assign, split_of
 
 
 def test_the_three_forms():

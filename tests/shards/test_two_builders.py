@@ -18,8 +18,8 @@ from lgd.io.location import as_location
 from lgd.io.locks import LOCK, exclusive
 from lgd.shards import builder
 from lgd.shards.builder import build
+from lgd.shards.options import ShardJob
 from lgd.shards.verify import verify
-from lgd.shards.writer import ShardJob
 from tests.support.forks import FORKS
 
 PAIRS = 8

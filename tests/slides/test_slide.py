@@ -81,7 +81,7 @@ def test_a_part_shows_the_same_place_at_every_scale(file, drawing, x, y, side, m
             "says 0.46 .*, and its TIFF resolution 0.25",
         ),
         (None, [("MPP", 0.25, 0.5)], "not square, 0.25 x 0.5"),
-        (1000.0, [("MPP", 0.5, 0.5)], "--mpp is 1000: slides have 0.1 to 2 um a pixel"),
+        (1000.0, [("MPP", 0.5, 0.5)], "mpp is 1000: slides have 0.1 to 2 um a pixel"),
     ],
 )
 def test_which_scale_counts(given, stated, expected):

@@ -115,6 +115,7 @@ def test_what_is_lacking_is_counted_and_named_on_both_sides():
         ("S1", "S1.h5"),
         ("scans/S1.svs", "S1.h5"),
         ("S1.ome.tif", "S1.ome.h5"),
+        ("S1.ome.tiff", "S1.h5"),
         ("s-01.ndpi", "S-1.h5"),
         ("a.b", "a.b.h5"),
     ],
