@@ -21,6 +21,7 @@ from lgd.scoring import tile_scorer
 from lgd.shards import builder
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
+from lgd.tissue.slide_set import RegionTruth, SlidesTruth, SlideTruth, StrokeTruth
 from tests.support.shades import write_ramp
 
 pytestmark = pytest.mark.faults
@@ -113,6 +114,31 @@ def at(tissue, tmp_path_factory):
         caveats=("one seed",),
         command="lgd ablate --leave-out center",
     ).write(at / "leave-out.json")
+
+    region = RegionTruth(
+        number=1,
+        label="2+",
+        grade=0.5,
+        stained_fraction=0.5,
+        membrane_od=0.5,
+        completeness=0.9,
+        area_mm2=0.1,
+        tumour_mm2=0.05,
+    )
+    slide = SlideTruth(
+        slide="slide-0000",
+        label="2+",
+        center=None,
+        scanner=None,
+        width=512,
+        height=512,
+        mpp=0.46,
+        registered=True,
+        shift_um=[0.0, 0.0],
+        regions=[region],
+        strokes=[StrokeTruth(colour="blue", width=20.0, line=[[1.0, 2.0], [3.0, 4.0]])],
+    )
+    SlidesTruth(grain=32, slides=[slide]).write(at / "truth.json")
 
     def interrupt(*_):
         raise KeyboardInterrupt
