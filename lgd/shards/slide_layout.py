@@ -98,7 +98,7 @@ class Slides(Layout):
                         f"{he.path} or its IHC has more than {COARSEST} um a pixel, at which alignment cannot be "
                         "measured: name finer slides, or accept all pairs by --least-alignment none"
                     )
-                he_tissue, ihc_tissue = find_tissue(he), find_tissue(ihc)
+                he_tissue, ihc_tissue = (find_tissue(slide, focus=False) for slide in (he, ihc))
                 for slide, tissue in ((he, he_tissue), (ihc, ihc_tissue)):
                     if tissue.is_empty:
                         raise DataError(f"{slide.path}: {tissue.notes[0]}")

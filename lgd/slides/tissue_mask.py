@@ -107,9 +107,10 @@ class Tissue:
         return total_n
 
 
-def find_tissue(slide: Slide) -> Tissue:
+def find_tissue(slide: Slide, *, focus: bool = True) -> Tissue:
     """The tissue of a slide, from one low level of it and a few spots at full size.
 
+    Without `focus` the spots, which take most of the time on a small slide, are not read, and no blur is reported.
     Raises `DataError` where the file is damaged.
     """
     overview = slide.read_overview(max(_MPP, slide.mpp * max(slide.width, slide.height) / _MOST_SIDE))
@@ -121,7 +122,7 @@ def find_tissue(slide: Slide) -> Tissue:
     del overview
     mask_HW = _clean(dense_HW, mpp)
     area, pen = float(mask_HW.sum()) * mpp**2 / 1e6, float(ink_HW[mask_HW].mean()) if mask_HW.any() else 0.0
-    blurred = _measure_blur(slide, mask_HW, downsample)
+    blurred = _measure_blur(slide, mask_HW, downsample) if focus else 0.0
     tissue = Tissue(mask_HW, mpp, downsample, (red, green, blue), area, pen, blurred, ())
     return dataclasses.replace(tissue, notes=tuple(_list_notes(tissue)))
 

@@ -19,8 +19,6 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lgd.shards.layout import Cut
-
 from lgd.base.arguments import Parser
 from lgd.base.errors import DataError
 from lgd.base.markup import markdown_table
@@ -28,6 +26,7 @@ from lgd.base.target import find_target
 from lgd.base.text import print_lines
 from lgd.cli import run_command
 from lgd.io.location import as_location
+from lgd.shards.candidate import Cut
 from lgd.shards.pairs import find_pairs
 from lgd.slides.alignment import measure_alignment
 from lgd.slides.slide import open_slide
