@@ -8,11 +8,13 @@ the label and of the whole glass (macro), which may name the patient, are never 
 wrote. OpenSlide reads all formats but OME-TIFF, whose scale and pyramid it does not see (`lgd.slides.ome`).
 """
 
+import contextlib
 import functools
+import itertools
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -46,7 +48,8 @@ class Slide:
 
     def __init__(self, path: Path, given_mpp: float | None, open_source: Callable[[], Source]) -> None:
         self._open, self._given = open_source, given_mpp
-        self._source, self._process, self._lock = open_source(), os.getpid(), threading.Lock()
+        self._source, self._process = open_source(), os.getpid()
+        self._idle, self._readers, self._closed = threading.Condition(), 0, False
         self.path = path
         self.name = path.name.removesuffix(path.suffix).removesuffix(".ome")
         self.levels = self._source.levels
@@ -88,8 +91,12 @@ class Slide:
         return Overview(*self._read(0, 0, width, height, downsample, exact=True), mpp)
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._source.close()
+        """Let go of the file, once no thread reads it any more: OpenSlide would take the process with it."""
+        with self._idle:
+            self._closed = True
+            # The readers of a parent are not those of its fork.
+            self._idle.wait_for(lambda: not self._readers or self._process != os.getpid())
+            self._source.close()
 
     def __enter__(self) -> "Slide":
         return self
@@ -100,25 +107,38 @@ class Slide:
     def __reduce__(self) -> tuple[Callable[[str | Path, float | None], "Slide"], tuple[Path, float | None]]:
         return open_slide, (self.path, self._given)
 
-    def _opened(self) -> Source:
-        """The file; a process that was forked shares the place in it with its parent, and opens its own."""
-        if self._process != os.getpid():
-            self._source, self._process = self._open(), os.getpid()
-        return self._source
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Source]:
+        """The file, which stays open meanwhile.
+
+        A process that was forked shares the place in it with its parent, and opens its own. Raises `ValueError` for a
+        slide that is closed.
+        """
+        with self._idle:
+            if self._closed:
+                raise ValueError(f"{self.path} is closed")
+            if self._process != os.getpid():
+                self._source, self._process, self._readers = self._open(), os.getpid(), 0
+            self._readers += 1
+        try:
+            yield self._source
+        finally:
+            with self._idle:
+                self._readers -= 1
+                self._idle.notify_all()
 
     def _read(
         self, x: int, y: int, width: int, height: int, downsample: float, *, exact: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Pixels, and which of them the file holds; in blocks, so that the memory is that of the result."""
-        with self._lock:
-            source = self._opened()
         level, ratio = choose_level(self.levels, downsample, exact=exact)
         step = ratio * self.levels[level].downsample
         pixels = np.empty((height, width, 3), np.uint8)
         scanned = np.empty((height, width), np.bool_)
         most = max(1, int(_BLOCK / ratio))
-        for top in range(0, height, most):
-            for left in range(0, width, most):
+        corners = itertools.product(range(0, height, most), range(0, width, most))
+        with self._reading() as source:
+            for top, left in corners:
                 rows, columns = min(most, height - top), min(most, width - left)
                 # Before rounding, of the level.
                 wide, high = columns * ratio, rows * ratio

@@ -3,6 +3,8 @@
 import functools
 import multiprocessing
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -192,3 +194,31 @@ def test_a_child_that_was_forked_reads_its_own_file(file):
 
 def _read_of(slide, place):
     return slide.read(*place, 64, 64, 0.5)
+
+
+def test_a_slide_that_is_closed_waits_for_its_readers(file):
+    """In a process of its own: without that, OpenSlide takes the process with it."""
+    code = f"""
+import threading, time
+from lgd.slides.slide import open_slide
+
+def read():
+    try:
+        while True:
+            slide.read(0, 0, 1600, 1200, 0.5)
+    except ValueError as error:
+        ended.append(str(error))
+
+for _ in range(3):
+    ended, slide = [], open_slide({str(file)!r})
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    slide.close()
+    for thread in threads:
+        thread.join()
+    assert ended == [f"{{slide.path}} is closed"] * 4, ended
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
