@@ -28,9 +28,9 @@ _OD = 0.03
 _BLUR_UM = 10 / 2.355
 """Standard deviation of a Gaussian 10 um wide."""
 _WINDOW_UM = 60.0
-_UNEVEN, _UNEVEN_COARSE = 0.006, 0.0045
-"""Least standard deviation of the density in a window; in pixels of above 6 um. Of halos of eosin on her2st 95 % are
-below 0.0064, and of the faintest real IHC (BCI, level 0) 99 % are above 0.0083."""
+_UNEVEN, _COARSEST_MPP = 0.006, 6.0
+"""Least standard deviation of the density in a window, where the mask is no coarser: larger pixels show no cells.
+Of halos of eosin on her2st 95 % are below 0.0064, and of the faintest real IHC (BCI, level 0) 99 % are above 0.0083."""
 _CLOSE_UM = 8.0
 _LEAST_UM2 = 2500.0
 _STRIP = 128
@@ -64,6 +64,8 @@ class Tissue:
     white: tuple[float, float, float]
     """Red, green and blue of the glass."""
     area_mm2: float
+    scanned_mm2: float
+    """Of what the file holds, glass too."""
     pen: float
     """Share of the tissue that looks like ink."""
     blurred: float
@@ -72,8 +74,8 @@ class Tissue:
 
     @property
     def is_empty(self) -> bool:
-        """Whether less than 0.1 % of the slide is tissue."""
-        return bool(self.mask_HW.mean() < _LEAST_SHARE)
+        """Whether less than 0.1 % of what was scanned is tissue."""
+        return self.area_mm2 < _LEAST_SHARE * self.scanned_mm2
 
     def share(self, x: int, y: int, side: int) -> float:
         """The share of a square, in level-0 pixels, that is tissue."""
@@ -118,12 +120,13 @@ def find_tissue(slide: Slide, *, focus: bool = True) -> Tissue:
     red, green, blue = map(float, white_3 := estimate_glass(overview))
     ink_HW = _map_strips(functools.partial(_find_ink, mpp=mpp), overview)
     dense_HW = _map_strips(functools.partial(_find_dense, mpp=mpp, white_3=white_3), overview)
+    scanned = float(overview.scanned_HW.sum()) * mpp**2 / 1e6
     # The memory that they took is that of what follows.
     del overview
     mask_HW = _clean(dense_HW, mpp)
     area, pen = float(mask_HW.sum()) * mpp**2 / 1e6, float(ink_HW[mask_HW].mean()) if mask_HW.any() else 0.0
     blurred = _measure_blur(slide, mask_HW, downsample) if focus else 0.0
-    tissue = Tissue(mask_HW, mpp, downsample, (red, green, blue), area, pen, blurred, ())
+    tissue = Tissue(mask_HW, mpp, downsample, (red, green, blue), area, scanned, pen, blurred, ())
     return dataclasses.replace(tissue, notes=tuple(_list_notes(tissue)))
 
 
@@ -174,8 +177,8 @@ def _find_dense(pixels: np.ndarray, scanned_HW: np.ndarray, mpp: float, white_3:
         np.maximum(od_HW, of_byte[pixels[..., channel]], out=od_HW)
     # What was not scanned is no tissue, and neither is black that some programs fill in for it.
     od_HW[~scanned_HW | (pixels.max(-1) == 0)] = 0
-    uneven_HW = _find_uneven(od_HW, mpp)
-    return np.asarray(uneven_HW & (ndimage.gaussian_filter(od_HW, _BLUR_UM / mpp) > _OD))
+    dense_HW: np.ndarray = ndimage.gaussian_filter(od_HW, _BLUR_UM / mpp) > _OD
+    return dense_HW & _find_uneven(od_HW, mpp) if mpp <= _COARSEST_MPP else dense_HW
 
 
 def _find_uneven(od_HW: np.ndarray, mpp: float) -> np.ndarray:
@@ -183,7 +186,7 @@ def _find_uneven(od_HW: np.ndarray, mpp: float) -> np.ndarray:
     mean_HW = ndimage.uniform_filter(od_HW, window)
     variance_HW = ndimage.uniform_filter(np.square(od_HW), window)
     variance_HW -= np.square(mean_HW, out=mean_HW)
-    return np.asarray(variance_HW > (_UNEVEN if mpp <= 6 else _UNEVEN_COARSE) ** 2)
+    return np.asarray(variance_HW > _UNEVEN**2)
 
 
 def _clean(mask_HW: np.ndarray, mpp: float) -> np.ndarray:

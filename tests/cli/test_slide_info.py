@@ -51,7 +51,7 @@ def test_an_empty_slide_says_so(tmp_path, capsys):
     ("args", "status", "message"),
     [
         (["S.tif"], 1, "S.tif does not say its scale: say its micrometres per pixel by --mpp X"),
-        (["S.tif", "--mpp", "1000"], 1, "S.tif: --mpp is 1000: slides have 0.1 to 2 um a pixel"),
+        (["S.tif", "--mpp", "1000"], 1, "S.tif: mpp is 1000: slides have 0.1 to 2 um a pixel"),
         (["photo.svs"], 1, "photo.svs is a JPEG image and no slide"),
         (["none.svs"], 1, "none.svs does not exist"),
         (["s3://bucket/S.svs"], 2, "s3://bucket/S.svs: slides are read from local files only: fetch it first"),

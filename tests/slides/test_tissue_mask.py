@@ -11,6 +11,7 @@ from scipy import ndimage
 from lgd.slides import tissue_mask
 from lgd.slides.slide import open_slide
 from lgd.slides.tissue_mask import Tissue, find_tissue
+from lgd.tissue.pyramid import write_pyramid
 
 MPP = 1.0
 
@@ -100,10 +101,29 @@ def test_strips_give_what_the_whole_gives(monkeypatch, tmp_path):
         assert (find_tissue(slide).mask_HW == whole.mask_HW).all() and whole.mask_HW.shape[0] > 500
 
 
+def test_a_sparse_slide_is_not_empty(tmp_path):
+    """All but one corner of 1,280 was not scanned: of what was, much is tissue."""
+    pixels, where = draw_tissue(1280)
+    rows = ([pixels[row * 256 :][:256, column * 256 :][:, :256] for column in range(5)] for row in range(5))
+    count = 30_000 // 256
+
+    def lay_rows():
+        for row in rows:
+            yield [*row, *[None] * (count - 5)]
+        for _ in range(count - 5):
+            yield [None] * count
+
+    write_pyramid(tmp_path / "slide.tif", lay_rows(), 0.5, size=(count * 256, count * 256))
+    with open_slide(tmp_path / "slide.tif") as slide:
+        tissue = find_tissue(slide)
+    assert where.sum() < 0.001 * 30_000**2 and not tissue.is_empty
+    assert tissue.area_mm2 == pytest.approx(where.sum() * 0.25 / 1e6, rel=0.25)
+
+
 @given(st.integers(-90, 90), st.integers(-90, 90), st.integers(1, 120), st.sampled_from([1.0, 3.7, 5.6]))
 def test_the_share_of_a_square_is_its_area_in_the_mask(x, y, side, downsample):
     mask = np.random.default_rng(x % 5).random((16, 20)) < 0.5
-    tissue = Tissue(mask, 2.8, downsample, (255, 255, 255), 0.0, 0.0, 0.0, ())
+    tissue = Tissue(mask, 2.8, downsample, (255, 255, 255), 0.0, 1.0, 0.0, 0.0, ())
 
     def overlap(first, place):
         return max(0.0, min(first + side, (place + 1) * downsample) - max(first, place * downsample))
