@@ -189,6 +189,7 @@ def _join(runs: Sequence[Predictions], order: Ints) -> Predictions:
         label=np.concatenate([run.label for run in runs]),
         output=np.concatenate([run.output for run in runs]),
         sites={},
+        places=None,
         conformal=None,
     )
     return joined.select(order)

@@ -6,10 +6,10 @@ answer depends on which parts of the tissue are on the slide, and not whether th
 Shapes: n tiles, K numbers of an answer, B blocks, R resamples.
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lgd.base.records import Count, Line, Many, Record, Sha256, Text
 from lgd.base.target import StatedTarget, Target
@@ -110,6 +110,14 @@ class SlideScore(Document):
     blank: Count
     """Tiles that hold hardly any tissue after all (`lgd.stain.checks`)."""
     notes: Many[Line]
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        answer, classes = self.answer, self.target.classes
+        named = [answer.probabilities, *([answer.area.shares] if answer.area else [])]
+        if any(one and {*one} != {*classes} for one in named):
+            raise ValueError(f"field answer names other classes than the target's ({', '.join(classes)[:200]})")
+        return self
 
 
 def answer_slide(target: Target, conformal: Conformal | None, output_nK: Floats, block_n: Ints) -> SlideAnswer:

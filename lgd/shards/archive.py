@@ -24,11 +24,11 @@ from lgd.base.target import Target
 from lgd.io.location import Location
 from lgd.io.remote import name_with_copy, open_checked
 from lgd.shards.image import kind
-from lgd.shards.manifest import REBUILD, PatchMeta
+from lgd.shards.manifest import NOWHERE, REBUILD, PatchMeta
 
 INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])
 """Type of one entry of an `.idx`, which holds `numpy.save` content of shape (samples, members of a sample)."""
-SKIPPED = PatchMeta.model_construct(key="", label=None, slide=None, group="", mpp=None)
+SKIPPED = PatchMeta.model_construct(**vars(NOWHERE), key="", label=None, slide=None, group="", mpp=None)
 """In the place of one that could not be read."""
 
 _BLOCK = tarfile.BLOCKSIZE

@@ -316,7 +316,7 @@ def test_a_grade_has_one_colour():
 
 
 def test_the_command_line(tissue_run, ramp, tmp_path, capsys):
-    command = ["predict", str(ramp), "--model", tissue_run.run.dir]
+    command = ["predict", str(ramp), "--model", tissue_run.student.dir]
     assert main([*command, "--mpp", "0.46", "--out", str(tmp_path / "out"), "--json"]) == 0
     (document,) = json.loads(capsys.readouterr().out)
     assert document == json.loads((tmp_path / "out" / "ramp" / "slide.json").read_text())
@@ -328,5 +328,5 @@ def test_the_command_line(tissue_run, ramp, tmp_path, capsys):
     for options in (["--mpp", "unknown"], ["--workers", "1"], ["--slides", "a.csv"]):
         assert main([*command, *options]) == 2 and options[0] in capsys.readouterr().err
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    assert main(["predict", str(tmp_path / "a.png"), "--model", tissue_run.run.dir, "--out", str(tmp_path)]) == 2
+    assert main(["predict", str(tmp_path / "a.png"), "--model", tissue_run.student.dir, "--out", str(tmp_path)]) == 2
     assert "--out is for slides" in capsys.readouterr().err

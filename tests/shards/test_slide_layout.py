@@ -241,7 +241,6 @@ HE = {"he": "he.tif", "slide": "S"}
             "several pairs .* called S",
         ),
         ([HE | {"ihc": "ihc.tif", "label": "7"}], "label is '7'"),
-        ("all 1. pairs are aligned worse than --least-alignment 2 .*-alignment none",),
     ],
 )
 def test_what_makes_no_pairs_is_refused_in_words(odd, tmp_path, rows, message):

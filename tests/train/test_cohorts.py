@@ -12,7 +12,7 @@ from lgd.base.errors import DataError
 from lgd.cli import main
 from lgd.models.description import StudentConfig, TeacherConfig
 from lgd.report.caveats import PROBE_ROW
-from lgd.report.evaluation import Gallery
+from lgd.report.sheet import Gallery
 from lgd.retrieval.queries import query
 from lgd.scoring.predict import predict
 from lgd.shards.builder import build

@@ -6,6 +6,7 @@ batches of the same size, and keeps what it says. The slide is a mosaic of the H
 """
 
 import itertools
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from tools.bench.inputs import HER2, Inputs
 from tools.bench.measure import Outcome, Rate, Settings, alternate, cpu_seconds
 
 MARK = 0.9
-_MPP = 0.46
+_MPP, _TILE_MPP = 0.46, 0.5
 
 
 def draw_slide(inputs: Inputs, path: Path, side: int) -> None:
@@ -49,7 +50,7 @@ def make_scorer(settings: Settings) -> Scorer:
     """An untrained student whose patches had the size of its input, so that tiles are read at full scale."""
     sizes = Sizes(target=HER2, ordinal=None, latents={}, nuclei_grid=1, membrane_grid=1, staining=None)
     model = Student(morphology=build_encoder(settings.model), hallucination=None, **sizes)
-    shape = {"width": settings.size, "height": settings.size, "mpp": 0.5, "samples": 1}
+    shape = {"width": settings.size, "height": settings.size, "mpp": _TILE_MPP, "samples": 1}
     training = {"target": HER2.as_json(), "marker": None, "labels": {"0": 1, "unknown": 0}, "shapes": [shape]}
     facts = {"weights_sha256": "0" * 64, "size": settings.size, "temperature": 1.0, "inputs": "0" * 64, "steps": 0}
     facts |= {"training": training | {"virtual": True, "shards": []}, "validation": {}, "epochs": 0.0, "skipped": 0}
@@ -66,12 +67,13 @@ def score_bare(scorer: Scorer, path: Path, xy_n2: Sequence[tuple[int, int]], sid
     size = scorer.config.size
 
     def read(place: tuple[int, int]) -> np.ndarray:
-        image = slide.read_region(place, level, (round(side / down),) * 2).convert("RGB")
-        return np.asarray(image if image.width == size else image.resize((size, size), Image.Resampling.BILINEAR))
+        image = slide.read_region(place, level, (math.ceil(wide),) * 2).convert("RGB")
+        box = (0, 0, wide, wide)
+        return np.asarray(image if wide == size else image.resize((size, size), Image.Resampling.BILINEAR, box))
 
     with OpenSlide(path) as slide, ThreadPoolExecutor(threads) as pool:
         level = slide.get_best_level_for_downsample(side / size * 1.02)
-        down = slide.level_downsamples[level]
+        wide = size * _TILE_MPP / _MPP / slide.level_downsamples[level]
         batch = BATCH["cpu" if scorer.device == "cpu" else "cuda"]
         tiles = map_ordered_prefetch(pool, read, xy_n2, count=2 * batch)
         found = []
