@@ -18,6 +18,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -31,7 +32,10 @@ from lgd.base.logs import progress, show_logs
 from lgd.cli import main
 from lgd.io.files import read_json
 from lgd.ray_jobs import cluster, mapping, training
+from lgd.scoring import slide_plan
+from lgd.scoring.slides import score_slides
 from lgd.store.store import Store
+from lgd.tissue.pyramid import write_pyramid
 from lgd.train.deepspeed_engine import deepspeed_problem
 from tests.support.sockets import find_own_address, free_ports
 
@@ -244,6 +248,23 @@ def test_a_worker_has_several_arguments_at_once_where_it_may(workers, tmp_path):
     results = list(mapping.map_with(make, list(range(8)), workers=workers, option_name="x", at_once=2))
     assert sorted(number for number, _ in results) == list(range(8))
     assert len({pid for _, pid in results}) == max(1, workers)
+
+
+def test_slides_are_scored_by_workers_as_by_one_process(tissue_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(slide_plan, "CHUNK", 10)
+    pixels = np.full((600, 900, 3), 240, np.uint8)
+    pixels[64:536, 64:836] = np.random.default_rng(0).integers(90, 220, (472, 772, 3))
+    for name in ("one", "two"):
+        write_pyramid(tmp_path / f"{name}.tif", pixels, 0.46)
+        pixels = pixels[::-1]
+    slides = [tmp_path / f"{name}.tif" for name in ("one", "two")]
+    for workers in (0, 2):
+        scores, problems = score_slides(tissue_run.student.dir, slides, tmp_path / str(workers), workers=workers)
+        assert problems == {} and [score.tiles > 20 for score in scores] == [True, True]
+    for slide in ("one", "two"):
+        alone, shared = ((tmp_path / workers / slide / "tiles.csv").read_bytes() for workers in "02")
+        assert alone == shared
+        assert not (tmp_path / "2" / slide / "parts").exists()
 
 
 def test_a_lost_worker_is_replaced_and_an_argument_that_kills_each_is_named(monkeypatch, tmp_path, caplog, capfd):
