@@ -16,6 +16,7 @@ from drawn_slides import draw_colours, write_ome
 from verbs import VERBS
 
 from lgd.io.files import read_json
+from lgd.tissue.pyramid import write_pyramid
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -323,3 +324,10 @@ def test_slides_without_what_reads_them(without, tmp_path, absent):
     error = without((absent,))("-c", script, slide, status=1).stderr
     remedy = "slides need packages that are not installed: pip install 'lgd[slides]'"
     assert error.splitlines()[-1] == f"lgd.base.errors.DataError: {slide}: {remedy}"
+
+
+def test_a_slide_that_passes_for_an_image_without_openslide(without, tmp_path):
+    write_pyramid(tmp_path / "S.tif", draw_colours(600, 600), 0.46)
+    command = ("-m", "lgd", "predict", "--model", "none", tmp_path / "S.tif", "--out", tmp_path / "out")
+    error = without(("openslide",))(*command, status=2).stderr
+    assert error.endswith("if it does, slides need packages that are not installed: pip install 'lgd[slides]'\n")

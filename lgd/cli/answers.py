@@ -6,6 +6,7 @@ import logging
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -97,6 +98,7 @@ def _add_predict(parser: Parser) -> Run:
         from lgd.runs.folder import explain_overrides
         from lgd.scoring import images, notes, predict, slide_rows
         from lgd.scoring import slides as whole_slides
+        from lgd.slides.source import INSTALL
 
         if scanned := whole_slides.find_slides(namespace.images):
             require(slides is None, "--slides names the slides of patches, and these are slides: leave it out")
@@ -104,9 +106,11 @@ def _add_predict(parser: Parser) -> Run:
             return
         for option in ("out", "workers"):
             shown = ", ".join(namespace.images)
+            # Without it a TIFF passes for an image.
+            reader = "" if find_spec("openslide") else f"; if it does, {INSTALL}"
             require(
                 not getattr(namespace, option),
-                f"--{option} is for slides, and {shown} holds none: name slides, or leave it out",
+                f"--{option} is for slides, and {shown} holds none: name slides, or leave it out{reader}",
             )
         paths = images.find_images(namespace.images)
         with explain_overrides(config):
