@@ -80,11 +80,9 @@ class SlideTissue(Record):
     """Of the tissue that is out of focus."""
 
 
-class SlideScore(Document):
-    """slide.json."""
+class TiledSlide(Document):
+    """A slide, and how it is cut into tiles."""
 
-    FORMAT: ClassVar[str] = "lgd-slide/1"
-    ABSENT: ClassVar[str] = "score the slide first: lgd predict SLIDE --out DIR"
     REMEDY: ClassVar[str] = "delete its folder and score the slide again"
 
     slide: Text
@@ -97,13 +95,21 @@ class SlideScore(Document):
     bounds: Many[int]
     """x, y, width and height of the part that was scanned."""
     tissue: SlideTissue
+    side: Annotated[int, Field(ge=1)]
+    """Of a tile."""
+
+
+class SlideScore(TiledSlide):
+    """slide.json."""
+
+    FORMAT: ClassVar[str] = "lgd-slide/1"
+    ABSENT: ClassVar[str] = "score the slide first: lgd predict SLIDE --out DIR"
+
     method: Line
     target: StatedTarget
     virtual: bool
     """Whether the network was trained on virtual tissue only."""
     answer: SlideAnswer
-    side: Annotated[int, Field(ge=1)]
-    """Of a tile."""
     tiles: Count
     failed: Count
     """Tiles that could not be read; tiles.csv says why. They do not count, nor do those that are `blank`."""

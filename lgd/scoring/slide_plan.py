@@ -14,16 +14,15 @@ import numpy as np
 from pydantic import Field
 
 from lgd.base.errors import DataError
-from lgd.base.records import Line, Many, Sha256, Text
+from lgd.base.records import Line, Many, Sha256
 from lgd.base.text import escape_text
 from lgd.io.digests import format_diff, sha256
-from lgd.io.documents import Document
 from lgd.io.files import list_folder, read_bytes, write_bytes
 from lgd.io.folders import refuse_foreign
 from lgd.io.location import Location
 from lgd.models.description import Training
 from lgd.scoring.images import COARSEST, ENLARGED, SAME
-from lgd.scoring.slide_answer import Positive, SlideInputs, SlideScore, SlideTissue
+from lgd.scoring.slide_answer import Positive, SlideInputs, SlideScore, SlideTissue, TiledSlide
 from lgd.slides.slide import Slide
 from lgd.slides.tiles import lay_tiles
 from lgd.slides.tissue_mask import find_tissue
@@ -39,22 +38,13 @@ _ELSEWHERE = "name another folder as --out, or delete that of the slide"
 _MOST_ASPECT = 1.1
 
 
-class SlidePlan(Document):
+class SlidePlan(TiledSlide):
     """plan.json."""
 
     FORMAT: ClassVar[str] = "lgd-slide-plan/1"
     ABSENT: ClassVar[str] = "score the slide again"
-    REMEDY: ClassVar[str] = "delete its folder and score the slide again"
 
-    slide: Text
-    inputs: SlideInputs
-    width: Annotated[int, Field(ge=1)]
-    height: Annotated[int, Field(ge=1)]
-    vendor: Line
-    bounds: Many[int]
-    tissue: SlideTissue
     mask_mpp: Positive
-    side: Annotated[int, Field(ge=1)]
     tiles: Annotated[int, Field(ge=1)]
     notes: Many[Line]
     arrays: Sha256

@@ -10,7 +10,7 @@ from lgd.models.description import StudentConfig
 from lgd.models.methods import find_method
 from lgd.scoring.heatmap import draw_heatmap
 from lgd.scoring.notes import NO_LABELS, VIRTUAL
-from lgd.scoring.slide_answer import SlideScore, answer_slide, number_blocks
+from lgd.scoring.slide_answer import SlideScore, TiledSlide, answer_slide, number_blocks
 from lgd.scoring.slide_files import ScoredSlide, write_features, write_geojson, write_tiles
 from lgd.scoring.slide_parts import read_parts
 from lgd.scoring.slide_plan import SlidePlan, read_arrays
@@ -64,18 +64,11 @@ def _measure(scored: ScoredSlide) -> SlideScore:
     if few := config.conformal and config.conformal.explain_size("slide"):
         said.append(f"no label set: {few}")
     return SlideScore(
-        slide=plan.slide,
-        inputs=plan.inputs,
-        width=plan.width,
-        height=plan.height,
-        vendor=plan.vendor,
-        bounds=plan.bounds,
-        tissue=plan.tissue,
+        **{name: getattr(plan, name) for name in TiledSlide.model_fields},
         method=find_method(config.method).title,
         target=training.target,
         virtual=training.virtual,
         answer=answer,
-        side=plan.side,
         tiles=plan.tiles,
         failed=failed,
         blank=blank,
