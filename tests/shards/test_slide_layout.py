@@ -15,11 +15,9 @@ from lgd.cli import main
 from lgd.shards.builder import build
 from lgd.shards.image import decode
 from lgd.shards.options import ShardOptions
-from lgd.shards.shard_set import ShardSet
 from lgd.shards.verify import verify
 from lgd.slides.slide import open_slide
-from lgd.store.feature_layouts import open_features
-from lgd.store.joining import Patches, join
+from lgd.store.store import Store
 from lgd.tissue.pyramid import write_pyramid
 
 TILE, MOVED = 128, 76
@@ -139,29 +137,31 @@ def test_a_transform_leads_to_the_same_tissue(tmp_path):
         assert np.abs(found - centre).max() < 0.1 and meta["ihc_side"] == pytest.approx(TILE * scale, abs=0.01)
 
 
-def test_features_of_trident_and_stamp_join_by_place(drawn, built, tmp_path):
+@pytest.mark.parametrize("tool", ["trident", "stamp"])
+def test_features_of_other_tools_are_imported_by_place(drawn, built, tmp_path, tool):
     """Of the IHC slides, one file each, with rows of other tiles and in another order."""
-    shards = ShardSet.open([str(built[0])]).shards
-    patches = Patches.read(shards)
-    rng, files = np.random.default_rng(0), {"trident": [], "stamp": []}
+    rng, files = np.random.default_rng(0), []
     for name in ("a", "moved"):
         with open_slide(drawn / f"{name}-ihc.tif") as slide:
             grid = [(x, y) for y in range(0, slide.height, TILE) for x in range(0, slide.width, TILE)]
         coords = rng.permutation(np.array(grid))
-        features = coords.astype(np.float32)
-        for kind, write in files.items():
-            (tmp_path / kind).mkdir(exist_ok=True)
-            path = tmp_path / kind / f"{name}-ihc.h5"
-            if kind == "trident":
-                write_trident(path, features, coords, side=TILE)
-            else:
-                write_stamp(path, features, coords * MPP, side_um=TILE * MPP)
-            write.append(open_features(path))
-    for kind, opened in files.items():
-        joined = join(patches, opened)
-        for number, (file, row) in enumerate(zip(joined.file_n, joined.row_n, strict=True)):
-            ((_, block),) = opened[file].read(np.array([row]))
-            assert block[0].tolist() == patches.place_n2[number].tolist(), kind
+        features = (coords / TILE + 100 * (name == "moved")).astype(np.float32)
+        files.append(str(tmp_path / f"{name}-ihc.h5"))
+        if tool == "trident":
+            write_trident(tmp_path / f"{name}-ihc.h5", features, coords, side=TILE)
+        else:
+            write_stamp(tmp_path / f"{name}-ihc.h5", features, coords * MPP, side_um=TILE * MPP)
+    run = {"run.dir": tmp_path / "run", "data.shards": built[0], "teacher.source": "imported", "train.workers": 0}
+    assert main(["import-latents", *(f"--{name}={value}" for name, value in run.items()), *files]) == 0
+    store = Store(tmp_path / "run" / "latents")
+    centre, places = store.document.teachers["teacher"].centre, {}
+    for _, meta, *_ in samples_of(built[0]):
+        places[meta["key"]] = (meta["x"] / TILE, meta["y"] / TILE)
+    keys = [key.decode() for part in store.parts for key in part.array("key")]
+    rows = [row[0] + centre for part in store.parts for row in part.array("pooled").astype(float)]
+    assert sorted(keys) == sorted(places)
+    for key, row in zip(keys, rows, strict=True):
+        assert row == pytest.approx(places[key], abs=0.02), "the features of another place"
 
 
 def write_valis(folder):
