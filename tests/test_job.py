@@ -19,6 +19,7 @@ import pytest
 
 from lgd.config_files import load_config
 from lgd.io.files import read_json
+from lgd.scoring.slide_answer import SlideScore
 from lgd.store.store import Store
 from lgd.tissue.synth import synthesise
 from lgd.tissue.synth_options import SynthOptions
@@ -107,6 +108,8 @@ for network in ("teacher", "student"):
 def test_the_documented_jobs_run(head, tmp_path):
     tissue = tmp_path / "BCI"
     synthesise(SynthOptions(out=str(tissue), pairs=24, size=64, slides=12, workers=1))
+    synthesise(SynthOptions(out=str(tmp_path / "drawn"), slides_only=2, slide_size=512, workers=1))
+    (tmp_path / "drawn" / "HE").rename(tmp_path / "slides")
     told = {}
     for python, *args in examples():
         assert python == "python"
@@ -114,10 +117,13 @@ def test_the_documented_jobs_run(head, tmp_path):
         args = [arg.replace("/data/", f"{tmp_path}/") for arg in args]
         if name == "tools/build_shards.py":
             args += ["--workers", "2", "--shard-size", "4"]
+        elif name == "predict":
+            args += ["--workers", "1"]
         else:
             args += [word for field, value in SMALL.items() for word in (f"--{field}", str(value))]
         told[name] = submit(head, sys.executable, *args)
-    assert list(told) == ["tools/build_shards.py", "train-teacher", "tools/cache_teacher_latents.py", "train"]
+    verbs = ["tools/build_shards.py", "train-teacher", "tools/cache_teacher_latents.py", "train", "predict"]
+    assert list(told) == verbs
     shards, run = tmp_path / "shards" / "bci", tmp_path / "runs" / "bci"
     assert read_json(shards / "manifest.json")["splits"]["train"]["samples"] >= 8
     assert "step" in told["train-teacher"], "the progress of rank 0 is part of the job's output"
@@ -125,6 +131,10 @@ def test_the_documented_jobs_run(head, tmp_path):
     assert Store(run / "latents").verify() == []
     student = read_json(run / "student" / "config.json")
     assert (student["workers"], student["method"]) == (2, "lgd")
+    assert "slide-0000" in told["predict"] and "slide-0001" in told["predict"]
+    for name in ("slide-0000", "slide-0001"):
+        folder = tmp_path / "scores" / name
+        assert SlideScore.read(folder / "slide.json").failed == 0 and (folder / "heatmap.png").stat().st_size > 1000
 
 
 def test_a_stopped_job_saves_a_checkpoint(head, tissue_run, tmp_path):

@@ -143,7 +143,7 @@ class Slide:
                 # Before rounding, of the level.
                 wide, high = columns * ratio, rows * ratio
                 at = round(x + left * step), round(y + top * step)
-                image = source.read(level, *at, math.ceil(wide - 1e-6), math.ceil(high - 1e-6))
+                image = _drop_opacity(source.read(level, *at, math.ceil(wide - 1e-6), math.ceil(high - 1e-6)))
                 if ratio != 1.0:
                     # Pillow's bilinear filter widens with the shrink factor, which keeps it free of aliases.
                     box = (0.0, 0.0, min(wide, image.width), min(high, image.height))
@@ -171,13 +171,17 @@ def _open_source(path: Path) -> Source:
     return OmeFile(path)
 
 
-def _flatten(image: Image.Image, background: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _drop_opacity(image: Image.Image) -> Image.Image:
+    """RGB where nothing shows through, which is resized in half the time."""
+    opaque = image.mode == "RGBA" and image.getchannel("A").getextrema()[0] == 255
+    return image.convert("RGB") if opaque else image
+
+
+def _flatten(image: Image.Image, background: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray | bool]:
     """RGB over a background, and which pixels are more than that."""
     if image.mode == "RGB":
-        return np.asarray(image), np.ones(image.size[::-1], np.bool_)
+        return np.asarray(image), True
     alpha = image.getchannel("A")
-    if alpha.getextrema()[0] == 255:
-        return np.asarray(image)[..., :3], np.ones(image.size[::-1], np.bool_)
     canvas = Image.new("RGB", image.size, background)
     canvas.paste(image, mask=alpha)
     return np.asarray(canvas), np.asarray(alpha) > 127
