@@ -64,7 +64,7 @@ def test_what_pip_installs_is_pinned_within_the_bounds_of_the_project():
     lines = (ROOT / "cluster" / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = PROJECT["optional-dependencies"]
-    for text in PROJECT["dependencies"] + extras["cpu"] + extras["gpu"] + extras["s3"]:
+    for text in PROJECT["dependencies"] + extras["cpu"] + extras["gpu"] + extras["s3"] + extras["slides"]:
         requirement = Requirement(text)
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
         assert requirement.specifier.contains(pins[name]), f"{name} {pins.get(name)}"
