@@ -1,0 +1,104 @@
+"""The map of a slide against what was drawn there, by a student of virtual patches."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from lgd.config_files import load_config
+from lgd.report.colour import _colour, read_training_colours
+from lgd.scoring.predict import load_scorer
+from lgd.scoring.slides import score_slides
+from lgd.shards.builder import build
+from lgd.shards.options import ShardOptions
+from lgd.shards.shard_set import ShardSet
+from lgd.slides.slide import open_slide
+from lgd.store.cache import cache_latents
+from lgd.tissue.drawing import MPP
+from lgd.tissue.slide_set import SlidesTruth
+from lgd.tissue.synth import synthesise
+from lgd.tissue.synth_options import SynthOptions
+from lgd.train.launch import train_under
+
+SIDE = 96
+LEVELS = ("0", "1+", "2+", "3+")
+OPTIONS = {
+    "data.size": SIDE,
+    "data.threads": 1,
+    "data.stain_jitter": 0.2,
+    "teacher.epochs": 10,
+    "latents.map": 3,
+    "student.epochs": 16,
+    "student.hallucination": "shared",
+    "student.distil_weight": 1.0,
+    "train.workers": 0,
+    "train.engine": "torch",
+    "train.batch": 16,
+    "train.lr": 3e-3,
+    "train.warmup": 0.3,
+    "train.evaluate_every": 1_000_000,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run over virtual patches, with a trained student."""
+    folder = tmp_path_factory.mktemp("truth")
+    synthesise(SynthOptions(out=str(folder / "tissue"), pairs=960, size=SIDE, coupling=1.0, seed=8, test=0, workers=1))
+    fields = {"slides": str(folder / "tissue" / "truth.csv"), "split": "keep:0.05"}
+    build(ShardOptions(layout="bci", root=str(folder / "tissue"), out=str(folder / "shards"), mpp=MPP, **fields))
+    options = OPTIONS | {"run.dir": folder / "run", "data.shards": folder / "shards"}
+    config = load_config(overrides=[f"--{name}={value}" for name, value in options.items()])
+    shards = ShardSet.open(config.shard_dirs)
+    train_under(config, "teacher")
+    cache_latents(config, shards.shards, 0)
+    train_under(config, "student")
+    return config
+
+
+def test_the_map_of_a_slide_shows_what_was_drawn_there(run, tmp_path):
+    """On five slides of seeds that nothing else uses; more than colour tells, and nothing where tiles are exchanged."""
+    drawn, grade_n, colour_n9, level_n = [], [], [], []
+    for seed in np.random.default_rng(20260217).integers(1000, 2**31, 5):
+        out = tmp_path / str(seed)
+        synthesise(SynthOptions(out=str(out), slides_only=1, slide_size=1536, coupling=1.0, seed=int(seed), workers=1))
+        drawn.append((out / "HE" / "slide-0000.tif").rename(out / f"{seed}.tif"))
+    assert not score_slides(load_scorer(run.student.dir), drawn, tmp_path / "scores")[1]
+    for path in drawn:
+        with (tmp_path / "scores" / path.stem / "tiles.csv").open(newline="") as file:
+            tiles = [row for row in csv.DictReader(file) if row["grade"]]
+        xy_n2 = np.array([[int(row["x"]), int(row["y"])] for row in tiles])
+        known_n = ~np.isnan(found_n := read_levels(path.parent, xy_n2))
+        grade_n += [float(row["grade"]) for row, known in zip(tiles, known_n, strict=True) if known]
+        level_n += found_n[known_n].tolist()
+        with open_slide(path) as slide:
+            colour_n9 += [_colour(slide.read(x, y, 64, 64, MPP * SIDE / 64)[None])[0] for x, y in xy_n2[known_n]]
+    training = read_training_colours(ShardSet.open(run.shard_dirs).of_split("train"), threads=1)
+    colour = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    colour.fit(training.colour_n9, [meta.label for meta in training.metas])
+    by_colour_n = colour.predict_proba(np.array(colour_n9)) @ colour.classes_
+    agreement, of_colour = (float(spearmanr(level_n, said_n)[0]) for said_n in (grade_n, by_colour_n))
+    shuffled = float(spearmanr(level_n, np.random.default_rng(0).permutation(grade_n))[0])
+    print(f"{len(level_n)} tiles: map {agreement:.3f}, colour {of_colour:.3f}, shuffled {shuffled:.3f}")
+    assert len(level_n) > 300 and set(np.round(level_n)) == {0, 1, 2, 3}
+    assert agreement >= 0.6 and agreement > of_colour + 0.1 and abs(shuffled) < 0.15
+
+
+def read_levels(folder, xy_n2):
+    """The level that was drawn at each tile: of its tumour, where that is three tenths of it and more; else nan."""
+    (truth,) = SlidesTruth.read(folder / "truth.json").slides
+    level_N = np.array([np.nan] + [LEVELS.index(region.label) for region in truth.regions])
+    raster = np.asarray(Image.open(folder / "truth" / "slide-0000.png")).astype(int)
+    level_HW, tumour_HW = level_N[raster[..., 0]], raster[..., 1] / 255 * (raster[..., 0] > 0)
+    found = []
+    for left, top in xy_n2 // 32:
+        place = slice(top, top + SIDE // 32), slice(left, left + SIDE // 32)
+        tumour = tumour_HW[place]
+        enough = tumour.mean() >= 0.3
+        found.append(np.nansum(level_HW[place] * tumour) / tumour.sum() if enough else np.nan)
+    return np.array(found)
