@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from lgd.base.threads import in_threads
 from lgd.slides.slide import Overview, Slide
 
 _MPP = 2.8
@@ -47,6 +48,7 @@ _STROKE_UM, _RIM_UM = 40.0, 11.0
 """What is thinner is no stroke; and what is paler along it is one."""
 _PEN_NOTED, _BLUR_NOTED = 0.01, 0.1
 _SPOTS, _SPOT_SIDE, _SPOT_MPP = 48, 256, 0.5
+_THREADS = 2  # that read them
 _BLURRED = 1 / 6
 """Of the slide's median focus. A Gaussian of 1 px takes it to a third or a fifth, one of 2 px to a tenth or less."""
 
@@ -236,12 +238,17 @@ def _measure_blur(slide: Slide, mask_HW: np.ndarray, downsample: float) -> float
     side = slide.find_side(_SPOT_SIDE, mpp)
     # Tissue pixels down to each row.
     sum_H = np.cumsum(mask_HW.sum(1))
-    focus = []
+    places = []
     for number in np.linspace(0, sum_H[-1] - 1, min(_SPOTS, sum_H[-1])).astype(int):
         row = int(np.searchsorted(sum_H, number, "right"))
         column = np.flatnonzero(mask_HW[row])[number - sum_H[row]]
         x, y = (math.floor((at + 0.5) * downsample - side / 2) for at in (column, row))
-        focus.append(measure_focus(slide.read(x, y, _SPOT_SIDE, _SPOT_SIDE, mpp)))
+        places.append((x, y))
+
+    def measure(place: tuple[int, int]) -> float:
+        return measure_focus(slide.read(*place, _SPOT_SIDE, _SPOT_SIDE, mpp))
+
+    focus = list(in_threads(measure, places, _THREADS))
     return float(np.mean(np.array(focus) < _BLURRED * np.median(focus))) if focus else 0.0
 
 
