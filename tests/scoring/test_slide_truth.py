@@ -13,13 +13,14 @@ from sklearn.preprocessing import StandardScaler
 from lgd.config_files import load_config
 from lgd.report.colour import _colour, read_training_colours
 from lgd.scoring.predict import load_scorer
-from lgd.scoring.slides import score_slides
+from lgd.scoring.slides import score_slide, score_slides
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.shard_set import ShardSet
 from lgd.slides.slide import open_slide
 from lgd.store.cache import cache_latents
 from lgd.tissue.drawing import MPP
+from lgd.tissue.pyramid import write_pyramid
 from lgd.tissue.slide_set import SlidesTruth
 from lgd.tissue.synth import synthesise
 from lgd.tissue.synth_options import SynthOptions
@@ -61,17 +62,28 @@ def run(tmp_path_factory):
     return config
 
 
-def test_the_map_of_a_slide_shows_what_was_drawn_there(run, tmp_path):
-    """On five slides of seeds that nothing else uses; more than colour tells, and nothing where tiles are exchanged."""
-    drawn, grade_n, colour_n9, level_n = [], [], [], []
+@pytest.fixture(scope="module")
+def scored(run, tmp_path_factory):
+    """Five slides of seeds that nothing else uses, with their scores in a folder `scores` beside them."""
+    folder, slides = tmp_path_factory.mktemp("slides"), []
     for seed in np.random.default_rng(20260217).integers(1000, 2**31, 5):
-        out = tmp_path / str(seed)
+        out = folder / str(seed)
         synthesise(SynthOptions(out=str(out), slides_only=1, slide_size=1536, coupling=1.0, seed=int(seed), workers=1))
-        drawn.append((out / "HE" / "slide-0000.tif").rename(out / f"{seed}.tif"))
-    assert not score_slides(load_scorer(run.student.dir), drawn, tmp_path / "scores")[1]
-    for path in drawn:
-        with (tmp_path / "scores" / path.stem / "tiles.csv").open(newline="") as file:
-            tiles = [row for row in csv.DictReader(file) if row["grade"]]
+        slides.append((out / "HE" / "slide-0000.tif").rename(out / f"{seed}.tif"))
+    assert not score_slides(load_scorer(run.student.dir), slides, folder / "scores")[1]
+    return slides
+
+
+def read_tiles(folder):
+    with (folder / "tiles.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["grade"]]
+
+
+def test_the_map_of_a_slide_shows_what_was_drawn_there(run, scored):
+    """More than colour tells, and nothing where tiles are exchanged."""
+    grade_n, colour_n9, level_n = [], [], []
+    for path in scored:
+        tiles = read_tiles(path.parents[1] / "scores" / path.stem)
         xy_n2 = np.array([[int(row["x"]), int(row["y"])] for row in tiles])
         known_n = ~np.isnan(found_n := read_levels(path.parent, xy_n2))
         grade_n += [float(row["grade"]) for row, known in zip(tiles, known_n, strict=True) if known]
@@ -87,6 +99,20 @@ def test_the_map_of_a_slide_shows_what_was_drawn_there(run, tmp_path):
     print(f"{len(level_n)} tiles: map {agreement:.3f}, colour {of_colour:.3f}, shuffled {shuffled:.3f}")
     assert len(level_n) > 300 and set(np.round(level_n)) == {0, 1, 2, 3}
     assert agreement >= 0.6 and agreement > of_colour + 0.1 and abs(shuffled) < 0.15
+
+
+def test_a_scan_at_half_the_scale_gives_the_same_map(run, scored, tmp_path):
+    with open_slide(scored[0]) as slide:
+        pixels = Image.fromarray(slide.read(0, 0, slide.width, slide.height, MPP))
+    fine = pixels.resize((2 * pixels.width, 2 * pixels.height), Image.Resampling.BICUBIC)
+    write_pyramid(tmp_path / "fine.tif", np.asarray(fine), MPP / 2, quality=95)
+    score = score_slide(load_scorer(run.student.dir), tmp_path / "fine.tif", tmp_path / "out")
+    before, after = read_tiles(scored[0].parents[1] / "scores" / scored[0].stem), read_tiles(tmp_path / "out" / "fine")
+    assert score.side == 2 * SIDE and len(after) > 100
+    assert [2 * int(row[axis]) for row in before for axis in "xy"] == [int(row[axis]) for row in after for axis in "xy"]
+    probability = [np.array([[float(row[name]) for name in LEVELS] for row in rows]) for rows in (before, after)]
+    assert np.abs(probability[0] - probability[1]).max() < 0.05
+    assert score.answer.label == LEVELS[probability[0].mean(0).argmax()]
 
 
 def read_levels(folder, xy_n2):
