@@ -451,7 +451,7 @@ def test_an_autoscaling_cluster_may_be_asked_for_more_than_it_has(autoscaled):
     assert "seconds: the cluster has room for 0 of 2 workers" in done.stderr
     lacking = run(2, 9)
     assert "--workers is 9, but this Ray cluster has 5 CPUs and 0 GPUs: set it to 2 or less" in lacking.stdout
-    assert "(a worker takes 2 CPUs, one for each of data.threads 1 and one more)" in lacking.stdout
+    assert "(a worker takes 2 CPUs, one for each of 1 reading threads and one more)" in lacking.stdout
 
 
 def test_an_address_without_a_cluster_is_told(own_cluster, monkeypatch):

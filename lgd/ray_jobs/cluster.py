@@ -74,7 +74,7 @@ def connect(workers: int, option_name: str, threads: int = 0, use_gpus: bool = T
         slots = _wait_for_nodes(workers, cpus, use_gpus)
     if workers > slots:
         takes = f"a GPU and {cpus}" if use_gpus and count_slots("GPU") else str(cpus)
-        reads = f", one for each of data.threads {threads} and one more" if cpus > 1 else ""
+        reads = f", one for each of {threads} reading threads and one more" if cpus > 1 else ""
         raise DataError(
             f"{option_name} is {workers}, but this Ray cluster has {count_slots('CPU')} CPUs and {count_slots('GPU')} "
             f"GPUs: set it to {slots} or less, or add nodes (a worker takes {takes} CPUs{reads})"
