@@ -4,7 +4,7 @@ PYTHON ?= python3
 FAISS ?= cpu
 BIN := .venv/bin
 
-# What `make evidence` shows: method, coupling, shortcut or background.
+# What `make evidence` shows: method, coupling, shortcut, background, centers or ki67.
 STUDY ?= method
 
 .PHONY: demo test test-encoders check bench faults evidence clean
