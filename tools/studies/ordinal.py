@@ -110,6 +110,9 @@ def join(parts: Mapping[str, Predictions]) -> Predictions:
         groups=[f"{name} {group}" for name, part in parts.items() for group in part.groups],
         label=np.concatenate([part.label for part in parts.values()]),
         output=np.concatenate([part.output for part in parts.values()]),
+        # No metric here asks for them.
+        places=None,
+        sites={},
     )
 
 

@@ -42,7 +42,9 @@ def answer(name, seed, noise):
     logits[np.arange(24), label] += 2
     output = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     keys, groups = [f"p{n}" for n in range(24)], [f"s{n // 2}" for n in range(24)]
-    return Predictions(target=HER2, name=name, keys=keys, groups=groups, label=label, output=output)
+    # What answers to patches of shards have, too.
+    more = {"places": np.full((24, 4), np.nan), "sites": {"center": [""] * 24}}
+    return Predictions(target=HER2, name=name, keys=keys, groups=groups, label=label, output=output, **more)
 
 
 def answers(noise):
