@@ -4,7 +4,7 @@ Where laboratory or scanner goes with the label, a network can learn the stain i
 patches that share the stain do not show it. What this row reaches, such a network can reach too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +65,22 @@ def colour_only(training: Colours, scored: Sequence[Shard], target: Target, thre
 
     None where training has fewer than two different labels: nothing can be fitted.
     """
+    if (answer := fit_colours(training, target)) is None:
+        return None
+    found = _read(scored, threads)
+    return Predictions(
+        target=target,
+        name=COLOUR,
+        keys=[meta.key for meta in found.metas],
+        groups=[meta.group for meta in found.metas],
+        label=found.read_labels(target),
+        output=answer(found.colour_n9),
+        sites=found.read_sites(),
+    )
+
+
+def fit_colours(training: Colours, target: Target) -> Callable[[Floats], Floats] | None:
+    """What colours (n, 9) say, as (n, K), fitted on labelled patches; None of fewer than two different labels."""
     from sklearn.linear_model import LogisticRegression, RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -76,21 +92,16 @@ def colour_only(training: Colours, scored: Sequence[Shard], target: Target, thre
         return None
     model = make_pipeline(StandardScaler(), RidgeCV(_ALPHAS) if target.is_number else LogisticRegression(max_iter=1000))
     model.fit(colour_n9, label_n)
-    found = _read(scored, threads)
-    output_nK = np.zeros((len(found.metas), target.width))
-    if found.metas and target.is_number:
-        output_nK[:, 0] = model.predict(found.colour_n9).clip(*(target.range or (-np.inf, np.inf)))
-    elif found.metas:
-        output_nK[:, model.classes_] = model.predict_proba(found.colour_n9)
-    return Predictions(
-        target=target,
-        name=COLOUR,
-        keys=[meta.key for meta in found.metas],
-        groups=[meta.group for meta in found.metas],
-        label=found.read_labels(target),
-        output=output_nK,
-        sites=found.read_sites(),
-    )
+
+    def answer(colour_n9: Floats) -> Floats:
+        output_nK = np.zeros((len(colour_n9), target.width))
+        if len(colour_n9) and target.is_number:
+            output_nK[:, 0] = model.predict(colour_n9).clip(*(target.range or (-np.inf, np.inf)))
+        elif len(colour_n9):
+            output_nK[:, model.classes_] = model.predict_proba(colour_n9)
+        return output_nK
+
+    return answer
 
 
 def _read(shards: Sequence[Shard], threads: int, most: int = 0) -> Colours:
@@ -100,12 +111,12 @@ def _read(shards: Sequence[Shard], threads: int, most: int = 0) -> Colours:
     metas, colours = list[PatchMeta](), [np.empty((0, 9))]
     for samples, images in stream(reader, in_batches(rows, 64), threads=threads):
         metas += [sample.meta for sample in samples]
-        colours.append(_colour(images["he"]))
+        colours.append(summarise_colour(images["he"]))
     reader.close()
     return Colours(metas, np.concatenate(colours))
 
 
-def _colour(image_BHW3: np.ndarray) -> Floats:
+def summarise_colour(image_BHW3: np.ndarray) -> Floats:
     """Mean and standard deviation of the optical density, and the background's, of each channel: (B, 9)."""
     rgb_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2)
     od_B3HW, white_B311 = rgb_to_od(rgb_B3HW), rgb_to_od(estimate_white(rgb_B3HW))

@@ -172,7 +172,7 @@ def _open_source(path: Path) -> Source:
 
 
 def _drop_opacity(image: Image.Image) -> Image.Image:
-    """RGB where nothing shows through, which is resized in half the time."""
+    """RGB where nothing shows through: it is resized faster."""
     opaque = image.mode == "RGBA" and image.getchannel("A").getextrema()[0] == 255
     return image.convert("RGB") if opaque else image
 

@@ -1,17 +1,16 @@
 """The map of a slide against what was drawn there, by a student of virtual patches."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import spearmanr
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
+from lgd.base.target import find_target
 from lgd.config_files import load_config
-from lgd.report.colour import _colour, read_training_colours
+from lgd.report.colour import fit_colours, read_training_colours, summarise_colour
 from lgd.scoring.predict import load_scorer
 from lgd.scoring.slides import score_slide, score_slides
 from lgd.shards.builder import build
@@ -24,26 +23,11 @@ from lgd.tissue.pyramid import write_pyramid
 from lgd.tissue.slide_set import SlidesTruth
 from lgd.tissue.synth import synthesise
 from lgd.tissue.synth_options import SynthOptions
+from lgd.tissue.truth import LEVELS
 from lgd.train.launch import train_under
 
 SIDE = 96
-LEVELS = ("0", "1+", "2+", "3+")
-OPTIONS = {
-    "data.size": SIDE,
-    "data.threads": 1,
-    "data.stain_jitter": 0.2,
-    "teacher.epochs": 10,
-    "latents.map": 3,
-    "student.epochs": 16,
-    "student.hallucination": "shared",
-    "student.distil_weight": 1.0,
-    "train.workers": 0,
-    "train.engine": "torch",
-    "train.batch": 16,
-    "train.lr": 3e-3,
-    "train.warmup": 0.3,
-    "train.evaluate_every": 1_000_000,
-}
+EVIDENCE = Path(__file__).parents[2] / "configs" / "evidence.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +37,9 @@ def run(tmp_path_factory):
     synthesise(SynthOptions(out=str(folder / "tissue"), pairs=960, size=SIDE, coupling=1.0, seed=8, test=0, workers=1))
     fields = {"slides": str(folder / "tissue" / "truth.csv"), "split": "keep:0.05"}
     build(ShardOptions(layout="bci", root=str(folder / "tissue"), out=str(folder / "shards"), mpp=MPP, **fields))
-    options = OPTIONS | {"run.dir": folder / "run", "data.shards": folder / "shards"}
-    config = load_config(overrides=[f"--{name}={value}" for name, value in options.items()])
+    options = {"run.dir": folder / "run", "run.seed": 0, "data.shards": folder / "shards"}
+    options |= {"teacher.epochs": 10, "student.epochs": 16}
+    config = load_config(EVIDENCE, [f"--{name}={value}" for name, value in options.items()])
     shards = ShardSet.open(config.shard_dirs)
     train_under(config, "teacher")
     cache_latents(config, shards.shards, 0)
@@ -89,11 +74,11 @@ def test_the_map_of_a_slide_shows_what_was_drawn_there(run, scored):
         grade_n += [float(row["grade"]) for row, known in zip(tiles, known_n, strict=True) if known]
         level_n += found_n[known_n].tolist()
         with open_slide(path) as slide:
-            colour_n9 += [_colour(slide.read(x, y, 64, 64, MPP * SIDE / 64)[None])[0] for x, y in xy_n2[known_n]]
+            colour_n9 += [
+                summarise_colour(slide.read(x, y, 64, 64, MPP * SIDE / 64)[None])[0] for x, y in xy_n2[known_n]
+            ]
     training = read_training_colours(ShardSet.open(run.shard_dirs).of_split("train"), threads=1)
-    colour = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    colour.fit(training.colour_n9, [meta.label for meta in training.metas])
-    by_colour_n = colour.predict_proba(np.array(colour_n9)) @ colour.classes_
+    by_colour_n = fit_colours(training, find_target("her2"))(np.array(colour_n9)) @ np.arange(len(LEVELS))
     agreement, of_colour = (float(spearmanr(level_n, said_n)[0]) for said_n in (grade_n, by_colour_n))
     shuffled = float(spearmanr(level_n, np.random.default_rng(0).permutation(grade_n))[0])
     print(f"{len(level_n)} tiles: map {agreement:.3f}, colour {of_colour:.3f}, shuffled {shuffled:.3f}")
@@ -117,13 +102,14 @@ def test_a_scan_at_half_the_scale_gives_the_same_map(run, scored, tmp_path):
 
 def read_levels(folder, xy_n2):
     """The level that was drawn at each tile: of its tumour, where that is three tenths of it and more; else nan."""
-    (truth,) = SlidesTruth.read(folder / "truth.json").slides
+    document = SlidesTruth.read(folder / "truth.json")
+    (truth,), grain = document.slides, document.grain
     level_N = np.array([np.nan] + [LEVELS.index(region.label) for region in truth.regions])
     raster = np.asarray(Image.open(folder / "truth" / "slide-0000.png")).astype(int)
     level_HW, tumour_HW = level_N[raster[..., 0]], raster[..., 1] / 255 * (raster[..., 0] > 0)
     found = []
-    for left, top in xy_n2 // 32:
-        place = slice(top, top + SIDE // 32), slice(left, left + SIDE // 32)
+    for left, top in xy_n2 // grain:
+        place = slice(top, top + SIDE // grain), slice(left, left + SIDE // grain)
         tumour = tumour_HW[place]
         enough = tumour.mean() >= 0.3
         found.append(np.nansum(level_HW[place] * tumour) / tumour.sum() if enough else np.nan)
