@@ -38,19 +38,22 @@ scoring.images scoring.notes scoring.label_sets scoring.predict scoring.slide_an
 scoring.colours scoring.slide_plan scoring.slide_parts scoring.slide_files scoring.heatmap
 scoring.slide_result scoring.tile_scorer scoring.slides
 retrieval.index_files retrieval.search retrieval.factory retrieval.bias retrieval.index
-retrieval.hubs retrieval.answers retrieval.filters retrieval.rows retrieval.queries
+retrieval.hubs retrieval.answers retrieval.chance retrieval.filters retrieval.rows retrieval.queries
 runs.folder
 report.columns report.results report.sections report.colour report.caveats report.ablation_table report.figures
 report.charts report.contact_sheet report.grids report.slide_map
 report.sheet report.neighbours report.embeddings report.biased report.robustness report.agreement report.slides
 report.sites report.set_coverage report.listing report.probed report.retrieval report.pictures report.evaluation
 report.report report.ablation report.leave_out
+serve.messages serve.names serve.options serve.overlays serve.gallery serve.neighbours serve.network
+serve.slide_folder serve.slide_jobs serve.guard serve.calls serve.patch_routes serve.slide_routes serve.application
+serve.replicas serve.launch
 pipeline
-cli.contents cli.facts cli.slide_facts cli.verb cli.stages cli.answers cli.checks
+cli.contents cli.facts cli.slide_facts cli.verb cli.stages cli.answers cli.service cli.checks
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
 OWNERS = {
-    "ray": {"ray_jobs.cluster", "ray_jobs.mapping", "ray_jobs.training"},
+    "ray": {"ray_jobs.cluster", "ray_jobs.mapping", "ray_jobs.training", "serve.replicas", "serve.launch"},
     "faiss": {"retrieval.search"},
     "deepspeed": {"train.deepspeed_engine"},
     "h5py": {

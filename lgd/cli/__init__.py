@@ -18,11 +18,11 @@ from lgd.base.arguments import Parser, suggest_name
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.logs import show_logs
 from lgd.base.text import escape_text, escaped_output, print_lines
-from lgd.cli import answers, checks, stages
+from lgd.cli import answers, checks, service, stages
 from lgd.io.files import explain_full
 from lgd.io.location import FULL
 
-VERBS = {**stages.VERBS, **answers.VERBS, **checks.VERBS}
+VERBS = {**stages.VERBS, **answers.VERBS, **service.VERBS, **checks.VERBS}
 """What `lgd --help` lists, in this order."""
 
 

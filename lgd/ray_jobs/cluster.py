@@ -53,21 +53,8 @@ def connect(workers: int, option_name: str, threads: int = 0, use_gpus: bool = T
     Raises `DataError` when the cluster cannot give `workers` workers a GPU or these CPUs each (with `use_gpus` False
     the CPUs, whatever it has); `option_name` is the option that asked for them.
     """
-    try:
-        variables = _import_ray()
-    except ImportError as error:
-        raise DataError(f"Ray is not installed: pip install 'ray[default,train]', or set {option_name} to 0") from error
-    import ray
-
+    join_cluster(f"set {option_name} to 0 to do without")
     address = os.environ.get("RAY_ADDRESS")
-    if not ray.is_initialized():
-        try:
-            _start_ray(address, variables)
-        except (OSError, RuntimeError, ValueError) as error:
-            cluster = f"the cluster of RAY_ADDRESS={address}" if address else "a local Ray"
-            raise DataError(
-                f"{cluster} cannot be reached or started ({error}); set {option_name} to 0 to do without"
-            ) from error
     cpus = threads + 1 if address else 1
     slots = _count_workers(cpus, use_gpus)
     if workers > slots and address:
@@ -80,6 +67,26 @@ def connect(workers: int, option_name: str, threads: int = 0, use_gpus: bool = T
             f"GPUs: set it to {slots} or less, or add nodes (a worker takes {takes} CPUs{reads})"
         )
     return cpus if address else max(1, count_slots("CPU") // max(workers, 1))
+
+
+def join_cluster(remedy: str) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a local one, unless this process is in one.
+
+    Raises `DataError`, with the remedy, where Ray is not installed, or cannot be reached or started.
+    """
+    try:
+        variables = _import_ray()
+    except ImportError as error:
+        raise DataError(f"Ray is not installed: pip install 'ray[default,train]', or {remedy}") from error
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    if not ray.is_initialized():
+        try:
+            _start_ray(address, variables)
+        except (OSError, RuntimeError, ValueError) as error:
+            cluster = f"the cluster of RAY_ADDRESS={address}" if address else "a local Ray"
+            raise DataError(f"{cluster} cannot be reached or started ({error}); {remedy}") from error
 
 
 def _count_workers(cpus: int, use_gpus: bool) -> int:

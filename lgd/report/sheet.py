@@ -28,11 +28,11 @@ class Gallery:
     def __init__(self, store: Store, known: Sequence[ShardFolder] = ()) -> None:
         """`known`: shard folders that are open already."""
         self.store = store
-        self._find_shard = store.open_sources(known, otherwise=", or query without --sheet")
+        self.find_shard = store.open_sources(known, otherwise=", or query without --sheet")
 
     def read(self, stored: Stored) -> tuple[Field, Field | None]:
         """The H&E and the IHC of a stored patch, as `read_fields`."""
-        return read_fields(self._find_shard(self.store.parts[stored.part]), stored.row)
+        return read_fields(self.find_shard(self.store.parts[stored.part]), stored.row)
 
     def show(self, stored: Stored) -> Picture:
         """What stands for a stored patch."""

@@ -16,14 +16,14 @@ import numpy as np
 from lgd.base.errors import ConfigError, DataError, require
 from lgd.config_files import find_in_run
 from lgd.io.location import Location, as_location
-from lgd.models.description import StudentConfig
+from lgd.models.description import ModelConfig, StudentConfig
 from lgd.models.methods import METHODS, PROPOSED
 from lgd.retrieval.answers import Answer, Hit, Stored, find_slides, find_stored
 from lgd.retrieval.filters import find_allowed
 from lgd.retrieval.index_files import IndexDocument
 from lgd.retrieval.search import Searcher, choose_near, near_duplicates
 from lgd.scoring.images import Images, Mpp, OneImage, list_sources, take_images
-from lgd.scoring.predict import Scorer, choose_latents, load_scorer, score_images
+from lgd.scoring.predict import Prediction, Scorer, choose_latents, load_scorer, score_images
 from lgd.scoring.slide_rows import require_names
 from lgd.shards.candidate import safe_key
 from lgd.store.document import StoreDocument
@@ -85,10 +85,15 @@ def open_for(scorer: Scorer | None, folder: str | Location, teacher: str | None)
     if scorer is not None:
         # Before the store is opened: the run of such a student need not have one.
         require_latents(scorer)
+    return open_latents(None if scorer is None else scorer.config, folder, teacher)
+
+
+def open_latents(config: ModelConfig | None, folder: str | Location, teacher: str | None) -> Store:
+    """As `open_for`, of what the folder of a student that hallucinates latents says."""
     at = find_in_run(folder, "latents")
-    if teacher is None and scorer is not None and isinstance(scorer.config, StudentConfig):
+    if teacher is None and isinstance(config, StudentConfig):
         stored = StoreDocument.read(at / "store.json").teachers
-        own = (one.name for one in scorer.config.teachers)
+        own = (one.name for one in config.teachers)
         teacher = next((name for name in own if name in stored), None)
     return Store(at, teachers=[teacher] if teacher else ())
 
@@ -169,17 +174,23 @@ def query(  # noqa: PLR0913 - a public function, whose options are given by name
     answers, vectors = [], []
     # Last, because it takes the longest.
     for prediction, values in score_images(student, taken, mpp, keep_going=keep_going) if student else ():
-        # What was asked for are neighbours, and no sets.
-        names = [one.name for one in dataclasses.fields(prediction) if one.name != "label_set"]
-        fields = {name: getattr(prediction, name) for name in names}
-        answers.append(Answer(known=opened.target, **fields))
-        if note and prediction.usable:
-            answers[-1] = replace(answers[-1], notes=[*prediction.notes, note])
+        answers.append(make_answer(prediction, opened, note))
         vectors.append(choose_latents(values, of) if values else np.empty(0))
     for patch in stored:
         answers.append(Answer(known=opened.target, stored=patch))
         vectors.append(np.asarray(opened.parts[patch.part].array("pooled")[patch.row, 0], np.float32))
-    return _find_neighbours(searcher, answers, vectors, k, allowed, excluded, biased=note == BIASED)
+    return find_neighbours(searcher, answers, vectors, k, allowed, excluded, biased=note == BIASED)
+
+
+def make_answer(prediction: Prediction, store: Store, note: str, stored: Stored | None = None) -> Answer:
+    """An answer without neighbours yet; `note` is on what a student asks (`note_bias`), and `stored` the patch that the
+    image is of.
+    """
+    # What was asked for are neighbours, and no sets.
+    names = [one.name for one in dataclasses.fields(prediction) if one.name != "label_set"]
+    fields = {name: getattr(prediction, name) for name in names}
+    answer = Answer(known=store.target, stored=stored, **fields)
+    return replace(answer, notes=[*prediction.notes, note]) if note and prediction.usable else answer
 
 
 def _find_own_slides(
@@ -240,7 +251,7 @@ def _hits(searcher: Searcher, distance_k: np.ndarray, position_k: np.ndarray) ->
     ]
 
 
-def _find_neighbours(
+def find_neighbours(
     searcher: Searcher,
     answers: Sequence[Answer],
     vectors: Sequence[np.ndarray],
@@ -249,18 +260,20 @@ def _find_neighbours(
     excluded: Sequence[frozenset[str]] | None,
     biased: bool,
 ) -> list[Answer]:
-    """The answers with their neighbours, by one search for all of the same filter: one for each slide left out."""
+    """The answers with their neighbours, by one search for all of the same filter: one for each slide left out.
+
+    `vectors` has the latent of each, `allowed` leaves rows of the index's table out for all, `excluded` the slides that
+    each is left without. The patch that an answer is of is left out. Raises `DataError` where one finds nothing.
+    """
     groups: dict[frozenset[str], list[int]] = {}
     for number, answer in enumerate(answers):
         if answer.usable:
             groups.setdefault(excluded[number] if excluded else frozenset(), []).append(number)
     found = list(answers)
-    if excluded:
-        names, slide_m = np.unique(searcher.table["slide"], return_inverse=True)
     for slides, numbers in groups.items():
         allowed_m = allowed
         if slides:
-            other_m = ~np.isin(names, [b"", *(slide.encode() for slide in slides)])[slide_m]
+            other_m = searcher.find_other_slides(slides)
             allowed_m = other_m if allowed is None else allowed & other_m
         own = [answers[number].stored for number in numbers] if answers[0].stored else None
         vectors_nD = np.stack([vectors[number] for number in numbers])

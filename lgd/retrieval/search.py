@@ -13,9 +13,10 @@ A file that is cut short while it is mapped ends the process; `build_index` writ
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -222,6 +223,18 @@ class Searcher:
         if biased:
             score_nk -= self._biases(position_nk)
         return np.subtract(1, score_nk, out=score_nk), position_nk
+
+    def find_other_slides(self, slides: Collection[str]) -> np.ndarray:
+        """Which rows of the table are of other slides than these, bool; of those of unknown slides none are."""
+        names, slide_m = self._slides
+        other_m: np.ndarray = ~np.isin(names, [b"", *(slide.encode() for slide in slides)])[slide_m]
+        return other_m
+
+    @functools.cached_property
+    def _slides(self) -> tuple[np.ndarray, np.ndarray]:
+        """The slides of the table, and the number of each row's."""
+        names, slide_m = np.unique(self.table["slide"], return_inverse=True)
+        return names, slide_m
 
     def _biases(self, position_nk: np.ndarray) -> np.ndarray:
         """The bias of the rows that were found, (n, k) float32, and anything of those that were not."""

@@ -68,7 +68,8 @@ class MemoryImage(NamedTuple):
 
     name: str
     """Its place among those that were given, such as images[0]."""
-    source: np.ndarray | Image.Image
+    source: np.ndarray | Image.Image | bytes
+    """The content of a file, where these are bytes."""
 
     def __str__(self) -> str:
         return self.name
@@ -207,14 +208,15 @@ class Fitted(NamedTuple):
 def read_fitted(image: OneImage, training: Training, size: int, mpp: Mpp) -> Fitted:
     """One image at the scale of the training patches (see `_fit_scale`), with notes on that."""
     name = str(image)
-    if isinstance(image, MemoryImage):
+    if isinstance(image, MemoryImage) and not isinstance(image.source, bytes):
         # A Pillow image may be of a kind that no file could be.
         given = image.source
         pixels = as_pixels(given, name) if isinstance(given, Image.Image) else given
         profile = find_profile(given) if isinstance(given, Image.Image) else None
         (height, width), notes = _fit_scale(name, training, size, pixels.shape[0], pixels.shape[1], mpp)
     else:
-        content = _read_bytes(image)
+        content = _read_bytes(image) if isinstance(image, Path) else image.source
+        assert isinstance(content, bytes)
         (height, width), notes = _fit_scale(name, training, size, *upright_size(content, name), mpp)
         profile = read_profile(content)
         # A large JPEG is shrunk while it is decoded.

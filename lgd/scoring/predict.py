@@ -198,7 +198,7 @@ def score_images(
     `mpp` is what is known of their scale. An image that cannot be used raises `DataError`, or with `keep_going` comes
     without values. At the end a warning says where their colour profiles differ.
     """
-    profiles, training = [], scorer.config.training
+    profiles = []
     for start in range(0, len(images), batch):
         some = images[start : start + batch]
         read = [(image, _try_to_read(scorer, image, mpp, keep_going)) for image in some]
@@ -206,22 +206,26 @@ def score_images(
         for _, alike in itertools.groupby(read, lambda one: one[1].pixels.shape):
             names, fitted_of = zip(*alike, strict=True)
             out = scorer.score(np.stack([one.pixels for one in fitted_of])) if fitted_of[0].pixels.size else {}
-            for row, (image, (image_HW3, notes, _)) in enumerate(zip(names, fitted_of, strict=True)):
+            for row, (image, fitted) in enumerate(zip(names, fitted_of, strict=True)):
                 values = {name: array[row] for name, array in out.items()}
-                label, probabilities = read_answer(training.target, values.get("output"))
-                more = collect_notes(training, scorer.role, image_HW3, values) if values else []
-                prediction = Prediction(
-                    image=str(image),
-                    label=label,
-                    probabilities=probabilities,
-                    label_set=read_set(scorer.config.conformal, training.target, values.get("output"), "patch"),
-                    notes=notes + more,
-                    target=training.target,
-                    usable=bool(values),
-                )
-                yield prediction, values
+                yield make_prediction(scorer, str(image), fitted, values), values
     if note := describe_profiles(profiles, "images"):
         logger.warning("%s", note)
+
+
+def make_prediction(scorer: Scorer, image: str, fitted: Fitted, values: Mapping[str, np.ndarray]) -> Prediction:
+    """What a network says of one image, of its row of what `Scorer.score` gives; without one it is not usable."""
+    training = scorer.config.training
+    label, probabilities = read_answer(training.target, values.get("output"))
+    return Prediction(
+        image=image,
+        label=label,
+        probabilities=probabilities,
+        label_set=read_set(scorer.config.conformal, training.target, values.get("output"), "patch"),
+        notes=fitted.notes + (collect_notes(training, scorer.role, fitted.pixels, values) if values else []),
+        target=training.target,
+        usable=bool(values),
+    )
 
 
 def _try_to_read(scorer: Scorer, image: OneImage, mpp: Mpp, keep_going: bool) -> Fitted:

@@ -154,12 +154,16 @@ def score_slides(
     return scores, problems
 
 
+def name_folder(slide: Path) -> str:
+    """The folder of a slide's result: called as its file without suffix."""
+    return re.sub(r"[^\w+.-]+", "_", slide.stem.removesuffix(".ome")).lstrip(".") or "slide"
+
+
 def _name_folders(slides: Sequence[Path], out: Location) -> list[SlideJob]:
-    """A folder for each slide, called as its file without suffix."""
+    """A folder for each slide."""
     paths: dict[str, Path] = {}
     for path in slides:
-        name = re.sub(r"[^\w+.-]+", "_", path.stem.removesuffix(".ome")).lstrip(".") or "slide"
-        if (other := paths.setdefault(name, path)) != path:
+        if (other := paths.setdefault(name_folder(path), path)) != path:
             raise DataError(f"{other} and {path} have the same name: score them into two folders, each by its --out")
     return [SlideJob(path, out / name) for name, path in paths.items()]
 

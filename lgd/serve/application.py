@@ -1,0 +1,93 @@
+"""The service as an ASGI application: its page, its urls and its errors; `lgd.serve.replicas` hands in what computes.
+
+GET  /, /static/...         the page           GET  /health, /docs
+GET  /model                                    what there is to ask
+POST /predict, /query                          an image as the body
+GET  /patches, /patches/ID/he.jpg, ihc.jpg     the patches of the store    POST /patches/ID/query
+GET  /slides, /slides/ID/...                   the slides of the folder    POST /slides/ID/score, /slides/ID/query
+"""
+
+import importlib.resources
+import logging
+from pathlib import Path
+
+import fastapi_offline
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+
+import lgd
+from lgd.base.errors import ConfigError, DataError
+from lgd.base.text import escape_text
+from lgd.models.description import StudentConfig
+from lgd.serve.calls import Computing, Jobs
+from lgd.serve.gallery import StoreGallery
+from lgd.serve.guard import BodyBound, Guard
+from lgd.serve.messages import SEE_LOG, explain
+from lgd.serve.names import UnknownName
+from lgd.serve.network import open_store
+from lgd.serve.options import ServeOptions
+from lgd.serve.patch_routes import PatchRoutes
+from lgd.serve.slide_routes import SlideRoutes
+
+logger = logging.getLogger(__name__)
+
+_STATIC = Path(str(importlib.resources.files("lgd.serve") / "static"))
+
+
+def create_app(options: ServeOptions, token: str, network: Computing, jobs: Jobs | None) -> FastAPI:
+    """The application; it opens the store and the slides for their pictures, and computes nothing itself."""
+    app = fastapi_offline.FastAPIOffline(
+        redoc_url=None,
+        static_url="/docs/static",
+        title="LGD",
+        version=lgd.__version__,
+        description="Scores from H&E alone, and the nearest known IHC. Errors are `{detail: sentence}`.",
+    )
+    store = open_store(options, StudentConfig.read_folder(options.student))
+    gallery = None if store is None else StoreGallery(store)
+    app.include_router(_make_page())
+    app.include_router(PatchRoutes(network, gallery).make_router())
+    if jobs is not None:
+        app.include_router(SlideRoutes(options, network, jobs).make_router())
+    app.mount("/static", StaticFiles(directory=_STATIC), name="static")
+    paths = {str(options.student): "the network", "" if store is None else str(store.folder): "the store"}
+
+    def answer_error(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, UnknownName):
+            return JSONResponse({"detail": str(error)}, 404)
+        if isinstance(error, ConfigError | DataError):
+            logger.warning("%s %s: %s", request.method, request.url.path, error)
+            return JSONResponse({"detail": explain(error, paths)}, 422)
+        logger.error("%s %s", request.method, request.url.path, exc_info=error)
+        return JSONResponse({"detail": SEE_LOG}, 500)
+
+    for kind in (ConfigError, DataError, Exception):
+        app.add_exception_handler(kind, answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation)
+    # The last one stands in front.
+    app.add_middleware(BodyBound, most=options.max_mb * 10**6)
+    app.add_middleware(Guard, token=token)
+    return app
+
+
+def _answer_validation(request: Request, error: Exception) -> JSONResponse:
+    """One sentence, in place of FastAPI's list."""
+    assert isinstance(error, RequestValidationError)
+    parts = [f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}" for one in error.errors()]
+    return JSONResponse({"detail": escape_text("; ".join(parts), 500)}, 422)
+
+
+def _make_page() -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/", include_in_schema=False)
+    async def show_page() -> FileResponse:
+        return FileResponse(_STATIC / "index.html")
+
+    @router.get("/health", summary="Whether the service answers")
+    async def check_health() -> dict[str, str]:
+        return {"status": "ok", "version": lgd.__version__}
+
+    return router

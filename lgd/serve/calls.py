@@ -1,0 +1,85 @@
+"""What the urls need of the processes that compute, wherever these run."""
+
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple, Protocol
+
+import numpy as np
+from fastapi import Body, HTTPException, Query
+
+from lgd.serve.neighbours import Filters
+from lgd.serve.slide_jobs import SlideState
+
+_MOST_NEIGHBOURS = 50
+
+K = Annotated[int, Query(ge=1, le=_MOST_NEIGHBOURS, description="Neighbours.")]
+Offset = Annotated[int, Query(ge=0, le=10**9, description="How many are left out before.")]
+Limit = Annotated[int, Query(ge=1, le=500, description="How many are given.")]
+Place = Annotated[float, Query(ge=0, le=10**9, allow_inf_nan=False, description="Level-0 pixels.")]
+Names = Annotated[str, Query(max_length=500, description="Names, separated by commas.")]
+ImageMpp = Annotated[
+    str, Query(pattern=r"^(unknown|[0-9]{1,3}(\.[0-9]{1,6})?|)$", description="Micrometres per pixel, or unknown.")
+]
+ImageBody = Annotated[
+    bytes, Body(media_type="application/octet-stream", description="An image file: JPEG, PNG, WebP ...")
+]
+
+
+class Reply(NamedTuple):
+    """What came of a request."""
+
+    body: dict[str, object]
+    problem: str = ""
+    """Why there is none, for the one who asked."""
+    unknown: bool = False
+    """Whether what was named does not exist."""
+
+    def open(self) -> dict[str, object]:
+        """The body, or the answer that says why there is none."""
+        if self.problem:
+            raise HTTPException(404 if self.unknown else 422, self.problem)
+        return self.body
+
+
+class Computing(Protocol):
+    """The network and its store."""
+
+    async def describe(self) -> Reply:
+        """What there is to ask."""
+        ...
+
+    async def predict(self, content: bytes, mpp: str) -> Reply:
+        """What the network says of an image file."""
+        ...
+
+    async def query(self, content: bytes, mpp: str, filters: Filters) -> Reply:
+        """The nearest known IHC of an image file."""
+        ...
+
+    async def query_stored(self, name: str, filters: Filters) -> Reply:
+        """The same of the H&E of a stored patch."""
+        ...
+
+    async def query_region(self, pixels: np.ndarray, filters: Filters, slide: str) -> Reply:
+        """The same of a square of a slide, as the network sees it."""
+        ...
+
+
+class Jobs(Protocol):
+    """The scoring of slides."""
+
+    async def list_states(self) -> dict[str, SlideState]:
+        """How far each slide is, by its id."""
+        ...
+
+    async def get_state(self, identity: str) -> SlideState:
+        """How far a slide is."""
+        ...
+
+    async def start(self, identity: str) -> SlideState:
+        """Have a slide scored."""
+        ...
+
+
+def split_names(text: str) -> Sequence[str] | None:
+    """Names that a comma separates; None where there are none."""
+    return text.split(",") if text else None

@@ -1,0 +1,93 @@
+"""Start the service, on this machine or on the cluster that RAY_ADDRESS names, and end it without a trace."""
+
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from lgd.base.errors import DataError
+from lgd.base.process_state import default_environment, stop_signals
+from lgd.models.description import StudentConfig
+from lgd.ray_jobs.cluster import count_slots, join_cluster, restore_connection
+from lgd.scoring.slide_plan import find_scale
+from lgd.serve.network import open_store
+from lgd.serve.options import ServeOptions
+
+logger = logging.getLogger(__name__)
+
+_INSTALL = "pip install 'lgd[serve]'"
+_REQUEST_SECONDS = 120
+"""In which a request must be answered."""
+
+
+def check_options(options: ServeOptions) -> str:
+    """The token, after all that can be wrong before anything is started; raises as its parts do."""
+    token = options.read_token(needed=not options.is_private)
+    config = StudentConfig.read_folder(options.student)
+    if options.slides_folder:
+        find_scale(config.training, config.size)
+    open_store(options, config)
+    return token
+
+
+def serve_until_stopped(options: ServeOptions, announce: Callable[[str], None]) -> None:
+    """Run the service until SIGTERM or Ctrl-C; `announce` is given its address once it answers."""
+    token = check_options(options)
+    stopped = threading.Event()
+    with restore_connection():
+        try:
+            from lgd.serve.guard import make_proxy_variables
+
+            # A cluster that was started without them has the bounds behind its proxy only.
+            with default_environment(make_proxy_variables(options.max_mb)):
+                join_cluster(_INSTALL)
+            from ray import serve
+
+            # Each step that it takes is no news for those who wait for the service.
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
+            from lgd.serve.replicas import APPLICATION, make_application
+        except ImportError as error:
+            raise DataError(f"Ray Serve is not installed ({error}): {_INSTALL}") from error
+        if options.gpus is None:
+            options = replace(options, gpus=0.5 if count_slots("GPU") else 0.0)
+        options = replace(options, port=options.port or _find_port(options.host))
+        _check_port(options)
+        with stop_signals(lambda number, frame: stopped.set()):
+            try:
+                serve.start(
+                    proxy_location="HeadOnly",
+                    http_options={
+                        "host": options.host,
+                        "port": options.port,
+                        "request_timeout_s": _REQUEST_SECONDS,
+                        "keep_alive_timeout_s": 30,
+                    },
+                )
+                serve.run(make_application(options, token), name=APPLICATION)
+                shown = f"[{options.host}]" if ":" in options.host else options.host
+                announce(f"http://{shown}:{options.port}/")
+                stopped.wait()
+                logger.info("stopping")
+            finally:
+                serve.delete(APPLICATION)
+                serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _find_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _check_port(options: ServeOptions) -> None:
+    """Raise `DataError` where another program has the port: Ray Serve would try for a minute."""
+    with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((options.host, options.port))
+        except OSError as error:
+            raise DataError(
+                f"{options.host}:{options.port} cannot be listened on ({error.strerror}): name another --port or --host"
+            ) from error

@@ -1,0 +1,22 @@
+"""Messages of errors for those who ask over HTTP: no path of this machine is in them."""
+
+import re
+from collections.abc import Mapping
+
+from lgd.base.errors import ConfigError, DataError
+from lgd.base.text import escape_text
+
+SEE_LOG = "this cannot be answered: see the log of the service"
+# A url, or two names that follow slashes.
+_PATH = re.compile(r"[a-z0-9]+://|(?<![\w.])/[^\s/]+/|/[^\s/]+/[^\s/]+/")
+_LONGEST = 1000
+
+
+def explain(error: ConfigError | DataError, names: Mapping[str, str]) -> str:
+    """The message of an error, of which each path among `names` is shown by its name, and options as parameters."""
+    message = str(error.args[0] if error.args else error)
+    for path, name in sorted(names.items(), key=lambda one: -len(one[0])):
+        message = message.replace(path, name) if path else message
+    if _PATH.search(message):
+        return SEE_LOG
+    return escape_text(message.replace("--mpp ", "mpp=").replace("--", ""), _LONGEST)

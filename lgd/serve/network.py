@@ -1,0 +1,137 @@
+"""What the service says of images: the network, and the store that it asks, opened once in a process.
+
+Nothing here knows Ray: `lgd.serve.replicas` calls it. Threads may share one; `score` is called by one at a time.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from lgd.base.environment import count_cpus
+from lgd.base.errors import ConfigError, DataError
+from lgd.config_files import is_run
+from lgd.io.location import as_location
+from lgd.models.description import StudentConfig
+from lgd.models.methods import find_method
+from lgd.retrieval.queries import open_latents
+from lgd.scoring import slide_rows
+from lgd.scoring.images import Fitted, MemoryImage, Mpp, read_fitted, upright_size
+from lgd.scoring.label_sets import name_set
+from lgd.scoring.notes import NO_LABELS, VIRTUAL
+from lgd.scoring.predict import Prediction, Scorer, load_scorer, make_prediction
+from lgd.serve.gallery import StoreGallery
+from lgd.serve.messages import explain
+from lgd.serve.neighbours import Filters, NeighbourFinder
+from lgd.serve.options import ServeOptions
+from lgd.store.store import Store
+
+NAME = "image"
+"""What an image of a request is called in messages."""
+Values = dict[str, np.ndarray]
+"""A row of what `Scorer.score` gives."""
+NO_STORE = (
+    "there is no feature store, or the network hallucinates no latents, so there is nothing to query: start the "
+    "service with --store, and with a network such as LGD-Net"
+)
+
+
+def open_store(options: ServeOptions, config: StudentConfig) -> Store | None:
+    """The store that queries search; None where the network asks none, or there is none in its run.
+
+    Raises `DataError` for a store that is named and cannot be used.
+    """
+    if find_method(config.method).retrieves_by != "latents":
+        return None
+    folder = options.store or (options.model if is_run(as_location(options.model)) else "")
+    if not folder:
+        return None
+    return open_latents(config, folder, options.teacher or None)
+
+
+class Network:
+    """The student, ready to score and to query."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        import torch
+
+        torch.set_num_threads(options.cpus or count_cpus())
+        self.options = options
+        self.scorer: Scorer = load_scorer(options.student, code=options.code)
+        config = self.scorer.config
+        assert isinstance(config, StudentConfig), "a teacher reads the IHC"
+        store = open_store(options, config)
+        self.gallery = None if store is None else StoreGallery(store)
+        self.finder = None if self.gallery is None else NeighbourFinder(self.scorer, self.gallery)
+
+    def describe(self) -> dict[str, object]:
+        """What there is to ask, as JSON."""
+        config = self.scorer.config
+        training, target, gallery = config.training, config.training.target, self.gallery
+        shape = next((one for one in training.shapes if one.mpp), None)
+        notes = [VIRTUAL] if training.virtual else []
+        notes += [] if training.labelled else [NO_LABELS.format(target.label_word)]
+        shown = {name: getattr(target, name) for name in ("name", "kind", "label_word", "classes", "unit")}
+        return {
+            "name": self.scorer.name,
+            "target": shown | {"set_word": name_set(target)},
+            "size": config.size,
+            "mpp": shape.mpp if shape else None,
+            "virtual": training.virtual,
+            "notes": notes,
+            "store": gallery and {"patches": gallery.total, "splits": gallery.splits, "labels": gallery.count_labels()},
+            "slides": bool(self.options.slides),
+        }
+
+    def fit(self, content: bytes, mpp: Mpp) -> Fitted:
+        """An image file at the scale of the network; raises `DataError` for what cannot be used."""
+        height, width = upright_size(content, NAME)
+        most = self.options.max_pixels
+        if height * width > most * 10**6:
+            raise DataError(
+                f"{NAME} has {width} x {height} pixels, and at most {most} megapixels are taken: cut it into patches"
+            )
+        return read_fitted(MemoryImage(NAME, content), self.scorer.config.training, self.scorer.config.size, mpp)
+
+    def read_stored(self, name: str) -> Fitted:
+        """The H&E of a stored patch."""
+        gallery = self._finder.gallery
+        return Fitted(gallery.read_input(gallery.find(name), self.scorer.config.size), [])
+
+    def score(self, images: Sequence[np.ndarray]) -> list[Values]:
+        """Images of any sizes in as few forward passes as these allow."""
+        rows = dict[int, Values]()
+        order = sorted(range(len(images)), key=lambda number: images[number].shape)
+        for _, alike in itertools.groupby(order, key=lambda number: images[number].shape):
+            numbers = list(alike)
+            out = self.scorer.score(np.stack([images[number] for number in numbers]))
+            rows |= {number: {name: one[row] for name, one in out.items()} for row, number in enumerate(numbers)}
+        return [rows[number] for number in range(len(images))]
+
+    def predict(self, fitted: Fitted, values: Values) -> dict[str, object]:
+        """What the network says of an image, as `lgd predict --json`."""
+        shown = slide_rows.as_json(self._describe(fitted, values))
+        return {name: value for name, value in shown.items() if name != "image"}
+
+    def query(
+        self, fitted: Fitted, values: Values, filters: Filters, stored: str = "", slide: str = ""
+    ) -> dict[str, object]:
+        """The nearest known IHC of an image, without the slide that it is of: that of a stored patch, or a name."""
+        patch = self._finder.gallery.find(stored) if stored else None
+        own = patch.slide if patch else slide
+        slides = frozenset([own]) if own else frozenset()
+        return self._finder.find(self._describe(fitted, values), values, filters, patch, slides)
+
+    def explain(self, error: ConfigError | DataError) -> str:
+        """The message of an error for the one who asked."""
+        store = "" if self.gallery is None else str(self.gallery.store.folder)
+        return explain(error, {store: "the store", self.scorer.folder: "the network"})
+
+    def _describe(self, fitted: Fitted, values: Values) -> Prediction:
+        return make_prediction(self.scorer, NAME, fitted, values)
+
+    @property
+    def _finder(self) -> NeighbourFinder:
+        if self.finder is None:
+            raise DataError(NO_STORE)
+        return self.finder

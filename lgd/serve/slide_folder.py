@@ -1,0 +1,150 @@
+"""The slides of a folder as a viewer asks for them: by an id, tile by tile, never by a path.
+
+The id is a digest of the slide's place in the folder, so it is the same on every node and after each start. The label
+and the macro image of a slide are never read (`lgd.slides.slide`).
+"""
+
+import hashlib
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from lgd.base.errors import DataError
+from lgd.scoring.slide_plan import TileScale
+from lgd.scoring.slides import find_slides, name_folder
+from lgd.serve.gallery import encode_jpeg
+from lgd.serve.messages import explain
+from lgd.serve.names import UnknownName
+from lgd.slides.slide import Slide, open_slide
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+TILE = 512
+"""Pixels of a tile of the viewer."""
+_OPEN = 16
+"""Slides that are open at a time."""
+_FRESH = 10.0
+"""Seconds after which the folder is looked through again: each of its files is asked whether it is a slide."""
+_QUALITY = 80
+_UNKNOWN = "there is no such slide: GET /slides lists them"
+
+
+class ListedSlide(NamedTuple):
+    """A slide of the folder."""
+
+    id: str
+    name: str
+    """What is shown."""
+    path: Path
+    folder: str
+    """The name of the folder of its result."""
+
+
+class Region(NamedTuple):
+    """What a query sees of a slide."""
+
+    pixels: np.ndarray
+    x: int
+    y: int
+    side: int
+    """The square in level-0 pixels."""
+
+
+class SlideFolder:
+    """The slides below a folder; threads may share one."""
+
+    def __init__(self, folder: Path, hide_names: bool = False) -> None:
+        self.folder, self.hide_names = folder, hide_names
+        self._open: OrderedDict[tuple[str, int], Slide] = OrderedDict()
+        self._listed: dict[str, ListedSlide] = {}
+        self._read_at = -math.inf
+        self._lock = threading.Lock()
+
+    def list_slides(self) -> list[ListedSlide]:
+        """The slides that there are, in the order of their names."""
+        if time.monotonic() - self._read_at < _FRESH:
+            return [*self._listed.values()]
+        listed = {}
+        for number, path in enumerate(find_slides([self.folder]) if any(self.folder.iterdir()) else []):
+            place = path.relative_to(self.folder).as_posix()
+            name = f"slide {number + 1}" if self.hide_names else path.stem.removesuffix(".ome")
+            identity = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:16]
+            listed[identity] = ListedSlide(identity, name, path, name_folder(path))
+        self._listed, self._read_at = listed, time.monotonic()
+        return [*listed.values()]
+
+    def find(self, identity: str) -> ListedSlide:
+        """The slide of an id; raises `UnknownName`."""
+        if identity not in self._listed:
+            self.list_slides()
+        try:
+            return self._listed[identity]
+        except KeyError:
+            raise UnknownName(_UNKNOWN) from None
+
+    def use(self, identity: str, work: Callable[[Slide], Result]) -> Result:
+        """What some work gives of a slide, which is open meanwhile.
+
+        Raises `UnknownName`, and `DataError` for a slide that cannot be opened or is damaged.
+        """
+        listed = self.find(identity)
+        try:
+            version = identity, listed.path.stat().st_mtime_ns
+        except OSError as error:
+            raise UnknownName(_UNKNOWN) from error
+        with self._lock:
+            slide = self._open.pop(version, None) or open_slide(listed.path)
+            self._open[version] = slide
+            if len(self._open) > _OPEN:
+                # Closed once nobody reads it any more.
+                self._open.popitem(last=False)
+        return work(slide)
+
+    def draw_tile(self, identity: str, level: int, column: int, row: int) -> bytes:
+        """A tile as JPEG; at `count_levels` - 1 pixels are those of level 0, and each level below halves them."""
+
+        def draw(slide: Slide) -> bytes:
+            step = 2 ** (count_levels(slide) - 1 - level)
+            if step < 1:
+                raise UnknownName("there is no such level")
+            left, top = column * TILE, row * TILE
+            wide, high = (
+                min(TILE, math.ceil(side / step) - at) for side, at in ((slide.width, left), (slide.height, top))
+            )
+            if min(wide, high) < 1:
+                raise UnknownName("there is no such tile")
+            pixels = slide.read(left * step, top * step, wide, high, slide.mpp * step)
+            return encode_jpeg(pixels, _QUALITY, "420")
+
+        return self.use(identity, draw)
+
+    def read_region(self, identity: str, x: float, y: float, scale: TileScale) -> Region:
+        """The field of a network around a place of level 0."""
+
+        def read(slide: Slide) -> Region:
+            if not (0 <= x < slide.width and 0 <= y < slide.height):
+                raise UnknownName(f"the slide has {slide.width} x {slide.height} pixels, and the place lies outside")
+            side = slide.find_side(scale.pixels, scale.mpp)
+            left, top = round(x - side / 2), round(y - side / 2)
+            return Region(slide.read(left, top, scale.pixels, scale.pixels, scale.mpp), left, top, side)
+
+        return self.use(identity, read)
+
+
+def count_levels(slide: Slide) -> int:
+    """Levels of a viewer's pyramid; the lowest is one tile."""
+    return max(0, math.ceil(math.log2(max(slide.width, slide.height) / TILE))) + 1
+
+
+def explain_slide(error: DataError, listed: ListedSlide) -> str:
+    """The message of an error on a slide, without where it lies."""
+    return explain(error, {str(listed.path): listed.name, str(listed.path.parent): "its folder"})
