@@ -27,7 +27,7 @@ shards.writer shards.builder shards.repeats shards.verify
 stream.plan stream.reader
 models.spec models.description models.export models.pretrained models.known models.backbone models.timm_backbone
 models.encoder models.availability
-models.heads models.query_map models.student models.teacher models.losses models.method models.methods
+models.heads models.query_map models.student models.grids models.teacher models.losses models.method models.methods
 models.loading
 store.document store.drift store.writer store.parts store.targets store.store store.commit store.regression store.probe
 store.recipes store.supervision store.cache
@@ -35,7 +35,8 @@ store.export store.features store.feature_layouts store.joining store.importing
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.world train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
 scoring.images scoring.notes scoring.label_sets scoring.predict scoring.slide_answer scoring.slide_rows
-scoring.colours scoring.slide_plan scoring.slide_parts scoring.slide_files scoring.heatmap
+scoring.colours scoring.slide_plan scoring.slide_parts scoring.tile_table scoring.slide_files scoring.slide_grids
+scoring.heatmap
 scoring.slide_result scoring.tile_scorer scoring.slides
 retrieval.index_files retrieval.search retrieval.factory retrieval.bias retrieval.index
 retrieval.hubs retrieval.answers retrieval.chance retrieval.filters retrieval.rows retrieval.queries
@@ -63,6 +64,7 @@ OWNERS = {
         "store.features",
         "store.feature_layouts",
         "scoring.slide_files",
+        "scoring.slide_grids",
     },
     "pyarrow": {"io.location", "store.feature_layouts"},
     "webdataset": {"shards.writer"},

@@ -5,15 +5,13 @@ Shapes: g cells of a grid a side.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from lgd.base.device import exact_float32
 from lgd.io.location import Location
 from lgd.metrics import Floats
-from lgd.models.student import GRIDS
+from lgd.models.grids import CHANNELS_BY_NAME, GridChannel
 from lgd.report.figures import Image, draw_scale_bar, new_figure, save_figure
 from lgd.scoring.predict import Scorer
 from lgd.shards.archive import Shard
@@ -28,27 +26,6 @@ _SIDE = 300
 """Pixels of a patch that is shown."""
 _FADED = 0.45
 """How much is left of an image below its grid."""
-
-
-class _Kind(NamedTuple):
-    """A number of a grid's cells."""
-
-    dataset: str
-    channel: int
-    title: str
-    most: float | None
-    """What the darkest colour stands for: None for the largest value shown, as of a density."""
-
-
-KINDS = (
-    _Kind("nuclei", 0, "nuclei per 1,000 µm²", None),
-    _Kind("membrane", 0, "DAB density (OD)", None),
-    _Kind("membrane", 1, "share that is stained", 1.0),
-    _Kind("membrane", 2, "completeness of membranes", 1.0),
-    _Kind("positive", 0, "share of positive nuclei", 1.0),
-    _Kind("positive", 1, "DAB density of positive nuclei (OD)", None),
-)
-"""In their order in the picture, and in the channels of the store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -85,7 +62,8 @@ def read_grid_patches(
         if shard.sha256 not in parts:
             continue
         part = parts[shard.sha256]
-        predicted = predict_grids(scorer, Reader([shard], ("he",), scorer.config.size).read(row).images["he"])
+        he_HW3 = Reader([shard], ("he",), scorer.config.size).read(row).images["he"]
+        predicted = scorer.score(he_HW3[None], grids=True)
         measured = {name: part.array(name)[row] for name in taught if name in predicted and name in part.layout}
         if not measured:
             continue
@@ -97,18 +75,10 @@ def read_grid_patches(
                 ihc=images["ihc"],
                 mpp=sample.meta.mpp and sample.meta.mpp * sample.meta.width / _SIDE,
                 measured={name: _as_channels(one) for name, one in measured.items()},
-                predicted={name: _as_channels(predicted[name]) for name in measured},
+                predicted={name: _as_channels(predicted[name][0]) for name in measured},
             )
         )
     return patches
-
-
-def predict_grids(scorer: Scorer, he_HW3: np.ndarray) -> dict[str, np.ndarray]:
-    """The grids that a student predicts of one H&E of its size, by dataset; nuclei as their density."""
-    with torch.inference_mode(), exact_float32():
-        out = scorer.model(torch.from_numpy(he_HW3).permute(2, 0, 1)[None].to(scorer.device))
-    grids = {name: out[name][0].float().cpu().numpy() for name in GRIDS.values() if name in out}
-    return {name: np.expm1(grid) if name == "nuclei" else grid for name, grid in grids.items()}
 
 
 def _as_channels(grid: np.ndarray) -> Floats:
@@ -120,8 +90,9 @@ def draw_grids(patches: Sequence[GridPatch], path: str | Location) -> None:
 
     A cell's square has the area and the colour of its value, on one scale for all patches.
     """
-    kinds = [kind for kind in KINDS if kind.dataset in patches[0].measured]
-    most = {kind: kind.most or _largest(patches, kind) for kind in kinds}
+    kinds = [kind for kind in CHANNELS_BY_NAME.values() if kind.dataset in patches[0].measured]
+    # A share is shown as such, and all else up to the largest value there is.
+    most = {kind: _largest(patches, kind) if kind.unit else 1.0 for kind in kinds}
     columns = 1 + len(kinds)
     # All panels of a row have room for the title.
     figure = new_figure(2.35 * columns, 4.9 * len(patches) + 0.9)
@@ -146,12 +117,12 @@ def draw_grids(patches: Sequence[GridPatch], path: str | Location) -> None:
     for column, kind in enumerate(kinds, 1):
         shown = grid[0, column].images[-1]
         bar = figure.colorbar(shown, ax=grid[:, column], location="bottom", fraction=0.04, pad=0.01, aspect=14)
-        bar.set_label(kind.title, fontsize=8.5)
+        bar.set_label(kind.label, fontsize=8.5)
         bar.ax.tick_params(labelsize=8)
     save_figure(figure, path)
 
 
-def _largest(patches: Sequence[GridPatch], kind: _Kind) -> float:
+def _largest(patches: Sequence[GridPatch], kind: GridChannel) -> float:
     values = [
         float(grids[kind.dataset][..., kind.channel].max())
         for patch in patches

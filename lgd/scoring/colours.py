@@ -6,14 +6,46 @@ without order have the colours of Okabe and Ito (2008).
 Shapes: n tiles, K numbers of an answer.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from lgd.base.target import Target
 from lgd.metrics import Floats
 from lgd.models.description import Training
 
-_ORDERED_A3 = np.array([(44, 123, 182), (171, 217, 233), (250, 240, 180), (253, 174, 97), (215, 25, 28)], float)
-_PLACES_A = np.array([0, 1 / 3, 1 / 2, 2 / 3, 1])
+
+class Scale(NamedTuple):
+    """Colours of values, linear between those of some places."""
+
+    place_A: np.ndarray
+    """Of 0 to 1."""
+    colour_A3: np.ndarray
+
+    def colour(self, value_n: Floats, ends: tuple[float, float]) -> np.ndarray:
+        """uint8 (n, 3): the colours of values; one beyond the ends has the colour of the end, and NaN `NO_ANSWER`."""
+        known_n = np.isfinite(value_n)
+        place_n = ((np.where(known_n, value_n, ends[0]) - ends[0]) / (ends[1] - ends[0])).clip(0, 1)
+        colour_n3 = np.stack([np.interp(place_n, self.place_A, channel_A) for channel_A in self.colour_A3.T], axis=1)
+        return np.where(known_n[:, None], colour_n3.round(), NO_ANSWER).astype(np.uint8)
+
+
+ORDERED = Scale(
+    np.array([0, 1 / 3, 1 / 2, 2 / 3, 1]),
+    np.array([(44, 123, 182), (171, 217, 233), (250, 240, 180), (253, 174, 97), (215, 25, 28)], float),
+)
+"""Of an ordinal and a number."""
+AMOUNTS = Scale(
+    np.linspace(0, 1, 9),
+    np.array(
+        [
+            *[(253, 231, 37), (170, 220, 50), (92, 200, 99), (39, 173, 129), (33, 144, 141)],
+            *[(44, 113, 142), (59, 81, 139), (71, 44, 122), (68, 1, 84)],
+        ],
+        float,
+    ),
+)
+"""Of a channel of a grid: viridis (van der Walt and Smith, CC0) from its light end to the dark one."""
 _CLASSES = np.array(
     [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (80, 80, 80)], np.uint8
 )
@@ -47,12 +79,9 @@ def find_ends(training: Training) -> tuple[float, float]:
 
 def colour_grades(target: Target, grade_n: Floats, ends: tuple[float, float]) -> np.ndarray:
     """uint8 (n, 3): the colours of grades."""
+    if target.is_number or target.is_ordered:
+        return ORDERED.colour(grade_n, ends)
     known_n = np.isfinite(grade_n)
     grade_n = np.where(known_n, grade_n, 0)
-    if target.is_number or target.is_ordered:
-        place_n = ((grade_n - ends[0]) / (ends[1] - ends[0])).clip(0, 1)
-        colour_n3 = np.stack([np.interp(place_n, _PLACES_A, channel_A) for channel_A in _ORDERED_A3.T], axis=1)
-        colour_n3 = colour_n3.round().astype(np.uint8)
-    else:
-        colour_n3 = _CLASSES[grade_n.astype(np.int64) % len(_CLASSES)]
+    colour_n3 = _CLASSES[grade_n.astype(np.int64) % len(_CLASSES)]
     return np.where(known_n[:, None], colour_n3, np.array(NO_ANSWER, np.uint8))

@@ -54,7 +54,7 @@ def draw_heatmap(slide: Slide, scored: ScoredSlide, score: SlideScore, path: Loc
     size = (panel[0], 2 * panel[1] + 2.2) if wide else (2 * panel[0], panel[1] + 1.9)
     figure = Figure(figsize=size, layout="constrained")
     he, tiles = figure.subplots(2, 1) if wide else figure.subplots(1, 2)
-    for axes, image, title in ((he, he_HW3, "H&E"), (tiles, map_HW3, f"predicted {_name_target(score)}, by tile")):
+    for axes, image, title in ((he, he_HW3, "H&E"), (tiles, map_HW3, f"predicted {name_target(score)}, by tile")):
         axes.imshow(image, interpolation="nearest")
         axes.set_axis_off()
         axes.set_title(title, fontsize=10)
@@ -78,7 +78,7 @@ def _draw_map(scored: ScoredSlide, he_HW3: np.ndarray, corner: tuple[int, int], 
     return map_HW3
 
 
-def _name_target(score: SlideScore) -> str:
+def name_target(score: SlideScore) -> str:
     """HER2 level; a word that says nothing is left out."""
     name, word = score.target.name, score.target.label_word
     return name if word in ("label", "value") else f"{name} {word}"
@@ -96,7 +96,7 @@ def _describe_answer(score: SlideScore) -> list[str]:
     answer, target = score.answer, score.target
     if answer.label is None:
         return ["no answer: the network saw no label"]
-    lines = [f"{_name_target(score)}: {target.format_label(answer.label)} by the mean of the tiles"]
+    lines = [f"{name_target(score)}: {target.format_label(answer.label)} by the mean of the tiles"]
     if answer.area is not None:
         lines[0] += f", {answer.area.label} by area"
     mean = answer.value or answer.probabilities[str(answer.label)]
@@ -137,7 +137,7 @@ def _draw_legend(figure: "Figure", panels: Sequence["Axes"], scored: ScoredSlide
         if target.is_ordered:
             bar.set_ticks(range(target.width), labels=list(target.classes))
         unit = f" ({target.unit})" if target.unit else ""
-        bar.set_label(f"{_name_target(score)}{unit}", fontsize=9)
+        bar.set_label(f"{name_target(score)}{unit}", fontsize=9)
         handles = []
     else:
         colour_K3 = colour_grades(target, np.arange(target.width, dtype=float), ends) / 255

@@ -17,6 +17,7 @@ from lgd.config_files import find_in_run
 from lgd.io.location import Location
 from lgd.labels.predictions import Predictions
 from lgd.models.description import StudentConfig, TeacherConfig
+from lgd.models.grids import read_grids
 from lgd.models.heads import read_answers
 from lgd.models.loading import load_student
 from lgd.models.methods import Method, find_method
@@ -71,9 +72,9 @@ class Scorer:
         """By which of its vectors patches are found: latents, which a teacher's are too, features, or none."""
         return "latents" if self.method is None else self.method.retrieves_by
 
-    def score(self, image_BHW3: np.ndarray) -> dict[str, np.ndarray]:
+    def score(self, image_BHW3: np.ndarray, grids: bool = False) -> dict[str, np.ndarray]:
         """uint8 (B, H, W, 3) -> `output`, and where there are such `logits`, `pooled` and `query` (B, D), of further
-        teachers `pooled@NAME` and `query@NAME`, and `features` (B, C).
+        teachers `pooled@NAME` and `query@NAME`, and `features` (B, C); with `grids` also those of `read_grids`.
 
         `output` has the probabilities of the classes (B, K), or values (B, 1); NaN of a network that saw no label.
         """
@@ -81,6 +82,7 @@ class Scorer:
             image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)
             out = self.model(image_B3HW)
         found = {name: one.float().cpu().numpy() for name, one in out.items() if name.partition("@")[0] in _READ}
+        found |= read_grids(out) if grids else {}
         training = self.config.training
         if not training.labelled:
             # What its head says was never taught; a frozen teacher has none.

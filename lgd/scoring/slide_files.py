@@ -10,14 +10,14 @@
 Shapes: n tiles, K numbers of an answer, D of the features, H and W of the mask.
 """
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -26,10 +26,14 @@ from lgd.io.location import Location
 from lgd.io.tables import write_csv
 from lgd.models.description import StudentConfig
 from lgd.scoring.colours import NO_ANSWER, colour_grades, find_ends, grade_answers
-from lgd.scoring.label_sets import format_set, name_set, read_set
+from lgd.scoring.label_sets import format_set, read_set
 from lgd.scoring.predict import read_answer
 from lgd.scoring.slide_parts import read_parts
 from lgd.scoring.slide_plan import PlanArrays, SlidePlan
+from lgd.scoring.tile_table import list_columns
+
+if TYPE_CHECKING:
+    import h5py
 
 _METADATA = 65_536
 """Bytes that HDF5 takes for itself, at most."""
@@ -90,9 +94,6 @@ def _round(value: float) -> float | None:
 def write_tiles(slide: ScoredSlide, path: Location) -> None:
     """Write tiles.csv."""
     target, conformal = slide.config.training.target, slide.config.conformal
-    shown = () if target.is_number else target.classes
-    columns = ["x", "y", "side", "tissue", target.label_word, *(() if target.is_number else ("grade",)), *shown]
-    columns += [name_set(target), "notes", "error"]
 
     def list_cells() -> Iterator[list[object]]:
         for row in slide.read_rows():
@@ -104,7 +105,7 @@ def write_tiles(slide: ScoredSlide, path: Location) -> None:
             yield [*cells, format_set(target, label_set), row.note, row.error]
 
     with publish(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        write_csv(file, columns, list_cells())
+        write_csv(file, list_columns(target), list_cells())
 
 
 def write_geojson(slide: ScoredSlide, path: Location) -> None:
@@ -161,29 +162,25 @@ def outline_tissue(mask_HW: np.ndarray, plan: SlidePlan) -> Iterator[list[list[l
 
 def write_features(slide: ScoredSlide, path: Location) -> None:
     """Write features.h5."""
-    import h5py
-
     plan = slide.plan
     read_n = np.concatenate([part.error_n == b"" for part in read_parts(slide.folder, plan)])
     rows, dim = int(read_n.sum()), next(read_parts(slide.folder, plan)).features_nD.shape[1]
-    with publish(path) as temporary:
-        with h5py.File(path.name, "w", driver="core", backing_store=False) as empty:
-            empty.flush()
-            temporary.write_bytes(empty.id.get_file_image())
-        _reserve(temporary, rows * (4 * dim + 16) + _METADATA)
-        with h5py.File(temporary, "r+") as file:
-            features, row = file.create_dataset("features", (rows, dim), np.float32), 0
-            for part in read_parts(slide.folder, plan):
-                some_nD = part.features_nD[part.error_n == b""]
-                features[row : row + len(some_nD)] = some_nD
-                row += len(some_nD)
-            coords = file.create_dataset("coords", data=slide.arrays.xy_n2[read_n])
-            features.attrs.update({"name": plan.slide, "encoder": "lgd", "savetodir": str(path.parent)})
-            coords.attrs.update(_describe_tiles(plan, str(path.parent)))
-            file.attrs.update({"encoder": f"lgd {slide.config.method}", "licence": slide.config.licence or "None"})
-            file.attrs.update({"weights_sha256": slide.config.weights_sha256, "centred": False})
-            size = file.id.get_filesize()
-        os.truncate(temporary, size)
+    with publish_hdf5(path, rows * (4 * dim + 16)) as file:
+        features, row = file.create_dataset("features", (rows, dim), np.float32), 0
+        for part in read_parts(slide.folder, plan):
+            some_nD = part.features_nD[part.error_n == b""]
+            features[row : row + len(some_nD)] = some_nD
+            row += len(some_nD)
+        coords = file.create_dataset("coords", data=slide.arrays.xy_n2[read_n])
+        features.attrs.update({"name": plan.slide, "encoder": "lgd", "savetodir": str(path.parent)})
+        coords.attrs.update(_describe_tiles(plan, str(path.parent)))
+        file.attrs.update(describe_network(slide.config) | {"centred": False})
+
+
+def describe_network(config: StudentConfig) -> dict[str, str]:
+    """Attributes of a file of its numbers."""
+    licence, weights = config.licence or "None", config.weights_sha256
+    return {"encoder": f"lgd {config.method}", "licence": licence, "weights_sha256": weights}
 
 
 def _describe_tiles(plan: SlidePlan, folder: str) -> dict[str, object]:
@@ -201,7 +198,19 @@ def _describe_tiles(plan: SlidePlan, folder: str) -> dict[str, object]:
     }
 
 
-def _reserve(path: Path, size: int) -> None:
-    # HDF5 2.0 crashes some time after it has met a full disk: it may only write where there is room for sure.
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), file.seek(0, io.SEEK_END), size)
+@contextlib.contextmanager
+def publish_hdf5(path: Location, size: int) -> "Iterator[h5py.File]":
+    """An empty HDF5 file to write datasets of so many bytes to, which becomes `path`."""
+    import h5py
+
+    with publish(path) as temporary:
+        with h5py.File(path.name, "w", driver="core", backing_store=False) as empty:
+            empty.flush()
+            temporary.write_bytes(empty.id.get_file_image())
+        # HDF5 2.0 crashes some time after it has met a full disk: it may only write where there is room for sure.
+        with temporary.open("r+b") as reserved:
+            os.posix_fallocate(reserved.fileno(), reserved.seek(0, io.SEEK_END), size + _METADATA)
+        with h5py.File(temporary, "r+") as file:
+            yield file
+            used = file.id.get_filesize()
+        os.truncate(temporary, used)

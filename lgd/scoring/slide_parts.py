@@ -19,7 +19,7 @@ from lgd.scoring.slide_plan import PARTS, SlidePlan
 
 
 class ScoredTiles(NamedTuple):
-    """What a network says of some tiles."""
+    """What a network says of some tiles; of grids that it does not predict, arrays without cells."""
 
     output_nK: np.ndarray
     """float32; NaN of a tile that could not be read, as `features_nD`."""
@@ -29,6 +29,12 @@ class ScoredTiles(NamedTuple):
     """What a reader must know of a tile, in UTF-8."""
     error_n: np.ndarray
     """Why a tile could not be read, in UTF-8; empty where it could."""
+    nuclei: np.ndarray
+    """float16 (n, g, g), as all grids of `lgd.models.grids`; NaN of a tile that could not be read."""
+    membrane: np.ndarray
+    """float16 (n, k, k, 3)."""
+    positive: np.ndarray
+    """float16 (n, k, k, 2)."""
 
 
 def _name_part(number: int) -> str:

@@ -28,8 +28,8 @@ from lgd.slides.tiles import lay_tiles
 from lgd.slides.tissue_mask import find_tissue
 
 PARTS = "parts"
-FILES = ("slide.json", "heatmap.png", "patches.geojson", "features.h5", "tiles.csv")
-"""What is left of a slide."""
+FILES = ("slide.json", "heatmap.png", "patches.geojson", "features.h5", "grids.h5", "tiles.csv")
+"""What is left of a slide; grids.h5 only of a student that predicts grids."""
 CHUNK = 256
 """Tiles that are scored together: some seconds of a CPU, and half a megabyte."""
 LEAST_TISSUE = 0.5
@@ -41,7 +41,7 @@ _MOST_ASPECT = 1.1
 class SlidePlan(TiledSlide):
     """plan.json."""
 
-    FORMAT: ClassVar[str] = "lgd-slide-plan/1"
+    FORMAT: ClassVar[str] = "lgd-slide-plan/2"
     ABSENT: ClassVar[str] = "score the slide again"
 
     mask_mpp: Positive

@@ -12,6 +12,7 @@ from lgd.scoring.heatmap import draw_heatmap
 from lgd.scoring.notes import NO_LABELS, VIRTUAL
 from lgd.scoring.slide_answer import SlideScore, TiledSlide, answer_slide, number_blocks
 from lgd.scoring.slide_files import ScoredSlide, write_features, write_geojson, write_tiles
+from lgd.scoring.slide_grids import GRIDS_FILE, write_grids
 from lgd.scoring.slide_parts import read_parts
 from lgd.scoring.slide_plan import SlidePlan, read_arrays
 from lgd.slides.slide import Slide
@@ -28,6 +29,7 @@ def finish_slide(slide: Slide, folder: Location, plan: SlidePlan, config: Studen
     write_tiles(scored, folder / "tiles.csv")
     write_geojson(scored, folder / "patches.geojson")
     write_features(scored, folder / "features.h5")
+    write_grids(scored, folder / GRIDS_FILE)
     draw_heatmap(slide, scored, score, folder / "heatmap.png")
     score.write(folder / "slide.json")
     return score

@@ -1,6 +1,6 @@
 """Whole slides -> a score and a map of each.
 
-    DIR/SLIDE/slide.json, heatmap.png, patches.geojson, features.h5, tiles.csv
+    DIR/SLIDE/slide.json, heatmap.png, patches.geojson, features.h5, grids.h5, tiles.csv
     DIR/SLIDE/parts/      what is done of a slide that is not whole; a killed job resumes by it
 
 First all slides are opened and their tiles laid, over the workers; then these are scored, in chunks. The worker that

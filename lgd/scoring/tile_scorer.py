@@ -15,6 +15,7 @@ from lgd.base.threads import map_ordered_prefetch
 from lgd.io.files import exists
 from lgd.io.location import Location
 from lgd.models.description import StudentConfig
+from lgd.models.student import GRIDS
 from lgd.scoring.notes import NO_NUMBER, join_notes
 from lgd.scoring.predict import Scorer, load_scorer
 from lgd.scoring.slide_parts import ScoredTiles, has_part, list_missing, write_part
@@ -101,14 +102,17 @@ class TileScorer:
         pixels = [tile.pixels for tile in batch if tile.pixels is not None] or [self._blank]
         with self._turn:
             # One batch after the other; meanwhile the threads read the next ones.
-            out = self.scorer.score(np.stack(pixels))
+            out = self.scorer.score(np.stack(pixels), grids=True)
         output_nK, features_nD = (_fill_rows(out[name], read_n) for name in ("output", "features"))
         notes = [tile.notes for tile in batch]
         if self.config.training.labelled:
             diverged_n = read_n & ~np.isfinite(output_nK).all(1)
             said = NO_NUMBER.format(self.config.training.target.label_word)
             notes = [note or said if lost else note for note, lost in zip(notes, diverged_n, strict=True)]
-        return ScoredTiles(output_nK, features_nD, _as_texts(notes), _as_texts([tile.error for tile in batch]))
+        absent = np.empty((len(pixels), 0), np.float32)
+        grids = {name: _shrink(_fill_rows(out.get(name, absent), read_n)) for name in GRIDS.values()}
+        errors = _as_texts([tile.error for tile in batch])
+        return ScoredTiles(output_nK, features_nD, _as_texts(notes), errors, **grids)
 
     @property
     def _blank(self) -> np.ndarray:
@@ -139,11 +143,17 @@ def _read_tile(slide: Slide, pixels: int, mpp: float, place: tuple[int, int]) ->
     return Tile(image_HW3, join_notes(find_notes(image_HW3)), "")
 
 
-def _fill_rows(value_mK: np.ndarray, read_n: np.ndarray) -> np.ndarray:
-    """The rows of tiles that were read, and NaN for others."""
-    value_nK = np.full((len(read_n), value_mK.shape[1]), np.nan, np.float32)
-    value_nK[read_n] = value_mK[: read_n.sum()]
-    return value_nK
+def _fill_rows(value_m: np.ndarray, read_n: np.ndarray) -> np.ndarray:
+    """The rows (n, ...) of tiles that were read, and NaN for others."""
+    value_n = np.full((len(read_n), *value_m.shape[1:]), np.nan, np.float32)
+    value_n[read_n] = value_m[: read_n.sum()]
+    return value_n
+
+
+def _shrink(grid_n: np.ndarray) -> np.ndarray:
+    """As float16, whose three digits are more than a grid has."""
+    most: float = np.finfo(np.float16).max.item()
+    return grid_n.clip(max=most).astype(np.float16)
 
 
 def _as_texts(texts: list[str]) -> np.ndarray:

@@ -25,6 +25,7 @@ from lgd.scoring.colours import NO_ANSWER, colour_grades, grade_answers
 from lgd.scoring.slide_answer import SlideScore, answer_slide, number_blocks, resample_means
 from lgd.scoring.slide_plan import FILES
 from lgd.scoring.slides import find_slides, score_slide, score_slides
+from lgd.scoring.tile_table import read_tiles as read_table
 from lgd.slides.slide import open_slide
 from lgd.store.feature_layouts import open_features
 from lgd.tissue.pyramid import write_pyramid
@@ -62,7 +63,7 @@ def read_probabilities(folder):
 
 
 def test_a_slide_leaves_its_files(scored, ramp):
-    assert sorted(path.name for path in scored.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in scored.iterdir()) == sorted({*FILES} - {"grids.h5"})
     score = SlideScore.read(scored / "slide.json")
     rows, mean_K = read_tiles(scored), read_probabilities(scored).mean(0)
     assert score.tiles == len(rows) == 40 and score.failed == 0 and score.side == 128
@@ -158,6 +159,12 @@ def test_each_kind_of_target(kind, ramp, tmp_path):
         assert score.answer.label in target.classes and score.answer.value is None
         assert (score.answer.area is None) == (kind == "class")
     assert SlideScore.read(tmp_path / "ramp" / "slide.json") == score
+    table = read_table(tmp_path / "ramp", score)
+    assert [[str(x), str(y)] for x, y in table.xy_n2.tolist()] == [[row["x"], row["y"]] for row in rows]
+    assert [*map(str, table.label_n)] == [row[target.label_word] for row in rows]
+    assert table.grade_n.tolist() == [float(row["value" if kind == "number" else "grade"]) for row in rows]
+    assert table.probability_nK.tolist() == [[float(row[name]) for name in target.classes] for row in rows]
+    assert table.tissue_n.tolist() == [float(row["tissue"]) for row in rows]
 
 
 def test_a_network_without_labels_gives_features_and_no_label(ramp, tmp_path):

@@ -23,20 +23,28 @@ SPEC |= {"std": [0.5] * 3, "pool": "mean", "size": None, "mpp": None, "licence":
 
 
 class Shades(nn.Module):
-    """(B, 3, H, W) in 0..255 -> `logits` of the mean darkness, and `features`, the mean colours of its 16 parts."""
+    """(B, 3, H, W) in 0..255 -> `logits` of the mean darkness, and `features`, the mean colours of its 16 parts.
 
-    def __init__(self, width):
+    With `grids`, also the darkness of each of 4 x 4 cells, times 20, as nuclei, and the colours of 2 x 2 as membranes.
+    """
+
+    def __init__(self, width, grids=False):
         super().__init__()
-        self.width = width
+        self.width, self.grids = width, grids
 
     def forward(self, he_B3HW):
         darkness_B1 = 1 - he_B3HW.float().mean((1, 2, 3))[:, None] / 255
         level_B1 = 6 * darkness_B1 - 1.5
         logits = level_B1 if self.width == 1 else -4 * (level_B1 - torch.arange(self.width)) ** 2
-        return {"logits": logits, "features": nn.functional.adaptive_avg_pool2d(he_B3HW.float(), 4).flatten(1)}
+        cell_B344 = nn.functional.adaptive_avg_pool2d(he_B3HW.float(), 4)
+        grids = {}
+        if self.grids:
+            grids["nuclei"] = torch.log1p(20 * (1 - cell_B344.mean(1) / 255))
+            grids["membrane"] = nn.functional.adaptive_avg_pool2d(cell_B344, 2).permute(0, 2, 3, 1) / 255
+        return {"logits": logits, "features": cell_B344.flatten(1), **grids}
 
 
-def make_scorer(target="her2", mpp=0.5, size=64, shape=(128, 128), labels=40, **fields):
+def make_scorer(target="her2", mpp=0.5, size=64, shape=(128, 128), labels=40, grids=False, **fields):
     """Of patches of 128 x 128 pixels that were shrunk to 64 x 64."""
     target = target if not isinstance(target, str) else find_target(target)
     shapes = [{"width": shape[0], "height": shape[1], "mpp": mpp, "samples": 40}]
@@ -48,7 +56,9 @@ def make_scorer(target="her2", mpp=0.5, size=64, shape=(128, 128), labels=40, **
     facts |= {"validation": {}, "inputs": "0" * 64, "steps": 1, "epochs": 1.0, "skipped": 0, "engine": "torch"}
     facts |= {"workers": 1, "versions": {}, "method": "he-only", "morphology": SPEC, "hallucination": None}
     facts |= {"latents": {}, "nuclei_grid": 1, "membrane_grid": 1, "teachers": [], "kind": "student"}
-    return Scorer(model=Shades(target.width), config=StudentConfig.from_json(facts | fields), device="cpu", role="he")
+    return Scorer(
+        model=Shades(target.width, grids), config=StudentConfig.from_json(facts | fields), device="cpu", role="he"
+    )
 
 
 def draw_ramp(height=900, width=1300, edge=100):
