@@ -23,8 +23,8 @@ from dataclasses import asdict
 
 from lgd.base.target import Target
 from lgd.retrieval.answers import Answer, Stored
+from lgd.scoring.label_sets import round_probabilities, show_label, write_label
 from lgd.scoring.notes import join_notes
-from lgd.scoring.predict import round_probabilities, show_label, write_label
 
 _EXACT = 9
 """Digits of a stored value, which is a float32."""

@@ -1,6 +1,9 @@
-"""The labels that cannot be excluded beside the point label, of a patch or a slide (`lgd.labels.conformal`)."""
+"""Labels as they are printed: the point label, and beside it those that cannot be excluded, of a patch or a slide
+(`lgd.labels.conformal`).
+"""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -9,6 +12,9 @@ from lgd.labels.conformal import By, Conformal
 
 LabelSet = tuple[str | float, ...]
 """Classes that cannot be excluded; or the lowest and the highest value."""
+
+DIGITS = 4
+"""Of a value that a network gives."""
 
 
 def read_set(conformal: Conformal | None, target: Target, output_K: np.ndarray | None, by: By) -> LabelSet | None:
@@ -42,3 +48,21 @@ def format_set(target: Target, label_set: LabelSet | None) -> str:
 def name_set(target: Target) -> str:
     """What a set is called."""
     return "interval" if target.is_number else "label_set"
+
+
+def show_label(target: Target, label: str | float | None, digits: int = DIGITS) -> dict[str, str | float | None]:
+    """A label by its word, to be printed; a value is rounded, and has its unit beside it."""
+    if not target.is_number:
+        return {target.label_word: label}
+    rounded = label if label is None else float(f"{label:.{digits}g}")
+    return {target.label_word: rounded, "unit": target.unit}
+
+
+def write_label(target: Target, label: str | float | None, digits: int = DIGITS) -> dict[str, str | None]:
+    """The same as text, for a table, which would give all values three decimals."""
+    return {name: None if cell is None else str(cell) for name, cell in show_label(target, label, digits).items()}
+
+
+def round_probabilities(probabilities: Mapping[str, float | None]) -> dict[str, float | None]:
+    """To the 4 digits that are shown."""
+    return {name: None if one is None else round(one, 4) for name, one in probabilities.items()}

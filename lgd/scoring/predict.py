@@ -38,8 +38,6 @@ SITES = ("center", "scanner")
 """What is known of where a patch is from."""
 TEACHER_ROW = "IHC teacher"
 """The teacher's row in a table."""
-DIGITS = 4
-"""Of a value that a network gives."""
 
 Alter = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 """A change of a batch: uint8 (B, size, size, 3) and the samples' keys -> the same shape and type."""
@@ -251,24 +249,6 @@ def read_answer(target: Target, output_K: np.ndarray | None) -> tuple[str | floa
     if target.is_number:
         return float(output_K[0]), {}
     return target.name_label(int(output_K.argmax())), dict(zip(target.classes, output_K.tolist(), strict=True))
-
-
-def show_label(target: Target, label: str | float | None, digits: int = DIGITS) -> dict[str, str | float | None]:
-    """A label by its word, to be printed; a value is rounded, and has its unit beside it."""
-    if not target.is_number:
-        return {target.label_word: label}
-    rounded = label if label is None else float(f"{label:.{digits}g}")
-    return {target.label_word: rounded, "unit": target.unit}
-
-
-def write_label(target: Target, label: str | float | None, digits: int = DIGITS) -> dict[str, str | None]:
-    """The same as text, for a table, which would give all values three decimals."""
-    return {name: None if cell is None else str(cell) for name, cell in show_label(target, label, digits).items()}
-
-
-def round_probabilities(probabilities: Mapping[str, float | None]) -> dict[str, float | None]:
-    """To the 4 digits that are shown."""
-    return {name: None if one is None else round(one, 4) for name, one in probabilities.items()}
 
 
 def predict(

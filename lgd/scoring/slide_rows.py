@@ -11,9 +11,18 @@ from lgd.base.target import Target
 from lgd.io.location import Location
 from lgd.models.description import ModelConfig
 from lgd.scoring.images import OneImage
-from lgd.scoring.label_sets import LabelSet, format_set, name_set, read_set, show_set
+from lgd.scoring.label_sets import (
+    LabelSet,
+    format_set,
+    name_set,
+    read_set,
+    round_probabilities,
+    show_label,
+    show_set,
+    write_label,
+)
 from lgd.scoring.notes import count_notes, join_notes
-from lgd.scoring.predict import Prediction, read_answer, round_probabilities, show_label, write_label
+from lgd.scoring.predict import Prediction, read_answer
 from lgd.scoring.slide_answer import SlideScore
 from lgd.shards.candidate import safe_key
 from lgd.shards.pairs import read_slides

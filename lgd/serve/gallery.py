@@ -13,7 +13,7 @@ import simplejpeg
 from lgd.base.errors import DataError
 from lgd.report.sheet import Gallery, read_fields
 from lgd.retrieval.answers import Stored
-from lgd.scoring.predict import show_label
+from lgd.scoring.label_sets import show_label
 from lgd.serve.names import UnknownName
 from lgd.shards.archive import Shard
 from lgd.store.parts import as_labels
