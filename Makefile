@@ -7,7 +7,7 @@ BIN := .venv/bin
 # What `make evidence` shows: method, coupling, shortcut, background, centers or ki67.
 STUDY ?= method
 
-.PHONY: demo test test-encoders check bench faults evidence clean
+.PHONY: demo test test-encoders check bench faults evidence vendor clean
 
 demo: .venv/installed
 	$(BIN)/lgd demo
@@ -47,6 +47,21 @@ bench: .venv/installed
 
 evidence: .venv/installed
 	$(BIN)/python tools/studies/evidence.py $(STUDY)
+
+# What others wrote and lies in the repository: the viewer of lgd serve, and what tests its page. Of npm only `npm pack` is used.
+OPENSEADRAGON = openseadragon@6.1.1
+AXE = axe-core@4.14.1
+
+vendor:
+	@folder=$$(mktemp -d); trap 'rm -r "$$folder"' EXIT; set -e; \
+	unpack() { mkdir $$folder/$$2; tar xzf "$$folder/$$(npm pack --silent --pack-destination $$folder $$1)" -C $$folder/$$2; }; \
+	unpack $(OPENSEADRAGON) viewer; unpack $(AXE) axe; \
+	cp $$folder/viewer/package/build/openseadragon/openseadragon.min.js lgd/serve/static/; \
+	cp $$folder/viewer/package/LICENSE.txt lgd/serve/static/openseadragon-LICENSE.txt; \
+	cp $$folder/axe/package/axe.min.js tests/serve/; cp $$folder/axe/package/LICENSE tests/serve/axe-LICENSE.txt; \
+	cp $$folder/axe/package/LICENSE-3RD-PARTY.txt tests/serve/axe-LICENSE-3RD-PARTY.txt; \
+	(cd lgd/serve/static; echo '# $(OPENSEADRAGON)'; sha256sum openseadragon.min.js) > lgd/serve/static/VENDORED.txt; \
+	(cd tests/serve; echo '# $(AXE)'; sha256sum axe.min.js) > tests/serve/VENDORED.txt
 
 CONSTRAINTS = $(if $(filter cpu,$(FAISS)),--constraint constraints-cpu.txt)
 
