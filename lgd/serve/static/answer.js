@@ -76,7 +76,9 @@ export function makeShares(shares, title) {
     const bar = make("meter", { min: 0, max: 1, value: value ?? 0, "aria-hidden": "true" });
     return make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, formatPercent(value) + range), make("td", {}, bar));
   });
-  const head = make("tr", {}, make("th", { scope: "col" }, "Class"), make("th", { scope: "col", colspan: "2" }, title));
+  const ranged = Object.values(shares).some((share) => (share?.low ?? null) !== null);
+  const column = make("th", { scope: "col", colspan: "2" }, ranged ? `${title} (95 % interval)` : title);
+  const head = make("tr", {}, make("th", { scope: "col" }, "Class"), column);
   return make("table", { class: "shares" }, make("thead", {}, head), make("tbody", {}, rows));
 }
 

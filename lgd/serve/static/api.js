@@ -50,8 +50,10 @@ export function addParameters(path, parameters) {
   return given.length ? `${path}?${new URLSearchParams(given)}` : path;
 }
 
-// An image of the service: fetched with the token, and shown from memory, which is freed when it is drawn.
+// An image of the service: fetched with the token, and shown from memory, which is freed when it is drawn. `source` is a
+// url or a file; null where the service has no image.
 export function makeImage(source, alt) {
+  if (!source) return make("span", { class: "missing" }, `no image: ${alt}`);
   const image = make("img", { alt });
   const show = (blob) => {
     image.src = URL.createObjectURL(blob);

@@ -18,7 +18,7 @@ let shown = "";
 
 function describeModel() {
   const { target, method, name, virtual, notes } = model;
-  find("model").replaceChildren(`${method}: ${target.name} `, make("span", { class: "name" }, name));
+  find("model").textContent = [method, target.name, name].filter(Boolean).join(" · ");
   const stated = virtual && !notes.some((note) => note.includes("virtual")) ? ["trained on virtual tissue only", ...notes] : notes;
   find("model-notes").replaceChildren(...stated.map((note) => make("li", {}, note)));
 }

@@ -30,7 +30,7 @@ export class Gallery {
   }
 
   _makeTile(patch) {
-    const label = formatLabel(patch.label, this.target.unit);
+    const label = formatLabel(patch[this.target.label_word], this.target.unit);
     const alt = `H&E of patch ${patch.key}`;
     return make("button", { onclick: () => this._query(patch) }, makeImage(patch.he, alt), make("span", {}, label));
   }

@@ -8,8 +8,10 @@ export function showLegend(overlay) {
   }
   const title = overlay.unit ? `${overlay.title} (${overlay.unit})` : overlay.title;
   const { legend } = overlay;
-  const body = legend.kind === "classes" ? makeClasses(legend.entries) : makeScale(legend);
-  find("legend").replaceChildren(make("span", { class: "title" }, title), body);
+  const missing = legend.no_answer ? [{ label: "no answer", colour: legend.no_answer }] : [];
+  const parts = legend.kind === "classes"
+    ? [makeClasses([...legend.entries, ...missing])] : [makeScale(legend), makeClasses(missing)];
+  find("legend").replaceChildren(make("span", { class: "title" }, title), ...parts);
 }
 
 function makeClasses(entries) {

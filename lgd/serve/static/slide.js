@@ -18,6 +18,7 @@ export class SlidePage {
       this._update(await post(`${pathOf(this.slide.id)}/score`));
       refresh();
     }));
+    find("overlay").addEventListener("change", () => this._showOverlay(find("overlay").value));
     find("opacity").addEventListener("input", () => this.viewer.setOpacity(find("opacity").value / 100));
     for (const button of find("slide-score").querySelectorAll("[data-file]")) {
       const file = button.dataset.file;
@@ -37,7 +38,7 @@ export class SlidePage {
       const slide = await get(pathOf(id));
       if (this.wanted !== id) return;
       // A damaged slide has no size, and only a name and a problem to show.
-      find("stage").hidden = find("toolbar").hidden = !slide.width;
+      find("look").hidden = !slide.width;
       if (slide.width) await this.viewer.open(slide, pathOf(id), view);
       if (this.wanted === id) this._update(slide);
     } catch (error) {
@@ -75,13 +76,10 @@ export class SlidePage {
   _offerOverlays() {
     const { overlays } = this.slide;
     find("overlays").hidden = !overlays.length;
-    const choices = [{ name: "", title: "None" }, ...overlays].map(({ name, title }, number) =>
-      make("label", {},
-        make("input", { type: "radio", name: "overlay", value: name, checked: number === Math.min(1, overlays.length),
-          onchange: () => this._showOverlay(name) }),
-        title));
-    find("overlay-choices").replaceChildren(...choices);
-    this._showOverlay(overlays[0]?.name ?? "");
+    const choices = [{ name: "", title: "none" }, ...overlays];
+    find("overlay").replaceChildren(...choices.map(({ name, title }) => make("option", { value: name }, title)));
+    find("overlay").value = overlays[0]?.name ?? "";
+    this._showOverlay(find("overlay").value);
   }
 
   _showOverlay(name) {
@@ -129,10 +127,10 @@ function describeScore(score, target) {
     ["of it perhaps pen", formatPercent(score.tissue.pen)],
     ["of it blurred", formatPercent(score.tissue.blurred)],
     ["tiles", `${formatWhole(score.tiles)}, of which ${score.failed} failed and ${score.blank} are blank`]);
-  if (Object.keys(answer.probabilities).length) parts.push(makeShares(answer.probabilities, "Mean of the tiles (95 % interval)"));
+  if (Object.keys(answer.probabilities).length) parts.push(makeShares(answer.probabilities, "Mean of the tiles"));
   if (answer.area) {
     parts.push(make("p", {}, `By area: ${target.label_word} ${answer.area.label}`));
-    parts.push(makeShares(answer.area.shares, "Tiles of this class or higher (95 % interval)"));
+    parts.push(makeShares(answer.area.shares, "Tiles of this class or higher"));
   }
   parts.push(make("dl", {}, facts.flatMap(([name, text]) => [make("dt", {}, name), make("dd", {}, text)])), listNotes(score.notes));
   return parts.filter((part) => part);

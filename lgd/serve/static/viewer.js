@@ -52,7 +52,7 @@ export class SlideViewer {
     new ResizeObserver(() => find("stage").clientWidth && this.osd.forceResize()).observe(find("stage"));
     find("zoom-in").addEventListener("click", () => this._zoom(1.5));
     find("zoom-out").addEventListener("click", () => this._zoom(1 / 1.5));
-    find("zoom-home").addEventListener("click", () => this.osd.viewport.goHome());
+    find("zoom-home").addEventListener("click", () => this._showWhole());
     find("query-middle").addEventListener("click", () => this.queryMiddle());
   }
 
@@ -158,6 +158,11 @@ export class SlideViewer {
     this.query(Math.round(x), Math.round(y));
   }
 
+  // OpenSeadragon's home would be as wide as the overlay, too.
+  _showWhole() {
+    this.osd.viewport.fitBounds(this.image.getBounds());
+  }
+
   _zoom(factor) {
     this.osd.viewport.zoomBy(factor);
     this.osd.viewport.applyConstraints();
@@ -182,8 +187,8 @@ export class SlideViewer {
       "+": () => this._zoom(1.5),
       "=": () => this._zoom(1.5),
       "-": () => this._zoom(1 / 1.5),
-      0: () => this.osd.viewport.goHome(),
-      Home: () => this.osd.viewport.goHome(),
+      0: () => this._showWhole(),
+      Home: () => this._showWhole(),
     };
     if (!this.slide || ctrlKey || altKey || metaKey || !Object.hasOwn(actions, key)) return;
     event.originalEvent.preventDefault();
