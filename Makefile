@@ -39,7 +39,7 @@ check: .venv/installed-dev
 
 faults: export LGD_FAULTS = all
 faults: .venv/installed-dev
-	$(call PYTEST,-m faults)
+	$(call PYTEST,-m faults -o faulthandler_timeout=3600)
 
 # All benchmarks, or some: make bench NAMES="loader query"
 bench: .venv/installed
