@@ -215,7 +215,7 @@ def read_fitted(image: OneImage, training: Training, size: int, mpp: Mpp) -> Fit
         profile = find_profile(given) if isinstance(given, Image.Image) else None
         (height, width), notes = _fit_scale(name, training, size, pixels.shape[0], pixels.shape[1], mpp)
     else:
-        content = _read_bytes(image) if isinstance(image, Path) else image.source
+        content = image.source if isinstance(image, MemoryImage) else _read_bytes(image)
         assert isinstance(content, bytes)
         (height, width), notes = _fit_scale(name, training, size, *upright_size(content, name), mpp)
         profile = read_profile(content)

@@ -322,7 +322,7 @@ def test_every_flipped_bit_is_found_and_its_file_named(indexed, fault_count):
 
 
 def in_a_dataset(path, place):
-    """Whether a reader meets this byte; of the rest of the file only HDF5 knows. Keys are read from the patches alone."""
+    """Whether a reader meets this byte; only HDF5 knows of the rest. Keys are read from the patches alone."""
     datasets = read_json(path.with_suffix(".json"))["datasets"]
     datasets = [one for name, one in datasets.items() if name != "key" or path.parent.name == "patches"]
     sizes = [math.prod(one["shape"]) * np.dtype(one["dtype"]).itemsize for one in datasets]
