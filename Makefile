@@ -67,11 +67,11 @@ CONSTRAINTS = $(if $(filter cpu,$(FAISS)),--constraint constraints-cpu.txt)
 
 .venv/installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[$(FAISS)]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[$(FAISS),serve]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[$(FAISS),dev]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[$(FAISS),serve,dev]'
 	touch $@
 
 .venv-encoders/installed: pyproject.toml constraints-encoders.txt

@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lgd.config_files import load_config
 from lgd.io.files import read_json
@@ -23,6 +24,7 @@ from lgd.scoring.slide_answer import SlideScore
 from lgd.store.store import Store
 from lgd.tissue.synth import synthesise
 from lgd.tissue.synth_options import SynthOptions
+from tests.cluster.test_rayservice import serve_config
 from tests.support.sockets import free_ports, list_listening
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,3 +226,45 @@ def test_without_the_token_nobody_gets_in(head):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{address}/api/jobs/", timeout=10)
     assert refused.value.code in (401, 403)
+
+
+def test_the_service_of_kubernetes_answers_on_a_cluster(head, tissue_run, tmp_path):
+    address, env, ray = head
+    (port,) = free_ports(1)
+    (slides := tmp_path / "slides").mkdir()
+    (token := tmp_path / "token").write_text(secrets.token_hex(32))
+    config = serve_config()
+    config["http_options"] |= {"host": "127.0.0.1", "port": port}
+    small = {"replicas": 1, "cpus": 0, "gpus": 0}
+    config["applications"][0]["args"] |= small | {
+        "model": tissue_run.run.dir,
+        "slides": str(slides),
+        "out": str(tmp_path / "out"),
+        "token_file": str(token),
+    }
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    serve = [str(Path(ray).parent / "serve")]
+    done = subprocess.run(
+        [*serve, "deploy", str(tmp_path / "serve.yaml"), "--address", address],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}/model")
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(asked, timeout=5)
+        except urllib.error.HTTPError as error:
+            # Serve's own answer while it deploys is another one.
+            if error.code == 401:
+                break
+        except OSError:
+            pass
+        time.sleep(1)
+    asked.add_header("Authorization", f"Bearer {token.read_text()}")
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        assert json.load(answer)["store"]["patches"] == 48
+    done = subprocess.run([*serve, "shutdown", "-y", "--address", address], env=env, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -16,6 +16,8 @@ from lgd.config_files import load_config
 from lgd.io.files import read_json
 from lgd.runs.folder import RunDocument
 from lgd.scoring.notes import NO_LABELS
+from lgd.serve.launch import check_options
+from lgd.serve.options import ServeOptions
 from lgd.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +69,8 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
     assert {one.verb for all_of_a_name in made.values() for one in all_of_a_name} == {"demo"}
     kept = (tmp_path / "demo" / "config.yaml").read_bytes()
     (try_next,) = re.findall(r"^try next +lgd (.*)$", first.out, re.MULTILINE)
+    (browse,) = re.findall(r"^in a browser +lgd serve --model (\S+)$", first.out, re.MULTILINE)
+    assert check_options(ServeOptions(model=browse)) == "", "all that the service opens is there"
     lgd(*shlex.split(try_next))
     capsys.readouterr()
 

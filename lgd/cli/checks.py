@@ -101,6 +101,8 @@ def _examine(gpu: bool) -> dict[str, _Finding]:
     found["timm"] = ("ok", timm) if timm else ("lacks", "for encoders of timm: pip install 'lgd[encoders]'")
     openslide = version_of("openslide-python")
     found["openslide"] = ("ok", openslide) if openslide else ("lacks", "for slides: pip install 'lgd[slides]'")
+    fastapi = version_of("fastapi") if version_of("fastapi-offline") else None
+    found["fastapi"] = ("ok", fastapi) if fastapi else ("lacks", "for lgd serve: pip install 'lgd[serve]'")
     found["faiss"] = _find_faiss()
     # The rest is asked through torch.
     if version_of("torch"):

@@ -5,6 +5,7 @@ import logging
 import shlex
 from argparse import Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from lgd.base.arguments import Parser, typed
@@ -144,6 +145,7 @@ def _add_demo(parser: Parser) -> Run:
         by_latents = find_method(config.student.method).retrieves_by == "latents"
         verb, more = ("query", " -k 5") if by_latents else ("predict", "")
         images = shlex.quote(f"{pipeline.tissue_dir(config)}/HE/test")
+        install = "" if find_spec("fastapi_offline") else "   (after pip install 'lgd[serve]')"
         print_lines(
             "",
             *table.split("\n"),
@@ -153,6 +155,7 @@ def _add_demo(parser: Parser) -> Run:
             f"contact sheet  {Path(config.report.dir) / 'queries.png'}",
             f"curves         tensorboard --logdir {shlex.quote(str(Path(config.run.dir)))}",
             f"try next       {command(config, verb, ('latents.dir', 'student.dir'))}{more} {images}",
+            f"in a browser   lgd serve --model {shlex.quote(str(Path(config.run.dir)))}{install}",
         )
 
     return run
