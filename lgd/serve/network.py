@@ -73,7 +73,7 @@ class Network:
         notes += [] if training.labelled else [NO_LABELS.format(target.label_word)]
         shown = {name: getattr(target, name) for name in ("name", "kind", "label_word", "classes", "unit")}
         return {
-            "name": self.scorer.name,
+            "method": self.scorer.name,
             "target": shown | {"set_word": name_set(target)},
             "size": config.size,
             "mpp": shape.mpp if shape else None,
