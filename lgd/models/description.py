@@ -128,7 +128,7 @@ class TeacherConfig(ModelConfig):
 class StudentConfig(ModelConfig):
     """A student's folder."""
 
-    OPTIONAL: ClassVar[tuple[str, ...]] = ("ordinal", "conformal", "staining")
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("ordinal", "conformal", "staining", "untaught")
 
     ABSENT: ClassVar[str] = "it holds no trained student; run lgd train first"
 
@@ -145,6 +145,8 @@ class StudentConfig(ModelConfig):
     """None of a network that was taught by labels alone."""
     staining: Staining | None = None
     """What the second stain shows, where that is not membranes."""
+    untaught: Many[Word] | None = None
+    """The grids that it predicts though nothing taught them, if any: their weight was 0, or the store has none."""
 
     @property
     def named(self) -> dict[str, str]:

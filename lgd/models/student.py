@@ -51,6 +51,9 @@ class Student(nn.Module):
     All students are built by the same arguments, so that one is built again from the config.json of its folder.
     """
 
+    grids: tuple[str, ...] = ()
+    """The datasets of `GRIDS` that it predicts."""
+
     def __init__(self, *, morphology: Encoder, hallucination: Encoder | None, **sizes: Unpack[Sizes]) -> None:
         """`hallucination` None shares the trunk, where there are two streams."""
         super().__init__()
@@ -128,6 +131,7 @@ class HallucinatingStudent(TwoStreamStudent):
         self.nuclei_head = make_grid_head("nuclei", morphology.channels)
         self.stained = STAININGS[sizes["staining"] or "membranes"]
         """The dataset of the second stain's grid; None for none."""
+        self.grids = ("nuclei", self.stained) if self.stained else ("nuclei",)
         if self.stained:
             setattr(self, f"{self.stained}_head", make_grid_head(self.stained, self.dims[0]))
         self.streams = morphology.channels + 2 * sum(self.dims)

@@ -80,7 +80,7 @@ class Scorer:
             image_B3HW = torch.from_numpy(image_BHW3).permute(0, 3, 1, 2).to(self.device)
             out = self.model(image_B3HW)
         found = {name: one.float().cpu().numpy() for name, one in out.items() if name.partition("@")[0] in _READ}
-        found |= read_grids(out) if grids else {}
+        found |= read_grids(out, self.config) if grids else {}
         training = self.config.training
         if not training.labelled:
             # What its head says was never taught; a frozen teacher has none.

@@ -2,7 +2,7 @@
 
     coords       (n, 2) int64: upper left corners of the tiles in level-0 pixels, as in tiles.csv
     nuclei       (n, g, g) float16: nuclei per 1,000 um2, in g x g cells of a tile, from its top left, row by row
-    membrane     (n, k, k, 3) float16: DAB density, share that is stained, completeness of membranes; or
+    membrane     (n, k, k, 3) float16: DAB density, stained share, completeness of membranes; or
     positive     (n, k, k, 2) float16: share of positive nuclei, and their DAB density
 
 Attributes: `side` of a tile in level-0 pixels, `mpp` of these; of a dataset `channels` and their `units`. A tile that

@@ -1,8 +1,8 @@
 """Pictures that lie over a slide in the viewer: the grade of each tile, and what a student predicts in the cells of it.
 
 A picture has a pixel a tile or a cell, and covers the lattice of tiles on the part that was scanned. Where a side would
-have more than 4,096 pixels, 2 x 2, 4 x 4 and so on are averaged. It is transparent where no tile is, and where one is
-nearly blank; grey where a tile has no answer.
+have more than 4,096 pixels, 2 x 2 cells, 4 x 4 and so on are averaged. It is transparent where no tile is, and where
+one is nearly blank; grey where a tile has no answer.
 
 Shapes: n tiles, g cells of a tile a side, H and W of a picture.
 """
@@ -31,7 +31,7 @@ from lgd.scoring.tile_table import read_tiles
 SCORE = "score"
 """The overlay of the answer."""
 MOST = 4096
-"""Pixels of a side of a picture."""
+"""Pixels of a side of a picture; at most a tile more, where its cells are no power of two."""
 _TICKS = 5
 _PIXELS = 1 << 20
 """That are coloured at a time."""
@@ -210,7 +210,7 @@ def draw_overlay(folder: Location, score: SlideScore, config: StudentConfig, nam
         DataError: For another name, and for files that are damaged or not of this score.
     """
     tiles, target = read_tiles(folder, score), score.target
-    if name == SCORE:
+    if name == SCORE and score.answer.label is not None:
         xy_n2, value_ngg = tiles.xy_n2, tiles.grade_n[:, None, None]
     elif name in CHANNELS_BY_NAME and CHANNELS_BY_NAME[name].dataset in read_sides(folder):
         xy_n2, value_ngg = read_channel(folder, CHANNELS_BY_NAME[name])

@@ -203,7 +203,14 @@ class StudentTask(Task):
         return probe
 
     def describe(self, model: Network, **facts: object) -> ModelConfig:
-        return model.describe(method=self.config.student.method, teachers=tuple(self.list_teachers()), **facts)
+        assert isinstance(model, Student)
+        facts |= {"teachers": tuple(self.list_teachers()), "untaught": self.list_untaught(model)}
+        return model.describe(method=self.config.student.method, **facts)
+
+    def list_untaught(self, model: Student) -> tuple[str, ...] | None:
+        """The grids that a network predicts though nothing taught them; None where there is no such grid."""
+        weights, stored = self.method.weights(1.0), () if self.store is None else self.store.datasets(model.grids)
+        return tuple(name for name in model.grids if name not in stored or not weights.get(name)) or None
 
 
 TASKS: dict[str, type[Task]] = {"teacher": TeacherTask, "student": StudentTask}

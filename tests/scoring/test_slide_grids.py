@@ -8,11 +8,15 @@ import pytest
 
 from lgd.base.errors import DataError
 from lgd.io.files import read_json
+from lgd.models.loading import load_student
 from lgd.scoring import slide_plan
+from lgd.scoring.predict import load_scorer
 from lgd.scoring.slide_answer import SlideScore
 from lgd.scoring.slides import score_slide
 from lgd.scoring.tile_table import read_tiles
+from lgd.shards.shard_set import ShardSet
 from lgd.slides.slide import open_slide
+from lgd.train.tasks import StudentTask
 from tests.support.drawn_slides import damage, find_tile
 from tests.support.shades import make_scorer, write_ramp
 
@@ -98,3 +102,29 @@ def test_a_table_of_other_tiles_is_refused(scored, tmp_path):
             DataError, match=r"tiles.csv cannot be read .*: delete its folder and score the slide again"
         ):
             read_tiles(tmp_path, score)
+
+
+def test_a_trained_student_fills_the_grids_of_its_config(tissue_run, ramp, tmp_path):
+    scorer = load_scorer(tissue_run.student.dir)
+    score = score_slide(scorer, ramp, tmp_path, mpp=0.46)
+    grids, config = read_all(tmp_path / "ramp"), scorer.config
+    assert grids["nuclei"].shape == (score.tiles, config.nuclei_grid, config.nuclei_grid)
+    assert grids["membrane"].shape == (score.tiles, config.membrane_grid, config.membrane_grid, 3)
+    with open_slide(ramp, 0.46) as slide:
+        x, y = grids["coords"][-1]
+        tile = slide.read(int(x), int(y), score.inputs.pixels, score.inputs.pixels, score.inputs.tile_mpp)
+    found = scorer.score(tile[None], grids=True)
+    assert {"nuclei", "membrane"} <= {*found} and not {"nuclei", "membrane"} & {*scorer.score(tile[None])}
+    for name in ("nuclei", "membrane"):
+        np.testing.assert_allclose(grids[name][-1], found[name][0], rtol=2e-3, atol=1e-3)
+
+
+def test_a_grid_that_nothing_taught_is_left_out(tissue_run, change, ramp, tmp_path):
+    shards, (model, config) = ShardSet.open(tissue_run.shard_dirs), load_student(tissue_run.student.dir)
+    assert StudentTask(tissue_run, shards).list_untaught(model) is config.untaught is None
+    task = StudentTask(change(tissue_run, student={"nuclei_weight": 0.0}), shards)
+    assert task.list_untaught(model) == ("nuclei",)
+    task.store = None
+    assert task.list_untaught(model) == ("nuclei", "membrane")
+    score_slide(make_scorer(grids=True, untaught=["nuclei"]), ramp, tmp_path)
+    assert {*read_all(tmp_path / "ramp")} == {"coords", "membrane"}

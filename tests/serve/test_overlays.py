@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lgd.base.errors import DataError
 from lgd.base.target import Target, find_target
 from lgd.scoring.slide_answer import SlideScore
 from lgd.scoring.slides import score_slide
@@ -152,3 +153,33 @@ def test_a_pixel_has_the_mean_of_the_cells_that_lie_in_it(data, scored, tmp_path
             expected = colour_naively(one["legend"], np.mean(known) if known else None)
             assert picture[at][3] == (255 if at in inside else 0)
             assert at not in inside or np.abs(picture[at][:3] - expected).max() <= 1
+
+
+def test_classes_have_no_mean(scored, tmp_path, monkeypatch):
+    """Of tiles that share a pixel the first is shown."""
+    monkeypatch.setattr(overlays, "MOST", 1)
+    places = [(0, 0), (8, 0), (0, 8), (8, 8)]
+    write_result(tmp_path, TYPES, places, 8, [0.0, 2.0, 2.0, 2.0], np.zeros((4, 1, 1)), [""] * 4, [""] * 4)
+    score = SlideScore.read(scored / "slide.json")
+    answer = score.answer.model_copy(update={"label": "b", "probabilities": {}, "area": None})
+    update = {"target": TYPES, "answer": answer, "bounds": (0, 0, 16, 16), "side": 8, "tiles": 4}
+    score, config = score.model_copy(update=update), make_scorer(TYPES).config
+    (one,) = (one.as_json() for one in list_overlays(tmp_path, score, config) if one.name == "score")
+    assert [entry["label"] for entry in one["legend"]["entries"]] == ["tissue", "b", "c"]
+    picture = draw(tmp_path, score, "score", config)
+    assert picture.shape == (1, 1, 4) and (picture[0, 0, :3] == colour_naively(one["legend"], 0)).all()
+
+
+def test_what_is_not_there_is_not_listed_and_refused(scored, tmp_path):
+    score, config = SlideScore.read(scored / "slide.json"), make_scorer().config
+    with pytest.raises(DataError, match="no overlay 'positive': use one of score, nuclei, dab, stained, complete"):
+        draw_overlay(scored, score, config, "positive")
+    with pytest.raises(DataError, match="files of two results .* delete its folder and score the slide again"):
+        draw_overlay(scored, score.model_copy(update={"bounds": (1, 0, 740, 600)}), config, "nuclei")
+    (tmp_path / "tiles.csv").write_bytes((scored / "tiles.csv").read_bytes())
+    assert [one.name for one in list_overlays(tmp_path, score, config)] == ["score"]
+    unlabelled = score.model_copy(update={"answer": score.answer.model_copy(update={"label": None})})
+    assert list_overlays(tmp_path, unlabelled, config) == []
+    (tmp_path / "grids.h5").write_bytes((scored / "grids.h5").read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"grids.h5 cannot be read .*: delete its folder and score the slide again"):
+        draw_overlay(tmp_path, score, config, "nuclei")
