@@ -253,16 +253,17 @@ def test_the_service_of_kubernetes_answers_on_a_cluster(head, tissue_run, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     asked = urllib.request.Request(f"http://127.0.0.1:{port}/model")
-    for _ in range(120):
+    code, ends = 0, time.monotonic() + 400
+    # Serve's own answers while it deploys are others.
+    while code != 401:
+        assert time.monotonic() < ends, f"the service did not come up: {code}"
+        time.sleep(1)
         try:
             urllib.request.urlopen(asked, timeout=5)
         except urllib.error.HTTPError as error:
-            # Serve's own answer while it deploys is another one.
-            if error.code == 401:
-                break
+            code = error.code
         except OSError:
             pass
-        time.sleep(1)
     asked.add_header("Authorization", f"Bearer {token.read_text()}")
     with urllib.request.urlopen(asked, timeout=60) as answer:
         assert json.load(answer)["store"]["patches"] == 48
