@@ -86,7 +86,8 @@ async function start() {
   if (model.store) gallery = new Gallery(model);
   offerUpload(model);
   if (model.slides) await refreshSlides();
-  window.addEventListener("hashchange", follow);
+  // Of a link with a token, in the same tab, all is loaded again.
+  window.addEventListener("hashchange", () => (location.hash.includes("token=") ? location.reload() : follow()));
   await follow();
 }
 

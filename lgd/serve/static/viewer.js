@@ -1,6 +1,6 @@
 // The slide in OpenSeadragon: tiles, one overlay, scale bar, the square of the last query, mouse and keys.
 // Places are level-0 pixels.
-import { makeHeaders } from "./api.js";
+import { makeHeaders, showError } from "./api.js";
 import { find, formatLength, formatNumber, formatWhole, make } from "./dom.js";
 
 const OSD = window.OpenSeadragon;
@@ -35,6 +35,7 @@ export class SlideViewer {
       animationTime: calm ? 0 : 0.6,
       smoothTileEdgesMinZoom: Infinity,
       autoResize: false,
+      preserveImageSizeOnResize: true,
       maxZoomPixelRatio: 4,
       gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: false },
       gestureSettingsTouch: { clickToZoom: false, dblClickToZoom: false },
@@ -47,6 +48,10 @@ export class SlideViewer {
     this.osd.addHandler("canvas-key", (event) => this._pressKey(event));
     this.osd.addHandler("update-viewport", () => this._drawScale());
     this.osd.addHandler("animation-finish", () => this._settle());
+    this.osd.addHandler("tile-load-failed", ({ tileRequest }) => {
+      // Without a status it was only given up, as the view moved on.
+      if (tileRequest?.status) showError(new Error("A part of the slide or of its overlay cannot be read, and stays empty."));
+    });
     this._describeCanvas();
     // The stage has no size while another view is shown, from which OpenSeadragon would not recover.
     new ResizeObserver(() => find("stage").clientWidth && this.osd.forceResize()).observe(find("stage"));
