@@ -30,7 +30,7 @@ test: .venv/installed-dev
 
 # Encoders of timm, in an environment of its own: torchvision of another torch than .venv's. The rest is tested by `make test`.
 test-encoders: .venv-encoders/installed
-	.venv-encoders/bin/python -m pytest tests/models tests/train/test_frozen.py tests/cli/test_encoders_of_the_hub.py
+	.venv-encoders/bin/python -m pytest -n 2 --dist loadfile tests/models tests/train/test_frozen.py tests/cli/test_encoders_of_the_hub.py
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -77,7 +77,7 @@ CONSTRAINTS = $(if $(filter cpu,$(FAISS)),--constraint constraints-cpu.txt)
 .venv-encoders/installed: pyproject.toml constraints-encoders.txt
 	$(PYTHON) -m venv .venv-encoders
 	.venv-encoders/bin/python -m pip install --quiet --constraint constraints-encoders.txt --editable '.[cpu,encoders]' \
-		pytest hypothesis
+		pytest pytest-xdist hypothesis
 	touch $@
 
 clean:
