@@ -40,7 +40,7 @@ function showView(id, name) {
 async function follow() {
   const { slide, view, gallery: wanted } = readFragment();
   markCurrent(slide);
-  if (wanted && gallery) {
+  if (gallery && (wanted || (!slide && !model.slides))) {
     showView("gallery-view", "gallery");
     await gallery.open();
   } else if (slide) {
