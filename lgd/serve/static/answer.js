@@ -31,17 +31,23 @@ function showAnswer(answer, target, asked) {
   find("answer").removeAttribute("aria-busy");
   fill(
     make("p", { role: "status" }, `${asked.title}: ${describeLabel(answer[word], unit, word)}.`),
-    make("div", { class: "asked" },
+    make(
+      "div",
+      { class: "asked" },
       makeFigure(asked.image, `H&E of ${asked.title}`, "H&E"),
       answer.stored ? makeOwn(answer.stored, word, unit) : null,
-      make("div", { class: "network" }, describeNetwork(answer, target, unit))),
+      make("div", { class: "network" }, describeNetwork(answer, target, unit)),
+    ),
     listNotes(answer.notes),
-    ...describeNeighbours(answer, word, unit));
+    ...describeNeighbours(answer, word, unit),
+  );
   find("answer").scrollTop = 0;
 }
 
 const describeLabel = (label, unit, word) =>
-  label === null || label === undefined ? `the network states no ${word}` : `the network expects ${word} ${formatLabel(label, unit)}`;
+  label === null || label === undefined
+    ? `the network states no ${word}`
+    : `the network expects ${word} ${formatLabel(label, unit)}`;
 
 const makeFigure = (source, alt, ...caption) =>
   make("figure", {}, makeImage(source, alt), make("figcaption", {}, ...caption));
@@ -59,7 +65,8 @@ function describeNetwork(answer, target, unit) {
   if (label !== null && label !== undefined) {
     parts.push(make("p", { class: "label" }, formatLabel(label, unit)));
   }
-  if (answer.probabilities && Object.keys(answer.probabilities).length) parts.push(makeShares(answer.probabilities, "Probability"));
+  if (answer.probabilities && Object.keys(answer.probabilities).length)
+    parts.push(makeShares(answer.probabilities, "Probability"));
   const range = answer.label_set ?? answer.interval;
   if (range) {
     const text = range.map((one) => formatLabel(one, unit)).join(target.kind === "number" ? " to " : ", ");
@@ -72,9 +79,16 @@ function describeNetwork(answer, target, unit) {
 export function makeShares(shares, title) {
   const rows = Object.entries(shares).map(([name, share]) => {
     const value = typeof share === "object" && share !== null ? share.value : share;
-    const range = value !== share && share?.low !== null ? ` (${formatPercent(share.low)} to ${formatPercent(share.high)})` : "";
+    const range =
+      value !== share && share?.low !== null ? ` (${formatPercent(share.low)} to ${formatPercent(share.high)})` : "";
     const bar = make("meter", { min: 0, max: 1, value: value ?? 0, "aria-hidden": "true" });
-    return make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, formatPercent(value) + range), make("td", {}, bar));
+    return make(
+      "tr",
+      {},
+      make("th", { scope: "row" }, name),
+      make("td", {}, formatPercent(value) + range),
+      make("td", {}, bar),
+    );
   });
   const ranged = Object.values(shares).some((share) => (share?.low ?? null) !== null);
   const column = make("th", { scope: "col", colspan: "2" }, ranged ? `${title} (95 % interval)` : title);
@@ -93,7 +107,13 @@ function describeNeighbours(answer, word, unit) {
     parts.push(make("p", { class: "vote" }, text));
   }
   if (chance) parts.push(make("p", { class: "chance" }, `${chance.replace(/\.$/, "")}.`));
-  parts.push(make("ol", { class: "neighbours" }, neighbours.map((one) => makeNeighbour(one, word, unit))));
+  parts.push(
+    make(
+      "ol",
+      { class: "neighbours" },
+      neighbours.map((one) => makeNeighbour(one, word, unit)),
+    ),
+  );
   return parts;
 }
 

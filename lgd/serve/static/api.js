@@ -60,7 +60,11 @@ export function makeImage(source, alt) {
     image.addEventListener("load", () => URL.revokeObjectURL(image.src), { once: true });
   };
   if (source instanceof Blob) show(source);
-  else request(source).then((response) => response.blob()).then(show).catch(showError);
+  else
+    request(source)
+      .then((response) => response.blob())
+      .then(show)
+      .catch(showError);
   return image;
 }
 

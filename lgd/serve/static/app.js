@@ -19,7 +19,8 @@ let shown = "";
 function describeModel() {
   const { target, method, name, virtual, notes } = model;
   find("model").textContent = [method, target.name, name].filter(Boolean).join(" · ");
-  const stated = virtual && !notes.some((note) => note.includes("virtual")) ? ["trained on virtual tissue only", ...notes] : notes;
+  const stated =
+    virtual && !notes.some((note) => note.includes("virtual")) ? ["trained on virtual tissue only", ...notes] : notes;
   find("model-notes").replaceChildren(...stated.map((note) => make("li", {}, note)));
 }
 
@@ -60,7 +61,7 @@ function go(fragment) {
 
 const openSlide = (id) => go(`slide=${encodeURIComponent(id)}`);
 
-const refreshSlides = () => watchSlides(openSlide, (slides) => attempt(() => page?.follow(slides)));
+const refreshSlides = () => watchSlides(openSlide, (slides) => page?.follow(slides));
 
 // The address follows the view without filling the history.
 function keepView(id, { x, y, zoom }) {

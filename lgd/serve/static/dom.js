@@ -7,18 +7,27 @@ export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") element.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== false && value !== undefined) element.setAttribute(name, value === true ? "" : value);
+    else if (value !== null && value !== false && value !== undefined)
+      element.setAttribute(name, value === true ? "" : value);
   }
   element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
   return element;
 }
 
 export function listNotes(notes) {
-  return notes.length ? make("ul", { class: "notes" }, notes.map((note) => make("li", {}, note))) : null;
+  return notes.length
+    ? make(
+        "ul",
+        { class: "notes" },
+        notes.map((note) => make("li", {}, note)),
+      )
+    : null;
 }
 
 const number = (digits) => new Intl.NumberFormat("en", { maximumFractionDigits: digits });
-const whole = number(0), short = number(2), long = number(3);
+const whole = number(0),
+  short = number(2),
+  long = number(3);
 
 export const formatWhole = (value) => whole.format(value);
 export const formatNumber = (value, digits = 2) => (value === null ? "–" : (digits === 2 ? short : long).format(value));
@@ -38,8 +47,15 @@ export function formatLength(um) {
 export function makePages(offset, limit, total, open) {
   const last = Math.min(offset + limit, total);
   const step = (text, to, able) => make("button", { type: "button", disabled: !able, onclick: () => open(to) }, text);
-  return make("p", { class: "buttons" },
+  return make(
+    "p",
+    { class: "buttons" },
     step("Previous", Math.max(0, offset - limit), offset > 0),
-    make("span", { role: "status" }, total ? `${formatWhole(offset + 1)} to ${formatWhole(last)} of ${formatWhole(total)}` : "none"),
-    step("Next", offset + limit, last < total));
+    make(
+      "span",
+      { role: "status" },
+      total ? `${formatWhole(offset + 1)} to ${formatWhole(last)} of ${formatWhole(total)}` : "none",
+    ),
+    step("Next", offset + limit, last < total),
+  );
 }

@@ -9,6 +9,7 @@ export class Gallery {
   constructor(model) {
     this.target = model.target;
     this.opened = false;
+    this.newest = 0;
     const { splits, labels } = model.store;
     fillChoice("split", splits);
     fillChoice("label", Object.keys(labels));
@@ -22,9 +23,10 @@ export class Gallery {
   }
 
   async showPage(offset) {
+    const number = ++this.newest;
     const choice = { split: find("split").value, label: find("label").value };
     const page = await attempt(() => get(addParameters("patches", { offset, limit: LIMIT, ...choice })));
-    if (!page) return;
+    if (!page || number !== this.newest) return;
     find("patches").replaceChildren(...page.patches.map((patch) => make("li", {}, this._makeTile(patch))));
     find("gallery-pages").replaceChildren(makePages(offset, LIMIT, page.total, (to) => this.showPage(to)));
   }
@@ -42,7 +44,10 @@ export class Gallery {
 }
 
 function fillChoice(id, values) {
-  find(id).replaceChildren(make("option", { value: "" }, "all"), ...values.map((value) => make("option", { value }, value)));
+  find(id).replaceChildren(
+    make("option", { value: "" }, "all"),
+    ...values.map((value) => make("option", { value }, value)),
+  );
   const hidden = !values.length;
   find(id).hidden = hidden;
   document.querySelector(`label[for=${id}]`).hidden = hidden;

@@ -9,17 +9,23 @@ export function showLegend(overlay) {
   const title = overlay.unit ? `${overlay.title} (${overlay.unit})` : overlay.title;
   const { legend } = overlay;
   const missing = legend.no_answer ? [{ label: "no answer", colour: legend.no_answer }] : [];
-  const parts = legend.kind === "classes"
-    ? [makeClasses([...legend.entries, ...missing])] : [makeScale(legend), makeClasses(missing)];
+  const parts =
+    legend.kind === "classes"
+      ? [makeClasses([...legend.entries, ...missing])]
+      : [makeScale(legend), makeClasses(missing)];
   find("legend").replaceChildren(make("span", { class: "title" }, title), ...parts);
 }
 
 function makeClasses(entries) {
-  return make("ul", {}, entries.map(({ label, colour }) => {
-    const swatch = make("span", { class: "swatch", "aria-hidden": "true" });
-    swatch.style.backgroundColor = colour;
-    return make("li", {}, swatch, label);
-  }));
+  return make(
+    "ul",
+    {},
+    entries.map(({ label, colour }) => {
+      const swatch = make("span", { class: "swatch", "aria-hidden": "true" });
+      swatch.style.backgroundColor = colour;
+      return make("li", {}, swatch, label);
+    }),
+  );
 }
 
 function makeScale({ stops, ticks }) {

@@ -14,16 +14,22 @@ export class SlidePage {
     this.slide = null;
     this.wanted = null;
     this.viewer = new SlideViewer({ query: (x, y) => this.queryPlace(x, y), settle });
-    find("score-slide").addEventListener("click", () => attempt(async () => {
-      this._update(await post(`${pathOf(this.slide.id)}/score`));
-      refresh();
-    }));
+    find("score-slide").addEventListener("click", () =>
+      attempt(async () => {
+        this._update(await post(`${pathOf(this.slide.id)}/score`));
+        refresh();
+      }),
+    );
     find("overlay").addEventListener("change", () => this._showOverlay(find("overlay").value));
-    find("opacity").addEventListener("input", () => this.viewer.setOpacity(find("opacity").value / 100));
+    const setOpacity = () => this.viewer.setOpacity(find("opacity").value / 100);
+    find("opacity").addEventListener("input", setOpacity);
+    // A browser may have kept what was chosen before the page was loaded again.
+    setOpacity();
     for (const button of find("slide-score").querySelectorAll("[data-file]")) {
       const file = button.dataset.file;
       button.addEventListener("click", () =>
-        attempt(() => download(`${pathOf(this.slide.id)}/${file}`, `${this.slide.name}-${file}`)));
+        attempt(() => download(`${pathOf(this.slide.id)}/${file}`, `${this.slide.name}-${file}`)),
+      );
     }
   }
 
@@ -85,7 +91,7 @@ export class SlidePage {
   _showOverlay(name) {
     const overlay = this.slide.overlays.find((one) => one.name === name);
     const url = overlay && `${pathOf(this.slide.id)}/overlays/${encodeURIComponent(name)}.png`;
-    this.viewer.showOverlay(overlay, url, find("opacity").value / 100);
+    this.viewer.showOverlay(overlay, url);
     showLegend(overlay);
   }
 
@@ -102,7 +108,9 @@ export class SlidePage {
     this.viewer.markSquare(x - field / 2, y - field / 2, field);
     const title = `place ${formatWhole(x)}, ${formatWhole(y)}`;
     const asked = { title, image: addParameters(`${path}/region.jpg`, { x, y }) };
-    const answer = await showQuery(asked, this.model.target, () => post(addParameters(`${path}/query`, { x, y, k: 5 })));
+    const answer = await showQuery(asked, this.model.target, () =>
+      post(addParameters(`${path}/query`, { x, y, k: 5 })),
+    );
     if (answer) this.viewer.markSquare(answer.x, answer.y, answer.side);
   }
 }
@@ -126,12 +134,20 @@ function describeScore(score, target) {
     ["tissue", `${formatNumber(score.tissue.area_mm2)} mm²`],
     ["of it perhaps pen", formatPercent(score.tissue.pen)],
     ["of it blurred", formatPercent(score.tissue.blurred)],
-    ["tiles", `${formatWhole(score.tiles)}, of which ${score.failed} failed and ${score.blank} are blank`]);
+    ["tiles", `${formatWhole(score.tiles)}, of which ${score.failed} failed and ${score.blank} are blank`],
+  );
   if (Object.keys(answer.probabilities).length) parts.push(makeShares(answer.probabilities, "Mean of the tiles"));
   if (answer.area) {
     parts.push(make("p", {}, `By area: ${target.label_word} ${answer.area.label}`));
     parts.push(makeShares(answer.area.shares, "Tiles of this class or higher"));
   }
-  parts.push(make("dl", {}, facts.flatMap(([name, text]) => [make("dt", {}, name), make("dd", {}, text)])), listNotes(score.notes));
+  parts.push(
+    make(
+      "dl",
+      {},
+      facts.flatMap(([name, text]) => [make("dt", {}, name), make("dd", {}, text)]),
+    ),
+    listNotes(score.notes),
+  );
   return parts.filter((part) => part);
 }

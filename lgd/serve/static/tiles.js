@@ -7,22 +7,34 @@ const LIMIT = 20;
 const NEXT = { number: "-grade", "-grade": "grade", grade: "number" };
 const ORDER = { number: null, grade: "ascending", "-grade": "descending" };
 
+let newest = 0;
+
 // `show(row)` moves the view to a tile and queries it.
 export async function showTiles(path, target, show, offset = 0, sort = "number") {
+  const number = ++newest;
   const page = await attempt(() => get(addParameters(`${path}/rows`, { offset, limit: LIMIT, sort })));
-  if (!page) return;
+  if (!page || number !== newest) return;
   const again = (to, by) => showTiles(path, target, show, to, by);
   const sorter = make("button", { type: "button", onclick: () => again(0, NEXT[sort]) }, "Grade");
   const titles = ["Tile", "View", "Place (px)", target.label_word, sorter, ...target.classes, "Tissue", "Notes"];
   const head = titles.map((title) =>
-    make("th", { scope: "col", "aria-sort": title === sorter ? ORDER[sort] : null }, title));
-  const table = make("table", { "aria-labelledby": "tiles-title" },
+    make("th", { scope: "col", "aria-sort": title === sorter ? ORDER[sort] : null }, title),
+  );
+  const table = make(
+    "table",
+    { "aria-labelledby": "tiles-title" },
     make("thead", {}, make("tr", {}, head)),
-    make("tbody", {}, page.rows.map((row) => makeRow(row, target, show))));
+    make(
+      "tbody",
+      {},
+      page.rows.map((row) => makeRow(row, target, show)),
+    ),
+  );
   const focused = find("tiles").contains(document.activeElement) && document.activeElement.textContent;
   find("tiles").replaceChildren(
     make("div", { class: "wide", role: "region", "aria-label": "Table of tiles", tabindex: "0" }, table),
-    makePages(offset, LIMIT, page.total, (to) => again(to, sort)));
+    makePages(offset, LIMIT, page.total, (to) => again(to, sort)),
+  );
   if (focused) [...find("tiles").querySelectorAll("button")].find((one) => one.textContent === focused)?.focus();
 }
 
@@ -37,8 +49,11 @@ function makeRow(row, target, show) {
     [row.notes, row.error].flat().filter(Boolean).join("; "),
   ];
   const name = `Show tile ${row.number}`;
-  return make("tr", {},
+  return make(
+    "tr",
+    {},
     make("th", { scope: "row" }, formatWhole(row.number)),
     make("td", {}, make("button", { type: "button", "aria-label": name, onclick: () => show(row) }, "Show")),
-    cells.map((text) => make("td", {}, text)));
+    cells.map((text) => make("td", {}, text)),
+  );
 }

@@ -25,6 +25,7 @@ export class SlideViewer {
     this.slide = null;
     this.overlay = null;
     this.square = null;
+    this.opacity = 1;
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     this.osd = OSD({
       element: find("viewer"),
@@ -50,7 +51,8 @@ export class SlideViewer {
     this.osd.addHandler("animation-finish", () => this._settle());
     this.osd.addHandler("tile-load-failed", ({ tileRequest }) => {
       // Without a status it was only given up, as the view moved on.
-      if (tileRequest?.status) showError(new Error("A part of the slide or of its overlay cannot be read, and stays empty."));
+      if (tileRequest?.status)
+        showError(new Error("A part of the slide or of its overlay cannot be read, and stays empty."));
     });
     this._describeCanvas();
     // The stage has no size while another view is shown, from which OpenSeadragon would not recover.
@@ -104,7 +106,7 @@ export class SlideViewer {
   }
 
   // Put an overlay {x, y, width, height} of the picture at `url` over the slide; without one, take the last away.
-  showOverlay(overlay, url, opacity) {
+  showOverlay(overlay, url) {
     if (this.overlay) this.osd.world.removeItem(this.overlay);
     this.overlay = null;
     const wanted = (this.wanted = overlay && url);
@@ -113,19 +115,33 @@ export class SlideViewer {
     const where = this.image.imageToViewportRectangle(x, y, width, height);
     this.osd.addTiledImage({
       // One tile of any number of pixels, which OpenSeadragon stretches.
-      tileSource: { width, height, tileWidth: width, tileHeight: height, minLevel: 0, maxLevel: 0, getTileUrl: () => url },
-      x: where.x, y: where.y, width: where.width,
-      opacity,
+      tileSource: {
+        width,
+        height,
+        tileWidth: width,
+        tileHeight: height,
+        minLevel: 0,
+        maxLevel: 0,
+        getTileUrl: () => url,
+      },
+      x: where.x,
+      y: where.y,
+      width: where.width,
       success: ({ item }) => {
         // Another one was chosen in the meantime.
-        if (this.wanted !== wanted) this.osd.world.removeItem(item);
-        else this.overlay = item;
+        if (this.wanted !== wanted) {
+          this.osd.world.removeItem(item);
+          return;
+        }
+        this.overlay = item;
+        item.setOpacity(this.opacity);
       },
     });
   }
 
   setOpacity(opacity) {
-    if (this.overlay) this.overlay.setOpacity(opacity);
+    this.opacity = opacity;
+    this.overlay?.setOpacity(opacity);
   }
 
   markSquare(x, y, side) {
@@ -215,7 +231,8 @@ export class SlideViewer {
     this._drawScale();
     const { x, y, zoom } = this.readView();
     const mpp = this.slide.mpp;
-    find("place").textContent = `Middle of the view: ${formatWhole(x)}, ${formatWhole(y)} px (${formatLength(x * mpp)}, ` +
+    find("place").textContent =
+      `Middle of the view: ${formatWhole(x)}, ${formatWhole(y)} px (${formatLength(x * mpp)}, ` +
       `${formatLength(y * mpp)}); ${formatNumber(mpp / zoom)} µm a screen pixel.`;
     this.settle(this.slide.id, { x, y, zoom });
   }
