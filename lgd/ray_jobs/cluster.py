@@ -69,8 +69,10 @@ def connect(workers: int, option_name: str, threads: int = 0, use_gpus: bool = T
     return cpus if address else max(1, count_slots("CPU") // max(workers, 1))
 
 
-def join_cluster(remedy: str) -> None:
+def join_cluster(remedy: str, dashboard: bool = True) -> None:
     """Join the cluster that RAY_ADDRESS names, or start a local one, unless this process is in one.
+
+    A local one has a `dashboard`, which Ray Train asks, or none, which starts a tenth sooner and uses less meanwhile.
 
     Raises `DataError`, with the remedy, where Ray is not installed, or cannot be reached or started.
     """
@@ -83,7 +85,7 @@ def join_cluster(remedy: str) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         try:
-            _start_ray(address, variables)
+            _start_ray(address, variables, dashboard)
         except (OSError, RuntimeError, ValueError) as error:
             cluster = f"the cluster of RAY_ADDRESS={address}" if address else "a local Ray"
             raise DataError(f"{cluster} cannot be reached or started ({error}); {remedy}") from error
@@ -130,7 +132,7 @@ def _import_ray() -> dict[str, str]:
     return variables
 
 
-def _start_ray(address: str | None, variables: dict[str, str]) -> None:
+def _start_ray(address: str | None, variables: dict[str, str], dashboard: bool) -> None:
     """Join or start Ray. What its processes print is shown at DEBUG only; their log records come by `collect_logs`."""
     import ray
 
@@ -148,7 +150,7 @@ def _start_ray(address: str | None, variables: dict[str, str]) -> None:
             # Ray looks at a container's limit, but not at the CPUs that this process is bound to.
             num_cpus=None if address else count_cpus(),
             # Ray Train asks the dashboard's process whether its controller lives, and complains without one.
-            include_dashboard=None if address else True,
+            include_dashboard=None if address else dashboard,
             log_to_driver=debug,
             logging_level=logging.INFO if debug else logging.ERROR,
         )

@@ -15,6 +15,7 @@ from ray.serve.exceptions import BackPressureError
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.scoring.images import Fitted, Mpp
+from lgd.serve.batches import Batches
 from lgd.serve.calls import Reply
 from lgd.serve.names import UnknownName
 from lgd.serve.neighbours import Filters
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 APPLICATION = "lgd"
 NETWORK, JOBS = "Network", "SlideJobs"
-_BATCH, _BATCH_WAIT = 16, 0.005
+_BATCH = 16
 _ONGOING, _QUEUED = 64, 256
 """Requests that a copy of the network has in hand, and that wait for one: more are refused with 503."""
 _STOP_SECONDS, _STOP_LOOP = 5, 0.5
@@ -58,15 +59,10 @@ class NetworkReplica:
 
     def __init__(self, options: ServeOptions) -> None:
         self.network = Network(options)
-
-    @serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_BATCH_WAIT)
-    async def _score(self, images: list[np.ndarray]) -> list[Values]:
-        """What the network makes of the images of several requests, in one forward pass."""
-        return await asyncio.to_thread(self.network.score, images)
+        self._batches = Batches(self.network.score, _BATCH)
 
     async def _see(self, fitted: Fitted) -> Values:
-        values: Values = await self._score(fitted.pixels)
-        return values
+        return await self._batches.ask(fitted.pixels)
 
     @_reply
     async def describe(self) -> dict[str, object]:
