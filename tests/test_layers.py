@@ -47,8 +47,8 @@ report.sheet report.neighbours report.embeddings report.biased report.robustness
 report.sites report.set_coverage report.listing report.probed report.retrieval report.pictures report.evaluation
 report.report report.ablation report.leave_out
 serve.messages serve.names serve.options serve.overlays serve.gallery serve.neighbours serve.network
-serve.slide_folder serve.slide_jobs serve.batches serve.guard serve.calls serve.patch_routes serve.slide_routes
-serve.application serve.replicas serve.launch
+serve.slide_folder serve.slide_jobs serve.batches serve.connections serve.guard serve.calls serve.patch_routes
+serve.slide_routes serve.application serve.replicas serve.launch
 pipeline
 cli.contents cli.facts cli.slide_facts cli.verb cli.stages cli.answers cli.service cli.checks
 """.split()
@@ -91,9 +91,10 @@ LATE = {
     "openslide",
     "tifffile",
 }
-LATE |= {"sklearn", "timm", "fastapi", "fastapi_offline", "starlette"}
+LATE |= {"sklearn", "timm", "fastapi", "fastapi_offline", "starlette", "uvicorn"}
 # What runs inside Ray Serve: its classes are decorated by it. They are imported late themselves.
-IN_RAY_SERVE = "serve.guard serve.calls serve.patch_routes serve.slide_routes serve.application serve.replicas".split()
+IN_RAY_SERVE = "serve.connections serve.guard serve.calls serve.patch_routes serve.slide_routes".split()
+IN_RAY_SERVE += ["serve.application", "serve.replicas"]
 
 
 @functools.cache

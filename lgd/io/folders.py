@@ -123,3 +123,8 @@ def list_local_sizes(folder: Location, names: Iterable[str] = ()) -> dict[str, i
             with contextlib.suppress(OSError):
                 sizes[name] = (folder / name).stat().st_size
     return sizes
+
+
+def find_existing(path: Location) -> Path | None:
+    """The nearest of a local path and the folders around it that exists; None at a url."""
+    return next((one for one in (path, *path.parents) if one.exists()), None) if isinstance(path, Path) else None

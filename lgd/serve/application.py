@@ -7,15 +7,19 @@ GET  /patches, /patches/ID/he.jpg, ihc.jpg     the patches of the store    POST 
 GET  /slides, /slides/ID/...                   the slides of the folder    POST /slides/ID/score, /slides/ID/query
 """
 
+import http
 import importlib.resources
 import logging
 from pathlib import Path
 
 import fastapi_offline
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 import lgd
 from lgd.base.errors import ConfigError, DataError
@@ -36,6 +40,12 @@ logger = logging.getLogger(__name__)
 _STATIC = Path(str(importlib.resources.files("lgd.serve") / "static"))
 
 
+class Problem(BaseModel):
+    """Why there is no answer."""
+
+    detail: str
+
+
 def create_app(options: ServeOptions, token: str, network: Computing, jobs: Jobs | None) -> FastAPI:
     """The application; it opens the store and the slides for their pictures, and computes nothing itself."""
     app = fastapi_offline.FastAPIOffline(
@@ -44,6 +54,9 @@ def create_app(options: ServeOptions, token: str, network: Computing, jobs: Jobs
         title="LGD",
         version=lgd.__version__,
         description="Scores from H&E alone, and the nearest known IHC. Errors are `{detail: sentence}`.",
+        responses={status: {"model": Problem, "description": "What is wrong"} for status in (404, 422)},
+        # `Guard` asks for the token; this gives the page of the urls a field for it.
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [],
     )
     store = open_store(options, StudentConfig.read_folder(options.student))
     gallery = None if store is None else StoreGallery(store)
@@ -66,6 +79,8 @@ def create_app(options: ServeOptions, token: str, network: Computing, jobs: Jobs
     for kind in (ConfigError, DataError, Exception):
         app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.add_exception_handler(404, _answer_unknown_url)
+    app.add_exception_handler(405, _answer_unknown_url)
     # The last one stands in front.
     app.add_middleware(BodyBound, most=options.max_mb * 10**6)
     app.add_middleware(Guard, token=token)
@@ -75,8 +90,21 @@ def create_app(options: ServeOptions, token: str, network: Computing, jobs: Jobs
 def _answer_validation(request: Request, error: Exception) -> JSONResponse:
     """One sentence, in place of FastAPI's list."""
     assert isinstance(error, RequestValidationError)
-    parts = [f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}" for one in error.errors()]
+    parts = [
+        f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg'].removeprefix('Value error, ')}"
+        for one in error.errors()
+    ]
     return JSONResponse({"detail": escape_text("; ".join(parts), 500)}, 422)
+
+
+def _answer_unknown_url(request: Request, error: Exception) -> JSONResponse:
+    """In place of two words; what an answer of the service itself says stays."""
+    assert isinstance(error, HTTPException)
+    detail = error.detail
+    if detail == http.HTTPStatus(error.status_code).phrase:
+        detail = "there is no such url" if error.status_code == 404 else "this url is asked by another method"
+        detail += ": GET docs lists all"
+    return JSONResponse({"detail": detail}, error.status_code, error.headers)
 
 
 def _make_page() -> APIRouter:

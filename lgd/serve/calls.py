@@ -1,27 +1,58 @@
 """What the urls need of the processes that compute, wherever these run."""
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple, Protocol
 
 import numpy as np
-from fastapi import Body, HTTPException, Query
+from fastapi import Depends, HTTPException, Query, Request
+from pydantic import AfterValidator
 
 from lgd.serve.neighbours import Filters
 from lgd.serve.slide_jobs import SlideState
 
 _MOST_NEIGHBOURS = 50
+_MPP = re.compile(r"[0-9]{1,3}(\.[0-9]{1,12})?", re.ASCII)
 
 K = Annotated[int, Query(ge=1, le=_MOST_NEIGHBOURS, description="Neighbours.")]
 Offset = Annotated[int, Query(ge=0, le=10**9, description="How many are left out before.")]
 Limit = Annotated[int, Query(ge=1, le=500, description="How many are given.")]
 Place = Annotated[float, Query(ge=0, le=10**9, allow_inf_nan=False, description="Level-0 pixels.")]
 Names = Annotated[str, Query(max_length=500, description="Names, separated by commas.")]
+
+
+def _check_mpp(text: str) -> str:
+    if text in ("", "unknown") or (_MPP.fullmatch(text) and float(text)):
+        return text
+    raise ValueError("give micrometres per pixel, such as 0.46, or unknown")
+
+
 ImageMpp = Annotated[
-    str, Query(pattern=r"^(unknown|[0-9]{1,3}(\.[0-9]{1,6})?|)$", description="Micrometres per pixel, or unknown.")
+    str,
+    AfterValidator(_check_mpp),
+    Query(description="Micrometres per pixel, such as 0.46, or unknown; nothing for a patch of the training's size."),
 ]
-ImageBody = Annotated[
-    bytes, Body(media_type="application/octet-stream", description="An image file: JPEG, PNG, WebP ...")
-]
+
+
+async def read_image(request: Request) -> bytes:
+    """The body of a request, whatever its media type says; raises `HTTPException` for what is no single file."""
+    content = await request.body()
+    kind = request.headers.get("content-type", "")
+    if not content or kind.startswith("multipart/"):
+        what = "a form" if content else "no image"
+        raise HTTPException(422, f"the body is {what}: send the image file itself, such as by curl --data-binary @FILE")
+    return content
+
+
+ImageBody = Annotated[bytes, Depends(read_image)]
+IMAGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        "description": "An image file: JPEG, PNG, WebP, TIFF, BMP or JPEG 2000.",
+    }
+}
+"""What the documentation says of it."""
 
 
 class Reply(NamedTuple):

@@ -4,6 +4,7 @@ Ray's own token guards its dashboard and jobs, and not the port of Ray Serve, wh
 """
 
 import asyncio
+import contextlib
 import hmac
 import os
 from typing import TYPE_CHECKING
@@ -52,12 +53,18 @@ class BodyBound:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit() or len(length) > 15:
             await _refuse(400, "Content-Length is no length")(scope, receive, send)
             return
-        body = _Body(receive, self.most)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # Programs differ in where such a request ends.
+            await _refuse(400, "give Content-Length or Transfer-Encoding, and not both")(scope, receive, send)
+            return
+        body = _Body(receive, self.most, headers)
         if int(length) > self.most:
+            await body.skip()
             await body.too_large(scope, receive, send)
             return
         answered = False
@@ -66,6 +73,7 @@ class BodyBound:
             nonlocal answered
             if not body.refused or answered:
                 answered = True
+                await body.skip()
                 await send(message)
 
         try:
@@ -74,22 +82,27 @@ class BodyBound:
             if not body.refused:
                 raise
         if body.refused and not answered:
+            await body.skip()
             await body.refused(scope, receive, send)
 
 
 class _Body:
     """The body of a request; where it is refused, the application sees that the one who asked has gone."""
 
-    def __init__(self, receive: "Receive", most: int) -> None:
+    def __init__(self, receive: "Receive", most: int, headers: Headers) -> None:
         self._receive, self._left, self._done = receive, most, False
         self._ends = asyncio.get_running_loop().time() + BODY_SECONDS
         self.too_large = _refuse(413, f"the body is larger than {most // 10**6} MB, the most that is taken")
         self.refused: JSONResponse | None = None
+        has_body = "content-length" in headers or "transfer-encoding" in headers
+        # Who waits for 100 sends nothing before the body is asked for.
+        self._comes = has_body and headers.get("expect", "").lower() != "100-continue"
 
     async def receive(self) -> "Message":
         if self._done:
             # Only whether the one who asked has gone.
             return await self._receive()
+        self._comes = True
         try:
             async with asyncio.timeout_at(self._ends):
                 message = await self._receive()
@@ -97,20 +110,37 @@ class _Body:
             self.refused = _refuse(408, f"the body did not come within {BODY_SECONDS:.0f} seconds")
             return {"type": "http.disconnect"}
         self._left -= len(message.get("body", b""))
-        self._done = message["type"] != "http.request" or not message.get("more_body", False)
+        self._done = _ends(message)
         if self._left < 0:
             self.refused = self.too_large
             return {"type": "http.disconnect"}
         return message
 
+    async def skip(self) -> None:
+        """Throw away what is left, as it comes: who still sends would not read an answer, and closing would lose it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._ends):
+                while self._comes and not self._done:
+                    self._done = _ends(await self._receive())
+
+
+def _ends(message: "Message") -> bool:
+    return message["type"] != "http.request" or not message.get("more_body", False)
+
 
 def _refuse(status: int, detail: str) -> JSONResponse:
-    """An answer. What is left of the body is thrown away as it comes: closing at once would lose the answer."""
     return JSONResponse({"detail": detail}, status)
 
 
 def bound_proxy() -> list[Middleware]:
-    """What Ray Serve's proxy puts in front of all applications, where `make_proxy_variables` names it."""
+    """What Ray Serve's proxy puts in front of all applications, where `make_proxy_variables` names it.
+
+    Its connections are those of `lgd.serve.connections` from then on.
+    """
+    from uvicorn import config
+
+    # Ray passes uvicorn no protocol.
+    config.HTTP_PROTOCOLS["auto"] = "lgd.serve.connections:BoundedProtocol"
     return [Middleware(BodyBound, most=int(os.environ.get(_MAX_MB, DEFAULT_MB)) * 10**6)]
 
 

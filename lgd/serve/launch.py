@@ -1,6 +1,7 @@
 """Start the service, on this machine or on the cluster that RAY_ADDRESS names, and end it without a trace."""
 
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from dataclasses import replace
 
 from lgd.base.errors import DataError
 from lgd.base.process_state import default_environment, stop_signals
+from lgd.io.folders import find_existing
+from lgd.io.location import Location
 from lgd.models.description import StudentConfig
 from lgd.ray_jobs.cluster import count_slots, join_cluster, restore_connection
 from lgd.scoring.slide_plan import find_scale
@@ -27,9 +30,11 @@ _REQUEST_SECONDS = 120
 def check_options(options: ServeOptions) -> str:
     """The token, after all that can be wrong before anything is started; raises as its parts do."""
     token = options.read_token(needed=not options.is_private)
+    _check_port(options)
     config = StudentConfig.read_folder(options.student)
     if options.slides_folder:
         find_scale(config.training, config.size)
+        _check_results(options.results)
     open_store(options, config)
     return token
 
@@ -55,7 +60,6 @@ def serve_until_stopped(options: ServeOptions, announce: Callable[[str], None]) 
         if options.gpus is None:
             options = replace(options, gpus=0.5 if count_slots("GPU") else 0.0)
         options = replace(options, port=options.port or _find_port(options.host))
-        _check_port(options)
         with stop_signals(lambda number, frame: stopped.set()):
             try:
                 serve.start(
@@ -75,6 +79,17 @@ def serve_until_stopped(options: ServeOptions, announce: Callable[[str], None]) 
             finally:
                 serve.delete(APPLICATION)
                 serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _check_results(folder: Location) -> None:
+    """Raise `DataError` where no folder of results can be; where it may not be written, they can still be seen."""
+    there = find_existing(folder)
+    if there is None:
+        return
+    if not there.is_dir():
+        raise DataError(f"{folder} cannot hold the results of slides, for {there} is no folder: name another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        logger.warning("%s may not be written: no slide can be scored", there)
 
 
 def _find_port(host: str) -> int:

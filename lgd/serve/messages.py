@@ -7,8 +7,8 @@ from lgd.base.errors import ConfigError, DataError
 from lgd.base.text import escape_text
 
 SEE_LOG = "this cannot be answered: see the log of the service"
-# A url, or two names that follow slashes.
-_PATH = re.compile(r"[a-z0-9]+://|(?<![\w.])/[^\s/]+/|/[^\s/]+/[^\s/]+/")
+# A url or a path; what follows GET and POST is one of the service's own.
+_PATH = re.compile(r"[a-z0-9]+://|(?<![\w.])(?<!GET )(?<!POST )/\w|\.\.?/|/[^\s/]+/[^\s/]+/")
 _LONGEST = 1000
 
 

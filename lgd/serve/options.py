@@ -28,7 +28,7 @@ class ServeOptions:
     teacher: str = ""
     """Latents of this teacher are searched; by default the student's first."""
     slides: str = ""
-    """Folder of the slides that may be seen and scored, searched deep; nothing outside it is read."""
+    """Folder of the slides that may be seen and scored, searched deep and through links; no other is."""
     out: str = ""
     """Folder of their results, as `lgd predict --out` writes them; by default `slides` in the model's run."""
     host: str = "127.0.0.1"

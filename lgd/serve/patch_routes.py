@@ -5,7 +5,7 @@ import functools
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Response
 
-from lgd.serve.calls import Computing, ImageBody, ImageMpp, K, Limit, Names, Offset, split_names
+from lgd.serve.calls import IMAGE_BODY, Computing, ImageBody, ImageMpp, K, Limit, Names, Offset, split_names
 from lgd.serve.gallery import StoreGallery
 from lgd.serve.names import UnknownName
 from lgd.serve.neighbours import Filters
@@ -25,8 +25,10 @@ class PatchRoutes:
         """What answers them."""
         router = APIRouter()
         router.get("/model", summary="What the network predicts, and what the store holds")(self.describe)
-        router.post("/predict", summary="Label and probabilities of an H&E image")(self.predict)
-        router.post("/query", summary="The nearest known IHC of an H&E image")(self.query)
+        router.post("/predict", summary="Label and probabilities of an H&E image", openapi_extra=IMAGE_BODY)(
+            self.predict
+        )
+        router.post("/query", summary="The nearest known IHC of an H&E image", openapi_extra=IMAGE_BODY)(self.query)
         router.get("/patches", summary="Patches of the store")(self.list_patches)
         router.get("/patches/{patch}/{role}.jpg", summary="The H&E (he) or IHC (ihc) of a patch")(self.draw)
         router.post("/patches/{patch}/query", summary="The nearest known IHC of a patch's H&E, of other slides")(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 import numpy as np
 from fastapi import HTTPException
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from lgd.base.errors import ConfigError, DataError
@@ -147,13 +147,17 @@ class RemoteJobs:
 async def _call(method: "DeploymentHandle[Any]", *args: object) -> Any:
     """What a method of a deployment returns. Where its process dies, it is called again, of another one.
 
-    Raises `HTTPException` where no process is free for so long that the request would only wait.
+    Raises what the method raises, and `HTTPException` where no process is free for so long that the request would only
+    wait.
     """
     for left in reversed(range(_TRIES)):
         try:
             return await method.remote(*args)
         except BackPressureError as error:
             raise HTTPException(503, "too many requests wait already: ask again later", {"Retry-After": "5"}) from error
+        except RayTaskError as error:
+            # Its text is the trace of the other process.
+            raise error.cause from error
         except RayActorError:
             if not left:
                 raise

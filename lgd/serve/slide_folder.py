@@ -34,6 +34,8 @@ _OPEN = 16
 """Slides that are open at a time."""
 _FRESH = 10.0
 """Seconds after which the folder is looked through again: each of its files is asked whether it is a slide."""
+_FRESH_UNKNOWN = 1.0
+"""The same where a slide is asked for that is not among them."""
 _QUALITY = 80
 _UNKNOWN = "there is no such slide: GET /slides lists them"
 
@@ -64,32 +66,46 @@ class SlideFolder:
 
     def __init__(self, folder: Path, hide_names: bool = False) -> None:
         self.folder, self.hide_names = folder, hide_names
-        self._open: OrderedDict[tuple[str, int], Slide] = OrderedDict()
+        self._open: OrderedDict[tuple[str, int, int], Slide] = OrderedDict()
         self._listed: dict[str, ListedSlide] = {}
         self._read_at = -math.inf
-        self._lock = threading.Lock()
+        self._lock, self._listing = threading.Lock(), threading.Lock()
 
     def list_slides(self) -> list[ListedSlide]:
-        """The slides that there are, in the order of their names."""
-        if time.monotonic() - self._read_at < _FRESH:
+        """The slides that there are, in the order of their names, as they were some seconds ago at most.
+
+        Raises `DataError` where the folder is gone.
+        """
+        return self._list_slides(_FRESH)
+
+    def _list_slides(self, fresh: float) -> list[ListedSlide]:
+        with self._listing:
+            if time.monotonic() - self._read_at >= fresh:
+                self._listed, self._read_at = self._look_through(), time.monotonic()
             return [*self._listed.values()]
+
+    def _look_through(self) -> dict[str, ListedSlide]:
+        try:
+            paths = find_slides([self.folder]) if any(self.folder.iterdir()) else []
+        except OSError as error:
+            logger.warning("%s cannot be listed (%s)", self.folder, error)
+            raise DataError("the folder of the slides cannot be read: see the log of the service") from error
         listed = {}
-        for number, path in enumerate(find_slides([self.folder]) if any(self.folder.iterdir()) else []):
+        for number, path in enumerate(paths):
             place = path.relative_to(self.folder).as_posix()
             name = f"slide {number + 1}" if self.hide_names else path.stem.removesuffix(".ome")
             identity = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:16]
             listed[identity] = ListedSlide(identity, name, path, name_folder(path))
-        self._listed, self._read_at = listed, time.monotonic()
-        return [*listed.values()]
+        return listed
 
     def find(self, identity: str) -> ListedSlide:
         """The slide of an id; raises `UnknownName`."""
         if identity not in self._listed:
-            self.list_slides()
-        try:
-            return self._listed[identity]
-        except KeyError:
-            raise UnknownName(_UNKNOWN) from None
+            self._list_slides(_FRESH_UNKNOWN)
+        listed = self._listed.get(identity)
+        if listed is None or not listed.path.is_file():
+            raise UnknownName(_UNKNOWN)
+        return listed
 
     def use(self, identity: str, work: Callable[[Slide], Result]) -> Result:
         """What some work gives of a slide, which is open meanwhile.
@@ -98,9 +114,10 @@ class SlideFolder:
         """
         listed = self.find(identity)
         try:
-            version = identity, listed.path.stat().st_mtime_ns
+            stated = listed.path.stat()
         except OSError as error:
             raise UnknownName(_UNKNOWN) from error
+        version = identity, stated.st_ino, stated.st_mtime_ns
         with self._lock:
             slide = self._open.pop(version, None) or open_slide(listed.path)
             self._open[version] = slide
@@ -147,4 +164,5 @@ def count_levels(slide: Slide) -> int:
 
 def explain_slide(error: DataError, listed: ListedSlide) -> str:
     """The message of an error on a slide, without where it lies."""
-    return explain(error, {str(listed.path): listed.name, str(listed.path.parent): "its folder"})
+    path = listed.path
+    return explain(error, {str(path): listed.name, str(path.parent): "its folder", path.name: listed.name})

@@ -3,13 +3,17 @@
 There is one job a slide, however often it is asked for. What a process that ended left undone, the next one completes.
 """
 
+import functools
 import logging
 import queue
 import threading
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lgd.base.errors import ConfigError, DataError
+from lgd.io.digests import sha256
 from lgd.io.files import exists, list_folder
+from lgd.io.folders import find_existing
 from lgd.io.location import Location
 from lgd.models.description import StudentConfig
 from lgd.scoring.predict import Scorer, load_scorer
@@ -24,6 +28,7 @@ from lgd.serve.slide_folder import ListedSlide, SlideFolder, explain_slide
 logger = logging.getLogger(__name__)
 
 OTHER_NETWORK = "its folder of results holds those of another network: serve them with that one, or name another folder"
+REPLACED = "its file was replaced after it was scored: delete its folder of results, and score it again"
 _SAME_NAME = "another slide has the same name, and so the same folder of results: serve them from two folders"
 
 JobState = Literal["unscored", "queued", "scoring", "scored", "failed"]
@@ -75,14 +80,17 @@ class SlideJobs:
     def start(self, identity: str) -> SlideState:
         """Have a slide scored, unless that is done or asked for already."""
         listed, state = self.slides.find(identity), self.get_state(identity)
-        if state.state in ("unscored", "failed"):
+        if state.state in ("unscored", "failed") and not self._shares_folder(listed):
             self._asked[identity] = state = SlideState("queued")
             self._queue.put(listed)
         return state
 
+    def _shares_folder(self, listed: ListedSlide) -> bool:
+        return [one.folder for one in self.slides.list_slides()].count(listed.folder) > 1
+
     def _read_state(self, listed: ListedSlide) -> SlideState:
         """What the folder of its results says."""
-        if [one.folder for one in self.slides.list_slides()].count(listed.folder) > 1:
+        if self._shares_folder(listed):
             return SlideState("failed", 0.0, _SAME_NAME)
         try:
             score = read_score(self.results, listed)
@@ -121,6 +129,25 @@ def read_score(results: Location, listed: ListedSlide) -> SlideScore | None:
     """The result of a slide; None where there is none yet."""
     path = results / listed.folder / "slide.json"
     return SlideScore.read(path) if exists(path) else None
+
+
+def is_of_slide(score: SlideScore, results: Location, listed: ListedSlide) -> bool:
+    """Whether a result is of the file that lies there now, which is hashed where it came, or was changed, later.
+
+    When a result at a url was written is not known, and it counts as that of the file.
+    """
+    result = find_existing(results / listed.folder / "slide.json")
+    stated = listed.path.stat()
+    changed = max(stated.st_ctime_ns, stated.st_mtime_ns)
+    if result is None or changed < result.stat().st_mtime_ns:
+        return True
+    return _hash_slide(listed.path, changed) == score.inputs.sha256
+
+
+@functools.lru_cache(1024)
+def _hash_slide(path: Path, changed: int) -> str:
+    """Once for each change of a file."""
+    return sha256(path)
 
 
 def read_progress(folder: Location) -> float:

@@ -21,9 +21,8 @@ from lgd.serve.names import UnknownName
 from lgd.serve.neighbours import Filters
 from lgd.serve.options import ServeOptions
 from lgd.serve.overlays import draw_overlay, list_overlays
-from lgd.serve.patch_routes import CACHED
 from lgd.serve.slide_folder import TILE, ListedSlide, Region, SlideFolder, count_levels, explain_slide
-from lgd.serve.slide_jobs import SlideState, read_score
+from lgd.serve.slide_jobs import REPLACED, SlideState, is_of_slide, read_score
 from lgd.slides.slide import Slide
 
 Result = TypeVar("Result")
@@ -34,6 +33,8 @@ _FILES = {
     "heatmap.png": "image/png",
 }
 _NOT_SCORED = "this slide is not scored yet: POST /slides/ID/score"
+_CACHED = {"Cache-Control": "private, max-age=300"}
+"""Of pictures: a file that is replaced has the same urls."""
 _KEPT = 8
 """Results of which the tiles and the overlays are in memory."""
 
@@ -88,6 +89,8 @@ class SlideRoutes:
             # The page still shows why.
             return shown | {"state": "failed", "problem": explain_slide(error, listed)}
         if state.state == "scored" and (score := read_score(self.results, listed)):
+            if not is_of_slide(score, self.results, listed):
+                return shown | {"state": "failed", "problem": REPLACED}
             kept = ("answer", "tissue", "tiles", "failed", "blank", "notes", "side", "target")
             shown["score"] = {name: one for name, one in score.document().items() if name in kept}
             overlays = list_overlays(self.results / listed.folder, score, self.config)
@@ -116,12 +119,12 @@ class SlideRoutes:
         if min(level, column, row) < 0 or max(level, column, row) > 10**6:
             raise UnknownName("there is no such tile")
         content = await self._use(slide, self.slides.draw_tile, level, column, row)
-        return Response(content, media_type="image/jpeg", headers=CACHED)
+        return Response(content, media_type="image/jpeg", headers=_CACHED)
 
     async def draw_region(self, slide: str, x: Place, y: Place) -> Response:
         """`x` and `y` are its middle."""
         region = await self._use(slide, self.slides.read_region, x, y, self.scale)
-        return Response(encode_jpeg(region.pixels), media_type="image/jpeg", headers=CACHED)
+        return Response(encode_jpeg(region.pixels), media_type="image/jpeg", headers=_CACHED)
 
     async def query(self, slide: str, x: Place, y: Place, k: K = 5) -> dict[str, object]:
         """`x` and `y` are the middle of the field. Patches of the slide itself are left out."""
@@ -175,6 +178,8 @@ class SlideRoutes:
         score = read_score(self.results, listed)
         if score is None or score.inputs.model != self.config.digest:
             raise UnknownName(_NOT_SCORED)
+        if not is_of_slide(score, self.results, listed):
+            raise DataError(REPLACED)
         return listed, score
 
     async def _use(self, slide: str, work: Callable[..., Result], *arguments: object) -> Result:
