@@ -75,6 +75,8 @@ class Settings:
     """Samples of a worker in a step of training: so many that it lasts at least 100 ms."""
     slide: int = 12_000
     """Side of the slide that `slide` scores, in pixels."""
+    serve_ms: float = 200.0
+    """Least milliseconds that a batch of the network behind `serve` takes: its input is enlarged until then."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of a step of training."""
 
@@ -218,15 +220,23 @@ def compare(
 
 
 def cpu_seconds() -> float:
-    """CPU time that this process and its living children have used; beside a rate it tells work from waiting."""
+    """CPU time that this process and its living descendants have used; beside a rate it tells work from waiting."""
     used = time.process_time()
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    for child in children.read_text().split() if children.exists() else ():
+    for process in _list_descendants(os.getpid()):
         with contextlib.suppress(OSError):
             # User and system time, in ticks, stand 12 fields behind the name, which is in brackets.
-            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
             used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return used
+
+
+def _list_descendants(process: int) -> Iterator[int]:
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        # A thread may end meanwhile.
+        with contextlib.suppress(OSError):
+            for child in map(int, children.read_text().split()):
+                yield child
+                yield from _list_descendants(child)
 
 
 def timed(function: Callable[[], int]) -> Rate:

@@ -5,11 +5,12 @@ B reads the same tiles by OpenSlide in as many threads, resizes them by Pillow's
 batches of the same size, and keeps what it says. The slide is a mosaic of the H&E patches of `--images`, or drawn ones.
 """
 
+import functools
 import itertools
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,18 +47,23 @@ def draw_slide(inputs: Inputs, path: Path, side: int) -> None:
     write_pyramid(path, pixels, _MPP)
 
 
-def make_scorer(settings: Settings) -> Scorer:
-    """An untrained student whose patches had the size of its input, so that tiles are read at full scale."""
+def build_student(encoder: str, size: int) -> tuple[Student, Callable[..., StudentConfig]]:
+    """An untrained student whose patches had the size of its input, and what describes it (but for its weights)."""
     sizes = Sizes(target=HER2, ordinal=None, latents={}, nuclei_grid=1, membrane_grid=1, staining=None)
-    model = Student(morphology=build_encoder(settings.model), hallucination=None, **sizes)
-    shape = {"width": settings.size, "height": settings.size, "mpp": _TILE_MPP, "samples": 1}
+    model = Student(morphology=build_encoder(encoder), hallucination=None, **sizes).eval()
+    shape = {"width": size, "height": size, "mpp": _TILE_MPP, "samples": 1}
     training = {"target": HER2.as_json(), "marker": None, "labels": {"0": 1, "unknown": 0}, "shapes": [shape]}
-    facts = {"weights_sha256": "0" * 64, "size": settings.size, "temperature": 1.0, "inputs": "0" * 64, "steps": 0}
-    facts |= {"training": training | {"virtual": True, "shards": []}, "validation": {}, "epochs": 0.0, "skipped": 0}
-    facts |= {"engine": "torch", "workers": 1, "versions": {}, "method": "he-only", "teachers": [], "kind": "student"}
-    config: StudentConfig = model.eval().describe(**facts)
+    facts = {"size": size, "temperature": 1.0, "inputs": "0" * 64, "steps": 0, "validation": {}, "epochs": 0.0}
+    facts |= {"training": training | {"virtual": True, "shards": []}, "skipped": 0, "engine": "torch", "workers": 1}
+    facts |= {"versions": {}, "method": "he-only", "teachers": [], "kind": "student"}
+    return model, functools.partial(model.describe, **facts)
+
+
+def make_scorer(settings: Settings) -> Scorer:
+    """An untrained student that reads tiles at full scale."""
+    model, describe = build_student(settings.model, settings.size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Scorer(model=model.to(device), config=config, device=device, role="he")
+    return Scorer(model=model.to(device), config=describe(weights_sha256="0" * 64), device=device, role="he")
 
 
 def score_bare(scorer: Scorer, path: Path, xy_n2: Sequence[tuple[int, int]], side: int, threads: int) -> np.ndarray:

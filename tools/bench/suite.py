@@ -52,6 +52,7 @@ BENCHMARKS = {
     "cached-step": Benchmark("cached", 3, "step"),
     "cached-vs-recompute": Benchmark("cached", 8, "recompute", estimated=True),
     "start": Benchmark("start", 11, estimated=True),
+    "serve": Benchmark("serve", 4, estimated=True),
     "scale": Benchmark("scale", 4, estimated=True),
     "efficiency": Benchmark("efficiency", 5, estimated=True),
 }

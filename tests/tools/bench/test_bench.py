@@ -50,6 +50,7 @@ def tiny(tissue) -> Settings:
         rows=500,
         train_batch=4,
         slide=600,
+        serve_ms=1.0,
     )
 
 
@@ -71,11 +72,12 @@ EXPECTED = {
     "cached-vs-recompute": {"cached-vs-recompute": 0.95, "cached-vs-recompute: targets": 0.95},
     "slide": {"slide": 0.9},
     "start": {"start": 1.2},
+    "serve": {"serve: overhead": 20.0, "serve: throughput": 0.8},
     "scale": {"scale": 0.95},
     "efficiency": {"efficiency": 1.0},
 }
 MISSING = {"query": "no index is 20 times as fast", "engine": "install", "scale": "one GPU"}
-AT_MOST = {"store-first-row", "targets", "memory", "memory: rows opened", "query", "start"}
+AT_MOST = {"store-first-row", "targets", "memory", "memory: rows opened", "query", "start", "serve: overhead"}
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
