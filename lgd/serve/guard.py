@@ -24,6 +24,8 @@ OPEN_FOLDERS = ("/static/", "/docs/")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 BODY_SECONDS = 60.0
 """In which a body must be there."""
+_PAUSE_SECONDS = 2.0
+"""After which who sends nothing gets the answer to a body of which something is left."""
 _MAX_MB = "LGD_SERVE_MAX_MB"
 """Names the variable that the proxy reads."""
 
@@ -118,9 +120,10 @@ class _Body:
 
     async def skip(self) -> None:
         """Throw away what is left, as it comes: who still sends would not read an answer, and closing would lose it."""
+        now = asyncio.get_running_loop().time
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(self._ends):
-                while self._comes and not self._done:
+            while self._comes and not self._done:
+                async with asyncio.timeout_at(min(self._ends, now() + _PAUSE_SECONDS)):
                     self._done = _ends(await self._receive())
 
 
