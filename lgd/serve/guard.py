@@ -96,23 +96,25 @@ class _Body:
         self._ends = asyncio.get_running_loop().time() + BODY_SECONDS
         self.too_large = _refuse(413, f"the body is larger than {most // 10**6} MB, the most that is taken")
         self.refused: JSONResponse | None = None
-        has_body = "content-length" in headers or "transfer-encoding" in headers
+        self._has_body = "content-length" in headers or "transfer-encoding" in headers
         # Who waits for 100 sends nothing before the body is asked for.
-        self._comes = has_body and headers.get("expect", "").lower() != "100-continue"
+        self._comes = self._has_body and headers.get("expect", "").lower() != "100-continue"
+        # Ray Serve's proxy reads while the answer is sent: of two that wait for one message, one would wait in vain.
+        self._reading = asyncio.Lock()
 
     async def receive(self) -> "Message":
         if self._done:
             # Only whether the one who asked has gone.
             return await self._receive()
-        self._comes = True
+        self._comes = self._has_body
         try:
-            async with asyncio.timeout_at(self._ends):
+            async with asyncio.timeout_at(self._ends), self._reading:
                 message = await self._receive()
+                self._done = _ends(message)
         except TimeoutError:
             self.refused = _refuse(408, f"the body did not come within {BODY_SECONDS:.0f} seconds")
             return {"type": "http.disconnect"}
         self._left -= len(message.get("body", b""))
-        self._done = _ends(message)
         if self._left < 0:
             self.refused = self.too_large
             return {"type": "http.disconnect"}
@@ -123,8 +125,8 @@ class _Body:
         now = asyncio.get_running_loop().time
         with contextlib.suppress(TimeoutError):
             while self._comes and not self._done:
-                async with asyncio.timeout_at(min(self._ends, now() + _PAUSE_SECONDS)):
-                    self._done = _ends(await self._receive())
+                async with asyncio.timeout_at(min(self._ends, now() + _PAUSE_SECONDS)), self._reading:
+                    self._done = self._done or _ends(await self._receive())
 
 
 def _ends(message: "Message") -> bool:

@@ -163,3 +163,23 @@ def test_an_answer_that_began_is_not_replaced():
 
     answer = asyncio.run(call_app(BodyBound(echo, 10), "/predict", "POST", [bytes(8)] * 3))
     assert (answer.status, answer.body) == (200, b"begun")
+
+
+@pytest.mark.parametrize("headers", [{}, {"content_length": "3"}, {"transfer_encoding": "chunked"}])
+def test_an_application_that_reads_while_it_answers_waits_for_nothing(headers, monkeypatch):
+    """As Ray Serve's proxy does: of two that wait for one message, one would wait in vain."""
+    monkeypatch.setattr(guard, "_PAUSE_SECONDS", 30)
+    taken = []
+
+    async def answer_early(scope, receive, send):
+        reading = asyncio.create_task(receive())
+        # It waits for the body when the answer begins.
+        await asyncio.sleep(0)
+        await PlainTextResponse("early")(scope, receive, send)
+        taken.append(await reading)
+
+    async def ask():
+        return await call_app(BodyBound(answer_early, 10), "/", "POST", [b"abc"] if headers else [b""], 0.05, **headers)
+
+    answer = asyncio.run(asyncio.wait_for(ask(), 10))
+    assert answer.status == 200 and answer.body == b"early" and taken[0]["type"] == "http.request"
