@@ -28,6 +28,7 @@ ABSENT = {
     "torch": {"torch"},
     "openslide": {"openslide", "openslide_python", "openslide_bin"},
     "tifffile": {"tifffile"},
+    "fastapi": {"fastapi", "fastapi_offline", "starlette"},
 }
 """Package -> how its entries in a site folder begin."""
 
@@ -331,3 +332,11 @@ def test_a_slide_that_passes_for_an_image_without_openslide(without, tmp_path):
     command = ("-m", "lgd", "predict", "--model", "none", tmp_path / "S.tif", "--out", tmp_path / "out")
     error = without(("openslide",))(*command, status=2).stderr
     assert error.endswith("if it does, slides need packages that are not installed: pip install 'lgd[slides]'\n")
+
+
+def test_without_fastapi_the_service_names_what_to_install(without, tissue_run):
+    python = without(("fastapi",))
+    serve = ("-m", "lgd", "serve")
+    done = python(*serve, "--model", tissue_run.student.dir, status=1)
+    assert done.stderr == "lgd: starlette, which the service needs, is not installed: pip install 'lgd[serve]'\n"
+    assert "--token-file" in python(*serve, "--help").stdout

@@ -86,7 +86,8 @@ def join_cluster(remedy: str, dashboard: bool = True) -> None:
     if not ray.is_initialized():
         try:
             _start_ray(address, variables, dashboard)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:
+            # A node that does not come up in time is a bare one.
             cluster = f"the cluster of RAY_ADDRESS={address}" if address else "a local Ray"
             raise DataError(f"{cluster} cannot be reached or started ({error}); {remedy}") from error
 

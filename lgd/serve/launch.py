@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 
 from lgd.base.errors import DataError
 from lgd.base.process_state import default_environment, stop_signals
@@ -29,6 +30,9 @@ _REQUEST_SECONDS = 120
 
 def check_options(options: ServeOptions) -> str:
     """The token, after all that can be wrong before anything is started; raises as its parts do."""
+    missing = [name for name in ("starlette", "fastapi", "fastapi_offline", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise DataError(f"{missing[0]}, which the service needs, is not installed: {_INSTALL}")
     token = options.read_token(needed=not options.is_private)
     _check_port(options)
     config = StudentConfig.read_folder(options.student)
@@ -76,6 +80,10 @@ def serve_until_stopped(options: ServeOptions, announce: Callable[[str], None]) 
                 announce(f"http://{shown}:{options.port}/")
                 stopped.wait()
                 logger.info("stopping")
+            except RuntimeError as error:
+                # Above it stands the trace of the process that could not begin.
+                reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+                raise DataError(f"the service could not be started ({reason}): --debug shows more") from error
             finally:
                 serve.delete(APPLICATION)
                 serve.shutdown()  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""A run: what each of its stages was given, and left."""
