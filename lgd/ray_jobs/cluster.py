@@ -174,6 +174,17 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
 
 
+def is_reachable() -> bool:
+    """Whether the cluster that this process is in still answers: a signal to a whole group ends a local one too."""
+    import ray
+
+    try:
+        _check_reachable(ray.get_runtime_context().gcs_address)
+    except OSError:
+        return False
+    return True
+
+
 def _is_on_loopback_only(address: str) -> bool:
     """Whether nobody listens at the port of a loopback address on this machine's own address, as Ray finds that."""
     host, _, port = address.rpartition(":")

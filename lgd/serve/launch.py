@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from lgd.base.process_state import default_environment, stop_signals
 from lgd.io.folders import find_existing
 from lgd.io.location import Location
 from lgd.models.description import StudentConfig
-from lgd.ray_jobs.cluster import count_slots, join_cluster, restore_connection
+from lgd.ray_jobs.cluster import count_slots, is_reachable, join_cluster, restore_connection
 from lgd.scoring.slide_plan import find_scale
 from lgd.serve.network import open_store
 from lgd.serve.options import ServeOptions
@@ -24,6 +25,7 @@ _INSTALL = "pip install 'lgd[serve]'"
 # Bodies go from process to process with the calls that they belong to. By way of Ray's store of objects, where what is
 # above 100 kB goes otherwise, a request of 0.4 MB took a fifth more CPU time.
 _INLINE = {"RAY_max_direct_call_object_size": str(4 * 2**20)}
+_MOMENT = 0.5
 _REQUEST_SECONDS = 120
 """In which a request must be answered."""
 
@@ -85,8 +87,11 @@ def serve_until_stopped(options: ServeOptions, announce: Callable[[str], None]) 
                 reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
                 raise DataError(f"the service could not be started ({reason}): --debug shows more") from error
             finally:
-                serve.delete(APPLICATION)
-                serve.shutdown()  # type: ignore[no-untyped-call]
+                # A signal to all processes of a session needs a moment to end them.
+                time.sleep(_MOMENT)
+                if is_reachable():
+                    serve.delete(APPLICATION)
+                    serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _check_results(folder: Location) -> None:

@@ -55,6 +55,7 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         require(bool(self.model), "name the student: --model DIR (its folder or its run's)")
+        require(bool(self.slides or not self.out), "--out holds the results of slides: name their folder by --slides")
         require(0 <= self.port < 65536, f"--port is {self.port}: give one of 1 to 65535, or 0 for any that is free")
         require(self.replicas >= 1, f"--replicas is {self.replicas}: give at least 1")
         require(self.cpus >= 0, f"--cpus is {self.cpus}: give 0 for all, or how many")

@@ -72,12 +72,9 @@ class Service:
         wait(lambda: (found := self.find_replica(name)) and found.pid != killed.pid)
 
     def stop(self, number):
-        """Send a signal to all that a terminal would, and wait until nothing is left."""
+        """Send a signal to the group, as a terminal and a supervisor do, and wait until nothing is left."""
         processes, began = self.list_processes(), time.monotonic()
-        if number == signal.SIGINT:
-            os.killpg(self.process.pid, number)
-        else:
-            self.process.send_signal(number)
+        os.killpg(self.process.pid, number)
         assert self.process.wait(60) == 0, self.log.read_text()
         print(f"stopped in {time.monotonic() - began:.1f} s")
         _, alive = psutil.wait_procs(processes, 10)
