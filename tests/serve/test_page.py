@@ -2,12 +2,8 @@
 
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -16,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.shades import write_ramp
+from tests.support.serving import SCRIPT, TOKEN, wait
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 ui = pytest.importorskip("selenium.webdriver.support.ui")
@@ -28,77 +24,8 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (CHROMIUM and DRIVER):
     pytest.skip("no Chromium: apt-get install chromium chromium-driver", allow_module_level=True)
 
-TOKEN = "a-token-for-tests-0123456789"
-SCRIPT = "<img src=x onerror=alert(1)>"
-"""The name of a slide."""
 FLAGS = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
 FLAGS += " disable-component-update disable-sync force-prefers-reduced-motion force-device-scale-factor=1"
-WAIT = 30.0
-
-
-class Service:
-    """`lgd serve`, asked as a program asks it."""
-
-    def __init__(self, url, results):
-        self.url, self.results = url, results
-
-    def ask(self, path, method="GET"):
-        request = urllib.request.Request(self.url + path, method=method, headers={"Authorization": f"Bearer {TOKEN}"})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
-
-    def find(self, name):
-        """The id of a slide."""
-        (found,) = [one["id"] for one in self.ask("slides") if one["name"] == name]
-        return found
-
-    def score(self, name):
-        identity = self.find(name)
-        self.ask(f"slides/{identity}/score", "POST")
-        wait(lambda: self.ask(f"slides/{identity}")["state"] == "scored", 60)
-        return identity
-
-
-def wait(check, seconds=WAIT):
-    """What `check` gives once it is true."""
-    ends = time.monotonic() + seconds
-    while not (found := check()):
-        assert time.monotonic() < ends, "it did not come in time"
-        time.sleep(0.1)
-    return found
-
-
-@pytest.fixture(scope="module")
-def service(tissue_run, tmp_path_factory):
-    """The service of a small network, of two slides, and of a file that is none."""
-    folder = tmp_path_factory.mktemp("served")
-    (folder / "slides").mkdir()
-    write_ramp(folder / "slides" / "ramp.tif", mpp=0.46)
-    write_ramp(folder / "slides" / f"{SCRIPT}.tif", mpp=0.46, height=500, width=600)
-    (folder / "slides" / "broken.svs").write_bytes(b"II*\0" + bytes(100))
-    (folder / "token").write_text(TOKEN)
-    options = {"model": tissue_run.student.dir, "store": tissue_run.latents.dir, "slides": folder / "slides"}
-    options |= {"out": folder / "out", "port": 0, "token-file": folder / "token"}
-    command = [sys.executable, "-m", "lgd", "serve", *(f"--{name}={value}" for name, value in options.items())]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=log, stderr=subprocess.STDOUT)
-        try:
-
-            def read_url():
-                said = (folder / "log").read_text()
-                assert process.poll() is None, said
-                return re.search(r"at (http://127\.0\.0\.1:\d+/)", said)
-
-            yield Service(wait(read_url, 240)[1], folder / "out")
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def ramp(service):
-    """The id of a slide that is scored."""
-    return service.score("ramp")
 
 
 class Page:
