@@ -237,7 +237,8 @@ def test_the_service_of_kubernetes_answers_on_a_cluster(head, tissue_run, tmp_pa
     config["http_options"] |= {"host": "127.0.0.1", "port": port}
     small = {"replicas": 1, "cpus": 0, "gpus": 0}
     config["applications"][0]["args"] |= small | {
-        "model": tissue_run.run.dir,
+        "model": tissue_run.student.dir,
+        "store": tissue_run.latents.dir,
         "slides": str(slides),
         "out": str(tmp_path / "out"),
         "token_file": str(token),
