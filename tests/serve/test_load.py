@@ -215,4 +215,6 @@ def test_answers_stay_right_under_load_and_while_processes_die(start):
 
 @pytest.mark.skipif(not ALL, reason="a service takes half a minute to start")
 def test_a_service_that_is_stopped_leaves_nothing(start):
-    start("stopped").stop(signal.SIGTERM)
+    service = start("stopped")
+    service.stop(signal.SIGTERM)
+    assert service.process.returncode == 0
