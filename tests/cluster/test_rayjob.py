@@ -52,22 +52,27 @@ def run_of(command: str) -> tuple[str, Config]:
     return verb, config_of(parser.parse(here))
 
 
-def test_every_field_is_one_of_kuberay():
-    document = job()
-    assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayJob")
-    spec = document["spec"]
-    cluster = spec["rayClusterSpec"]
-    assert set(spec) <= set(JOB) and set(cluster) <= set(CLUSTER_SPEC)
+def assert_cluster_is_of_kuberay(cluster: dict[str, Any], pods: dict[str, dict[str, Any]]) -> None:
+    assert set(cluster) <= set(CLUSTER_SPEC)
     assert set(cluster["headGroupSpec"]) <= set(HEAD)
     for group in cluster["workerGroupSpecs"]:
         assert set(group) <= set(WORKERS)
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    for pod in pods().values():
+    for pod in pods.values():
         assert set(pod) <= set(POD)
         assert all(set(container) <= set(CONTAINER) for container in pod["containers"])
     params = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     # KubeRay wants strings here: a bare 0 is refused.
     assert all(isinstance(value, str) for group in params for value in group["rayStartParams"].values())
+
+
+def test_every_field_is_one_of_kuberay():
+    document = job()
+    assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayJob")
+    spec = document["spec"]
+    cluster = spec["rayClusterSpec"]
+    assert set(spec) <= set(JOB)
+    assert_cluster_is_of_kuberay(cluster, pods())
 
 
 def test_a_failed_or_lost_run_is_started_again_and_goes_on():

@@ -9,7 +9,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from lgd.serve.guard import bound_proxy, make_proxy_variables
 from lgd.serve.options import DEFAULT_MB, ServeOptions
-from tests.cluster.test_rayjob import CLUSTER, CLUSTER_SPEC, CONTAINER, HEAD, POD, WORKERS
+from tests.cluster.test_rayjob import CLUSTER, assert_cluster_is_of_kuberay
 from tests.cluster.test_rayjob import pods as job_pods
 
 # The fields of ray.io/v1 that KubeRay's API reference names.
@@ -36,15 +36,8 @@ def pods() -> dict[str, dict[str, Any]]:
 def test_every_field_is_one_of_kuberay():
     document = service()
     assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayService")
-    cluster = document["spec"]["rayClusterConfig"]
-    assert set(document["spec"]) <= set(SERVICE) and set(cluster) <= set(CLUSTER_SPEC)
-    assert set(cluster["headGroupSpec"]) <= set(HEAD)
-    for group in cluster["workerGroupSpecs"]:
-        assert set(group) <= set(WORKERS)
-        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    for pod in pods().values():
-        assert set(pod) <= set(POD)
-        assert all(set(container) <= set(CONTAINER) for container in pod["containers"])
+    assert set(document["spec"]) <= set(SERVICE)
+    assert_cluster_is_of_kuberay(document["spec"]["rayClusterConfig"], pods())
 
 
 def test_the_application_is_one_that_ray_serve_and_lgd_know():
