@@ -32,7 +32,7 @@ ABSENT = {
 }
 """Package -> how its entries in a site folder begin."""
 
-RAY = "Ray is not installed: pip install 'ray[default,train]', or set {} to 0"
+RAY = "Ray is not installed: pip install 'ray[default,train]', or set {} to 0 to do without"
 FAISS = "FAISS is not installed: pip install 'lgd[cpu]', or 'lgd[gpu]' on a CUDA machine"
 NO_DEEPSPEED = "DeepSpeed is not installed: pip install deepspeed"
 NO_COMPILER = "DeepSpeed compiles an extension on the CPU and there is no C++ compiler: install g++"

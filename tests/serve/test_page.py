@@ -336,4 +336,4 @@ def test_without_the_token_it_is_asked_for(page, ramp):
     page.one("#token").send_keys(TOKEN, Keys.ENTER)
     assert page.one("#slides button") and page.one("#stage")
     logged = page.read_console()
-    assert len(logged) == 2 and all("401" in one for one in logged)
+    assert logged and all("401" in one for one in logged)

@@ -163,7 +163,7 @@ def test_a_picture_of_a_patch_without_ihc_is_its_h_and_e(tissue_run, sets, tmp_p
     assert he.image.shape == (128, 128, 3) and he.share == 1 and ihc is None
     store = Store(tissue_run.latents.dir)
     gallery = Gallery(store)
-    gallery._find_shard = lambda part: shard
+    gallery.find_shard = lambda part: shard
     hit = Hit(key="k", slide=None, split="test", label="1+", part=0, row=3, distance=0.1)
     shown = gallery.show(hit)
     assert shown.stain == "H&E" and (shown.field.image == he.image).all()
