@@ -28,6 +28,8 @@ NOWHERE = np.array(-8, np.float32)
 NEST_PARTS = (1.0, 0.8)
 """How large the noise is that makes nests and cords, in sizes of a nest."""
 _BLOCK, CANDIDATES = 4, 6
+_ELONGATED = 0.3
+"""Logarithm by which the half axes of a tumour cell's nucleus grow and shrink at elongation 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,10 @@ class Tissue:
         return 0.6 * coarse + 0.8 * _at(self.fibre, np.stack([1.6 * across, 1.3 * along], -1))
 
 
-def draw_tissue(rng: np.random.Generator, look: Look, grade: float, size: int, barren: bool) -> tuple[Tissue, Cells]:
-    """The tissue of a patch of `size` pixels, and all its cells."""
+def draw_tissue(
+    rng: np.random.Generator, look: Look, grade: float, size: int, barren: bool, elongation: float = 0.0
+) -> tuple[Tissue, Cells]:
+    """The tissue of a patch of `size` pixels, and all its cells, of which those of the tumour have elongated nuclei."""
     side = int(np.ceil(size * MPP + 2 * MARGIN))
     shape = (side, side)
     share = np.clip(look.share + rng.normal(0.0, 0.12), 0.15, 0.9)
@@ -142,6 +146,9 @@ def draw_tissue(rng: np.random.Generator, look: Look, grade: float, size: int, b
         direction=rng.uniform(0, np.pi),
     )
     cells = populate(rng, tissue, lambda kind: _scatter(rng, side, *lattice(look, kind, grade)), lambda _: grade)
+    if elongation:
+        drawn_out = np.exp(np.outer(cells.kind == TUMOUR, (-_ELONGATED, _ELONGATED)) * elongation)
+        cells = dataclasses.replace(cells, nucleus=cells.nucleus * drawn_out)
     return tissue, cells
 
 

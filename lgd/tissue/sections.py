@@ -3,7 +3,9 @@
 Stains are amounts in optical density (base 10) and become light by Beer-Lambert:
 `I = I0 * 10 ** -(sum_s amount_s * vector_s)`. Each section reads its own random stream, and what the IHC shows (a HER2
 level, or a share of positive nuclei) enters the H&E through one number only, the grade (see `grade_of`): at coupling 0
-the H&E of a patch is the same, byte for byte, whatever its level or share.
+the H&E of a patch is the same, byte for byte, whatever its level or share. `Scene.beyond` adds a second number, the
+elongation of the tumour's nuclei (see `elongation_of`), which says nothing of the level, and of how many cells are
+stained within it.
 """
 
 from typing import Literal, NamedTuple
@@ -14,13 +16,13 @@ from lgd.tissue.centers import Center, tint
 from lgd.tissue.drawing import MPP, TUMOUR, Cells, Tissue, draw_tissue
 from lgd.tissue.look import Look
 from lgd.tissue.painting import mark_nuclei, paint_he, paint_ihc, scan
-from lgd.tissue.staining import NuclearStain, Nuclei, cut_patch, stain_membranes, stain_nuclei
+from lgd.tissue.staining import NuclearStain, Nuclei, cut_patch, draw_expression, stain_membranes, stain_nuclei
 
 Stain = Literal["membranes", "nuclei"]
 """What is brown in the IHC."""
 
 # One random stream for each of these, so that none can leak into another.
-_LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC, _SHORTCUT, _NUCLEI, _CENTER, WHOLE = range(10)
+_LOOK, _LEVEL, _GRADE, _TISSUE, _HE, _IHC, _SHORTCUT, _NUCLEI, _CENTER, WHOLE, _ELONGATION = range(11)
 
 _GLASS = (248.0, 228.0, 205.0, 180.0)
 """Brightness of the H&E's glass where it is set: from white to the grey of BCI."""
@@ -65,6 +67,9 @@ class Scene(NamedTuple):
     glass: int | None = None
     """How grey its background is, likewise."""
     center: Center | None = None
+    beyond: float = 0.0
+    """How much of the share of stained cells within a level the elongation of nuclei says, 0..1; at 0 none are
+    elongated."""
 
 
 class _Intent(NamedTuple):
@@ -96,7 +101,8 @@ def draw_pair(
     (size, size, 3) uint8 RGB at 0.46 um/px, not aligned pixel by pixel, and the truth: nuclei and tumour_nuclei
     (centres inside the H&E), discordant (0 or 1), and
     - of membranes: level, patch_level, membrane_od (mean DAB optical density, base 10, on the IHC's tumour membranes),
-      membrane_completeness (0..1, of the stained cells; 0 without any), stained_fraction (of the tumour cells);
+      membrane_completeness (0..1, of the stained cells; 0 without any), stained_fraction (of the tumour cells),
+      and with `scene.beyond` elongation (0..1, of the tumour's nuclei);
     - of nuclei: slide_percent (the slide's share), percent (share of the IHC's tumour nuclei in this patch that are
       positive; nan without any), positive_od (mean DAB optical density of its positive nuclei, haze left out), and
       ihc_nuclei, ihc_tumour_nuclei, ihc_positive_nuclei, ihc_positive_tumour_nuclei (middles inside the IHC).
@@ -113,7 +119,11 @@ def draw_pair(
     if scene.stain == "nuclei":
         stained, _ = stain_nuclei(rng, cut, _choose_nuclear(seed, slide, intent), look.dab_amount)
     else:
-        stained = stain_membranes(rng, cut, int(truth["patch_level"]), look.dab_amount)
+        elongation = elongation_of(seed, slide, patch)
+        if scene.beyond:
+            truth["elongation"] = elongation
+        expression = draw_expression(rng, int(truth["patch_level"]), elongation, scene.beyond)
+        stained = stain_membranes(rng, cut, expression, look.dab_amount, exactly=bool(scene.beyond))
         if not stained.measured.pop("tumour_cells"):
             truth["patch_level"] = 0
     ihc = scan(rng, look, paint_ihc(cut, tissue, stained), look.ihc_white)
@@ -146,7 +156,9 @@ def _prepare(
     else:
         intent = _intend_membranes(seed, slide, patch, slide_level(seed, slide) if level is None else int(level))
     grade = grade_of(seed, slide, patch, intent.height, coupling)
-    tissue, cells = draw_tissue(open_stream(_TISSUE, seed, slide, patch), look, grade, size, intent.barren)
+    elongation = elongation_of(seed, slide, patch) if scene.beyond else 0.0
+    rng = open_stream(_TISSUE, seed, slide, patch)
+    tissue, cells = draw_tissue(rng, look, grade, size, intent.barren, elongation)
     return intent, tissue, cells, grade
 
 
@@ -181,6 +193,13 @@ def grade_of(seed: int, slide: int, patch: int, level: float, coupling: float) -
     own = open_stream(_GRADE, seed, slide).random()
     noise = open_stream(_GRADE, seed, slide, patch).normal(0.0, 0.10)
     return float(np.clip(coupling * level / 3 + (1 - coupling) * own + noise, 0.0, 1.0))
+
+
+def elongation_of(seed: int, slide: int, patch: int) -> float:
+    """How drawn-out the nuclei of a patch's tumour are, in [0, 1]: the slide's own, and noise of the patch."""
+    own = open_stream(_ELONGATION, seed, slide).random()
+    noise = open_stream(_ELONGATION, seed, slide, patch).normal(0.0, 0.10)
+    return round(float(np.clip(own + noise, 0.0, 1.0)), 4)
 
 
 def open_stream(*key: int) -> np.random.Generator:

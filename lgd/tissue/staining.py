@@ -96,19 +96,31 @@ class Expression(NamedTuple):
     width: float | np.ndarray
 
 
-def draw_expression(rng: np.random.Generator, level: int) -> Expression:
-    """Anywhere in the ranges of a HER2 level."""
+def draw_expression(rng: np.random.Generator, level: int, place: float = 0.0, weight: float = 0.0) -> Expression:
+    """Anywhere in the ranges of a HER2 level.
+
+    The share of stained cells moves from where it was drawn towards a `place` in its range, 0..1, by this `weight`.
+    """
     *ranges, width = _STAINING[level]
     share, density, complete = (rng.uniform(*limits) for limits in ranges)
+    if weight:
+        low, high = ranges[0]
+        share = (1 - weight) * share + weight * (low + (high - low) * place)
     return Expression(share, density, complete, width)
 
 
-def stain_membranes(rng: np.random.Generator, cut: Cut, level: int, dye: float) -> Stained:
-    """Membranes of a HER2 level, `dye` times as brown as it says; true membrane_od, membrane_completeness,
+def stain_membranes(
+    rng: np.random.Generator, cut: Cut, expression: Expression, dye: float, exactly: bool = False
+) -> Stained:
+    """Membranes, `dye` times as brown as they are expressed; true membrane_od, membrane_completeness,
     stained_fraction, tumour_cells.
+
+    `exactly`: the share is that of the cells in sight, among which clones would lie unevenly.
     """
-    expression = draw_expression(rng, level)
     rank = _rank_in_clones(rng, cut.cells.yx)
+    if exactly:
+        in_sight = np.sort(rank[_find_tumour(cut)])
+        rank = (np.searchsorted(in_sight, rank) + 0.5) / max(1, len(in_sight))
     membranes = choose_membranes(rng, cut.cells.kind == TUMOUR, rank, expression)
     return paint_membranes(cut, membranes, dye)
 
@@ -135,7 +147,7 @@ def paint_membranes(cut: Cut, membranes: Membranes, dye: float) -> Stained:
     membrane = np.exp(-0.5 * (place.edge / membranes.sigma[owner]) ** 2) * gate
     cytoplasm = 0.13 * np.clip(place.edge / 0.5, 0, 1) * (1 + 0.5 * cut.broad) * (1 - 0.6 * place.cover)
     dab = dye * np.maximum(tumour * (stain * membrane * (1 + 0.15 * cut.fine) + amount[own] * cytoplasm), 0)
-    seen = np.unique(own[tumour & (place.edge > 0)])
+    seen = _find_tumour(cut)
     line = tumour & (np.abs(place.edge) < 0.5) & (stain > 0)
     shown = tumour & (np.abs(place.edge) < 0.5) & (1 - place.hole > 0.5)
     measured = {
@@ -145,6 +157,11 @@ def paint_membranes(cut: Cut, membranes: Membranes, dye: float) -> Stained:
         "membrane_od": round(float(dab[shown].mean()), 4) if shown.any() else 0.0,
     }
     return Stained(dab, 1.0, measured)
+
+
+def _find_tumour(cut: Cut) -> np.ndarray:
+    """The numbers of the tumour cells in sight."""
+    return np.unique(cut.place.cell[cut.tumour & (cut.place.edge > 0)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

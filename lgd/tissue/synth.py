@@ -129,7 +129,7 @@ def _draw_patches(out: Path, options: SynthOptions, recipe: dict[str, int | floa
         for stain, content in files.items():
             (out / stain / pair.split / f"{pair.key}.png").write_bytes(content)
         truths[pair] = truth
-    write_truth(out / "truth.csv", options.stain, options.coupling, truths)
+    write_truth(out / "truth.csv", options.stain, options.coupling, truths, bool(options.beyond))
     if _has_pairs(recipe):
         write_pairs(out / "pairs.csv", options.stain, truths)
     splits, levels = Counter(pair.split for pair in pairs), Counter(truth.get("level") for truth in truths.values())
@@ -195,7 +195,7 @@ def _plan(options: SynthOptions) -> list[Pair]:
 
 
 def _draw(options: SynthOptions, pair: Pair) -> _Drawn:
-    scene = Scene(options.stain, center=pair.center)
+    scene = Scene(options.stain, center=pair.center, beyond=options.beyond)
     if options.shortcut is not None and options.shortcut_in != "center":
         drawn = shortcut_of(options.seed, pair.slide, options.shortcut if pair.split == "train" else 0.0)
         scene = scene._replace(strength=drawn) if options.shortcut_in == "stain" else scene._replace(glass=drawn)

@@ -11,9 +11,9 @@ from lgd.base.errors import require
 from lgd.config_sections import NotNegative, Positive, Share
 from lgd.tissue.sections import Stain
 
-_OF_PATCHES = ("pairs", "size", "slides", "stain", "shortcut", "shortcut_in", "test")
+_OF_PATCHES = ("pairs", "size", "slides", "stain", "beyond", "shortcut", "shortcut_in", "test")
 _OF_SLIDES = ("slide_size", "shift", "warp", "unregistered")
-ADDED: dict[str, int | float | str | None] = {"stain": "membranes", "centers": 0, "slides_only": 0}
+ADDED: dict[str, int | float | str | None] = {"stain": "membranes", "beyond": 0.0, "centers": 0, "slides_only": 0}
 ADDED |= {"slide_size": 3000, "shift": 0.0, "warp": 0.0, "unregistered": 0.0}
 """Options that the recipe names only where they are not as here: earlier sets were drawn without them."""
 
@@ -36,6 +36,9 @@ class SynthOptions:
     """How much the H&E's morphology reveals of the level: 0 nothing, 1 much."""
     stain: Stain = "membranes"
     """What the IHC shows: membranes of the four HER2 levels, or nuclei of which a share is positive, as of Ki67."""
+    beyond: Share = 0.0
+    """How much the H&E reveals of the share of stained cells within a level, by the elongation of nuclei, which says
+    nothing of the level: 0 nothing, 1 all."""
     centers: NotNegative = 0
     """Deal the slides to so many virtual centers of unequal stain and scanner, each with all levels; 0 for none."""
     shortcut: Share | None = None
@@ -68,6 +71,10 @@ class SynthOptions:
         require(
             not self.slides_only or 4 * self.centers <= self.slides_only,
             f"centers is {self.centers} but slides_only is {self.slides_only}: use at least 4 slides a center",
+        )
+        require(
+            not self.beyond or self.stain == "membranes",
+            f"beyond is {self.beyond:g} and stain is {self.stain}: it is of levels, which membranes have",
         )
         require(self.slides <= self.pairs, f"slides is {self.slides}: use 0 to pairs ({self.pairs})")
         require(

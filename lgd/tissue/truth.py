@@ -57,22 +57,27 @@ def name_origin(center: Center) -> list[str]:
 Truth = Mapping[str, float]
 
 
-def truth_columns(stain: Stain, centers: bool) -> tuple[str, ...]:
+def truth_columns(stain: Stain, centers: bool, beyond: bool = False) -> tuple[str, ...]:
     """The head of truth.csv."""
-    return ("key", "slide", "split", *_MEASURED[stain], "coupling", *(("center", "scanner") if centers else ()))
+    origin = ("center", "scanner") if centers else ()
+    return ("key", "slide", "split", *_measured(stain, beyond), "coupling", *origin)
 
 
-def write_truth(path: Path, stain: Stain, coupling: float, truths: Mapping[Pair, Truth]) -> None:
-    """Write truth.csv; what is undefined is left empty."""
+def _measured(stain: Stain, beyond: bool) -> tuple[str, ...]:
+    return _MEASURED[stain] + (("elongation",) if beyond else ())
+
+
+def write_truth(path: Path, stain: Stain, coupling: float, truths: Mapping[Pair, Truth], beyond: bool) -> None:
+    """Write truth.csv; what is undefined is left empty. `beyond`: with the elongation of nuclei."""
     rows = (
         [
             *(pair.key, pair.slide_name, pair.split),
-            *(_blank_undefined(truth[name]) for name in _MEASURED[stain]),
+            *(_blank_undefined(truth[name]) for name in _measured(stain, beyond)),
             *(coupling, *pair.origin),
         ]
         for pair, truth in _sort(truths)
     )
-    _write(path, truth_columns(stain, any(pair.center for pair in truths)), rows)
+    _write(path, truth_columns(stain, any(pair.center for pair in truths), beyond), rows)
 
 
 def write_pairs(path: Path, stain: Stain, truths: Mapping[Pair, Truth]) -> None:

@@ -22,8 +22,16 @@ from lgd.io.locks import LOCK, TakenError, exclusive
 from lgd.io.tables import write_csv
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
-from lgd.tissue.drawing import MPP
-from lgd.tissue.sections import draw_pair, grade_of, shortcut_of, slide_level
+from lgd.tissue.drawing import MPP, TUMOUR, draw_tissue
+from lgd.tissue.sections import (
+    Scene,
+    draw_look,
+    draw_pair,
+    elongation_of,
+    grade_of,
+    shortcut_of,
+    slide_level,
+)
 from lgd.tissue.synth import synthesise
 from lgd.tissue.synth_options import SynthOptions
 from lgd.tissue.truth import truth_columns
@@ -217,6 +225,8 @@ def test_interrupted_set_is_redone_and_a_damaged_one_refused(tmp_path):
         ({"pairs": 4, "slides": 1}, "test"),
         ({"workers": -1}, "workers"),
         ({"stain": "cells"}, "stain"),
+        ({"beyond": 1.5}, "beyond"),
+        ({"beyond": 0.5, "stain": "nuclei"}, "beyond"),
         ({"centers": -1}, "centers"),
         ({"centers": 3, "slides": 11}, "centers"),
         ({"shortcut_in": "center", "shortcut": 0.5, "centers": 1}, "shortcut_in"),
@@ -287,6 +297,41 @@ def test_without_coupling_the_he_knows_nothing_of_the_level():
         drawn = [draw_pair(0, slide, patch, 64, coupling=0.0, level=level) for level in range(4)]
         assert all(np.array_equal(he, drawn[0][0]) for he, _, _ in drawn)
         assert not np.array_equal(drawn[0][1], drawn[3][1])
+
+
+def test_elongation_says_how_many_cells_are_stained_within_a_level_and_nothing_of_the_level():
+    scenes = {beyond: Scene(beyond=beyond) for beyond in (0.0, 0.5, 1.0)}
+    for level in (1, 2, 3):
+        drawn = {
+            beyond: [draw_pair(0, slide, 0, 96, 0.0, level, scene)[2] for slide in range(24)]
+            for beyond, scene in scenes.items()
+        }
+        assert "elongation" not in drawn[0.0][0]
+        elongation = [one["elongation"] for one in drawn[1.0]]
+        assert elongation == [elongation_of(0, slide, 0) for slide in range(24)] and np.std(elongation) > 0.2
+        shown = [one["patch_level"] == level for one in drawn[1.0]]
+        told = {
+            beyond: np.corrcoef(
+                np.array(elongation)[shown], [one["stained_fraction"] for one in np.array(some)[shown]]
+            )[0, 1]
+            for beyond, some in drawn.items()
+        }
+        assert abs(told[0.0]) < 0.5 and told[1.0] > 0.9 and told[1.0] > told[0.5] > told[0.0]
+    # At coupling 0 the H&E has nothing of the level, with elongated nuclei too.
+    images = [draw_pair(0, 3, 1, 64, 0.0, level, scenes[1.0])[0] for level in range(4)]
+    assert all(np.array_equal(images[0], image) for image in images[1:])
+    assert not np.array_equal(images[0], draw_pair(0, 3, 1, 64, 0.0, 0, scenes[0.0])[0])
+
+
+def test_elongated_nuclei_are_longer_and_no_larger():
+    look = draw_look(0, 0, Scene())
+    axes = []
+    for elongation in (0.0, 1.0):
+        _, cells = draw_tissue(np.random.default_rng(5), look, 0.5, 96, False, elongation)
+        axes.append(cells.nucleus[cells.kind == TUMOUR])
+        assert len(axes[-1]) > 20
+    (short, long), (shorter, longer) = (one.T for one in axes)
+    assert np.allclose(longer / shorter, np.exp(0.6) * long / short) and np.allclose(shorter * longer, short * long)
 
 
 def test_a_shortcut_is_in_the_stain_of_the_training_slides_only(tmp_path):
