@@ -22,7 +22,7 @@ from lgd.io.location import as_location, require_local
 from lgd.io.locks import exclusive
 from lgd.models.methods import BASELINE, find_method
 from lgd.ray_jobs.cluster import restore_connection
-from lgd.report import ablation, evaluation, leave_out, report
+from lgd.report import ablation, evaluation, leave_out, report, transfer
 from lgd.report.ablation_table import format_ablation
 from lgd.retrieval import index
 from lgd.retrieval.bias import Bank, open_bank
@@ -209,6 +209,7 @@ def ablate(config: Config, options: ablation.AblateOptions, given: Given | None 
     shards, folder = open_disjoint(config.shard_dirs), f"{config.run.dir}/ablation"
     # Before the hours of training.
     folds = leave_out.make_folds(config, shards) if options.leave_out else []
+    inquiry = transfer.open_inquiry(config, shards, options.transfer) if options.transfer else None
     _make_latents(config, given, shards)
     doing = exclusive(folder, "comparing methods")
     with doing, stage("ablate", "ablate", config, folder, given, shards) as (_, outcome):
@@ -223,6 +224,8 @@ def ablate(config: Config, options: ablation.AblateOptions, given: Given | None 
                     ensure_probe(Store(config.latents.dir, teachers=(config.teacher.name,)), shards.of_split("train"))
             table = leave_out.compare_seen(config, shards, whole, folds, parts)
             outcome.done = f"written: {folder}/ablation.md and leave-out.md"
+        if inquiry:
+            table += "\n" + transfer.compare_transfer(config, shards, options, inquiry, whole.document)
         outcome.facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)
     return table
 

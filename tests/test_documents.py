@@ -17,6 +17,7 @@ from lgd.io.documents import Document
 from lgd.metrics import Interval
 from lgd.report.ablation_table import AblationDocument, Compared
 from lgd.report.leave_out import AtCenter, Change, LeaveOutDocument
+from lgd.report.transfer_table import Asked, Probed, TransferDocument
 from lgd.scoring import tile_scorer
 from lgd.shards import builder
 from lgd.shards.builder import build
@@ -114,6 +115,21 @@ def at(tissue, tmp_path_factory):
         caveats=("one seed",),
         command="lgd ablate --leave-out center",
     ).write(at / "leave-out.json")
+    probed = {"LGD-Net": Probed(mean=estimate, lgd_minus=None)}
+    asked = Asked(
+        question="share", measure="r2", training_patches=400, patches=20, groups=3, sizes={"100": probed, "300": probed}
+    )
+    TransferDocument(
+        seeds=1,
+        draws=20,
+        resamples=10,
+        questions="0" * 64,
+        asked=(asked,),
+        caveats=("one seed",),
+        command="lgd ablate --transfer asked.csv",
+        shards=("0" * 64,),
+        teacher="0" * 64,
+    ).write(at / "transfer.json")
 
     region = RegionTruth(
         number=1,

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import io
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -61,6 +62,9 @@ class AblateOptions:
     leave_out: Literal["", "center"] = ""
     """`center`: also train without each center in turn, and score its patches; build one shard folder a center, by
     `build-shards --center`, and name all in `data.shards`."""
+    transfer: str = ""
+    """CSV of what training never asked: `key`, and a column of numbers a question. Small probes of each method's frozen
+    features answer it; virtual tissue has one, questions.csv."""
     jobs: int = 0
     """Networks that are trained at a time, each in a process of its own under Ray, with a GPU or a CPU; 0 trains one
     after the other, each with train.workers."""
@@ -68,6 +72,7 @@ class AblateOptions:
     def __post_init__(self) -> None:
         require(self.seeds >= 1, f"--seeds {self.seeds}: use at least 1")
         require(self.jobs >= 0, f"--jobs {self.jobs}: use 0 or more")
+        require(not (self.transfer and self.leave_out), "--transfer and --leave-out: ask for one at a time")
 
 
 def variants(config: Config, full: bool) -> dict[str, Config]:
@@ -105,7 +110,8 @@ class Job(NamedTuple):
 def describe_command(config: Config, options: AblateOptions) -> str:
     """The command line of a comparison."""
     left_out = f" --leave-out {options.leave_out}" if options.leave_out else ""
-    return f"{command(config, 'ablate')} --seeds {options.seeds}" + " --full" * options.full + left_out
+    asked = f" --transfer {shlex.quote(options.transfer)}" if options.transfer else ""
+    return f"{command(config, 'ablate')} --seeds {options.seeds}" + " --full" * options.full + left_out + asked
 
 
 def jobs_of(config: Config, options: AblateOptions) -> Iterator[Job]:

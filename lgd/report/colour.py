@@ -57,7 +57,7 @@ class Colours(NamedTuple):
 
 def read_training_colours(shards: Sequence[Shard], threads: int) -> Colours:
     """The colour of training patches: of all, or of evenly spaced ones."""
-    return _read(shards, threads, _FIT_ROWS)
+    return read_colours(shards, threads, _FIT_ROWS)
 
 
 def colour_only(training: Colours, scored: Sequence[Shard], target: Target, threads: int) -> Predictions | None:
@@ -67,7 +67,7 @@ def colour_only(training: Colours, scored: Sequence[Shard], target: Target, thre
     """
     if (answer := fit_colours(training, target)) is None:
         return None
-    found = _read(scored, threads)
+    found = read_colours(scored, threads)
     return Predictions(
         target=target,
         name=COLOUR,
@@ -104,8 +104,8 @@ def fit_colours(training: Colours, target: Target) -> Callable[[Floats], Floats]
     return answer
 
 
-def _read(shards: Sequence[Shard], threads: int, most: int = 0) -> Colours:
-    """All patches, or `most` evenly spaced ones."""
+def read_colours(shards: Sequence[Shard], threads: int, most: int = 0) -> Colours:
+    """The colour of all patches, or of `most` evenly spaced ones."""
     reader = Reader(shards, ("he",), _SIZE)
     rows = range(0, reader.total, max(1, -(-reader.total // most)) if most else 1)
     metas, colours = list[PatchMeta](), [np.empty((0, 9))]

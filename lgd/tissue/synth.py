@@ -1,10 +1,10 @@
 """Virtual tissue on disk, in BCI's layout: paired H&E and IHC of virtual slides, with the truth about them.
 
 Run as `lgd synth OUT --pairs N`. It leaves OUT/HE/{train,test}/00000_train_1+.png and the same names under
-OUT/IHC (the level is the slide's; as in BCI, the `.png` files hold JPEG streams), OUT/truth.csv, and, last,
-OUT/synth.json. The same options give the same bytes with any number of workers. With `--stain nuclei` names hold no
-level; then, and with `--centers N`, OUT/pairs.csv has the labels, for `lgd build-shards --layout csv`. With
-`--slides-only N` it leaves whole slides instead: see `lgd.tissue.slide_set`.
+OUT/IHC (the level is the slide's; as in BCI, the `.png` files hold JPEG streams), OUT/truth.csv, of membranes
+OUT/questions.csv, and, last, OUT/synth.json. The same options give the same bytes with any number of workers. With
+`--stain nuclei` names hold no level; then, and with `--centers N`, OUT/pairs.csv has the labels, for `lgd build-shards
+--layout csv`. With `--slides-only N` it leaves whole slides instead: see `lgd.tissue.slide_set`.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from lgd.tissue.drawing_pool import draw_all
 from lgd.tissue.sections import Scene, center_of, draw_pair, shortcut_of, slide_level
 from lgd.tissue.slide_set import SLIDES, TRUTH, TRUTH_FILE, draw_slides
 from lgd.tissue.synth_options import ADDED, SynthOptions
-from lgd.tissue.truth import LEVELS, Pair, Truth, write_pairs, write_truth
+from lgd.tissue.truth import LEVELS, Pair, Truth, write_pairs, write_questions, write_truth
 
 _QUALITY = 92
 _DONE, _BEGUN = "synth.json", ".synth-begun"
@@ -130,6 +130,8 @@ def _draw_patches(out: Path, options: SynthOptions, recipe: dict[str, int | floa
             (out / stain / pair.split / f"{pair.key}.png").write_bytes(content)
         truths[pair] = truth
     write_truth(out / "truth.csv", options.stain, options.coupling, truths, bool(options.beyond))
+    if options.stain == "membranes":
+        write_questions(out / "questions.csv", truths)
     if _has_pairs(recipe):
         write_pairs(out / "pairs.csv", options.stain, truths)
     splits, levels = Counter(pair.split for pair in pairs), Counter(truth.get("level") for truth in truths.values())

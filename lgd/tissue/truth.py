@@ -1,6 +1,7 @@
-"""What is known of virtual tissue, as tables beside its images: truth.csv, and pairs.csv that `build-shards` reads.
+"""What is known of virtual tissue, as tables beside its images: truth.csv, pairs.csv that `build-shards` reads, and
+questions.csv that `ablate --transfer` reads.
 
-Both have one row a pair, in the order of the keys.
+Each has one row a pair, in the order of the keys.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,6 +93,19 @@ def write_pairs(path: Path, stain: Stain, truths: Mapping[Pair, Truth]) -> None:
         for pair, truth in _sort(truths)
     )
     _write(path, ("he", "ihc", "label", "slide", "split", "mpp", "marker", *centers), rows)
+
+
+def write_questions(path: Path, truths: Mapping[Pair, Truth]) -> None:
+    """Write questions.csv, of membranes: the H-score is the share of stained cells by their optical density."""
+    rows = (
+        [
+            pair.key,
+            round(100 * truth["stained_fraction"] * truth["membrane_od"], 2),
+            *(truth[name] for name in ("stained_fraction", "membrane_completeness", "tumour_nuclei", "patch_level")),
+        ]
+        for pair, truth in _sort(truths)
+    )
+    _write(path, ("key", "h_score", "stained_share", "completeness", "tumour_nuclei", "level"), rows)
 
 
 def _sort(truths: Mapping[Pair, Truth]) -> list[tuple[Pair, Truth]]:

@@ -65,7 +65,7 @@ def test_same_bytes_with_any_number_of_workers(drawn, tmp_path):
     again = tmp_path / "again"
     synthesise(SynthOptions(out=str(again), pairs=16, size=64, slides=8, workers=2))
     assert _digests(out) == _digests(again)
-    assert len(_digests(out)) == 2 * summary["pairs"] + 2
+    assert len(_digests(out)) == 2 * summary["pairs"] + 3
 
 
 _RECIPE = {"pairs", "size", "seed", "slides", "coupling", "shortcut", "shortcut_in", "test"}
