@@ -1,7 +1,7 @@
 """store.json over the parts of some shards: what makes parts a store. Run at the end by the process that wrote them."""
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lgd.io.documents import MissingDocument
 from lgd.io.files import list_folder, remove
@@ -69,14 +69,22 @@ def commit(  # noqa: PLR0913 - what a store is made of
     document = _as_document(recipe, name, sidecars, versions or {}, fixed, centre, others)
     teachers = {one: teachers[one] for one in document.teachers}
     SourcesDocument(shards=tuple(sorted(set(folders))), teachers=teachers).write(folder / "sources.json")
+    folders_of_parts = [folder / "parts" / each for each in (PATCHES, *document.teachers)]
+    # The caller holds the store's lock: what a killed `publish` left is nobody's. Before store.json, for nobody looks
+    # once that is there.
+    _remove(folders_of_parts, lambda file: file.endswith(".tmp"))
     document.write(folder / "store.json")
-    known = {f"{one}{suffix}" for one in ordered for suffix in (".h5", ".json")}
-    for parts_of in (folder / "parts" / each for each in (PATCHES, *document.teachers)):
-        for file in list_folder(parts_of):
-            # The caller holds the store's lock: what a killed `publish` left is nobody's.
-            if file.endswith(".tmp") or (prune and file not in known):
-                remove(parts_of / file)
+    if prune:
+        known = {f"{one}{suffix}" for one in ordered for suffix in (".h5", ".json")}
+        _remove(folders_of_parts, lambda file: file not in known)
     return Store(folder, teachers=(name,))
+
+
+def _remove(folders: Sequence[Location], is_unwanted: Callable[[str], bool]) -> None:
+    for folder in folders:
+        for file in list_folder(folder):
+            if is_unwanted(file):
+                remove(folder / file)
 
 
 def _as_document(

@@ -15,7 +15,7 @@ from lgd.shards.archive import Shard
 from lgd.store import parts
 from lgd.store.cache import is_complete
 from lgd.store.commit import commit
-from lgd.store.document import part_name
+from lgd.store.document import StoreDocument, part_name
 from lgd.store.parts import read_all
 from lgd.store.store import PATCHES, TEACHER, Rows, Store
 from lgd.store.writer import shard_writer
@@ -307,6 +307,22 @@ def test_what_no_shard_of_the_run_has_is_removed_when_asked(store, tmp_path):
     for layer in (PATCHES, TEACHER):
         names = sorted(path.name for path in (store.folder / "parts" / layer).iterdir())
         assert names == [f"{stem}.h5", f"{stem}.json"]
+
+
+def test_a_store_that_is_there_has_nothing_of_a_killed_process(store, tmp_path, monkeypatch):
+    """Also where the next one was killed as soon as there was a store, which nobody tidies any more."""
+    left = store.folder / "parts" / PATCHES / ".train-000000.h5.1.tmp"
+    left.write_bytes(b"half")
+    write = StoreDocument.write
+
+    def write_and_die(self, path):
+        write(self, path)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(StoreDocument, "write", write_and_die)
+    with pytest.raises(RuntimeError, match="killed"):
+        commit(store.folder, RECIPE, [shard(tmp_path)])
+    assert not left.exists() and Store(store.folder).verify() == []
 
 
 def test_parts_of_shards_come_in_their_order(store, tmp_path):
