@@ -1,4 +1,4 @@
-"""The service as an ASGI application: its page, its urls and its errors; `lgd.serve.replicas` hands in what computes.
+"""The service as an ASGI application: its page, its urls and its errors.
 
 GET  /, /static/...         the page           GET  /health, /docs
 GET  /model                                    what there is to ask
@@ -24,13 +24,11 @@ from starlette.exceptions import HTTPException
 import lgd
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.text import escape_text
-from lgd.models.description import StudentConfig
-from lgd.serve.calls import Computing, Jobs
-from lgd.serve.gallery import StoreGallery
+from lgd.serve.calls import Jobs
 from lgd.serve.guard import BodyBound, Guard
 from lgd.serve.messages import SEE_LOG, explain
 from lgd.serve.names import UnknownName
-from lgd.serve.network import open_store
+from lgd.serve.network import Network, TooManyError
 from lgd.serve.options import ServeOptions
 from lgd.serve.patch_routes import PatchRoutes
 from lgd.serve.slide_routes import SlideRoutes
@@ -46,8 +44,8 @@ class Problem(BaseModel):
     detail: str
 
 
-def create_app(options: ServeOptions, token: str, network: Computing, jobs: Jobs | None) -> FastAPI:
-    """The application; it opens the store and the slides for their pictures, and computes nothing itself."""
+def create_app(options: ServeOptions, token: str, network: Network, jobs: Jobs | None) -> FastAPI:
+    """The application; without `jobs` it has no slides."""
     app = fastapi_offline.FastAPIOffline(
         redoc_url=None,
         static_url="/docs/static",
@@ -58,25 +56,26 @@ def create_app(options: ServeOptions, token: str, network: Computing, jobs: Jobs
         # `Guard` asks for the token; this gives the page of the urls a field for it.
         dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [],
     )
-    store = open_store(options, StudentConfig.read_folder(options.student))
-    gallery = None if store is None else StoreGallery(store)
     app.include_router(_make_page())
-    app.include_router(PatchRoutes(network, gallery).make_router())
+    app.include_router(PatchRoutes(network).make_router())
     if jobs is not None:
         app.include_router(SlideRoutes(options, network, jobs).make_router())
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
-    paths = {str(options.student): "the network", "" if store is None else str(store.folder): "the store"}
+    store = "" if network.gallery is None else str(network.gallery.store.folder)
+    paths = {str(options.student): "the network", store: "the store"}
 
     def answer_error(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, UnknownName):
             return JSONResponse({"detail": str(error)}, 404)
+        if isinstance(error, TooManyError):
+            return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "5"})
         if isinstance(error, ConfigError | DataError):
             logger.warning("%s %s: %s", request.method, request.url.path, error)
             return JSONResponse({"detail": explain(error, paths)}, 422)
         logger.error("%s %s", request.method, request.url.path, exc_info=error)
         return JSONResponse({"detail": SEE_LOG}, 500)
 
-    for kind in (ConfigError, DataError, Exception):
+    for kind in (ConfigError, DataError, TooManyError, Exception):
         app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(404, _answer_unknown_url)

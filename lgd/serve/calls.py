@@ -1,14 +1,13 @@
-"""What the urls need of the processes that compute, wherever these run."""
+"""What the urls take, and what they need of the process that scores slides, wherever it runs."""
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated, Protocol
 
-import numpy as np
 from fastapi import Depends, HTTPException, Query, Request
 from pydantic import AfterValidator
 
-from lgd.serve.neighbours import Filters
+from lgd.scoring.images import Mpp
 from lgd.serve.slide_jobs import SlideState
 
 _MOST_NEIGHBOURS = 50
@@ -34,6 +33,11 @@ ImageMpp = Annotated[
 ]
 
 
+def read_mpp(text: str) -> Mpp:
+    """What a request says of an image's scale."""
+    return "unknown" if text == "unknown" else float(text) if text else None
+
+
 async def read_image(request: Request) -> bytes:
     """The body of a request, whatever its media type says; raises `HTTPException` for what is no single file."""
     content = await request.body()
@@ -53,46 +57,6 @@ IMAGE_BODY = {
     }
 }
 """What the documentation says of it."""
-
-
-class Reply(NamedTuple):
-    """What came of a request."""
-
-    body: dict[str, object]
-    problem: str = ""
-    """Why there is none, for the one who asked."""
-    unknown: bool = False
-    """Whether what was named does not exist."""
-
-    def open(self) -> dict[str, object]:
-        """The body, or the answer that says why there is none."""
-        if self.problem:
-            raise HTTPException(404 if self.unknown else 422, self.problem)
-        return self.body
-
-
-class Computing(Protocol):
-    """The network and its store."""
-
-    async def describe(self) -> Reply:
-        """What there is to ask."""
-        ...
-
-    async def predict(self, content: bytes, mpp: str) -> Reply:
-        """What the network says of an image file."""
-        ...
-
-    async def query(self, content: bytes, mpp: str, filters: Filters) -> Reply:
-        """The nearest known IHC of an image file."""
-        ...
-
-    async def query_stored(self, name: str, filters: Filters) -> Reply:
-        """The same of the H&E of a stored patch."""
-        ...
-
-    async def query_region(self, pixels: np.ndarray, filters: Filters, slide: str) -> Reply:
-        """The same of a square of a slide, as the network sees it."""
-        ...
 
 
 class Jobs(Protocol):

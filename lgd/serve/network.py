@@ -1,27 +1,30 @@
 """What the service says of images: the network, and the store that it asks, opened once in a process.
 
-Nothing here knows Ray: `lgd.serve.replicas` calls it. Threads may share one; `score` is called by one at a time.
+Nothing here knows Ray or HTTP.
 """
 
+import asyncio
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from lgd.base.environment import count_cpus
-from lgd.base.errors import ConfigError, DataError
+from lgd.base.errors import DataError
 from lgd.config_files import is_run
 from lgd.io.location import as_location
 from lgd.models.description import StudentConfig
 from lgd.models.methods import find_method
+from lgd.retrieval.answers import Stored
 from lgd.retrieval.queries import open_latents
 from lgd.scoring import slide_rows
 from lgd.scoring.images import Fitted, MemoryImage, Mpp, read_fitted, upright_size
 from lgd.scoring.label_sets import name_set
 from lgd.scoring.notes import NO_LABELS, VIRTUAL
 from lgd.scoring.predict import Prediction, Scorer, load_scorer, make_prediction
+from lgd.serve.batches import Batches
 from lgd.serve.gallery import StoreGallery
-from lgd.serve.messages import explain
 from lgd.serve.neighbours import Filters, NeighbourFinder
 from lgd.serve.options import ServeOptions
 from lgd.store.store import Store
@@ -30,6 +33,9 @@ NAME = "image"
 """What an image of a request is called in messages."""
 Values = dict[str, np.ndarray]
 """A row of what `Scorer.score` gives."""
+_BATCH = 16
+MOST_REQUESTS = 200
+"""That are in hand at a time; more are refused."""
 NO_STORE = (
     "there is no feature store, or the network hallucinates no latents, so there is nothing to query: start the "
     "service with --store, and with a network such as LGD-Net"
@@ -49,8 +55,12 @@ def open_store(options: ServeOptions, config: StudentConfig) -> Store | None:
     return open_latents(config, folder, options.teacher or None)
 
 
+class TooManyError(Exception):
+    """So many requests are in hand that another one would only wait."""
+
+
 class Network:
-    """The student, ready to score and to query."""
+    """The student, ready to score and to query; its coroutines are those of one event loop."""
 
     def __init__(self, options: ServeOptions) -> None:
         import torch
@@ -63,6 +73,8 @@ class Network:
         store = open_store(options, config)
         self.gallery = None if store is None else StoreGallery(store)
         self.finder = None if self.gallery is None else NeighbourFinder(self.scorer, self.gallery)
+        self._batches = Batches(self._score, _BATCH)
+        self._requests = 0
 
     def describe(self) -> dict[str, object]:
         """What there is to ask, as JSON."""
@@ -83,7 +95,42 @@ class Network:
             "slides": bool(self.options.slides),
         }
 
-    def fit(self, content: bytes, mpp: Mpp) -> Fitted:
+    async def predict(self, content: bytes, mpp: Mpp) -> dict[str, object]:
+        """What the network says of an image file, as `lgd predict --json`."""
+        with self._take():
+            fitted = await asyncio.to_thread(self._fit, content, mpp)
+            shown = slide_rows.as_json(self._describe(fitted, await self._batches.ask(fitted.pixels)))
+        return {name: value for name, value in shown.items() if name != "image"}
+
+    async def query(self, content: bytes, mpp: Mpp, filters: Filters) -> dict[str, object]:
+        """The nearest known IHC of an image file."""
+        with self._take():
+            return await self._query(await asyncio.to_thread(self._fit, content, mpp), filters)
+
+    async def query_stored(self, name: str, filters: Filters) -> dict[str, object]:
+        """The same of the H&E of a stored patch, whose slide is left out."""
+        with self._take():
+            patch = await asyncio.to_thread(self._finder.gallery.find, name)
+            pixels = await asyncio.to_thread(self._finder.gallery.read_input, patch, self.scorer.config.size)
+            return await self._query(Fitted(pixels, []), filters, patch, patch.slide)
+
+    async def query_region(self, pixels: np.ndarray, filters: Filters, slide: str) -> dict[str, object]:
+        """The same of a square of a slide, as the network sees it; patches of a slide of that name are left out."""
+        with self._take():
+            return await self._query(Fitted(pixels, []), filters, slide=slide)
+
+    @contextlib.contextmanager
+    def _take(self) -> Iterator[None]:
+        """Have a request in hand; raises `TooManyError`."""
+        if self._requests >= MOST_REQUESTS:
+            raise TooManyError("too many requests wait already: ask again later")
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
+
+    def _fit(self, content: bytes, mpp: Mpp) -> Fitted:
         """An image file at the scale of the network; raises `DataError` for what cannot be used."""
         height, width = upright_size(content, NAME)
         most = self.options.max_pixels
@@ -93,12 +140,7 @@ class Network:
             )
         return read_fitted(MemoryImage(NAME, content), self.scorer.config.training, self.scorer.config.size, mpp)
 
-    def read_stored(self, name: str) -> Fitted:
-        """The H&E of a stored patch."""
-        gallery = self._finder.gallery
-        return Fitted(gallery.read_input(gallery.find(name), self.scorer.config.size), [])
-
-    def score(self, images: Sequence[np.ndarray]) -> list[Values]:
+    def _score(self, images: Sequence[np.ndarray]) -> list[Values]:
         """Images of any sizes in as few forward passes as these allow."""
         rows = dict[int, Values]()
         order = sorted(range(len(images)), key=lambda number: images[number].shape)
@@ -108,24 +150,13 @@ class Network:
             rows |= {number: {name: one[row] for name, one in out.items()} for row, number in enumerate(numbers)}
         return [rows[number] for number in range(len(images))]
 
-    def predict(self, fitted: Fitted, values: Values) -> dict[str, object]:
-        """What the network says of an image, as `lgd predict --json`."""
-        shown = slide_rows.as_json(self._describe(fitted, values))
-        return {name: value for name, value in shown.items() if name != "image"}
-
-    def query(
-        self, fitted: Fitted, values: Values, filters: Filters, stored: str = "", slide: str = ""
+    async def _query(
+        self, fitted: Fitted, filters: Filters, patch: Stored | None = None, slide: str | None = None
     ) -> dict[str, object]:
-        """The nearest known IHC of an image, without the slide that it is of: that of a stored patch, or a name."""
-        patch = self._finder.gallery.find(stored) if stored else None
-        own = patch.slide if patch else slide
-        slides = frozenset([own]) if own else frozenset()
-        return self._finder.find(self._describe(fitted, values), values, filters, patch, slides)
-
-    def explain(self, error: ConfigError | DataError) -> str:
-        """The message of an error for the one who asked."""
-        store = "" if self.gallery is None else str(self.gallery.store.folder)
-        return explain(error, {store: "the store", self.scorer.folder: "the network"})
+        finder = self._finder
+        values = await self._batches.ask(fitted.pixels)
+        slides = frozenset([slide]) if slide else frozenset()
+        return await asyncio.to_thread(finder.find, self._describe(fitted, values), values, filters, patch, slides)
 
     def _describe(self, fitted: Fitted, values: Values) -> Prediction:
         return make_prediction(self.scorer, NAME, fitted, values)

@@ -5,10 +5,11 @@ import functools
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Response
 
-from lgd.serve.calls import IMAGE_BODY, Computing, ImageBody, ImageMpp, K, Limit, Names, Offset, split_names
+from lgd.serve.calls import IMAGE_BODY, ImageBody, ImageMpp, K, Limit, Names, Offset, read_mpp, split_names
 from lgd.serve.gallery import StoreGallery
 from lgd.serve.names import UnknownName
 from lgd.serve.neighbours import Filters
+from lgd.serve.network import Network
 
 CACHED = {"Cache-Control": "private, max-age=3600"}
 """Of pictures: what they show is not changed while the service runs."""
@@ -16,10 +17,10 @@ _NO_STORE = "this service has no feature store: start it with --store"
 
 
 class PatchRoutes:
-    """The urls, of a network and a store's patches."""
+    """The urls, of a network and the patches of its store."""
 
-    def __init__(self, network: Computing, gallery: StoreGallery | None) -> None:
-        self.network, self._gallery = network, gallery
+    def __init__(self, network: Network) -> None:
+        self.network = network
 
     def make_router(self) -> APIRouter:
         """What answers them."""
@@ -39,24 +40,24 @@ class PatchRoutes:
     @property
     def gallery(self) -> StoreGallery:
         """The patches; raises `UnknownName` where there is no store."""
-        if self._gallery is None:
+        if self.network.gallery is None:
             raise UnknownName(_NO_STORE)
-        return self._gallery
+        return self.network.gallery
 
     async def describe(self) -> dict[str, object]:
         """What the network predicts, and what the store holds."""
-        return (await self.network.describe()).open()
+        return self.network.describe()
 
     async def predict(self, image: ImageBody, mpp: ImageMpp = "") -> dict[str, object]:
         """As `lgd predict --json`."""
-        return (await self.network.predict(image, mpp)).open()
+        return await self.network.predict(image, read_mpp(mpp))
 
     async def query(
         self, image: ImageBody, k: K = 5, label: Names = "", split: Names = "", mpp: ImageMpp = ""
     ) -> dict[str, object]:
         """As `lgd query --json`, with the images of the neighbours, hubs, and what chance would give."""
         filters = Filters(k=k, labels=split_names(label), splits=split_names(split))
-        return (await self.network.query(image, mpp, filters)).open()
+        return await self.network.query(image, read_mpp(mpp), filters)
 
     async def list_patches(
         self, offset: Offset = 0, limit: Limit = 60, split: Names = "", label: Names = ""
@@ -74,4 +75,4 @@ class PatchRoutes:
 
     async def query_stored(self, patch: str, k: K = 5) -> dict[str, object]:
         """The student sees the patch's H&E alone; its own IHC and its slide are left out."""
-        return (await self.network.query_stored(patch, Filters(k=k))).open()
+        return await self.network.query_stored(patch, Filters(k=k))

@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 
 from lgd.base.errors import ConfigError, DataError
 from lgd.io.digests import sha256
-from lgd.io.files import exists, list_folder
+from lgd.io.documents import MissingDocument
+from lgd.io.files import exists
 from lgd.io.folders import find_existing
 from lgd.io.location import Location
 from lgd.models.description import StudentConfig
@@ -152,7 +153,9 @@ def _hash_slide(path: Path, changed: int) -> str:
 
 def read_progress(folder: Location) -> float:
     """Share of a slide's tiles that are scored."""
-    if "plan.json" not in list_folder(folder / PARTS):
+    try:
+        plan = SlidePlan.read(folder / PARTS / "plan.json")
+    except MissingDocument:
+        # Not begun, or just finished.
         return 0.0
-    plan = SlidePlan.read(folder / PARTS / "plan.json")
     return 1 - len(list_missing(folder, plan)) / plan.chunks

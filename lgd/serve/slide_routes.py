@@ -15,10 +15,11 @@ from lgd.models.description import StudentConfig
 from lgd.scoring.slide_answer import SlideScore
 from lgd.scoring.slide_plan import find_scale
 from lgd.scoring.tile_table import TileTable, read_tiles
-from lgd.serve.calls import Computing, Jobs, K, Limit, Offset, Place
+from lgd.serve.calls import Jobs, K, Limit, Offset, Place
 from lgd.serve.gallery import encode_jpeg
 from lgd.serve.names import UnknownName
 from lgd.serve.neighbours import Filters
+from lgd.serve.network import Network
 from lgd.serve.options import ServeOptions
 from lgd.serve.overlays import draw_overlay, list_overlays
 from lgd.serve.slide_folder import TILE, ListedSlide, Region, SlideFolder, count_levels, explain_slide
@@ -42,7 +43,7 @@ _KEPT = 8
 class SlideRoutes:
     """The urls, of a folder of slides."""
 
-    def __init__(self, options: ServeOptions, network: Computing, jobs: Jobs) -> None:
+    def __init__(self, options: ServeOptions, network: Network, jobs: Jobs) -> None:
         folder = options.slides_folder
         assert folder is not None, "there are no slides"
         self.slides, self.results = SlideFolder(folder, options.hide_names), options.results
@@ -130,7 +131,7 @@ class SlideRoutes:
         """`x` and `y` are the middle of the field. Patches of the slide itself are left out."""
         region: Region = await self._use(slide, self.slides.read_region, x, y, self.scale)
         name = self.slides.find(slide).path.stem.removesuffix(".ome")
-        answer = (await self.network.query_region(region.pixels, Filters(k=k), name)).open()
+        answer = await self.network.query_region(region.pixels, Filters(k=k), name)
         return answer | {"x": region.x, "y": region.y, "side": region.side}
 
     async def draw_overlay(self, slide: str, name: str) -> Response:

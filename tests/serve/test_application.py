@@ -1,5 +1,6 @@
 """The urls without Ray: what is refused, and that no answer names a place on this machine."""
 
+import asyncio
 import hashlib
 import io
 import resource
@@ -13,10 +14,11 @@ from drawn_slides import damage, find_tile
 from PIL import Image
 
 from lgd.scoring.slides import score_slide
-from lgd.serve import slide_folder
+from lgd.serve import network, slide_folder
 from lgd.serve.application import create_app
+from lgd.serve.network import Network
 from lgd.serve.options import ServeOptions
-from lgd.serve.replicas import JobsReplica, NetworkReplica
+from lgd.serve.replicas import JobsReplica
 from lgd.serve.slide_jobs import OTHER_NETWORK, REPLACED
 from lgd.store.document import SourcesDocument
 from tests.support.serving import TOKEN, ask_app, wait
@@ -28,7 +30,7 @@ class App:
 
     def __init__(self, folder, **options):
         self.folder, self.options = folder, ServeOptions(**{name: str(one) for name, one in options.items()})
-        self.network = NetworkReplica(self.options)
+        self.network = Network(self.options)
         self.jobs = JobsReplica(self.options) if self.options.slides else None
         self.app = create_app(self.options, TOKEN, self.network, self.jobs)
 
@@ -123,6 +125,24 @@ def test_bombs_and_what_is_no_image_are_refused(app, name):
         assert answer.status == 422 and "image" in answer.detail
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_utime - before.ru_utime < 3 and (after.ru_maxrss - before.ru_maxrss) < 400_000
+
+
+def test_more_requests_than_can_wait_are_refused(app, tissue, monkeypatch):
+    content = next((tissue / "HE" / "test").iterdir()).read_bytes()
+    most = 20
+    monkeypatch.setattr(network, "MOST_REQUESTS", most)
+
+    async def ask_all():
+        asked = [app.network.predict(content, 0.46) for _ in range(most + 5)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    answers = asyncio.run(ask_all())
+    assert [type(one) for one in answers] == [dict] * most + [network.TooManyError] * 5
+    assert app.ask("predict?mpp=0.46", "POST", content).status == 200
+    monkeypatch.setattr(network, "MOST_REQUESTS", 0)
+    refused = app.ask("predict?mpp=0.46", "POST", content)
+    assert (refused.status, refused.headers["retry-after"]) == (503, "5")
+    assert refused.detail == "too many requests wait already: ask again later"
 
 
 def test_a_form_is_refused_with_the_remedy_and_a_type_means_nothing(app, tissue):

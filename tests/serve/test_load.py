@@ -26,7 +26,7 @@ pytestmark = pytest.mark.faults
 ROOT = Path(__file__).resolve().parents[2]
 ALL = os.environ.get("LGD_FAULTS") == "all"
 CLIENTS = 16
-REPLICAS = "SlideJobs", "Network", "Api"
+REPLICAS = "SlideJobs", "Api"
 TIMES = 4
 """By which a slide is enlarged, so that it takes seconds to score."""
 LONGEST = 240

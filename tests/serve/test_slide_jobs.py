@@ -51,6 +51,19 @@ def test_slides_are_scored_one_after_another_and_once(options, monkeypatch):
         jobs.start("0123456789abcdef")
 
 
+def test_progress_may_be_asked_for_while_a_slide_is_finished(tmp_path, monkeypatch):
+    parts, read = tmp_path / PARTS, SlidePlan.read
+    parts.mkdir()
+    (parts / "plan.json").write_text("{}")
+
+    def read_too_late(path):
+        shutil.rmtree(parts)
+        return read(path)
+
+    monkeypatch.setattr(SlidePlan, "read", read_too_late)
+    assert slide_jobs.read_progress(tmp_path) == 0.0
+
+
 def test_one_that_fails_costs_no_other_and_may_be_asked_for_again(options, tmp_path):
     path = tmp_path / "slides" / "a.tif"
     whole = path.read_bytes()
