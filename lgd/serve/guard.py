@@ -109,16 +109,26 @@ class _Body:
         self._comes = self._has_body
         try:
             async with asyncio.timeout_at(self._ends), self._reading:
-                message = await self._receive()
-                self._done = _ends(message)
+                return await self._gather()
         except TimeoutError:
             self.refused = _refuse(408, f"the body did not come within {BODY_SECONDS:.0f} seconds")
             return {"type": "http.disconnect"}
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            self.refused = self.too_large
-            return {"type": "http.disconnect"}
-        return message
+
+    async def _gather(self) -> "Message":
+        """The body as one message: Ray Serve fetches each one that waits from the proxy by a call of its own."""
+        parts = list[bytes]()
+        while True:
+            message = await self._receive()
+            self._done = _ends(message)
+            if message["type"] != "http.request":
+                return message
+            parts.append(message.get("body", b""))
+            self._left -= len(parts[-1])
+            if self._left < 0:
+                self.refused = self.too_large
+                return {"type": "http.disconnect"}
+            if self._done:
+                return {"type": "http.request", "body": b"".join(parts), "more_body": False}
 
     async def skip(self) -> None:
         """Throw away what is left, as it comes: who still sends would not read an answer, and closing would lose it."""
