@@ -71,7 +71,7 @@ CONSTRAINTS = $(if $(filter cpu,$(FAISS)),--constraint constraints-cpu.txt)
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[$(FAISS),serve,dev]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[$(FAISS),serve,onnx,dev]'
 	touch $@
 
 .venv-encoders/installed: pyproject.toml constraints-encoders.txt

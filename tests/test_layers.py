@@ -34,7 +34,8 @@ store.recipes store.supervision store.cache
 store.export store.features store.feature_layouts store.joining store.importing
 train.targets train.batch train.tasks train.engine train.deepspeed_engine train.world train.checkpoint train.log
 train.prepare train.finished train.loop train.launch
-scoring.images scoring.notes scoring.label_sets scoring.predict scoring.slide_answer scoring.slide_rows
+scoring.images scoring.notes scoring.label_sets scoring.predict scoring.onnx_export scoring.slide_answer
+scoring.slide_rows
 scoring.colours scoring.slide_plan scoring.slide_parts scoring.tile_table scoring.slide_files scoring.slide_grids
 scoring.heatmap
 scoring.slide_result scoring.tile_scorer scoring.slides
@@ -75,6 +76,7 @@ OWNERS = {
     "contourpy": {"scoring.slide_files"},
     "openslide": {"slides.openslide_file"},
     "tifffile": {"slides.ome", "tissue.pyramid"},
+    "onnxruntime": {"scoring.onnx_export"},
 }
 # These may not be imported when the module is: `lgd --help` must be quick, and works without them.
 LATE = {
@@ -90,6 +92,7 @@ LATE = {
     "pyarrow",
     "openslide",
     "tifffile",
+    "onnxruntime",
 }
 LATE |= {"sklearn", "timm", "fastapi", "fastapi_offline", "starlette", "uvicorn"}
 # What runs inside Ray Serve: its classes are decorated by it. They are imported late themselves.

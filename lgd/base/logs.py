@@ -46,8 +46,12 @@ _NOISE = (
     (UserWarning, r"barrier\(\): using the device under current context"),
     # DeepSpeed's ZeRO stage 3 calls functions that PyTorch 2.13 renames.
     (FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
+    # Its export to ONNX copies trees by a class that it renames.
+    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
 )
 """Warnings of other libraries that no user of the command line can act upon."""
+_NOISY = ("DeepSpeed", "torch.onnx._internal.exporter._registration")
+"""Loggers of which errors alone are shown; the second one misses torchvision, which LGD does without."""
 
 
 class LineHandler(logging.Handler):
@@ -93,21 +97,23 @@ def _attached(handler: logging.Handler, level: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Without `_NOISE`, and of DeepSpeed errors only. What Ray and its workers say stays in Ray's own files."""
-    # It writes to standard output; and a filter, because it sets its level when it is imported.
-    noisy = logging.getLogger("DeepSpeed")
+    """Without `_NOISE`, and of some libraries errors only. What Ray and its workers say stays in Ray's own files."""
+    # Filters, because they set their levels when they are imported; DeepSpeed also writes to standard output.
+    noisy = [*map(logging.getLogger, _NOISY)]
 
     def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
-    noisy.addFilter(is_error)
+    for one in noisy:
+        one.addFilter(is_error)
     try:
         with warnings.catch_warnings():
             for category, message in _NOISE:
                 warnings.filterwarnings("ignore", message, category)
             yield
     finally:
-        noisy.removeFilter(is_error)
+        for one in noisy:
+            one.removeFilter(is_error)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""The verbs that answer from a trained run: predict, query, export-latents."""
+"""The verbs that answer from a trained run: predict, query; and those that hand on what it made."""
 
 import argparse
 import dataclasses
@@ -241,8 +241,27 @@ def _add_export(parser: Parser) -> Run:
     return run
 
 
+def _add_export_onnx(parser: Parser) -> Run:
+    parser.add_argument("--model", required=True, metavar="DIR", help="the student's folder, or its run's")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file or url to write to; it ends with .onnx")
+    add_code_argument(parser)
+
+    def run(namespace: Namespace) -> None:
+        from lgd.scoring.onnx_export import export_onnx
+
+        made = export_onnx(namespace.model, namespace.out, namespace.code)
+        outputs = ", ".join(f"{name} (n, {count})" for name, count in made.shapes.items())
+        print_lines(
+            f"wrote {namespace.out}: image (n, {made.size}, {made.size}, 3), uint8 -> {outputs}; "
+            f"checked, {made.difference:.1g} from the student at most"
+        )
+
+    return run
+
+
 VERBS = {
     "predict": Verb("label and probabilities of H&E images, such as the HER2 level, or a number", _add_predict),
     "query": Verb("the nearest IHC latents of H&E images or of stored patches", _add_query),
     "export-latents": Verb("write a store's latents in TRIDENT's HDF5 layout, for other tools", _add_export),
+    "export-onnx": Verb("write a student as one ONNX file, for programs without lgd", _add_export_onnx),
 }

@@ -103,6 +103,8 @@ def _examine(gpu: bool) -> dict[str, _Finding]:
     found["openslide"] = ("ok", openslide) if openslide else ("lacks", "for slides: pip install 'lgd[slides]'")
     fastapi = version_of("fastapi") if version_of("fastapi-offline") else None
     found["fastapi"] = ("ok", fastapi) if fastapi else ("lacks", "for lgd serve: pip install 'lgd[serve]'")
+    onnx = version_of("onnxruntime") if version_of("onnxscript") else None
+    found["onnx"] = ("ok", onnx) if onnx else ("lacks", "for lgd export-onnx: pip install 'lgd[onnx]'")
     found["faiss"] = _find_faiss()
     # The rest is asked through torch.
     if version_of("torch"):

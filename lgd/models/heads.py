@@ -57,7 +57,11 @@ def read_answers(logits_nK: torch.Tensor, target: Target, values: Values | None,
 
     `values` are those of the training labels. Of logits that are not finite they are NaN or infinite.
     """
-    logits_nK = logits_nK.double()
+    return compute_answers(logits_nK.double(), target, values, temperature)
+
+
+def compute_answers(logits_nK: torch.Tensor, target: Target, values: Values | None, temperature: float) -> torch.Tensor:
+    """As `read_answers`, in the type of the logits."""
     if not target.is_number:
         return (logits_nK / temperature).softmax(dim=1)
     assert values is not None, "a network of a number was taught values"
