@@ -22,7 +22,7 @@ from lgd.io.location import as_location, require_local
 from lgd.io.locks import exclusive
 from lgd.models.methods import BASELINE, find_method
 from lgd.ray_jobs.cluster import restore_connection
-from lgd.report import ablation, evaluation, leave_out, report, transfer
+from lgd.report import ablation, card, evaluation, leave_out, report, transfer
 from lgd.report.ablation_table import format_ablation
 from lgd.retrieval import index
 from lgd.retrieval.bias import Bank, open_bank
@@ -101,6 +101,8 @@ def _train(
         did = "trained" if made.steps else "taken as it is, and centred"
         outcome.done = f"{did}: {folder}" if trained else f"reused, nothing changed: {folder}"
         outcome.facts = Trained(**{field: getattr(made, field) for field in Trained.model_fields})
+    if task == "student":
+        card.write_card(config, opened)
 
 
 train_teacher = functools.partial(_train, "teacher")
@@ -196,10 +198,11 @@ def evaluate(
         provenance = {"command": command(config, "evaluate"), **Environment.here().as_json()}
         results, scored, pictured = evaluation.evaluate(config, opened, provenance, {*code, *config.code})
         report.write_report(as_location(folder), results, scored, pictured)
-        report.show_pictures(as_location(folder), as_location(config.student.dir))
+        report.try_showing_pictures(as_location(folder), as_location(config.student.dir))
         outcome.done = f"written: {folder}"
         headline = {model.name: model.by_patch.metrics for model in results.models}
         outcome.facts = Evaluated(split=config.report.split, by_patch=headline)
+    card.write_card(config, opened, results)
     return report.format_scores(results)
 
 
@@ -285,15 +288,10 @@ def demo(config: Config, pairs: int, size: int, given: Given | None = None) -> s
         made = synthesise(SynthOptions(out=str(tissue), pairs=pairs, size=size, slides=slides, coupling=0.9, seed=seed))
         outcome.done = f"{'reused, nothing changed' if made.get('reused') else f'{pairs} pairs drawn'}: {tissue}"
     with log_outcome("shards") as outcome:
+        truth, split = str(tissue / "truth.csv"), "group:0.6,0.1,0.3"
         _, built = build(
             ShardOptions(
-                layout="bci",
-                root=str(tissue),
-                out=str(folder),
-                slides=str(tissue / "truth.csv"),
-                split="group:0.6,0.1,0.3",
-                shard_size=64,
-                mpp=0.46,
+                layout="bci", root=str(tissue), out=str(folder), slides=truth, split=split, shard_size=64, mpp=0.46
             )
         )
         outcome.done = f"{'built' if built else 'reused, nothing changed'}: {folder}"

@@ -46,6 +46,7 @@ report.columns report.results report.sections report.colour report.caveats repor
 report.charts report.contact_sheet report.grids report.slide_map
 report.sheet report.neighbours report.embeddings report.biased report.robustness report.agreement report.slides
 report.sites report.set_coverage report.listing report.probed report.retrieval report.pictures report.evaluation
+report.card_facts report.card_sections report.checklist report.card
 report.report report.ablation report.leave_out report.questions report.transfer_table report.transfer
 serve.messages serve.names serve.options serve.overlays serve.gallery serve.neighbours serve.batches serve.network
 serve.slide_folder serve.slide_jobs serve.connections serve.guard serve.calls serve.patch_routes

@@ -1,6 +1,7 @@
 """Everything that a report is made of: `lgd evaluate` measures it here, and `lgd.report.report` writes it down."""
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -193,6 +194,7 @@ def measure_results(
         always_the_mean=float(abs(labels - taught.values.mean).mean()) if len(labels) and taught.values else None,
         sites=tuple(sites) or None,
         label_sets=tuple(measure_label_sets(scored, resamples, seed)) or None,
+        training_sites={kind: dict(Counter(names)) for kind, names in (taught.sites or {}).items()} or None,
     )
 
 

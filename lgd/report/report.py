@@ -5,12 +5,14 @@ unknown.
 """
 
 import io
+import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lgd.base.errors import DataError
 from lgd.base.markup import code_block, escape_markdown, list_items, markdown_table
 from lgd.base.text import escape_text
 from lgd.io.files import exists, list_folder, read_bytes, remove, write_bytes
@@ -26,7 +28,7 @@ from lgd.report.contact_sheet import ALIKE, NEAR, contact_sheet
 from lgd.report.grids import draw_grids
 from lgd.report.listing import BY_PATCH, BY_SLIDE, write_predictions
 from lgd.report.pictures import NOTHING_PICTURED, Pictured
-from lgd.report.results import Results, Scores, format_interval
+from lgd.report.results import Results, format_interval
 from lgd.report.sections import (
     agreement_section,
     retrieval_sections,
@@ -34,10 +36,13 @@ from lgd.report.sections import (
     sites_sections,
     slide_rules_section,
     tabulate_own_pairs,
+    tabulate_scores,
 )
 from lgd.report.set_coverage import label_sets_section
 from lgd.report.slide_map import draw_slide_maps
 from lgd.report.slides import by_slide
+
+logger = logging.getLogger(__name__)
 
 _PICTURES = {
     "confusion.png": "Confusion matrix",
@@ -116,6 +121,14 @@ def show_pictures(report: Location, student: Location) -> None:
             write_bytes(student / "tensorboard" / path.name, path.read_bytes())
 
 
+def try_showing_pictures(report: Location, student: Location) -> None:
+    """`show_pictures`, with a warning where the student's folder cannot be written."""
+    try:
+        show_pictures(report, student)
+    except (DataError, OSError) as error:
+        logger.warning("[report] no pictures in TensorBoard: %s", error)
+
+
 def format_scores(results: Results) -> str:
     """The first metrics of each model, such as accuracy, kappa and macro-F1, with 95 % intervals, as text of fixed
     width.
@@ -180,7 +193,7 @@ def _score_sections(results: Results) -> list[str]:
     of_slides = [(model.name, model.by_slide) for model in models if model.by_slide]
     text = [
         "## Scores by patch\n",
-        *_scores_table(by_patch, "patches", measures.headline),
+        *tabulate_scores(by_patch, "patches", measures.headline),
         f"Brackets hold 95 % intervals from {results.resamples} resamples of the groups. One of no width means "
         "that all groups agree, not that the value is certain; [–] means that fewer than two groups stand behind the "
         f"value.{_explain_constant(results)}\n",
@@ -188,7 +201,7 @@ def _score_sections(results: Results) -> list[str]:
         "## Scores by slide\n",
     ]
     if of_slides:
-        text += _scores_table(of_slides, "slides", measures.headline)
+        text += tabulate_scores(of_slides, "slides", measures.headline)
         what = "values of a group's patches are averaged, and so are their true ones"
         text.append(f"The {what if target.is_number else _PROBABILITIES}.\n")
         text += slide_rules_section(results)
@@ -199,8 +212,11 @@ def _score_sections(results: Results) -> list[str]:
     if isinstance(measures, ClassMeasures):
         titles = sorted((numbers, f"auc_{name}", title) for name, (title, numbers) in target.group_titles.items())
         text += [f"## Sensitivity by {target.label_word}, by patch\n"]
-        text += _scores_table(by_patch, "patches", measures.sensitivities)
-        text += ["## AUC, by patch\n", *_scores_table(by_patch, "patches", {name: title for _, name, title in titles})]
+        text += tabulate_scores(by_patch, "patches", measures.sensitivities)
+        text += [
+            "## AUC, by patch\n",
+            *tabulate_scores(by_patch, "patches", {name: title for _, name, title in titles}),
+        ]
     else:
         text += agreement_section(models, target)
     text += [f"{note}\n" for note in map(escape_markdown, target.notes or ())]
@@ -228,10 +244,3 @@ def _explain_constant(results: Results) -> str:
     if results.always_the_mean is not None:
         return f" Always answering the mean of the training {word}s would have an MAE of {results.always_the_mean:.3f}."
     return ""
-
-
-def _scores_table(scores: Sequence[tuple[str, Scores]], unit: str, columns: Mapping[str, str]) -> list[str]:
-    rows = [
-        [name, str(one.scored), *(format_interval(one.metrics[column]) for column in columns)] for name, one in scores
-    ]
-    return markdown_table(["model", unit, *columns.values()], rows)

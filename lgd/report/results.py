@@ -226,7 +226,9 @@ class ModelSets(Record):
 class Results(Document):
     """metrics.json; null stands where a number is undefined."""
 
-    OPTIONAL: ClassVar[tuple[str, ...]] = ("target", "values", "always_the_mean", "sites", "label_sets")
+    OPTIONAL: ClassVar[tuple[str, ...]] = (
+        *("target", "values", "always_the_mean", "sites", "label_sets", "training_sites"),
+    )
 
     FORMAT: ClassVar[str] = "lgd-report/3"
     ABSENT: ClassVar[str] = "run lgd evaluate"
@@ -260,6 +262,8 @@ class Results(Document):
     sites: Many[BySite] | None = None
     label_sets: Many[ModelSets] | None = None
     """Of each model that has such sets; None where none has."""
+    training_sites: dict[Line, dict[Line, Count]] | None = None
+    """Center and scanner -> how many of the training patches that were looked at are of each; empty is unknown."""
 
     @property
     def predicted(self) -> Target:

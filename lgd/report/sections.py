@@ -1,6 +1,6 @@
 """What a report says of its numbers, as Markdown: the sections of `summary.md` below its first tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lgd.base.markup import escape_markdown, list_items, markdown_table
 from lgd.base.target import Target
@@ -14,11 +14,20 @@ from lgd.report.results import (
     Results,
     Retrieval,
     Robustness,
+    Scores,
     format_interval,
     format_number,
 )
 
 _AREA_NOTE = "The area gives a {} and no probability, and so neither ECE nor AUC."
+
+
+def tabulate_scores(scores: Sequence[tuple[str, Scores]], unit: str, columns: Mapping[str, str]) -> list[str]:
+    """The lines of a table: a row a model, a column a metric; `unit` is what was scored."""
+    rows = [
+        [name, str(one.scored), *(format_interval(one.metrics[column]) for column in columns)] for name, one in scores
+    ]
+    return markdown_table(["model", unit, *columns.values()], rows)
 
 
 def slide_rules_section(results: Results) -> list[str]:

@@ -184,6 +184,14 @@ def read_stages(folder: str | Location) -> dict[str, tuple[Stage, ...]]:
         return {}
 
 
+def find_training(config: Config, weights_sha256: str) -> tuple[Stage, dict[str, JsonValue]] | None:
+    """The stage of this run that trained a student, and the fields as it had them; None of a student of another run."""
+    for stage in reversed(read_stages(config.run.dir).get("train", ())):
+        if isinstance(stage.facts, Trained) and stage.facts.weights_sha256 == weights_sha256:
+            return stage, _kept_fields(config) | stage.differing
+    return None
+
+
 def _kept_fields(config: Config) -> dict[str, JsonValue]:
     """The fields of config.yaml, or of `config` where there is none yet."""
     path = as_location(config.run.dir) / _CONFIG

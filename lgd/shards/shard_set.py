@@ -172,6 +172,14 @@ class ShardSet:
         counts = [manifest.splits[split].labels for manifest in self.manifests if split in manifest.splits]
         return {name: sum(labels.get(name, 0) for labels in counts) for name in (*self.target.counted, UNKNOWN)}
 
+    def count_groups(self, split: str) -> int:
+        """Slides of one split, or source patches where slides are unknown; of each folder patches.npy is read."""
+        groups = [np.zeros(0, np.uint64)]
+        for one in self.folders:
+            splits = np.repeat([shard.split for shard in one.shards], [shard.samples for shard in one.shards])
+            groups.append(one.read_patches()["group"][splits == split])
+        return len(np.unique(np.concatenate(groups)))
+
     def summarise_values(self, split: str) -> Values | None:
         """The known values of one split, where labels are such and there are any."""
         parts = [

@@ -34,8 +34,8 @@ from lgd.train.world import join_world, take_from_rank_0
 
 logger = logging.getLogger(__name__)
 
-_OWN = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl", LOCK}
-"""What training writes to its folder."""
+_OWN = {"config.json", "model.safetensors", "checkpoints", "tensorboard", "log.jsonl", "README.md", LOCK}
+"""What lies in the folder of what was trained; README.md is the model card (`lgd.report.card`)."""
 
 
 def check_labels(task: Task, shards: ShardSet) -> None:

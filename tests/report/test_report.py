@@ -398,6 +398,7 @@ def test_a_report_follows_its_target(tmp_path, target):
     document = report(tmp_path, scored, retrieval=found, taught=Taught(values, {"center": ["A"]}, {}))
     results = Results.read(tmp_path / "metrics.json")
     assert results.predicted == target and ("target" in document) == (target is not HER2)
+    assert results.training_sites == {"center": {"A": 1}}
     assert results.models[0].by_patch.metrics.keys() == dict.fromkeys(scored[0].measures.names).keys()
     text, word = (tmp_path / "summary.md").read_text(), target.label_word
     title = target.name if target is NAMED_AS_ITS_WORD else f"{target.name} {word}"

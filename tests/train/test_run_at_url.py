@@ -79,6 +79,8 @@ def test_the_whole_run_lies_in_a_bucket(tissue_config, tissue_run, s3, tmp_path,
     there = names(s3, "whole")
     assert {"config.yaml", "run.json", "report/summary.md", "report/confusion.png", "report/queries.png"} <= {*there}
     assert not list(Path().glob("s3*")), "no folder of that name here"
+    cards = [read_bytes(f"s3://runs/whole/{name}/README.md").decode() for name in ("student", "he-only")]
+    assert "Split test: 20 patches" in cards[0] and "Not scored yet" in cards[1] and "s3://" not in cards[0]
     # What a person watches.
     board = tmp_path / "board"
     board.mkdir()
