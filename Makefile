@@ -7,7 +7,7 @@ BIN := .venv/bin
 # What `make evidence` shows: method, coupling, shortcut, background, centers or ki67.
 STUDY ?= method
 
-.PHONY: demo test test-encoders check bench faults evidence vendor clean
+.PHONY: demo test test-encoders check bench faults evidence bci mist vendor clean
 
 demo: .venv/installed
 	$(BIN)/lgd demo
@@ -47,6 +47,18 @@ bench: .venv/installed
 
 evidence: .venv/installed
 	$(BIN)/python tools/studies/evidence.py $(STUDY)
+
+# BCI and MIST in full, from the folders as they are published: make bci BCI=FOLDER, and make mist MIST=FOLDER, or with BCI too,
+# whose levels then teach with it. Fields of the run: OPTIONS="--train.workers 2 --data.size 256"
+REAL = tools/studies/real.py
+FIELDS = $(if $(OPTIONS),-- $(OPTIONS))
+
+bci: .venv/installed
+	$(BIN)/python $(REAL) bci "$(or $(BCI),$(error name its folder: make bci BCI=FOLDER))" $(FIELDS)
+
+mist: .venv/installed
+	$(BIN)/python $(REAL) mist "$(or $(MIST),$(error name its folder: make mist MIST=FOLDER))" \
+		$(if $(BCI),--bci "$(BCI)") $(FIELDS)
 
 # What others wrote and lies in the repository: the viewer of lgd serve, and what tests its page. Of npm only `npm pack` is used.
 OPENSEADRAGON = openseadragon@6.1.1
