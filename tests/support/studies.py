@@ -11,3 +11,8 @@ def run_here(commands):
         if status:
             return status
     return 0
+
+
+def list_trained(err):
+    """The folders of the networks that were trained, by what was logged."""
+    return {line.partition("trained: ")[2].split()[0] for line in err.splitlines() if "] trained: " in line}

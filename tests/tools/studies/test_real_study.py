@@ -12,7 +12,7 @@ import pytest
 from lgd.cli import run_command
 from lgd.config_files import load_config
 from tests.support.published import write_published
-from tests.support.studies import run_here
+from tests.support.studies import list_trained, run_here
 from tools.studies import evidence, real
 
 FEW = {"0": 3, "1+": 3, "2+": 3, "3+": 3}
@@ -148,7 +148,7 @@ def test_bci_runs_to_its_report_and_resumes(published, tmp_path, capsys):
     shutil.rmtree(run / "he-only")
     status, _, err = command(args, capsys)
     assert status == 0 and {path: path.read_bytes() for path in run.rglob("model.safetensors")} == made
-    assert err.count("trained: ") == 1 and f"trained: {run}/he-only" in err
+    assert list_trained(err) == {f"{run}/he-only"}
 
 
 def test_mist_runs_without_any_level(published, tmp_path, capsys):
