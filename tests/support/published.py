@@ -27,5 +27,5 @@ def name_image(layout, folder, number, level):
     """BCI's names end with the level, and its .png are JPEG; MIST's are a slide, a row and a column."""
     if layout == "bci":
         return f"{number:05d}_{folder.partition('/')[2]}_{level}.png"
-    part, place = divmod(number, 4)
-    return f"{100 + part}M{folder[:-1]}_{place // 2}_{place % 2}.jpg"
+    part, place = divmod(number, 2)
+    return f"{100 + part}M{folder[:-1]}_{place}_0.jpg"

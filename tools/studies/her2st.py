@@ -49,8 +49,8 @@ PATIENT = "C"
 """Whose sections are left out; those of others are only scored."""
 LABELLED = 0.15
 """Share of the training spots whose label is known."""
-GIVEN = "--teacher.source imported --teacher.name genes --data.size 64 --student.epochs 6 --data.lanes 16"
-BUILT = "--shard-size 16 --he-size 64"
+GIVEN = "--teacher.source imported --teacher.name genes --data.lanes 16"
+BUILT = "--shard-size 16 --he-size 96"
 """Small shards, for a batch is mixed from several; and small images, whose decoding takes no time."""
 GENES = "30 components of log1p counts of other genes"
 
