@@ -119,7 +119,7 @@ def test_a_value_is_regressed_on_colour_within_its_range(target, monkeypatch):
     values = np.random.default_rng(1).uniform(0, 100, 80)
     scored = draw_colours(np.append(np.linspace(0, 100, 40), 1000.0 if target.range is None else 100.0), seed=2)
     scored.colour_n9[0, 0] = 1e4
-    monkeypatch.setattr(colour, "_read", lambda shards, threads, most=0: scored)
+    monkeypatch.setattr(colour, "read_colours", lambda shards, threads, most=0: scored)
     found = colour_only(draw_colours(values), [], target, threads=1)
     assert found.target == target and found.sites == {"center": ["A"] * 42}
     assert np.isnan(found.label[-1]) and found.output.shape == (42, 1)
