@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lgd.base.environment import count_cpus
 from lgd.base.errors import DataError
 from lgd.config_files import is_run
 from lgd.io.location import as_location
@@ -63,9 +62,6 @@ class Network:
     """The student, ready to score and to query; its coroutines are those of one event loop."""
 
     def __init__(self, options: ServeOptions) -> None:
-        import torch
-
-        torch.set_num_threads(options.cpus or count_cpus())
         self.options = options
         self.scorer: Scorer = load_scorer(options.student, code=options.code)
         config = self.scorer.config

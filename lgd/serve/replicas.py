@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
+from lgd.base.environment import count_cpus
 from lgd.serve.network import Network
 from lgd.serve.options import ServeOptions
 from lgd.serve.slide_jobs import SlideJobs, SlideState
@@ -88,8 +89,11 @@ def make_application(options: ServeOptions, token: str) -> "Application":
 
     def make_app() -> "FastAPI":
         """In the process that answers."""
+        import torch
+
         from lgd.serve.application import create_app
 
+        torch.set_num_threads(options.cpus or count_cpus())
         return create_app(options, token, Network(options), RemoteJobs() if options.slides else None)
 
     jobs = [deploy(name=JOBS)(JobsReplica).bind(options)] if options.slides else []
