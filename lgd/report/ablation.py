@@ -15,8 +15,8 @@ import functools
 import io
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ from lgd.store.store import Store
 from lgd.train.launch import train_under
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 SINGLE_RUN_ROWS = {**dict.fromkeys(UPPER_BOUNDS, "teacher.npz"), COLOUR: "colour-only.npz"}
 """The rows of one training, whatever the number of seeds, and where their answers are kept."""
@@ -136,6 +138,20 @@ def work(shards: ShardSet, scored: Sequence[Shard], job: Job) -> tuple[Job, bool
     return job, trained
 
 
+def map_jobs(
+    worker: Callable[[Job], Result], jobs: Sequence[Job], config: Config, options: AblateOptions
+) -> Iterator[Result]:
+    """What `worker` gives for each network, so many at a time as was asked for."""
+    return map_with(
+        lambda: worker,
+        jobs,
+        workers=options.jobs,
+        option_name="--jobs",
+        threads=config.data.threads,
+        name=lambda job: f"{job.name}, seed {job.number}",
+    )
+
+
 class Ablation(NamedTuple):
     """Methods, compared."""
 
@@ -156,16 +172,7 @@ def ablate(
     scored = scored or shards.require_split(config.report.split, "report.split")
     folder = as_location(config.run.dir) / "ablation"
     jobs = list(jobs_of(config, options))
-    worker = functools.partial(work, shards, scored)
-    answered = map_with(
-        lambda: worker,
-        jobs,
-        workers=options.jobs,
-        option_name="--jobs",
-        threads=config.data.threads,
-        name=lambda job: f"{job.name}, seed {job.number}",
-    )
-    for job, trained in answered:
+    for job, trained in map_jobs(functools.partial(work, shards, scored), jobs, config, options):
         done = "trained" if trained else "reused, nothing changed"
         logger.info("[ablate] %s, seed %d: %s", job.name, job.number, done)
     rows: dict[str, list[Predictions]] = {}

@@ -29,8 +29,7 @@ from lgd.metrics import Floats, interval
 from lgd.models.description import StudentConfig
 from lgd.models.loading import load_student
 from lgd.models.methods import BASELINE, METHODS, find_method
-from lgd.ray_jobs.mapping import map_with
-from lgd.report.ablation import AblateOptions, Job, jobs_of
+from lgd.report.ablation import AblateOptions, Job, jobs_of, map_jobs
 from lgd.report.ablation_table import LGD_NET, AblationDocument
 from lgd.report.colour import COLOUR, read_colours
 from lgd.report.embeddings import ridge
@@ -126,15 +125,7 @@ def _read_networks(
     store = Store(config.latents.dir, teachers=(config.teacher.name,))
     latents = Features(*(pooled_latents(store, some.shards) for some in (training, scored)))
     jobs = list(jobs_of(config, options))
-    worker = functools.partial(_keep_features, training, scored)
-    for job in map_with(
-        lambda: worker,
-        jobs,
-        workers=options.jobs,
-        option_name="--jobs",
-        threads=config.data.threads,
-        name=lambda job: f"{job.name}, seed {job.number}",
-    ):
+    for job in map_jobs(functools.partial(_keep_features, training, scored), jobs, config, options):
         logger.info("[ablate] %s, seed %d: features read", job.name, job.number)
     mapped: dict[str, list[Features]] = {}
     methods = [kind.title for kind in METHODS.values()]

@@ -119,10 +119,7 @@ def draw_pair(
     if scene.stain == "nuclei":
         stained, _ = stain_nuclei(rng, cut, _choose_nuclear(seed, slide, intent), look.dab_amount)
     else:
-        elongation = elongation_of(seed, slide, patch)
-        if scene.beyond:
-            truth["elongation"] = elongation
-        expression = draw_expression(rng, int(truth["patch_level"]), elongation, scene.beyond)
+        expression = draw_expression(rng, int(truth["patch_level"]), truth.get("elongation", 0.0), scene.beyond)
         stained = stain_membranes(rng, cut, expression, look.dab_amount, exactly=bool(scene.beyond))
         if not stained.measured.pop("tumour_cells"):
             truth["patch_level"] = 0
@@ -156,9 +153,10 @@ def _prepare(
     else:
         intent = _intend_membranes(seed, slide, patch, slide_level(seed, slide) if level is None else int(level))
     grade = grade_of(seed, slide, patch, intent.height, coupling)
-    elongation = elongation_of(seed, slide, patch) if scene.beyond else 0.0
+    if scene.beyond:
+        intent.truth["elongation"] = elongation_of(seed, slide, patch)
     rng = open_stream(_TISSUE, seed, slide, patch)
-    tissue, cells = draw_tissue(rng, look, grade, size, intent.barren, elongation)
+    tissue, cells = draw_tissue(rng, look, grade, size, intent.barren, intent.truth.get("elongation", 0.0))
     return intent, tissue, cells, grade
 
 
