@@ -60,7 +60,7 @@ from lgd.shards.pairs import (
 from lgd.shards.profiles import describe_profiles
 from lgd.shards.shard_set import ShardFolder
 from lgd.shards.slide_pairs import leave_out_misaligned
-from lgd.shards.writer import FILE, MARKER, Building, begin, check_chunk, finish, require_marker, write_shard
+from lgd.shards.writer import FILE, MARKER, Building, begin, check_chunk, clean, finish, require_marker, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +127,14 @@ def _build(options: ShardOptions, out: Location, finished: bool) -> tuple[Manife
         for path in (out / f"{name}-{start // options.shard_size:06d}.tar",)
     ]
     entries = []
-    with progress(len(samples), "build", "tiles" if options.tile else "pairs") as bar:
-        for entry in map_jobs(write_shard, jobs, options.workers, lambda job: str(job.path)):
-            entries.append(entry)
-            bar.update(entry.samples)
+    try:
+        with progress(len(samples), "build", "tiles" if options.tile else "pairs") as bar:
+            for entry in map_jobs(write_shard, jobs, options.workers, lambda job: str(job.path)):
+                entries.append(entry)
+                bar.update(entry.samples)
+    except DataError:
+        clean(out)
+        raise
     patches = make_patch_table(sample.source for some in of_split.values() for sample in some)
     write_bytes(out / "patches.npy", patches)
     manifest = Manifest(

@@ -82,6 +82,11 @@ def begin(out: Location, recipe: Building) -> set[str]:
     return {stem for stem in stems if {f"{stem}.tar", f"{stem}.idx", f".{stem}.json"} <= names}
 
 
+def clean(out: Location) -> None:
+    """Remove what workers had half-written that were ended because another one failed."""
+    _remove(out, filter(LEFTOVER.fullmatch, list_folder(out)))
+
+
 def finish(out: Location) -> None:
     """Remove what only an unfinished build needs; its marker last."""
     names = list_folder(out)

@@ -1,5 +1,6 @@
 import csv
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -205,6 +206,17 @@ def test_what_killed_workers_had_begun_is_removed(built, tmp_path):
     root, whole, manifest = built
     assert build_by(lose_workers, options(root, tmp_path, mpp=0.46)) == (manifest, True)
     assert contents(tmp_path) == contents(whole)
+
+
+def test_what_workers_had_begun_when_another_failed_is_removed(built, tmp_path):
+    def fail(function, jobs):
+        yield from itertools.islice(lose_workers(function, jobs), 2)
+        if isinstance(jobs[0], ShardJob):
+            raise DataError("no space is left")
+
+    with pytest.raises(DataError, match="no space is left"):
+        build_by(fail, options(built[0], tmp_path, mpp=0.46))
+    assert not [*tmp_path.glob("*.tmp")] and len([*tmp_path.glob("*.tar")]) == 2
 
 
 @pytest.mark.parametrize("name", ["holiday.jpg", "train-000000.tar", "README.md"])
