@@ -13,7 +13,7 @@ AboveZero = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pool = Literal["cls", "mean", "cls+mean"]
-Learns = Literal["label", "membranes", "nuclei", "positive"]
+Learns = Literal["label", "membranes", "nuclei", "positive", "parts", "pairs"]
 Staining = Literal["membranes", "nuclei", "none"]
 
 
@@ -57,12 +57,14 @@ class Teacher:
     """Name of its latents in the store, which may hold those of several teachers."""
     dir: str = ""
     """Folder of the teacher; default RUN/teacher, or RUN/teacher-NAME of one with a name of its own."""
-    source: Literal["trained", "frozen", "imported"] = "trained"
-    """`trained` here, on what it `learns`; `frozen`: a pretrained encoder as it is, which needs no labels; `imported`:
-    features of another tool, which `lgd import-latents` puts into the store."""
+    source: Literal["trained", "frozen", "random", "imported"] = "trained"
+    """`trained` here, on what it `learns`; `frozen`: a pretrained encoder as it is, which needs no labels; `random`: a
+    preset that nobody trains, as a control; `imported`: features of another tool, which `lgd import-latents` puts into
+    the store."""
     learns: Annotated[list[Learns], Field(min_length=1)] = field(default_factory=lambda: ["label"])
     """What a trained teacher learns: `label`, and without any label grids of the store: `membranes`, or `positive`
-    where the stain is nuclear, and `nuclei`, the density of all; of several the losses are added up."""
+    where the stain is nuclear, and `nuclei`, the density of all; or without anything measured which two images belong
+    together: `parts`, an IHC and a part of it, or `pairs`, an IHC and its H&E. Of several the losses are added up."""
     encoder: str = "resnet10"
     """Backbone: a preset (resnet10, resnet18, resnet50, convnext-tiny); `hf:ORG/NAME`, `timm:NAME`,
     `timm:hf-hub:ORG/NAME`, or a folder as transformers or timm saves it, of which no code is run; or code outside LGD

@@ -136,8 +136,9 @@ def _describe_network(folder: Location) -> dict[str, JsonValue]:
 
 
 def _describe_training(config: ModelConfig) -> str:
-    if isinstance(config, TeacherConfig) and config.source == "frozen":
-        return f"none: a pretrained encoder as it is, pooled by {config.pool}"
+    if isinstance(config, TeacherConfig) and config.source != "trained":
+        what = "a pretrained encoder as it is" if config.source == "frozen" else "random weights, a control"
+        return f"none: {what}, pooled by {config.pool}"
     return f"{config.steps} steps, {config.epochs:g} epochs, {config.engine}, workers: {config.workers}"
 
 

@@ -113,7 +113,7 @@ class TeacherConfig(ModelConfig):
     ABSENT: ClassVar[str] = "it holds no trained teacher; run lgd train-teacher first"
 
     kind: Literal["teacher"] = "teacher"
-    source: Literal["trained", "frozen"]
+    source: Literal["trained", "frozen", "random"]
     learns: Many[Learns]
     """What taught it; nothing taught a frozen one."""
     encoder: EncoderSpec

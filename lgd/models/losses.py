@@ -109,6 +109,19 @@ def distillation_loss(logits_BK: torch.Tensor, teacher_BK: torch.Tensor, tempera
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
 
 
+def joint_loss(joint_N2P: torch.Tensor, rows: slice, temperature: float = 0.1) -> torch.Tensor:
+    """InfoNCE between two images of each sample, both ways, (B,): each is nearer to its own than to others.
+
+    `joint_N2P` are the vectors of all ranks, of which this one's are `rows`. Each value is that of its sample, and the
+    gradient of their sum is that of the sum over all N: so the ranks' gradients add up to that of one process.
+    """
+    first_NP, second_NP = F.normalize(joint_N2P.float(), dim=2).unbind(dim=1)
+    logits_NN = first_NP @ second_NP.T / temperature
+    each_N = -(F.log_softmax(logits_NN, dim=0) + F.log_softmax(logits_NN, dim=1)).diagonal() / 2
+    own_B, total = each_N[rows], each_N.sum()
+    return own_B.detach() + (total - total.detach()) / len(own_B)
+
+
 def grid_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Huber distance of two grids (B, ...), mean over each sample's cells, (B,)."""
     return F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(dim=1)

@@ -45,6 +45,8 @@ class Method:
     """Latents in the queue of `Lesson.negatives`; 0 for none."""
     controls: ClassVar[Mapping[str, Mapping[str, float | str]]] = {}
     """Further rows of `lgd ablate --full`: which fields of `student:` differ from its own row."""
+    compares: bool = False
+    """Whether it learns which two images belong together, for which no label is needed."""
     uses_soft_labels: bool = False
     """Whether the teacher's labels teach it: those of its head, or of a probe where no label taught it."""
 

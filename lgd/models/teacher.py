@@ -27,14 +27,37 @@ NO_SOFT_LABELS = (
 """Of the word for a label."""
 
 
-GRID_HEADS = "grid_heads."
+ONLY_TRAINED = ("grid_heads.", "joint.")
 """What the names of weights begin with that only training needs."""
+_JOINT = 128
+"""Length of the vectors by which two images are compared."""
+
+
+class Joint(nn.Module):
+    """What compares a teacher's image with a second one while it is trained."""
+
+    def __init__(self, dim: int, partner: Encoder | None) -> None:
+        """`dim`: length of the teacher's latent; `partner` reads the second image, None stands for the teacher's own
+        encoder.
+        """
+        super().__init__()
+        self.partner, self.own = partner, self._make_projector(dim)
+        self.other = self._make_projector(partner.dim) if partner else None
+
+    def forward(self, pooled_BD: torch.Tensor, other_B3HW: torch.Tensor, encoder: Encoder) -> torch.Tensor:
+        """Vectors of both images, (B, 2, P)."""
+        other_BD = (self.partner or encoder)(other_B3HW).pooled_BD
+        return torch.stack([self.own(pooled_BD), (self.other or self.own)(other_BD)], dim=1)
+
+    @staticmethod
+    def _make_projector(dim: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, _JOINT))
 
 
 class Teacher(nn.Module):
     """IHC -> latent map, pooled latent and label; its encoder was trained here."""
 
-    source: ClassVar[Literal["trained", "frozen"]] = "trained"
+    source: ClassVar[Literal["trained", "frozen", "random"]] = "trained"
 
     def __init__(
         self,
@@ -55,24 +78,29 @@ class Teacher(nn.Module):
         self.target, self.ordinal = target, ordinal
         self.head = make_head(self.dim, target, ordinal) if "label" in learns else None
         self.grid_heads = nn.ModuleDict({name: make_grid_head(name, encoder.channels) for name in self.grids})
+        self.joint: Joint | None = None
+        """While it learns which two images belong together."""
         # Subtracted from what is cached: without it the latents share one direction. On the sample of BCI every
         # query then found the same neighbours, all at a cosine of 0.98.
         self.pooled_mean = nn.Buffer(torch.zeros(self.dim))
         self.map_mean = nn.Buffer(torch.zeros(encoder.channels))
 
-    def forward(self, ihc_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, ihc_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 3, H, W) in 0..255 -> `map` (B, C, h, w), `pooled` (B, D), of a teacher that was taught labels `logits`
         (B, K), and while it learns them `nuclei` (B, g, g) as log(1 + density) and `membrane` (B, k, k, 3)
-        or `positive` (B, k, k, 2).
+        or `positive` (B, k, k, 2); of (B, 6, H, W), an IHC and the image that it is compared with, `joint` (B, 2, P).
 
         Map and pooled latent are relative to their means over the training split (`centre`).
         """
+        ihc_B3HW, other_BcHW = ihc_BCHW[:, :3], ihc_BCHW[:, 3:]
         map_BCHW, pooled_BD = self.encoder(ihc_B3HW)
         # No normalisation between the mean and the head: with a LayerNorm there, training from random weights left
         # its first plateau later (virtual H&E, one seed: 0.34 against 0.48 of the training patches after 10 epochs).
         out = {"map": map_BCHW - self.map_mean[:, None, None], "pooled": pooled_BD - self.pooled_mean}
         if self.head is not None:
             out["logits"] = self.head(pooled_BD)
+        if self.joint is not None and other_BcHW.shape[1]:
+            out["joint"] = self.joint(pooled_BD, other_BcHW, self.encoder)
         heads = self.grid_heads.items()
         return out | {name: predict_grid(cast(nn.Conv2d, head), map_BCHW, self.grids[name]) for name, head in heads}
 
@@ -123,7 +151,7 @@ class Probe(nn.Module):
 class FrozenTeacher(Teacher):
     """IHC -> latent map and pooled latent, of a pretrained encoder as it is. Nothing of it ever changes."""
 
-    source = "frozen"
+    source: ClassVar[Literal["frozen", "random"]] = "frozen"
 
     def __init__(
         self,
@@ -143,7 +171,13 @@ class FrozenTeacher(Teacher):
         return super().train(False)
 
 
-TEACHERS: dict[str, type[Teacher]] = {kind.source: kind for kind in (Teacher, FrozenTeacher)}
+class RandomTeacher(FrozenTeacher):
+    """A control: as a preset begins, and nobody trains it."""
+
+    source = "random"
+
+
+TEACHERS: dict[str, type[Teacher]] = {kind.source: kind for kind in (Teacher, FrozenTeacher, RandomTeacher)}
 """The kinds of teachers, by `source` in config.json."""
 
 

@@ -221,7 +221,7 @@ def _score_teacher(
     assert probe is not None, "a method that is taught labels was trained"
     found = score_by_probe(store, probe, shards, scored, like)
     _keep(kept, found, "")
-    return found, probe.network(), [probe_caveat(probe, described.learns if described else (), like.target)]
+    return found, probe.network(), [probe_caveat(probe, described, like.target)]
 
 
 def _explained_by_labels(

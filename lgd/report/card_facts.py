@@ -42,7 +42,7 @@ class TeacherFacts(NamedTuple):
     @property
     def is_own(self) -> bool:
         """Whether its weights were random before it was trained."""
-        return self.source == "trained" and self.encoder in PRESETS
+        return self.encoder in PRESETS
 
 
 class Part(NamedTuple):

@@ -8,6 +8,7 @@ import numpy as np
 from lgd.base.target import Target
 from lgd.labels.measures import Measures
 from lgd.labels.predictions import Predictions
+from lgd.models.description import TeacherConfig
 from lgd.report.colour import COLOUR
 from lgd.report.columns import name_briefly
 from lgd.report.results import Difference, ModelScores, Retrieval, format_interval
@@ -42,11 +43,15 @@ FEW_LOWEST = 50
 """Below this many patches of the lowest class its sensitivity and AUC mean little."""
 
 
-def probe_caveat(probe: ProbeDocument, learnt: Sequence[str], target: Target) -> str:
-    """What must be known of the row of a teacher that learnt no label, but what is named, if anything."""
+def probe_caveat(probe: ProbeDocument, teacher: TeacherConfig | None, target: Target) -> str:
+    """What must be known of the row of a teacher that learnt no label; None is one that was not made here."""
     word, soft = target.label_word, "" if target.is_number else "soft "
     model = "ridge" if target.is_number else "logistic"
-    taught = f"it learnt {' and '.join(learnt)}, and no label" if learnt else "it is a pretrained encoder as it is"
+    taught = "it is a pretrained encoder as it is"
+    if teacher and teacher.learns:
+        taught = f"it learnt {' and '.join(teacher.learns)}, and no label"
+    elif teacher and teacher.source == "random":
+        taught = "its weights are random, and nobody trained it"
     return (
         f"{PROBE_ROW}: no label taught the teacher ({taught}). Its {word}s are those of a {model} regression on its "
         f"latents of {probe.describe()}. What the latents hold beyond a linear map it does not show, and students that "

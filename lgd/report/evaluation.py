@@ -133,11 +133,10 @@ def _open_probe(config: Config, shards: ShardSet, described: TeacherConfig | Non
     """What answers for a teacher that gives no labels itself; nothing where it cannot see the patches."""
     if described.gives_labels if described else config.teacher.source != "imported":
         return None
-    learnt = described.learns if described else ()
     store = Store(config.latents.dir, teachers=(config.teacher.name,))
     probe = find_probe(store, store.with_latents(shards.of_split("train")))
     target = shards.target
-    caveat = probe_caveat(probe, learnt, target) if probe else UNTAUGHT_TEACHER.format(target.label_word)
+    caveat = probe_caveat(probe, described, target) if probe else UNTAUGHT_TEACHER.format(target.label_word)
     return Probed(store, probe, caveat)
 
 

@@ -64,7 +64,7 @@ class TargetsRecipe(Record):
 class TeacherRecipe(Record):
     """Of a teacher's latents; of imported ones None is what the files do not state."""
 
-    source: Literal["trained", "frozen", "imported"]
+    source: Literal["trained", "frozen", "random", "imported"]
     weights_sha256: Sha256
     """Of imported ones the digest of the digests of their files: the weights are not known."""
     encoder: dict[str, JsonValue]

@@ -143,13 +143,12 @@ def collate(
     )
 
 
-def augment(batch: Batch, role: str, config: Config) -> Batch:
-    """The batch with the images of a role turned and jittered, and grids and maps turned alike."""
-    image = d4(batch.images[role], batch.view_B)
-    if role == "he":
-        image = jitter_he(image, batch.epoch_B, batch.number_B, config.data, config.run.seed)
-    stored = turn_stored(batch.stored, batch.view_B, config.latents.views)
-    return replace(batch, images=batch.images | {role: image}, stored=stored)
+def augment(batch: Batch, config: Config) -> Batch:
+    """The batch with its images turned, and H&E jittered, and grids and maps turned alike."""
+    images = {role: d4(image, batch.view_B) for role, image in batch.images.items()}
+    if "he" in images:
+        images["he"] = jitter_he(images["he"], batch.epoch_B, batch.number_B, config.data, config.run.seed)
+    return replace(batch, images=images, stored=turn_stored(batch.stored, batch.view_B, config.latents.views))
 
 
 class Step(NamedTuple):
@@ -170,11 +169,12 @@ class Batches:
     plan: Plan
     world: World
     store: Rows | None = None
-    """Without one labels alone teach: an unlabelled patch would cost as much, and its loss is 0; it is left out."""
     queue: Queue | None = None
     """Gives each batch its negatives."""
     values: Values | None = None
     """Those of the training split, where labels are such."""
+    labels_only: bool = False
+    """Labels alone teach: an unlabelled patch would cost as much, and its loss is 0; it is left out."""
 
     def draw(self, start: int, steps: int) -> Iterator[Step]:
         """The batches of `steps` steps from position `start` on, on their device and not yet augmented."""
@@ -203,7 +203,7 @@ class Batches:
                     plan.seed if turn else None,
                     target=self.reader.shards[0].target,
                     values=self.values,
-                    labels_only=store is None,
+                    labels_only=self.labels_only,
                 )
                 for samples in itertools.islice(batches, accumulate)
             ]
@@ -215,7 +215,7 @@ class Batches:
         """The same, as they are trained on."""
 
         def augmented(step: Step) -> Step:
-            return Step([augment(one, self.reader.roles[0], self.config) for one in step.micro], step.position)
+            return Step([augment(one, self.config) for one in step.micro], step.position)
 
         # By `map`, which keeps no batch that was given.
         return map(augmented, self.draw(start, steps))

@@ -23,7 +23,7 @@ from lgd.models.export import save_model
 from lgd.models.heads import read_answers, scale_of
 from lgd.models.query_map import PairSums
 from lgd.models.student import HallucinatingStudent, Outputs
-from lgd.models.teacher import GRID_HEADS, Teacher
+from lgd.models.teacher import ONLY_TRAINED, Teacher
 from lgd.shards.archive import Shard
 from lgd.store.store import Rows
 from lgd.stream.plan import eval_numbers
@@ -76,7 +76,8 @@ class Validated(NamedTuple):
     answer_nK: Floats
     """Probabilities, or values (n, 1), at a temperature of 1."""
     scores: dict[str, float]
-    """By metric; of a network that no label teaches the `loss` of all samples."""
+    """By metric; of a network that grids teach, and no label, the `loss` of all samples; none of one that only compares
+    images."""
 
 
 def validate(learner: Learner, shards: list[Shard]) -> Validated:
@@ -92,7 +93,8 @@ def validate(learner: Learner, shards: list[Shard]) -> Validated:
     logits_nK, known_n = np.concatenate(logits), find_known(label_n)
     label_n, logits_nK = label_n[known_n], logits_nK[known_n]
     groups = [groups[row] for row in np.flatnonzero(known_n).tolist()]
-    scores: dict[str, float] = {} if task.gives_labels else {"loss": measure_loss(learner, shards)}
+    taught_grids = not task.gives_labels and task.store is not None
+    scores: dict[str, float] = {"loss": measure_loss(learner, shards)} if taught_grids else {}
     answer_nK = logits_nK.astype(np.float64)
     if len(label_n):
         answer_nK = read_answers(torch.from_numpy(logits_nK), target, task.values, 1.0).numpy()
@@ -207,8 +209,8 @@ def export(run: Prepared, step: int) -> None:
             workers=engine.world.size,
             versions={"lgd": lgd.__version__, "torch": torch.__version__, "python": platform.python_version()},
         )
-        # The heads of grids have done their work.
-        kept = {name: tensor for name, tensor in weights.items() if not name.startswith(GRID_HEADS)}
+        # The heads of grids, and what compared two images, have done their work.
+        kept = {name: tensor for name, tensor in weights.items() if not name.startswith(ONLY_TRAINED)}
         save_model(learner.task.folder, kept, describe)
         log.summary()
     dist.barrier()

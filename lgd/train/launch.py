@@ -53,8 +53,9 @@ def check_labels(task: Task, shards: ShardSet) -> None:
             f"all {count[seen[0]]} patches of the split `train` that have a {word} are of {word} {seen[0]}: nothing "
             f"can be distinguished; add shards of other {word}s"
         )
-    if not seen and (task.store is None or task.kind == "teacher"):
-        remedy = "; leave label out of teacher.learns" if task.kind == "teacher" and task.store else " only"
+    unlabelled = task.store is not None or task.method.compares
+    if not seen and (not unlabelled or task.kind == "teacher"):
+        remedy = "; leave label out of teacher.learns" if task.kind == "teacher" and unlabelled else " only"
         raise DataError(f"no patch of the split `train` has a {word}, and this network learns from {word}s{remedy}")
     if not seen:
         logger.warning(

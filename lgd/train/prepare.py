@@ -47,6 +47,12 @@ def check_early_stopping(task: Task, shards: ShardSet) -> None:
     if not shards.of_split("val"):
         raise DataError(f"train.patience needs a validation split, and the shards have no split `val`: {remedy}")
     if not task.gives_labels:
+        if task.store is None:
+            learns = ", ".join(task.config.teacher.learns)
+            raise DataError(
+                f"train.patience waits for a better teacher, and of one that learns {learns} nothing is measured on "
+                "the split `val`: set it to 0"
+            )
         return
     word, measures = task.target.label_word, find_measures(task.target)
     if task.metric not in measures.choices:
@@ -126,7 +132,7 @@ class Prepared:
                 difference = format_diff(first, inputs, "on rank 0", f"on rank {rank}")
                 raise DataError(f"rank {rank} trains on other inputs than rank 0:", *difference, remedy)
         engine = choose_engine(settings.engine, world, config.deepspeed) if task.trains else StillEngine.name
-        self.reader = Reader(shards.of_split("train"), (task.role,), config.data.size)
+        self.reader = Reader(shards.of_split("train"), task.roles, config.data.size)
         plan = Plan(self.reader.sizes, seed=config.run.seed, lanes=config.data.lanes)
         self.learner = Learner(
             task=task,
@@ -147,7 +153,8 @@ class Prepared:
                 # Of one stored view the latents are not turned with the image.
                 turn = config.data.augment != "none"
                 queue = Queue(targets, plan, method.queue, turn, task.values) if method.queue else None
-        self.batches = Batches(config, self.reader, plan, world, rows, queue, task.values)
+        labels_only = rows is None and not method.compares
+        self.batches = Batches(config, self.reader, plan, world, rows, queue, task.values, labels_only)
         self.every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
         """Steps between validations."""
         if settings.patience and self.every > self.learner.steps > 0:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import JsonValue
 
 from lgd.base.errors import require
@@ -12,13 +13,13 @@ from lgd.io.digests import digest_of
 from lgd.io.location import as_location
 from lgd.labels.predictions import find_measures
 from lgd.models.description import LatentSizes, ModelConfig, StudentConfig, TeacherConfig, TeacherRef
-from lgd.models.encoder import PRESETS, build_encoder
+from lgd.models.encoder import PRESETS, Encoder, build_encoder
 from lgd.models.known import state_inputs, stated_in
 from lgd.models.losses import Lesson, Terms, grid_losses
 from lgd.models.method import choose_staining
 from lgd.models.methods import Method, find_method
 from lgd.models.student import GRIDS, Outputs, Student, TwoStreamStudent
-from lgd.models.teacher import NO_SOFT_LABELS, TEACHERS, Teacher
+from lgd.models.teacher import NO_SOFT_LABELS, TEACHERS, FrozenTeacher, Joint, RandomTeacher, Teacher
 from lgd.shards.manifest import Values
 from lgd.shards.shard_set import ShardSet
 from lgd.store.probe import ProbeDocument, find_probe
@@ -26,6 +27,8 @@ from lgd.store.recipes import open_store, targets_of
 from lgd.store.store import Store
 from lgd.store.targets import TargetParts
 from lgd.stream.plan import ORDER
+from lgd.train.batch import Batch
+from lgd.train.partners import add_partner, compare_images
 
 Network = Teacher | Student
 
@@ -43,6 +46,8 @@ class Task(ABC):
     def __init__(self, config: Config, shards: ShardSet) -> None:
         section = config.teacher if self.kind == "teacher" else config.student
         self.config, self.epochs = config, section.epochs
+        self.roles: tuple[str, ...] = (self.role,)
+        """The images that training reads."""
         self.trains = True
         """Whether there is anything to train: nothing of a frozen teacher."""
         self.folder = as_location(section.dir)
@@ -69,6 +74,10 @@ class Task(ABC):
         of the same is reused.
         """
 
+    def look(self, batch: Batch) -> torch.Tensor:
+        """What the network sees of a batch in training."""
+        return batch.images[self.role]
+
     def find_probe(self, shards: ShardSet) -> ProbeDocument | None:
         """The probe that reads the teacher's labels off its latents, where the method needs one; None elsewhere."""
         return None
@@ -78,19 +87,21 @@ class Task(ABC):
         return model.describe(**facts)
 
 
-class GridMethod(Method):
-    """What a teacher learns from the grids of the domain targets, and from labels where these teach it too."""
+class TeacherMethod(Method):
+    """What a teacher learns: labels, the grids of the domain targets, and which two images belong together."""
 
     def __init__(self, config: Config, target: Target, values: Values | None = None) -> None:
         super().__init__(config, target, values)
         self.needs = tuple(dataset for name, dataset in GRIDS.items() if name in config.teacher.learns)
+        self.compares = bool({"parts", "pairs"} & {*config.teacher.learns})
 
     def losses(self, out: Outputs, batch: Lesson) -> Terms:
-        return (super().losses(out, batch) if "logits" in out else {}) | grid_losses(out, batch.stored)
+        terms = (super().losses(out, batch) if "logits" in out else {}) | grid_losses(out, batch.stored)
+        return terms | ({"joint": compare_images(out["joint"])} if "joint" in out else {})
 
     def weights(self, progress: float) -> dict[str, float]:
         # No weight was tuned.
-        return dict.fromkeys(("level", *self.needs), 1.0)
+        return dict.fromkeys(("level", "joint", *self.needs), 1.0)
 
 
 class TeacherTask(Task):
@@ -105,7 +116,8 @@ class TeacherTask(Task):
             config.teacher.source != "imported",
             "teacher.source is imported: there is no network to train; lgd import-latents puts its latents there",
         )
-        self.trains, learns = config.teacher.source == Teacher.source, config.teacher.learns
+        source, learns = config.teacher.source, config.teacher.learns
+        self.trains = source == Teacher.source
         self.gives_labels = self.trains and "label" in learns
         staining = choose_staining(config, self.target)
         for name, shows in (("membranes", "membranes"), ("positive", "nuclei")):
@@ -114,38 +126,62 @@ class TeacherTask(Task):
                 f"teacher.learns is {', '.join(learns)}, and the second stain shows {staining}: set latents.staining "
                 f"to {shows}, or leave {name} out",
             )
-        if self.trains and GRIDS.keys() & {*learns}:
-            self.method = GridMethod(config, self.target, self.values)
-            self.store = TargetParts(as_location(config.latents.dir), targets_of(config, self.target))
-        if not self.trains:
+        require(
+            not {"parts", "pairs"} <= {*learns},
+            f"teacher.learns is {', '.join(learns)}: an image is compared with one other, so keep parts or pairs",
+        )
+        if self.trains:
+            self.method = TeacherMethod(config, self.target, self.values)
+            if self.method.needs:
+                self.store = TargetParts(as_location(config.latents.dir), targets_of(config, self.target))
+            if "pairs" in learns:
+                self.roles = (self.role, "he")
+        else:
             self.epochs = 0.0
             require(
                 learns == ["label"],
-                f"teacher.learns is {', '.join(learns)}, and a frozen teacher (teacher.source) learns nothing: omit "
+                f"teacher.learns is {', '.join(learns)}, and a {source} teacher (teacher.source) learns nothing: omit "
                 "it, or set [label]",
             )
+            preset = config.teacher.encoder in PRESETS
             require(
-                config.teacher.encoder not in PRESETS,
+                preset or source == FrozenTeacher.source,
+                f"teacher.source is random and teacher.encoder is {config.teacher.encoder}: only a preset "
+                f"({', '.join(PRESETS)}) begins with random weights",
+            )
+            require(
+                not preset or source != FrozenTeacher.source,
                 f"teacher.source is frozen and teacher.encoder is {config.teacher.encoder}, whose weights are random: "
-                "name a pretrained encoder, or set teacher.source to trained",
+                "name a pretrained encoder, or set teacher.source to trained, or to random for a control",
             )
 
     def build(self) -> Network:
         config, latents = self.config.teacher, self.config.latents
         sides = {"nuclei": latents.nuclei_grid, **dict.fromkeys(("membrane", "positive"), latents.membrane_grid)}
-        encoder = build_encoder(config.encoder, stated_in(self.config, "teacher"))
-        return TEACHERS[config.source](
-            encoder,
+
+        def make_encoder() -> Encoder:
+            return build_encoder(config.encoder, stated_in(self.config, "teacher"))
+
+        teacher = TEACHERS[config.source](
+            make_encoder(),
             config.learns,
             {name: sides[name] for name in self.method.needs},
             target=self.target,
             ordinal="corn" if self.config.train.ordinal == "corn" and self.target.is_ordered else None,
         )
+        if self.method.compares:
+            teacher.joint = Joint(teacher.dim, make_encoder() if "pairs" in config.learns else None)
+        return teacher
+
+    def look(self, batch: Batch) -> torch.Tensor:
+        return add_partner(batch, self.config) if self.method.compares else super().look(batch)
 
     def inputs(self) -> dict[str, JsonValue]:
-        own: dict[str, JsonValue] = {"encoder": self.config.teacher.encoder}
-        own |= {"epochs": self.epochs} if self.trains else {"source": self.config.teacher.source}
-        own |= {"learns": [*sorted({*self.config.teacher.learns})]} if self.store else {}
+        teacher = self.config.teacher
+        own: dict[str, JsonValue] = {"encoder": teacher.encoder}
+        own |= {"epochs": self.epochs} if self.trains else {"source": teacher.source}
+        own |= {"seed": self.config.run.seed} if teacher.source == RandomTeacher.source else {}
+        own |= {"learns": [*sorted({*teacher.learns})]} if self.store or self.method.compares else {}
         return own | state_inputs(self.config, "teacher")
 
 

@@ -90,7 +90,7 @@ def test_training_turns_image_map_and_grids_alike(joined, tissue_run, change):
     config = change(tissue_run, data={"augment": "d4"})
     (batch,) = batches(reader, parts, steps=1)[0]
     before = {name: tensor.clone() for name, tensor in batch.stored.items()}
-    turned = augment(batch, "he", config)
+    turned = augment(batch, config)
     for row, view in enumerate(batch.view_B.tolist()):
         one = torch.tensor([view])
         assert torch.equal(turned.images["he"][row], d4(batch.images["he"][row : row + 1], one)[0])
@@ -105,7 +105,7 @@ def test_a_stored_view_is_not_turned_again(eight_views):
     config, reader, parts = eight_views
     (batch,) = batches(reader, parts, steps=1)[0]
     before = {name: tensor.clone() for name, tensor in batch.stored.items()}
-    turned = augment(batch, "he", config)
+    turned = augment(batch, config)
     assert torch.equal(turned.stored["map"], before["map"])
     assert not torch.equal(turned.stored["nuclei"], before["nuclei"])
 
@@ -113,14 +113,14 @@ def test_a_stored_view_is_not_turned_again(eight_views):
 def test_stain_jitter_is_of_the_he_only_and_drawn_by_sample_and_epoch(joined, tissue_run):
     reader, parts = joined
     (one,), (again,) = (batches(reader, parts, first=3, steps=1)[0] for _ in range(2))
-    first, second = (augment(batch, "he", tissue_run).images["he"] for batch in (one, again))
+    first, second = (augment(batch, tissue_run).images["he"] for batch in (one, again))
     assert torch.equal(first, second) and not torch.equal(first, d4(one.images["he"], one.view_B).float())
     other = collate(gather(reader, one.number_B), one.epoch_B + 1, None, None, target=find_target("her2"), values=None)
     plain = collate(gather(reader, one.number_B), one.epoch_B, None, None, target=find_target("her2"), values=None)
-    later, sooner = (augment(batch, "he", tissue_run).images["he"] for batch in (other, plain))
+    later, sooner = (augment(batch, tissue_run).images["he"] for batch in (other, plain))
     assert not torch.equal(later, sooner)
     other.images["ihc"] = other.images["he"]
-    assert torch.equal(augment(other, "ihc", tissue_run).images["ihc"], other.images["he"])
+    assert torch.equal(augment(other, tissue_run).images["ihc"], other.images["he"])
 
 
 def test_light_jitter_comes_after_that_of_the_stain(joined, tissue_run, change):
@@ -128,7 +128,7 @@ def test_light_jitter_comes_after_that_of_the_stain(joined, tissue_run, change):
     reader, parts = joined
     (batch,) = batches(reader, parts, first=3, steps=1)[0]
     lighter = change(tissue_run, data={"light_jitter": 0.2})
-    plain, lit = (augment(batch, "he", config).images["he"] for config in (tissue_run, lighter))
+    plain, lit = (augment(batch, config).images["he"] for config in (tissue_run, lighter))
     factor = torch.where((lit < 255) & (plain > 20), lit / plain, torch.nan).flatten(1)
     middle = factor.nanmedian(1, keepdim=True).values
     assert ((factor - middle).abs().nan_to_num() < 1e-4).all() and len(middle.unique()) == len(middle)

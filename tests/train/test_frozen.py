@@ -144,7 +144,7 @@ def test_a_probe_of_its_stored_latents_is_its_row_in_a_report(frozen, change, ca
     report = json.loads((Path(config.report.dir) / "metrics.json").read_text())
     store, shards = Store(config.latents.dir), ShardSet.open(config.shard_dirs)
     probe = find_probe(store, shards.of_split("train"))
-    assert probe_caveat(probe, (), find_target("her2")) in report["caveats"]
+    assert probe_caveat(probe, None, find_target("her2")) in report["caveats"]
     assert [one["minus"] for one in report["differences"]] == ["colour only", "IHC teacher, probe"]
     parts = store.parts_of(shards.of_split("test"))
     pooled_nD = torch.from_numpy(read_all(parts, "pooled")[:, 0]).float()

@@ -93,42 +93,50 @@ def test_no_target_is_measured_twice_and_none_needs_a_teacher(learner, monkeypat
     assert any("it learnt membranes, and no label" in caveat for caveat in report["caveats"])
 
 
-@pytest.mark.parametrize("learns", [["membranes"], ["nuclei", "membranes"], ["label", "membranes"]])
+LESSONS = [["membranes"], ["nuclei", "membranes"], ["label", "membranes"], ["parts"], ["pairs"], ["membranes", "parts"]]
+
+
+@pytest.mark.parametrize("learns", LESSONS)
 def test_what_it_learns_is_what_its_loss_and_its_document_say(learner, learns):
     config = learner(learns)
     pipeline.train_teacher(config)
-    terms = {"label": "level", "membranes": "membrane", "nuclei": "nuclei"}
+    terms = {"label": "level", "membranes": "membrane", "nuclei": "nuclei", "parts": "joint", "pairs": "joint"}
+    grids = bool({"membranes", "nuclei"} & {*learns})
     for line in lines_of(config.teacher.dir):
         assert line["loss"] == pytest.approx(sum(line[terms[name]] for name in learns), rel=1e-5)
-        assert not {terms[name] for name in terms.keys() - {*learns}} & line.keys()
+        assert not {*terms.values()} - {terms[name] for name in learns} & line.keys()
     teacher, described = load_teacher(config.teacher.dir)
     labelled = "label" in learns
     assert [*described.learns] == learns and described.source == "trained" and described.gives_labels is labelled
     assert (described.training.labelled > 0) is labelled and (teacher.head is not None) is labelled
-    assert ("loss" in described.validation) is not labelled and ("kappa" in described.validation) is labelled
-    assert not [name for name in load_file(Path(config.teacher.dir) / "model.safetensors") if "grid" in name]
+    assert ("loss" in described.validation) is (grids and not labelled)
+    assert ("kappa" in described.validation) is labelled
+    kept = load_file(Path(config.teacher.dir) / "model.safetensors")
+    assert not [name for name in kept if "grid" in name or "joint" in name]
     out = teacher(torch.zeros(2, 3, 64, 64))
     assert {*out} == {"map", "pooled"} | ({"logits"} if labelled else set())
     (line,) = [line for line in as_lines(describe(Path(config.teacher.dir))) if line.startswith("learnt")]
     assert line.split(None, 1)[1] == ", ".join(learns)
 
 
-def test_all_pairs_teach_it_and_no_label_is_needed(learner, unlabelled):
-    config = unlabelled(learner(["membranes"]))
+@pytest.mark.parametrize("learns", ["membranes", "pairs"])
+def test_all_pairs_teach_it_and_no_label_is_needed(learner, unlabelled, learns):
+    config = unlabelled(learner([learns]))
     pipeline.train_teacher(config)
     described = load_teacher(config.teacher.dir)[1]
-    assert described.training.labels["unknown"] == 8 and described.validation["loss"] > 0
+    assert described.training.labels["unknown"] == 8 and ("loss" in described.validation) is (learns == "membranes")
     assert not train_under(config, "teacher", overwrite=False)
     with pytest.raises(DataError, match="leave label out of teacher.learns"):
-        train_under(replace(config, teacher=replace(config.teacher, learns=["label", "membranes"])), "teacher")
+        train_under(replace(config, teacher=replace(config.teacher, learns=["label", learns])), "teacher")
     with pytest.raises(DataError, match="learns from levels only"):
         train_under(replace(config, teacher=replace(config.teacher, learns=["label"])), "teacher")
 
 
 @pytest.mark.faults
-def test_two_processes_train_the_teacher_of_one(learner, change, tmp_path):
-    """Rows of the store, an uneven validation split, and its loss, over two ranks."""
-    one = change(learner(["membranes", "nuclei"]), train={"batch": 12, "accumulate": 3, "evaluate_every": 2})
+@pytest.mark.parametrize("learns", [["membranes", "nuclei"], ["parts", "membranes"], ["pairs"]])
+def test_two_processes_train_the_teacher_of_one(learner, change, tmp_path, learns):
+    """Rows of the store, an uneven validation split, its loss, and images that are compared, over two ranks."""
+    one = change(learner(learns), train={"batch": 12, "accumulate": 3, "evaluate_every": 2})
     two = change(one, teacher={"dir": str(tmp_path / "two")})
     pipeline.train_teacher(one)
     (port,) = free_ports(1)
@@ -136,7 +144,7 @@ def test_two_processes_train_the_teacher_of_one(learner, change, tmp_path):
     assert_same_curve(*(lines_of(config.teacher.dir) for config in (one, two)), tolerance=1e-4)
     made = [load_teacher(config.teacher.dir)[1] for config in (one, two)]
     assert made[0].inputs == made[1].inputs and [each.workers for each in made] == [1, 2]
-    assert made[0].validation["loss"] == pytest.approx(made[1].validation["loss"], rel=1e-4)
+    assert made[0].validation == pytest.approx(made[1].validation, rel=1e-4)
 
 
 def test_its_validation_is_the_mean_loss_of_the_grids(learner):
@@ -193,6 +201,18 @@ def test_requests_that_cannot_be_met_are_one_message(learner):
     with pytest.raises(ConfigError, match="teacher.learns is membranes, and a frozen teacher .* learns nothing"):
         config = learner(["membranes"], source="frozen", encoder="hf:some/where")
         TeacherTask(config, ShardSet.open(config.shard_dirs))
+    for teacher, why in (
+        ({"learns": ["parts", "pairs"]}, "teacher.learns is parts, pairs: an image is compared with one other"),
+        ({"learns": ["parts"], "source": "random"}, "a random teacher .* learns nothing"),
+        ({"learns": ["label"], "source": "random", "encoder": "hf:some/where"}, "only a preset .* random weights"),
+        ({"learns": ["label"], "source": "frozen"}, "or to random for a control"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            TeacherTask(learner(**teacher), ShardSet.open(config.shard_dirs))
+    waiting = learner(["pairs"])
+    waiting = replace(waiting, train=replace(waiting.train, patience=2))
+    with pytest.raises(DataError, match="learns pairs nothing is measured on the split `val`: set it to 0"):
+        train_under(waiting, "teacher")
     for asked, why in (("[]", "teacher.learns"), ("[blood]", "teacher.learns")):
         with pytest.raises(ConfigError, match=why):
             load_config(overrides=[f"--teacher.learns={asked}"])

@@ -149,7 +149,7 @@ class Training:
         began, before = time.perf_counter(), None
         for micro, _ in steps:
             waited = time.perf_counter() - began
-            augmented = [augment(batch, self.learner.task.role, self.learner.task.config) for batch in micro]
+            augmented = [augment(batch, self.learner.task.config) for batch in micro]
             taken = take_step(self.learner, self.done, augmented, stop=False)
             if before:
                 yield self._read(before, waited)
