@@ -9,7 +9,9 @@ import struct
 import urllib.parse
 import zlib
 
+import numpy as np
 import pytest
+import tifffile
 from drawn_slides import damage, find_tile
 from PIL import Image
 
@@ -279,6 +281,37 @@ def test_damaged_files_name_no_place(own_app, tmp_path):
         app.ask(f"slides/{identity}/region.jpg?x=10&y=10")
         for row in app.ask(f"slides/{identity}/rows").json.get("rows", []):
             assert str(tmp_path) not in row["error"]
+
+
+def test_slides_that_cannot_be_used_are_listed_with_the_reason(own_app, tmp_path, caplog):
+    """Cut at any place, without a scale, too coarse, of text; a scored one that is cut later. Patches stay out."""
+    slides, whole = tmp_path / "slides", write_ramp(tmp_path / "whole.tif", mpp=0.46).read_bytes()
+    for share in (1, 50, 90):
+        (slides / f"cut{share}.tif").write_bytes(whole[: len(whole) * share // 100])
+    tifffile.imwrite(slides / "noscale.tif", np.full((512, 512, 3), 200, np.uint8), tile=(256, 256))
+    tifffile.imwrite(slides / "patch.tif", np.full((128, 128, 3), 200, np.uint8))
+    (slides / "cutpatch.tif").write_bytes((slides / "patch.tif").read_bytes()[:-9000])
+    (slides / "photo.tif").write_bytes(save("JPEG"))
+    (slides / "patch.png").write_bytes(save("PNG"))
+    (slides / "text.svs").write_text("no slide")
+    (slides / "note.txt").write_text("no slide")
+    (slides / "later.tif").write_bytes(whole)
+    write_ramp(slides / "coarse.tif", mpp=0.9)
+    app = own_app()
+    identity = app.score("later")
+    (slides / "later.tif").write_bytes(whole[: len(whole) // 2])
+    listed = {one["name"]: one for one in app.ask("slides").json}
+    words = dict.fromkeys(("cut1", "cut50", "cut90", "later", "cutpatch"), "cut short, damaged, or without tiles")
+    words |= {"noscale": "does not say its scale", "text": "is no slide: use a format", "coarse": "so coarse a scan"}
+    assert {*listed} == {*words}
+    for name, one in listed.items():
+        assert one["state"] == "failed" and one["problem"].startswith(f"{name} ") and words[name] in one["problem"]
+        shown = app.ask(f"slides/{one['id']}").json
+        assert (shown["state"], shown["problem"]) == ("failed", one["problem"])
+        assert app.ask(f"slides/{one['id']}/score", "POST").status == 202
+    assert app.ask(f"slides/{identity}").json["score"] is None
+    for name in words:
+        assert [f"{name}." in line and "cannot be used" in line for line in caplog.messages].count(True) == 1, name
 
 
 def test_results_of_another_network_and_of_a_slide_of_the_same_name(own_app, tmp_path):

@@ -71,7 +71,7 @@ export class SlidePage {
     this.slide = slide;
     find("slide-name").textContent = slide.name;
     find("slide-state").textContent = this._describe(slide);
-    find("score-slide").hidden = !["unscored", "failed"].includes(slide.state);
+    find("score-slide").hidden = !slide.width || !["unscored", "failed"].includes(slide.state);
     this._offerOverlays();
     find("slide-score").hidden = !slide.score;
     if (!slide.score) return;
