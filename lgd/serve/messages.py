@@ -21,6 +21,8 @@ def explain(error: ConfigError | DataError, names: Mapping[str, str], *, by_para
         message = message.replace(path, name) if path else message
     if _PATH.search(message):
         return SEE_LOG
+    # An image of a request lies in no folder from which it could be taken.
+    message = message.replace("convert or remove it", "convert it")
     if by_parameters:
         message = message.replace("--mpp ", "mpp=").replace("--", "")
     return escape_text(message, _LONGEST)

@@ -208,8 +208,8 @@ def test_filters_that_mean_nothing_are_refused(app, tissue):
 def test_other_methods_do_nothing(app, method):
     slide = app.find("a")
     for path in ("model", "predict", "slides", f"slides/{slide}", f"slides/{slide}/score", "patches/0-0/he.jpg"):
-        assert app.ask(path, method).detail == "this url is asked by another method: GET docs lists all"
-    assert app.ask("nothing").detail == "there is no such url: GET docs lists all"
+        assert app.ask(path, method).detail == "this url takes another method: the page /docs lists all"
+    assert app.ask("nothing").detail == "there is no such url: the page /docs lists all"
 
 
 def test_a_slide_outside_the_folder_is_unknown(app):
@@ -380,3 +380,39 @@ def test_a_store_without_its_shards_shows_no_images(tissue_run, tmp_path):
     assert patches["total"] == 48 and {one["he"] for one in patches["patches"]} == {None}
     assert "images of the patches are not there" in app.ask("patches/0-0/he.jpg").detail
     assert app.ask("patches/0-0/query", "POST").status == 422
+
+
+def test_a_parameter_that_a_url_does_not_have_is_named(app, tissue):
+    content, slide = min((tissue / "HE").rglob("*.png")).read_bytes(), app.find("a")
+    for path, method, known in (
+        ("query?lable=3%2B&k=2", "POST", "k, label, split, mpp"),
+        ("predict?lable=1", "POST", "mpp"),
+        (f"slides/{slide}/query?x=1&y=1&lable=1", "POST", "x, y, k"),
+        (f"slides/{slide}/region.jpg?x=1&y=1&lable=1", "GET", "x, y"),
+        (f"slides/{slide}/rows?lable=1", "GET", "offset, limit, sort"),
+        ("patches?lable=1", "GET", "offset, limit, split, label"),
+        ("patches/0-0/query?lable=1", "POST", "k"),
+    ):
+        answer = app.ask(path, method, content)
+        assert (answer.status, answer.detail) == (422, f"there is no parameter lable: there are {known}"), path
+    urls = ("model", "health", "slides", f"slides/{slide}", f"slides/{slide}/tiles.csv", "patches/0-0/he.jpg")
+    for path in (*urls, f"slides/{slide}/tiles/0/0_0.jpg", f"slides/{slide}/overlays/score.png"):
+        answer = app.ask(f"{path}?force=1&v=2")
+        assert (answer.status, answer.detail) == (422, "there is no parameter force, v: this url has none"), path
+    assert app.ask(f"slides/{slide}/score?force=1", "POST").status == 422
+    assert app.ask("?force=1").status == app.ask("docs?force=1").status == 200
+
+
+def test_without_slides_their_urls_say_so(tissue_run, tmp_path):
+    app = App(tmp_path, model=tissue_run.student.dir)
+    for path, method in (("slides", "GET"), ("slides/abc", "GET"), ("slides/abc/score", "POST")):
+        answer = app.ask(path, method)
+        assert answer.status == 404 and "started without --slides" in answer.detail
+    assert "/slides" not in str(app.ask("openapi.json").json["paths"])
+
+
+def test_messages_on_a_request_are_about_it(app):
+    slide = app.find("a")
+    assert app.ask(f"slides/{slide}/region.jpg?y=1").detail == "x is missing"
+    detail = app.ask("predict", "POST", b"text").detail
+    assert detail.endswith(": convert it")
