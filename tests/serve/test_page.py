@@ -284,13 +284,15 @@ def test_an_address_of_a_slide_without_slides_says_so(driver, tissue_run, tmp_pa
         page = Page(driver, bare)
         driver.get("about:blank")
         driver.get(f"{bare.url}#token={TOKEN}&slide=0123456789abcdef")
-        page.one("#patches img")
+        images = "return [...document.querySelectorAll('#patches img')].map((one) => one.naturalWidth)"
+        wait(lambda: min(page.run(images), default=0) > 0 and page.text("#alert"))
         assert page.text("#alert") == "This address names a slide, and the service was started without --slides."
         assert page.texts("#no-slides code") == [
             "lgd synth runs/drawn --slides-only 1",
             "lgd serve --model RUN --slides runs/drawn/HE",
         ]
         assert page.read_console() == []
+        driver.get("about:blank")
         driver.get_log("performance")
 
 
@@ -314,8 +316,6 @@ def test_the_table_is_the_twin_of_the_map(page, service, ramp):
     page.one("#tiles .buttons button:last-child").click()
     wait(lambda: page.text("#tiles .buttons [role=status]") == f"21 to {min(40, len(rows))} of {len(rows)}")
     row = rows[20]
-    noted = [f"Tile {one['number']}: {one['notes']}" for one in rows[20:40] if one["notes"]]
-    assert noted and page.texts("#tiles .note") == noted
     heads = page.texts("#tiles thead th")
     assert heads == ["Tile", "Place (px)", "Level", "Grade", "0", "1+", "2+", "3+", "Tissue"]
     assert "Grade: the mean of the classes by their probability, from 0 for 0 to 3 for 3+." in page.text("#tiles")
@@ -327,6 +327,32 @@ def test_the_table_is_the_twin_of_the_map(page, service, ramp):
     middle = [round(row[axis] + row["side"] / 2) for axis in "xy"]
     assert page.read_answer(f"place {middle[0]:,}, {middle[1]:,}")
     wait(lambda: page.view[:2] == middle)
+
+
+_NOTE_TILES = """
+const real = window.fetch;
+window.fetch = async (url, options) => {
+  const answer = await real(url, options);
+  if (!url.includes("/rows?")) return answer;
+  const page = await answer.json();
+  page.rows[2].notes = arguments[0];
+  return new Response(JSON.stringify(page));
+};
+"""
+
+
+def test_the_notes_of_a_tile_are_seen_below_it(page, ramp):
+    page.open_slide(ramp)
+    wait(lambda: page.texts("#tiles tbody td"))
+    page.run(_NOTE_TILES, NEARLY_BLANK)
+    page.one("#tiles thead button").click()
+    note = page.one("#tiles .note td")
+    assert note.text.startswith("Tile ") and note.text.endswith(f": {NEARLY_BLANK}")
+    assert len(page.all("#tiles tr.doubted")) == 1
+    for width in (1280, 820):
+        page.resize(width, 900)
+        assert page.run("const w = document.querySelector('.wide'); return w.scrollWidth - w.clientWidth") <= 0, width
+    assert page.find_faults() == []
 
 
 def test_the_gallery_shows_the_truth_beside_the_answer(page, service, ramp):

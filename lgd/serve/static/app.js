@@ -41,7 +41,6 @@ function showView(id, name) {
 async function follow() {
   const { slide: named, view, gallery: wanted } = readFragment();
   const slide = model.slides ? named : null;
-  if (named && !slide) showError(new Error("This address names a slide, and the service was started without --slides."));
   markCurrent(slide);
   if (gallery && (wanted || (!slide && !model.slides))) {
     showView("gallery-view", "gallery");
@@ -54,6 +53,8 @@ async function follow() {
   } else {
     showView("welcome", "welcome");
   }
+  if (named && !slide)
+    showError(new Error("This address names a slide, and the service was started without --slides."));
 }
 
 function go(fragment) {
