@@ -15,6 +15,7 @@ import tifffile
 from drawn_slides import damage, find_tile
 from PIL import Image
 
+from lgd.scoring.images import SMALL
 from lgd.scoring.slides import score_slide
 from lgd.serve import network, slide_folder
 from lgd.serve.application import create_app
@@ -416,3 +417,13 @@ def test_messages_on_a_request_are_about_it(app):
     assert app.ask(f"slides/{slide}/region.jpg?y=1").detail == "x is missing"
     detail = app.ask("predict", "POST", b"text").detail
     assert detail.endswith(": convert it")
+
+
+def test_a_field_far_smaller_than_the_networks_is_noted(app, tissue):
+    with Image.open(min((tissue / "HE").rglob("*.png"))) as image:
+        for share, noted in ((1.0, False), (0.8, False), (0.55, True)):
+            content = io.BytesIO()
+            image.crop((0, 0, round(share * image.width), round(share * image.height))).save(content, "PNG")
+            mpp = app.ask("model").json["mpp"]
+            answer = app.ask(f"predict?mpp={mpp}", "POST", content.getvalue()).json
+            assert (SMALL.format("level") in answer["notes"]) == noted, share
