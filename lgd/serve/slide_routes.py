@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import numpy as np
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, HTTPException, Response
 
 from lgd.base.errors import DataError
 from lgd.io.files import read_bytes
@@ -190,7 +190,8 @@ class SlideRoutes:
         except UnknownName:
             raise
         except DataError as error:
-            raise DataError(explain_slide(error, self.slides.find(slide))) from error
+            # As it is: a `DataError` would be explained once more, with its options as parameters.
+            raise HTTPException(422, explain_slide(error, self.slides.find(slide))) from error
 
 
 def _show_state(listed: ListedSlide, state: SlideState) -> dict[str, object]:
