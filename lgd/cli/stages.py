@@ -169,11 +169,29 @@ def _add_ablate(parser: Parser) -> Run:
 
     def run(namespace: Namespace) -> None:
         config, options = config_of(namespace), read_options(namespace)
-        from lgd import pipeline
+        from lgd import comparisons
         from lgd.runs.folder import explain_overrides
 
         with explain_overrides(config):
-            table = pipeline.ablate(config, options, given_of(namespace, "ablate"))
+            table = comparisons.ablate(config, options, given_of(namespace, "ablate"))
+        print_lines(*table.split("\n"))
+
+    return run
+
+
+def _add_teachers(parser: Parser) -> Run:
+    from lgd.report.teacher_rows import TeachersOptions
+
+    read_options = add_option_arguments(parser, TeachersOptions)
+    add_config_arguments(parser)
+
+    def run(namespace: Namespace) -> None:
+        config, options = config_of(namespace), read_options(namespace)
+        from lgd import comparisons
+        from lgd.runs.folder import explain_overrides
+
+        with explain_overrides(config):
+            table = comparisons.compare_teachers(config, options, given_of(namespace, "teachers"))
         print_lines(*table.split("\n"))
 
     return run
@@ -197,4 +215,5 @@ VERBS = {
     "train": Verb("train the H&E student", _make_stage("train", {"train.resume": "--resume"}, _OVERWRITE)),
     "evaluate": Verb("score the held-out split and write the report", _make_stage("evaluate", loads=True)),
     "ablate": Verb("LGD-Net beside its controls and without its parts, over several seeds", _add_ablate),
+    "teachers": Verb("teachers compared, by what they know and what students make of it", _add_teachers),
 }
