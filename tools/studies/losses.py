@@ -109,7 +109,8 @@ def score_one(config: Config) -> Trained:
     keys = [key.decode() for part in store.parts_of(splits[0]) for key in part.array("key")]
     questions = read_questions(as_location(f"{config.run.dir}/tissue/questions.csv"))
     answer_mQ = np.stack([one.find(keys) for one in questions], axis=1)
-    said_UtQ = answer_by_probes(*(read_streams(scorer, split) for split in splits), answer_mQ, LABELLED, 0)
+    train_mF, test_tF = (read_streams(scorer, split) for split in splits)
+    said_UtQ = answer_by_probes(train_mF, test_tF, answer_mQ, LABELLED, 0)
     whitening = fit_on_parts(store.parts_of(splits[0]), config.latents.components)
     assert whitening is not None
     own_nD = whitening.apply(pooled_latents(store, splits[1]))
