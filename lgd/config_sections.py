@@ -145,12 +145,8 @@ class Student:
     shares the trunk; `auto` is own for a preset."""
     epochs: AboveZero = 20.0
     """Passes over the training split."""
-    hallucination_loss: Literal["smooth-l1", "cosine", "standardised", "whitened"] = "smooth-l1"
-    """Distance between hallucinated and cached latents: of both at unit length, or the squared error of standardised
-    channels or whitened latents, by that of the mean."""
-    tolerance: NotNegative = 0
-    """Places of the cached map by which the two images may be displaced: each hallucinated place is compared with the
-    nearest latent that lies within so many."""
+    hallucination_loss: Literal["smooth-l1", "cosine"] = "smooth-l1"
+    """Distance between hallucinated and cached latents, both normalised."""
     hallucination_weight: Amount = 1.0
     """Weight of the hallucination loss."""
     contrast_weight: Amount = 0.0

@@ -3,7 +3,6 @@
 None assumes that H&E and IHC are aligned to the pixel.
 """
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -77,30 +76,6 @@ def hallucination_loss(student_BD: torch.Tensor, teacher_BD: torch.Tensor, kind:
         return (1 - (student * teacher).sum(dim=1)).reshape(len(student), -1).mean(dim=1)
     scale = student.shape[1] ** 0.5
     return F.smooth_l1_loss(scale * student, scale * teacher, reduction="none").flatten(1).mean(dim=1)
-
-
-def axes_loss(student_BD: torch.Tensor, teacher_BD: torch.Tensor, axes_Dk: torch.Tensor) -> torch.Tensor:
-    """Squared distance of latents along axes (`lgd.train.axes`), (B,), over the channel dimension 1; of maps the mean
-    over places.
-    """
-    difference = (student_BD.float() - teacher_BD.float()).movedim(1, -1) @ axes_Dk
-    return difference.square().sum(dim=-1).reshape(len(student_BD), -1).mean(dim=1)
-
-
-def tolerant_loss(student_BDHW: torch.Tensor, teacher_BDHW: torch.Tensor, kind: str, reach: int) -> torch.Tensor:
-    """`hallucination_loss` of maps, (B,), where each place is compared with the nearest of the teacher's latents within
-    `reach` places of it; mean over places.
-    """
-    batch, _, height, width = student_BDHW.shape
-    row_H1, column_1W = torch.arange(height)[:, None], torch.arange(width)[None]
-    student_nD = student_BDHW.movedim(1, -1).flatten(0, 2)
-    found = []
-    for down, right in itertools.product(range(-reach, reach + 1), repeat=2):
-        there_HW = ((row_H1 + down) % height == row_H1 + down) & ((column_1W + right) % width == column_1W + right)
-        moved_nD = teacher_BDHW.roll((-down, -right), (2, 3)).movedim(1, -1).flatten(0, 2)
-        distance_BHW = hallucination_loss(student_nD, moved_nD, kind).view(batch, height, width)
-        found.append(distance_BHW.masked_fill(~there_HW.to(distance_BHW.device), torch.inf))
-    return torch.stack(found).amin(dim=0).flatten(1).mean(dim=1)
 
 
 def contrast_loss(

@@ -24,7 +24,6 @@ FAR = 0.5
 """Standard deviations of the training values by which two values are different labels, for the contrast."""
 
 DISTIL = ("distil_weight", "distil_temperature")
-COMPARED_ALONG_AXES = ("standardised", "whitened")
 WEIGHED_BY_ALIGNMENT = ("hallucination", "hallucination_map", "contrast", "membrane", "positive")
 """The loss terms whose targets the second image gives; nuclei are measured on the H&E itself."""
 
@@ -61,8 +60,6 @@ class Method:
         """Of the teacher whose head gives soft labels, that of the first latents."""
         self.labeller: Teacher | Probe | None = None
         """What gives soft labels: the task gives a probe where no label taught that teacher."""
-        self.axes: Mapping[str, torch.Tensor] = {}
-        """Along which latents are compared, by dataset, where the loss asks for any: the training gives them."""
         self.labeller_values = values
         """Those that its outputs are relative to."""
         imported = config.teacher.source == "imported"
@@ -190,7 +187,6 @@ class LgdNet(Method):
             *(("contrast_weight", "contrast_queue", "contrast_temperature") if student.contrast_weight else ()),
             *(DISTIL if student.distil_weight else ()),
             *(("pairs",) if student.pairs != "own" else ()),
-            *(("tolerance",) if student.tolerance else ()),
             *(("full_alignment",) if student.full_alignment else ()),
         )
 
@@ -200,9 +196,10 @@ class LgdNet(Method):
         if student.distil_weight:
             soft_BK = self.soft_labels(stored["pooled"])
             terms["distil"] = losses.distillation_loss(out["logits"], soft_BK, student.distil_temperature)
-        terms["hallucination"] = self._mean_over_teachers(out, stored, "pooled")
+        kind = student.hallucination_loss
+        terms["hallucination"] = _mean_over_teachers(out, stored, "pooled", kind)
         if any(name.startswith("map") for name in stored):
-            terms["hallucination_map"] = self._mean_over_teachers(out, stored, "map")
+            terms["hallucination_map"] = _mean_over_teachers(out, stored, "map", kind)
         if batch.negatives is not None:
             mask_BQ = self.negative_mask(batch.negatives, stored["pooled"])
             temperature, queue_QD = student.contrast_temperature, batch.negatives.pooled_QD
@@ -212,22 +209,6 @@ class LgdNet(Method):
         if weight_B is None:
             return terms
         return {name: one * weight_B if name in WEIGHED_BY_ALIGNMENT else one for name, one in terms.items()}
-
-    def _mean_over_teachers(self, out: Outputs, stored: Mapping[str, torch.Tensor], dataset: str) -> torch.Tensor:
-        """The hallucination loss of pooled latents or maps, (B,), each teacher that has them weighing alike."""
-        kind, reach, terms = self.config.student.hallucination_loss, self.config.student.tolerance, []
-        for name, latent in stored.items():
-            if name.partition("@")[0] != dataset:
-                continue
-            # A pooled latent of CLS token and mean is twice as wide as the map, whose mean its second half is.
-            hallucinated = out[name][:, -latent.shape[1] :]
-            if kind in COMPARED_ALONG_AXES:
-                terms.append(losses.axes_loss(hallucinated, latent, self.axes[name]))
-            elif dataset == "map" and reach:
-                terms.append(losses.tolerant_loss(hallucinated, latent, kind, reach))
-            else:
-                terms.append(losses.hallucination_loss(hallucinated, latent, kind))
-        return torch.stack(terms).mean(dim=0)
 
     def negative_mask(self, negatives: Negatives, pooled_BD: torch.Tensor) -> torch.Tensor:
         """Which latents of the queue are of another label (unknown, that of the teacher) and sample, bool (B, Q)."""
@@ -257,6 +238,16 @@ class LgdNet(Method):
             "membrane": student.membrane_weight,
             "positive": student.membrane_weight,
         }
+
+
+def _mean_over_teachers(out: Outputs, stored: Mapping[str, torch.Tensor], dataset: str, kind: str) -> torch.Tensor:
+    """The hallucination loss of pooled latents or maps, (B,), each teacher that has them weighing alike."""
+    terms = []
+    for name, latent in stored.items():
+        if name.partition("@")[0] == dataset:
+            # A pooled latent of CLS token and mean is twice as wide as the map, whose mean its second half is.
+            terms.append(losses.hallucination_loss(out[name][:, -latent.shape[1] :], latent, kind))
+    return torch.stack(terms).mean(dim=0)
 
 
 def choose_staining(config: Config, target: Target) -> Staining:

@@ -13,12 +13,10 @@ from lgd.base.target import KNOWN, UNKNOWN
 from lgd.config_sections import Train
 from lgd.io.digests import format_diff
 from lgd.labels.predictions import find_measures
-from lgd.models.method import COMPARED_ALONG_AXES
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Rows
 from lgd.stream.plan import Plan, World
 from lgd.stream.reader import Reader
-from lgd.train.axes import fit_axes
 from lgd.train.batch import Batches, Skipped, gather
 from lgd.train.deepspeed_engine import DeepSpeedEngine, deepspeed_problem
 from lgd.train.engine import Engine, StillEngine, TorchEngine
@@ -143,9 +141,6 @@ class Prepared:
             parts = task.store.parts_of(self.reader.shards)
             datasets = task.store.datasets(method.needs)
             rows = Rows(parts, datasets)
-            if (kind := config.student.hallucination_loss) in COMPARED_ALONG_AXES and "pooled" in datasets:
-                axes = fit_axes(parts, datasets, kind)
-                method.axes = {name: one.to(world.device) for name, one in axes.items()}
             if method.pairs != "own" or method.queue:
                 # The latents of other samples teach too, as partners or as negatives.
                 rows = targets = Targets(parts, method.pairs, config.run.seed, datasets)

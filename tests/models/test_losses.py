@@ -157,36 +157,3 @@ def test_the_other_gradients_are_the_slope(name):
             moved[row, channel] = step
             up, down = (float(loss(x.detach() + sign * moved)) for sign in (1, -1))
             assert float(x.grad[row, channel]) == pytest.approx((up - down) / (2 * step), abs=5e-3)
-
-
-def test_the_loss_along_axes_is_its_naive_twin():
-    axes = rand(6, 4).numpy().astype(np.float64)
-    for shape in ((3, 6), (3, 6, 2, 2)):
-        student, teacher = rand(*shape), rand(*shape).flip(0) * 3
-        fast = losses.axes_loss(student, teacher, torch.from_numpy(axes).float())
-        for row in range(len(student)):
-            places = [(x[row].reshape(6, -1).double().numpy()).T for x in (student, teacher)]
-            naive = [sum(((s - t) @ axes[:, k]) ** 2 for k in range(4)) for s, t in zip(*places, strict=True)]
-            assert float(fast[row]) == pytest.approx(sum(naive) / len(naive), rel=1e-5)
-
-
-@pytest.mark.parametrize("reach", [1, 2])
-def test_a_tolerant_loss_is_its_naive_twin(reach):
-    student, teacher = rand(2, 5, 4, 3), rand(2, 5, 4, 3).flip(0) * 3
-    fast = losses.tolerant_loss(student, teacher, "smooth-l1", reach)
-    for row in range(2):
-        places = list(np.ndindex(4, 3))
-        naive = []
-        for place in places:
-            near = [other for other in places if max(abs(a - b) for a, b in zip(place, other, strict=True)) <= reach]
-            naive.append(
-                min(
-                    naive_hallucination(
-                        student[row, :, *place].double().numpy()[:, None],
-                        teacher[row, :, *other].double().numpy()[:, None],
-                        "smooth-l1",
-                    )
-                    for other in near
-                )
-            )
-        assert float(fast[row]) == pytest.approx(sum(naive) / len(naive), rel=1e-5)
