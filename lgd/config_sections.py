@@ -13,6 +13,7 @@ AboveZero = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pool = Literal["cls", "mean", "cls+mean"]
+Source = Literal["trained", "frozen", "random", "imported"]
 Learns = Literal["label", "membranes", "nuclei", "positive", "parts", "pairs"]
 Staining = Literal["membranes", "nuclei", "none"]
 
@@ -57,7 +58,7 @@ class Teacher:
     """Name of its latents in the store, which may hold those of several teachers."""
     dir: str = ""
     """Folder of the teacher; default RUN/teacher, or RUN/teacher-NAME of one with a name of its own."""
-    source: Literal["trained", "frozen", "random", "imported"] = "trained"
+    source: Source = "trained"
     """`trained` here, on what it `learns`; `frozen`: a pretrained encoder as it is, which needs no labels; `random`: a
     preset that nobody trains, as a control; `imported`: features of another tool, which `lgd import-latents` puts into
     the store."""

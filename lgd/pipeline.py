@@ -22,20 +22,18 @@ from lgd.io.location import as_location, require_local
 from lgd.io.locks import exclusive
 from lgd.models.methods import BASELINE, find_method
 from lgd.ray_jobs.cluster import restore_connection
-from lgd.report import ablation, card, evaluation, leave_out, report, transfer
-from lgd.report.ablation_table import format_ablation
+from lgd.report import card, evaluation, report
 from lgd.retrieval import index
 from lgd.retrieval.bias import Bank, open_bank
 from lgd.retrieval.queries import check_pair
 from lgd.retrieval.search import require_faiss
-from lgd.runs.folder import Ablated, Cached, Evaluated, Facts, Indexed, Trained, command, note_changes, record
+from lgd.runs.folder import Cached, Evaluated, Facts, Indexed, Trained, command, note_changes, record
 from lgd.scoring.predict import load_scorer
 from lgd.shards.builder import build
 from lgd.shards.options import ShardOptions
 from lgd.shards.repeats import open_disjoint
 from lgd.shards.shard_set import ShardSet
 from lgd.store import cache, importing
-from lgd.store.probe import ensure_probe
 from lgd.store.store import Store
 from lgd.tissue.synth import synthesise
 from lgd.tissue.synth_options import SynthOptions
@@ -136,7 +134,7 @@ def import_latents(
         outcome.facts = Cached(digest=store.digest, rows=store.rows)
 
 
-def _make_latents(config: Config, given: Given | None, shards: ShardSet) -> None:
+def make_latents(config: Config, given: Given | None, shards: ShardSet) -> None:
     """The teacher and its latents; imported ones must be there."""
     if config.teacher.source == "imported":
         Store(config.latents.dir, teachers=(config.teacher.name,))
@@ -206,51 +204,6 @@ def evaluate(
     return report.format_scores(results)
 
 
-@restore_connection()
-def ablate(config: Config, options: ablation.AblateOptions, given: Given | None = None) -> str:
-    """The table of LGD-Net, its controls and its parts (`lgd.report.ablation`), after the teacher and the store."""
-    shards, folder = open_disjoint(config.shard_dirs), f"{config.run.dir}/ablation"
-    # Before the hours of training.
-    folds = leave_out.make_folds(config, shards) if options.leave_out else []
-    inquiry = transfer.open_inquiry(config, shards, options.transfer) if options.transfer else None
-    _make_latents(config, given, shards)
-    doing = exclusive(folder, "comparing methods")
-    with doing, stage("ablate", "ablate", config, folder, given, shards) as (_, outcome):
-        asked = ablation.describe_command(config, options)
-        whole = ablation.ablate(config, shards, options, asked)
-        table, outcome.done = format_ablation(whole.document), f"written: {folder}/ablation.md"
-        if folds:
-            try:
-                parts = [_ablate_without(fold, options, asked, given) for fold in folds]
-            finally:
-                if config.teacher.source != "trained":
-                    ensure_probe(Store(config.latents.dir, teachers=(config.teacher.name,)), shards.of_split("train"))
-            table = leave_out.compare_seen(config, shards, whole, folds, parts)
-            outcome.done = f"written: {folder}/ablation.md and leave-out.md"
-        if inquiry:
-            table += "\n" + transfer.compare_transfer(config, shards, options, inquiry, whole.document)
-        outcome.facts = Ablated(seeds=options.seeds, full=options.full, split=config.report.split)
-    return table
-
-
-def _ablate_without(
-    fold: leave_out.Fold, options: ablation.AblateOptions, asked: str, given: Given | None
-) -> ablation.Ablation:
-    """The comparison of a fold, after what it has of teacher, latents and probe."""
-    config, shards, latents = fold.config, fold.shards, fold.config.latents.dir
-    logger.info("[ablate] without the center %s:", fold.center)
-    if config.teacher.source == "trained":
-        train_teacher(config, given, shards=shards)
-        with log_outcome("latents") as outcome:
-            # Also of what is scored, for the rows of the teacher.
-            paired = [shard for shard in (*shards.shards, *fold.scored) if "ihc" in shard.roles]
-            store, computed, _ = cache.cache_latents(config, paired, config.train.workers)
-            outcome.done = f"{computed} of {len(store.parts)} parts computed, {store.rows} rows: {latents}"
-    else:
-        ensure_probe(Store(latents, teachers=(config.teacher.name,)), shards.of_split("train"))
-    return ablation.ablate(config, shards, options, asked, fold.scored)
-
-
 def run(config: Config, given: Given | None = None) -> str:
     """Every stage from the teacher on, and the baseline in the same harness; returns the report's table."""
     # Before the hours of the stages that come before the index.
@@ -260,7 +213,7 @@ def run(config: Config, given: Given | None = None) -> str:
     config = dataclasses.replace(config, report=dataclasses.replace(config.report, also=also))
     shards = open_disjoint(config.shard_dirs)
     with restore_connection():
-        _make_latents(config, given, shards)
+        make_latents(config, given, shards)
         # A bias of the index is learnt from the student; without one, an index that cannot be built is known early.
         stages = (train_student, build_index) if config.latents.bias else (build_index, train_student)
         for one in stages:

@@ -17,6 +17,7 @@ from lgd.io.documents import Document
 from lgd.metrics import Interval
 from lgd.report.ablation_table import AblationDocument, Compared
 from lgd.report.leave_out import AtCenter, Change, LeaveOutDocument
+from lgd.report.teachers_table import Judged, TeachersDocument
 from lgd.report.transfer_table import Asked, Probed, TransferDocument
 from lgd.scoring import tile_scorer
 from lgd.shards import builder
@@ -115,6 +116,27 @@ def at(tissue, tmp_path_factory):
         caveats=("one seed",),
         command="lgd ablate --leave-out center",
     ).write(at / "leave-out.json")
+    judged = Judged(
+        title="labels",
+        encoder="resnet10",
+        learns=("label",),
+        **dict.fromkeys(("teacher", "fewer", "distil", "lgd", "gain"), estimate),
+        **dict.fromkeys(("explained", "tells", "tells_beyond", "rank", "own_rank", "hubs"), (0.5,)),
+        weights=("0" * 64,),
+    )
+    TeachersDocument(
+        seeds=1,
+        resamples=10,
+        metric="kappa",
+        patches=20,
+        groups=3,
+        labelled={"0": 2},
+        labelled_fewer={"0": 1},
+        teachers={"label": judged},
+        caveats=("one seed",),
+        command="lgd teachers",
+        shards=("0" * 64,),
+    ).write(at / "teachers.json")
     probed = {"LGD-Net": Probed(mean=estimate, lgd_minus=None)}
     asked = Asked(
         question="share", measure="r2", training_patches=400, patches=20, groups=3, sizes={"100": probed, "300": probed}

@@ -32,8 +32,8 @@ models.loading
 store.document store.drift store.writer store.parts store.targets store.store store.commit store.regression store.probe
 store.recipes store.supervision store.cache
 store.export store.features store.feature_layouts store.joining store.importing
-train.targets train.batch train.tasks train.engine train.deepspeed_engine train.world train.checkpoint train.log
-train.prepare train.finished train.loop train.launch
+train.targets train.batch train.partners train.tasks train.engine train.deepspeed_engine train.world train.checkpoint
+train.log train.prepare train.finished train.loop train.launch
 scoring.images scoring.notes scoring.label_sets scoring.predict scoring.onnx_export scoring.slide_answer
 scoring.slide_rows
 scoring.colours scoring.slide_plan scoring.slide_parts scoring.tile_table scoring.slide_files scoring.slide_grids
@@ -48,10 +48,11 @@ report.sheet report.neighbours report.embeddings report.biased report.robustness
 report.sites report.set_coverage report.listing report.probed report.retrieval report.pictures report.evaluation
 report.card_facts report.card_sections report.checklist report.card
 report.report report.ablation report.leave_out report.questions report.transfer_table report.transfer
+report.teachers_table report.teacher_rows report.teachers
 serve.messages serve.names serve.options serve.overlays serve.gallery serve.neighbours serve.batches serve.network
 serve.slide_folder serve.slide_jobs serve.connections serve.guard serve.calls serve.patch_routes
 serve.slide_routes serve.application serve.replicas serve.launch
-pipeline
+pipeline comparisons
 cli.contents cli.facts cli.slide_facts cli.verb cli.stages cli.answers cli.service cli.checks
 """.split()
 # Heavy or optional packages have one importing module each (a folder names all its modules).
@@ -149,6 +150,7 @@ def test_the_root_holds_what_has_no_folder():
         "config_files",
         "metrics",
         "pipeline",
+        "comparisons",
     ]
 
 

@@ -181,22 +181,29 @@ def _add_demo(parser: Parser) -> Run:
     return run
 
 
-def _add_ablate(parser: Parser) -> Run:
-    from lgd.report.ablation import AblateOptions
+def _make_comparison(verb: str, function: str) -> Callable[[Parser], Run]:
+    """A verb that compares, by a function of `lgd.comparisons`."""
 
-    read_options = add_option_arguments(parser, AblateOptions)
-    add_config_arguments(parser)
+    def add(parser: Parser) -> Run:
+        from lgd.report.ablation import AblateOptions
+        from lgd.report.teacher_rows import TeachersOptions
 
-    def run(namespace: Namespace) -> None:
-        config, options = config_of(namespace), read_options(namespace)
-        from lgd import pipeline
-        from lgd.runs.folder import explain_overrides
+        kind: type[AblateOptions | TeachersOptions] = {"ablate": AblateOptions, "teachers": TeachersOptions}[verb]
+        read_options = add_option_arguments(parser, kind)
+        add_config_arguments(parser)
 
-        with explain_overrides(config):
-            table = pipeline.ablate(config, options, given_of(namespace, "ablate"))
-        print_lines(*table.split("\n"))
+        def run(namespace: Namespace) -> None:
+            config, options = config_of(namespace), read_options(namespace)
+            from lgd import comparisons
+            from lgd.runs.folder import explain_overrides
 
-    return run
+            with explain_overrides(config):
+                table = getattr(comparisons, function)(config, options, given_of(namespace, verb))
+            print_lines(*table.split("\n"))
+
+        return run
+
+    return add
 
 
 _OVERWRITE = {"overwrite": "replace a finished network of other inputs"}
@@ -216,5 +223,11 @@ VERBS = {
     "build-index": Verb("build the FAISS index and measure its recall", _make_stage("build-index")),
     "train": Verb("train the H&E student", _make_stage("train", {"train.resume": "--resume"}, _OVERWRITE)),
     "evaluate": Verb("score the held-out split and write the report", _make_stage("evaluate", loads=True)),
-    "ablate": Verb("LGD-Net beside its controls and without its parts, over several seeds", _add_ablate),
+    "ablate": Verb(
+        "LGD-Net beside its controls and without its parts, over several seeds", _make_comparison("ablate", "ablate")
+    ),
+    "teachers": Verb(
+        "teachers compared, by what they know and what students make of it",
+        _make_comparison("teachers", "compare_teachers"),
+    ),
 }

@@ -138,14 +138,12 @@ def work(shards: ShardSet, scored: Sequence[Shard], job: Job) -> tuple[Job, bool
     return job, trained
 
 
-def map_jobs(
-    worker: Callable[[Job], Result], jobs: Sequence[Job], config: Config, options: AblateOptions
-) -> Iterator[Result]:
-    """What `worker` gives for each network, so many at a time as was asked for."""
+def map_jobs(worker: Callable[[Job], Result], jobs: Sequence[Job], config: Config, at_a_time: int) -> Iterator[Result]:
+    """What `worker` gives for each network, so many `at_a_time`, or 0 for one after the other in this process."""
     return map_with(
         lambda: worker,
         jobs,
-        workers=options.jobs,
+        workers=at_a_time,
         option_name="--jobs",
         threads=config.data.threads,
         name=lambda job: f"{job.name}, seed {job.number}",
@@ -172,7 +170,7 @@ def ablate(
     scored = scored or shards.require_split(config.report.split, "report.split")
     folder = as_location(config.run.dir) / "ablation"
     jobs = list(jobs_of(config, options))
-    for job, trained in map_jobs(functools.partial(work, shards, scored), jobs, config, options):
+    for job, trained in map_jobs(functools.partial(work, shards, scored), jobs, config, options.jobs):
         done = "trained" if trained else "reused, nothing changed"
         logger.info("[ablate] %s, seed %d: %s", job.name, job.number, done)
     rows: dict[str, list[Predictions]] = {}
@@ -186,7 +184,7 @@ def ablate(
     if not ours.known.any():
         word = ours.target.label_word
         raise DataError(f"report.split {config.report.split!r} has no patch with a {word}: nothing can be compared")
-    teacher, labels, notes = _score_teacher(config, store, shards, scored, ours)
+    teacher, labels, notes = score_teacher(config, store, shards, scored, ours, folder / "teacher.npz")
     rows[teacher.name] = [teacher]
     compared, gap_closed = compare_rows(rows, config.report.bootstrap, config.run.seed)
     table = AblationDocument(
@@ -197,7 +195,7 @@ def ablate(
         rows=compared,
         gap_closed=gap_closed,
         caveats=(*([ONE_TRAINING] if options.seeds == 1 else []), *notes, *caveats_of(shards, ours)),
-        explained_by_levels=_explained_by_labels(config, store, labels, shards, scored),
+        explained_by_levels=explained_by_labels(*read_soft_labels(config, store, labels, shards, scored)),
         command=asked,
         shards=shards.digests,
         teacher=store.recipe.teacher.weights_sha256,
@@ -208,11 +206,10 @@ def ablate(
     return Ablation(table, rows)
 
 
-def _score_teacher(
-    config: Config, store: Store, shards: ShardSet, scored: Sequence[Shard], like: Predictions
+def score_teacher(
+    config: Config, store: Store, shards: ShardSet, scored: Sequence[Shard], like: Predictions, kept: Location
 ) -> tuple[Predictions, Teacher | Probe, list[str]]:
     """What the teacher, or the probe of its latents, says of the patches of `like`; what reads labels; and caveats."""
-    kept = as_location(config.run.dir) / "ablation" / "teacher.npz"
     described = None if config.teacher.source == "imported" else TeacherConfig.read_folder(config.teacher.dir)
     if described and described.gives_labels:
         teacher, _ = load_teacher(config.teacher.dir, config.code)
@@ -224,10 +221,10 @@ def _score_teacher(
     return found, probe.network(), [probe_caveat(probe, described, like.target)]
 
 
-def _explained_by_labels(
+def read_soft_labels(
     config: Config, store: Store, labels: Teacher | Probe, shards: ShardSet, scored: Sequence[Shard]
-) -> float:
-    """The share of what varies in the teacher's latents of the scored split that its soft labels or values explain."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The teacher's latents and its soft labels, or values, of the training patches, and those of the scored ones."""
     temperature, is_number = config.student.distil_temperature, shards.target.is_number
 
     def both(some: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
@@ -237,7 +234,7 @@ def _explained_by_labels(
         soft_nK = logits_nK if is_number else (logits_nK / temperature).softmax(dim=1)
         return latents_nD, soft_nK.double().numpy()
 
-    return explained_by_labels(*both(shards.of_split("train")), *both(scored))
+    return *both(shards.of_split("train")), *both(scored)
 
 
 def slug(name: str) -> str:

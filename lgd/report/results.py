@@ -134,11 +134,17 @@ class EmbeddingScores(Record):
 class Retrieval(Record):
     """What retrieval is worth, by several embeddings."""
 
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("index", "index_recall")
+
     caveats: Many[str]
     at: Count
     """Neighbours behind an average precision or a mean difference, and answers behind hubs."""
     gallery_rows: Count
     embeddings: Many[EmbeddingScores]
+    index: Line | None = None
+    """Factory of the index that queries ask, where there is one."""
+    index_recall: float | None = None
+    """Share of their ten nearest latents that it gives to H&E queries of the student; None where it has none."""
 
 
 class ChangeText(Record):

@@ -1,13 +1,16 @@
 """What retrieval by each network of a report is worth: its vectors, and the galleries that they search."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
 
 from lgd.base.labels import as_labels
 from lgd.config import Config
+from lgd.io.documents import MissingDocument
 from lgd.labels.predictions import Predictions
 from lgd.models.description import StudentConfig
 from lgd.report.biased import with_bias
@@ -16,7 +19,9 @@ from lgd.report.probed import pooled_latents
 from lgd.report.results import Retrieval
 from lgd.retrieval.bias import open_bank
 from lgd.retrieval.factory import fit_on_parts
+from lgd.retrieval.index import measure_searcher
 from lgd.retrieval.queries import check_pair
+from lgd.retrieval.search import Searcher
 from lgd.scoring.predict import Scorer, score_shards
 from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardSet
@@ -55,7 +60,18 @@ def measure_retrieval(
         return None
     embeddings = list_embeddings(config, store, training, shards, (student, *rivals), whole)
     label_m = read_labels(store.parts_of(training)) if training else as_labels(whole.target, [])
-    return measure(embeddings, student.predictions, label_m, config.report.bootstrap, config.run.seed)
+    measured = measure(embeddings, student.predictions, label_m, config.report.bootstrap, config.run.seed)
+    return measured.model_copy(update=_ask_index(store, student))
+
+
+def _ask_index(store: Store, student: Network) -> dict[str, str | float]:
+    """The index of a store, and its recall for what a student makes of the H&E; nothing where there is none of both."""
+    latents_nD = student.vectors.get(f"query{check_pair(student.scorer, store)}")
+    with contextlib.suppress(MissingDocument):
+        if latents_nD is not None and find_spec("faiss"):
+            searcher = Searcher(store)
+            return {"index": searcher.document.factory, "index_recall": measure_searcher(searcher, latents_nD)}
+    return {}
 
 
 def list_embeddings(

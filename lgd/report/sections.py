@@ -93,6 +93,11 @@ def retrieval_sections(retrieval: Retrieval, target: Target) -> list[str]:
         ]
     if hubs := [(row.name, row.hubs) for row in retrieval.embeddings if row.hubs]:
         text += _hubs_section(hubs, retrieval.at)
+    if retrieval.index_recall is not None:
+        text += [
+            f"The index ({retrieval.index}) gives the student's H&E queries {retrieval.index_recall:.3f} of the ten "
+            "nearest latents that exact search finds.\n"
+        ]
     return [*text, *list_items(retrieval.caveats), ""]
 
 

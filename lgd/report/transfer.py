@@ -125,12 +125,12 @@ def _read_networks(
     store = Store(config.latents.dir, teachers=(config.teacher.name,))
     latents = Features(*(pooled_latents(store, some.shards) for some in (training, scored)))
     jobs = list(jobs_of(config, options))
-    for job in map_jobs(functools.partial(_keep_features, training, scored), jobs, config, options):
+    for job in map_jobs(functools.partial(keep_features, training, scored), jobs, config, options.jobs):
         logger.info("[ablate] %s, seed %d: features read", job.name, job.number)
     mapped: dict[str, list[Features]] = {}
     methods = [kind.title for kind in METHODS.values()]
     for job in jobs:
-        features = _read_kept(_find_kept(job))[0]
+        features = read_features(job)
         rows.setdefault(job.name, []).append(features)
         if job.name in methods:
             said_nD, _ = ridge(features.train_mF, latents.train_mF, training.groups, np.concatenate(features))
@@ -139,7 +139,7 @@ def _read_networks(
     return rows | mapped | {LATENTS: [latents]}
 
 
-def _keep_features(training: Patches, scored: Patches, job: Job) -> Job:
+def keep_features(training: Patches, scored: Patches, job: Job) -> Job:
     """Read the features of a trained network, unless they were kept of just this one."""
     at = _find_kept(job)
     stamp = " ".join(
@@ -155,6 +155,11 @@ def _keep_features(training: Patches, scored: Patches, job: Job) -> Job:
     with publish(at) as temporary, temporary.open("wb") as file:
         np.savez(file, stamp=stamp, train=train_mF.astype(np.float32), scored=scored_tF.astype(np.float32))
     return job
+
+
+def read_features(job: Job) -> Features:
+    """What `keep_features` kept of a network."""
+    return _read_kept(_find_kept(job))[0]
 
 
 def _find_kept(job: Job) -> Location:

@@ -39,7 +39,7 @@ from lgd.retrieval.index_files import (
     check_file,
     write_table,
 )
-from lgd.retrieval.search import import_faiss, index_folder, open_index
+from lgd.retrieval.search import Searcher, import_faiss, index_folder, open_index
 from lgd.shards.archive import Shard
 from lgd.store.parts import Part
 from lgd.store.store import Store
@@ -276,3 +276,14 @@ def _write(index: "Index", path: Path, kind: tuple[str, int, int, int]) -> None:
     with path.open("rb") as file:
         # Another release of FAISS may write other bytes, which no search would take.
         check_file(file, *kind)
+
+
+def measure_searcher(searcher: Searcher, latents_nD: np.ndarray, k: int = 10) -> float:
+    """Recall@k of an index for these queries against exact search, as it is measured when an index is built."""
+    latents = UnitVectors([searcher.store.parts[number] for number in searcher.parts.tolist()], searcher.whitening)
+    queries_nD = unit(latents_nD if searcher.whitening is None else searcher.whitening.apply(latents_nD))
+    k = min(k, latents.rows)
+    _, position_nk = searcher.search(latents_nD, k)
+    entry_nk = searcher.table[position_nk]
+    found_nk = np.where(position_nk < 0, -1, latents.first[entry_nk["part"]] + entry_nk["row"])
+    return measure_recall(latents, queries_nD, nearest(latents, queries_nD, k), found_nk)

@@ -124,7 +124,15 @@ class Ablated(Record):
     split: Line
 
 
-Facts = Trained | Cached | Indexed | Evaluated | Ablated
+class Judged(Record):
+    """What `lgd teachers` was asked for."""
+
+    teachers: Many[Line]
+    seeds: Count
+    split: Line
+
+
+Facts = Trained | Cached | Indexed | Evaluated | Ablated | Judged
 
 
 class Stage(Record):

@@ -128,14 +128,20 @@ def find_probe(store: Store, training: Sequence[Shard]) -> ProbeDocument | None:
 
 def fit_probe(store: Store, training: Sequence[Shard]) -> ProbeDocument:
     """Fit a probe on the labelled patches of the training split, which have two labels at least, and write it."""
+    probe = make_probe(store, training, read_labels(store.parts_of(training)))
+    probe.write(probe_path(store))
+    return probe
+
+
+def make_probe(store: Store, training: Sequence[Shard], label_n: Labels) -> ProbeDocument:
+    """Fit a probe on the patches of the training split that have a label among these, in their order; two at least."""
     parts, target = store.parts_of(training), store.target
-    label_n = read_labels(parts)
     labelled_n = np.flatnonzero(find_known(label_n))
     chosen_n = labelled_n[np.linspace(0, len(labelled_n) - 1, min(len(labelled_n), FIT_ROWS)).round().astype(int)]
     latent_nD, slide_n = _read_rows(parts, chosen_n)
     weight_KD, bias_K, ridge, losses = regress_labels(latent_nD, label_n[chosen_n], slide_n, target)
     counts = [len(chosen_n)] if target.is_number else np.bincount(label_n[chosen_n], minlength=target.width).tolist()
-    probe = ProbeDocument(
+    return ProbeDocument(
         teacher=store.teacher,
         parts=_digests(store, parts),
         patches=dict(zip(target.counted, counts, strict=True)),
@@ -145,8 +151,6 @@ def fit_probe(store: Store, training: Sequence[Shard]) -> ProbeDocument:
         weight=tuple(map(tuple, weight_KD.tolist())),
         bias=tuple(bias_K.tolist()),
     )
-    probe.write(probe_path(store))
-    return probe
 
 
 def ensure_probe(store: Store, training: Sequence[Shard]) -> None:

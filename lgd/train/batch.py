@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -173,8 +173,9 @@ class Batches:
     """Gives each batch its negatives."""
     values: Values | None = None
     """Those of the training split, where labels are such."""
-    labels_only: bool = False
-    """Labels alone teach: an unlabelled patch would cost as much, and its loss is 0; it is left out."""
+    partner: Callable[["Batch", Config], "Batch"] | None = None
+    """Puts behind each image the one that it is compared with. Without that and a store labels alone teach: an
+    unlabelled patch would cost as much, and its loss is 0; it is left out."""
 
     def draw(self, start: int, steps: int) -> Iterator[Step]:
         """The batches of `steps` steps from position `start` on, on their device and not yet augmented."""
@@ -203,7 +204,7 @@ class Batches:
                     plan.seed if turn else None,
                     target=self.reader.shards[0].target,
                     values=self.values,
-                    labels_only=self.labels_only,
+                    labels_only=store is None and self.partner is None,
                 )
                 for samples in itertools.islice(batches, accumulate)
             ]
@@ -215,7 +216,8 @@ class Batches:
         """The same, as they are trained on."""
 
         def augmented(step: Step) -> Step:
-            return Step([augment(one, self.config) for one in step.micro], step.position)
+            micro = [augment(one, self.config) for one in step.micro]
+            return Step([self.partner(one, self.config) for one in micro] if self.partner else micro, step.position)
 
         # By `map`, which keeps no batch that was given.
         return map(augmented, self.draw(start, steps))

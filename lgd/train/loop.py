@@ -160,7 +160,7 @@ def backward(
     sums: dict[str, torch.Tensor] = {}
     each = []
     for number, batch in enumerate(micro):
-        values = task.method.losses(engine.forward(task.look(batch)), batch)
+        values = task.method.losses(engine.forward(batch.images[task.role]), batch)
         each.append(torch.stack([value.detach() for value in values.values()]))
         if number == 0:
             wait_for_counts()

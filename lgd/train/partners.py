@@ -3,6 +3,8 @@
 Shapes: B samples, H and W pixels.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -16,11 +18,11 @@ LEAST_AREA = 0.25
 """Of a part, as a share of the whole."""
 
 
-def add_partner(batch: Batch, config: Config) -> torch.Tensor:
-    """(B, 6, H, W) float32: each IHC, and behind it its H&E, or a part of it."""
+def add_partner(batch: Batch, config: Config) -> Batch:
+    """The batch with each IHC and, behind it, its H&E or a part of it: (B, 6, H, W) float32."""
     ihc_B3HW = batch.images["ihc"].float()
     other_B3HW = batch.images["he"].float() if "pairs" in config.teacher.learns else cut_part(batch, config.run.seed)
-    return torch.cat([ihc_B3HW, other_B3HW], dim=1)
+    return replace(batch, images={"ihc": torch.cat([ihc_B3HW, other_B3HW], dim=1)})
 
 
 def cut_part(batch: Batch, seed: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from lgd.train.batch import Batches, Skipped, gather
 from lgd.train.deepspeed_engine import DeepSpeedEngine, deepspeed_problem
 from lgd.train.engine import Engine, StillEngine, TorchEngine
 from lgd.train.log import Log
+from lgd.train.partners import add_partner
 from lgd.train.targets import Queue, Targets
 from lgd.train.tasks import Task, inputs_of
 
@@ -153,8 +154,8 @@ class Prepared:
                 # Of one stored view the latents are not turned with the image.
                 turn = config.data.augment != "none"
                 queue = Queue(targets, plan, method.queue, turn, task.values) if method.queue else None
-        labels_only = rows is None and not method.compares
-        self.batches = Batches(config, self.reader, plan, world, rows, queue, task.values, labels_only)
+        partner = add_partner if method.compares else None
+        self.batches = Batches(config, self.reader, plan, world, rows, queue, task.values, partner)
         self.every = settings.evaluate_every or math.ceil(plan.total / settings.batch)
         """Steps between validations."""
         if settings.patience and self.every > self.learner.steps > 0:

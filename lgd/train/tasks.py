@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import JsonValue
 
 from lgd.base.errors import require
@@ -27,8 +26,7 @@ from lgd.store.recipes import open_store, targets_of
 from lgd.store.store import Store
 from lgd.store.targets import TargetParts
 from lgd.stream.plan import ORDER
-from lgd.train.batch import Batch
-from lgd.train.partners import add_partner, compare_images
+from lgd.train.partners import compare_images
 
 Network = Teacher | Student
 
@@ -73,10 +71,6 @@ class Task(ABC):
         """What the result depends on, beside the shards, their rows in the store and `train:`; a finished network made
         of the same is reused.
         """
-
-    def look(self, batch: Batch) -> torch.Tensor:
-        """What the network sees of a batch in training."""
-        return batch.images[self.role]
 
     def find_probe(self, shards: ShardSet) -> ProbeDocument | None:
         """The probe that reads the teacher's labels off its latents, where the method needs one; None elsewhere."""
@@ -172,9 +166,6 @@ class TeacherTask(Task):
         if self.method.compares:
             teacher.joint = Joint(teacher.dim, make_encoder() if "pairs" in config.learns else None)
         return teacher
-
-    def look(self, batch: Batch) -> torch.Tensor:
-        return add_partner(batch, self.config) if self.method.compares else super().look(batch)
 
     def inputs(self) -> dict[str, JsonValue]:
         teacher = self.config.teacher

@@ -21,7 +21,7 @@ from lgd.ray_jobs.cluster import disconnect
 from lgd.retrieval import index, search
 from lgd.retrieval.bias import Bank
 from lgd.retrieval.factory import EXACT_ROWS, UnitVectors, choose_factory, measure_recall, nearest, unit
-from lgd.retrieval.index import build_index
+from lgd.retrieval.index import build_index, measure_searcher
 from lgd.retrieval.index_files import BiasSource, cells_of
 from lgd.retrieval.search import Searcher, index_folder, problems
 from lgd.shards.archive import Shard
@@ -263,6 +263,22 @@ def add_alike(store):
             writer.add(arrays)
         shards.append(shard)
     return commit(store.folder, RECIPE, shards, prune=True)
+
+
+@pytest.mark.parametrize("components", [0, 4])
+def test_recall_of_other_queries_is_that_of_brute_force(store, components):
+    """Of an index that looks into one cell of ten, for queries that are no stored latents."""
+    build(store, "IVF10,Flat", ["train"], recall=0.01, seed=0, components=components)
+    searcher = Searcher(store)
+    assert searcher.index.nprobe == 1
+    queries_nD = np.random.default_rng(3).normal(size=(50, searcher.document.latent_dim)).astype(np.float32)
+    whiten = searcher.whitening.apply if components else np.asarray
+    rows_mD = np.concatenate([part.array("pooled")[:, 0] for part in store.parts if part.split == "train"])
+    cosine_nm = unit(whiten(queries_nD)) @ unit(whiten(rows_mD.astype(np.float32))).T
+    least_n = np.sort(cosine_nm, axis=1)[:, -10]
+    distance_nk, position_nk = searcher.search(queries_nD, 10)
+    naive = ((1 - distance_nk >= least_n[:, None] - 1e-6) & (position_nk >= 0)).mean()
+    assert measure_searcher(searcher, queries_nD) == pytest.approx(naive) and 0.05 < naive < 0.95
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])

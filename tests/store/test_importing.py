@@ -9,7 +9,7 @@ import pytest
 from filling import contents_of
 from foreign import write_stamp, write_trident
 
-from lgd import pipeline
+from lgd import comparisons, pipeline
 from lgd.base.errors import ConfigError, DataError
 from lgd.cli import main
 from lgd.cli.contents import check
@@ -413,7 +413,7 @@ def test_a_store_has_targets_of_all_patches_or_of_none(run, tmp_path):
 def test_methods_are_compared_by_the_probe_of_imported_latents(run, tmp_path):
     config = run("few", "rest", student={"epochs": 0.3})
     run_import(config, write_table(tmp_path / "a.npz", features_of(config)))
-    assert "| IHC teacher, probe |" in pipeline.ablate(config, AblateOptions(seeds=1))
+    assert "| IHC teacher, probe |" in comparisons.ablate(config, AblateOptions(seeds=1))
     assert not Path(config.teacher.dir).exists()
 
 
@@ -422,7 +422,7 @@ def test_a_center_is_left_out_of_the_probe_too(run, tmp_path):
     run_import(config, write_table(tmp_path / "a.npz", features_of(config)))
     probe = tmp_path / "latents" / "probe" / "teacher.json"
     before = probe.read_bytes()
-    assert pipeline.ablate(config, AblateOptions(seeds=1, leave_out="center")).startswith("# Each center left out")
+    assert comparisons.ablate(config, AblateOptions(seeds=1, leave_out="center")).startswith("# Each center left out")
     assert probe.read_bytes() == before
     at = Path(config.run.dir)
     for center in ("north", "south"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lgd import pipeline
+from lgd import comparisons, pipeline
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.target import find_target
 from lgd.cli.contents import check
@@ -262,7 +262,7 @@ def test_random_weights_are_no_teacher(frozen, change):
 
 def test_methods_are_compared_by_its_probe(frozen):
     config = frozen("vit", epochs=0.3)
-    table = pipeline.ablate(config, AblateOptions(seeds=1))
+    table = comparisons.ablate(config, AblateOptions(seeds=1))
     assert "| IHC teacher, probe |" in table and "| label distillation |" in table and "| IHC teacher |" not in table
     document = AblationDocument.read(Path(config.run.dir) / "ablation" / "ablation.json")
     assert any(caveat.startswith("IHC teacher, probe: no label taught the teacher") for caveat in document.caveats)
