@@ -70,6 +70,9 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
     kept = (tmp_path / "demo" / "config.yaml").read_bytes()
     (try_next,) = re.findall(r"^try next +lgd (.*)$", first.out, re.MULTILINE)
     (browse,) = re.findall(r"^in a browser +lgd serve --model (\S+)$", first.out, re.MULTILINE)
+    drawn = f"{tmp_path / 'drawn'}"
+    assert f"with a slide   lgd synth {drawn} --slides-only 1\n" in first.out
+    assert f"               lgd serve --model {browse} --slides {drawn}/HE\n" in first.out
     assert check_options(ServeOptions(model=browse)) == "", "all that the service opens is there"
     lgd(*shlex.split(try_next))
     capsys.readouterr()

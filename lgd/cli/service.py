@@ -19,13 +19,14 @@ def _add_serve(parser: Parser) -> Run:
         options = read_options(namespace)
         from lgd.serve.launch import serve_until_stopped
 
-        serve_until_stopped(dataclasses.replace(options, code=tuple(namespace.code)), _announce)
+        def announce(url: str) -> None:
+            print_lines(f"LGD answers at {url} (its urls: {url}docs); Ctrl-C stops it")
+            if options.token_file:
+                print_lines(f"in a browser: {url}#token=TOKEN, where TOKEN is what {options.token_file} holds")
+
+        serve_until_stopped(dataclasses.replace(options, code=tuple(namespace.code)), announce)
 
     return run
-
-
-def _announce(url: str) -> None:
-    print_lines(f"LGD answers at {url} (its urls: {url}docs); Ctrl-C stops it")
 
 
 VERBS = {"serve": Verb("predictions, queries and the atlas of slides over HTTP and in a browser", _add_serve)}

@@ -3,6 +3,8 @@
 import importlib.resources
 import logging
 import shlex
+import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -127,6 +129,17 @@ def _add_import(parser: Parser) -> Run:
     return run
 
 
+def name_program() -> str:
+    """`lgd` as this process was called, so that a command that is printed runs as it is."""
+    called, found = Path(sys.argv[0]), shutil.which("lgd")
+    if called.name == "__main__.py":
+        installed = found is not None and Path(found).parent == Path(sys.executable).parent
+        return "lgd" if installed else f"{shlex.quote(sys.executable)} -m lgd"
+    if called.name != "lgd" or (found is not None and called.exists() and called.samefile(found)):
+        return "lgd"
+    return shlex.quote(sys.argv[0])
+
+
 def _add_demo(parser: Parser) -> Run:
     parser.add_argument("--pairs", type=typed(int), default=720, metavar="N", help="patch pairs of virtual tissue")
     parser.add_argument("--size", type=typed(int), default=192, metavar="PX", help="their side in pixels")
@@ -144,7 +157,12 @@ def _add_demo(parser: Parser) -> Run:
         # Other students hallucinate no latents to query with.
         by_latents = find_method(config.student.method).retrieves_by == "latents"
         verb, more = ("query", " -k 5") if by_latents else ("predict", "")
+        program = name_program()
+        run_dir = Path(config.run.dir)
+        drawn, shown = (shlex.quote(str(run_dir.with_name("drawn") / part)) for part in ("", "HE"))
+        served = f"{program} serve --model {shlex.quote(str(run_dir))}"
         images = shlex.quote(f"{pipeline.tissue_dir(config)}/HE/test")
+        next_command = command(config, verb, ("latents.dir", "student.dir")).replace("lgd", program, 1)
         install = "" if find_spec("fastapi_offline") else "   (after pip install 'lgd[serve]')"
         print_lines(
             "",
@@ -153,9 +171,11 @@ def _add_demo(parser: Parser) -> Run:
             "Held-out slides of virtual tissue, which is not tissue: this shows that the parts work together.",
             f"report         {Path(config.report.dir) / 'summary.md'}",
             f"contact sheet  {Path(config.report.dir) / 'queries.png'}",
-            f"curves         tensorboard --logdir {shlex.quote(str(Path(config.run.dir)))}",
-            f"try next       {command(config, verb, ('latents.dir', 'student.dir'))}{more} {images}",
-            f"in a browser   lgd serve --model {shlex.quote(str(Path(config.run.dir)))}{install}",
+            f"curves         tensorboard --logdir {shlex.quote(str(run_dir))}",
+            f"try next       {next_command}{more} {images}",
+            f"in a browser   {served}{install}",
+            f"with a slide   {program} synth {drawn} --slides-only 1",
+            f"               {served} --slides {shown}",
         )
 
     return run

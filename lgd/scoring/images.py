@@ -54,6 +54,8 @@ SAME = 1.02
 """Ratio up to which two sizes or scales are one."""
 COARSEST = 1.15
 _LEAST_SIDE = 32
+_SMALL = 0.7
+"""Field of an image, in those of the training patches along each side, below which a note says so."""
 _LARGEST = 4
 """Largest field, in those of the training patches along each side."""
 
@@ -61,6 +63,8 @@ UNSTATED = "the scale of this file is not stated: it has the training patches' s
 UNKNOWN = "the scale of this image is unknown, and the network knows one scale only: the {} may be wrong"
 """Of the word for a label."""
 ENLARGED = "the image is coarser than the training patches, and was enlarged"
+SMALL = "the image shows a much smaller field than the training patches: the {} may be wrong"
+"""Of the word for a label."""
 
 
 class MemoryImage(NamedTuple):
@@ -275,7 +279,10 @@ def _fit_scale(
             f"{name} shows a field of {width * mpp:.0f} x {height * mpp:.0f} um only, of which the network sees "
             f"{fitted[1]} x {fitted[0]} pixels: use larger patches"
         )
-    return fitted, [ENLARGED] if coarser > SAME else []
+    notes = [ENLARGED] if coarser > SAME else []
+    if max(rows, columns) < _SMALL:
+        notes.append(SMALL.format(training.target.label_word))
+    return fitted, notes
 
 
 def _near(one: float, other: float) -> bool:

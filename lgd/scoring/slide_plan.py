@@ -102,6 +102,17 @@ def find_scale(training: Training, size: int) -> TileScale:
     return TileScale(size, float(np.sqrt(shape.width * shape.height)) * shape.mpp / size, shape.mpp)
 
 
+def check_scale(slide: Slide, scale: TileScale) -> float:
+    """How much coarser than the training patches a slide is; raises `DataError` where it is too coarse."""
+    coarser = slide.mpp / scale.native
+    if coarser > COARSEST:
+        raise DataError(
+            f"{slide.path} has {slide.mpp:.4g} um a pixel, and the network was trained on patches of {scale.native:g}: "
+            "what it looks for is not in so coarse a scan; scan it at a finer scale, or correct its scale by --mpp"
+        )
+    return coarser
+
+
 def plan_slide(slide: Slide, scale: TileScale, model: str, folder: Location) -> SlidePlan | None:
     """Lay the tiles of a slide, or take up what was planned; None where it is scored already.
 
@@ -111,12 +122,7 @@ def plan_slide(slide: Slide, scale: TileScale, model: str, folder: Location) -> 
     the result of another network or slide.
     """
     refuse_foreign(folder, {*FILES, PARTS}, _ELSEWHERE)
-    coarser = slide.mpp / scale.native
-    if coarser > COARSEST:
-        raise DataError(
-            f"{slide.path} has {slide.mpp:.4g} um a pixel, and the network was trained on patches of {scale.native:g}: "
-            "what it looks for is not in so coarse a scan; scan it at a finer scale, or correct its scale by --mpp"
-        )
+    coarser = check_scale(slide, scale)
     inputs = SlideInputs(
         sha256=sha256(slide.path),
         mpp=slide.mpp,

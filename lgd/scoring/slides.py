@@ -41,7 +41,7 @@ _WORKERS = "--workers"
 THREADS = 2
 """That read tiles in a worker, and where this process computes on a CPU."""
 _GPU_THREADS = 8
-_IMAGES = tuple(".png .jpg .jpeg .jpe .jfif .bmp .webp .jp2".split())
+IMAGES = tuple(".png .jpg .jpeg .jpe .jfif .bmp .webp .jp2".split())
 """Files of a folder that are not asked whether they are slides, for there may be 100,000."""
 _MOST = 5
 
@@ -77,7 +77,7 @@ def find_slides(names: Sequence[str | Path]) -> list[Path]:
         for one in matching:
             if peek_kind(one, "file") == "folder":
                 held = [Path(str(at)) for at, lies, hidden in walk_files(one) if lies == "file" and not hidden]
-                found = {at for at in held if not at.name.lower().endswith(_IMAGES) and looks_like_slide(at)}
+                found = {at for at in held if not at.name.lower().endswith(IMAGES) and looks_like_slide(at)}
                 slides |= found
                 left_out += [at for at in held if at not in found] if found else []
                 files += [] if found or not held else [one]

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 import lgd
 from lgd.base.errors import ConfigError, DataError
 from lgd.base.text import escape_text
-from lgd.serve.calls import Jobs
+from lgd.serve.calls import Jobs, refuse_unknown_parameters
 from lgd.serve.guard import BodyBound, Guard
 from lgd.serve.messages import SEE_LOG, explain
 from lgd.serve.names import UnknownName
@@ -54,12 +54,11 @@ def create_app(options: ServeOptions, token: str, network: Network, jobs: Jobs |
         description="Scores from H&E alone, and the nearest known IHC. Errors are `{detail: sentence}`.",
         responses={status: {"model": Problem, "description": "What is wrong"} for status in (404, 422)},
         # `Guard` asks for the token; this gives the page of the urls a field for it.
-        dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [],
+        dependencies=[Depends(refuse_unknown_parameters), *([Depends(HTTPBearer(auto_error=False))] if token else [])],
     )
     app.include_router(_make_page())
     app.include_router(PatchRoutes(network).make_router())
-    if jobs is not None:
-        app.include_router(SlideRoutes(options, network, jobs).make_router())
+    app.include_router(_make_no_slides() if jobs is None else SlideRoutes(options, network, jobs).make_router())
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
     store = "" if network.gallery is None else str(network.gallery.store.folder)
     paths = {str(options.student): "the network", store: "the store"}
@@ -89,10 +88,11 @@ def create_app(options: ServeOptions, token: str, network: Network, jobs: Jobs |
 def _answer_validation(request: Request, error: Exception) -> JSONResponse:
     """One sentence, in place of FastAPI's list."""
     assert isinstance(error, RequestValidationError)
-    parts = [
-        f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg'].removeprefix('Value error, ')}"
-        for one in error.errors()
-    ]
+    parts = []
+    for one in error.errors():
+        name = ".".join(map(str, one["loc"][1:])) or "body"
+        missing = one["type"] == "missing"
+        parts.append(f"{name} is missing" if missing else f"{name}: {one['msg'].removeprefix('Value error, ')}")
     return JSONResponse({"detail": escape_text("; ".join(parts), 500)}, 422)
 
 
@@ -101,9 +101,20 @@ def _answer_unknown_url(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     detail = error.detail
     if detail == http.HTTPStatus(error.status_code).phrase:
-        detail = "there is no such url" if error.status_code == 404 else "this url is asked by another method"
-        detail += ": GET docs lists all"
+        detail = "there is no such url" if error.status_code == 404 else "this url takes another method"
+        detail += ": the page /docs lists all"
     return JSONResponse({"detail": detail}, error.status_code, error.headers)
+
+
+def _make_no_slides() -> APIRouter:
+    router = APIRouter(include_in_schema=False)
+
+    @router.api_route("/slides", methods=["GET", "POST"])
+    @router.api_route("/slides/{rest:path}", methods=["GET", "POST"])
+    async def explain_no_slides(rest: str = "") -> None:
+        raise UnknownName("this service was started without --slides, and has no slide: start it with --slides FOLDER")
+
+    return router
 
 
 def _make_page() -> APIRouter:

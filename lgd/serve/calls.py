@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from typing import Annotated, Protocol
 
 from fastapi import Depends, HTTPException, Query, Request
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 from pydantic import AfterValidator
 
+from lgd.base.text import escape_text
 from lgd.scoring.images import Mpp
 from lgd.serve.slide_jobs import SlideState
 
@@ -57,6 +60,24 @@ IMAGE_BODY = {
     }
 }
 """What the documentation says of it."""
+
+
+def _list_parameters(dependant: Dependant) -> list[str]:
+    """What a url takes after the `?`."""
+    below = [name for one in dependant.dependencies for name in _list_parameters(one)]
+    return [*(one.alias for one in dependant.query_params), *below]
+
+
+def refuse_unknown_parameters(request: Request) -> None:
+    """Raise `HTTPException` for a parameter after the `?` that the url does not have, which would be passed over."""
+    route = request.scope.get("route")
+    if not isinstance(route, APIRoute) or not route.include_in_schema:
+        return
+    known = _list_parameters(route.dependant)
+    unknown = [name for name in request.query_params if name not in known]
+    if unknown:
+        there = f"there are {', '.join(known)}" if known else "this url has none"
+        raise HTTPException(422, escape_text(f"there is no parameter {', '.join(unknown)}: {there}", 500))
 
 
 class Jobs(Protocol):

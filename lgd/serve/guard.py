@@ -94,7 +94,8 @@ class _Body:
     def __init__(self, receive: "Receive", most: int, headers: Headers) -> None:
         self._receive, self._left, self._done = receive, most, False
         self._ends = asyncio.get_running_loop().time() + BODY_SECONDS
-        self.too_large = _refuse(413, f"the body is larger than {most // 10**6} MB, the most that is taken")
+        remedy = "start the service with a larger --max-mb"
+        self.too_large = _refuse(413, f"the body is larger than {most // 10**6} MB, the most that is taken: {remedy}")
         self.refused: JSONResponse | None = None
         self._has_body = "content-length" in headers or "transfer-encoding" in headers
         # Who waits for 100 sends nothing before the body is asked for.
@@ -203,10 +204,11 @@ class Guard:
             return _check_origin(headers, method)
         if path in OPEN or path.startswith(OPEN_FOLDERS):
             return None
+        what = "this token is wrong: give the" if "authorization" in headers else "give the"
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.token.encode()):
             return None
-        detail = "give the token of this service: Authorization: Bearer TOKEN"
+        detail = f"{what} token of this service: Authorization: Bearer TOKEN"
         return JSONResponse({"detail": detail}, 401, {"WWW-Authenticate": "Bearer"})
 
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from lgd.base.errors import DataError
 from lgd.base.process_state import default_environment, stop_signals
 from lgd.io.folders import find_existing
-from lgd.io.location import Location
+from lgd.io.location import Location, as_location
 from lgd.models.description import StudentConfig
 from lgd.ray_jobs.cluster import count_slots, is_reachable, join_cluster, restore_connection
 from lgd.scoring.slide_plan import find_scale
@@ -37,6 +37,8 @@ def check_options(options: ServeOptions) -> str:
         raise DataError(f"{missing[0]}, which the service needs, is not installed: {_INSTALL}")
     token = options.read_token(needed=not options.is_private)
     _check_port(options)
+    if find_existing(model := as_location(options.model)) not in (None, model):
+        raise DataError(f"there is no folder {options.model}: name a run, or the folder of its student, by --model")
     config = StudentConfig.read_folder(options.student)
     if options.slides_folder:
         find_scale(config.training, config.size)
@@ -48,6 +50,8 @@ def check_options(options: ServeOptions) -> str:
 def serve_until_stopped(options: ServeOptions, announce: Callable[[str], None]) -> None:
     """Run the service until SIGTERM or Ctrl-C; `announce` is given its address once it answers."""
     token = check_options(options)
+    of_slides = f", and the slides of {options.slides}" if options.slides else ""
+    logger.info("loading the network of %s%s: this takes half a minute to some minutes", options.model, of_slides)
     stopped = threading.Event()
     with restore_connection():
         try:
@@ -78,8 +82,7 @@ def serve_until_stopped(options: ServeOptions, announce: Callable[[str], None]) 
                     },
                 )
                 serve.run(make_application(options, token), name=APPLICATION)
-                shown = f"[{options.host}]" if ":" in options.host else options.host
-                announce(f"http://{shown}:{options.port}/")
+                announce(f"http://{name_host(options.host)}:{options.port}/")
                 stopped.wait()
                 logger.info("stopping")
             except RuntimeError as error:
@@ -92,6 +95,13 @@ def serve_until_stopped(options: ServeOptions, announce: Callable[[str], None]) 
                 if is_reachable():
                     serve.delete(APPLICATION)
                     serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def name_host(host: str) -> str:
+    """A host as an address names it; of a service that listens on all addresses, the name of this machine."""
+    if host in ("0.0.0.0", "::"):
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
 
 
 def _check_results(folder: Location) -> None:

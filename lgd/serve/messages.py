@@ -12,11 +12,17 @@ _PATH = re.compile(r"[a-z0-9]+://|(?<![\w.])(?<!GET )(?<!POST )/\w|\.\.?/|/[^\s/
 _LONGEST = 1000
 
 
-def explain(error: ConfigError | DataError, names: Mapping[str, str]) -> str:
-    """The message of an error, of which each path among `names` is shown by its name, and options as parameters."""
+def explain(error: ConfigError | DataError, names: Mapping[str, str], *, by_parameters: bool = True) -> str:
+    """The message of an error, of which each path among `names` is shown by its name, and options as parameters, where
+    those of a url are meant.
+    """
     message = str(error.args[0] if error.args else error)
     for path, name in sorted(names.items(), key=lambda one: -len(one[0])):
         message = message.replace(path, name) if path else message
     if _PATH.search(message):
         return SEE_LOG
-    return escape_text(message.replace("--mpp ", "mpp=").replace("--", ""), _LONGEST)
+    # An image of a request lies in no folder from which it could be taken.
+    message = message.replace("convert or remove it", "convert it")
+    if by_parameters:
+        message = message.replace("--mpp ", "mpp=").replace("--", "")
+    return escape_text(message, _LONGEST)

@@ -26,6 +26,7 @@ from lgd.serve.batches import Batches
 from lgd.serve.gallery import StoreGallery
 from lgd.serve.neighbours import Filters, NeighbourFinder
 from lgd.serve.options import ServeOptions
+from lgd.stain.checks import NEARLY_BLANK, NO_HE
 from lgd.store.store import Store
 
 NAME = "image"
@@ -82,7 +83,8 @@ class Network:
         shown = {name: getattr(target, name) for name in ("name", "kind", "label_word", "classes", "unit")}
         return {
             "method": self.scorer.name,
-            "target": shown | {"set_word": name_set(target)},
+            "target": shown
+            | {"set_word": name_set(target), "area_percent": target.area_percent, "doubts": [NEARLY_BLANK, NO_HE]},
             "size": config.size,
             "mpp": shape.mpp if shape else None,
             "virtual": training.virtual,

@@ -1,6 +1,8 @@
 """What `lgd serve` is asked for, on the command line or as the arguments of a Ray Serve application."""
 
 import ipaddress
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from lgd.base.errors import ConfigError, DataError, require
 from lgd.config_files import find_in_run
 from lgd.io.location import Location, as_output_location, require_local
+
+logger = logging.getLogger(__name__)
 
 PORT = 8400
 DEFAULT_MB = 50
@@ -118,4 +122,6 @@ class ServeOptions:
                 f"{self.token_file} holds no token of {_LEAST_TOKEN} or more letters and digits: make one by "
                 f"{_MAKE_TOKEN}"
             )
+        if os.name == "posix" and Path(self.token_file).stat().st_mode & 0o077:
+            logger.warning("others on this machine can read %s: chmod 600 %s", self.token_file, self.token_file)
         return token

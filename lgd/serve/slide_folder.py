@@ -17,16 +17,19 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from lgd.base.errors import DataError
-from lgd.scoring.slide_plan import TileScale
-from lgd.scoring.slides import find_slides, name_folder
+from lgd.io.folders import walk_files
+from lgd.scoring.slide_plan import TileScale, check_scale
+from lgd.scoring.slides import IMAGES, name_folder
 from lgd.serve.gallery import encode_jpeg
 from lgd.serve.messages import explain
 from lgd.serve.names import UnknownName
-from lgd.slides.slide import Slide, open_slide
+from lgd.slides.openslide_file import is_meant_as_slide
+from lgd.slides.slide import Slide, looks_like_slide, open_slide
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Version = tuple[int, int, int]
 
 TILE = 512
 """Pixels of a tile of the viewer."""
@@ -49,6 +52,8 @@ class ListedSlide(NamedTuple):
     path: Path
     folder: str
     """The name of the folder of its result."""
+    problem: str | None = None
+    """Why it cannot be opened, or is too coarse for the network."""
 
 
 class Region(NamedTuple):
@@ -64,9 +69,15 @@ class Region(NamedTuple):
 class SlideFolder:
     """The slides below a folder; threads may share one."""
 
-    def __init__(self, folder: Path, hide_names: bool = False) -> None:
-        self.folder, self.hide_names = folder, hide_names
-        self._open: OrderedDict[tuple[str, int, int], Slide] = OrderedDict()
+    def __init__(
+        self, folder: Path, hide_names: bool = False, scale: TileScale | None = None, *, logs: bool = False
+    ) -> None:
+        """`scale` is that of the network, which slides must not be too coarse for; what cannot be used is named once in
+        the log where this process `logs` it.
+        """
+        self.folder, self.hide_names, self.scale, self.logs = folder, hide_names, scale, logs
+        self._problems: dict[Path, tuple[Version, str | None]] = {}
+        self._open: OrderedDict[tuple[str, *Version], Slide] = OrderedDict()
         self._listed: dict[str, ListedSlide] = {}
         self._read_at = -math.inf
         self._lock, self._listing = threading.Lock(), threading.Lock()
@@ -86,17 +97,42 @@ class SlideFolder:
 
     def _look_through(self) -> dict[str, ListedSlide]:
         try:
-            paths = find_slides([self.folder]) if any(self.folder.iterdir()) else []
+            held = [Path(str(at)) for at, lies, hidden in walk_files(self.folder) if lies == "file" and not hidden]
+            # `walk_files` passes over a folder that is gone.
+            next(self.folder.iterdir(), None)
         except OSError as error:
             logger.warning("%s cannot be listed (%s)", self.folder, error)
             raise DataError("the folder of the slides cannot be read: see the log of the service") from error
+        paths = [at for at in held if not at.name.lower().endswith(IMAGES) and _is_slide(at)]
         listed = {}
-        for number, path in enumerate(paths):
+        for number, path in enumerate(sorted(paths)):
             place = path.relative_to(self.folder).as_posix()
             name = f"slide {number + 1}" if self.hide_names else path.stem.removesuffix(".ome")
             identity = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:16]
-            listed[identity] = ListedSlide(identity, name, path, name_folder(path))
+            one = ListedSlide(identity, name, path, name_folder(path))
+            listed[identity] = one._replace(problem=self._find_problem(one))
+        self._problems = {path: one for path, one in self._problems.items() if path in {*paths}}
         return listed
+
+    def _find_problem(self, listed: ListedSlide) -> str | None:
+        """Why a slide cannot be used: it is opened once for each change of its file."""
+        try:
+            version = find_version(listed.path)
+            known = self._problems.get(listed.path)
+            if known and known[0] == version:
+                return known[1]
+            problem = None
+            with open_slide(listed.path) as slide:
+                if self.scale:
+                    check_scale(slide, self.scale)
+        except OSError as error:
+            return f"{listed.name} cannot be read ({error.strerror})"
+        except DataError as error:
+            problem = explain_slide(error, listed)
+            if self.logs:
+                logger.warning("%s cannot be used: %s", listed.path, error)
+        self._problems[listed.path] = version, problem
+        return problem
 
     def find(self, identity: str) -> ListedSlide:
         """The slide of an id; raises `UnknownName`."""
@@ -114,10 +150,10 @@ class SlideFolder:
         """
         listed = self.find(identity)
         try:
-            stated = listed.path.stat()
+            stated = find_version(listed.path)
         except OSError as error:
             raise UnknownName(_UNKNOWN) from error
-        version = identity, stated.st_ino, stated.st_mtime_ns
+        version = identity, *stated
         with self._lock:
             slide = self._open.pop(version, None) or open_slide(listed.path)
             self._open[version] = slide
@@ -157,12 +193,24 @@ class SlideFolder:
         return self.use(identity, read)
 
 
+def find_version(path: Path) -> Version:
+    """What changes with a file; raises `OSError` where it is gone."""
+    stated = path.stat()
+    return stated.st_ino, stated.st_mtime_ns, stated.st_size
+
+
+def _is_slide(path: Path) -> bool:
+    return looks_like_slide(path) or is_meant_as_slide(path)
+
+
 def count_levels(slide: Slide) -> int:
     """Levels of a viewer's pyramid; the lowest is one tile."""
     return max(0, math.ceil(math.log2(max(slide.width, slide.height) / TILE))) + 1
 
 
 def explain_slide(error: DataError, listed: ListedSlide) -> str:
-    """The message of an error on a slide, without where it lies."""
+    """The message of an error on a slide, without where it lies; its options are those of `lgd predict`."""
     path = listed.path
-    return explain(error, {str(path): listed.name, str(path.parent): "its folder", path.name: listed.name})
+    return explain(
+        error, {str(path): listed.name, str(path.parent): "its folder", path.name: listed.name}, by_parameters=False
+    )

@@ -20,7 +20,7 @@ from lgd.models.description import StudentConfig
 from lgd.scoring.predict import Scorer, load_scorer
 from lgd.scoring.slide_answer import SlideScore
 from lgd.scoring.slide_parts import list_missing
-from lgd.scoring.slide_plan import PARTS, SlidePlan
+from lgd.scoring.slide_plan import PARTS, SlidePlan, find_scale
 from lgd.scoring.slides import score_slides
 from lgd.serve.messages import SEE_LOG
 from lgd.serve.options import ServeOptions
@@ -50,8 +50,10 @@ class SlideJobs:
     def __init__(self, options: ServeOptions) -> None:
         folder = options.slides_folder
         assert folder is not None, "there are no slides"
-        self.options, self.slides, self.results = options, SlideFolder(folder, options.hide_names), options.results
+        self.options, self.results = options, options.results
         self.config = StudentConfig.read_folder(options.student)
+        scale = find_scale(self.config.training, self.config.size)
+        self.slides = SlideFolder(folder, options.hide_names, scale, logs=True)
         self._asked: dict[str, SlideState] = {}
         self._queue: queue.Queue[ListedSlide] = queue.Queue()
         self._scorer: Scorer | None = None
@@ -87,10 +89,14 @@ class SlideJobs:
         return state
 
     def _shares_folder(self, listed: ListedSlide) -> bool:
-        return [one.folder for one in self.slides.list_slides()].count(listed.folder) > 1
+        """With another one that can be opened."""
+        folders = [one.folder for one in self.slides.list_slides() if one.id != listed.id and not one.problem]
+        return listed.folder in folders
 
     def _read_state(self, listed: ListedSlide) -> SlideState:
         """What the folder of its results says."""
+        if listed.problem:
+            return SlideState("failed", 0.0, listed.problem)
         if self._shares_folder(listed):
             return SlideState("failed", 0.0, _SAME_NAME)
         try:

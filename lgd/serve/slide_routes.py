@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import numpy as np
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, HTTPException, Response
 
 from lgd.base.errors import DataError
 from lgd.io.files import read_bytes
@@ -46,10 +46,10 @@ class SlideRoutes:
     def __init__(self, options: ServeOptions, network: Network, jobs: Jobs) -> None:
         folder = options.slides_folder
         assert folder is not None, "there are no slides"
-        self.slides, self.results = SlideFolder(folder, options.hide_names), options.results
         self.network, self.jobs = network, jobs
         self.config = StudentConfig.read_folder(options.student)
         self.scale = find_scale(self.config.training, self.config.size)
+        self.slides, self.results = SlideFolder(folder, options.hide_names, self.scale), options.results
         # By the result's digest too, for a result that is made anew.
         self._read_tiles = functools.lru_cache(_KEPT)(self._read_tiles_of)
         self._draw_overlay = functools.lru_cache(4 * _KEPT)(self._draw_overlay_of)
@@ -190,7 +190,8 @@ class SlideRoutes:
         except UnknownName:
             raise
         except DataError as error:
-            raise DataError(explain_slide(error, self.slides.find(slide))) from error
+            # As it is: a `DataError` would be explained once more, with its options as parameters.
+            raise HTTPException(422, explain_slide(error, self.slides.find(slide))) from error
 
 
 def _show_state(listed: ListedSlide, state: SlideState) -> dict[str, object]:

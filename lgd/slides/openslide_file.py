@@ -5,11 +5,12 @@ Of what a scanner wrote beside the pixels only size, levels, scale, bounds, back
 
 import math
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from lgd.base.errors import DataError
 from lgd.io.files import peek_kind, read_first_bytes
@@ -27,6 +28,7 @@ _PLACES = {"generic-tiff": "TIFF resolution", "aperio": "MPP"}
 _SLIDE_SUFFIXES = tuple(".svs .ndpi .scn .bif .svslide .ome.tif .ome.tiff".split())
 _NAMES = (*_SLIDE_SUFFIXES, *".tif .tiff .mrxs .vms .vmu .czi .dcm".split())
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_STRIP_OFFSETS, _STRIP_BYTES, _TILE_WIDTH = 273, 279, 322
 _IMAGES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"BM": "BMP", b"RIFF": "WebP"}
 
 
@@ -59,6 +61,28 @@ def looks_like_slide(path: str | Path) -> bool:
             # A tiled TIFF of one level and of a patch's size may be a patch.
             return slide.level_count > 1 or _is_ome(slide.properties) or width * height > _MOST_PATCH_PIXELS
     except OpenSlideError:
+        return True
+
+
+def is_meant_as_slide(path: Path) -> bool:
+    """Whether a file that does not look like a slide is called like one, or is a TIFF that was to be one.
+
+    A TIFF is, where it has tiles, is cut short, or cannot be read; one in strips, or of another kind, is an image.
+    """
+    if not is_named_like_slide(path.name):
+        return False
+    if not path.name.lower().endswith((".tif", ".tiff")) or path.name.lower().endswith(_SLIDE_SUFFIXES):
+        return True
+    try:
+        first = read_first_bytes(path, 4)
+        if first not in _TIFF:
+            return not first.startswith(tuple(_IMAGES))
+        # Unlike `Image.open` it has no bound of the pixels, of which none is read.
+        with TiffImagePlugin.TiffImageFile(path) as image:
+            tags = image.tag_v2
+            ends = zip(tags.get(_STRIP_OFFSETS, ()), tags.get(_STRIP_BYTES, ()), strict=False)
+            return _TILE_WIDTH in tags or any(start + size > path.stat().st_size for start, size in ends)
+    except (OSError, DataError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
         return True
 
 

@@ -9,10 +9,13 @@ import struct
 import urllib.parse
 import zlib
 
+import numpy as np
 import pytest
+import tifffile
 from drawn_slides import damage, find_tile
 from PIL import Image
 
+from lgd.scoring.images import SMALL
 from lgd.scoring.slides import score_slide
 from lgd.serve import network, slide_folder
 from lgd.serve.application import create_app
@@ -206,8 +209,8 @@ def test_filters_that_mean_nothing_are_refused(app, tissue):
 def test_other_methods_do_nothing(app, method):
     slide = app.find("a")
     for path in ("model", "predict", "slides", f"slides/{slide}", f"slides/{slide}/score", "patches/0-0/he.jpg"):
-        assert app.ask(path, method).detail == "this url is asked by another method: GET docs lists all"
-    assert app.ask("nothing").detail == "there is no such url: GET docs lists all"
+        assert app.ask(path, method).detail == "this url takes another method: the page /docs lists all"
+    assert app.ask("nothing").detail == "there is no such url: the page /docs lists all"
 
 
 def test_a_slide_outside_the_folder_is_unknown(app):
@@ -281,6 +284,37 @@ def test_damaged_files_name_no_place(own_app, tmp_path):
             assert str(tmp_path) not in row["error"]
 
 
+def test_slides_that_cannot_be_used_are_listed_with_the_reason(own_app, tmp_path, caplog):
+    """Cut at any place, without a scale, too coarse, of text; a scored one that is cut later. Patches stay out."""
+    slides, whole = tmp_path / "slides", write_ramp(tmp_path / "whole.tif", mpp=0.46).read_bytes()
+    for share in (1, 50, 90):
+        (slides / f"cut{share}.tif").write_bytes(whole[: len(whole) * share // 100])
+    tifffile.imwrite(slides / "noscale.tif", np.full((512, 512, 3), 200, np.uint8), tile=(256, 256))
+    tifffile.imwrite(slides / "patch.tif", np.full((128, 128, 3), 200, np.uint8))
+    (slides / "cutpatch.tif").write_bytes((slides / "patch.tif").read_bytes()[:-9000])
+    (slides / "photo.tif").write_bytes(save("JPEG"))
+    (slides / "patch.png").write_bytes(save("PNG"))
+    (slides / "text.svs").write_text("no slide")
+    (slides / "note.txt").write_text("no slide")
+    (slides / "later.tif").write_bytes(whole)
+    write_ramp(slides / "coarse.tif", mpp=0.9)
+    app = own_app()
+    identity = app.score("later")
+    (slides / "later.tif").write_bytes(whole[: len(whole) // 2])
+    listed = {one["name"]: one for one in app.ask("slides").json}
+    words = dict.fromkeys(("cut1", "cut50", "cut90", "later", "cutpatch"), "cut short, damaged, or without tiles")
+    words |= {"noscale": "does not say its scale", "text": "is no slide: use a format", "coarse": "so coarse a scan"}
+    assert {*listed} == {*words}
+    for name, one in listed.items():
+        assert one["state"] == "failed" and one["problem"].startswith(f"{name} ") and words[name] in one["problem"]
+        shown = app.ask(f"slides/{one['id']}").json
+        assert (shown["state"], shown["problem"]) == ("failed", one["problem"])
+        assert app.ask(f"slides/{one['id']}/score", "POST").status == 202
+    assert app.ask(f"slides/{identity}").json["score"] is None
+    for name in words:
+        assert [f"{name}." in line and "cannot be used" in line for line in caplog.messages].count(True) == 1, name
+
+
 def test_results_of_another_network_and_of_a_slide_of_the_same_name(own_app, tmp_path):
     write_ramp(tmp_path / "slides" / "a.tif", mpp=0.46, height=400, width=500)
     score_slide(make_scorer(mpp=0.46), tmp_path / "slides" / "a.tif", tmp_path / "out")
@@ -347,3 +381,49 @@ def test_a_store_without_its_shards_shows_no_images(tissue_run, tmp_path):
     assert patches["total"] == 48 and {one["he"] for one in patches["patches"]} == {None}
     assert "images of the patches are not there" in app.ask("patches/0-0/he.jpg").detail
     assert app.ask("patches/0-0/query", "POST").status == 422
+
+
+def test_a_parameter_that_a_url_does_not_have_is_named(app, tissue):
+    content, slide = min((tissue / "HE").rglob("*.png")).read_bytes(), app.find("a")
+    for path, method, known in (
+        ("query?lable=3%2B&k=2", "POST", "k, label, split, mpp"),
+        ("predict?lable=1", "POST", "mpp"),
+        (f"slides/{slide}/query?x=1&y=1&lable=1", "POST", "x, y, k"),
+        (f"slides/{slide}/region.jpg?x=1&y=1&lable=1", "GET", "x, y"),
+        (f"slides/{slide}/rows?lable=1", "GET", "offset, limit, sort"),
+        ("patches?lable=1", "GET", "offset, limit, split, label"),
+        ("patches/0-0/query?lable=1", "POST", "k"),
+    ):
+        answer = app.ask(path, method, content)
+        assert (answer.status, answer.detail) == (422, f"there is no parameter lable: there are {known}"), path
+    urls = ("model", "health", "slides", f"slides/{slide}", f"slides/{slide}/tiles.csv", "patches/0-0/he.jpg")
+    for path in (*urls, f"slides/{slide}/tiles/0/0_0.jpg", f"slides/{slide}/overlays/score.png"):
+        answer = app.ask(f"{path}?force=1&v=2")
+        assert (answer.status, answer.detail) == (422, "there is no parameter force, v: this url has none"), path
+    assert app.ask(f"slides/{slide}/score?force=1", "POST").status == 422
+    assert app.ask("?force=1").status == app.ask("docs?force=1").status == 200
+
+
+def test_without_slides_their_urls_say_so(tissue_run, tmp_path):
+    app = App(tmp_path, model=tissue_run.student.dir)
+    for path, method in (("slides", "GET"), ("slides/abc", "GET"), ("slides/abc/score", "POST")):
+        answer = app.ask(path, method)
+        assert answer.status == 404 and "started without --slides" in answer.detail
+    assert "/slides" not in str(app.ask("openapi.json").json["paths"])
+
+
+def test_messages_on_a_request_are_about_it(app):
+    slide = app.find("a")
+    assert app.ask(f"slides/{slide}/region.jpg?y=1").detail == "x is missing"
+    detail = app.ask("predict", "POST", b"text").detail
+    assert detail.endswith(": convert it")
+
+
+def test_a_field_far_smaller_than_the_networks_is_noted(app, tissue):
+    with Image.open(min((tissue / "HE").rglob("*.png"))) as image:
+        for share, noted in ((1.0, False), (0.8, False), (0.55, True)):
+            content = io.BytesIO()
+            image.crop((0, 0, round(share * image.width), round(share * image.height))).save(content, "PNG")
+            mpp = app.ask("model").json["mpp"]
+            answer = app.ask(f"predict?mpp={mpp}", "POST", content.getvalue()).json
+            assert (SMALL.format("level") in answer["notes"]) == noted, share

@@ -38,6 +38,7 @@ def test_a_request_without_the_token_is_refused(given):
     for path in ("/model", f"/model?token={TOKEN}", "/slides/x/tiles/0/0_0.jpg", "/static", "/docsx", "/health/x"):
         answer = ask_app(Guard(app, TOKEN), path, **headers)
         assert answer.status == 401 and "Authorization: Bearer TOKEN" in answer.detail
+        assert answer.detail.startswith("this token is wrong: ") == bool(given)
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
@@ -94,7 +95,7 @@ def test_a_body_up_to_the_bound_is_taken(stated):
         if size <= 100:
             assert (answer.status, answer.body) == (200, str(size).encode())
         else:
-            assert answer.status == 413 and "larger than" in answer.detail
+            assert answer.status == 413 and "larger than" in answer.detail and "--max-mb" in answer.detail
 
 
 @pytest.mark.parametrize("length", ["-1", "1e3", "abc", "", "\xb2", "9" * 16])

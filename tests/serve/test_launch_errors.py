@@ -4,7 +4,9 @@ import socket
 
 import pytest
 
+from lgd.base.errors import DataError
 from lgd.cli import main
+from lgd.serve.launch import name_host
 
 
 @pytest.fixture
@@ -37,7 +39,8 @@ def test_folders_that_are_none(serve, tissue_run, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "slides").mkdir()
     for options, model, words in (
-        ([], tmp_path / "none", "none"),
+        ([], tmp_path / "none", f"there is no folder {tmp_path / 'none'}: name a run"),
+        ([], "runs/nothere", "there is no folder runs/nothere: name a run"),
         ([f"--store={tmp_path / 'none'}"], None, "none"),
         ([f"--store={tmp_path}"], None, str(tmp_path)),
         ([f"--slides={tmp_path / 'none'}"], None, "is no folder: name the one that holds the slides"),
@@ -50,6 +53,24 @@ def test_folders_that_are_none(serve, tissue_run, tmp_path):
         assert status == 1 and words in said, (options, said)
     status, said = serve("--slides=s3://bucket/slides")
     assert status in (1, 2) and "local folders only" in said
+
+
+def test_what_is_loaded_is_named_before_it_is(tissue_run, monkeypatch, capsys):
+    monkeypatch.setattr("lgd.serve.launch.join_cluster", lambda *_, **__: (_ for _ in ()).throw(DataError("enough")))
+    assert main(["serve", f"--model={tissue_run.student.dir}", "--port=0"]) == 1
+    said = capsys.readouterr().err
+    assert f"loading the network of {tissue_run.student.dir}" in said.split("enough")[0]
+
+
+def test_an_address_is_one_that_others_can_use():
+    assert name_host("0.0.0.0") == name_host("::") == socket.gethostname()
+    assert [name_host(one) for one in ("127.0.0.1", "::1", "lab")] == ["127.0.0.1", "[::1]", "lab"]
+
+
+def test_the_address_is_printed_with_the_form_for_a_browser(monkeypatch, capsys):
+    monkeypatch.setattr("lgd.serve.launch.serve_until_stopped", lambda options, announce: announce("http://lab:1/"))
+    assert main(["serve", "--model=m", "--token-file=tok"]) == 0
+    assert "in a browser: http://lab:1/#token=TOKEN, where TOKEN is what tok holds" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--host=0.0.0.0", "--port=70000", "--replicas=0", "--max-mb=x", "--nothing"])

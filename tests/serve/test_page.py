@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.serving import SCRIPT, TOKEN, wait
+from lgd.stain.checks import NEARLY_BLANK
+from tests.support.serving import SCRIPT, TOKEN, start_service, wait
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 ui = pytest.importorskip("selenium.webdriver.support.ui")
@@ -243,6 +244,9 @@ def test_a_slide_is_scored_from_the_page_whatever_its_name(page, service):
     assert page.text("#score .label") == f"level {score['answer']['label']}" and score["notes"][0] in page.text(
         "#score"
     )
+    answer = score["answer"]
+    agree = "agree here" if answer["label"] == answer["area"]["label"] else "differ here"
+    assert "more than 10 % of the tiles reach. The two " + agree in page.text("#score .rules")
     assert f"{score['tissue']['area_mm2']:.2f}".rstrip("0") + " mm²" in page.text("#score dl")
     assert page.all("#overlays") and not page.all("#score-slide") and page.all("#legend .title")
 
@@ -250,7 +254,46 @@ def test_a_slide_is_scored_from_the_page_whatever_its_name(page, service):
 def test_a_damaged_slide_says_why(page, service):
     page.open(f"slide={service.find('broken')}")
     wait(lambda: page.text("#slide-state").startswith("failed: broken "))
-    assert not page.all("#stage") and str(service.results.parent) not in page.text("body")
+    problem = page.text("#slide-state").removeprefix("failed: ")
+    assert problem in page.texts("#slides .problem"), "and the list does"
+    assert (
+        not page.all("#stage") and not page.all("#score-slide") and str(service.results.parent) not in page.text("body")
+    )
+
+
+def test_an_answer_about_glass_is_not_claimed(page, service, ramp):
+    """The note leads, and neither label, vote nor chance is bold; the numbers stay."""
+    page.open_slide(ramp, x=40, y=450, zoom=0.4)
+    page.one(".openseadragon-canvas").send_keys(Keys.ENTER)
+    status = wait(lambda: (text := page.text("#answer [role=status]")).count("believed") and text)
+    answer = service.ask(f"slides/{ramp}/query?x=40&y=450", "POST")
+    assert NEARLY_BLANK in answer["notes"] and answer["level"]
+    said = f"place 40, 450: {NEARLY_BLANK}. Not to be believed: the network expects level {answer['level']}."
+    assert status == said and not page.all("#answer .label")
+    text = page.text("#answer")
+    assert text.count(NEARLY_BLANK) == 2 and text.rindex(NEARLY_BLANK) < text.index("What the network expects")
+    assert f"not to be believed: {answer['level']}" in text and "Not to be believed: vote of" in text
+    assert answer["chance"] in text
+    weights = "return [...document.querySelectorAll('#answer .vote, #answer .chance, #answer .network p')]"
+    assert {*page.run(f"{weights}.map((one) => getComputedStyle(one).fontWeight)")} == {"400"}
+    assert page.find_faults() == []
+
+
+def test_an_address_of_a_slide_without_slides_says_so(driver, tissue_run, tmp_path):
+    with start_service(tmp_path, model=tissue_run.student.dir, store=tissue_run.latents.dir, out="") as bare:
+        page = Page(driver, bare)
+        driver.get("about:blank")
+        driver.get(f"{bare.url}#token={TOKEN}&slide=0123456789abcdef")
+        images = "return [...document.querySelectorAll('#patches img')].map((one) => one.naturalWidth)"
+        wait(lambda: min(page.run(images), default=0) > 0 and page.text("#alert"))
+        assert page.text("#alert") == "This address names a slide, and the service was started without --slides."
+        assert page.texts("#no-slides code") == [
+            "lgd synth runs/drawn --slides-only 1",
+            "lgd serve --model RUN --slides runs/drawn/HE",
+        ]
+        assert page.read_console() == []
+        driver.get("about:blank")
+        driver.get_log("performance")
 
 
 def test_downloads_are_the_files_of_the_result(page, service, ramp, tmp_path):
@@ -264,7 +307,7 @@ def test_downloads_are_the_files_of_the_result(page, service, ramp, tmp_path):
 
 def test_the_table_is_the_twin_of_the_map(page, service, ramp):
     page.open_slide(ramp)
-    grades = "#tiles tbody td:nth-of-type(4)"
+    grades = "#tiles tbody td:nth-of-type(3)"
     first = wait(lambda: page.texts(grades))
     page.one("#tiles thead button").click()
     wait(lambda: page.all("#tiles th[aria-sort=descending]"))
@@ -273,10 +316,43 @@ def test_the_table_is_the_twin_of_the_map(page, service, ramp):
     page.one("#tiles .buttons button:last-child").click()
     wait(lambda: page.text("#tiles .buttons [role=status]") == f"21 to {min(40, len(rows))} of {len(rows)}")
     row = rows[20]
+    heads = page.texts("#tiles thead th")
+    assert heads == ["Tile", "Place (px)", "Level", "Grade", "0", "1+", "2+", "3+", "Tissue"]
+    assert "Grade: the mean of the classes by their probability, from 0 for 0 to 3 for 3+." in page.text("#tiles")
+    for width in (1280, 820):
+        page.resize(width, 900)
+        assert page.run("const w = document.querySelector('.wide'); return w.scrollWidth - w.clientWidth") <= 0, width
+    page.resize(1280, 800)
     page.one("#tiles tbody button").click()
     middle = [round(row[axis] + row["side"] / 2) for axis in "xy"]
     assert page.read_answer(f"place {middle[0]:,}, {middle[1]:,}")
     wait(lambda: page.view[:2] == middle)
+
+
+_NOTE_TILES = """
+const real = window.fetch;
+window.fetch = async (url, options) => {
+  const answer = await real(url, options);
+  if (!url.includes("/rows?")) return answer;
+  const page = await answer.json();
+  page.rows[2].notes = arguments[0];
+  return new Response(JSON.stringify(page));
+};
+"""
+
+
+def test_the_notes_of_a_tile_are_seen_below_it(page, ramp):
+    page.open_slide(ramp)
+    wait(lambda: page.texts("#tiles tbody td"))
+    page.run(_NOTE_TILES, NEARLY_BLANK)
+    page.one("#tiles thead button").click()
+    note = page.one("#tiles .note td")
+    assert note.text.startswith("Tile ") and note.text.endswith(f": {NEARLY_BLANK}")
+    assert len(page.all("#tiles tr.doubted")) == 1
+    for width in (1280, 820):
+        page.resize(width, 900)
+        assert page.run("const w = document.querySelector('.wide'); return w.scrollWidth - w.clientWidth") <= 0, width
+    assert page.find_faults() == []
 
 
 def test_the_gallery_shows_the_truth_beside_the_answer(page, service, ramp):
@@ -319,20 +395,31 @@ def test_all_fits_and_has_no_fault(page, ramp):
     for fragment, shown in ((f"slide={ramp}", "#tiles table"), ("view=gallery", "#patches img")):
         page.open(fragment)
         wait(lambda shown=shown: page.all(shown))
-        for size in ((1280, 800), (1024, 768), (768, 1024)):
+        for size in ((1280, 800), (1024, 768), (820, 1180), (768, 1024)):
             page.resize(*size)
             assert page.run("return document.documentElement.scrollWidth") <= size[0]
         assert page.find_faults() == []
+
+
+def test_on_a_small_screen_slider_and_legend_are_beside_what_they_are_of(page, ramp):
+    page.open_slide(ramp)
+    page.resize(820, 1180)
+    box = "const r = document.querySelector(arguments[0]).getBoundingClientRect(); return [r.top, r.bottom]"
+    label, slider, legend, stage = (
+        page.run(box, one) for one in ("[for=opacity]", "#opacity", "#legend .ticks", "#stage")
+    )
+    assert label[0] < slider[1] and slider[0] < label[1] and legend[1] <= stage[0]
 
 
 def test_without_the_token_it_is_asked_for(page, ramp):
     page.open(f"slide={ramp}&x=300&y=300&zoom=1")
     assert "token" not in page.driver.current_url and page.view == [300, 300, 1]
     page.run("sessionStorage.clear(); location.reload()")
-    wait(lambda: "token" in page.text("#alert"))
-    assert not page.all("#slides button")
+    wait(lambda: page.text("#alert") == "Give the token of this service, which its owner has.")
+    assert not page.all("#columns") and page.text("#model") == ""
     page.one("#token").send_keys("a-wrong-token-0123456789", Keys.ENTER)
-    wait(lambda: page.run("return sessionStorage.length") and "token" in page.text("#alert"))
+    wait(lambda: page.text("#alert") == "This token is wrong.")
+    assert not page.all("#columns") and page.text("#model") == ""
     page.one("#token").send_keys(TOKEN, Keys.ENTER)
     assert page.one("#slides button") and page.one("#stage")
     logged = page.read_console()

@@ -80,6 +80,16 @@ def test_a_token_is_read_without_its_line_break(tmp_path):
     assert ServeOptions(model="m").read_token(needed=False) == ""
 
 
+def test_a_token_that_others_can_read_is_named_once(tmp_path, caplog):
+    path = tmp_path / "token"
+    path.write_text("0123456789abcdef")
+    for mode, count in ((0o644, 1), (0o640, 1), (0o600, 0), (0o400, 0)):
+        path.chmod(mode)
+        caplog.clear()
+        ServeOptions(model="m", token_file=str(path)).read_token(needed=True)
+        assert [f"others on this machine can read {path}" in one for one in caplog.messages] == [True] * count
+
+
 def test_an_application_of_a_cluster_needs_a_token(tmp_path):
     with pytest.raises(ConfigError, match="--token-file FILE"):
         build({"model": str(tmp_path)})

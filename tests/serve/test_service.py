@@ -204,7 +204,9 @@ def test_large_bodies_are_refused_and_not_held(service):
     # One that asks first sends nothing.
     status, _ = send(service, f"POST /predict HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: {300 * MB}")
     assert status == 413
-    assert json.loads(answers[0][1])["detail"] == "the body is larger than 50 MB, the most that is taken"
+    assert json.loads(answers[0][1])["detail"] == (
+        "the body is larger than 50 MB, the most that is taken: start the service with a larger --max-mb"
+    )
     assert len(most) == 3
     # Up to the bound it is held, as pieces and as a whole.
     assert {name: (most[name] - size) // MB for name, size in before.items() if most[name] - size > 170 * MB} == {}

@@ -2,6 +2,10 @@
 import { attempt, makeImage } from "./api.js";
 import { find, formatLabel, formatNumber, formatPercent, listNotes, make } from "./dom.js";
 
+const EXPLAINED =
+  "Below each label: its slide and split; the distance, 0 where the two latents are alike and 1 where they are unrelated; " +
+  "and the name of its file, in which a word such as test says nothing of the split.";
+
 let newest = 0;
 
 // Ask, and show the answer unless another question came in between; null then, and where the answer is an error.
@@ -25,24 +29,34 @@ export function clearAnswer() {
 
 const fill = (...parts) => find("answer").replaceChildren(make("h2", {}, "Answer"), ...parts.filter((part) => part));
 
+// The notes beside which an answer is not to be believed, such as that of glass.
+const findDoubts = (answer, target) => (answer.notes ?? []).filter((note) => target.doubts.includes(note));
+
 function showAnswer(answer, target, asked) {
   const word = target.label_word;
-  const unit = answer.unit ?? target.unit;
+  const doubts = findDoubts(answer, target);
+  const doubted = doubts.length > 0;
+  const expected = describeLabel(answer[word], unitOf(answer, target), word);
+  const said = doubted ? `${doubts.join("; ")}. Not to be believed: ${expected}` : expected;
+  const unit = unitOf(answer, target);
   find("answer").removeAttribute("aria-busy");
   fill(
-    make("p", { role: "status" }, `${asked.title}: ${describeLabel(answer[word], unit, word)}.`),
+    make("p", { role: "status" }, `${asked.title}: ${said}.`),
+    doubted ? listNotes(answer.notes) : null,
     make(
       "div",
       { class: "asked" },
       makeFigure(asked.image, `H&E of ${asked.title}`, "H&E"),
       answer.stored ? makeOwn(answer.stored, word, unit) : null,
-      make("div", { class: "network" }, describeNetwork(answer, target, unit)),
+      make("div", { class: doubted ? "network doubted" : "network" }, describeNetwork(answer, target, unit, doubted)),
     ),
-    listNotes(answer.notes),
-    ...describeNeighbours(answer, word, unit),
+    doubted ? null : listNotes(answer.notes),
+    ...describeNeighbours(answer, word, unit, doubted),
   );
   find("answer").scrollTop = 0;
 }
+
+const unitOf = (answer, target) => answer.unit ?? target.unit;
 
 const describeLabel = (label, unit, word) =>
   label === null || label === undefined
@@ -59,11 +73,12 @@ function makeOwn(stored, word, unit) {
   return makeFigure(stored.ihc, `Own IHC of patch ${stored.key}, ${label}`, "Own IHC, ", make("strong", {}, label));
 }
 
-function describeNetwork(answer, target, unit) {
+function describeNetwork(answer, target, unit, doubted) {
   const label = answer[target.label_word];
   const parts = [make("h3", {}, "What the network expects")];
   if (label !== null && label !== undefined) {
-    parts.push(make("p", { class: "label" }, formatLabel(label, unit)));
+    const shown = formatLabel(label, unit);
+    parts.push(doubted ? make("p", {}, `not to be believed: ${shown}`) : make("p", { class: "label" }, shown));
   }
   if (answer.probabilities && Object.keys(answer.probabilities).length)
     parts.push(makeShares(answer.probabilities, "Probability"));
@@ -96,17 +111,18 @@ export function makeShares(shares, title) {
   return make("table", { class: "shares" }, make("thead", {}, head), make("tbody", {}, rows));
 }
 
-function describeNeighbours(answer, word, unit) {
+function describeNeighbours(answer, word, unit, doubted) {
   const { neighbours, vote, chance } = answer;
   if (!neighbours) return [];
   const parts = [make("h3", {}, "Nearest known IHC")];
   if (!neighbours.length) return [...parts, make("p", {}, "There is none to compare with.")];
   if (vote && vote.labelled) {
     const bits = vote.entropy_bits === null ? "" : `, entropy ${formatNumber(vote.entropy_bits)} bits`;
-    const text = `Vote of ${vote.labelled} labelled: ${word} ${formatLabel(vote[word], unit)}${bits}.`;
-    parts.push(make("p", { class: "vote" }, text));
+    const text = `${doubted ? "Not to be believed: vote" : "Vote"} of ${vote.labelled} labelled: ${word} ${formatLabel(vote[word], unit)}${bits}.`;
+    parts.push(make("p", { class: doubted ? "vote doubted" : "vote" }, text));
   }
-  if (chance) parts.push(make("p", { class: "chance" }, `${chance.replace(/\.$/, "")}.`));
+  if (chance) parts.push(make("p", { class: doubted ? "chance doubted" : "chance" }, `${chance.replace(/\.$/, "")}.`));
+  parts.push(make("p", { class: "explained" }, EXPLAINED));
   parts.push(
     make(
       "ol",
@@ -123,7 +139,7 @@ function makeNeighbour(neighbour, word, unit) {
   const slide = neighbour.slide ?? "unknown slide";
   const twin = neighbour.duplicate_of;
   const facts = [
-    make("strong", {}, label),
+    make("strong", {}, `${stain}, ${label}`),
     make("span", {}, `${slide}, ${neighbour.split}`),
     make("span", {}, `distance ${formatNumber(neighbour.distance, 3)}`),
     make("span", { class: "key" }, neighbour.key),

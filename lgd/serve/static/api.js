@@ -32,7 +32,11 @@ async function request(path, options = {}) {
     throw new Error("The service does not answer: check that it still runs, and load this page again.");
   }
   if (response.ok) return response;
-  if (response.status === 401) find("token-form").hidden = false;
+  if (response.status === 401) {
+    find("token-form").hidden = false;
+    const given = sessionStorage.getItem(KEPT);
+    throw new Error(given ? "This token is wrong." : "Give the token of this service, which its owner has.");
+  }
   const body = await response.json().catch(() => ({}));
   throw new Error(typeof body.detail === "string" ? body.detail : `The service answers ${response.status} to ${path}.`);
 }

@@ -1,7 +1,7 @@
 // The atlas: header, list of slides, and what the fragment of the address names.
 //   #slide=ID&x=X&y=Y&zoom=Z   a slide, whole or at a place (level-0 pixels; zoom is screen pixels a slide's pixel)
 //   #view=gallery              the gallery
-import { attempt, get, readToken } from "./api.js";
+import { attempt, get, readToken, showError } from "./api.js";
 import { clearAnswer } from "./answer.js";
 import { find, make } from "./dom.js";
 import { Gallery } from "./gallery.js";
@@ -39,7 +39,8 @@ function showView(id, name) {
 }
 
 async function follow() {
-  const { slide, view, gallery: wanted } = readFragment();
+  const { slide: named, view, gallery: wanted } = readFragment();
+  const slide = model.slides ? named : null;
   markCurrent(slide);
   if (gallery && (wanted || (!slide && !model.slides))) {
     showView("gallery-view", "gallery");
@@ -52,6 +53,8 @@ async function follow() {
   } else {
     showView("welcome", "welcome");
   }
+  if (named && !slide)
+    showError(new Error("This address names a slide, and the service was started without --slides."));
 }
 
 function go(fragment) {
@@ -78,8 +81,12 @@ async function start() {
     find("main").focus();
   });
   model = await attempt(() => get("model"));
-  if (!model) return;
+  if (!model) {
+    find("model").textContent = "";
+    return;
+  }
   describeModel();
+  find("columns").hidden = false;
   find("no-slides").hidden = model.slides;
   find("no-store").hidden = Boolean(model.store);
   find("open-gallery").hidden = !model.store;

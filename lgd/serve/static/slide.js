@@ -71,7 +71,7 @@ export class SlidePage {
     this.slide = slide;
     find("slide-name").textContent = slide.name;
     find("slide-state").textContent = this._describe(slide);
-    find("score-slide").hidden = !["unscored", "failed"].includes(slide.state);
+    find("score-slide").hidden = !slide.width || !["unscored", "failed"].includes(slide.state);
     this._offerOverlays();
     find("slide-score").hidden = !slide.score;
     if (!slide.score) return;
@@ -115,6 +115,15 @@ export class SlidePage {
   }
 }
 
+// Why there are two answers, and that they may differ.
+function explainRules({ label, area }, target) {
+  const rules =
+    "The headline is the mean of all tiles; by area, the answer is the highest " +
+    `${target.label_word} that more than ${target.area_percent} % of the tiles reach`;
+  if (label === null || label === area.label) return `${rules}. The two agree here.`;
+  return `${rules}. The two differ here: look on the map where the tiles of ${area.label} lie, and whether they are tissue.`;
+}
+
 function describeScore(score, target) {
   const { answer } = score;
   const parts = [];
@@ -138,6 +147,7 @@ function describeScore(score, target) {
   );
   if (Object.keys(answer.probabilities).length) parts.push(makeShares(answer.probabilities, "Mean of the tiles"));
   if (answer.area) {
+    parts.push(make("p", { class: "rules" }, explainRules(answer, target)));
     parts.push(make("p", {}, `By area: ${target.label_word} ${answer.area.label}`));
     parts.push(makeShares(answer.area.shares, "Tiles of this class or higher"));
   }

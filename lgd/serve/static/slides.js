@@ -54,6 +54,7 @@ function drawList(slides, choose) {
             make("span", { class: "name" }, slide.name),
             make("span", { class: "state" }),
           ),
+          make("p", { class: "problem" }),
           make("progress", { max: 1, "aria-label": `Progress of ${slide.name}`, hidden: true }),
         ),
       ),
@@ -63,6 +64,9 @@ function drawList(slides, choose) {
   slides.forEach((slide, number) => {
     const row = list.children[number];
     row.querySelector(".state").textContent = describeState(slide);
+    const problem = row.querySelector(".problem");
+    problem.textContent = slide.problem ?? "";
+    problem.hidden = !slide.problem;
     const bar = row.querySelector("progress");
     bar.value = slide.progress;
     bar.hidden = !ACTIVE.includes(slide.state);
