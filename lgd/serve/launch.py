@@ -18,6 +18,7 @@ from lgd.ray_jobs.cluster import count_slots, is_reachable, join_cluster, restor
 from lgd.scoring.slide_plan import find_scale
 from lgd.serve.network import open_store
 from lgd.serve.options import ServeOptions
+from lgd.serve.slide_folder import SlideFolder
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def serve_until_stopped(options: ServeOptions, announce: Callable[[str], None]) 
     token = check_options(options)
     of_slides = f", and the slides of {options.slides}" if options.slides else ""
     logger.info("loading the network of %s%s: this takes half a minute to some minutes", options.model, of_slides)
+    _name_unusable(options)
     stopped = threading.Event()
     with restore_connection():
         try:
@@ -95,6 +97,17 @@ def serve_until_stopped(options: ServeOptions, announce: Callable[[str], None]) 
                 if is_reachable():
                     serve.delete(APPLICATION)
                     serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _name_unusable(options: ServeOptions) -> None:
+    """Log which slides are listed with a problem in place of a map."""
+    if options.slides_folder is None:
+        return
+    config = StudentConfig.read_folder(options.student)
+    slides = SlideFolder(options.slides_folder, options.hide_names, find_scale(config.training, config.size))
+    for one in slides.list_slides():
+        if one.problem:
+            logger.warning("%s cannot be used: %s", one.path, one.problem)
 
 
 def name_host(host: str) -> str:

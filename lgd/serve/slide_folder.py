@@ -69,13 +69,9 @@ class Region(NamedTuple):
 class SlideFolder:
     """The slides below a folder; threads may share one."""
 
-    def __init__(
-        self, folder: Path, hide_names: bool = False, scale: TileScale | None = None, *, logs: bool = False
-    ) -> None:
-        """`scale` is that of the network, which slides must not be too coarse for; what cannot be used is named once in
-        the log where this process `logs` it.
-        """
-        self.folder, self.hide_names, self.scale, self.logs = folder, hide_names, scale, logs
+    def __init__(self, folder: Path, hide_names: bool = False, scale: TileScale | None = None) -> None:
+        """`scale` is that of the network, which slides must not be too coarse for."""
+        self.folder, self.hide_names, self.scale = folder, hide_names, scale
         self._problems: dict[Path, tuple[Version, str | None]] = {}
         self._open: OrderedDict[tuple[str, *Version], Slide] = OrderedDict()
         self._listed: dict[str, ListedSlide] = {}
@@ -129,8 +125,6 @@ class SlideFolder:
             return f"{listed.name} cannot be read ({error.strerror})"
         except DataError as error:
             problem = explain_slide(error, listed)
-            if self.logs:
-                logger.warning("%s cannot be used: %s", listed.path, error)
         self._problems[listed.path] = version, problem
         return problem
 

@@ -53,7 +53,7 @@ class SlideJobs:
         self.options, self.results = options, options.results
         self.config = StudentConfig.read_folder(options.student)
         scale = find_scale(self.config.training, self.config.size)
-        self.slides = SlideFolder(folder, options.hide_names, scale, logs=True)
+        self.slides = SlideFolder(folder, options.hide_names, scale)
         self._asked: dict[str, SlideState] = {}
         self._queue: queue.Queue[ListedSlide] = queue.Queue()
         self._scorer: Scorer | None = None

@@ -55,11 +55,14 @@ def test_folders_that_are_none(serve, tissue_run, tmp_path):
     assert status in (1, 2) and "local folders only" in said
 
 
-def test_what_is_loaded_is_named_before_it_is(tissue_run, monkeypatch, capsys):
+def test_what_is_loaded_is_named_before_it_is_and_what_cannot_be_used(tissue_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.svs").write_text("no slide")
     monkeypatch.setattr("lgd.serve.launch.join_cluster", lambda *_, **__: (_ for _ in ()).throw(DataError("enough")))
-    assert main(["serve", f"--model={tissue_run.student.dir}", "--port=0"]) == 1
-    said = capsys.readouterr().err
-    assert f"loading the network of {tissue_run.student.dir}" in said.split("enough")[0]
+    out = f"--out={tmp_path / 'results'}"
+    assert main(["serve", f"--model={tissue_run.student.dir}", "--port=0", f"--slides={tmp_path}", out]) == 1
+    said, _, _ = capsys.readouterr().err.partition("enough")
+    assert f"loading the network of {tissue_run.student.dir}" in said
+    assert f"{tmp_path / 'text.svs'} cannot be used: text is no slide" in said
 
 
 def test_an_address_is_one_that_others_can_use():
