@@ -129,13 +129,16 @@ def _add_import(parser: Parser) -> Run:
     return run
 
 
+_PROGRAM = "lgd"
+
+
 def name_program() -> str:
     """`lgd` as this process was called, so that a command that is printed runs as it is."""
     called, found = Path(sys.argv[0]), shutil.which("lgd")
     if called.name == "__main__.py":
         installed = found is not None and Path(found).parent == Path(sys.executable).parent
         return "lgd" if installed else f"{shlex.quote(sys.executable)} -m lgd"
-    if called.name != "lgd" or (found is not None and called.exists() and called.samefile(found)):
+    if called.name != _PROGRAM or (found is not None and called.exists() and called.samefile(found)):
         return "lgd"
     return shlex.quote(sys.argv[0])
 

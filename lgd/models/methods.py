@@ -90,6 +90,8 @@ METHODS: dict[str, type[Method]] = {"he-only": HeOnly, "two-stream": TwoStream, 
 """The methods by their names in `student.method`, in the order of a table."""
 BASELINE, PROPOSED = "he-only", "lgd"
 """What each run is compared with, and what all of a comparison are."""
+DISTILLATION = "distil"
+"""What a gain of latents over the same teacher's labels is measured against."""
 
 
 def find_method(name: str) -> type[Method]:

@@ -24,7 +24,7 @@ from lgd.io.files import write_bytes
 from lgd.io.location import as_location
 from lgd.labels.predictions import Predictions
 from lgd.metrics import Floats, interval
-from lgd.models.methods import METHODS, PROPOSED
+from lgd.models.methods import DISTILLATION, METHODS, PROPOSED
 from lgd.report.ablation import Job, answers, map_jobs, read_soft_labels, score_teacher, variants, work
 from lgd.report.ablation_table import LGD_NET, draw_runs
 from lgd.report.caveats import ONE_TRAINING, caveats_of
@@ -55,8 +55,6 @@ from lgd.train.launch import train_under
 
 logger = logging.getLogger(__name__)
 
-DISTIL = METHODS["distil"].title
-
 
 class Compared(NamedTuple):
     """What all teachers are compared on."""
@@ -78,7 +76,7 @@ class Compared(NamedTuple):
             latents = dataclasses.replace(run.latents, dir=f"{self.config.run.dir}/teachers/fewer")
             run = dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, dir=at), latents=latents)
         elif what != "teacher":
-            run = variants(run, full=False)[LGD_NET if what == PROPOSED else DISTIL]
+            run = variants(run, full=False)[METHODS[what].title]
             run = dataclasses.replace(run, student=dataclasses.replace(run.student, dir=at))
         if self.options.jobs:
             run = dataclasses.replace(run, train=dataclasses.replace(run.train, workers=0))
@@ -131,7 +129,7 @@ def _train_all(compared: Compared, rows: Sequence[Row]) -> None:
     for job in teachers.values():
         _, computed, _ = cache.cache_latents(job.run, shards.shards, config.train.workers)
         logger.info("[teachers] %s, seed %d: %d parts of latents computed", job.name, job.number, computed)
-    students = [compared.make_job(row, seed, what) for row, seed in each for what in ("distil", PROPOSED)]
+    students = [compared.make_job(row, seed, what) for row, seed in each for what in (DISTILLATION, PROPOSED)]
     _run(compared, functools.partial(work, shards, compared.scored), students)
     _run(compared, functools.partial(_see, compared.training, compared.scored_patches), students[::2])
     if fewer is None:
@@ -169,11 +167,11 @@ class Latents(NamedTuple):
 
 def _judge(compared: Compared, row: Row) -> Judged:
     """What one teacher knows, and what students make of it."""
-    scores: dict[str, list[Predictions]] = {name: [] for name in ("teacher", "fewer", "distil", PROPOSED)}
+    scores: dict[str, list[Predictions]] = {name: [] for name in ("teacher", "fewer", DISTILLATION, PROPOSED)}
     found = []
     for seed, run in enumerate(row.runs):
         store = Store(run.latents.dir, teachers=(run.teacher.name,))
-        jobs = {what: compared.make_job(row, seed, what) for what in ("distil", PROPOSED)}
+        jobs = {what: compared.make_job(row, seed, what) for what in (DISTILLATION, PROPOSED)}
         for what, job in jobs.items():
             scores[what].append(answers(job.run.student.dir, "student", compared.scored, job.run, job.name))
         like, kept = scores[PROPOSED][seed], as_location(f"{run.teacher.dir}.npz")
@@ -193,9 +191,9 @@ def _judge(compared: Compared, row: Row) -> Judged:
         learns=tuple(row.runs[0].teacher.learns) if row.runs[0].teacher.source == "trained" else (),
         teacher=interval(drawn["teacher"], groups),
         fewer=interval(drawn["fewer"], groups) if "fewer" in drawn else None,
-        distil=interval(drawn["distil"], groups),
+        distil=interval(drawn[DISTILLATION], groups),
         lgd=interval(drawn[PROPOSED], groups),
-        gain=interval(drawn[PROPOSED] - drawn["distil"], groups),
+        gain=interval(drawn[PROPOSED] - drawn[DISTILLATION], groups),
         **{name: tuple(getattr(one, name) for one in found) for name in Latents._fields},
     )
 
@@ -224,7 +222,7 @@ def _measure_latents(
     beyond_mD, beyond_nD = (
         unit(one) - linear.predict(labels) for one, labels in ((train_mD, train_mK), (latents_nD, soft_nK))
     )
-    features, groups = read_features(jobs["distil"]), compared.training.groups
+    features, groups = read_features(jobs[DISTILLATION]), compared.training.groups
     scorer, training = load_scorer(jobs[PROPOSED].run.student.dir, code=run.code), compared.shards.of_split("train")
     _, vectors = score_shards(scorer, compared.scored, threads=run.data.threads)
     retrieval = measure_retrieval(
