@@ -35,8 +35,8 @@ def draws(groups: int, resamples: int, seed: int, block: int) -> Iterator[Floats
         yield np.bincount(drawn.ravel(), minlength=rows * groups).reshape(rows, groups).astype(np.float64)
 
 
-def interval(drawn: Floats, groups: int) -> Interval:
-    """A value and its 95 % interval, over groups and over trainings.
+def interval(drawn: Floats, groups: int, level: float = 0.95) -> Interval:
+    """A value and its interval, of 95 % or another level, over groups and over trainings.
 
     Over groups it is the percentile interval, at the percentiles that Student's t asks for so few (Hesterberg 2015, the
     expanded one); over S trainings Student's t with S - 1 degrees of freedom. Both add as squares (Zou and Donner 2008,
@@ -48,6 +48,7 @@ def interval(drawn: Floats, groups: int) -> Interval:
         drawn: The value, and after it that of each resample, as of `bootstrap` or the difference of two such: (1 + R,);
             or a row for each training, (S, 1 + R), whose mean is the value.
         groups: How many groups were resampled.
+        level: Of the interval.
     """
     drawn_SR = np.atleast_2d(drawn)
     value, samples_SR = float(drawn_SR[:, 0].mean()), drawn_SR[:, 1:]
@@ -56,13 +57,13 @@ def interval(drawn: Floats, groups: int) -> Interval:
         return Interval(value=value, low=None, high=None)
     from scipy.special import ndtr, stdtrit
 
-    trainings, mean_R = len(drawn_SR), samples_SR.mean(axis=0)
+    trainings, mean_R, upper = len(drawn_SR), samples_SR.mean(axis=0), 0.5 + level / 2
     shared, spread = 1.0, 0.0
     if trainings > 1:
         single = (samples_SR - mean_R).var(axis=1).sum() / (trainings * (trainings - 1))
         shared = np.sqrt(max(0.0, 1 - single / max(mean_R.var(), 1e-300)))
-        spread = stdtrit(trainings - 1, 0.975) * drawn_SR[:, 0].std(ddof=1) / np.sqrt(trainings)
-    tail = 100 * ndtr(-stdtrit(groups - 1, 0.975) * np.sqrt(groups / (groups - 1)))
+        spread = stdtrit(trainings - 1, upper) * drawn_SR[:, 0].std(ddof=1) / np.sqrt(trainings)
+    tail = 100 * ndtr(-stdtrit(groups - 1, upper) * np.sqrt(groups / (groups - 1)))
     low, high = np.percentile(mean_R, [tail, 100 - tail])
     below, above = (float(np.hypot(shared * max(0.0, side), spread)) for side in (value - low, high - value))
     return Interval(value=value, low=value - below, high=value + above)
