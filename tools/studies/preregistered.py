@@ -2,7 +2,7 @@
 
 python tools/studies/preregistered.py [--out DIR] [--development] [--dry-run]
 
-The seeds are the first bytes of the SHA-256 of the page; with --development others, for a dry run. What is finished is not
+The seeds are the first bytes of the page's SHA-256; with --development others, for a dry run. What is finished is not
 done again. Leaves OUT/preregistered.md and preregistered.json.
 
 Shapes: S trainings, R resamples.
