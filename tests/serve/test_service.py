@@ -245,7 +245,7 @@ def test_large_heads_are_refused(service):
     ],
 )
 def test_what_is_no_request_is_refused(service, lines):
-    status, body = send(service, f"POST /predict HTTP/1.1\r\n{lines}", [b"hello"])
+    status, body = send(service, f"POST /predict HTTP/1.1\r\n{lines}")
     assert status == 400 and len(body) < 200
 
 
