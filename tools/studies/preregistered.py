@@ -2,8 +2,8 @@
 
 python tools/studies/preregistered.py [--out DIR] [--development] [--dry-run]
 
-The seeds are the first bytes of the page's SHA-256; with --development others, for a dry run. What is finished is not
-done again. Leaves OUT/preregistered.md and preregistered.json.
+The seeds are the first bytes of the page's SHA-256; with --development others, and two trainings, for a dry run.
+What is finished is not done again. Leaves OUT/preregistered.md and preregistered.json.
 
 Shapes: S trainings, R resamples.
 """
@@ -47,7 +47,7 @@ from lgd.store.store import Store
 from tools.studies.evidence import ROOT, run_all
 
 PAGE = ROOT / "docs" / "preregistration.md"
-TRAININGS = 5
+TRAININGS, OF_DRY_RUN = 5, 2
 GRIDS, PROBED = "without hallucination", 100
 TISSUE = "--pairs 4800 --slides 400 --size 96 --test 0.3 --coupling 1"
 LABELS = "--split keep:0.05 --labelled 3 --mpp 0.46"
@@ -62,15 +62,16 @@ class Seeds(NamedTuple):
     """All that is drawn."""
 
     worlds: dict[str, int]
-    trainings: int
-    """The first of those of the trainings."""
+    trainings: range
 
 
 def find_seeds(page: bytes, development: bool) -> Seeds:
-    """The seeds of a page: four bytes of its digest each."""
+    """The seeds of a page: four bytes of its digest each, the first training's first."""
     digest = hashlib.sha256(b"development" if development else page).digest()
     first, *others = (int.from_bytes(digest[4 * at : 4 * at + 4]) % 2**31 for at in range(1 + len(WORLDS)))
-    return Seeds(dict(zip(WORLDS, others, strict=True)), first)
+    return Seeds(
+        dict(zip(WORLDS, others, strict=True)), range(first, first + (OF_DRY_RUN if development else TRAININGS))
+    )
 
 
 def list_commands(out: Path, seeds: Seeds, config: Sequence[str]) -> list[list[str]]:
@@ -81,7 +82,7 @@ def list_commands(out: Path, seeds: Seeds, config: Sequence[str]) -> list[list[s
         drawn = ["--beyond", beyond, "--seed", str(seeds.worlds[world])]
         folders = ["--root", f"{at}/tissue", "--out", f"{at}/shards", "--slides", f"{at}/tissue/truth.csv"]
         kinds = "label,stain" if world == "more" else "stain"
-        asked = ["--compare", kinds, "--seeds", str(TRAININGS), "--jobs", "2"]
+        asked = ["--compare", kinds, "--seeds", str(len(seeds.trainings)), "--jobs", "2"]
         commands += [
             ["lgd", "synth", f"{at}/tissue", *TISSUE.split(), *drawn],
             ["lgd", "build-shards", "--layout", "bci", *folders, *LABELS.split()],
@@ -92,7 +93,7 @@ def list_commands(out: Path, seeds: Seeds, config: Sequence[str]) -> list[list[s
 
 def make_fields(at: Path, seeds: Seeds) -> list[str]:
     """The fields of a world's run."""
-    return ["--run.dir", f"{at}/run", "--run.seed", str(seeds.trainings), "--data.shards", f"[{at}/shards]"]
+    return ["--run.dir", f"{at}/run", "--run.seed", str(seeds.trainings.start), "--data.shards", f"[{at}/shards]"]
 
 
 def read_within(path: Path) -> Question:
@@ -116,16 +117,16 @@ class World(NamedTuple):
     groups: int
 
 
-def read_world(at: Path, config: Config) -> World:
+def read_world(at: Path, config: Config, trainings: int) -> World:
     """Train what `lgd teachers` did not, and ask all arms."""
     shards = ShardSet.open(config.shard_dirs).with_ihc("teachers")
-    options = TeachersOptions(compare="label,stain" if at.name == "more" else "stain", seeds=TRAININGS, jobs=2)
+    options = TeachersOptions(compare="label,stain" if at.name == "more" else "stain", seeds=trainings, jobs=2)
     rows = {row.name: row for row in list_rows(config, shards, options)}
     scored = shards.require_split(config.report.split, "report.split")
     training, tested = read_rows(shards.of_split("train"))[0], read_rows(scored)[0]
     compared = Compared(config, shards, scored, training, tested, None, options)
     made = {
-        f"{what}, {name}": [compared.make_job(row, seed, what) for seed in range(TRAININGS)]
+        f"{what}, {name}": [compared.make_job(row, seed, what) for seed in range(trainings)]
         for name, row in rows.items()
         for what in ("distil", PROPOSED)
     }
@@ -200,7 +201,8 @@ def compare_arms(worlds: Mapping[str, World], resamples: int, seed: int) -> dict
     """The differences of each endpoint, and under `null` those of the null world."""
     more, ours = worlds["more"], f"{PROPOSED}, stain"
     kappa = {arm: [*draw_runs(more.said[arm], "kappa", resamples, seed)] for arm in ("distil, stain", "distil, label")}
-    labels = _compare("label distillation: stain minus label", *kappa.values(), more.groups)
+    after, before = kappa.values()
+    labels = _compare("label distillation: stain minus label", after, before, more.groups)
 
     def transfer(world: World) -> list[Endpoint]:
         titles = {"distil, stain": "label distillation", "grids": "grids", "ridge": "post-hoc ridge"}
@@ -235,7 +237,7 @@ def format_study(seeds: Seeds, found: Mapping[str, Sequence[Endpoint]], held: Ma
     said = [f"{name}: {'holds' if is_held else 'does not hold'}" for name, is_held in held.items()]
     lines = [
         "# The preregistered study\n",
-        *list_items([f"seeds: {seeds.worlds} and {seeds.trainings}", *said]),
+        *list_items([f"seeds: of the tissues {seeds.worlds}, of the trainings {[*seeds.trainings]}", *said]),
         "",
         *markdown_table(["", "difference", "95 %", "97.5 %"], rows),
         code_block(command),
@@ -250,7 +252,7 @@ def run(args: list[str]) -> int:
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", default="runs/preregistered", metavar="DIR", help="folder (default: %(default)s)")
-    parser.add_argument("--development", action="store_true", help="other seeds, for a dry run")
+    parser.add_argument("--development", action="store_true", help="other seeds and two trainings, for a dry run")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     asked = parser.parse(args)
     out, page = ROOT / asked.out, PAGE.read_bytes()
@@ -264,8 +266,8 @@ def run(args: list[str]) -> int:
     configs = {
         world: load_config(ROOT / "configs" / "evidence.yaml", make_overrides(out / world, seeds)) for world in WORLDS
     }
-    worlds = {world: read_world(out / world, config) for world, config in configs.items()}
-    found = compare_arms(worlds, configs["more"].report.bootstrap, seeds.trainings)
+    worlds = {world: read_world(out / world, config, len(seeds.trainings)) for world, config in configs.items()}
+    found = compare_arms(worlds, configs["more"].report.bootstrap, seeds.trainings.start)
     held = judge(found)
     command = shlex.join(["python", "tools/studies/preregistered.py", *args])
     text = format_study(seeds, found, held, command)

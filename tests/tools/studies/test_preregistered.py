@@ -15,7 +15,7 @@ from tools.studies.preregistered import LEAST, PAGE, Endpoint, find_seeds, judge
 
 def test_the_seeds_are_bytes_of_the_page():
     digest, seeds = hashlib.sha256(PAGE.read_bytes()).digest(), find_seeds(PAGE.read_bytes(), development=False)
-    assert seeds.trainings == int.from_bytes(digest[:4], "big") % 2**31
+    assert seeds.trainings.start == int.from_bytes(digest[:4], "big") % 2**31 and len(seeds.trainings) == 5
     assert seeds.worlds["more"] == int.from_bytes(digest[4:8], "big") % 2**31
     assert find_seeds(PAGE.read_bytes() + b" ", development=False) != seeds
     assert find_seeds(b"a", development=True) == find_seeds(b"b", development=True) != seeds
@@ -63,7 +63,6 @@ def test_the_question_is_what_the_level_does_not_say(tmp_path):
 @pytest.mark.faults
 def test_the_study_at_a_small_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preregistered, "TISSUE", "--pairs 240 --slides 60 --size 64 --test 0.3 --coupling 1")
-    monkeypatch.setattr(preregistered, "TRAININGS", 2)
     monkeypatch.setattr(preregistered, "LABELS", "--split keep:0.1 --labelled 3 --mpp 0.46 --shard-size 32")
     fields = ("--teacher.epochs", "1", "--student.epochs", "1", "--data.size", "64", "--report.bootstrap", "20")
     real = preregistered.make_fields
