@@ -94,7 +94,10 @@ def compare_teachers(config: Config, shards: ShardSet, options: TeachersOptions)
     training, labels = read_rows(shards.of_split("train"))
     fewer = open_fewer(options.fewer, shards, training) if options.fewer else None
     compared = Compared(config, shards, scored, training, read_rows(scored)[0], fewer, options)
-    _train_all(compared, rows)
+    train_teachers(compared, rows)
+    _train_students(compared, rows)
+    if fewer:
+        _train_of_fewer(compared, fewer, rows)
     first = compared.make_job(rows[0], 0, PROPOSED)
     like = answers(first.run.student.dir, "student", scored, first.run, LGD_NET)
     table = TeachersDocument(
@@ -118,25 +121,34 @@ def compare_teachers(config: Config, shards: ShardSet, options: TeachersOptions)
     return text
 
 
-def _train_all(compared: Compared, rows: Sequence[Row]) -> None:
-    """Train teachers, cache their latents, and train students on these."""
-    config, shards, fewer = compared.config, compared.shards, compared.fewer
-    each = [(row, seed) for row in rows for seed in range(compared.options.seeds)]
-    teachers = {job.run.teacher.dir: job for job in (compared.make_job(row, seed, "teacher") for row, seed in each)}
+def train_teachers(compared: Compared, rows: Sequence[Row]) -> None:
+    """Train the teachers, and cache their latents."""
+    config, shards = compared.config, compared.shards
+    teachers = {job.run.teacher.dir: job for job in _list_jobs(compared, rows, "teacher")}
     if any(row.learns_grids for row in rows):
         cache.fill_targets(config, shards.shards, config.train.workers)
     _run(compared, functools.partial(_train_teacher, shards), [*teachers.values()])
     for job in teachers.values():
         _, computed, _ = cache.cache_latents(job.run, shards.shards, config.train.workers)
         logger.info("[teachers] %s, seed %d: %d parts of latents computed", job.name, job.number, computed)
-    students = [compared.make_job(row, seed, what) for row, seed in each for what in (DISTILLATION, PROPOSED)]
-    _run(compared, functools.partial(work, shards, compared.scored), students)
+
+
+def _list_jobs(compared: Compared, rows: Sequence[Row], *what: str) -> list[Job]:
+    seeds = range(compared.options.seeds)
+    return [compared.make_job(row, seed, one) for row in rows for seed in seeds for one in what]
+
+
+def _train_students(compared: Compared, rows: Sequence[Row]) -> None:
+    students = _list_jobs(compared, rows, "distil", PROPOSED)
+    _run(compared, functools.partial(work, compared.shards, compared.scored), students)
     _run(compared, functools.partial(_see, compared.training, compared.scored_patches), students[::2])
-    if fewer is None:
-        return
-    again = [compared.make_job(row, seed, "fewer") for row, seed in each if row.learns_labels]
+
+
+def _train_of_fewer(compared: Compared, fewer: Fewer, rows: Sequence[Row]) -> None:
+    """Train those again that labels teach."""
+    again = _list_jobs(compared, [row for row in rows if row.learns_labels], "fewer")
     if any(row.learns_labels and row.learns_grids for row in rows):
-        cache.fill_targets(again[0].run, fewer.shards.shards, config.train.workers)
+        cache.fill_targets(again[0].run, fewer.shards.shards, compared.config.train.workers)
     _run(compared, functools.partial(_train_teacher, fewer.shards), again)
 
 

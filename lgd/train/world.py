@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from lgd.base.device import find_device
+from lgd.base.device import find_device, keep_memory
 from lgd.base.process_state import default_environment
 from lgd.stream.plan import World
 from lgd.train.deepspeed_engine import leave_world
@@ -42,6 +42,8 @@ def join_world() -> Iterator[World]:
     number = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = find_device(number) == "cuda"
     device = f"cuda:{number}" if cuda else "cpu"
+    if not cuda:
+        keep_memory()
     with torch.cuda.device(device) if cuda else contextlib.nullcontext(), _join_group("nccl" if cuda else "gloo"):
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,6 @@ from lgd.config import Config
 from lgd.config_files import load_config
 from lgd.io.files import write_bytes, write_json
 from lgd.io.location import as_location
-from lgd.labels.predictions import Predictions
 from lgd.metrics import Floats, Interval, interval
 from lgd.models.methods import PROPOSED
 from lgd.report.ablation import Job, answers, map_jobs, variants, work
@@ -39,28 +39,42 @@ from lgd.report.embeddings import ridge
 from lgd.report.probed import pooled_latents
 from lgd.report.questions import Question, answer_by_probes, read_questions, score_answers
 from lgd.report.results import format_interval
-from lgd.report.teacher_rows import TeachersOptions, list_rows, read_rows
-from lgd.report.teachers import Compared
+from lgd.report.teacher_rows import Row, TeachersOptions, list_rows, read_rows
+from lgd.report.teachers import Compared, train_teachers
 from lgd.report.transfer import Features, keep_features, read_features
+from lgd.shards.archive import Shard
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Store
 from tools.studies.evidence import ROOT, run_all
+
+logger = logging.getLogger("lgd.studies")
 
 PAGE = ROOT / "docs" / "preregistration.md"
 TRAININGS, OF_DRY_RUN = 5, 2
 GRIDS, PROBED = "without hallucination", 100
 TISSUE = "--pairs 4800 --slides 400 --size 96 --test 0.3 --coupling 1"
 LABELS = "--split keep:0.05 --labelled 3 --mpp 0.46"
+EPOCHS = {"teacher.epochs": 8, "student.epochs": 8}
+"""For time: five trainings of all arms in 90 minutes."""
 WORLDS = {"more": "1", "null": "0"}
 """How strongly the H&E shows what the level does not say."""
+KINDS = {"more": "label,stain", "null": "stain"}
+"""The teachers of each world."""
+OURS = f"{PROPOSED}, stain"
+ARMS = {
+    "distil, label": "label distillation, label",
+    "distil, stain": "label distillation, stain",
+    "grids": "grids",
+    OURS: "LGD-Net",
+    "ridge": "post-hoc ridge",
+    "latents": "the teacher's true latents",
+}
 LEAST = {"labels": 0.05, "transfer": 0.03}
 """The smallest gains that count."""
 ASKED = "h_score_within_level"
 
 
 class Seeds(NamedTuple):
-    """All that is drawn."""
-
     worlds: dict[str, int]
     trainings: range
 
@@ -74,26 +88,23 @@ def find_seeds(page: bytes, development: bool) -> Seeds:
     )
 
 
-def list_commands(out: Path, seeds: Seeds, config: Sequence[str]) -> list[list[str]]:
-    """What is done by the project's own commands, world by world."""
+def list_commands(out: Path, seeds: Seeds) -> list[list[str]]:
+    """Draws the worlds and builds their shards."""
     commands = []
     for world, beyond in WORLDS.items():
-        at = out / world
-        drawn = ["--beyond", beyond, "--seed", str(seeds.worlds[world])]
-        folders = ["--root", f"{at}/tissue", "--out", f"{at}/shards", "--slides", f"{at}/tissue/truth.csv"]
-        kinds = "label,stain" if world == "more" else "stain"
-        asked = ["--compare", kinds, "--seeds", str(len(seeds.trainings)), "--jobs", "2"]
+        tissue, shards = f"{out}/{world}/tissue", f"{out}/{world}/shards"
+        folders = ["--root", tissue, "--out", shards, "--slides", f"{tissue}/truth.csv"]
         commands += [
-            ["lgd", "synth", f"{at}/tissue", *TISSUE.split(), *drawn],
+            ["lgd", "synth", tissue, *TISSUE.split(), "--beyond", beyond, "--seed", str(seeds.worlds[world])],
             ["lgd", "build-shards", "--layout", "bci", *folders, *LABELS.split()],
-            ["lgd", "teachers", *config, *make_fields(at, seeds), *asked],
         ]
     return commands
 
 
-def make_fields(at: Path, seeds: Seeds) -> list[str]:
-    """The fields of a world's run."""
-    return ["--run.dir", f"{at}/run", "--run.seed", str(seeds.trainings.start), "--data.shards", f"[{at}/shards]"]
+def read_config(at: Path, seeds: Seeds) -> Config:
+    """The run of a world."""
+    fields = {"run.dir": at / "run", "run.seed": seeds.trainings.start, "data.shards": f"[{at}/shards]"} | EPOCHS
+    return load_config(ROOT / "configs" / "evidence.yaml", [f"{name}={value}" for name, value in fields.items()])
 
 
 def read_within(path: Path) -> Question:
@@ -109,59 +120,58 @@ def read_within(path: Path) -> Question:
 
 
 class World(NamedTuple):
-    """What the networks of a world said, by arm: a training after the other."""
+    """How well each arm answers: a row for each training, the value and after it that of each resample, (S, 1 + R)."""
 
-    said: dict[str, list[Predictions]]
-    known: dict[str, list[Floats]]
-    """R^2 of the question, and after it that of each resample."""
+    kappa: dict[str, Floats]
+    r2: dict[str, Floats]
+    """Of the H-score within a level."""
     groups: int
 
 
-def read_world(at: Path, config: Config, trainings: int) -> World:
-    """Train what `lgd teachers` did not, and ask all arms."""
+def train_world(at: Path, config: Config, kinds: str, trainings: int) -> World:
+    """Train the teachers of these kinds and all their students, or find them again, and ask them."""
     shards = ShardSet.open(config.shard_dirs).with_ihc("teachers")
-    options = TeachersOptions(compare="label,stain" if at.name == "more" else "stain", seeds=trainings, jobs=2)
+    options = TeachersOptions(compare=kinds, seeds=trainings, jobs=2)
     rows = {row.name: row for row in list_rows(config, shards, options)}
     scored = shards.require_split(config.report.split, "report.split")
     training, tested = read_rows(shards.of_split("train"))[0], read_rows(scored)[0]
     compared = Compared(config, shards, scored, training, tested, None, options)
-    made = {
-        f"{what}, {name}": [compared.make_job(row, seed, what) for seed in range(trainings)]
-        for name, row in rows.items()
-        for what in ("distil", PROPOSED)
-    }
-    made["grids"] = [_without_latents(job) for job in made[f"{PROPOSED}, stain"]]
-    for _ in map_jobs(functools.partial(work, shards, scored), made["grids"], config, 2):
+    train_teachers(compared, [*rows.values()])
+    made = {f"distil, {name}": _list_jobs(compared, row, "distil") for name, row in rows.items()}
+    made[OURS] = _list_jobs(compared, rows["stain"], PROPOSED)
+    made["grids"] = [_without_latents(job) for job in made[OURS]]
+    jobs = [job for some in made.values() for job in some]
+    for job, done in map_jobs(functools.partial(work, shards, scored), jobs, config, 2):
+        logger.info("[preregistered] %s, seed %d: %s", job.name, job.number, "done" if done else "reused")
+    for _ in map_jobs(functools.partial(keep_features, training, tested), jobs, config, 2):
         pass
-    of_stain = [*made["grids"], *made[f"{PROPOSED}, stain"], *made["distil, stain"]]
-    for _ in map_jobs(functools.partial(keep_features, training, tested), of_stain, config, 2):
-        pass
-    said = {
-        arm: [answers(job.run.student.dir, "student", scored, job.run, arm) for job in jobs]
-        for arm, jobs in made.items()
+    resamples, seed = config.report.bootstrap, config.run.seed
+    kappa = {
+        arm: draw_runs(
+            [answers(job.run.student.dir, "student", scored, job.run, arm) for job in some], "kappa", resamples, seed
+        )
+        for arm, some in made.items()
     }
-    known = {arm: [read_features(job) for job in made[arm]] for arm in ("grids", f"{PROPOSED}, stain", "distil, stain")}
+    known = {arm: [read_features(job) for job in some] for arm, some in made.items()}
+    latents = [_read_latents(job, shards, scored) for job in made[OURS]]
     known["ridge"] = [
-        _map_features(features, job, shards, training.groups)
-        for features, job in zip(known["distil, stain"], made["distil, stain"], strict=True)
+        _map_features(features, to.train_mF, training.groups)
+        for features, to in zip(known["distil, stain"], latents, strict=True)
     ]
-    question, resamples = read_within(at / "tissue" / "questions.csv"), config.report.bootstrap
+    known["latents"] = latents
+    question = read_within(at / "tissue" / "questions.csv")
     answer_m1, answer_t = question.find(training.keys)[:, None], question.find(tested.keys)
-    scores = {
-        arm: [
-            score_answers(
-                answer_by_probes(*features, answer_m1, PROBED, config.run.seed)[:, :, 0],
-                answer_t,
-                tested.groups,
-                None,
-                resamples,
-                config.run.seed,
-            )["r2"]
-            for features in some
-        ]
-        for arm, some in known.items()
-    }
-    return World(said, scores, len({*tested.groups}))
+
+    def score(features: Features) -> Floats:
+        said_Ut = answer_by_probes(*features, answer_m1, PROBED, seed)[:, :, 0]
+        return score_answers(said_Ut, answer_t, tested.groups, None, resamples, seed)["r2"]
+
+    r2 = {arm: np.stack([score(features) for features in some]) for arm, some in known.items()}
+    return World(kappa, r2, len({*tested.groups}))
+
+
+def _list_jobs(compared: Compared, row: Row, what: str) -> list[Job]:
+    return [compared.make_job(row, seed, what) for seed in range(compared.options.seeds)]
 
 
 def _without_latents(job: Job) -> Job:
@@ -171,10 +181,14 @@ def _without_latents(job: Job) -> Job:
     return job._replace(name="grids", run=dataclasses.replace(job.run, student=dataclasses.replace(student, dir=at)))
 
 
-def _map_features(features: Features, job: Job, shards: ShardSet, groups: Sequence[str]) -> Features:
-    """The latents that a ridge regression over all training pairs reads off the features."""
+def _read_latents(job: Job, shards: ShardSet, scored: Sequence[Shard]) -> Features:
+    """The latents of the job's teacher, in place of features."""
     store = Store(job.run.latents.dir, teachers=(job.run.teacher.name,))
-    latents_mD = pooled_latents(store, shards.of_split("train"))
+    return Features(*(pooled_latents(store, some) for some in (shards.of_split("train"), scored)))
+
+
+def _map_features(features: Features, latents_mD: Floats, groups: Sequence[str]) -> Features:
+    """The latents that a ridge regression over all training pairs reads off the features."""
     said_nD, _ = ridge(features.train_mF, latents_mD, groups, np.concatenate(features))
     return Features(*np.split(said_nD, [len(groups)]))
 
@@ -192,25 +206,22 @@ class Endpoint(NamedTuple):
         return asked.low is not None and asked.low > 0 and asked.value is not None and asked.value >= least
 
 
-def _compare(title: str, after: Sequence[Floats], before: Sequence[Floats], groups: int) -> Endpoint:
-    drawn_SR = np.stack(after) - np.stack(before)
+def _compare(title: str, after_SR: Floats, before_SR: Floats, groups: int) -> Endpoint:
+    drawn_SR = after_SR - before_SR
     return Endpoint(title, interval(drawn_SR, groups), interval(drawn_SR, groups, 0.975))
 
 
-def compare_arms(worlds: Mapping[str, World], resamples: int, seed: int) -> dict[str, list[Endpoint]]:
+def compare_arms(worlds: Mapping[str, World]) -> dict[str, list[Endpoint]]:
     """The differences of each endpoint, and under `null` those of the null world."""
-    more, ours = worlds["more"], f"{PROPOSED}, stain"
-    kappa = {arm: [*draw_runs(more.said[arm], "kappa", resamples, seed)] for arm in ("distil, stain", "distil, label")}
-    after, before = kappa.values()
-    labels = _compare("label distillation: stain minus label", after, before, more.groups)
 
     def transfer(world: World) -> list[Endpoint]:
-        titles = {"distil, stain": "label distillation", "grids": "grids", "ridge": "post-hoc ridge"}
+        others = ("distil, stain", "grids", "ridge")
         return [
-            _compare(f"LGD-Net minus {title}", world.known[ours], world.known[arm], world.groups)
-            for arm, title in titles.items()
+            _compare(f"{ARMS[OURS]} minus {ARMS[arm]}", world.r2[OURS], world.r2[arm], world.groups) for arm in others
         ]
 
+    more, (after, before) = worlds["more"], ("distil, stain", "distil, label")
+    labels = _compare(f"{ARMS[after]} minus {ARMS[before]}", more.kappa[after], more.kappa[before], more.groups)
     return {"labels": [labels], "transfer": transfer(more), "null": transfer(worlds["null"])}
 
 
@@ -226,23 +237,34 @@ def judge(found: Mapping[str, Sequence[Endpoint]]) -> dict[str, bool]:
     return second if any(first.values()) else first
 
 
-def format_study(seeds: Seeds, found: Mapping[str, Sequence[Endpoint]], held: Mapping[str, bool], command: str) -> str:
-    """The table in Markdown."""
+def format_study(
+    seeds: Seeds, worlds: Mapping[str, World], found: Mapping[str, Sequence[Endpoint]], held: Mapping[str, bool]
+) -> list[str]:
+    """The tables in Markdown."""
     titles = {"labels": "kappa", "transfer": "R² within a level", "null": "R² within a level, null world"}
     rows = [
         [titles[name], one.title, format_interval(one.at_95, "+.3f"), format_interval(one.at_97, "+.3f")]
         for name, some in found.items()
         for one in some
     ]
+    more, null = worlds.values()
+    arms = [
+        [title, *(_format_arm(at.get(arm), more.groups) for at in (more.kappa, more.r2, null.r2))]
+        for arm, title in ARMS.items()
+    ]
     said = [f"{name}: {'holds' if is_held else 'does not hold'}" for name, is_held in held.items()]
-    lines = [
+    return [
         "# The preregistered study\n",
-        *list_items([f"seeds: of the tissues {seeds.worlds}, of the trainings {[*seeds.trainings]}", *said]),
+        *list_items([f"seeds of the tissues {seeds.worlds}, of the trainings {[*seeds.trainings]}", *said]),
         "",
         *markdown_table(["", "difference", "95 %", "97.5 %"], rows),
-        code_block(command),
+        "",
+        *markdown_table(["arm (95 %)", titles["labels"], titles["transfer"], titles["null"]], arms),
     ]
-    return "\n".join([*lines, ""])
+
+
+def _format_arm(drawn_SR: Floats | None, groups: int) -> str:
+    return "" if drawn_SR is None else format_interval(interval(drawn_SR, groups), ".3f")
 
 
 def run(args: list[str]) -> int:
@@ -257,20 +279,20 @@ def run(args: list[str]) -> int:
     asked = parser.parse(args)
     out, page = ROOT / asked.out, PAGE.read_bytes()
     seeds = find_seeds(page, asked.development)
-    commands = list_commands(out, seeds, ["--config", "configs/evidence.yaml"])
+    commands = list_commands(out, seeds)
     if asked.dry_run:
         print_lines(*map(shlex.join, commands))
         return 0
     if status := run_all(commands):
         return status
-    configs = {
-        world: load_config(ROOT / "configs" / "evidence.yaml", make_overrides(out / world, seeds)) for world in WORLDS
+    worlds = {
+        world: train_world(out / world, read_config(out / world, seeds), kinds, len(seeds.trainings))
+        for world, kinds in KINDS.items()
     }
-    worlds = {world: read_world(out / world, config, len(seeds.trainings)) for world, config in configs.items()}
-    found = compare_arms(worlds, configs["more"].report.bootstrap, seeds.trainings.start)
+    found = compare_arms(worlds)
     held = judge(found)
     command = shlex.join(["python", "tools/studies/preregistered.py", *args])
-    text = format_study(seeds, found, held, command)
+    text = "\n".join([*format_study(seeds, worlds, found, held), code_block(command), ""])
     document = {"page": hashlib.sha256(page).hexdigest(), "development": asked.development, "holds": held}
     document |= {
         name: [one._asdict() | {"at_95": one.at_95.as_json(), "at_97": one.at_97.as_json()} for one in some]
@@ -280,12 +302,6 @@ def run(args: list[str]) -> int:
     write_bytes(out / "preregistered.md", text.encode())
     print_lines(*text.split("\n"))
     return 0
-
-
-def make_overrides(at: Path, seeds: Seeds) -> list[str]:
-    """`make_fields`, as `load_config` takes them."""
-    fields = make_fields(at, seeds)
-    return [f"{name}={value}" for name, value in zip(fields[::2], fields[1::2], strict=True)]
 
 
 if __name__ == "__main__":

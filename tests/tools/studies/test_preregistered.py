@@ -64,9 +64,8 @@ def test_the_question_is_what_the_level_does_not_say(tmp_path):
 def test_the_study_at_a_small_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preregistered, "TISSUE", "--pairs 240 --slides 60 --size 64 --test 0.3 --coupling 1")
     monkeypatch.setattr(preregistered, "LABELS", "--split keep:0.1 --labelled 3 --mpp 0.46 --shard-size 32")
-    fields = ("--teacher.epochs", "1", "--student.epochs", "1", "--data.size", "64", "--report.bootstrap", "20")
-    real = preregistered.make_fields
-    monkeypatch.setattr(preregistered, "make_fields", lambda at, seeds: [*real(at, seeds), *fields])
+    fields = {"teacher.epochs": 1, "student.epochs": 1, "data.size": 64, "report.bootstrap": 20}
+    monkeypatch.setattr(preregistered, "EPOCHS", fields)
     assert preregistered.run(["--development", "--out", str(tmp_path)]) == 0
     out, document = capsys.readouterr().out, read_json(tmp_path / "preregistered.json")
     assert out.endswith((tmp_path / "preregistered.md").read_text() + "\n")
