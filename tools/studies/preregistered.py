@@ -75,6 +75,8 @@ ASKED = "h_score_within_level"
 
 
 class Seeds(NamedTuple):
+    """All that is drawn."""
+
     worlds: dict[str, int]
     trainings: range
 
@@ -104,7 +106,7 @@ def list_commands(out: Path, seeds: Seeds) -> list[list[str]]:
 def read_config(at: Path, seeds: Seeds) -> Config:
     """The run of a world."""
     fields = {"run.dir": at / "run", "run.seed": seeds.trainings.start, "data.shards": f"[{at}/shards]"} | EPOCHS
-    return load_config(ROOT / "configs" / "evidence.yaml", [f"{name}={value}" for name, value in fields.items()])
+    return load_config(ROOT / "configs" / "evidence.yaml", [f"--{name}={value}" for name, value in fields.items()])
 
 
 def read_within(path: Path) -> Question:
