@@ -71,7 +71,6 @@ ARMS = {
 }
 LEAST = {"labels": 0.05, "transfer": 0.03}
 """The smallest gains that count."""
-ASKED = "h_score_within_level"
 
 
 class Seeds(NamedTuple):
@@ -118,11 +117,11 @@ def read_within(path: Path) -> Question:
     score_n, level_n = score.find(keys), level.find(keys)
     for one in np.unique(level_n):
         score_n[level_n == one] -= score_n[level_n == one].mean()
-    return Question(ASKED, dict(zip(keys, score_n.tolist(), strict=True)))
+    return Question("h_score_within_level", dict(zip(keys, score_n.tolist(), strict=True)))
 
 
 class World(NamedTuple):
-    """How well each arm answers: a row for each training, the value and after it that of each resample, (S, 1 + R)."""
+    """How well each arm answers: for each training the value, and after it that of each resample, (S, 1 + R)."""
 
     kappa: dict[str, Floats]
     r2: dict[str, Floats]
@@ -233,7 +232,8 @@ def judge(found: Mapping[str, Sequence[Endpoint]]) -> dict[str, bool]:
     def holds(name: str, strict: bool) -> bool:
         return all(one.holds(LEAST[name], strict) for one in found[name])
 
-    believed = all((one.at_95.low or 0) <= 0 <= (one.at_95.high or 0) for one in found["null"])
+    null = [(one.at_95.low, one.at_95.high) for one in found["null"]]
+    believed = all(low is not None and high is not None and low <= 0 <= high for low, high in null)
     first = {"labels": holds("labels", True), "transfer": holds("transfer", True) and believed}
     second = {"labels": holds("labels", False), "transfer": holds("transfer", False) and believed}
     return second if any(first.values()) else first

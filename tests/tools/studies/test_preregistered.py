@@ -51,7 +51,8 @@ def test_small_gains_and_a_null_world_that_gains_do_not_count():
     for name, least in LEAST.items():
         small = strong | {name: [endpoint(least - 1e-6, *STRONG)] * len(strong[name])}
         assert judge(small) == {other: other != name for other in LEAST}
-    assert judge(strong | {"null": [*NULL[:2], endpoint(0.1, 0.01, -0.1)]}) == {"labels": True, "transfer": False}
+    for null in (endpoint(0.1, 0.01, -0.1), Endpoint("", *[Interval(value=None, low=None, high=None)] * 2)):
+        assert judge(strong | {"null": [*NULL[:2], null]}) == {"labels": True, "transfer": False}
 
 
 def test_the_question_is_what_the_level_does_not_say(tmp_path):
