@@ -1,11 +1,11 @@
-"""How often the 95 % interval of `lgd.metrics.interval` holds the true value, over few trainings, on drawn numbers.
+"""How often the interval of `lgd.metrics.interval` holds the true value, over few trainings, on drawn numbers.
 
-python tools/studies/coverage.py [--draws N] [--seed N] [--metrics] [--trainings N,N]
+python tools/studies/coverage.py [--draws N] [--seed N] [--metrics] [--trainings N,N] [--level P]
 
 A score is drawn as slide + training + what this training makes of this slide, all normal. `--metrics` draws levels that
 networks answer instead, and looks at kappa and accuracy. Prints, for each number of trainings and each ratio of the
 noise of trainings to that of slides, the share of intervals that hold the true value, and their mean width by that of
-95 % of the values; beside them those of resampling slides and trainings jointly, which was used before.
+as many of the values; beside them those of resampling slides and trainings jointly, which was used before.
 
 Shapes: S trainings, G slides, R resamples, n patches.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import ndtr
+from scipy.special import ndtr, ndtri
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -45,26 +45,26 @@ Drawn = Callable[[int, float, int, int], Iterator[tuple[Floats, float]]]
 """Trainings, their noise, draws, seed -> values by training and resample (S, 1 + R), and the true value."""
 
 
-def resample_jointly(drawn_SR: Floats, seed: int) -> tuple[float, float]:
+def resample_jointly(drawn_SR: Floats, level: float, seed: int) -> tuple[float, float]:
     """The percentile interval over slides and trainings, both resampled."""
     trainings, resamples = len(drawn_SR), drawn_SR.shape[1] - 1
     taken_RS = np.random.default_rng(seed).integers(trainings, size=(resamples, trainings))
     mean_R = drawn_SR[taken_RS, np.arange(1, 1 + resamples)[:, None]].mean(axis=1)
-    low, high = np.percentile(mean_R, [2.5, 97.5])
+    low, high = np.quantile(mean_R, [0.5 - level / 2, 0.5 + level / 2])
     return float(low), float(high)
 
 
-def measure(cases: Iterator[tuple[Floats, float]]) -> list[str]:
+def measure(cases: Iterator[tuple[Floats, float]], level: float = 0.95) -> list[str]:
     """Coverage and mean width of the interval, and of that of joint resampling."""
     values, found = [], []
     for number, (drawn_SR, truth) in enumerate(cases):
         values.append(drawn_SR[:, 0].mean())
-        one = interval(drawn_SR, SLIDES)
+        one = interval(drawn_SR, SLIDES, level)
         assert one.low is not None and one.high is not None
-        both = (one.low, one.high), resample_jointly(drawn_SR, number)
+        both = (one.low, one.high), resample_jointly(drawn_SR, level, number)
         found.append([(low <= truth <= high, high - low) for low, high in both])
     coverage_width_22 = np.array(found, np.float64).mean(axis=0)
-    width = 2 * 1.96 * np.std(values)
+    width = 2 * ndtri(0.5 + level / 2) * np.std(values)
     return [f"{coverage:.3f}, {one / width:.2f}" for coverage, one in coverage_width_22]
 
 
@@ -166,12 +166,13 @@ def run(args: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=7_000_000, help="of what is drawn (default: %(default)s)")
     parser.add_argument("--metrics", action="store_true", help="kappa and accuracy instead of normal scores")
     parser.add_argument("--trainings", default="3,5,10", help="how many, by commas (default: %(default)s)")
+    parser.add_argument("--level", type=float, default=0.95, help="of the intervals (default: %(default)s)")
     asked = parser.parse(args)
     rows = []
     for trainings in map(int, asked.trainings.split(",")):
         for number, (kind, ratio, draw, noise) in enumerate(list_cells(asked.metrics, asked.seed)):
             seed = asked.seed + 10_000 * (100 * trainings + number)
-            rows.append([str(trainings), kind, ratio, *measure(draw(trainings, noise, asked.draws, seed))])
+            rows.append([str(trainings), kind, ratio, *measure(draw(trainings, noise, asked.draws, seed), asked.level)])
     heads = ["trainings", "of a", "noise of trainings by that", "coverage, width", "resampled jointly"]
     print_lines(*markdown_table(heads, rows))
     return 0

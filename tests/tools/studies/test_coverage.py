@@ -23,6 +23,12 @@ def test_intervals_hold_their_coverage_where_trainings_differ(trainings, kind):
     assert 0.92 <= found <= 0.99 and before < 0.9 and narrow < width < 2.5
 
 
+def test_other_levels_hold_theirs():
+    for level, least, most in ((0.5, 0.42, 0.62), (0.975, 0.955, 1.0)):
+        found, _ = held(coverage.measure(coverage.draw_scores(2.0, 5, 1.0, 400, seed=17), level)[0])
+        assert least <= found <= most, level
+
+
 def test_a_metric_of_drawn_levels_is_the_one_of_reports():
     random = np.random.default_rng(0)
     level, said = random.integers(4, size=(2, 90))
