@@ -1,6 +1,6 @@
 """The study of docs/preregistration.md: from that page to its two endpoints.
 
-python tools/studies/preregistered.py [--out DIR] [--development] [--dry-run]
+python tools/studies/preregistered.py [--out DIR] [--long] [--development] [--dry-run]
 
 The seeds are the first bytes of the page's SHA-256; with --development others, and two trainings, for a dry run.
 What is finished is not done again. Leaves OUT/preregistered.md and preregistered.json.
@@ -49,8 +49,8 @@ from tools.studies.evidence import ROOT, run_all
 
 logger = logging.getLogger("lgd.studies")
 
-PAGE = ROOT / "docs" / "preregistration.md"
-TRAININGS, OF_DRY_RUN = 5, 2
+PAGE, CONFIG = ROOT / "docs" / "preregistration.md", ROOT / "configs" / "evidence.yaml"
+TRAININGS, OF_DRY_RUN, JOBS = 5, 2, 2
 GRIDS, PROBED = "without hallucination", 100
 TISSUE = "--pairs 4800 --slides 400 --size 96 --test 0.3 --coupling 1"
 LABELS = "--split keep:0.05 --labelled 3 --mpp 0.46"
@@ -60,6 +60,8 @@ WORLDS = {"more": "1", "null": "0"}
 """How strongly the H&E shows what the level does not say."""
 KINDS = {"more": "label,stain", "null": "stain"}
 """The teachers of each world."""
+TEACHERS = "label,stain,several,parts,pairs"
+"""Those of the long form."""
 OURS = f"{PROPOSED}, stain"
 ARMS = {
     "distil, label": "label distillation, label",
@@ -102,10 +104,22 @@ def list_commands(out: Path, seeds: Seeds) -> list[list[str]]:
     return commands
 
 
-def read_config(at: Path, seeds: Seeds) -> Config:
-    """The run of a world."""
+def list_long(out: Path, seeds: Seeds) -> list[list[str]]:
+    """Compares all teachers in each world; those of the study and their students are found again."""
+    config, trainings = (
+        ["--config", str(CONFIG.relative_to(ROOT))],
+        ["--seeds", str(len(seeds.trainings)), "--jobs", str(JOBS)],
+    )
+    return [
+        ["lgd", "teachers", *config, *list_fields(out / world, seeds), "--compare", TEACHERS, *trainings]
+        for world in WORLDS
+    ]
+
+
+def list_fields(at: Path, seeds: Seeds) -> list[str]:
+    """Those of a world's run, but for its file."""
     fields = {"run.dir": at / "run", "run.seed": seeds.trainings.start, "data.shards": f"[{at}/shards]"} | EPOCHS
-    return load_config(ROOT / "configs" / "evidence.yaml", [f"--{name}={value}" for name, value in fields.items()])
+    return [f"--{name}={value}" for name, value in fields.items()]
 
 
 def read_within(path: Path) -> Question:
@@ -132,7 +146,7 @@ class World(NamedTuple):
 def train_world(at: Path, config: Config, kinds: str, trainings: int) -> World:
     """Train the teachers of these kinds and all their students, or find them again, and ask them."""
     shards = ShardSet.open(config.shard_dirs).with_ihc("teachers")
-    options = TeachersOptions(compare=kinds, seeds=trainings, jobs=2)
+    options = TeachersOptions(compare=kinds, seeds=trainings, jobs=JOBS)
     rows = {row.name: row for row in list_rows(config, shards, options)}
     scored = shards.require_split(config.report.split, "report.split")
     training, tested = read_rows(shards.of_split("train"))[0], read_rows(scored)[0]
@@ -142,9 +156,9 @@ def train_world(at: Path, config: Config, kinds: str, trainings: int) -> World:
     made[OURS] = _list_jobs(compared, rows["stain"], PROPOSED)
     made["grids"] = [_without_latents(job) for job in made[OURS]]
     jobs = [job for some in made.values() for job in some]
-    for job, done in map_jobs(functools.partial(work, shards, scored), jobs, config, 2):
+    for job, done in map_jobs(functools.partial(work, shards, scored), jobs, config, JOBS):
         logger.info("[preregistered] %s, seed %d: %s", job.name, job.number, "done" if done else "reused")
-    for _ in map_jobs(functools.partial(keep_features, training, tested), jobs, config, 2):
+    for _ in map_jobs(functools.partial(keep_features, training, tested), jobs, config, JOBS):
         pass
     resamples, seed = config.report.bootstrap, config.run.seed
     kappa = {
@@ -276,19 +290,23 @@ def run(args: list[str]) -> int:
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", default="runs/preregistered", metavar="DIR", help="folder (default: %(default)s)")
+    parser.add_argument("--long", action="store_true", help="compare all teachers in both worlds after it: hours")
     parser.add_argument("--development", action="store_true", help="other seeds and two trainings, for a dry run")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     asked = parser.parse(args)
     out, page = ROOT / asked.out, PAGE.read_bytes()
     seeds = find_seeds(page, asked.development)
     commands = list_commands(out, seeds)
+    more = list_long(out, seeds) if asked.long else []
     if asked.dry_run:
-        print_lines(*map(shlex.join, commands))
+        print_lines(*map(shlex.join, commands + more))
         return 0
     if status := run_all(commands):
         return status
     worlds = {
-        world: train_world(out / world, read_config(out / world, seeds), kinds, len(seeds.trainings))
+        world: train_world(
+            out / world, load_config(CONFIG, list_fields(out / world, seeds)), kinds, len(seeds.trainings)
+        )
         for world, kinds in KINDS.items()
     }
     found = compare_arms(worlds)
@@ -303,7 +321,7 @@ def run(args: list[str]) -> int:
     write_json(out / "preregistered.json", document)
     write_bytes(out / "preregistered.md", text.encode())
     print_lines(*text.split("\n"))
-    return 0
+    return run_all(more)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 
 from lgd.io.files import read_json
 from lgd.metrics import Interval
+from tests.support.studies import run_here
 from tools.studies import preregistered
 from tools.studies.preregistered import LEAST, PAGE, Endpoint, find_seeds, judge, read_within
 
@@ -61,9 +62,16 @@ def test_the_question_is_what_the_level_does_not_say(tmp_path):
     assert read_within(path).answers == {"a": -1, "b": 1, "c": -2, "d": 2}
 
 
+def list_networks(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("**/model.safetensors")}
+
+
 @pytest.mark.faults
 def test_the_study_at_a_small_size(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(preregistered, "TISSUE", "--pairs 240 --slides 60 --size 64 --test 0.3 --coupling 1")
+    monkeypatch.setattr(preregistered, "run_all", run_here)
+    monkeypatch.setattr(preregistered, "JOBS", 0)
+    monkeypatch.setattr(preregistered, "PROBED", 20)
+    monkeypatch.setattr(preregistered, "TISSUE", "--pairs 120 --slides 40 --size 64 --test 0.3 --coupling 1")
     monkeypatch.setattr(preregistered, "LABELS", "--split keep:0.1 --labelled 3 --mpp 0.46 --shard-size 32")
     fields = {"teacher.epochs": 1, "student.epochs": 1, "data.size": 64, "report.bootstrap": 20}
     monkeypatch.setattr(preregistered, "EPOCHS", fields)
@@ -75,7 +83,10 @@ def test_the_study_at_a_small_size(tmp_path, monkeypatch, capsys):
     for one in itertools.chain(document["transfer"], document["labels"]):
         assert one["at_97"]["low"] <= one["at_95"]["low"] <= one["at_95"]["value"]
     assert len([*Path(tmp_path).glob("*/run/teachers/stain/grids-*/model.safetensors")]) == 4
-    before = (tmp_path / "preregistered.md").read_bytes()
-    assert preregistered.run(["--development", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "preregistered.md").read_bytes() == before
+    before, networks = (tmp_path / "preregistered.md").read_bytes(), list_networks(tmp_path)
+    monkeypatch.setattr(preregistered, "TEACHERS", "stain")
+    assert preregistered.run(["--development", "--out", str(tmp_path), "--long"]) == 0
+    assert (tmp_path / "preregistered.md").read_bytes().replace(b" --long", b"") == before
+    # The long form finds what was trained.
+    assert len([*tmp_path.glob("*/run/teachers/teachers.md")]) == 2 and list_networks(tmp_path) == networks
     assert np.isfinite(document["labels"][0]["at_95"]["value"])
