@@ -20,6 +20,9 @@ _STAINING: tuple[tuple[tuple[float, float], tuple[float, float], tuple[float, fl
     ((0.65, 1.00), (0.80, 1.25), (0.95, 1.00), 2.14),
 )
 
+_ANY_SHARE = 0.12, 1.0
+"""Share of stained cells of levels above 0 where the H&E says something of it; ASCO/CAP ask for more than 10 %."""
+
 DRIFT = 0.9
 """How far cells lie in the neighbouring section from where they lie in the H&E, in micrometres."""
 TEXTURES = (0.7, 1.7, 6.0)
@@ -99,13 +102,16 @@ class Expression(NamedTuple):
 def draw_expression(rng: np.random.Generator, level: int, place: float = 0.0, weight: float = 0.0) -> Expression:
     """Anywhere in the ranges of a HER2 level.
 
-    The share of stained cells moves from where it was drawn towards a `place` in its range, 0..1, by this `weight`.
+    With a `weight` the share of stained cells is drawn from a wider range, and moves by this weight towards a `place`
+    in it, 0..1.
     """
     *ranges, width = _STAINING[level]
     share, density, complete = (rng.uniform(*limits) for limits in ranges)
     if weight:
-        low, high = ranges[0]
-        share = (1 - weight) * share + weight * (low + (high - low) * place)
+        least, most = ranges[0]
+        low, high = _ANY_SHARE if level else ranges[0]
+        drawn = (share - least) / (most - least)
+        share = low + (high - low) * ((1 - weight) * drawn + weight * place)
     return Expression(share, density, complete, width)
 
 

@@ -317,6 +317,8 @@ def test_elongation_says_how_many_cells_are_stained_within_a_level_and_nothing_o
             for beyond, some in drawn.items()
         }
         assert abs(told[0.0]) < 0.5 and told[1.0] > 0.9 and told[1.0] > told[0.5] > told[0.0]
+        # Wider than the ranges by which the level alone is drawn.
+        assert np.ptp([one["stained_fraction"] for one in np.array(drawn[1.0])[shown]]) > 0.6
     # At coupling 0 the H&E has nothing of the level, with elongated nuclei too.
     images = [draw_pair(0, 3, 1, 64, 0.0, level, scenes[1.0])[0] for level in range(4)]
     assert all(np.array_equal(images[0], image) for image in images[1:])

@@ -56,8 +56,8 @@ TISSUE = "--pairs 4800 --slides 400 --size 96 --test 0.3 --coupling 1"
 LABELS = "--split keep:0.05 --labelled 3 --mpp 0.46"
 EPOCHS = {"teacher.epochs": 8, "student.epochs": 8}
 """For time: five trainings of all arms in 90 minutes."""
-WORLDS = {"more": "1", "null": "0"}
-"""How strongly the H&E shows what the level does not say."""
+WORLDS = {"more": "1", "null": "0.01"}
+"""How strongly the H&E shows what the level does not say. At 0 that would range less too, in the IHC."""
 KINDS = {"more": "label,stain", "null": "stain"}
 """The teachers of each world."""
 TEACHERS = "label,stain,several,parts,pairs"
