@@ -19,6 +19,7 @@ from lgd.scoring.notes import NO_LABELS
 from lgd.serve.launch import check_options
 from lgd.serve.options import ServeOptions
 from lgd.store.store import Store
+from tests.support.shades import write_ramp
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds instead of minutes; Ray and DeepSpeed have tests of their own.
@@ -90,6 +91,13 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
         key = Store(tmp_path / "demo" / "latents").parts[0].first
         here = {"configs/demo.yaml": str(tmp_path / "demo" / "config.yaml"), "00001_train_3+": key}
         lgd(*(here.get(arg, arg.replace("runs/demo", str(tmp_path / "demo"))) for arg in command))
+    for command in documented_commands("docs/quickstart.md", "4. Score patches and ask queries"):
+        lgd(
+            *(
+                arg.replace("runs/demo", str(tmp_path / "demo")).replace("neighbours", f"{tmp_path}/n")
+                for arg in command
+            )
+        )
     told = capsys.readouterr().out
     assert "vote" in told and "re-encoded 16 rows" in told and "latents: no problems" in told
 
@@ -119,12 +127,18 @@ def test_the_demo_on_virtual_tissue_and_its_second_run(tmp_path, capsys):
     assert "another recipe" in again and "teacher:" in again and "delete this one" in again
 
 
-def test_the_first_five_minutes_of_the_readme(tissue, tmp_path, monkeypatch, capsys):
-    """With six images of one's own, which are virtual here."""
-    readme = (ROOT / "README.md").read_text()
-    section = readme.split("## First five minutes\n", 1)[1]
-    (table,) = re.findall(r"```\n(he,ihc.*?)```", section, re.DOTALL)
-    (run,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+@pytest.mark.parametrize(
+    ("document", "headings"),
+    [
+        ("README.md", ["First five minutes"]),
+        ("docs/own-data.md", ["Build, train, evaluate", "Score patches and slides"]),
+    ],
+)
+def test_a_user_with_six_images(document, headings, tissue, tmp_path, monkeypatch, capsys):
+    """The documented way from images of one's own, which are virtual here, to scores."""
+    text = (ROOT / document).read_text()
+    (table,) = re.findall(r"```\n(he,ihc.*?)```", text, re.DOTALL)
+    (run,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "patches").mkdir()
     (tmp_path / "patches" / "pairs.csv").write_text(table)
     (tmp_path / "mine.yaml").write_text(run)
@@ -132,26 +146,17 @@ def test_the_first_five_minutes_of_the_readme(tissue, tmp_path, monkeypatch, cap
         he, ihc, *_ = line.split(",")
         for name, image in ((he, source), (ihc, tissue / "IHC" / "train" / source.name)):
             Image.open(image).save(tmp_path / "patches" / name)
+    write_ramp(tmp_path / "slide.svs", 0.46, height=500, width=500)
     monkeypatch.chdir(tmp_path)
     verbs = []
-    for command in documented_commands("README.md", "First five minutes"):
+    for command in (one for heading in headings for one in documented_commands(document, heading)):
         verbs.append(command[0])
         lgd(*command, *(QUICK if "--config" in command else ()))
-    assert verbs[-5:] == ["train", "evaluate", "info", "predict", "query"]
+    assert verbs[4:9] == ["train", "evaluate", "info", "predict", "query"]
     out = capsys.readouterr().out
     assert "lgd predict --model runs/mine IMAGE" in out and "patches/c_he.png" in out
     assert (tmp_path / "neighbours.png").stat().st_size > 5_000 and (tmp_path / "runs/mine/report/summary.md").is_file()
-
-
-def test_the_readme_is_short_and_its_links_lead_somewhere():
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    assert len(documents[0].read_text().split()) <= 1500
-    index = (ROOT / "docs" / "index.md").read_text()
-    for document in documents:
-        assert document.parent == ROOT or document.name == "index.md" or f"]({document.name})" in index
-        text = document.read_text()
-        for link in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", text):
-            assert "://" in link or (document.parent / link).exists(), f"{document}: {link}"
+    assert (tmp_path / "scores" / "slide" / "heatmap.png").is_file() == ("own-data" in document)
 
 
 @pytest.fixture(scope="module")
