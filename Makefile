@@ -7,7 +7,7 @@ BIN := .venv/bin
 # What `make evidence` shows: method, coupling, shortcut, background, centers or ki67.
 STUDY ?= method
 
-.PHONY: demo test test-encoders check bench faults evidence bci mist vendor clean
+.PHONY: demo test test-encoders check docs bench faults evidence bci mist vendor clean
 
 demo: .venv/installed
 	$(BIN)/lgd demo
@@ -36,6 +36,10 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site, in runs/site; a broken link is an error. The variable silences a notice of mkdocs-material.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 faults: export LGD_FAULTS = all
 faults: .venv/installed-dev
@@ -84,6 +88,10 @@ CONSTRAINTS = $(if $(filter cpu,$(FAISS)),--constraint constraints-cpu.txt)
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[$(FAISS),serve,onnx,dev]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[$(FAISS),serve,docs]'
 	touch $@
 
 .venv-encoders/installed: pyproject.toml constraints-encoders.txt
