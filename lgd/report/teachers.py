@@ -139,7 +139,7 @@ def _list_jobs(compared: Compared, rows: Sequence[Row], *what: str) -> list[Job]
 
 
 def _train_students(compared: Compared, rows: Sequence[Row]) -> None:
-    students = _list_jobs(compared, rows, "distil", PROPOSED)
+    students = _list_jobs(compared, rows, DISTILLATION, PROPOSED)
     _run(compared, functools.partial(work, compared.shards, compared.scored), students)
     _run(compared, functools.partial(_see, compared.training, compared.scored_patches), students[::2])
 

@@ -32,7 +32,7 @@ from lgd.config_files import load_config
 from lgd.io.files import write_bytes, write_json
 from lgd.io.location import as_location
 from lgd.metrics import Floats, Interval, interval
-from lgd.models.methods import PROPOSED
+from lgd.models.methods import DISTILLATION, PROPOSED
 from lgd.report.ablation import Job, answers, map_jobs, variants, work
 from lgd.report.ablation_table import draw_runs
 from lgd.report.embeddings import ridge
@@ -62,10 +62,10 @@ KINDS = {"more": "label,stain", "null": "stain"}
 """The teachers of each world."""
 TEACHERS = "label,stain,several,parts,pairs"
 """Those of the long form."""
-OURS = f"{PROPOSED}, stain"
+OURS, BY_STAIN, BY_LABEL = f"{PROPOSED}, stain", f"{DISTILLATION}, stain", f"{DISTILLATION}, label"
 ARMS = {
-    "distil, label": "label distillation, label",
-    "distil, stain": "label distillation, stain",
+    BY_LABEL: "label distillation, label",
+    BY_STAIN: "label distillation, stain",
     "grids": "grids",
     OURS: "LGD-Net",
     "ridge": "post-hoc ridge",
@@ -152,7 +152,7 @@ def train_world(at: Path, config: Config, kinds: str, trainings: int) -> World:
     training, tested = read_rows(shards.of_split("train"))[0], read_rows(scored)[0]
     compared = Compared(config, shards, scored, training, tested, None, options)
     train_teachers(compared, [*rows.values()])
-    made = {f"distil, {name}": _list_jobs(compared, row, "distil") for name, row in rows.items()}
+    made = {f"{DISTILLATION}, {name}": _list_jobs(compared, row, DISTILLATION) for name, row in rows.items()}
     made[OURS] = _list_jobs(compared, rows["stain"], PROPOSED)
     made["grids"] = [_without_latents(job) for job in made[OURS]]
     jobs = [job for some in made.values() for job in some]
@@ -171,7 +171,7 @@ def train_world(at: Path, config: Config, kinds: str, trainings: int) -> World:
     latents = [_read_latents(job, shards, scored) for job in made[OURS]]
     known["ridge"] = [
         _map_features(features, to.train_mF, training.groups)
-        for features, to in zip(known["distil, stain"], latents, strict=True)
+        for features, to in zip(known[BY_STAIN], latents, strict=True)
     ]
     known["latents"] = latents
     question = read_within(at / "tissue" / "questions.csv")
@@ -230,13 +230,15 @@ def compare_arms(worlds: Mapping[str, World]) -> dict[str, list[Endpoint]]:
     """The differences of each endpoint, and under `null` those of the null world."""
 
     def transfer(world: World) -> list[Endpoint]:
-        others = ("distil, stain", "grids", "ridge")
+        others = (BY_STAIN, "grids", "ridge")
         return [
             _compare(f"{ARMS[OURS]} minus {ARMS[arm]}", world.r2[OURS], world.r2[arm], world.groups) for arm in others
         ]
 
-    more, (after, before) = worlds["more"], ("distil, stain", "distil, label")
-    labels = _compare(f"{ARMS[after]} minus {ARMS[before]}", more.kappa[after], more.kappa[before], more.groups)
+    more = worlds["more"]
+    labels = _compare(
+        f"{ARMS[BY_STAIN]} minus {ARMS[BY_LABEL]}", more.kappa[BY_STAIN], more.kappa[BY_LABEL], more.groups
+    )
     return {"labels": [labels], "transfer": transfer(more), "null": transfer(worlds["null"])}
 
 

@@ -70,6 +70,7 @@ def list_networks(folder):
 def test_the_study_at_a_small_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preregistered, "run_all", run_here)
     monkeypatch.setattr(preregistered, "JOBS", 0)
+    monkeypatch.setattr(preregistered, "OF_DRY_RUN", 1)
     monkeypatch.setattr(preregistered, "PROBED", 20)
     monkeypatch.setattr(preregistered, "TISSUE", "--pairs 120 --slides 40 --size 64 --test 0.3 --coupling 1")
     monkeypatch.setattr(preregistered, "LABELS", "--split keep:0.1 --labelled 3 --mpp 0.46 --shard-size 32")
@@ -78,11 +79,11 @@ def test_the_study_at_a_small_size(tmp_path, monkeypatch, capsys):
     assert preregistered.run(["--development", "--out", str(tmp_path)]) == 0
     out, document = capsys.readouterr().out, read_json(tmp_path / "preregistered.json")
     assert out.endswith((tmp_path / "preregistered.md").read_text() + "\n")
-    assert document["holds"] == {"labels": False, "transfer": False}
+    assert document["holds"].keys() == LEAST.keys()
     assert [len(document[name]) for name in ("labels", "transfer", "null")] == [1, 3, 3]
     for one in itertools.chain(document["transfer"], document["labels"]):
         assert one["at_97"]["low"] <= one["at_95"]["low"] <= one["at_95"]["value"]
-    assert len([*Path(tmp_path).glob("*/run/teachers/stain/grids-*/model.safetensors")]) == 4
+    assert len([*Path(tmp_path).glob("*/run/teachers/stain/grids-*/model.safetensors")]) == 2
     before, networks = (tmp_path / "preregistered.md").read_bytes(), list_networks(tmp_path)
     monkeypatch.setattr(preregistered, "TEACHERS", "stain")
     assert preregistered.run(["--development", "--out", str(tmp_path), "--long"]) == 0
