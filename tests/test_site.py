@@ -138,7 +138,9 @@ def test_what_else_is_run_is_in_the_repository():
 
 
 def test_every_block_of_python_is_python():
-    for document, block in list_blocks("python"):
+    blocks = list_blocks("python")
+    assert blocks
+    for document, block in blocks:
         compile(block, document, "exec")
 
 

@@ -124,7 +124,7 @@ def compare_teachers(config: Config, shards: ShardSet, options: TeachersOptions)
 def train_teachers(compared: Compared, rows: Sequence[Row]) -> None:
     """Train the teachers, and cache their latents."""
     config, shards = compared.config, compared.shards
-    teachers = {job.run.teacher.dir: job for job in _list_jobs(compared, rows, "teacher")}
+    teachers = {job.run.teacher.dir: job for job in list_jobs(compared, rows, "teacher")}
     if any(row.learns_grids for row in rows):
         cache.fill_targets(config, shards.shards, config.train.workers)
     _run(compared, functools.partial(_train_teacher, shards), [*teachers.values()])
@@ -133,20 +133,21 @@ def train_teachers(compared: Compared, rows: Sequence[Row]) -> None:
         logger.info("[teachers] %s, seed %d: %d parts of latents computed", job.name, job.number, computed)
 
 
-def _list_jobs(compared: Compared, rows: Sequence[Row], *what: str) -> list[Job]:
+def list_jobs(compared: Compared, rows: Sequence[Row], *what: str) -> list[Job]:
+    """The trainings of `what` of teachers, seed by seed."""
     seeds = range(compared.options.seeds)
     return [compared.make_job(row, seed, one) for row in rows for seed in seeds for one in what]
 
 
 def _train_students(compared: Compared, rows: Sequence[Row]) -> None:
-    students = _list_jobs(compared, rows, DISTILLATION, PROPOSED)
+    students = list_jobs(compared, rows, DISTILLATION, PROPOSED)
     _run(compared, functools.partial(work, compared.shards, compared.scored), students)
     _run(compared, functools.partial(_see, compared.training, compared.scored_patches), students[::2])
 
 
 def _train_of_fewer(compared: Compared, fewer: Fewer, rows: Sequence[Row]) -> None:
     """Train those again that labels teach."""
-    again = _list_jobs(compared, [row for row in rows if row.learns_labels], "fewer")
+    again = list_jobs(compared, [row for row in rows if row.learns_labels], "fewer")
     if any(row.learns_labels and row.learns_grids for row in rows):
         cache.fill_targets(again[0].run, fewer.shards.shards, compared.config.train.workers)
     _run(compared, functools.partial(_train_teacher, fewer.shards), again)

@@ -123,7 +123,7 @@ def _read_networks(
     untrained = find_method(BASELINE)(config, shards.target, shards.summarise_values("train")).build().eval()
     rows = {UNTRAINED: [_see_all(untrained, config, training, scored)]}
     store = Store(config.latents.dir, teachers=(config.teacher.name,))
-    latents = Features(*(pooled_latents(store, some.shards) for some in (training, scored)))
+    latents = read_latents(store, training, scored)
     jobs = list(jobs_of(config, options))
     for job in map_jobs(functools.partial(keep_features, training, scored), jobs, config, options.jobs):
         logger.info("[ablate] %s, seed %d: features read", job.name, job.number)
@@ -133,10 +133,19 @@ def _read_networks(
         features = read_features(job)
         rows.setdefault(job.name, []).append(features)
         if job.name in methods:
-            said_nD, _ = ridge(features.train_mF, latents.train_mF, training.groups, np.concatenate(features))
-            both = np.split(said_nD, [len(training.keys)])
-            mapped.setdefault(MAPPED.format(job.name), []).append(Features(*both))
+            mapped.setdefault(MAPPED.format(job.name), []).append(map_features(features, latents, training.groups))
     return rows | mapped | {LATENTS: [latents]}
+
+
+def read_latents(store: Store, training: Patches, scored: Patches) -> Features:
+    """A teacher's latents, in place of features."""
+    return Features(*(pooled_latents(store, some.shards) for some in (training, scored)))
+
+
+def map_features(features: Features, latents: Features, groups: Sequence[str]) -> Features:
+    """The latents that a ridge regression over all training pairs reads off the features."""
+    said_nD, _ = ridge(features.train_mF, latents.train_mF, groups, np.concatenate(features))
+    return Features(*np.split(said_nD, [len(groups)]))
 
 
 def keep_features(training: Patches, scored: Patches, job: Job) -> Job:

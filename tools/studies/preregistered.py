@@ -35,14 +35,11 @@ from lgd.metrics import Floats, Interval, interval
 from lgd.models.methods import DISTILLATION, PROPOSED
 from lgd.report.ablation import Job, answers, map_jobs, variants, work
 from lgd.report.ablation_table import draw_runs
-from lgd.report.embeddings import ridge
-from lgd.report.probed import pooled_latents
 from lgd.report.questions import Question, answer_by_probes, read_questions, score_answers
 from lgd.report.results import format_interval
-from lgd.report.teacher_rows import Row, TeachersOptions, list_rows, read_rows
-from lgd.report.teachers import Compared, train_teachers
-from lgd.report.transfer import Features, keep_features, read_features
-from lgd.shards.archive import Shard
+from lgd.report.teacher_rows import TeachersOptions, list_rows, read_rows
+from lgd.report.teachers import Compared, list_jobs, train_teachers
+from lgd.report.transfer import Features, keep_features, map_features, read_features, read_latents
 from lgd.shards.shard_set import ShardSet
 from lgd.store.store import Store
 from tools.studies.evidence import ROOT, run_all
@@ -55,7 +52,7 @@ GRIDS, PROBED = "without hallucination", 100
 TISSUE = "--pairs 4800 --slides 400 --size 96 --test 0.3 --coupling 1"
 LABELS = "--split keep:0.05 --labelled 3 --mpp 0.46"
 EPOCHS = {"teacher.epochs": 8, "student.epochs": 8}
-"""For time: five trainings of all arms in 90 minutes."""
+"""For time: five trainings of all arms in about 90 minutes, estimated from dry runs."""
 WORLDS = {"more": "1", "null": "0.01"}
 """How strongly the H&E shows what the level does not say. At 0 that would range less too, in the IHC."""
 KINDS = {"more": "label,stain", "null": "stain"}
@@ -106,10 +103,8 @@ def list_commands(out: Path, seeds: Seeds) -> list[list[str]]:
 
 def list_long(out: Path, seeds: Seeds) -> list[list[str]]:
     """Compares all teachers in each world; those of the study and their students are found again."""
-    config, trainings = (
-        ["--config", str(CONFIG.relative_to(ROOT))],
-        ["--seeds", str(len(seeds.trainings)), "--jobs", str(JOBS)],
-    )
+    config = ["--config", str(CONFIG.relative_to(ROOT))]
+    trainings = ["--seeds", str(len(seeds.trainings)), "--jobs", str(JOBS)]
     return [
         ["lgd", "teachers", *config, *list_fields(out / world, seeds), "--compare", TEACHERS, *trainings]
         for world in WORLDS
@@ -152,8 +147,8 @@ def train_world(at: Path, config: Config, kinds: str, trainings: int) -> World:
     training, tested = read_rows(shards.of_split("train"))[0], read_rows(scored)[0]
     compared = Compared(config, shards, scored, training, tested, None, options)
     train_teachers(compared, [*rows.values()])
-    made = {f"{DISTILLATION}, {name}": _list_jobs(compared, row, DISTILLATION) for name, row in rows.items()}
-    made[OURS] = _list_jobs(compared, rows["stain"], PROPOSED)
+    made = {f"{DISTILLATION}, {name}": list_jobs(compared, [row], DISTILLATION) for name, row in rows.items()}
+    made[OURS] = list_jobs(compared, [rows["stain"]], PROPOSED)
     made["grids"] = [_without_latents(job) for job in made[OURS]]
     jobs = [job for some in made.values() for job in some]
     for job, done in map_jobs(functools.partial(work, shards, scored), jobs, config, JOBS):
@@ -168,10 +163,10 @@ def train_world(at: Path, config: Config, kinds: str, trainings: int) -> World:
         for arm, some in made.items()
     }
     known = {arm: [read_features(job) for job in some] for arm, some in made.items()}
-    latents = [_read_latents(job, shards, scored) for job in made[OURS]]
+    stores = (Store(job.run.latents.dir, teachers=(job.run.teacher.name,)) for job in made[OURS])
+    latents = [read_latents(store, training, tested) for store in stores]
     known["ridge"] = [
-        _map_features(features, to.train_mF, training.groups)
-        for features, to in zip(known[BY_STAIN], latents, strict=True)
+        map_features(features, to, training.groups) for features, to in zip(known[BY_STAIN], latents, strict=True)
     ]
     known["latents"] = latents
     question = read_within(at / "tissue" / "questions.csv")
@@ -185,27 +180,11 @@ def train_world(at: Path, config: Config, kinds: str, trainings: int) -> World:
     return World(kappa, r2, len({*tested.groups}))
 
 
-def _list_jobs(compared: Compared, row: Row, what: str) -> list[Job]:
-    return [compared.make_job(row, seed, what) for seed in range(compared.options.seeds)]
-
-
 def _without_latents(job: Job) -> Job:
     """The same student, by the same teacher, without the loss of its latents."""
     student = variants(job.run, full=True)[GRIDS].student
     at = job.run.student.dir.replace(f"/{PROPOSED}-", "/grids-")
     return job._replace(name="grids", run=dataclasses.replace(job.run, student=dataclasses.replace(student, dir=at)))
-
-
-def _read_latents(job: Job, shards: ShardSet, scored: Sequence[Shard]) -> Features:
-    """The latents of the job's teacher, in place of features."""
-    store = Store(job.run.latents.dir, teachers=(job.run.teacher.name,))
-    return Features(*(pooled_latents(store, some) for some in (shards.of_split("train"), scored)))
-
-
-def _map_features(features: Features, latents_mD: Floats, groups: Sequence[str]) -> Features:
-    """The latents that a ridge regression over all training pairs reads off the features."""
-    said_nD, _ = ridge(features.train_mF, latents_mD, groups, np.concatenate(features))
-    return Features(*np.split(said_nD, [len(groups)]))
 
 
 class Endpoint(NamedTuple):
